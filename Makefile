@@ -1,0 +1,72 @@
+# Every target sets up what it needs in .venv on its first run; the stamps make later runs quick.
+#
+#   make demo                  backprop, exact mode, DNI, cDNI and both controls side by side, on real digits
+#   make test | lint           the tests | ruff and mypy
+#   make zoo | zoo-random      about 300 models -> docs/coverage.md | 100,000 random graphs
+#   make bench | results       the benchmarks | the MNIST experiment of docs/results.md
+#
+# PyTorch's default wheels for Linux bring CUDA along. Where pip is not set up to prefer the CPU build, name its
+# wheel index: make demo TORCH_PIP_ARGS="--index-url URL" with the URL from PyTorch's installation page.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+TORCH_PIP_ARGS ?=
+DEMO_ARGS ?=
+WORKERS ?= 2
+BENCHMARKS ?= transform step
+PYTEST_ARGS ?= -n $(WORKERS)
+RESULTS_ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --quiet
+READY := $(VENV)/.ready
+ZOO_READY := $(VENV)/.zoo-ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint zoo zoo-random bench results clean
+
+help:
+	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
+
+setup: $(READY)
+
+# torch comes first and alone, so that what follows finds it satisfied and leaves the build that was chosen in place.
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "no Python found: install Python 3.11 or newer" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "$(PYTHON) is older than Python 3.11: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install torch==2.13.0 -c constraints.txt $(TORCH_PIP_ARGS)
+	$(PIP) install -e '.[test,demo]' -c constraints.txt
+	@touch $@
+
+$(ZOO_READY): $(READY)
+	$(PIP) install --no-deps torchvision==0.28.0 -c constraints.txt
+	$(PIP) install -e '.[zoo]' -c constraints.txt
+	@touch $@
+
+demo: $(READY)
+	$(PY) examples/digits.py $(DEMO_ARGS)
+
+test: $(READY)
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m mypy -p dni_fx
+
+zoo: $(ZOO_READY)
+	$(PY) benchmarks/zoo.py
+
+zoo-random: $(READY)
+	DNI_FX_RANDOM_GRAPHS=100000 $(PY) -m pytest $(PYTEST_ARGS) tests/test_random_graphs.py
+
+bench: $(ZOO_READY)
+	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(PY) benchmarks/$$name.py; done
+
+results: $(READY)
+	$(PY) examples/mnist.py $(RESULTS_ARGS)
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,24 @@
+"""dni_fx: Decoupled Neural Interfaces for any PyTorch model, as a graph transform."""
+
+from .compiler import decouple as decouple
+from .compiler import list_cut_points as list_cut_points
+from .compiler import plan_cuts as plan_cuts
+from .decoupled import Decoupled as Decoupled
+from .errors import DecouplingError as DecouplingError
+from .plan import CutPlan as CutPlan
+from .sources import GradientSource as GradientSource
+from .sources import one_hot as one_hot
+from .training import Trainer as Trainer
+
+__all__ = [
+    "CutPlan",
+    "Decoupled",
+    "DecouplingError",
+    "GradientSource",
+    "Trainer",
+    "decouple",
+    "list_cut_points",
+    "one_hot",
+    "plan_cuts",
+]
+__version__ = "0.1.0"

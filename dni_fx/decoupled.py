@@ -1,0 +1,390 @@
+"""A decoupled model: the user's model, its stages, and the sources of their gradients."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+
+from .errors import DecouplingError, PlanMismatchError
+from .plan import CutPlan, Interface
+from .sources import GradientSource
+from .structures import Structure, flatten
+
+if TYPE_CHECKING:
+    from .passes.emission import StageFunctions
+    from .passes.splitting import Split, StageGraph
+    from .passes.tracing import Trace
+    from .sources import Prediction
+
+
+@dataclass
+class Variant:
+    """The stages for one kind of call: structure of the inputs, modes, and sizes that the model looked at.
+
+    Attributes:
+        trace: the traced graph.
+        split: its stages.
+        functions: emitted functions by stage.
+        kinds: dtype, rank, device and ``requires_grad`` of each tensor input.
+        modes: values of the training flags that the graph is valid for.
+        frozen: ``requires_grad`` of each parameter when traced.
+        bound: where the model keeps what the stages refer to, and what it was.
+        shapes: shapes of inputs for which the graph is known to be valid.
+        cuts: names of the cuts, in program order.
+        exact: whether the self-check found it equal bit for bit; None where it was not run.
+    """
+
+    trace: Trace
+    split: Split
+    kinds: tuple[Any, ...]
+    modes: set[tuple[bool, ...]]
+    frozen: tuple[bool, ...]
+    bound: tuple[tuple[dict[str, Any], str, Any], ...]
+    shapes: set[tuple[torch.Size, ...]]
+    cuts: tuple[str, ...] = ()
+    exact: bool | None = None
+    functions: tuple[StageFunctions, ...] = ()
+
+    def is_current(self) -> bool:
+        """Whether the model is in a mode, and made of the objects, that the graph was traced with."""
+        return (
+            tuple(m.training for m in self.trace.modes) in self.modes
+            and all(table.get(key) is value for table, key, value in self.bound)
+            and tuple(p.requires_grad for p in self.trace.model.parameters()) == self.frozen
+        )
+
+    def has_same_objects(self, other: Variant) -> bool:
+        """Whether both were traced with the same parameters, buffers and modules, frozen or not."""
+        mine = [(id(t), k, id(v)) for t, k, v in self.bound]
+        return mine == [(id(t), k, id(v)) for t, k, v in other.bound] and self.frozen == other.frozen
+
+    def absorb(self, other: Variant) -> bool:
+        """Take over the calls of a variant whose graph turned out to be the same, for example in evaluation mode."""
+        same = (
+            not self.trace.guards
+            and self.trace.digest == other.trace.digest
+            and self.trace.inputs == other.trace.inputs
+            and self.trace.modes == other.trace.modes
+            and self.kinds == other.kinds
+            and self.has_same_objects(other)
+        )
+        if same:
+            self.modes |= other.modes
+            self.shapes |= other.shapes
+        return same
+
+    def accepts(self, structure: Structure, leaves: list[torch.Tensor], guards_hold: Callable[..., bool]) -> bool:
+        """Whether the graph is valid for a call."""
+        if not self.is_current() or kinds_of(leaves) != self.kinds or structure != self.trace.inputs:
+            return False
+        shapes = tuple(t.shape for t in leaves)
+        if shapes not in self.shapes:
+            if not guards_hold(self.trace, leaves):
+                return False
+            self.shapes.add(shapes)
+        return True
+
+
+def kinds_of(leaves: list[torch.Tensor]) -> tuple[Any, ...]:
+    """What must not change between calls of one graph, besides sizes that the model looked at."""
+    return tuple((t.dtype, t.dim(), t.device, t.requires_grad) for t in leaves)
+
+
+@dataclass
+class Passes:
+    """What a decoupled model needs of the compiler: injected, so that imports go one way."""
+
+    build: Callable[..., Variant]
+    make_plan: Callable[..., tuple[CutPlan, dict[str, GradientSource]]]
+    emit: Callable[..., tuple[StageFunctions, ...]]
+    guards_hold: Callable[..., bool]
+    readable_code: Callable[[fx.GraphModule], str]
+    key: Callable[[str], str]
+
+
+class Stage:
+    """The nodes between two cuts, as a module and as an emitted training function.
+
+    Attributes:
+        index: position in program order.
+        name: ``stage_0``, ``stage_1``, ...
+    """
+
+    def __init__(self, decoupled: Decoupled, index: int) -> None:
+        self._decoupled = decoupled
+        self.index = index
+        self.name = f"stage_{index}"
+
+    @property
+    def module(self) -> fx.GraphModule:
+        """The subgraph: positional inputs as in ``inputs``, a tuple of values as in ``outputs``."""
+        return self._graph.module
+
+    @property
+    def step(self) -> fx.GraphModule:
+        """The training function ``step(inputs, context=None, loss=None, target=None) -> StepResult``.
+
+        ``inputs`` maps names to model inputs and to values that earlier stages sent; ``loss`` and ``target`` are for the
+        last stage. Gradients accumulate in the parameters' ``.grad``.
+        """
+        return self._functions.step
+
+    @property
+    def forward(self) -> fx.GraphModule:
+        """First half of ``step``: ``inputs -> (outputs, leaves, entries)``, keeping the autograd graph."""
+        return self._functions.forward
+
+    @property
+    def backward(self) -> fx.GraphModule:
+        """Second half: ``(outputs, leaves, entries, gradients, partials) -> input gradients``."""
+        return self._functions.backward
+
+    @property
+    def code(self) -> str:
+        """Python source of ``step``."""
+        return self._decoupled._passes.readable_code(self.step)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the model inputs and of the earlier stages' values that the stage takes."""
+        return self._graph.inputs
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the values that the stage sends; ``("output",)`` for the last one."""
+        return self._graph.outputs
+
+    @property
+    def sources(self) -> dict[str, GradientSource]:
+        """The gradient source of every interface that the stage sends."""
+        every = self._decoupled._sources_of(self._decoupled._variant)
+        return {name: every[name] for name in self.outputs if name in every}
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The stage's parameters under the model's names; those shared with other stages appear in each."""
+        for name in self._graph.parameters:
+            yield name, self._decoupled.model.get_parameter(name)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The stage's parameters."""
+        return (p for _, p in self.named_parameters())
+
+    def fit(
+        self, predictions: Mapping[str, Prediction], targets: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Regress the stage's sources on what came back; gradients accumulate in the sources' parameters.
+
+        Args:
+            predictions: ``StepResult.predictions`` of this stage's step.
+            targets: per interface the sum of its consumers' input gradients.
+
+        Returns:
+            The loss of every source that learned, detached.
+        """
+        losses = {}
+        for name, prediction in predictions.items():
+            source = self.sources[name]
+            if source.message == "none" or name not in targets:
+                continue
+            with torch.enable_grad():
+                loss = source.fit(prediction, (targets[name],))
+            if loss is not None:
+                loss.backward()
+                losses[name] = loss.detach()
+        return losses
+
+    def __repr__(self) -> str:
+        return f"<{self.name}: {', '.join(self.inputs)} -> {', '.join(self.outputs)}>"
+
+    @property
+    def _graph(self) -> StageGraph:
+        return self._decoupled._variant.split.stages[self.index]
+
+    @property
+    def _functions(self) -> StageFunctions:
+        return self._decoupled._functions()[self.index]
+
+
+class Decoupled(nn.Module):
+    """A model cut into stages; made by :func:`dni_fx.decouple`.
+
+    Calling it runs the stages one after the other with ordinary autograd: outputs and gradients equal the model's.
+    Decoupled training is :class:`dni_fx.Trainer` or ``stage.step``.
+
+    Attributes:
+        model: the user's module, trained in place.
+        synthesizers: the gradient sources by interface name (dots as slashes).
+        context: turns a training target into what the sources see, or None.
+    """
+
+    def __init__(self, model: nn.Module, passes: Passes, context: Callable[[Any], torch.Tensor] | None) -> None:
+        super().__init__()
+        self.model = model
+        self.synthesizers = nn.ModuleDict()
+        self.context = context
+        self.training = model.training
+        object.__setattr__(self, "_passes", passes)
+        object.__setattr__(self, "_variants", [])
+        object.__setattr__(self, "_active", None)
+        object.__setattr__(self, "_plan", None)
+        object.__setattr__(self, "_stages", ())
+
+    _passes: Passes
+    _variants: list[Variant]
+    _active: Variant | None
+    _plan: CutPlan | None
+    _stages: tuple[Stage, ...]
+
+    @property
+    def is_traced(self) -> bool:
+        """Whether stages exist; without example inputs they are made at the first call."""
+        return self._plan is not None
+
+    @property
+    def plan(self) -> CutPlan:
+        """The cuts, stages and interfaces."""
+        if self._plan is None:
+            raise DecouplingError(
+                "the model is not traced yet: pass example_inputs= to decouple, or call it once, before asking for its plan"
+            )
+        return self._plan
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages in program order."""
+        self.plan  # noqa: B018  raises where there are none yet
+        return self._stages
+
+    @property
+    def interfaces(self) -> tuple[Interface, ...]:
+        """The values that carry a gradient across cuts."""
+        return self.plan.interfaces
+
+    @property
+    def sources(self) -> dict[str, GradientSource]:
+        """Gradient sources by interface name."""
+        key = self._passes.key
+        return {i.name: self.synthesizers[key(i.name)] for i in self.plan.interfaces}  # type: ignore[misc]
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the stages are trained with the true gradients."""
+        return any(s.exact for s in self.sources.values())
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the composed stages, called as the model is; outputs and gradients equal the model's."""
+        values = self.bind(*args, **kwargs)
+        with keep_modes():
+            for stage in self._stages:
+                results = stage.module(*(values[n] for n in stage.inputs))
+                if stage.index == len(self._stages) - 1:
+                    return results
+                values.update(zip(stage.outputs, results, strict=True))
+
+    def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Model inputs by name, as ``stage.step`` takes them; makes or finds the stages that fit the call.
+
+        Raises:
+            PlanMismatchError: an empty batch, or stages for this kind of call cannot be cut by the plan.
+        """
+        leaves, structure = flatten((args, kwargs))
+        for name, leaf in zip(range(len(leaves)), leaves, strict=True):
+            if leaf.dim() and leaf.shape[0] == 0:
+                raise PlanMismatchError(f"tensor input {name} has an empty batch: its shape is {tuple(leaf.shape)}")
+        self._select(args, kwargs, structure, leaves)
+        return dict(zip(self._variant.split.model_inputs, leaves, strict=True))
+
+    def train(self, mode: bool = True) -> Decoupled:
+        """Set the mode of model and sources."""
+        super().train(mode)
+        return self
+
+    @property
+    def _variant(self) -> Variant:
+        if self._active is None:
+            self.plan  # noqa: B018
+            raise DecouplingError("no stages yet")
+        if not self._active.is_current():
+            for variant in self._variants:
+                if variant.is_current():
+                    object.__setattr__(self, "_active", variant)
+        return self._active
+
+    def _select(self, args: Any, kwargs: Any, structure: Structure, leaves: list[torch.Tensor]) -> None:
+        guards_hold = self._passes.guards_hold
+        if self._active is not None and self._active.accepts(structure, leaves, guards_hold):
+            return
+        for variant in self._variants:
+            if variant.accepts(structure, leaves, guards_hold):
+                object.__setattr__(self, "_active", variant)
+                return
+        self._add_variant(args, kwargs)
+
+    def _add_variant(self, args: Any, kwargs: Any) -> None:
+        """Trace for a new kind of call, under the plan if there is one."""
+        variant = self._passes.build(self.model, args, kwargs, self._plan)
+        if self._plan is None:
+            plan, sources = self._passes.make_plan(variant, args, kwargs)
+            for name, source in sources.items():
+                self.synthesizers[self._passes.key(name)] = source
+            object.__setattr__(self, "_plan", plan)
+            object.__setattr__(self, "_stages", tuple(Stage(self, k) for k in range(len(variant.split.stages))))
+        for other in self._variants:
+            if other.absorb(variant):
+                object.__setattr__(self, "_active", other)
+                return
+        self._variants[:] = [v for v in self._variants if v.has_same_objects(variant)]
+        self._variants.append(variant)
+        object.__setattr__(self, "_active", variant)
+
+    def _functions(self) -> tuple[StageFunctions, ...]:
+        """The emitted functions of the active graph, written when first trained with."""
+        variant = self._variant
+        if not variant.functions:
+            variant.functions = self._passes.emit(variant.split, self._sources_of(variant))
+        return variant.functions
+
+    def _sources_of(self, variant: Variant) -> dict[str, GradientSource]:
+        """A new graph under an old plan: every gradient that crosses must have a source already."""
+        known = {name: self.sources[i.name] for i in self.plan.interfaces for name in (*i.aliases, i.name)}
+        found: dict[str, GradientSource] = {}
+        missing = []
+        for interface in variant.split.interfaces:
+            names = [n for n in (interface.name, *interface.aliases) if n in known]
+            if names:
+                found[interface.name] = known[names[0]]
+            else:
+                missing.append(interface.name)
+        if missing:
+            raise PlanMismatchError(
+                f"gradients now cross at {', '.join(map(repr, missing))}, where the plan has no source (a parameter was "
+                "unfrozen, or the model takes another path for these inputs or in this mode); call dni_fx.decouple again"
+            )
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("a Decoupled object is not pickled: save its state_dict() and plan.to_json(), and decouple again")
+
+
+@contextlib.contextmanager
+def keep_modes() -> Iterator[None]:
+    """Leave gradient mode and autocast as they were if a stage fails within a region of its own."""
+    gradients = torch.is_grad_enabled()
+    casts = [
+        (d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d))
+        for d in ("cpu", "cuda")
+        if d == "cpu" or torch.cuda.is_available()
+    ]
+    try:
+        yield
+    except BaseException:
+        torch.set_grad_enabled(gradients)
+        for device, enabled, dtype in casts:
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
+        raise

@@ -1,0 +1,40 @@
+"""Errors of dni_fx: what went wrong, where, what was expected and found, and the next step."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class DecouplingError(ValueError):
+    """A model, plan or input cannot be decoupled as asked. Base of every error that dni_fx raises on purpose."""
+
+
+class TracingError(DecouplingError):
+    """No rung of the tracing ladder gave a graph that equals the model.
+
+    Causes: control flow on tensor values at the top level of the model, state changed by ``forward``, wrappers
+    (DistributedDataParallel, torch.compile) around the model. Fixes are named in the message.
+    """
+
+
+class CutError(DecouplingError):
+    """One or more cuts are unknown, illegal, or crossed by nothing that trains. Lists every problem at once."""
+
+
+class PlanMismatchError(DecouplingError):
+    """A plan was made for another graph, or inputs no longer fit the graph that the plan was made for."""
+
+
+class NonFiniteError(DecouplingError):
+    """A value or gradient became NaN or infinite. Names the place and the step; nothing was updated."""
+
+
+def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str:
+    """A hint such as ``; did you mean 'layer2'?`` or an empty string."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=count, cutoff=0.5)
+    close += [k for k in known if k not in close and (k.startswith(name + ".") or k.endswith("." + name))][:count]
+    if not close:
+        return ""
+    return "; did you mean " + " or ".join(repr(c) for c in close[:count]) + "?"

@@ -1,0 +1,245 @@
+"""Plans as frozen values: what crosses a cut, which stages there are, and what was asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from .errors import DecouplingError
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of one tensor of the example batch.
+
+    Attributes:
+        shape: sizes of the example, batch dimension first.
+        dtype: element type.
+        feature_dim: 1 for convolutional maps ``(batch, channels, *space)``, -1 for ``(batch, ..., features)``.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    feature_dim: int = -1
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Interface:
+    """One float tensor on a trainable path that crosses from its producer stage to its consumer stages.
+
+    Attributes:
+        name: module path where the value is that module's output, else the node's name.
+        spec: shape and dtype of the example.
+        producer: index of the stage that computes the value.
+        consumers: indices of the stages that use it, ascending.
+        implied: True where the value crosses a cut that was not named after it.
+        aliases: other names of the same value, which mappings may use as well.
+    """
+
+    name: str
+    spec: TensorSpec
+    producer: int
+    consumers: tuple[int, ...]
+    implied: bool = False
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CutPoint:
+    """A place where a model can be named to be cut.
+
+    Attributes:
+        name: what to pass in ``cuts``.
+        shape: shape of the example value that the cut is named after (or of the last one that crosses).
+        nbytes: bytes that would cross, for the example batch.
+        crossing: names of all values that would cross.
+        interfaces: how many of them carry a gradient.
+        legal: whether a cut may be made there.
+        reason: why not, else empty.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    nbytes: int
+    crossing: tuple[str, ...]
+    interfaces: int
+    legal: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """One row of a plan's stages: name, number of nodes, of parameters, and the cut that ends it (None at the end)."""
+
+    name: str
+    nodes: int
+    parameters: int
+    cut: str | None
+    inputs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """The source at one interface: its kind, parameters, and floating-point operations for the example batch."""
+
+    kind: str
+    parameters: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """What was measured or found while a plan was made. Takes no part in the plan's equality.
+
+    Attributes:
+        rung: which tracer made the graph.
+        stages: a row for each stage.
+        interfaces: values that carry a gradient across.
+        plain: other values that cross.
+        sources: a row for each interface, by name.
+        notes: opaque modules, ties, fewer stages than asked for, and the like.
+        exact: whether the self-check found the split model equal bit for bit; None where it was not run.
+    """
+
+    rung: str
+    stages: tuple[StageReport, ...]
+    interfaces: tuple[Interface, ...]
+    plain: tuple[str, ...] = ()
+    sources: dict[str, SourceReport] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    exact: bool | None = None
+
+
+@dataclass(frozen=True)
+class CutPlan:
+    """Where to cut which graph, and which sources to put there: names and options only.
+
+    Attributes:
+        model: class name of the model.
+        digest: hash of the traced graph's nodes, operators and edges.
+        cuts: names of the cuts in program order; n cuts make n + 1 stages.
+        gradients: source name by interface name (the name of the class for a factory).
+        report: what is known about the plan's graph; None for a plan read from JSON.
+    """
+
+    model: str
+    digest: str
+    cuts: tuple[str, ...]
+    gradients: tuple[tuple[str, str], ...] = ()
+    report: PlanReport | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def interfaces(self) -> tuple[Interface, ...]:
+        """Values that carry a gradient across a cut."""
+        return self._report.interfaces
+
+    @property
+    def stages(self) -> tuple[StageReport, ...]:
+        """A row for each stage."""
+        return self._report.stages
+
+    @property
+    def _report(self) -> PlanReport:
+        if self.report is None:
+            raise DecouplingError("this plan was read from JSON and holds names only; pass it to decouple(cuts=plan)")
+        return self.report
+
+    def to_json(self) -> str:
+        """The plan as readable JSON text."""
+        content = {
+            "format": "dni_fx cut plan",
+            "version": 1,
+            "model": self.model,
+            "digest": self.digest,
+            "cuts": list(self.cuts),
+            "gradients": dict(self.gradients),
+        }
+        return json.dumps(content, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> CutPlan:
+        """Read what ``to_json`` wrote.
+
+        Raises:
+            DecouplingError: no JSON, another format or version, or fields of the wrong type.
+        """
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise DecouplingError(f"a cut plan must be JSON: {error}") from error
+        if not isinstance(content, dict) or content.get("format") != "dni_fx cut plan":
+            raise DecouplingError("this JSON is no dni_fx cut plan: its 'format' is not 'dni_fx cut plan'")
+        if content.get("version") != 1:
+            raise DecouplingError(f"this cut plan has version {content.get('version')!r}; this dni_fx reads version 1")
+        names, gradients = content.get("cuts"), content.get("gradients", {})
+        valid = (
+            isinstance(content.get("model"), str)
+            and isinstance(content.get("digest"), str)
+            and isinstance(names, list)
+            and all(isinstance(n, str) for n in names)
+            and isinstance(gradients, dict)
+            and all(isinstance(v, str) for v in gradients.values())
+        )
+        if not valid:
+            raise DecouplingError(
+                "a cut plan needs 'model' and 'digest' (text), 'cuts' (a list of names) and 'gradients' (name: source)"
+            )
+        return cls(content["model"], content["digest"], tuple(names), tuple(gradients.items()))
+
+    def __str__(self) -> str:
+        head = f"{self.model}: {len(self.cuts) + 1} stages, {len(self.cuts)} cuts, graph {self.digest}"
+        if self.report is None:
+            return "\n".join([head, *(f"  after {c}" for c in self.cuts)])
+        report = self.report
+        share = sum(s.nodes for s in report.stages) or 1
+        stages = [("stage", "nodes", "share", "parameters", "ends after")]
+        for s in report.stages:
+            stages.append((s.name, str(s.nodes), f"{s.nodes / share:.0%}", f"{s.parameters:,}", s.cut or "(output)"))
+        rows = [("interface", "shape", "MB", "from", "to", "source", "parameters", "MFLOP", "")]
+        for i in report.interfaces:
+            source = report.sources.get(i.name, SourceReport("-", 0, 0))
+            rows.append(
+                (
+                    i.name, " x ".join(str(n) for n in i.spec.shape), f"{i.spec.nbytes / 1e6:.2f}", str(i.producer),
+                    ", ".join(str(c) for c in i.consumers), source.kind, f"{source.parameters:,}",
+                    f"{source.flops / 1e6:.1f}", "implied" if i.implied else "",
+                )
+            )  # fmt: skip
+        notes = [f"crosses without a source: {', '.join(report.plain)}"] if report.plain else []
+        notes += [f"traced by {report.rung}", *report.notes]
+        if report.exact is not None:
+            notes.append("self-check: equal to the model" + (" bit for bit" if report.exact else " within rounding"))
+        return "\n".join([head, "", *_table(stages), "", *_table(rows), "", *(f"note: {n}" for n in notes)])
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Rows as aligned text; a rule under the first; columns of numbers to the right."""
+    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+    right = [all(r[i][:1].isdigit() or r[i] == "-" for r in rows[1:]) and len(rows) > 1 for i in range(len(widths))]
+    lines = []
+    for row in rows:
+        cells = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return [lines[0], "  ".join("-" * w for w in widths if w), *lines[1:]]
+
+
+class CutPointList(tuple[CutPoint, ...]):
+    """Cut points in program order; prints as a table."""
+
+    def __str__(self) -> str:
+        rows = [("cut after", "shape", "MB", "interfaces", "crosses", "")]
+        for p in self:
+            crossing = ", ".join(p.crossing[:3]) + (f" and {len(p.crossing) - 3} more" if len(p.crossing) > 3 else "")
+            shape = " x ".join(str(n) for n in p.shape) or "-"
+            note = "" if p.legal else f"illegal: {p.reason}"
+            rows.append((p.name, shape, f"{p.nbytes / 1e6:.2f}", str(p.interfaces), crossing, note))
+        return "\n".join(_table(rows))

@@ -1,0 +1,137 @@
+"""The one extension point for synthesizers, critics, delayed gradients and controls.
+
+A stage asks its sources for the gradients of the values that it sends out, pulls them back, and goes on. What a source
+wants to hear later from the stages behind it, and how it learns from that, is its own affair: this file fixes only when
+it is asked, what it is given, and what it must return.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..plan import TensorSpec
+
+
+@dataclass
+class Prediction:
+    """What a source says about the values of one step.
+
+    Attributes:
+        gradients: one per value, detached, each with its value's shape, dtype and memory format.
+        state: whatever :meth:`GradientSource.fit` needs; usually the raw outputs, which keep the source's autograd
+            graph so that the source runs once a step.
+    """
+
+    gradients: tuple[Tensor, ...]
+    state: Any = None
+
+
+class GradientSource(nn.Module):
+    """Says which gradients enter a stage from behind, in place of the stages that follow it.
+
+    A subclass implements :meth:`predict` and, where there is something to learn, :meth:`fit`. Parameters and buffers
+    are created in ``__init__`` from the specs, so that the ``state_dict`` is complete before the first step. Neither
+    method may draw from the global random number generator: training decoupled must not shift the model's dropout.
+
+    Attributes:
+        message: what must come back from the consumers before ``fit``: ``"gradient"`` (one tensor per value: the sum of
+            the consumers' gradients for it), ``"loss"`` (one tensor: a scalar per sample) or ``"none"``.
+        exact: True only for the marker of exact mode, which the trainer runs itself.
+        specs: shape, dtype and feature dimension of each value served, of the example batch.
+        context_spec: the same for the context, or None; a source made without one ignores every context.
+
+    Args:
+        specs: the values served, one interface or a whole boundary.
+        context: the context that ``predict`` will be given, None where there is none.
+
+    Example:
+        A source of one's own, the running mean of the gradients seen, as a regression:
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from dni_fx.plan import TensorSpec
+        >>> from dni_fx.sources import GradientSource, Prediction
+        >>> class MeanGradient(GradientSource):
+        ...     def __init__(self, specs, context=None):
+        ...         super().__init__(specs, context)
+        ...         self.mean = nn.Parameter(torch.zeros(self.specs[0].shape[1:]))
+        ...     def predict(self, values, context=None):
+        ...         guess = torch.zeros_like(values[0]) + self.mean
+        ...         return Prediction((guess.detach(),), state=guess)
+        ...     def fit(self, prediction, message):
+        ...         return nn.functional.mse_loss(prediction.state, message[0])
+        >>> source = MeanGradient([TensorSpec((4, 2), torch.float32)])
+        >>> optimizer = torch.optim.SGD(source.parameters(), lr=1.0)
+        >>> values = (torch.ones(4, 2),)
+        >>> loss = source.fit(source(values), (torch.full((4, 2), 3.0),))
+        >>> loss.backward()
+        >>> optimizer.step()
+        >>> source(values).gradients[0][0]
+        tensor([3., 3.])
+
+        Use it as ``dni_fx.decouple(model, cuts, gradients=MeanGradient)``.
+    """
+
+    message: ClassVar[Literal["gradient", "loss", "none"]] = "gradient"
+    exact: ClassVar[bool] = False
+
+    def __init__(self, specs: Sequence[TensorSpec], context: TensorSpec | None = None) -> None:
+        super().__init__()
+        self.specs = tuple(specs)
+        self.context_spec = context
+
+    def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
+        """Predict the gradient of each value.
+
+        Args:
+            values: the values served, detached; the batch may differ from the specs'.
+            context: what the context callable made of the training target, or None.
+
+        Returns:
+            A gradient per value. With grad mode on, ``state`` keeps the graph that ``fit`` needs.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement predict(values, context)")
+
+    def fit(self, prediction: Prediction, message: tuple[Tensor, ...]) -> Tensor | None:
+        """Learn from what came back; the caller runs ``backward`` on the loss and steps the optimiser.
+
+        Args:
+            prediction: what ``predict`` returned for the same values.
+            message: what the class attribute ``message`` asks for; finite, checked by the caller.
+
+        Returns:
+            A scalar loss with graph, or None where no parameter learns.
+        """
+        return None
+
+    def forward(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
+        """The same as :meth:`predict`, so that a source is one module call in an emitted function."""
+        return self.predict(values, context)
+
+    def flops(self) -> int:
+        """Floating-point operations (multiply-adds x 2) of one ``predict`` on the example batch.
+
+        Counted on a copy without storage, so that nothing here changes; subclasses may know a formula.
+        """
+        values = tuple(torch.empty(spec.shape, dtype=spec.dtype, device="meta") for spec in self.specs)
+        spec = self.context_spec
+        context = None if spec is None else torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+        counter = FlopCounterMode(display=False)
+        with torch.no_grad(), counter:
+            copy.deepcopy(self).to("meta").predict(values, context)
+        return int(counter.get_total_flops())
+
+
+def like(gradient: Tensor, value: Tensor) -> Tensor:
+    """``gradient`` in the dtype and memory format of ``value``; no copy where both already agree."""
+    gradient = gradient.to(value.dtype)
+    if gradient.stride() == value.stride():
+        return gradient
+    return torch.empty_like(value).copy_(gradient)

@@ -1,0 +1,80 @@
+"""Synthesizers for maps, where a gradient depends on the neighbourhood; labels come as constant planes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import DecouplingError
+from ..plan import TensorSpec
+from .context import as_planes
+from .regression import Network, Regression
+
+
+class ConvNetwork(Network):
+    """Convolutions with ReLUs between them, zero padded to the same size; the last layer starts at 0."""
+
+    def __init__(
+        self, spec: TensorSpec, context: TensorSpec | None, hidden: int = 1, kernel: int = 3, width: int | None = None
+    ) -> None:
+        super().__init__(spec, context)
+        if self.space == 0:
+            raise DecouplingError(
+                f"'conv' needs convolutional maps (batch, channels, *space), but the value has shape {spec.shape} with "
+                f"its features in dimension {spec.feature_dim}. Use 'linear' or 'mlp'."
+            )
+        if kernel % 2 == 0:
+            raise DecouplingError(f"'conv' needs an odd kernel, so that maps keep their size, but got {kernel}")
+        convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[self.space - 1]
+        width = self.features if width is None else width
+        self.kernel = kernel
+        self.sizes = [self.features + self.context_features] + [width] * hidden + [self.features]
+        self.layers = nn.ModuleList(
+            convolution(a, b, kernel, padding=kernel // 2, dtype=self.dtype) for a, b in pairwise(self.sizes)
+        )
+        for parameter in self.layers[-1].parameters():
+            nn.init.zeros_(parameter)
+
+    def compute(self, value: Tensor, context: Tensor | None) -> Tensor:
+        """Convolve maps and context planes; the planes end at the border like the maps, as in the paper."""
+        if context is not None:
+            value = torch.cat((value, as_planes(context, value)), 1)
+        h = self.layers[0](value)
+        for layer in list(self.layers)[1:]:
+            h = layer(F.relu(h))
+        return h
+
+    def flops(self) -> int:
+        """2 positions inputs outputs kernel^space for each layer."""
+        return sum(2 * self.positions * a * b * self.kernel**self.space for a, b in pairwise(self.sizes))
+
+
+class Conv(Regression):
+    r"""For maps: :math:`M(h, c) = W_2 * \mathrm{relu}(W_1 * [h, c] + b_1) + b_2` with ``c`` as constant planes.
+
+    Args:
+        specs: the values served: maps with 1, 2 or 3 spatial dimensions.
+        context: the context, or None.
+        hidden: number of hidden layers. The paper's source on MNIST is ``partial(Conv, hidden=2, kernel=5, width=64)``,
+            without its batch normalisation; one hidden layer of kernel 3 sees 5 x 5 at a fraction of the cost.
+        kernel: size in each dimension, odd.
+        width: channels of the hidden layers; by default the value's.
+
+    Source:
+        Jaderberg et al. 2016, arXiv:1608.05343, appendix A.1.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[TensorSpec],
+        context: TensorSpec | None = None,
+        *,
+        hidden: int = 1,
+        kernel: int = 3,
+        width: int | None = None,
+    ) -> None:
+        super().__init__(specs, context, lambda spec, c: ConvNetwork(spec, c, hidden, kernel, width))

@@ -1,0 +1,287 @@
+"""Synthesizers that regress the gradient, on targets of unit size.
+
+Gradients at a cut are tiny (root mean square 1e-4 to 1e-6 for mean losses), far less than one Adam step moves a
+network's output: regressed raw, a synthesizer is hundreds of times too large at first, or does not learn at all. So
+the networks here learn the target divided by its running root mean square, which is multiplied back on use, and their
+last layer starts at zero, weight and bias: the prediction grows from exactly zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import DecouplingError
+from ..plan import TensorSpec
+from .base import GradientSource, Prediction, like
+from .context import align_context, check_context
+
+WINDOW = 100  # non-zero targets in the running scale: their plain mean at first, then a moving mean of decay 0.99
+
+
+class Network(nn.Module):
+    """``M(value, context)`` for one value, in units of the running scale.
+
+    Values of shape ``(batch,)`` and scalars count as one feature; a scalar has no dimension to line a context up with
+    and ignores it. Subclasses implement :meth:`compute` and :meth:`flops`.
+
+    Args:
+        spec: the value.
+        context: the context, or None.
+
+    Raises:
+        DecouplingError: the context cannot be lined up with the value.
+    """
+
+    def __init__(self, spec: TensorSpec, context: TensorSpec | None) -> None:
+        super().__init__()
+        self.shape = _at_least_2d(spec.shape)
+        self.space = len(self.shape) - 2 if spec.feature_dim == 1 else 0
+        self.feature_dim = 1 if self.space else -1
+        self.features = self.shape[self.feature_dim]
+        self.positions = math.prod(self.shape) // max(self.features, 1)
+        self.context_shape = None if context is None or not spec.shape else context.shape
+        self.context_features = 0 if self.context_shape is None else self.context_shape[-1]
+        # Half precision is too coarse for the small steps of a regression.
+        self.dtype = torch.float64 if spec.dtype == torch.float64 else torch.float32
+        if self.context_shape is not None:
+            check_context(self.context_shape, self.shape, self.feature_dim)
+        if self.space > 3:
+            raise DecouplingError(
+                f"no synthesizer for maps with more than 3 spatial dimensions, but the value has shape {spec.shape}. "
+                "Pass a GradientSource of your own for this interface, or 'zero' or 'stale'."
+            )
+
+    def forward(self, value: Tensor, context: Tensor | None) -> Tensor:
+        """Output of the value's shape, in the parameters' dtype (or autocast's)."""
+        dtype = next(self.parameters()).dtype
+        h = value.to(dtype)
+        if h.dim() < 2:
+            h = h.reshape(_at_least_2d(h.shape))
+        if h.dim() != len(self.shape) or h.shape[self.feature_dim] != self.features:
+            raise DecouplingError(
+                f"a synthesizer made for values like {self.shape} (features in dimension {self.feature_dim}) got one "
+                f"of shape {tuple(value.shape)}: only batch, time and space may change. Decouple again for a new size."
+            )
+        if self.context_shape is None:
+            context = None
+        elif context is None:
+            raise DecouplingError(
+                f"a synthesizer for values like {self.shape} was made for a context of {self.context_features} "
+                "features, but got none. Pass target= to Trainer.step, or context= to stage.step."
+            )
+        else:
+            context = align_context(context, h.shape, self.feature_dim).to(dtype)
+            if context.shape[-1] != self.context_features:
+                raise DecouplingError(
+                    f"a synthesizer for values like {self.shape} was made for a context of {self.context_features} "
+                    f"features, but got {context.shape[-1]}. The context callable must always return the same number."
+                )
+        output = self.compute(h, context)
+        return output if output.dim() == value.dim() else output.reshape(value.shape)
+
+    def compute(self, value: Tensor, context: Tensor | None) -> Tensor:
+        """The network proper: value ``(batch, ..., features)`` or a map, context aligned with features last."""
+        raise NotImplementedError
+
+    def flops(self) -> int:
+        """Multiply-adds x 2 on the example batch."""
+        raise NotImplementedError
+
+
+class Affine(nn.Module):
+    """``W [h, c] + b`` at every position of a vector, token sequence or map.
+
+    For anything but vectors ``W`` is split and the context's part added where it broadcasts: the same mathematics
+    without a copy of the value.
+    """
+
+    def __init__(self, inputs: int, context: int, outputs: int, dtype: torch.dtype, zero: bool = False) -> None:
+        super().__init__()
+        self.inputs, self.context = inputs, context
+        self.weight = nn.Parameter(torch.zeros(outputs, inputs + context, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(outputs, dtype=dtype))
+        if not zero:
+            nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Linear
+
+    def forward(self, value: Tensor, context: Tensor | None = None, space: int = 0) -> Tensor:
+        """Map features; ``space`` counts the trailing dimensions of maps ``(batch, features, *space)``."""
+        if context is None:
+            return self._project(value, self.weight, space)
+        if value.dim() == 2 and context.shape[0] == value.shape[0]:
+            return F.linear(torch.cat((value, context), 1), self.weight, self.bias)
+        for_value, for_context = self.weight.split((self.inputs, self.context), 1)
+        shift = F.linear(context, for_context)
+        return self._project(value, for_value, space) + (shift.movedim(-1, 1) if space else shift)
+
+    def _project(self, value: Tensor, weight: Tensor, space: int) -> Tensor:
+        if space == 0:
+            return F.linear(value, weight, self.bias)
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[space - 1]
+        return convolve(value, weight[(...,) + (None,) * space], self.bias)
+
+
+class Pointwise(Network):
+    """The same small network at every position: affine, or with hidden layers of ReLUs; the last layer starts at 0."""
+
+    def __init__(self, spec: TensorSpec, context: TensorSpec | None, hidden: int = 0, width: int | None = None) -> None:
+        super().__init__(spec, context)
+        # As wide as the value, so that the synthesizer costs what a layer of its stage costs; narrow values need more.
+        width = max(self.features, 64) if width is None else width
+        self.sizes = [self.features] + [width] * hidden + [self.features]
+        self.layers = nn.ModuleList(
+            Affine(a, 0 if i else self.context_features, b, self.dtype, zero=i == hidden)
+            for i, (a, b) in enumerate(pairwise(self.sizes))
+        )
+
+    def compute(self, value: Tensor, context: Tensor | None) -> Tensor:
+        """Affine layers with ReLUs between them; the first sees the context."""
+        h = value
+        for i, layer in enumerate(self.layers):
+            h = layer(F.relu(h), None, self.space) if i else layer(h, context, self.space)
+        return h
+
+    def flops(self) -> int:
+        """2 positions inputs outputs per layer, plus the context's part once per position that it differs at."""
+        total = sum(2 * self.positions * a * b for a, b in pairwise(self.sizes))
+        if self.context_shape is not None:
+            total += 2 * math.prod(self.context_shape) * self.sizes[1]
+        return total
+
+
+class Regression(GradientSource):
+    r"""Base of the synthesizers that regress the gradient, one network per value.
+
+    .. math::
+        \hat g = s\, M(h, c; \phi), \qquad
+        \mathcal L(\phi) = \operatorname{mean}\,\bigl(M(h, c; \phi) - \delta / s\bigr)^2, \qquad
+        s^2 = \operatorname{ema}\,\operatorname{mean}\,\delta^2
+
+    with :math:`\delta` the target. The regression error updates the synthesizer only. Targets that are zero throughout
+    (what a synthesizer that has not learnt yet sends) leave the scale as it was, and so do non-finite ones.
+
+    Buffers, one element per value: ``scale``, the running root mean square of the targets (0 until one is known);
+    ``count``, the targets in it, at most 100.
+
+    Source:
+        Jaderberg et al. 2016, arXiv:1608.05343; the start at zero from its appendix A.1 (C.1 in the ICML version). The
+        normalisation is ours.
+
+    Args:
+        specs: the values served.
+        context: the context, or None.
+        network: makes ``M`` for one value.
+    """
+
+    scale: Tensor
+    count: Tensor
+
+    def __init__(
+        self,
+        specs: Sequence[TensorSpec],
+        context: TensorSpec | None,
+        network: Callable[[TensorSpec, TensorSpec | None], Network],
+    ) -> None:
+        super().__init__(specs, context)
+        self.networks = nn.ModuleList(network(spec, context) for spec in self.specs)
+        dtype = torch.float64 if any(spec.dtype == torch.float64 for spec in self.specs) else torch.float32
+        self.register_buffer("scale", torch.zeros(len(self.specs), dtype=dtype))
+        self.register_buffer("count", torch.zeros(len(self.specs), dtype=dtype))
+
+    def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
+        """Scale times network; ``state`` holds the networks' outputs with their graph.
+
+        Raises:
+            DecouplingError: a value or the context is not of the kind that the source was made for.
+        """
+        outputs = tuple(network(value, context) for network, value in zip(self.networks, values, strict=True))
+        gradients = tuple(
+            like(output.detach().to(scale.dtype) * scale, value)
+            for output, scale, value in zip(outputs, self.scale.unbind(), values, strict=True)
+        )
+        return Prediction(gradients, outputs)
+
+    def fit(self, prediction: Prediction, message: tuple[Tensor, ...]) -> Tensor:
+        """Mean squared error in units of the running scale, summed over the values; updates the scale first.
+
+        Raises:
+            DecouplingError: a target's shape differs from its prediction's.
+        """
+        expected, got = [output.shape for output in prediction.state], [target.shape for target in message]
+        if expected != got:
+            raise DecouplingError(
+                f"targets of shapes {[*map(tuple, got)]} for predictions of shapes {[*map(tuple, expected)]}: "
+                "fit takes one target per value, of the value's shape"
+            )
+        targets = tuple(target.detach().to(self.scale.dtype) for target in message)
+        self._update_scale(targets)
+        # 1 / 0 -> 0: while no scale is known every target is zero.
+        inverses = self.scale.reciprocal().nan_to_num(posinf=0.0).unbind()
+        losses = [
+            F.mse_loss(output.to(target.dtype), target * inverse)
+            for output, target, inverse in zip(prediction.state, targets, inverses, strict=True)
+        ]
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def flops(self) -> int:
+        """The networks' multiply-adds x 2; the scale is not counted."""
+        return sum(network.flops() for network in self.networks)  # type: ignore[operator]
+
+    def _update_scale(self, targets: tuple[Tensor, ...]) -> None:
+        # Few and small tensor operations: reading a number back would make the host wait for the device.
+        scale, count = self.scale, self.count
+        norms = torch.stack([torch.linalg.vector_norm(target) / math.sqrt(target.numel()) for target in targets])
+        square = norms.square_().nan_to_num_(0.0, posinf=0.0)
+        known = square > 0
+        count.add_(known).clamp_(max=WINDOW)
+        scale.copy_(scale.square().lerp_(square, known / count.clamp(min=1)).sqrt_())
+
+
+class Linear(Regression):
+    r"""Affine in value and context: :math:`M(h, c) = W [h, c] + b`, at every token or pixel alike.
+
+    Enough for vectors when the context is the label: under a linear head with squared error, ``g = V^T (V h - y)`` is
+    itself linear in ``[h, y]``.
+
+    Source:
+        Jaderberg et al. 2016, arXiv:1608.05343, appendix A.1 (cDNI without hidden layers); Czarnecki et al.
+        2017, arXiv:1703.00522.
+    """
+
+    def __init__(self, specs: Sequence[TensorSpec], context: TensorSpec | None = None) -> None:
+        super().__init__(specs, context, Pointwise)
+
+
+class MLP(Regression):
+    r"""Hidden ReLUs, at every token or pixel alike: :math:`M(h, c) = W_2\,\mathrm{relu}(W_1 [h, c] + b_1) + b_2`.
+
+    Args:
+        specs: the values served.
+        context: the context, or None.
+        hidden: number of hidden layers. The paper's DNI on MNIST is ``partial(MLP, hidden=2, width=1024)``, without its
+            batch normalisation.
+        width: of each; by default the value's features, at least 64, so that the synthesizer costs about two layers of
+            its stage and not several times the stage.
+
+    Source:
+        Jaderberg et al. 2016, arXiv:1608.05343, appendix A.1.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[TensorSpec],
+        context: TensorSpec | None = None,
+        *,
+        hidden: int = 1,
+        width: int | None = None,
+    ) -> None:
+        super().__init__(specs, context, lambda spec, c: Pointwise(spec, c, hidden, width))
+
+
+def _at_least_2d(shape: Sequence[int]) -> tuple[int, ...]:
+    return (*shape, *(1,) * (2 - len(shape)))

@@ -1,0 +1,76 @@
+"""What the emitted training functions call: results, losses and the pull-back of gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .errors import DecouplingError
+from .structures import map_tensors
+
+if TYPE_CHECKING:
+    from .sources.base import Prediction
+
+
+@dataclass
+class StepResult:
+    """What one stage's training function returns.
+
+    Attributes:
+        outputs: values that later stages use, detached, by name; the model's output under ``"output"``.
+        input_gradients: for every interface that the stage uses, its gradient, or None where no gradient arrived.
+            These are the targets of the upstream sources.
+        predictions: what the stage's sources predicted, by interface name; they keep the sources' graph for ``fit``.
+        loss: the loss as a detached scalar, in the stage that holds the model's output.
+    """
+
+    outputs: dict[str, Any]
+    input_gradients: dict[str, torch.Tensor | None]
+    predictions: dict[str, Prediction]
+    loss: torch.Tensor | None = None
+
+
+def pull_back(
+    roots: Sequence[Any],
+    gradients: Sequence[torch.Tensor | None],
+    retain_graph: bool = False,
+    inputs: Sequence[torch.Tensor] | None = None,
+) -> None:
+    """Accumulate into ``.grad`` what flows back from some values, given their gradients.
+
+    Args:
+        roots: tensors with an autograd graph; others are passed over.
+        gradients: a gradient for each root; None where nothing arrived.
+        retain_graph: keep the graph for another call.
+        inputs: the tensors whose ``.grad`` to accumulate; all leaves by default.
+    """
+    pairs = [
+        (root, gradient)
+        for root, gradient in zip(roots, gradients, strict=True)
+        if gradient is not None and isinstance(root, torch.Tensor) and root.requires_grad
+    ]
+    if pairs:
+        torch.autograd.backward([r for r, _ in pairs], [g for _, g in pairs], retain_graph=retain_graph, inputs=inputs)
+
+
+def evaluate(loss: Callable[[Any, Any], torch.Tensor] | None, output: Any, target: Any) -> torch.Tensor:
+    """Call the loss and check that it gave a scalar.
+
+    Raises:
+        DecouplingError: no loss, or its value is not a tensor with one element.
+    """
+    if loss is None:
+        raise DecouplingError("the last stage holds the model's output and needs loss=, a callable (output, target)")
+    value = loss(output, target)
+    if not isinstance(value, torch.Tensor) or value.numel() != 1:
+        found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+        raise DecouplingError(f"the loss must return a tensor with one element, but returned {found}; average it first")
+    return value
+
+
+def detached(value: Any) -> Any:
+    """A nested value with every tensor detached."""
+    return map_tensors(torch.Tensor.detach, value)

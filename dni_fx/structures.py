@@ -1,0 +1,107 @@
+"""Nested inputs and outputs taken apart into tensors and put together again.
+
+Containers that torch's pytree knows (tuples, named tuples, lists, dicts, registered classes such as transformers'
+``ModelOutput``) and any dataclass are opened. Everything else that is not a tensor is part of the structure.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True)
+class Structure:
+    """How a nested value is built; equal structures take the same number of leaves.
+
+    Attributes:
+        kind: ``"leaf"``, ``"constant"``, ``"dataclass"`` or ``"node"``.
+        payload: the constant, the dataclass instance used as a template, or the pytree node's type and context.
+        children: structures of the children; names of the fields for a dataclass are in ``fields``.
+    """
+
+    kind: str
+    payload: Any = None
+    children: tuple[Structure, ...] = ()
+    fields: tuple[str, ...] = ()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Structure) or (self.kind, self.fields) != (other.kind, other.fields):
+            return False
+        if self.kind == "dataclass":
+            if type(self.payload) is not type(other.payload):
+                return False
+        elif self.kind == "constant":
+            same = self.payload is other.payload
+            if not same and (type(self.payload) is not type(other.payload) or self.payload != other.payload):
+                return False
+        elif self.payload != other.payload:
+            return False
+        return self.children == other.children
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def leaf_count(self) -> int:
+        """Number of leaves."""
+        return 1 if self.kind == "leaf" else sum(c.leaf_count for c in self.children)
+
+    def build(self, leaves: Iterator[Any]) -> Any:
+        """Put the leaves back."""
+        if self.kind == "leaf":
+            return next(leaves)
+        if self.kind == "constant":
+            return self.payload
+        children = [c.build(leaves) for c in self.children]
+        if self.kind == "dataclass":
+            value = copy.copy(self.payload)
+            for name, child in zip(self.fields, children, strict=True):
+                object.__setattr__(value, name, child)
+            return value
+        node_type, context = self.payload
+        return pytree.SUPPORTED_NODES[node_type].unflatten_fn(children, context)
+
+
+def flatten(value: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[Any], Structure]:
+    """Take a nested value apart.
+
+    Args:
+        value: any nesting of containers, tensors and constants.
+        is_leaf: says of a non-container whether it is a leaf; default: tensors.
+
+    Returns:
+        The leaves in order, and the structure that builds the value from them.
+    """
+    leaves: list[Any] = []
+    check = is_leaf or (lambda v: isinstance(v, torch.Tensor))
+
+    def walk(item: Any) -> Structure:
+        if check(item):
+            leaves.append(item)
+            return Structure("leaf")
+        node_type = pytree._get_node_type(item)
+        if node_type in pytree.SUPPORTED_NODES:
+            children, context = pytree.SUPPORTED_NODES[node_type].flatten_fn(item)
+            return Structure("node", (node_type, context), tuple(walk(c) for c in children))
+        if dataclasses.is_dataclass(item) and not isinstance(item, type):
+            names = tuple(f.name for f in dataclasses.fields(item))
+            template = copy.copy(item)
+            children = [getattr(item, n) for n in names]
+            for name in names:
+                object.__setattr__(template, name, None)
+            return Structure("dataclass", template, tuple(walk(c) for c in children), names)
+        return Structure("constant", item)
+
+    return leaves, walk(value)
+
+
+def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
+    """Apply a function to every tensor of a nested value."""
+    leaves, structure = flatten(value)
+    return structure.build(iter([function(leaf) for leaf in leaves]))

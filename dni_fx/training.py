@@ -1,0 +1,473 @@
+"""The trainer: runs the emitted functions in order, fits the sources, steps the optimisers."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from .decoupled import Decoupled, Stage, keep_modes
+from .errors import DecouplingError, NonFiniteError
+from .passes.checking import restored
+from .passes.tracing import preserved_rng
+from .reports import InterfaceReport, StepReport, compare
+from .stepping import StepResult, detached, evaluate, pull_back
+
+NamedParameters = list[tuple[str, nn.Parameter]]
+MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
+
+
+class Trainer:
+    """Trains a decoupled model, every stage with an optimiser of its own.
+
+    With the sequential schedule a step runs the stages one after the other: each runs forward, asks its sources for the
+    gradients of what it sends, and pulls them back; the input gradients of the next stage are the targets of its sources
+    (bootstrapped: Jaderberg et al. 2016, arXiv:1608.05343, section 2). Updates happen at the end of the step, once
+    everything is known to be finite; since no stage reads another's parameters, that changes no number.
+
+    Args:
+        decoupled: the model.
+        loss: ``loss(output, target)``, a scalar tensor; ``lambda out, _: out.loss`` for models that compute their own.
+        optimizer: makes an optimiser from the ``(name, parameter)`` pairs of one stage, which torch.optim takes as they
+            are. A parameter used by several stages is given to the first of them.
+        synthesizer_optimizer: the same for the sources; Adam by default.
+        schedule: ``"sequential"``.
+        clip_norm: largest norm of one stage's gradients. It is per stage: a global norm would have to wait for all.
+        accumulate: how many steps' gradients make one update; the loss of each counts 1 / accumulate.
+        metrics_every: how often the predictions are compared with their targets, in steps.
+
+    Attributes:
+        optimizers: by stage name, for learning-rate schedulers.
+        synthesizer_optimizers: by interface name.
+        steps: number of steps made.
+
+    Raises:
+        DecouplingError: arguments of the wrong kind.
+    """
+
+    def __init__(
+        self,
+        decoupled: Decoupled,
+        loss: Callable[[Any, Any], torch.Tensor],
+        *,
+        optimizer: MakeOptimizer,
+        synthesizer_optimizer: MakeOptimizer = torch.optim.Adam,
+        schedule: str = "sequential",
+        clip_norm: float | None = None,
+        accumulate: int = 1,
+        metrics_every: int = 50,
+    ) -> None:
+        if not isinstance(decoupled, Decoupled):
+            raise DecouplingError(f"Trainer takes what dni_fx.decouple returned, not {type(decoupled).__name__}")
+        if schedule != "sequential":
+            raise DecouplingError(f"unknown schedule {schedule!r}; known: 'sequential'")
+        if not callable(loss) or not callable(optimizer) or not callable(synthesizer_optimizer):
+            raise DecouplingError("loss, optimizer and synthesizer_optimizer must be callables")
+        if not isinstance(accumulate, int) or accumulate < 1 or not isinstance(metrics_every, int) or metrics_every < 1:
+            raise DecouplingError("accumulate and metrics_every must be whole numbers, at least 1")
+        if clip_norm is not None and not clip_norm > 0:
+            raise DecouplingError(f"clip_norm must be positive, not {clip_norm!r}")
+        self.decoupled, self.loss = decoupled, loss
+        self.clip_norm, self.accumulate, self.metrics_every = clip_norm, accumulate, metrics_every
+        self._make_optimizer, self._make_synthesizer_optimizer = optimizer, synthesizer_optimizer
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.synthesizer_optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.steps = 0
+        self._measured: dict[str, InterfaceReport] = {}
+        self._measure_next = False
+        self._held: dict[str, Any] | None = None
+        if decoupled.is_traced:
+            self._make_optimizers()
+
+    # ---- one step ---------------------------------------------------------------------------------------------
+
+    def step(self, *args: Any, target: Any = None, **kwargs: Any) -> StepReport:
+        """Train on one batch: the model's own call, plus the target.
+
+        Args:
+            *args: positional inputs of the model.
+            target: what the loss and the context take.
+            **kwargs: keyword inputs of the model.
+
+        Returns:
+            Loss, outputs and, every ``metrics_every`` steps, how good the predictions were.
+
+        Raises:
+            NonFiniteError: a value or gradient is NaN or infinite; named, and nothing is updated.
+            DecouplingError: inputs that do not fit the plan, or a loss that is no scalar.
+
+        After any error parameters, gradients, buffers, sources and random states are as they were before.
+        """
+        values = self.decoupled.bind(*args, **kwargs)
+        self._make_optimizers()
+        with self._all_or_nothing(), keep_modes(), torch.enable_grad():
+            context = None
+            if self.decoupled.context is not None and target is not None:
+                context = self.decoupled.context(target)
+            run = _Run(self.decoupled, self._scaled_loss)
+            if self.decoupled.is_exact:
+                run.exactly(values, target)
+            else:
+                run.decoupled(values, context, target)
+            self._check_finite(run)
+            self._add_held_gradients()
+            measure = self._measure_next or self.steps % self.metrics_every == 0
+            if measure and not self.decoupled.is_exact:
+                self._measured = run.compare(self.steps)
+                self._measure_next = False
+            run.fit_sources()
+            if (self.steps + 1) % self.accumulate == 0:
+                self._update()
+        self.steps += 1
+        loss = run.loss * self.accumulate if self.accumulate > 1 else run.loss
+        return StepReport(loss, run.output, dict(self._measured), self.steps)
+
+    def request_metrics(self) -> None:
+        """Compare predictions with their targets at the next step, whatever ``metrics_every`` says."""
+        self._measure_next = True
+
+    def true_gradients(self, *args: Any, target: Any = None, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """Backpropagation's gradient at every interface, with nothing changed.
+
+        Args:
+            *args: positional inputs of the model.
+            target: what the loss takes.
+            **kwargs: keyword inputs.
+
+        Returns:
+            The gradient of the loss for each interface's value, by name; zeros where none arrives.
+        """
+        values = self.decoupled.bind(*args, **kwargs)
+        parameters = list(self.decoupled.parameters())
+        before = [p.grad for p in parameters]
+        with restored(self.decoupled), keep_modes(), torch.enable_grad():
+            try:
+                run = _Run(self.decoupled, self.loss)
+                run.exactly(values, target)
+                sent = run.sent
+                return {
+                    n: g.detach() if (g := run.gradients.get(n)) is not None else torch.zeros_like(v)
+                    for n, v in sent.items()
+                }
+            finally:
+                for parameter, gradient in zip(parameters, before, strict=True):
+                    parameter.grad = gradient
+
+    def fit(
+        self,
+        loader: Iterable[Any],
+        epochs: int = 1,
+        *,
+        progress: bool = True,
+        unpack: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any], Any]] | None = None,
+        on_step: Callable[[StepReport], None] | None = None,
+    ) -> StepReport | None:
+        """Train over a loader with a progress bar.
+
+        Args:
+            loader: gives batches ``(input, ..., target)``, or dicts with ``"target"`` or ``"labels"`` beside the model's
+                keyword inputs.
+            epochs: how often to go through it.
+            progress: whether to show a bar.
+            unpack: turns a batch of another form into ``(args, kwargs, target)``.
+            on_step: called with each report, for learning-rate schedulers and logs.
+
+        Returns:
+            The last report; None if the loader was empty.
+        """
+        report = None
+        for epoch in range(epochs):
+            with tqdm(loader, desc=f"epoch {epoch + 1}/{epochs}", disable=not progress, leave=False) as bar:
+                for batch in bar:
+                    args, kwargs, target = (unpack or _unpack)(batch)
+                    report = self.step(*args, target=target, **kwargs)
+                    if progress and self.steps % 10 == 0:
+                        bar.set_postfix(loss=f"{report.loss.item():.4f}")
+                    if on_step is not None:
+                        on_step(report)
+        return report
+
+    # ---- state ------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that training needs to go on bit for bit: model, sources, optimisers, random states, step."""
+        gradients = {n: p.grad for n, p in self.decoupled.named_parameters() if p.grad is not None}
+        return {
+            "decoupled": self.decoupled.state_dict(),
+            "optimizers": {n: o.state_dict() for n, o in self.optimizers.items()},
+            "synthesizer_optimizers": {n: o.state_dict() for n, o in self.synthesizer_optimizers.items()},
+            "gradients": gradients if self.steps % self.accumulate else {},
+            "steps": self.steps,
+            "rng": {
+                "torch": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                "python": random.getstate(),
+            },
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken; the plan must be the same.
+
+        Args:
+            state: what ``state_dict`` returned, for example by ``torch.load``.
+
+        Raises:
+            DecouplingError: the state belongs to other stages or sources; nothing is loaded then.
+        """
+        self.decoupled.plan  # noqa: B018  raises before the model is traced
+        self._make_optimizers()
+        for name, mine in (("optimizers", self.optimizers), ("synthesizer_optimizers", self.synthesizer_optimizers)):
+            if name not in state or set(state[name]) != set(mine):
+                raise DecouplingError(
+                    f"this state has {name} for {sorted(state.get(name, {}))}, but the trainer has {sorted(mine)}: "
+                    "decouple with the plan that the state was saved with"
+                )
+        self.decoupled.load_state_dict(state["decoupled"])
+        for name, mine in (("optimizers", self.optimizers), ("synthesizer_optimizers", self.synthesizer_optimizers)):
+            for key, optimizer in mine.items():
+                optimizer.load_state_dict(state[name][key])
+        for name, parameter in self.decoupled.named_parameters():
+            parameter.grad = state["gradients"].get(name)
+        self.steps = state["steps"]
+        torch.set_rng_state(state["rng"]["torch"].cpu())
+        if state["rng"]["cuda"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all([s.cpu() for s in state["rng"]["cuda"]])
+        version, internal, gauss = state["rng"]["python"]
+        random.setstate((version, tuple(internal), gauss))
+
+    # ---- parts ------------------------------------------------------------------------------------------------
+
+    def _make_optimizers(self) -> None:
+        if self.optimizers or self.synthesizer_optimizers:
+            return
+        seen: set[nn.Parameter] = set()
+        self._stage_parameters: dict[str, NamedParameters] = {}
+        for stage in self.decoupled.stages:
+            own = [(n, p) for n, p in stage.named_parameters() if p not in seen]
+            seen.update(p for _, p in own)
+            if own:
+                self._stage_parameters[stage.name] = own
+                self.optimizers[stage.name] = _made(self._make_optimizer(own), "optimizer")
+        for name, source in self.decoupled.sources.items():
+            if source.message == "loss":
+                raise DecouplingError(f"{name!r}: sources that learn from losses need a later version of dni_fx")
+            learnt = list(source.named_parameters())
+            if learnt:
+                made = _made(self._make_synthesizer_optimizer(learnt), "synthesizer_optimizer")
+                self.synthesizer_optimizers[name] = made
+
+    def _scaled_loss(self, output: Any, target: Any) -> torch.Tensor:
+        value = evaluate(self.loss, output, target)
+        return value / self.accumulate if self.accumulate > 1 else value
+
+    def _all_or_nothing(self) -> Any:
+        return _Restoring(self.decoupled, keep_gradients=self.steps % self.accumulate != 0, owner=self)
+
+    def _add_held_gradients(self) -> None:
+        """Earlier steps' gradients of the same update, added to this step's as autograd would."""
+        for parameter, held in self._held_gradients:
+            parameter.grad = held if parameter.grad is None else held.add_(parameter.grad)
+
+    def _check_finite(self, run: _Run) -> None:
+        places = run.places()
+        sums = [t.detach().sum(dtype=torch.float32 if t.dtype in (torch.half, torch.bfloat16) else None) for _, t in places]
+        gradients = [(n, p.grad) for n, p in self.decoupled.model.named_parameters() if p.grad is not None]
+        norms = torch._foreach_norm([g for _, g in gradients]) if gradients else []
+        device = sums[0].device
+        every = torch.stack([s.to(device=device, dtype=torch.float64) for s in [*sums, *norms]])
+        if bool(every.isfinite().all()):
+            return
+        for name, tensor in [*places, *((f"gradient of parameter {n!r}", g) for n, g in gradients)]:
+            if not bool(tensor.isfinite().all()):
+                kind = "NaN" if bool(tensor.isnan().any()) else "infinite"
+                raise NonFiniteError(
+                    f"step {self.steps + 1}: {name} is {kind}; nothing was updated. Look at the batch, lower the learning "
+                    "rates or set clip_norm="
+                )
+
+    def _update(self) -> None:
+        for name, optimizer in self.optimizers.items():
+            if self.clip_norm is not None:
+                nn.utils.clip_grad_norm_([p for _, p in self._stage_parameters[name]], self.clip_norm)
+            optimizer.step()
+        for optimizer in self.synthesizer_optimizers.values():
+            optimizer.step()
+
+
+class _Run:
+    """What happens to one batch: values sent, gradients, predictions."""
+
+    def __init__(self, decoupled: Decoupled, loss: Callable[[Any, Any], torch.Tensor]) -> None:
+        self.stages: tuple[Stage, ...] = decoupled.stages
+        self.loss_function = loss
+        self.split = decoupled._variant.split
+        self.sent: dict[str, torch.Tensor] = {}
+        self.gradients: dict[str, torch.Tensor | None] = {}
+        self.predictions: dict[str, Any] = {}
+        self.predictions_of: list[dict[str, Any]] = []
+        self.loss: torch.Tensor
+        self.output: Any = None
+
+    def decoupled(self, values: dict[str, Any], context: Any, target: Any) -> None:
+        """Every stage trains on its sources' predictions, in program order."""
+        parts: dict[nn.Parameter, list[Callable[[torch.Tensor | None], torch.Tensor | None]]] = {}
+        carried = [i.name for i in self.split.interfaces]
+        for stage in self.stages:
+            reused = [self.split.shared_in(stage.index)[n] for k, n in self.split.reused if k == stage.index]
+            if reused:
+                result, again = self._step_twice(stage, values, context)
+            else:
+                result, again = stage.step(values, context, self.loss_function, target), None
+            values.update(result.outputs)
+            for name, gradient in result.input_gradients.items():
+                arrived = self.gradients.get(name)
+                if gradient is not None:
+                    self.gradients[name] = gradient if arrived is None else arrived + gradient
+            self.predictions_of.append(result.predictions)
+            self.predictions.update(result.predictions)
+            for parameter in self.split.shared_in(stage.index).values():
+                gradient, parameter.grad = parameter.grad, None
+                if again is not None and any(parameter is p for p in reused):
+                    parts.setdefault(parameter, []).append(functools.partial(again, parameter))
+                elif gradient is not None:
+                    parts.setdefault(parameter, []).append(functools.partial(_add, gradient))
+        for parameter, steps in parts.items():  # last stage first, as autograd would
+            total = None
+            for add in reversed(steps):
+                total = add(total)
+            parameter.grad = total
+        assert result.loss is not None
+        self.loss, self.output = result.loss, result.outputs["output"]
+        self.sent = {n: values[n] for n in carried}
+
+    def _step_twice(self, stage: Stage, values: dict[str, Any], context: Any) -> tuple[StepResult, Callable[..., Any]]:
+        """The stage's step from its halves, keeping the graph for parameters that the stage and later ones share.
+
+        Autograd adds the partial gradients of every use in one chain, last use first. A stage with several uses can
+        only continue that chain once the later stages' sum is known, so for these parameters its pull-back is repeated.
+        """
+        outputs, leaves, entries = stage.forward(values)
+        sent = {n: o.detach() if isinstance(o, torch.Tensor) else o for n, o in outputs.items()}
+        predictions = {n: source((sent[n],), context) for n, source in stage.sources.items()}
+        roots = [outputs[n] for n in predictions]
+        gradients: list[torch.Tensor | None] = [p.gradients[0] for p in predictions.values()]
+        pull_back(roots, gradients, retain_graph=True)
+
+        def again(parameter: nn.Parameter, later: torch.Tensor | None) -> torch.Tensor | None:
+            parameter.grad = None
+            pull_back([*roots, parameter], [*gradients, later], retain_graph=True, inputs=[parameter])
+            total, parameter.grad = parameter.grad, None
+            return total
+
+        return StepResult(sent, {n: leaf.grad for n, leaf in leaves.items()}, predictions), again
+
+    def exactly(self, values: dict[str, Any], target: Any) -> None:
+        """All stages forward, then all backward with the true gradients: equal to backpropagation bit for bit."""
+        tapes = []
+        for stage in self.stages:
+            outputs, leaves, entries = stage.forward(values)
+            tapes.append((outputs, leaves, entries))
+            values.update({n: v.detach() if isinstance(v, torch.Tensor) else v for n, v in outputs.items() if n != "output"})
+        output = outputs["output"]
+        loss = evaluate(self.loss_function, output, target)
+        tapes[-1][0]["loss"] = loss
+        self.gradients["loss"] = torch.ones_like(loss)
+        for stage in reversed(self.stages):
+            outputs, leaves, entries = tapes.pop()
+            partials: dict[str, Any] = dict(self.gradients)
+            for name, parameter in self.split.shared_in(stage.index).items():
+                partials[name], parameter.grad = parameter.grad, None
+            found = stage.backward(outputs, leaves, entries, self.gradients, partials)
+            self.gradients.update(found)
+        del self.gradients["loss"]
+        self.loss, self.output = loss.detach(), detached(output)
+        self.sent = {i.name: values[i.name] for i in self.split.interfaces}
+
+    def targets(self) -> dict[str, torch.Tensor]:
+        """What each source is regressed to; zero where nothing came back."""
+        return {n: g if (g := self.gradients.get(n)) is not None else torch.zeros_like(v) for n, v in self.sent.items()}
+
+    def fit_sources(self) -> None:
+        """Regress the sources."""
+        targets = self.targets() if self.predictions else {}
+        for stage, predictions in zip(self.stages, self.predictions_of, strict=False):
+            stage.fit(predictions, targets)
+
+    def compare(self, step: int) -> dict[str, InterfaceReport]:
+        """How near each prediction is to its target."""
+        last = len(self.stages) - 1
+        references = {i.name: "true" if set(i.consumers) == {last} else "bootstrapped" for i in self.split.interfaces}
+        targets = self.targets()
+        return {n: compare(p.gradients[0], targets[n], references[n], step) for n, p in self.predictions.items()}
+
+    def places(self) -> list[tuple[str, torch.Tensor]]:
+        """Everything that must be finite, with its name; the first in program order comes first."""
+        places: list[tuple[str, torch.Tensor]] = []
+        for name, value in self.sent.items():
+            places.append((f"the value of interface {name!r}", value))
+            if name in self.predictions:
+                places.append((f"the predicted gradient of interface {name!r}", self.predictions[name].gradients[0]))
+        places.append(("the loss", self.loss))
+        for name, gradient in reversed(list(self.gradients.items())):
+            if gradient is not None:
+                places.append((f"the gradient of interface {name!r}", gradient))
+        return places
+
+
+class _Restoring:
+    """Sets gradients aside for a step, and puts back everything if the step fails."""
+
+    def __init__(self, decoupled: Decoupled, keep_gradients: bool, owner: Trainer) -> None:
+        self.decoupled, self.keep, self.owner = decoupled, keep_gradients, owner
+
+    def __enter__(self) -> None:
+        self.parameters = list(self.decoupled.parameters())
+        self.gradients = [p.grad for p in self.parameters]
+        self.buffers = [(b, b.detach().clone()) for b in self.decoupled.buffers()]
+        self.rng = preserved_rng()
+        for parameter in self.parameters:
+            parameter.grad = None
+        kept = [(p, g.clone()) for p, g in zip(self.parameters, self.gradients, strict=True) if g is not None]
+        self.owner._held_gradients = kept if self.keep else []
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        self.owner._held_gradients = []
+        if kind is None:
+            return
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = gradient
+        with torch.no_grad():
+            for buffer, content in self.buffers:
+                buffer.copy_(content)
+        self.rng()
+
+
+def _add(part: torch.Tensor, later: torch.Tensor | None) -> torch.Tensor:
+    return part if later is None else later + part
+
+
+def _made(optimizer: Any, name: str) -> torch.optim.Optimizer:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise DecouplingError(f"{name}= must return a torch.optim.Optimizer, but returned {type(optimizer).__name__}")
+    return optimizer
+
+
+def _unpack(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    if isinstance(batch, dict):
+        rest = dict(batch)
+        key = "target" if "target" in rest else "labels"
+        if key not in rest:
+            raise DecouplingError("a dict batch needs 'target' or 'labels'; pass unpack= for another form")
+        return (), rest, rest.pop(key)
+    if isinstance(batch, tuple | list) and len(batch) >= 2:
+        return tuple(batch[:-1]), {}, batch[-1]
+    raise DecouplingError("a batch must be (input, ..., target) or a dict; pass unpack= for another form")
+
+
+
+

@@ -1,0 +1,550 @@
+"""Runs a model once and writes down, as an fx graph, every torch function and leaf module that it calls.
+
+``torch.fx.Tracer`` feeds symbolic proxies through the model, so code that looks at a value (a shape, a type, an
+``isinstance``) breaks. Here the model runs on ordinary tensors (fake ones where possible), watched by a
+``TorchFunctionMode``: nothing in the model can tell the difference, and shapes, dtypes, aliasing, in-place writes and
+``requires_grad`` of every value are read off the values themselves.
+
+What is known of a node is kept in the ``meta`` of the new graph's nodes:
+
+==============  ==========================================================================================
+``value``       the example tensor (fake or real), or None
+``storage``     a number shared by values that alias each other
+``mutates``     storages that the node writes to
+``random``      whether it draws random numbers
+``parameters``  names of the parameters that it reads
+``modules``     paths of the modules that it ran in, outermost first
+``no_grad``     whether it ran under ``torch.no_grad``
+``autocast``    the autocast regions around it that the model itself entered
+``glued``       whether it must stay with the node before it (members of containers, notes of a write)
+==============  ==========================================================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import random
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..errors import TracingError
+from ..structures import flatten
+from ._symbols import TracedInt, plain
+
+_SIZE_QUERIES = {"torch.Tensor.shape.__get__", "torch.Tensor.size", "torch.Tensor.numel", "torch.Tensor.__len__"}
+_LAYOUT_QUERIES = {"is_contiguous", "stride", "storage_offset"}
+_DATA_QUERIES = {
+    "item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__complex__", "is_nonzero", "equal",
+    "allclose", "__contains__", "__array__", "data_ptr",
+}  # fmt: skip
+_OPERATORS = {
+    "torch.Tensor.add": operator.add, "torch.Tensor.sub": operator.sub, "torch.Tensor.mul": operator.mul,
+    "torch.Tensor.div": operator.truediv, "torch.Tensor.matmul": operator.matmul,
+    "torch.Tensor.__getitem__": operator.getitem,
+}  # fmt: skip
+# nn modules that are only sequences of others: looked into, so that cuts can fall between their layers
+_TRANSPARENT = (nn.Sequential, nn.TransformerEncoder, nn.TransformerDecoder, nn.Transformer)
+
+
+class DataDependentError(TracingError):
+    """The model's control flow reads a tensor's values, which a graph cannot hold."""
+
+
+class FunctionCall:
+    """A custom ``autograd.Function`` as one node, so that its own backward is kept."""
+
+    def __init__(self, function: type[torch.autograd.Function]) -> None:
+        self.function = function
+        self.__name__ = self.__qualname__ = f"{function.__name__}_apply"
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function.apply(*args)
+
+
+def setitem(tensor: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
+    """``tensor[index] = value``; returns the tensor, so that later uses depend on the write."""
+    tensor[index] = value
+    return tensor
+
+
+def after(tensor: torch.Tensor, write: Any) -> torch.Tensor:
+    """The tensor, once a write through another view of its memory has happened."""
+    return tensor
+
+
+class _Observer(TorchDispatchMode):
+    """Notes what the operators below one node do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reset()
+
+    def reset(self) -> None:
+        self.random = False
+        self.parameters: dict[int, None] = {}
+        self.tensors: dict[int, torch.Tensor] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.random = True
+        for arg in args:
+            if isinstance(arg, torch.Tensor):
+                self.tensors[id(arg)] = arg
+                if isinstance(arg, nn.Parameter):
+                    self.parameters[id(arg)] = None
+        return func(*args, **(kwargs or {}))
+
+
+def _is_opaque_by_nature(module: nn.Module) -> bool:
+    """Hooks on a module that is looked into would run at trace time only."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+class Recorder(TorchFunctionMode):
+    """Records one call of a model. See the module's docstring.
+
+    Args:
+        model: the root module.
+        fake: a fake tensor mode, or None to run on real tensors.
+        opaque: paths of modules to keep as single nodes.
+    """
+
+    def __init__(self, model: nn.Module, fake: Any, opaque: frozenset[str]) -> None:
+        super().__init__()
+        self.model, self.fake, self.opaque = model, fake, opaque
+        self.graph = fx.Graph()
+        self.attributes: dict[str, Any] = {}
+        self.guards: list[tuple[fx.Node, Any]] = []
+        # module path, output node and last node made in it, in order of return
+        self.calls: list[tuple[str, fx.Node | None, fx.Node]] = []
+        self.visited: dict[str, nn.Module] = {}  # modules whose training flag is baked into the graph
+        self.failed_at: str | None = None
+        self.failed_leaf = False
+        self.paths: dict[int, str] = {}
+        for path, module in model.named_modules():
+            self.paths.setdefault(id(module), path)
+        self.names: dict[int, str] = {}
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            self.names.setdefault(id(tensor), name)
+        self.constants = {id(t) for m in model.modules() for t in flatten(dict(vars(m)))[0]}
+        self.nodes: dict[int, fx.Node] = {}
+        self.alive: list[Any] = []
+        self.storages: dict[int, tuple[int, list[torch.Tensor]]] = {}
+        self.sizes: dict[tuple[fx.Node, int], TracedInt] = {}
+        self.stack: list[str] = []
+        self.autocasts: list[tuple[Any, ...]] = []
+        self.observer = _Observer()
+        self.paused = False
+        self.thread = threading.get_ident()
+
+    # ---- what torch calls -------------------------------------------------------------------------------------
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.paused:
+            return func(*args, **kwargs)
+        if func is torch._C._set_grad_enabled:
+            return func(*args)
+        try:
+            name = resolve_name(func) or getattr(func, "__name__", str(func))
+        except Exception:  # resolve_name refuses a few wrapped functions
+            name = getattr(func, "__name__", str(func))
+        short = name.removesuffix(".__get__").rsplit(".", 1)[-1]
+        if name.endswith(".__set__"):
+            raise TracingError(f"the model assigns to a tensor's attribute ({name})")
+        if name in _SIZE_QUERIES:
+            return self._size(name, args, kwargs)
+        if short in _DATA_QUERIES and any(isinstance(a, torch.Tensor) for a in args):
+            raise DataDependentError(f"the model reads the values of a tensor (by '{short}') while it runs")
+        if name.startswith("torch.sym_") or short.startswith("_sym_"):
+            return func(*[int(a) if isinstance(a, TracedInt) else a for a in args], **kwargs)
+        return self._record_function(func, name, short, args, kwargs)
+
+    def call_module(self, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Stand-in for ``nn.Module.__call__`` while recording."""
+        path = self.paths.get(id(module))
+        if self.paused or path is None or threading.get_ident() != self.thread:
+            return original(module, *args, **kwargs)
+        if path and self._is_leaf(module, path):
+            return self._call_leaf(original, module, path, args, kwargs)
+        self.visited[path] = module
+        self.stack.append(path)
+        before, draws = self._state_of(module), _python_draws()
+        try:
+            output = original(module, *args, **kwargs)
+            if _python_draws() != draws:
+                raise DataDependentError("the model draws from Python's or NumPy's random numbers")
+            changed = [k for k, v in self._state_of(module).items() if before.get(k, _MISSING) is not v]
+            if changed and path:
+                raise TracingError(f"forward changes the module's own attribute '{changed[0]}'")
+        except Exception:
+            if self.failed_at is None:
+                self.failed_at = path
+            raise
+        finally:
+            self.stack.pop()
+        self._returned(path, output)
+        return output
+
+    def call_function(self, function: type[torch.autograd.Function], args: Any) -> Any:
+        """Stand-in for ``autograd.Function.apply`` while recording."""
+        target = FunctionCall(function)
+        return self._create("call_function", target, args, {}, lambda a, k: target(*a))
+
+    # ---- recording --------------------------------------------------------------------------------------------
+
+    def placeholder(self, name: str, value: torch.Tensor) -> None:
+        """Add a tensor input."""
+        node = self.graph.placeholder(name)
+        node.meta.update(mutates=(), random=False, parameters=(), modules=(), no_grad=False, autocast=())
+        self._attach(node, value)
+
+    def _record_function(self, func: Any, name: str, short: str, args: Any, kwargs: Any) -> Any:
+        if name.endswith(".__get__"):
+            return self._create("call_function", getattr, (args[0], short), {}, lambda a, k: getattr(a[0], short))
+        if name == "torch.Tensor.__setitem__":
+            return self._create("call_function", setitem, args, kwargs, lambda a, k: setitem(*a, **k))
+        run = lambda a, k: func(*a, **k)  # noqa: E731
+        if name in _OPERATORS and len(args) == 2 and not kwargs:
+            return self._create("call_function", _OPERATORS[name], args, kwargs, run)
+        if name.startswith("torch.Tensor."):
+            if short in _LAYOUT_QUERIES:
+                return self._layout(short, args, kwargs)
+            return self._create("call_method", short, args, kwargs, run)
+        return self._create("call_function", func, args, kwargs, run)
+
+    def _call_leaf(self, original: Any, module: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
+        self.attributes[path] = module
+        try:
+            output = self._create("call_module", path, args, kwargs, lambda a, k: original(module, *a, **k))
+        except Exception:
+            if self.failed_at is None:
+                self.failed_at, self.failed_leaf = path, True
+            raise
+        if any(output is a for a in (*args, *kwargs.values())):
+            self.visited[path] = module  # an identity in this mode: which of the two is used later cannot be told
+        self._returned(path, output)
+        return output
+
+    def _create(self, op: str, target: Any, args: Any, kwargs: Any, run: Callable[[Any, Any], Any]) -> Any:
+        self.paused = True
+        try:
+            return self._create_paused(op, target, args, kwargs, run)
+        finally:
+            self.paused = False
+
+    def _create_paused(self, op: str, target: Any, args: Any, kwargs: Any, run: Callable[[Any, Any], Any]) -> Any:
+        inputs = [v for v in flatten((args, kwargs))[0]]
+        node_args, node_kwargs = self._arguments(args), self._arguments(kwargs)
+        versions = [(t, t._version) for t in inputs if not t.is_inference()]
+        real_args, real_kwargs = _plain_tree(args), _plain_tree(kwargs)
+        before = len(self.graph.nodes)
+        self.observer.reset()
+        with self.observer:
+            output = run(real_args, real_kwargs)
+        assert before == len(self.graph.nodes)
+        if op == "call_module" or isinstance(target, FunctionCall):
+            self._check_captures(target, inputs)
+        written = [t for t, version in versions if t._version != version]
+        leaves, structure = flatten(output)
+        if not leaves and not written:
+            if structure.kind != "constant" or (output is not None and op == "call_module"):
+                raise TracingError(f"{target} returns no tensors but {type(output).__name__}")
+            if output is not None:
+                return output
+        node = self.graph.create_node(op, target, node_args, node_kwargs, name=self._node_name(op, target))
+        names = [self.names[i] for i in self.observer.parameters if i in self.names]
+        if op == "call_module":
+            own = self.model.get_submodule(target).named_parameters(remove_duplicate=False)
+            names = [self.names[id(p)] for _, p in own]
+        node.meta.update(
+            mutates=tuple(dict.fromkeys(self._storage(t) for t in written)),
+            random=self.observer.random,
+            parameters=tuple(dict.fromkeys(names)),
+            modules=tuple(self.stack),
+            no_grad=not torch.is_grad_enabled(),
+            autocast=tuple(self.autocasts),
+        )
+        self._attach(node, output)
+        for tensor in written:
+            self._refresh_aliases(tensor, node, output)
+        return output
+
+    def _attach(self, node: fx.Node, output: Any) -> None:
+        """Remember which node a tensor came from; members of containers get nodes of their own."""
+        node.meta["value"] = output if isinstance(output, torch.Tensor) else None
+        if isinstance(output, torch.Tensor):
+            node.meta["storage"] = self._storage(output)
+            self.nodes[id(output)] = node
+            self.alive.append(output)
+            return
+        node.meta["storage"] = None
+        if output is None or isinstance(output, int | float | str | bool | TracedInt):
+            return
+        if isinstance(output, dict):
+            members = [(operator.getitem, key, value) for key, value in output.items()]
+        elif isinstance(output, tuple | list):
+            members = [(operator.getitem, i, value) for i, value in enumerate(output)]
+        elif hasattr(output, "__dataclass_fields__"):
+            members = [(getattr, name, getattr(output, name)) for name in output.__dataclass_fields__]
+        else:
+            raise TracingError(f"'{node.target}' returns a {type(output).__name__}, which holds tensors out of sight")
+        for access, key, value in members:
+            if flatten(value)[0]:
+                member = self.graph.call_function(access, (node, key))
+                member.meta.update({k: v for k, v in node.meta.items() if k in ("modules", "no_grad", "autocast")})
+                member.meta.update(mutates=(), random=False, parameters=(), glued=True)
+                self._attach(member, value)
+
+    def _refresh_aliases(self, written: torch.Tensor, node: fx.Node, output: Any) -> None:
+        """Views of written memory: their later uses depend on the write, whichever stage it ends up in."""
+        for tensor in self.storages[_storage_key(written)][1]:
+            if tensor is output or id(tensor) not in self.nodes:
+                continue
+            old = self.nodes[id(tensor)]
+            if old is node:
+                continue
+            fresh = self.graph.call_function(after, (old, node))
+            fresh.meta.update(
+                {k: v for k, v in node.meta.items() if k in ("modules", "no_grad", "autocast")},
+                mutates=(), random=False, parameters=(), glued=True,
+            )  # fmt: skip
+            fresh.meta.update(value=tensor, storage=self._storage(tensor))
+            self.nodes[id(tensor)] = fresh
+
+    def _storage(self, tensor: torch.Tensor) -> int:
+        key = _storage_key(tensor)
+        number, members = self.storages.setdefault(key, (len(self.storages), []))
+        if all(m is not tensor for m in members):
+            members.append(tensor)
+            self.alive.append(tensor)
+        return number
+
+    def _arguments(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self._tensor_node(value)
+        if isinstance(value, TracedInt):
+            return value.as_node()
+        if isinstance(value, torch.Size):
+            return tuple(self._arguments(v) for v in value)
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*(self._arguments(v) for v in value))
+        if isinstance(value, tuple | list):
+            return (tuple if isinstance(value, tuple) else list)(self._arguments(v) for v in value)
+        if isinstance(value, dict):
+            if all(isinstance(k, str) for k in value):
+                return {k: self._arguments(v) for k, v in value.items()}
+            return self._constant(value)
+        if isinstance(value, slice):
+            return slice(*(self._arguments(v) for v in (value.start, value.stop, value.step)))
+        if value is None or value is Ellipsis or type(value) in (bool, int, float, complex, str):
+            return value
+        if isinstance(value, torch.dtype | torch.device | torch.layout | torch.memory_format):
+            return value
+        if isinstance(value, range):
+            return list(value)
+        if type(value).__module__ == "numpy" and hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
+            return value.item()
+        if isinstance(value, nn.Module) and id(value) in self.paths:
+            name = self.paths[id(value)]
+            self.attributes[name] = value
+            return self._get_attr(name, value)
+        return self._constant(value)
+
+    def _tensor_node(self, tensor: torch.Tensor) -> fx.Node:
+        if id(tensor) in self.nodes:
+            return self.nodes[id(tensor)]
+        if id(tensor) in self.names:
+            name = self.names[id(tensor)]
+            self.attributes[name] = tensor
+            return self._get_attr(name, tensor)
+        seen_before = not isinstance(tensor, torch._subclasses.FakeTensor) if self.fake else id(tensor) in self.constants
+        if not seen_before:
+            raise TracingError("a tensor was computed by code that tracing does not see (a scripted function, vmap, ...)")
+        return self._constant(tensor)
+
+    def _get_attr(self, name: str, value: Any) -> fx.Node:
+        node = self.graph.create_node("get_attr", name, name=name.replace(".", "_"))
+        node.meta.update(mutates=(), random=False, modules=(), no_grad=False, autocast=())
+        node.meta["parameters"] = (name,) if isinstance(value, nn.Parameter) else ()
+        node.meta.update(value=value if isinstance(value, torch.Tensor) else None, storage=None)
+        if isinstance(value, torch.Tensor):
+            self._attach(node, value)
+        return node
+
+    def _constant(self, value: Any) -> fx.Node:
+        held = flatten(dict(getattr(value, "__dict__", {})))[0]
+        if not isinstance(value, torch.Tensor) and any(self._is_computed(t) for t in held):
+            raise TracingError(f"a {type(value).__name__} carries computed tensors into a module")
+        name = f"_constant_{sum(k.startswith('_constant_') for k in self.attributes)}"
+        for known, other in self.attributes.items():
+            if other is value and known.startswith("_constant_"):
+                name = known
+        self.attributes[name] = value
+        return self._get_attr(name, value)
+
+    # ---- sizes ------------------------------------------------------------------------------------------------
+
+    def _size(self, name: str, args: Any, kwargs: Any) -> Any:
+        tensor = args[0]
+        node = self.nodes.get(id(tensor))
+        dim = plain(args[1]) if len(args) > 1 else kwargs.get("dim")
+        if node is None or node.op == "get_attr":  # a parameter's or constant's size never changes
+            sizes = tensor.shape
+            if name.endswith("numel"):
+                return tensor.numel()
+            if name.endswith("__len__"):
+                return len(tensor)
+            return sizes if dim is None else sizes[dim]
+        if name.endswith("numel"):
+            return TracedInt(tensor.numel(), lambda: self.graph.call_method("numel", (node,)), self._add_guard)
+        if name.endswith("__len__"):
+            return int(self._dim(node, tensor, 0))
+        if dim is not None:
+            return self._dim(node, tensor, dim % max(tensor.dim(), 1))
+        return torch.Size([self._dim(node, tensor, d) for d in range(tensor.dim())])
+
+    def _dim(self, node: fx.Node, tensor: torch.Tensor, dim: int) -> TracedInt:
+        if (node, dim) not in self.sizes:
+            make = lambda: self.graph.call_method("size", (node, dim))  # noqa: E731
+            self.sizes[node, dim] = TracedInt(tensor.shape[dim], make, self._add_guard)
+        return self.sizes[node, dim]
+
+    def _layout(self, short: str, args: Any, kwargs: Any) -> Any:
+        """Strides and contiguity: the plain answer, with a guard."""
+        self.paused = True
+        try:
+            answer = getattr(args[0], short)(*args[1:], **kwargs)
+        finally:
+            self.paused = False
+        node = self.nodes.get(id(args[0]))
+        if node is not None and node.op != "get_attr":
+            query = self.graph.call_method(short, (node, *args[1:]), dict(kwargs))
+            self._add_guard(query, answer)
+        return answer
+
+    def _add_guard(self, node: fx.Node, value: Any) -> None:
+        if not any(n is node for n, _ in self.guards):
+            self.guards.append((node, value))
+
+    # ---- modules ----------------------------------------------------------------------------------------------
+
+    def _is_leaf(self, module: nn.Module, path: str) -> bool:
+        if path in self.opaque or _is_opaque_by_nature(module):
+            return True
+        from_torch = type(module).__module__.startswith(("torch.nn", "torch.ao.nn"))
+        return from_torch and not isinstance(module, _TRANSPARENT)
+
+    def _returned(self, path: str, output: Any) -> None:
+        if isinstance(output, tuple | list) and len(output) == 1:
+            output = output[0]
+        node = self.nodes.get(id(output)) if isinstance(output, torch.Tensor) else None
+        self.calls.append((path, node, next(iter(reversed(self.graph.nodes)))))
+
+    @staticmethod
+    def _state_of(module: nn.Module) -> dict[str, Any]:
+        state = {k: v for k, v in vars(module).items() if k not in _MODULE_INTERNALS}
+        return {**state, **module._buffers, **module._parameters}
+
+    def _node_name(self, op: str, target: Any) -> str | None:
+        if op == "call_module":
+            return target.replace(".", "_")
+        if isinstance(target, FunctionCall):
+            return target.function.__name__.lower()
+        return None
+
+
+    def _is_computed(self, tensor: torch.Tensor) -> bool:
+        node = self.nodes.get(id(tensor))
+        return node is not None and node.op != "get_attr"
+
+    def _check_captures(self, target: Any, inputs: list[torch.Tensor]) -> None:
+        known = {id(t) for t in inputs}
+        for number, tensor in self.observer.tensors.items():
+            if number not in known and self._is_computed(tensor):
+                raise TracingError(f"{target} uses a computed tensor that is not among its arguments")
+
+
+_MISSING = object()
+_MODULE_INTERNALS = frozenset(vars(nn.Module()))
+
+
+def _python_draws() -> Any:
+    """State of Python's and NumPy's generators, to notice that a model drew from them."""
+    numpy = sys.modules.get("numpy.random")
+    state = numpy.get_state() if numpy else None  # type: ignore[attr-defined]
+    return random.getstate(), state and (state[1][0], state[2])
+
+
+def _storage_key(tensor: torch.Tensor) -> int:
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse and other tensors without memory of their own
+        return -id(tensor)
+
+
+def _plain_tree(value: Any) -> Any:
+    """Replace traced integers by their values, containers included."""
+    if isinstance(value, TracedInt):
+        return value.value
+    if isinstance(value, torch.Size):
+        return torch.Size([plain(v) for v in value])
+    if isinstance(value, tuple):
+        items = [_plain_tree(v) for v in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if type(value) is list:
+        return [_plain_tree(v) for v in value]
+    if type(value) is dict:
+        return {k: _plain_tree(v) for k, v in value.items()}
+    if isinstance(value, slice):
+        return slice(_plain_tree(value.start), _plain_tree(value.stop), _plain_tree(value.step))
+    return value
+
+
+@contextlib.contextmanager
+def recording(recorder: Recorder) -> Iterator[None]:
+    """Route module calls, custom functions and autocast regions of this thread to the recorder."""
+    module_call, apply = nn.Module.__call__, torch.autograd.Function.__dict__["apply"]
+    enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
+    thread = threading.get_ident()
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return recorder.call_module(module_call, module, args, kwargs)
+
+    def function_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if recorder.paused or threading.get_ident() != thread:
+            return apply.__func__(cls, *args, **kwargs)
+        return recorder.call_function(cls, args)
+
+    def autocast_enter(region: Any) -> Any:
+        if not recorder.paused and threading.get_ident() == thread:
+            recorder.autocasts.append((region.device, region.fast_dtype, region._enabled, region._cache_enabled))
+            region._recorded = True
+        return enter(region)
+
+    def autocast_exit(region: Any, *error: Any) -> Any:
+        if getattr(region, "_recorded", False):
+            recorder.autocasts.pop()
+            region._recorded = False
+        return leave(region, *error)
+
+    nn.Module.__call__ = call  # type: ignore[method-assign]
+    torch.autograd.Function.apply = classmethod(function_apply)  # type: ignore[assignment, method-assign]
+    torch.autocast.__enter__, torch.autocast.__exit__ = autocast_enter, autocast_exit  # type: ignore[method-assign]
+    try:
+        with recorder.fake or contextlib.nullcontext(), recorder:
+            yield
+    finally:
+        nn.Module.__call__ = module_call  # type: ignore[method-assign]
+        torch.autograd.Function.apply = apply  # type: ignore[method-assign]
+        torch.autocast.__enter__, torch.autocast.__exit__ = enter, leave  # type: ignore[method-assign]

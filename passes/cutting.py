@@ -1,0 +1,308 @@
+"""Where a graph may be cut, what would cross there, and which nodes then belong to which stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..errors import CutError, did_you_mean
+from ..plan import CutPoint, TensorSpec
+from .specs import infer_specs, name_values
+from .tracing import Trace
+
+_REPLICATED_ELEMENTS = 1 << 20  # a mask or table larger than this is sent rather than computed again
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Which values live across which positions of the program. Position ``p`` is before node ``p``.
+
+    Attributes:
+        trace: the traced model.
+        nodes: nodes in program order.
+        index: position of each node.
+        names: names of each value, preferred first.
+        specs: tensor specs by node name.
+        last_use: position of the last user of each node, -1 without users.
+        replicated: cheap nodes computed from the inputs alone, made again in every stage that uses them.
+        trainable: number of values that carry a gradient across each position.
+        illegal: why a position may not be cut, for those that may not.
+    """
+
+    trace: Trace
+    nodes: tuple[fx.Node, ...]
+    index: dict[fx.Node, int]
+    names: dict[fx.Node, tuple[str, ...]]
+    specs: dict[str, TensorSpec]
+    last_use: dict[fx.Node, int]
+    replicated: frozenset[fx.Node]
+    trainable: tuple[int, ...]
+    illegal: dict[int, str]
+
+    def crosses(self, node: fx.Node, position: int) -> bool:
+        """Whether a computed value is made before the position and used at or after it."""
+        return self.index[node] < position <= self.last_use[node] and self.is_computed(node)
+
+    def is_computed(self, node: fx.Node) -> bool:
+        """Whether the node belongs to one stage: not an input, an attribute or a replicated node."""
+        return node.op not in ("placeholder", "get_attr", "output") and node not in self.replicated
+
+
+def needs_gradient(node: fx.Node) -> bool:
+    """Whether a value lies on a trainable path."""
+    value = node.meta.get("value")
+    return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def find_flow(trace: Trace) -> Flow:
+    """Scan a graph once for what crosses every position and where a cut is illegal. Linear in nodes and edges.
+
+    Args:
+        trace: a traced model.
+
+    Returns:
+        The facts that cutting and splitting need.
+    """
+    nodes = tuple(trace.graph.nodes)
+    index = {n: i for i, n in enumerate(nodes)}
+    last_use = {n: max((index[u] for u in n.users), default=-1) for n in nodes}
+    written = _writes(nodes, index)
+    replicated = _replicated(nodes, written)
+    change = [0] * (len(nodes) + 2)
+    for node in nodes:
+        if node.op not in ("placeholder", "get_attr", "output") and node not in replicated and needs_gradient(node):
+            change[index[node] + 1] += 1
+            change[last_use[node] + 1 if last_use[node] >= 0 else index[node] + 1] -= 1
+    flow = Flow(
+        trace=trace,
+        nodes=nodes,
+        index=index,
+        names=name_values(trace),
+        specs=infer_specs(trace),
+        last_use=last_use,
+        replicated=replicated,
+        trainable=tuple(accumulate(change)),
+        illegal={},
+    )
+    flow.illegal.update(_illegal_positions(flow, written))
+    return flow
+
+
+def list_cut_points(flow: Flow) -> tuple[CutPoint, ...]:
+    """Every position that can be named, with what would cross it.
+
+    Args:
+        flow: facts of a traced model.
+
+    Returns:
+        Cut points in program order: after each module, and after each node that ends no module.
+    """
+    named: dict[int, list[str]] = {}
+    seen: dict[str, int] = {}
+    for path, _, last in flow.trace.calls:
+        count = seen.get(path, 0)
+        seen[path] = count + 1
+        if path:
+            named.setdefault(_after(flow, last), []).insert(0, f"{path}@{count}" if count else path)
+    for path, count in seen.items():  # the plain name of a module called several times means its last call
+        if path and count > 1:
+            for names in named.values():
+                names[:] = [f"{path}@0" if n == path else n for n in names]
+    points = []
+    live: dict[fx.Node, None] = {}
+    for position in range(1, len(flow.nodes)):
+        node = flow.nodes[position - 1]
+        if flow.is_computed(node):
+            live[node] = None
+        for dead in [n for n in (*node.all_input_nodes, node) if n in live and flow.last_use[n] < position]:
+            del live[dead]
+        if not flow.is_computed(node) or flow.nodes[position].meta.get("glued"):
+            continue
+        for name in named.get(position, [flow.names[node][0]]):
+            points.append(_cut_point(flow, position, name, tuple(live)))
+    return tuple(points)
+
+
+def find_positions(flow: Flow, cuts: tuple[str, ...]) -> tuple[int, ...]:
+    """Positions of named cuts, in program order; every problem of every name is gathered into one error.
+
+    Args:
+        flow: facts of a traced model.
+        cuts: module paths or node names.
+
+    Returns:
+        Ascending positions.
+
+    Raises:
+        CutError: unknown names, cuts that nothing trainable crosses, illegal cuts, two cuts at one place.
+    """
+    problems, positions = [], []
+    names = _cut_names(flow)
+    for cut in cuts:
+        position = names.get(cut)
+        if position is None:
+            problems.append(f"{cut!r}: no module or node of this graph has that name{did_you_mean(cut, names)}")
+            continue
+        if position in positions:
+            other = cuts[positions.index(position)]
+            problems.append(f"{cut!r}: is at the same place as {other!r}")
+        elif why := reason_against(flow, position):
+            problems.append(f"{cut!r}: {why}")
+        positions.append(position)
+    if problems:
+        lines = "\n".join(f"  - {p}" for p in problems)
+        raise CutError(
+            f"{len(problems)} of {len(cuts)} cuts cannot be made in {type(flow.trace.model).__name__}:\n{lines}\n"
+            "print(dni_fx.list_cut_points(model, example_inputs)) shows the places where it can be cut"
+        )
+    return tuple(sorted(positions))
+
+
+def choose_positions(flow: Flow, stages: int) -> tuple[int, ...]:
+    """Legal positions nearest to equal node counts.
+
+    Args:
+        flow: facts of a traced model.
+        stages: number of stages wanted, at least 1.
+
+    Returns:
+        At most ``stages - 1`` ascending positions; fewer where the graph has fewer legal ones.
+    """
+    computed = [i for i, n in enumerate(flow.nodes) if flow.is_computed(n)]
+    legal = [p for p in (i + 1 for i in computed) if p < len(flow.nodes) - 1 and not reason_against(flow, p)]
+    chosen: list[int] = []
+    for k in range(1, stages):
+        remaining = [p for p in legal if not chosen or p > chosen[-1]]
+        spare = remaining[: len(remaining) - (stages - 1 - k)] or remaining
+        if not spare:
+            break
+        target = computed[min(round(k * len(computed) / stages), len(computed) - 1)]
+        chosen.append(min(spare, key=lambda p: (abs(p - target), p)))
+    return tuple(chosen)
+
+
+def name_position(flow: Flow, position: int) -> str:
+    """The name of the cut at a position: the outermost module that ends there, else the node before it."""
+    names = _cut_names(flow)
+    for path, _, _ in reversed(flow.trace.calls):
+        if path and names.get(path) == position:
+            return path
+    return flow.nodes[position - 1].name
+
+
+def reason_against(flow: Flow, position: int) -> str | None:
+    """Why a position may not be cut, or None."""
+    if flow.trainable[position] == 0:
+        return "no value on a trainable path crosses there (its upstream is frozen, or only inputs cross)"
+    return flow.illegal.get(position)
+
+
+def assign_stages(flow: Flow, positions: tuple[int, ...]) -> dict[fx.Node, int]:
+    """Stage of every computed node, for cuts at the given positions."""
+    stage, stages = 0, {}
+    for i, node in enumerate(flow.nodes):
+        while stage < len(positions) and i >= positions[stage]:
+            stage += 1
+        if flow.is_computed(node):
+            stages[node] = stage
+    return stages
+
+
+def _cut_names(flow: Flow) -> dict[str, int]:
+    names: dict[str, int] = {}
+    for node in flow.nodes:
+        if node.op not in ("placeholder", "get_attr", "output"):
+            names[node.name] = _after(flow, node)
+    seen: dict[str, int] = {}
+    for path, _, last in flow.trace.calls:
+        if path:
+            names[f"{path}@{seen.get(path, 0)}"] = _after(flow, last)
+            seen[path] = seen.get(path, 0) + 1
+    for path, _, last in flow.trace.calls:
+        if path:
+            names[path] = _after(flow, last)
+    return names
+
+
+def _after(flow: Flow, node: fx.Node) -> int:
+    """The position after a node and what is glued to it."""
+    position = flow.index.get(node, -1) + 1
+    while position < len(flow.nodes) and flow.nodes[position].meta.get("glued"):
+        position += 1
+    return position
+
+
+def _cut_point(flow: Flow, position: int, name: str, live: tuple[fx.Node, ...]) -> CutPoint:
+    crossing = [n for n in live if flow.crosses(n, position)]
+    carrying = [n for n in crossing if needs_gradient(n)]
+    main = flow.nodes[position - 1] if flow.nodes[position - 1] in carrying else (carrying[-1] if carrying else None)
+    why = reason_against(flow, position)
+    return CutPoint(
+        name=name,
+        shape=flow.specs[main.name].shape if main else (),
+        nbytes=sum(flow.specs[n.name].nbytes for n in crossing if n.name in flow.specs),
+        crossing=tuple(flow.names[n][0] for n in crossing),
+        interfaces=len(carrying),
+        legal=why is None,
+        reason=why or "",
+    )
+
+
+def _writes(nodes: tuple[fx.Node, ...], index: dict[fx.Node, int]) -> dict[int, fx.Node]:
+    """The last node that writes to each storage."""
+    return {storage: n for n in nodes for storage in n.meta.get("mutates", ())}
+
+
+def _replicated(nodes: tuple[fx.Node, ...], written: dict[int, fx.Node]) -> frozenset[fx.Node]:
+    found: dict[fx.Node, None] = {}
+    for node in nodes:
+        if node.op not in ("call_function", "call_method") or node.meta.get("mutates") or node.meta.get("random"):
+            continue
+        value: Any = node.meta.get("value")
+        if value is None and "value" in node.meta:  # a container of tensors
+            continue
+        if isinstance(value, torch.Tensor) and (value.requires_grad or value.numel() > _REPLICATED_ELEMENTS):
+            continue
+        if node.meta.get("parameters") or node.meta.get("storage") in written:
+            continue
+        free = all(
+            (i in found or (i.op in ("placeholder", "get_attr") and i.meta["storage"] not in written))
+            for i in node.all_input_nodes
+        )
+        if free:
+            found[node] = None
+    return frozenset(found)
+
+
+def _illegal_positions(flow: Flow, written: dict[int, fx.Node]) -> dict[int, str]:
+    """Positions where two views of memory that is written to later would be torn apart."""
+    members: dict[int, list[fx.Node]] = {}
+    for node in flow.nodes:
+        if node.meta.get("storage") in written and node not in flow.replicated:
+            members.setdefault(node.meta["storage"], []).append(node)
+    illegal: dict[int, str] = {}
+    for storage, group in members.items():
+        last_write = flow.index[written[storage]]
+        spans = [(flow.index[n] + 1, min(flow.last_use[n], last_write), n) for n in group]
+        spans = [s for s in spans if s[1] >= s[0]]
+        count: dict[int, list[fx.Node]] = {}
+        if len(spans) < 2:
+            continue
+        for start, end, node in spans:
+            for position in range(start, end + 1):
+                count.setdefault(position, []).append(node)
+        for position, alive in count.items():
+            if len(alive) > 1:
+                illegal.setdefault(
+                    position,
+                    f"{alive[0].name!r} and {alive[1].name!r} share memory that {written[storage].name!r} writes to "
+                    "after the cut; cut before both or after the write",
+                )
+    for position, node in enumerate(flow.nodes):
+        if node.meta.get("glued"):
+            illegal[position] = f"{node.name!r} belongs to the node before it"
+    return illegal

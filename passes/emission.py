@@ -1,0 +1,179 @@
+"""Writes each stage's training function as an fx graph: forward, sources, pull-back.
+
+Three graph modules come out of the same two halves:
+
+* ``forward``: from a dict of values to ``(outputs, leaves, entries)``, all with their autograd graph;
+* ``backward``: from those, with gradients for the outputs and partial gradients for the inputs, to input gradients;
+* ``step``: both in one, with the stage's sources in between, for training without waiting.
+
+How bits are kept: the stage's input is ``value = leaf.view_as(leaf)``, and ``value`` is a root of the pull-back besides
+the outputs, with what later stages already sent for it as cotangent, so that autograd adds partial gradients in the order
+in which it would add them without cuts.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+from ..stepping import StepResult, detached, evaluate, pull_back
+from ._graphs import identifier
+from .splitting import OUTPUT, Split, StageGraph
+
+_PREFIXES = re.compile(r"dni_fx_(?:stepping|passes__recorder)_|^import .*\n|^from .*\n", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class StageFunctions:
+    """The emitted functions of one stage; see the module's docstring."""
+
+    forward: fx.GraphModule
+    backward: fx.GraphModule
+    step: fx.GraphModule
+
+
+def emit_functions(split: Split, index: int, sources: Mapping[str, nn.Module]) -> StageFunctions:
+    """Emit the training functions of one stage.
+
+    Args:
+        split: all stages and what crosses.
+        index: which stage.
+        sources: the gradient source of each interface that this stage sends, by interface name.
+
+    Returns:
+        New graph modules; the stage's module and the sources are in them by reference.
+    """
+    stage = split.stages[index]
+    received = [i.name for i in split.interfaces if i.name in stage.inputs]
+    sent = [i.name for i in split.interfaces if i.name in stage.outputs]
+    return StageFunctions(
+        forward=_emit_forward(stage, received),
+        backward=_emit_backward(stage, received, sent, split.shared_in(index)),
+        step=_emit_step(stage, received, sent, sources),
+    )
+
+
+def readable_code(module: fx.GraphModule) -> str:
+    """The source of an emitted function without module prefixes and housekeeping."""
+    code = _PREFIXES.sub("", module.code)
+    code = re.sub(r";  (\w+ = )+None", "", code)
+    code = re.sub(r"^(\s+)\w+ = pull_back\(", r"\1pull_back(", code, flags=re.MULTILINE)
+    code = re.sub(r"(\w+) = StepResult\((.*)\)\n(\s+)return \1", r"return StepResult(\2)", code)
+    return code.strip() + "\n"
+
+
+def _emit_forward(stage: StageGraph, received: list[str]) -> fx.GraphModule:
+    graph = fx.Graph()
+    values, leaves = _open_inputs(graph, graph.placeholder("inputs"), stage, received)
+    outputs = _run_stage(graph, stage, values)
+    graph.output((outputs, leaves, {name: values[name] for name in received}))
+    return fx.GraphModule({"stage": stage.module}, graph, f"Forward{stage.index}")
+
+
+def _emit_backward(
+    stage: StageGraph, received: list[str], sent: list[str], shared: dict[str, nn.Parameter]
+) -> fx.GraphModule:
+    graph = fx.Graph()
+    outputs, leaves, entries, gradients, partials = (
+        graph.placeholder(n) for n in ("outputs", "leaves", "entries", "gradients", "partials")
+    )
+    names = ["loss"] if stage.outputs == (OUTPUT,) else sent
+    roots = [_item(graph, outputs, n) for n in names] + [_item(graph, entries, n) for n in received]
+    roots += [graph.create_node("get_attr", f"shared.{name}") for name in shared]
+    arrived = [graph.call_method("get", (gradients, n)) for n in names]
+    arrived += [graph.call_method("get", (partials, n)) for n in [*received, *shared]]
+    graph.call_function(pull_back, (tuple(roots), tuple(arrived)))
+    graph.output(_gradients(graph, {n: _item(graph, leaves, n) for n in received}))
+    return fx.GraphModule({f"shared.{n}": p for n, p in shared.items()}, graph, f"Backward{stage.index}")
+
+
+def _emit_step(
+    stage: StageGraph, received: list[str], sent: list[str], sources: Mapping[str, nn.Module]
+) -> fx.GraphModule:
+    graph = fx.Graph()
+    inputs = graph.placeholder("inputs")
+    context, loss, target = (graph.placeholder(n, default_value=None) for n in ("context", "loss", "target"))
+    values, leaves = _open_inputs(graph, inputs, stage, received)
+    outputs = _run_stage(graph, stage, values)
+    attributes: dict[str, nn.Module] = {"stage": stage.module}
+    predictions: dict[str, fx.Node] = {}
+    value = None
+    if OUTPUT in outputs:
+        value = graph.call_function(evaluate, (loss, outputs[OUTPUT], target))
+        value.name = "loss_value"
+        roots, gradients = [value], [_named(graph.call_function(torch.ones_like, (value,)), "loss_gradient")]
+        results = {OUTPUT: _named(graph.call_function(detached, (outputs[OUTPUT],)), "output_sent")}
+        value_out = _named(graph.call_function(detached, (value,)), "loss_sent")
+    else:
+        value_out = None
+        results = {
+            n: _named(graph.call_method("detach", (o,)), f"{identifier(n)}_sent") if n in sent else o
+            for n, o in outputs.items()
+        }
+        for name in sent:
+            path = f"sources.{source_key(name)}"
+            attributes[path] = sources[name]
+            predictions[name] = graph.call_module(path, ((results[name],), context))
+            predictions[name].name = f"{identifier(name)}_prediction"
+        roots = [outputs[n] for n in sent]
+        gradients = []
+        for name in sent:
+            predicted = _named(graph.call_function(getattr, (predictions[name], "gradients")), f"{identifier(name)}_gradients")
+            gradients.append(_item(graph, predicted, 0, f"{identifier(name)}_gradient"))
+    graph.call_function(pull_back, (tuple(roots), tuple(gradients)))
+    result = (results, _gradients(graph, leaves), predictions, value_out)
+    graph.output(graph.call_function(StepResult, result))
+    return fx.GraphModule(attributes, graph, f"Step{stage.index}")
+
+
+def source_key(interface: str) -> str:
+    """Interface names may hold dots, which module tables may not."""
+    return interface.replace(".", "/")
+
+
+def _open_inputs(
+    graph: fx.Graph, inputs: fx.Node, stage: StageGraph, received: list[str]
+) -> tuple[dict[str, fx.Node], dict[str, fx.Node]]:
+    values, leaves = {}, {}
+    for name in stage.inputs:
+        label = identifier(name)
+        values[name] = _item(graph, inputs, name, label if name not in received else f"{label}_received")
+        if name in received:
+            fresh = graph.call_method("detach", (values[name],))
+            fresh.name = f"{label}_detached"
+            leaves[name] = graph.call_method("requires_grad_", (fresh,))
+            leaves[name].name = f"{label}_leaf"
+            values[name] = graph.call_method("view_as", (leaves[name], leaves[name]))
+            values[name].name = label
+    return values, leaves
+
+
+def _run_stage(graph: fx.Graph, stage: StageGraph, values: dict[str, fx.Node]) -> dict[str, fx.Node]:
+    called = graph.call_module("stage", tuple(values[n] for n in stage.inputs))
+    if stage.outputs == (OUTPUT,):
+        called.name = OUTPUT
+        return {OUTPUT: called}
+    called.name = "outputs"
+    return {n: _item(graph, called, i, identifier(n)) for i, n in enumerate(stage.outputs)}
+
+
+def _gradients(graph: fx.Graph, leaves: dict[str, fx.Node]) -> dict[str, fx.Node]:
+    found = {}
+    for name, leaf in leaves.items():
+        found[name] = graph.call_function(getattr, (leaf, "grad"))
+        found[name].name = f"{identifier(name)}_input_gradient"
+    return found
+
+
+def _named(node: fx.Node, name: str) -> fx.Node:
+    node.name = name
+    return node
+
+
+def _item(graph: fx.Graph, container: fx.Node, key: str | int, name: str | None = None) -> fx.Node:
+    return graph.create_node("call_function", operator.getitem, (container, key), name=name)

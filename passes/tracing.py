@@ -1,0 +1,384 @@
+"""From a model and example inputs to a graph: a ladder of tracers, from the most faithful to the last resort.
+
+1. ``trace_calls``: record torch functions and leaf modules (see ``_recorder``) on fake tensors, then on real ones; a
+   submodule that cannot be looked into becomes one opaque node.
+2. ``trace_export``: ``torch.export`` (non-strict, batch dimension dynamic), whose operators are then recorded likewise.
+
+Which rung to believe is for the numeric self-check (``checking``) to say.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import hashlib
+import inspect
+import random
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..errors import TracingError
+from ..structures import Structure, flatten
+from ._recorder import DataDependentError, Recorder, recording
+from ._symbols import TracedInt
+
+_MOST_OPAQUE = 200
+TABLES = ("_parameters", "_buffers", "_modules")
+
+
+@dataclass
+class Trace:
+    """A traced model.
+
+    Attributes:
+        graph: nodes with the facts listed in ``_recorder`` in their ``meta``; never changed after tracing.
+        model: the user's model.
+        attributes: what ``call_module`` and ``get_attr`` targets stand for, by reference.
+        inputs: structure of ``(args, kwargs)``; its leaves are the placeholders, in order.
+        outputs: structure of the result; its leaves are the arguments of the output node.
+        guards: nodes whose value, if it differs for other inputs, makes this graph invalid for them.
+        calls: module path, output node and last node made in it, in the order in which modules returned.
+        modes: modules whose ``training`` flag this graph holds fast.
+        rung: which tracer made the graph: ``"calls"``, ``"calls on real tensors"`` or ``"export"``.
+        opaque: paths of modules kept as one node because they could not be looked into, with the reason.
+        notes: further remarks for the plan.
+    """
+
+    graph: fx.Graph
+    model: nn.Module
+    attributes: dict[str, Any]
+    inputs: Structure
+    outputs: Structure
+    guards: tuple[tuple[fx.Node, Any], ...]
+    calls: tuple[tuple[str, fx.Node | None, fx.Node], ...]
+    modes: tuple[nn.Module, ...]
+    rung: str
+    opaque: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """Hash of nodes, operators and edges; equal for equal graphs in every process."""
+        text = "\n".join(f"{n.name} {n.op} {_target_name(n)} {_signature(n.args)} {_signature(n.kwargs)}" for n in self.graph.nodes)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def trace_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+    """Record the model's functions and leaf modules on fake tensors, else on real ones.
+
+    Args:
+        model: any module, in the mode in which it is to run.
+        args: example positional inputs, nested as the model takes them.
+        kwargs: example keyword inputs.
+
+    Returns:
+        The trace. The model, its buffers and the random state are as they were.
+
+    Raises:
+        TracingError: the model as a whole cannot be recorded; says why and where.
+    """
+    opaque: dict[str, str] = {}
+    real = False
+    while True:
+        with untouched(model):
+            recorder = Recorder(model, None if real else FakeTensorMode(allow_non_fake_inputs=True), frozenset(opaque))
+            try:
+                trace = _record(recorder, model, args, kwargs, opaque)
+            except Exception as error:
+                place, reason = recorder.failed_at, _reason(error)
+                is_leaf = recorder.failed_leaf
+                if place and not is_leaf and place not in opaque and len(opaque) < _MOST_OPAQUE:
+                    opaque[place] = reason
+                    continue
+                if not real and not (isinstance(error, DataDependentError) and not is_leaf):
+                    real = True
+                    continue
+                if is_leaf and place and not isinstance(error, TracingError):
+                    raise TracingError(f"'{place}' ({type(model.get_submodule(place)).__name__}) fails: {reason}") from error
+                outer = _next_outer(model, place, opaque) if place else None
+                if outer is None:
+                    raise TracingError(f"the top level of {type(model).__name__} cannot be recorded: {reason}") from error
+                opaque[outer] = reason
+                continue
+        _bind_originals(trace)
+        return trace
+
+
+def _bind_originals(trace: Trace) -> None:
+    """Buffers were clones while tracing."""
+    for name in trace.attributes:
+        if not name.startswith("_constant_"):
+            trace.attributes[name] = functools.reduce(getattr, name.split("."), trace.model)
+
+
+def trace_export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+    """Trace by ``torch.export`` and record the exported operators.
+
+    The batch dimension is dynamic where export allows it. The training mode is baked into the operators.
+
+    Args:
+        model: any module.
+        args: example positional inputs.
+        kwargs: example keyword inputs.
+
+    Returns:
+        The trace; its parameters and buffers are the model's own.
+
+    Raises:
+        TracingError: export refuses the model; holds its message.
+    """
+    with untouched(model):
+        try:
+            program = _export(model, args, kwargs)
+            exported = program.module(check_guards=False)
+        except Exception as error:
+            raise TracingError(f"torch.export: {_reason(error)}") from error
+        recorder = Recorder(model, FakeTensorMode(allow_non_fake_inputs=True), frozenset())
+        recorder.paths = {}
+        trace = _record(recorder, _Replayed(exported, recorder), args, kwargs, {})
+    trace.model = model
+    _bind_originals(trace)
+    modes = tuple(m for m in model.modules())
+    return Trace(**{**vars(trace), "model": model, "modes": modes, "rung": "export"})
+
+
+class _Replayed:
+    """Runs an exported graph node by node, telling the recorder which module each operator came from."""
+
+    def __init__(self, module: nn.Module, recorder: Recorder) -> None:
+        self.module, self.recorder = module, recorder
+        self.forward = module.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        recorder, stack = self.recorder, self.recorder.stack
+
+        class Player(fx.Interpreter):
+            open: list[tuple[str, Any]] = []
+
+            def run_node(self, node: fx.Node) -> Any:
+                wanted = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values() if path]
+                wanted = [w.split("@")[0] for w in wanted]
+                if node.op in ("call_function", "call_method"):
+                    for path in [p for p in stack if p not in wanted]:
+                        recorder.calls.append((path, recorder.nodes.get(id(self.last)), next(iter(reversed(recorder.graph.nodes)))))
+                    stack[:] = wanted
+                value = super().run_node(node)
+                if node.op in ("call_function", "call_method") and isinstance(value, torch.Tensor):
+                    self.last = value
+                return value
+
+            last: Any = None
+
+        player = Player(self.module)  # type: ignore[arg-type]
+        with contextlib.suppress(AttributeError):
+            player.graph.owning_module._guards_fn = lambda *a, **k: None  # type: ignore[union-attr]
+        flat = torch.utils._pytree.arg_tree_leaves(*args, **kwargs)
+        result = player.run(*flat, enable_io_processing=False)
+        for path in reversed(stack):
+            recorder.calls.append((path, recorder.nodes.get(id(player.last)), next(iter(reversed(recorder.graph.nodes)))))
+        stack.clear()
+        return player.module.graph._codegen.process_outputs(result)  # type: ignore[union-attr]
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    dynamic = torch.utils._pytree.tree_map(
+        lambda v: {0: torch.export.Dim.AUTO} if isinstance(v, torch.Tensor) and v.dim() else None, (args, kwargs)
+    )
+    names = list(inspect.signature(model.forward).parameters)
+    shapes = {**dict(zip(names, dynamic[0], strict=False)), **dynamic[1]}
+    try:
+        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    except Exception:
+        return torch.export.export(model, args, kwargs, strict=False)
+
+
+def _record(
+    recorder: Recorder, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], opaque: dict[str, str]
+) -> Trace:
+    leaves, structure = flatten((args, kwargs))
+    names = input_names(model, args, kwargs)
+    values = []
+    for name, leaf in zip(names, leaves, strict=True):
+        leaf = leaf.detach().requires_grad_(leaf.requires_grad)
+        value = recorder.fake.from_tensor(leaf) if recorder.fake else leaf.detach().clone().requires_grad_(leaf.requires_grad)
+        recorder.placeholder(name, value)
+        values.append(value)
+    fake_args, fake_kwargs = structure.build(iter(values))
+    with recording(recorder), torch.enable_grad():
+        output = model(*fake_args, **fake_kwargs)
+    out_leaves, out_structure = flatten(output, lambda v: isinstance(v, torch.Tensor | TracedInt))
+    for part in _constants(out_structure):
+        if flatten(dict(getattr(part, "__dict__", {})))[0]:
+            raise TracingError(
+                f"the model returns a {type(part).__name__}, whose tensors cannot be seen; "
+                "return tuples, dicts or dataclasses, or register the class with torch.utils._pytree"
+            )
+    recorder.graph.output(tuple(recorder._arguments(leaf) for leaf in out_leaves))
+    _prune(recorder.graph, {n for n, _ in recorder.guards})
+    recorder.graph.lint()
+    return Trace(
+        graph=recorder.graph,
+        model=model,
+        attributes=recorder.attributes,
+        inputs=structure,
+        outputs=out_structure,
+        guards=tuple(recorder.guards),
+        calls=tuple((path, None if node and node._erased else node, _surviving(last)) for path, node, last in recorder.calls),
+        modes=tuple(recorder.visited.values()),
+        rung="calls" if recorder.fake else "calls on real tensors",
+        opaque=dict(opaque),
+    )
+
+
+def input_names(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """A name for every tensor among the inputs: the parameter's, with keys and indices where it is nested."""
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "input")
+    named = [(positional[i] if i < len(positional) else f"{rest}_{i - len(positional)}", v) for i, v in enumerate(args)]
+    names: list[str] = []
+    for name, value in [*named, *kwargs.items()]:
+        count = len(flatten(value)[0])
+        if count == 1 and isinstance(value, torch.Tensor):
+            names.append(name)
+        else:
+            names.extend(f"{name}_{key}" for key in _leaf_keys(value))
+    result: list[str] = []
+    for name in names:
+        name = re.sub(r"\W", "_", name)
+        while name in result:
+            name += "_"
+        result.append(name)
+    return result
+
+
+def _leaf_keys(value: Any) -> list[str]:
+    if isinstance(value, torch.Tensor):
+        return [""]
+    if isinstance(value, dict):
+        items = [(str(k), v) for k, v in value.items()]
+    elif hasattr(value, "_fields"):
+        items = list(zip(value._fields, value, strict=True))
+    elif isinstance(value, tuple | list):
+        items = [(str(i), v) for i, v in enumerate(value)]
+    else:
+        return [str(i) for i in range(len(flatten(value)[0]))]
+    return [f"{k}_{rest}".strip("_") for k, v in items for rest in _leaf_keys(v)]
+
+
+def _constants(structure: Structure) -> Iterator[Any]:
+    if structure.kind == "constant":
+        yield structure.payload
+    for child in structure.children:
+        yield from _constants(child)
+
+
+def _prune(graph: fx.Graph, keep: set[fx.Node]) -> None:
+    """Drop members and alias notes that nothing uses; nothing that could have an effect is dropped."""
+    for node in reversed(list(graph.nodes)):
+        if node.users or node in keep or node.op in ("placeholder", "output"):
+            continue
+        bookkeeping = getattr(node.target, "__name__", "") in ("getitem", "after", "getattr")
+        if node.op == "get_attr" or (bookkeeping and not node.meta.get("mutates") and not node.meta.get("random")):
+            graph.erase_node(node)
+        elif "value" not in node.meta:  # an integer that was looked at but not used
+            graph.erase_node(node)
+
+
+def _surviving(node: fx.Node) -> fx.Node:
+    """The nearest node at or before this one that pruning left."""
+    while node._erased:
+        node = node.prev
+    return node
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Put back attributes, parameter and buffer tables, modes and random states; buffers are clones meanwhile."""
+    modules = list(model.modules())
+    saved = [(m, dict(vars(m)), {t: dict(vars(m)[t]) for t in TABLES}) for m in modules]
+    rng = preserved_rng()
+    clones: dict[int, torch.Tensor] = {}
+    for module in modules:
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = clones.setdefault(id(buffer), buffer.clone())
+    try:
+        yield
+    finally:
+        put_back(saved)
+        rng()
+
+
+def put_back(saved: list[tuple[nn.Module, dict[str, Any], dict[str, dict[str, Any]]]]) -> None:
+    """Restore the attributes and tables of modules."""
+    for module, attributes, contents in saved:
+        for name in [k for k in vars(module) if k not in attributes]:
+            del vars(module)[name]
+        vars(module).update(attributes)
+        for table, content in contents.items():
+            vars(module)[table].clear()
+            vars(module)[table].update(content)
+
+
+def preserved_rng() -> Callable[[], None]:
+    """Remember torch's, Python's and NumPy's random states; the result puts them back."""
+    cpu, python = torch.get_rng_state(), random.getstate()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    numpy = sys.modules.get("numpy.random")
+    numpy_state = numpy.get_state() if numpy else None  # type: ignore[attr-defined]
+
+    def restore() -> None:
+        torch.set_rng_state(cpu)
+        random.setstate(python)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+        if numpy is not None:
+            numpy.set_state(copy.deepcopy(numpy_state))  # type: ignore[attr-defined]
+
+    return restore
+
+
+def _next_outer(model: nn.Module, place: str, opaque: dict[str, str]) -> str | None:
+    while "." in place:
+        place = place.rpartition(".")[0]
+        if place not in opaque and isinstance(model.get_submodule(place), nn.Module):
+            if not isinstance(model.get_submodule(place), nn.ModuleList | nn.ModuleDict):
+                return place
+    return None
+
+
+def _reason(error: BaseException) -> str:
+    """First line of an error and the user's line that raised it."""
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if not isinstance(error, TracingError):
+        text = f"{type(error).__name__}: {text}"
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if "/torch/" not in frame.filename and "/dni_fx/" not in frame.filename and "/passes/" not in frame.filename:
+            return f"{text} ({frame.filename}:{frame.lineno})"
+    return text
+
+
+def _target_name(node: fx.Node) -> str:
+    if isinstance(node.target, str):
+        return node.target
+    return f"{getattr(node.target, '__module__', '')}.{getattr(node.target, '__name__', node.target)}"
+
+
+def _signature(value: Any) -> str:
+    if isinstance(value, fx.Node):
+        return f"%{value.name}"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{k}:{_signature(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, tuple | list):
+        return "(" + ",".join(_signature(v) for v in value) + ")"
+    return repr(value)

@@ -1,0 +1,1 @@
+"""Tests of dni_fx; `models`, `random_models` and `oracles` hold what they share."""

@@ -1,0 +1,224 @@
+"""The examples run from another directory, say what they should, and their data is checked before it is used."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def load_example(name: str) -> ModuleType:
+    """An example as a module, without putting examples/ on the import path."""
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look up their annotations
+    spec.loader.exec_module(module)
+    return module
+
+
+data = load_example("data")
+
+
+def run_example(name: str, *arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a script as a user does; warnings are errors there too."""
+    command = [sys.executable, "-W", "error", str(EXAMPLES / f"{name}.py"), *arguments]
+    package = str(EXAMPLES.parent)  # works without an installation too
+    settings = {**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, cwd=cwd, env=settings, capture_output=True, text=True, check=False, timeout=300)
+
+
+def rows(output: str) -> dict[str, list[str]]:
+    """Cells of a markdown table by their row's first cell, the header left out."""
+    lines = [line for line in output.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    return {row[0]: row[1:] for row in cells}
+
+
+@pytest.fixture(scope="module")
+def mnist_folder() -> Path:
+    """Where MNIST is on this machine; nothing is downloaded for a test."""
+    try:
+        folder = data.find_mnist()
+    except data.DataError as error:
+        pytest.skip(f"MNIST is not on this machine: {error}")
+    if folder is None:
+        pytest.skip(f"MNIST is not on this machine: neither {data.DATA_VARIABLE} nor ../shared/data")
+    return folder
+
+
+def test_quickstart_prints_plan_and_code_and_learns(tmp_path: Path) -> None:
+    done = run_example("quickstart", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "layer1" in done.stdout
+    assert "def forward(" in done.stdout
+    assert float(done.stdout.split("test accuracy ")[1].rstrip("%\n")) > 85.0
+
+
+def test_quickstart_is_short() -> None:
+    assert len((EXAMPLES / "quickstart.py").read_text(encoding="utf-8").splitlines()) <= 60
+
+
+def test_demo_compares_all_methods_and_draws_a_picture(tmp_path: Path) -> None:
+    done = run_example("digits", "--steps", "25", "--out", "made", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    table = rows(done.stdout)
+    assert list(table) == ["backprop", "exact", "dni", "cdni", "zero", "stale"]
+    assert table["exact"][:2] == table["backprop"][:2]
+    assert "exact mode equals backprop bit for bit" in done.stdout
+    assert "100%" in done.stderr  # the progress bar
+    picture = tmp_path / "made" / "digits.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_repeats_itself_for_one_seed(tmp_path: Path) -> None:
+    accuracies = []
+    for seed in ("3", "3", "4"):
+        done = run_example("digits", "--steps", "12", "--seed", seed, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        accuracies.append([row[:3] for row in rows(done.stdout).values()])
+    assert accuracies[0] == accuracies[1] != accuracies[2]
+
+
+def test_demo_fails_loudly_where_exact_mode_is_not_backprop(capsys: pytest.CaptureFixture[str]) -> None:
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        digits = load_example("digits")
+    finally:
+        sys.path.remove(str(EXAMPLES))
+    runs = [digits.Run(method, steps=[1], state={"w": torch.ones(2)}) for method in ("backprop", "exact")]
+    assert digits.compare_exact(runs)
+    runs[1].state["w"] = torch.ones(2).nextafter(torch.full((2,), 2.0))
+    assert not digits.compare_exact(runs)
+    assert "DIFFERS from backprop in 1 of 1 tensors" in capsys.readouterr().out
+
+
+def test_mnist_experiment_goes_on_where_it_was(tmp_path: Path, mnist_folder: Path) -> None:
+    arguments = ["--steps", "4", "--methods", "backprop", "cdni", "--measure-every", "2", "--data", str(mnist_folder)]
+    first = run_example("mnist", *arguments, "--seeds", "0", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    records = json.loads((tmp_path / "out" / "mnist.json").read_text())
+    assert [(record["method"], record["seed"]) for record in records] == [("backprop", 0), ("cdni", 0)]
+
+    second = run_example("mnist", *arguments, "--seeds", "0", "1", cwd=tmp_path)
+    assert second.returncode == 0, second.stderr
+    assert "seed 0" not in second.stderr
+    assert "seed 1, cdni" in second.stderr
+    assert json.loads((tmp_path / "out" / "mnist.json").read_text())[:2] == records
+    assert list(rows(second.stdout)) == ["backprop", "cdni"]
+
+
+def test_mnist_experiment_refuses_a_broken_record(tmp_path: Path, mnist_folder: Path) -> None:
+    broken = tmp_path / "runs.json"
+    broken.write_text("[{")
+    done = run_example("mnist", "--out", str(broken), "--data", str(mnist_folder), cwd=tmp_path)
+    assert done.returncode == 1
+    assert "runs.json holds no finished runs" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_mnist_has_the_published_shapes(mnist_folder: Path) -> None:
+    mnist = data.mnist(mnist_folder)
+    assert mnist.train_x.shape == (60000, 1, 28, 28)
+    assert mnist.test_x.shape == (10000, 1, 28, 28)
+    assert mnist.train_x.mean().item() == pytest.approx(0.130660, abs=1e-6)
+    assert mnist.train_y.bincount().sum() == 60000
+
+
+def test_digits_are_split_without_overlap() -> None:
+    digits = data.digits()
+    assert digits.train_x.dtype == torch.float32
+    assert digits.train_x.shape[1:] == (1, 8, 8)
+    assert len(digits.train_x) + len(digits.test_x) == 1797
+    assert (digits.train_x.min(), digits.train_x.max()) == (0.0, 1.0)
+    assert digits.test_y.bincount().min() >= 34
+    assert torch.equal(digits.test_x, data.digits().test_x)
+
+
+def test_named_directory_without_mnist_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(data.DataError, match=r"no MNIST in .*expected train-images"):
+        data.mnist(tmp_path)
+
+
+def test_environment_names_the_directory(tmp_path: Path) -> None:
+    done = run_example("mnist", cwd=tmp_path, DNI_FX_DATA=str(tmp_path))
+    assert done.returncode == 1
+    assert f"no MNIST in {tmp_path} (from DNI_FX_DATA)" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_damaged_file_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"not MNIST"))
+    with pytest.raises(data.DataError, match=r"train-images-idx3-ubyte\.gz is damaged"):
+        data.mnist(tmp_path)
+
+
+def test_missing_file_beside_others_is_an_error(tmp_path: Path, mnist_folder: Path) -> None:
+    shutil.copy(mnist_folder / "train-images-idx3-ubyte.gz", tmp_path)
+    with pytest.raises(data.DataError, match=r"cannot read .*train-labels"):
+        data.mnist(tmp_path)
+
+
+class Home:
+    """A small stand-in for MNIST and its homes on the web, as directories."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.broken, self.good = folder / "broken", folder / "good"
+        self.cache = folder / "cache" / "dni_fx" / "mnist"
+        files = {}
+        for name, (_, header, _) in data.MNIST_FILES.items():
+            shape = (2, 1, 28, 28) if header == 16 else (2,)
+            packed = gzip.compress(bytes(header + 2 * (784 if header == 16 else 1)), mtime=0)
+            files[name] = (hashlib.sha256(packed).hexdigest(), header, shape)
+            for home, content in ((self.broken, b"<html>moved</html>"), (self.good, packed)):
+                home.mkdir(exist_ok=True)
+                (home / name).write_bytes(content)
+        monkeypatch.setattr(data, "MNIST_FILES", files)
+        monkeypatch.setattr(data, "NEIGHBOUR", folder / "nowhere")
+        monkeypatch.setattr(data, "MNIST_HOMES", tuple(f"{home.as_uri()}/" for home in (self.broken, self.good)))
+        monkeypatch.delenv(data.DATA_VARIABLE, raising=False)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
+    """MNIST is nowhere on the machine; the first of its homes serves something else."""
+    return Home(tmp_path, monkeypatch)
+
+
+def test_download_goes_to_the_next_home_and_is_kept(home: Home) -> None:
+    assert data.mnist().train_x.shape == (2, 1, 28, 28)
+    assert sorted(path.name for path in home.cache.iterdir()) == sorted(data.MNIST_FILES)
+    shutil.rmtree(home.good)
+    assert data.mnist().test_y.tolist() == [0, 0]
+
+
+def test_damaged_cache_is_downloaded_again(home: Home) -> None:
+    data.mnist()
+    name = next(iter(data.MNIST_FILES))
+    (home.cache / name).write_bytes(b"half a fi")
+    data.mnist()
+    assert (home.cache / name).read_bytes() == (home.good / name).read_bytes()
+
+
+def test_failed_download_names_each_home_and_leaves_nothing(home: Home) -> None:
+    shutil.rmtree(home.good)
+    with pytest.raises(data.DataError, match="cannot download train-images") as caught:
+        data.mnist()
+    assert "is damaged" in str(caught.value)
+    assert home.good.as_uri() in str(caught.value)
+    assert data.DATA_VARIABLE in str(caught.value)
+    assert not home.cache.exists()

@@ -1,0 +1,139 @@
+"""Random models, cut at random legal places: exact mode, replay and composed stages against eager PyTorch, bit for bit.
+
+``DNI_FX_RANDOM_GRAPHS`` sets the number of models (2,000 by default).
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, note, settings
+
+import dni_fx
+
+from . import oracles
+from .models import Case
+from .random_models import Program, RandomModel, programs
+
+COUNT = int(os.environ.get("DNI_FX_RANDOM_GRAPHS", "2000"))
+DTYPE = torch.float64
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    with oracles.one_thread():
+        yield
+
+
+def case_of(program: Program) -> Case:
+    """The program's model, cut at legal places that its numbers pick; without cuts where no place is legal."""
+
+    def inputs(batch: int, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return tuple(torch.randn(batch, 4, dtype=dtype) for _ in range(program.inputs)), {}
+
+    whole = Case("random", lambda: RandomModel(program), inputs, ())
+    model = whole.build(DTYPE)
+    note(model.code)
+    args, _, _ = oracles.draw(whole, 3, DTYPE, 0)
+    legal = [point.name for point in dni_fx.list_cut_points(model, args) if point.legal]
+    chosen = {number % len(legal) for number in program.cuts} if legal else set()
+    cuts = tuple(legal[index] for index in sorted(chosen))
+    note(f"cuts: {cuts}")
+    return Case("random", whole.make, inputs, cuts)
+
+
+def agree(got: oracles.Record, want: oracles.Record, what: str) -> None:
+    """Equal bit for bit. Where backprop leaves a parameter without gradient, a replayed one may be zero in every bit.
+
+    (The value crosses a cut, but nothing that the loss depends on: a source has to say something, and says zero.)
+    """
+    for path, gradient in got["step 0"]["gradients"].items():
+        if path not in want["step 0"]["gradients"]:
+            oracles.assert_bits_equal(gradient, torch.zeros_like(gradient), f"{what}: {path}, without gradient in eager")
+    known = {name: g for name, g in got["step 0"]["gradients"].items() if name in want["step 0"]["gradients"]}
+    oracles.assert_bits_equal({**got["step 0"], "gradients": known}, want["step 0"], what)
+
+
+def check(case: Case, replay: Callable[..., oracles.Record] = oracles.replay_run) -> None:
+    """All oracles on one model, one optimiser step. It is decoupled once: its sources play exact mode first."""
+    options: dict[str, Any] = {"steps": 1, "batch": 3}
+    want = oracles.backprop_run(case, DTYPE, oracles.sgd, **options)
+    decoupled = oracles.transform(case, DTYPE, oracles.Replay, batch=3)
+    start = copy.deepcopy(decoupled.state_dict())
+    sources = list(decoupled.synthesizers.values())
+    for source in sources:
+        source.exact = True
+    exact = oracles.exact_run(case, DTYPE, oracles.sgd, decoupled=decoupled, **options)
+    oracles.assert_bits_equal(exact["step 0"], want["step 0"], "exact")
+    for source in sources:
+        source.exact = False
+    decoupled.load_state_dict(start)
+    agree(replay(case, DTYPE, oracles.sgd, decoupled=decoupled, **options), want, "replay")
+    oracles.composed_check(case, DTYPE, decoupled=decoupled, batches=(2,), seed=1)
+
+
+def run(count: int, replay: Callable[..., oracles.Record] = oracles.replay_run) -> Counter[str]:
+    """Check ``count`` random models; stops at the first mismatch, shrunk.
+
+    Returns:
+        How many ran, how many of them no cut was legal in, stages and interfaces in all, and mismatches.
+    """
+    seen: Counter[str] = Counter()
+
+    @settings(
+        max_examples=count,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(programs)
+    def one(program: Program) -> None:
+        case = case_of(program)
+        if not case.cuts:
+            seen["without a legal cut"] += 1
+            return
+        seen["models"] += 1
+        seen["cuts"] += len(case.cuts)
+        try:
+            check(case, replay)
+        except Exception:
+            seen["mismatches"] += 1
+            raise
+
+    try:
+        one()
+    finally:
+        print(f"random graphs: {dict(seen)}, mismatches: {seen['mismatches']}")
+    return seen
+
+
+def test_random_graphs(capsys: pytest.CaptureFixture[str], record_property: Callable[[str, Any], None]) -> None:
+    with capsys.disabled():
+        seen = run(COUNT)
+    for name, number in seen.items():
+        record_property(name, number)
+    assert seen["mismatches"] == 0
+    assert seen["models"] >= 0.9 * COUNT
+
+
+def test_the_random_graphs_see_a_wrong_gradient() -> None:
+    """Negative control: a source whose gradient is wrong in the sixth digit."""
+
+    def wrong(decoupled: dni_fx.Decoupled, *step: Any) -> None:
+        oracles.hand_over_true_gradients(decoupled, *step)
+        for source in decoupled.synthesizers.values():
+            source.gradients = tuple(gradient * (1 + 1e-6) for gradient in source.gradients)
+
+    def replay(*args: Any, **options: Any) -> oracles.Record:
+        return oracles.replay_run(*args, before_step=wrong, **options)
+
+    with pytest.raises(AssertionError, match="replay"):
+        run(20, replay)
