@@ -11,7 +11,7 @@ from torch import nn
 from .decoupled import Decoupled, Passes, Variant, kinds_of
 from .errors import CutError, DecouplingError, PlanMismatchError, TracingError
 from .passes.checking import check_stages, guards_hold
-from .passes.cutting import assign_stages, choose_positions, find_flow, find_positions, name_position
+from .passes.cutting import assign_stages, choose_positions, find_flow, find_positions, is_legal, name_position
 from .passes.cutting import list_cut_points as list_points
 from .passes.emission import emit_functions, readable_code, source_key
 from .passes.insertion import Gradients, infer_context, make_sources, resolve_gradients
@@ -75,7 +75,9 @@ def decouple(
         gradients = dict(cuts.gradients) if "exact" not in dict(cuts.gradients).values() else "exact"
 
     def build(model: nn.Module, args: Any, kwargs: Any, plan: CutPlan | None) -> Variant:
-        return _build_variant(model, args, kwargs, plan.cuts if plan else wanted, stages or DEFAULT_STAGES, check)
+        if plan is None:
+            return _build_variant(model, args, kwargs, wanted, stages or DEFAULT_STAGES, check)
+        return _build_variant(model, args, kwargs, plan.cuts, 0, check, again=True)
 
     def make_plan(variant: Variant, args: Any, kwargs: Any) -> tuple[CutPlan, dict[str, GradientSource]]:
         if isinstance(cuts, CutPlan) and cuts.digest != variant.trace.digest:
@@ -157,9 +159,13 @@ def list_cut_points(
 
 
 def _build_variant(
-    model: nn.Module, args: Any, kwargs: Any, cuts: tuple[str, ...] | None, stages: int, check: bool
+    model: nn.Module, args: Any, kwargs: Any, cuts: tuple[str, ...] | None, stages: int, check: bool, again: bool = False
 ) -> Variant:
-    """Climb the tracing ladder until the split model equals the model."""
+    """Climb the tracing ladder until the split model equals the model.
+
+    A graph made again under an existing plan may lack a cut, say one inside ``if self.training``: it then has fewer
+    stages, which do to evaluate with.
+    """
     refusals: list[str] = []
     for tracer in (trace_calls, trace_export):
         try:
@@ -168,8 +174,10 @@ def _build_variant(
             refusals.append(f"{tracer.__name__}: {error}")
             continue
         flow = find_flow(trace)
-        if max(flow.trainable) == 0:
+        if max(flow.trainable) == 0 and not again:
             raise CutError(f"no parameter of this {type(model).__name__} is trainable; unfreeze some (requires_grad_())")
+        if again and cuts is not None:
+            cuts = tuple(c for c in cuts if is_legal(flow, c))
         positions = choose_positions(flow, stages) if cuts is None else find_positions(flow, cuts)
         names = cuts or tuple(name_position(flow, p) for p in positions)
         split = split_stages(flow, assign_stages(flow, positions), names)

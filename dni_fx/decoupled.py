@@ -280,9 +280,9 @@ class Decoupled(nn.Module):
         """Run the composed stages, called as the model is; outputs and gradients equal the model's."""
         values = self.bind(*args, **kwargs)
         with keep_modes():
-            for stage in self._stages:
+            for stage in (stages := self._variant.split.stages):
                 results = stage.module(*(values[n] for n in stage.inputs))
-                if stage.index == len(self._stages) - 1:
+                if stage is stages[-1]:
                     return results
                 values.update(zip(stage.outputs, results, strict=True))
 
@@ -345,6 +345,12 @@ class Decoupled(nn.Module):
     def _functions(self) -> tuple[StageFunctions, ...]:
         """The emitted functions of the active graph, written when first trained with."""
         variant = self._variant
+        if len(variant.cuts) < len(self.plan.cuts):
+            missing = [c for c in self.plan.cuts if c not in variant.cuts]
+            raise PlanMismatchError(
+                f"in this mode or for these inputs the model cannot be cut after {', '.join(map(repr, missing))}: it can be "
+                "evaluated but not trained; name cuts by modules that every mode runs"
+            )
         if not variant.functions:
             variant.functions = self._passes.emit(variant.split, self._sources_of(variant))
         return variant.functions

@@ -149,7 +149,8 @@ def train(
             run.steps.append(count)
             run.accuracy.append(accuracy(model, data.test_x, data.test_y))
             run.cosine.append(math.nan if true is None else cosine(predicted[-1], true))
-            bar.set_postfix(test=f"{run.accuracy[-1]:.1%}", cosine=f"{run.cosine[-1]:.2f}")
+            agreement = {} if math.isnan(run.cosine[-1]) else {"cosine": f"{run.cosine[-1]:.2f}"}
+            bar.set_postfix(test=f"{run.accuracy[-1]:.1%}", **agreement)
     run.train_accuracy = accuracy(model, data.train_x, data.train_y)
     run.state = {name: value.clone() for name, value in model.state_dict().items()}
     return run
@@ -218,7 +219,7 @@ def main() -> int:
     """Run the demo; 1 where exact mode is not backprop."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", choices=("digits", "mnist"), default="digits", help="data set (default: digits)")
-    parser.add_argument("--steps", type=int, default=600, help="training steps of each method (default: 600)")
+    parser.add_argument("--steps", type=int, default=500, help="training steps of each method (default: 500)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out"), help="where the picture goes (default: out)")
     args = parser.parse_args()

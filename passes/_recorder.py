@@ -469,9 +469,9 @@ class Recorder(TorchFunctionMode):
         return node is not None and node.op != "get_attr"
 
     def _check_captures(self, target: Any, inputs: list[torch.Tensor]) -> None:
-        known = {id(t) for t in inputs}
-        for number, tensor in self.observer.tensors.items():
-            if number not in known and self._is_computed(tensor):
+        known = {_storage_key(t) for t in inputs}  # writing to a view also touches what it is a view of
+        for tensor in self.observer.tensors.values():
+            if self._is_computed(tensor) and _storage_key(tensor) not in known:
                 raise TracingError(f"{target} uses a computed tensor that is not among its arguments")
 
 

@@ -162,6 +162,14 @@ def find_positions(flow: Flow, cuts: tuple[str, ...]) -> tuple[int, ...]:
     return tuple(sorted(positions))
 
 
+def is_legal(flow: Flow, cut: str) -> bool:
+    """Whether a graph has a cut of that name, and it may be made."""
+    try:
+        return bool(find_positions(flow, (cut,)))
+    except CutError:
+        return False
+
+
 def choose_positions(flow: Flow, stages: int) -> tuple[int, ...]:
     """Legal positions nearest to equal node counts.
 
@@ -252,6 +260,11 @@ def _cut_point(flow: Flow, position: int, name: str, live: tuple[fx.Node, ...]) 
     )
 
 
+def kept_storages(nodes: tuple[fx.Node, ...]) -> set[int]:
+    """Memory of buffers and other attributes: every stage writes to the model's own, never to a copy."""
+    return {n.meta["storage"] for n in nodes if n.op == "get_attr" and n.meta["storage"] is not None}
+
+
 def _writes(nodes: tuple[fx.Node, ...], index: dict[fx.Node, int]) -> dict[int, fx.Node]:
     """The last node that writes to each storage."""
     return {storage: n for n in nodes for storage in n.meta.get("mutates", ())}
@@ -281,8 +294,10 @@ def _replicated(nodes: tuple[fx.Node, ...], written: dict[int, fx.Node]) -> froz
 def _illegal_positions(flow: Flow, written: dict[int, fx.Node]) -> dict[int, str]:
     """Positions where two views of memory that is written to later would be torn apart."""
     members: dict[int, list[fx.Node]] = {}
+    kept = kept_storages(flow.nodes)
     for node in flow.nodes:
-        if node.meta.get("storage") in written and node not in flow.replicated:
+        storage = node.meta.get("storage")
+        if storage in written and storage not in kept and node not in flow.replicated:
             members.setdefault(node.meta["storage"], []).append(node)
     illegal: dict[int, str] = {}
     for storage, group in members.items():

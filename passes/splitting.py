@@ -16,7 +16,7 @@ from torch import fx, nn
 from ..plan import Interface
 from ..structures import Structure
 from ._graphs import identifier
-from .cutting import Flow, needs_gradient
+from .cutting import Flow, kept_storages, needs_gradient
 
 OUTPUT = "output"
 
@@ -176,7 +176,7 @@ def _build_stage(
     needed = _needed(flow, own, results)
     computed = set(own)
     incoming = dict.fromkeys(n for n in needed if n.op == "placeholder" or (n in stage_of and n not in computed))
-    written = {s for n in own for s in n.meta.get("mutates", ())}
+    written = {s for n in own for s in n.meta.get("mutates", ())} - kept_storages(flow.nodes)
     called = {str(n.target) for n in own if n.op == "call_module"}
 
     graph = fx.Graph()

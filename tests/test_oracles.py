@@ -81,7 +81,7 @@ def test_plan_is_the_same_on_retrace(case: Case) -> None:
     assert type(first).from_json(first.to_json()) == first
 
 
-HASHED = ("unet", "fan_out", "tied_language_model", "views", "gpt", "nested_input", "dict_output", "routing")
+HASHED = ("unet", "fan_out", "tied_language_model", "views", "nested_input", "routing")
 PRINT_PLANS = """
 import sys, warnings
 warnings.simplefilter("ignore")
@@ -171,7 +171,7 @@ def one_by_one(roots: Any, gradients: Any) -> None:
 @pytest.mark.parametrize("broken", [drop_one, one_by_one], ids=lambda function: function.__name__)
 def test_exact_oracle_sees_a_broken_pull_back(broken: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(emission, "pull_back", broken)
-    must_fail(lambda: compare(oracles.exact_run(FAN, torch.float32, oracles.sgd)), says="stem.weight")
+    must_fail(lambda: compare(oracles.exact_run(FAN, torch.float32, oracles.sgd)), says="weight")
 
 
 def test_composed_oracle_sees_another_operator() -> None:
