@@ -14,7 +14,7 @@ import argparse
 import copy
 import cProfile
 import pstats
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -82,12 +82,12 @@ class HandWritten:
             prediction = synthesizer(torch.cat((sent.detach(), context), 1))
             sent.backward(prediction.detach() * scales[index])
             if index:
-                targets.append(received.grad)
+                targets.append(_gradient(received))
             predictions.append(prediction)
             received = sent.detach().requires_grad_()
         loss = F.cross_entropy(self.stages[-1](received), labels)
         loss.backward()
-        targets.append(received.grad)
+        targets.append(_gradient(received))
 
         self._update_scale(targets)
         inverse = self.scale.reciprocal().nan_to_num(posinf=0.0).unbind()  # a zero scale means zero targets
@@ -104,6 +104,11 @@ class HandWritten:
         self.count.add_(known).clamp_(max=WINDOW)
         updated = self.scale.square().lerp(square, self.count.reciprocal()).sqrt()
         self.scale.copy_(torch.where(known, updated, self.scale))
+
+
+def _gradient(received: Tensor) -> Tensor:
+    assert received.grad is not None
+    return received.grad
 
 
 class Library:
@@ -124,9 +129,7 @@ class Library:
         def adam(parameters: object) -> torch.optim.Optimizer:
             return torch.optim.Adam(parameters, LEARNING_RATE)  # type: ignore[arg-type]
 
-        self.trainer = dni_fx.Trainer(
-            self.decoupled, loss=F.cross_entropy, optimizer=adam, synthesizer_optimizer=adam
-        )
+        self.trainer = dni_fx.Trainer(self.decoupled, loss=F.cross_entropy, optimizer=adam, synthesizer_optimizer=adam)
 
     def __call__(self, x: Tensor, labels: Tensor) -> object:
         """One step."""
@@ -158,8 +161,8 @@ def batches(count: int) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def largest_difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    """The largest absolute difference between two lists of parameters; 0.0 only where they are equal."""
+def largest_difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+    """The largest absolute difference between two rows of parameters; 0.0 only where they are equal."""
     return max(float((a.detach() - b.detach()).abs().max()) for a, b in zip(ours, theirs, strict=True))
 
 

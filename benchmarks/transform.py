@@ -129,7 +129,9 @@ def transform(model: nn.Module, x: Tensor, stages: int) -> int:
     import dni_fx
 
     decoupled = dni_fx.decouple(model, stages=stages, example_inputs=(x,), check=False)
-    return sum(stage.nodes for stage in decoupled.plan.report.stages)
+    report = decoupled.plan.report
+    assert report is not None
+    return sum(stage.nodes for stage in report.stages)
 
 
 def export(model: nn.Module, x: Tensor) -> int:

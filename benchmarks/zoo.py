@@ -19,7 +19,6 @@ import platform
 import random
 import re
 import resource
-import sys
 import time
 import traceback
 import warnings
@@ -440,6 +439,7 @@ def examine(entry: Entry, dtype: torch.dtype, check: bool, report: Callable[[Row
         )
         row["transform_seconds"] = time.perf_counter() - begin
         facts = decoupled.plan.report
+        assert facts is not None
         row["rung"], row["nodes"] = facts.rung, sum(stage.nodes for stage in facts.stages)
         row["notes"] = [str(note) for note in facts.notes]
         row["stages"], row["interfaces"] = len(decoupled.stages), len(decoupled.interfaces)
@@ -526,7 +526,7 @@ def sweep(
             ended = ""
             if pipe in ready:
                 try:
-                    job.row = pipe.recv()  # type: ignore[attr-defined]
+                    job.row = pipe.recv()
                     continue
                 except EOFError:
                     job.process.join()
@@ -632,12 +632,20 @@ def page(rows: list[Row], command: str) -> str:
 
 def _cell(text: str) -> str:
     first = text.strip().splitlines()[0] if text.strip() else ""
-    return first.replace("|", "\\|")[:300]
+    return re.sub(r"/[^\s'\"(]*/site-packages/", "", first).replace(f"{ROOT}/", "").replace("|", "\\|")[:300]
+
+
+def _summary(notes: list[str]) -> list[str]:
+    """The notes, with one line for all opaque modules."""
+    opaque = [note for note in notes if "is one opaque node" in note]
+    if len(opaque) > 1:
+        opaque = [f"{opaque[0]} (and {len(opaque) - 1} more opaque)"]
+    return opaque + [note for note in notes if "is one opaque node" not in note]
 
 
 def _table_row(row: Row) -> str:
     marks = ["yes" if row.get(part) == EQUAL else "no" for part in ("train", "eval", "exact")]
-    notes = list(row.get("notes", []))
+    notes = _summary(row.get("notes", []))
     if not row.get("finite", True):
         notes.append("eager itself is not finite")
     if row.get("stages", STAGES) != STAGES:
@@ -707,7 +715,8 @@ def main() -> None:
         target = ROOT / "docs" / "coverage.md"
     if target is not None:
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(page(ordered, " ".join(["python benchmarks/zoo.py", *sys.argv[1:]])))
+        flags = [flag for flag, on in (("--float64", arguments.float64), ("--check", arguments.check)) if on]
+        target.write_text(page(ordered, " ".join(["python benchmarks/zoo.py", *flags])))
 
 
 if __name__ == "__main__":

@@ -187,6 +187,7 @@ def _build_variant(
             split=split,
             kinds=kinds_of(leaves),
             modes={tuple(m.training for m in trace.modes)},
+            parameters=tuple(model.parameters()),
             frozen=tuple(p.requires_grad for p in model.parameters()),
             bound=bound_attributes(split, model),
             shapes={tuple(t.shape for t in leaves)},

@@ -32,7 +32,8 @@ class Variant:
         functions: emitted functions by stage.
         kinds: dtype, rank, device and ``requires_grad`` of each tensor input.
         modes: values of the training flags that the graph is valid for.
-        frozen: ``requires_grad`` of each parameter when traced.
+        parameters: the model's parameters when traced.
+        frozen: their ``requires_grad`` when traced.
         bound: where the model keeps what the stages refer to, and what it was.
         shapes: shapes of inputs for which the graph is known to be valid.
         cuts: names of the cuts, in program order.
@@ -43,19 +44,21 @@ class Variant:
     split: Split
     kinds: tuple[Any, ...]
     modes: set[tuple[bool, ...]]
+    parameters: tuple[nn.Parameter, ...]
     frozen: tuple[bool, ...]
     bound: tuple[tuple[dict[str, Any], str, Any], ...]
     shapes: set[tuple[torch.Size, ...]]
     cuts: tuple[str, ...] = ()
     exact: bool | None = None
     functions: tuple[StageFunctions, ...] = ()
+    sources: dict[str, GradientSource] | None = None
 
     def is_current(self) -> bool:
         """Whether the model is in a mode, and made of the objects, that the graph was traced with."""
         return (
-            tuple(m.training for m in self.trace.modes) in self.modes
+            tuple([m.training for m in self.trace.modes]) in self.modes
             and all(table.get(key) is value for table, key, value in self.bound)
-            and tuple(p.requires_grad for p in self.trace.model.parameters()) == self.frozen
+            and tuple([p.requires_grad for p in self.parameters]) == self.frozen
         )
 
     def has_same_objects(self, other: Variant) -> bool:
@@ -162,7 +165,7 @@ class Stage:
     @property
     def sources(self) -> dict[str, GradientSource]:
         """The gradient source of every interface that the stage sends."""
-        every = self._decoupled._sources_of(self._decoupled._variant)
+        every = self._decoupled.sources_by_name()
         return {name: every[name] for name in self.outputs if name in every}
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -187,8 +190,9 @@ class Stage:
             The loss of every source that learned, detached.
         """
         losses = {}
+        sources = self._decoupled.sources_by_name()
         for name, prediction in predictions.items():
-            source = self.sources[name]
+            source = sources[name]
             if source.message == "none" or name not in targets:
                 continue
             with torch.enable_grad():
@@ -203,11 +207,12 @@ class Stage:
 
     @property
     def _graph(self) -> StageGraph:
-        return self._decoupled._variant.split.stages[self.index]
+        return self._decoupled._variant_now().split.stages[self.index]
 
     @property
     def _functions(self) -> StageFunctions:
-        return self._decoupled._functions()[self.index]
+        self._decoupled._variant_now()
+        return self._decoupled.functions()[self.index]
 
 
 class Decoupled(nn.Module):
@@ -306,14 +311,17 @@ class Decoupled(nn.Module):
 
     @property
     def _variant(self) -> Variant:
-        if self._active is None:
-            self.plan  # noqa: B018
-            raise DecouplingError("no stages yet")
-        if not self._active.is_current():
+        self.plan  # noqa: B018  raises before tracing
+        assert self._active is not None
+        return self._active
+
+    def _variant_now(self) -> Variant:
+        """The graph for the mode that the model is in now, where one was made already."""
+        if not self._variant.is_current():
             for variant in self._variants:
                 if variant.is_current():
                     object.__setattr__(self, "_active", variant)
-        return self._active
+        return self._variant
 
     def _select(self, args: Any, kwargs: Any, structure: Structure, leaves: list[torch.Tensor]) -> None:
         guards_hold = self._passes.guards_hold
@@ -342,7 +350,7 @@ class Decoupled(nn.Module):
         self._variants.append(variant)
         object.__setattr__(self, "_active", variant)
 
-    def _functions(self) -> tuple[StageFunctions, ...]:
+    def functions(self) -> tuple[StageFunctions, ...]:
         """The emitted functions of the active graph, written when first trained with."""
         variant = self._variant
         if len(variant.cuts) < len(self.plan.cuts):
@@ -352,11 +360,21 @@ class Decoupled(nn.Module):
                 "evaluated but not trained; name cuts by modules that every mode runs"
             )
         if not variant.functions:
-            variant.functions = self._passes.emit(variant.split, self._sources_of(variant))
+            variant.functions = self._passes.emit(variant.split, self.sources_by_name())
         return variant.functions
 
-    def _sources_of(self, variant: Variant) -> dict[str, GradientSource]:
-        """A new graph under an old plan: every gradient that crosses must have a source already."""
+    def sources_by_name(self) -> dict[str, GradientSource]:
+        """The source of every interface of the active graph.
+
+        Raises:
+            PlanMismatchError: this graph, made for other inputs or another mode, needs a source that the plan lacks.
+        """
+        variant = self._variant
+        if variant.sources is None:
+            variant.sources = self._find_sources(variant)
+        return variant.sources
+
+    def _find_sources(self, variant: Variant) -> dict[str, GradientSource]:
         known = {name: self.sources[i.name] for i in self.plan.interfaces for name in (*i.aliases, i.name)}
         found: dict[str, GradientSource] = {}
         missing = []

@@ -80,7 +80,7 @@ class Trainer:
         self.steps = 0
         self._measured: dict[str, InterfaceReport] = {}
         self._measure_next = False
-        self._held: dict[str, Any] | None = None
+        self._held_gradients: list[tuple[nn.Parameter, torch.Tensor]] = []
         if decoupled.is_traced:
             self._make_optimizers()
 
@@ -110,14 +110,14 @@ class Trainer:
             if self.decoupled.context is not None and target is not None:
                 context = self.decoupled.context(target)
             run = _Run(self.decoupled, self._scaled_loss)
-            if self.decoupled.is_exact:
+            if self._is_exact:
                 run.exactly(values, target)
             else:
                 run.decoupled(values, context, target)
             self._check_finite(run)
             self._add_held_gradients()
             measure = self._measure_next or self.steps % self.metrics_every == 0
-            if measure and not self.decoupled.is_exact:
+            if measure and not self._is_exact:
                 self._measured = run.compare(self.steps)
                 self._measure_next = False
             run.fit_sources()
@@ -253,6 +253,7 @@ class Trainer:
             if own:
                 self._stage_parameters[stage.name] = own
                 self.optimizers[stage.name] = _made(self._make_optimizer(own), "optimizer")
+        self._is_exact = self.decoupled.is_exact
         for name, source in self.decoupled.sources.items():
             if source.message == "loss":
                 raise DecouplingError(f"{name!r}: sources that learn from losses need a later version of dni_fx")
@@ -276,13 +277,16 @@ class Trainer:
     def _check_finite(self, run: _Run) -> None:
         places = run.places()
         sums = [t.detach().sum(dtype=torch.float32 if t.dtype in (torch.half, torch.bfloat16) else None) for _, t in places]
-        gradients = [(n, p.grad) for n, p in self.decoupled.model.named_parameters() if p.grad is not None]
-        norms = torch._foreach_norm([g for _, g in gradients]) if gradients else []
-        device = sums[0].device
-        every = torch.stack([s.to(device=device, dtype=torch.float64) for s in [*sums, *norms]])
+        gradients = [p.grad for p in self.decoupled._variant.parameters if p.grad is not None]
+        norms = torch._foreach_norm(gradients) if gradients else []
+        if len({(s.dtype, s.device) for s in [*sums, *norms]}) == 1:
+            every = torch.stack([*sums, *norms])
+        else:
+            every = torch.stack([s.to(device=sums[0].device, dtype=torch.float64) for s in [*sums, *norms]])
         if bool(every.isfinite().all()):
             return
-        for name, tensor in [*places, *((f"gradient of parameter {n!r}", g) for n, g in gradients)]:
+        named = [(f"gradient of parameter {n!r}", p.grad) for n, p in self.decoupled.model.named_parameters()]
+        for name, tensor in [*places, *((n, g) for n, g in named if g is not None)]:
             if not bool(tensor.isfinite().all()):
                 kind = "NaN" if bool(tensor.isnan().any()) else "infinite"
                 raise NonFiniteError(
@@ -304,6 +308,8 @@ class _Run:
 
     def __init__(self, decoupled: Decoupled, loss: Callable[[Any, Any], torch.Tensor]) -> None:
         self.stages: tuple[Stage, ...] = decoupled.stages
+        self.functions = decoupled.functions()
+        self.sources = decoupled.sources_by_name()
         self.loss_function = loss
         self.split = decoupled._variant.split
         self.sent: dict[str, torch.Tensor] = {}
@@ -322,7 +328,7 @@ class _Run:
             if reused:
                 result, again = self._step_twice(stage, values, context)
             else:
-                result, again = stage.step(values, context, self.loss_function, target), None
+                result, again = self.functions[stage.index].step(values, context, self.loss_function, target), None
             values.update(result.outputs)
             for name, gradient in result.input_gradients.items():
                 arrived = self.gradients.get(name)
@@ -351,9 +357,9 @@ class _Run:
         Autograd adds the partial gradients of every use in one chain, last use first. A stage with several uses can
         only continue that chain once the later stages' sum is known, so for these parameters its pull-back is repeated.
         """
-        outputs, leaves, entries = stage.forward(values)
+        outputs, leaves, entries = self.functions[stage.index].forward(values)
         sent = {n: o.detach() if isinstance(o, torch.Tensor) else o for n, o in outputs.items()}
-        predictions = {n: source((sent[n],), context) for n, source in stage.sources.items()}
+        predictions = {n: source((sent[n],), context) for n, source in self.sources.items() if n in sent}
         roots = [outputs[n] for n in predictions]
         gradients: list[torch.Tensor | None] = [p.gradients[0] for p in predictions.values()]
         pull_back(roots, gradients, retain_graph=True)
@@ -370,7 +376,7 @@ class _Run:
         """All stages forward, then all backward with the true gradients: equal to backpropagation bit for bit."""
         tapes = []
         for stage in self.stages:
-            outputs, leaves, entries = stage.forward(values)
+            outputs, leaves, entries = self.functions[stage.index].forward(values)
             tapes.append((outputs, leaves, entries))
             values.update({n: v.detach() if isinstance(v, torch.Tensor) else v for n, v in outputs.items() if n != "output"})
         output = outputs["output"]
@@ -382,7 +388,7 @@ class _Run:
             partials: dict[str, Any] = dict(self.gradients)
             for name, parameter in self.split.shared_in(stage.index).items():
                 partials[name], parameter.grad = parameter.grad, None
-            found = stage.backward(outputs, leaves, entries, self.gradients, partials)
+            found = self.functions[stage.index].backward(outputs, leaves, entries, self.gradients, partials)
             self.gradients.update(found)
         del self.gradients["loss"]
         self.loss, self.output = loss.detach(), detached(output)
@@ -426,14 +432,20 @@ class _Restoring:
         self.decoupled, self.keep, self.owner = decoupled, keep_gradients, owner
 
     def __enter__(self) -> None:
-        self.parameters = list(self.decoupled.parameters())
+        self.parameters = [*self.decoupled._variant.parameters, *self.decoupled.synthesizers.parameters()]
         self.gradients = [p.grad for p in self.parameters]
-        self.buffers = [(b, b.detach().clone()) for b in self.decoupled.buffers()]
+        self.buffers = [
+            (module._buffers, name, buffer, buffer.detach().clone())
+            for module in self.decoupled.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
         self.rng = preserved_rng()
         for parameter in self.parameters:
             parameter.grad = None
-        kept = [(p, g.clone()) for p, g in zip(self.parameters, self.gradients, strict=True) if g is not None]
-        self.owner._held_gradients = kept if self.keep else []
+        if self.keep:
+            pairs = zip(self.parameters, self.gradients, strict=True)
+            self.owner._held_gradients = [(p, g.clone()) for p, g in pairs if g is not None]
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         self.owner._held_gradients = []
@@ -442,7 +454,8 @@ class _Restoring:
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient
         with torch.no_grad():
-            for buffer, content in self.buffers:
+            for table, name, buffer, content in self.buffers:
+                table[name] = buffer
                 buffer.copy_(content)
         self.rng()
 

@@ -13,10 +13,10 @@ in which it would add them without cuts.
 
 from __future__ import annotations
 
+import functools
 import operator
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
@@ -28,13 +28,29 @@ from .splitting import OUTPUT, Split, StageGraph
 _PREFIXES = re.compile(r"dni_fx_(?:stepping|passes__recorder)_|^import .*\n|^from .*\n", re.MULTILINE)
 
 
-@dataclass(frozen=True)
 class StageFunctions:
-    """The emitted functions of one stage; see the module's docstring."""
+    """The emitted functions of one stage, each written when it is first asked for; see the module's docstring."""
 
-    forward: fx.GraphModule
-    backward: fx.GraphModule
-    step: fx.GraphModule
+    def __init__(self, split: Split, index: int, sources: Mapping[str, nn.Module]) -> None:
+        self._stage, self._sources = split.stages[index], sources
+        self._shared = split.shared_in(index)
+        self._received = [i.name for i in split.interfaces if i.name in self._stage.inputs]
+        self._sent = [i.name for i in split.interfaces if i.name in self._stage.outputs]
+
+    @functools.cached_property
+    def forward(self) -> fx.GraphModule:
+        """``inputs -> (outputs, leaves, entries)``."""
+        return _emit_forward(self._stage, self._received)
+
+    @functools.cached_property
+    def backward(self) -> fx.GraphModule:
+        """``(outputs, leaves, entries, gradients, partials) -> input gradients``."""
+        return _emit_backward(self._stage, self._received, self._sent, self._shared)
+
+    @functools.cached_property
+    def step(self) -> fx.GraphModule:
+        """``(inputs, context, loss, target) -> StepResult``."""
+        return _emit_step(self._stage, self._received, self._sent, self._sources)
 
 
 def emit_functions(split: Split, index: int, sources: Mapping[str, nn.Module]) -> StageFunctions:
@@ -48,14 +64,7 @@ def emit_functions(split: Split, index: int, sources: Mapping[str, nn.Module]) -
     Returns:
         New graph modules; the stage's module and the sources are in them by reference.
     """
-    stage = split.stages[index]
-    received = [i.name for i in split.interfaces if i.name in stage.inputs]
-    sent = [i.name for i in split.interfaces if i.name in stage.outputs]
-    return StageFunctions(
-        forward=_emit_forward(stage, received),
-        backward=_emit_backward(stage, received, sent, split.shared_in(index)),
-        step=_emit_step(stage, received, sent, sources),
-    )
+    return StageFunctions(split, index, sources)
 
 
 def readable_code(module: fx.GraphModule) -> str:

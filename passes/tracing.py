@@ -32,6 +32,7 @@ from ._recorder import DataDependentError, Recorder, recording
 from ._symbols import TracedInt
 
 _MOST_OPAQUE = 200
+SMALL = 1 << 16  # elements of parameters and inputs
 TABLES = ("_parameters", "_buffers", "_modules")
 
 
@@ -87,7 +88,7 @@ def trace_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         TracingError: the model as a whole cannot be recorded; says why and where.
     """
     opaque: dict[str, str] = {}
-    real = False
+    real = small = _is_small(model, args, kwargs)
     while True:
         with untouched(model):
             recorder = Recorder(model, None if real else FakeTensorMode(allow_non_fake_inputs=True), frozenset(opaque))
@@ -99,6 +100,8 @@ def trace_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
                 if place and not is_leaf and place not in opaque and len(opaque) < _MOST_OPAQUE:
                     opaque[place] = reason
                     continue
+                if real and small:  # fake tensors cannot do more than real ones
+                    small = False
                 if not real and not (isinstance(error, DataDependentError) and not is_leaf):
                     real = True
                     continue
@@ -109,8 +112,23 @@ def trace_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
                     raise TracingError(f"the top level of {type(model).__name__} cannot be recorded: {reason}") from error
                 opaque[outer] = reason
                 continue
+        if real and not small:
+            trace.rung = "calls on real tensors"
         _bind_originals(trace)
         return trace
+
+
+def _is_small(model: nn.Module, args: Any, kwargs: Any) -> bool:
+    """Whether running the model costs less than faking it, which takes about a millisecond an operator."""
+    return sum(t.numel() for t in [*model.parameters(), *flatten((args, kwargs))[0]]) <= SMALL
+
+
+def _without_data(value: Any) -> Any:
+    """A stand-in on the meta device, so that a trace keeps no activations."""
+    if not isinstance(value, torch.Tensor) or isinstance(value, nn.Parameter):
+        return value
+    differentiable = value.requires_grad
+    return torch.empty(value.shape, dtype=value.dtype, device="meta").requires_grad_(differentiable)
 
 
 def _bind_originals(trace: Trace) -> None:
@@ -225,6 +243,9 @@ def _record(
     recorder.graph.output(tuple(recorder._arguments(leaf) for leaf in out_leaves))
     _prune(recorder.graph, {n for n, _ in recorder.guards})
     recorder.graph.lint()
+    for node in recorder.graph.nodes:
+        if "value" in node.meta:
+            node.meta["value"] = _without_data(node.meta["value"])
     return Trace(
         graph=recorder.graph,
         model=model,
@@ -234,7 +255,7 @@ def _record(
         guards=tuple(recorder.guards),
         calls=tuple((path, None if node and node._erased else node, _surviving(last)) for path, node, last in recorder.calls),
         modes=tuple(recorder.visited.values()),
-        rung="calls" if recorder.fake else "calls on real tensors",
+        rung="calls",
         opaque=dict(opaque),
     )
 
