@@ -170,8 +170,10 @@ class Stage:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The stage's parameters under the model's names; those shared with other stages appear in each."""
-        for name in self._graph.parameters:
-            yield name, self._decoupled.model.get_parameter(name)
+        used = self._decoupled.parameter_names(self.index)
+        for name, parameter in self._decoupled.model.named_parameters():
+            if name in used:
+                yield name, parameter
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The stage's parameters."""
@@ -349,6 +351,11 @@ class Decoupled(nn.Module):
         self._variants[:] = [v for v in self._variants if v.has_same_objects(variant)]
         self._variants.append(variant)
         object.__setattr__(self, "_active", variant)
+
+    def parameter_names(self, stage: int) -> set[str]:
+        """Names of the parameters that a stage uses in any mode and for any inputs traced so far."""
+        whole = [v.split.stages for v in self._variants if len(v.cuts) == len(self.plan.cuts)]
+        return {name for stages in whole for name in stages[stage].parameters}
 
     def functions(self) -> tuple[StageFunctions, ...]:
         """The emitted functions of the active graph, written when first trained with."""

@@ -33,6 +33,34 @@ class StepResult:
     loss: torch.Tensor | None = None
 
 
+class Leaf:
+    """A received value as the start of a stage's own autograd graph.
+
+    Attributes:
+        tensor: the value, detached, with a gradient of its own.
+    """
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self.tensor = value.detach().requires_grad_()
+        self._raw: list[torch.Tensor] = []
+        strides, raw = self.tensor.stride(), self._raw
+
+        # .grad takes the layout of its tensor, and in another layout later sums run in another order
+        def keep(gradient: torch.Tensor) -> None:
+            if gradient.stride() != strides:
+                raw[:] = [gradient]
+
+        self.tensor.register_hook(keep)
+
+    def view(self) -> torch.Tensor:
+        """The value to compute with: a node of the graph, so that it can be a root of the pull-back."""
+        return self.tensor.view_as(self.tensor)
+
+    def gradient(self) -> torch.Tensor | None:
+        """What flowed back to the value, or None."""
+        return self._raw[0] if self._raw else self.tensor.grad
+
+
 def pull_back(
     roots: Sequence[Any],
     gradients: Sequence[torch.Tensor | None],

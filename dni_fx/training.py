@@ -80,6 +80,7 @@ class Trainer:
         self.steps = 0
         self._measured: dict[str, InterfaceReport] = {}
         self._measure_next = False
+        self._adopted: Any = None
         self._held_gradients: list[tuple[nn.Parameter, torch.Tensor]] = []
         if decoupled.is_traced:
             self._make_optimizers()
@@ -105,6 +106,7 @@ class Trainer:
         """
         values = self.decoupled.bind(*args, **kwargs)
         self._make_optimizers()
+        self._adopt_parameters()
         with self._all_or_nothing(), keep_modes(), torch.enable_grad():
             context = None
             if self.decoupled.context is not None and target is not None:
@@ -262,6 +264,23 @@ class Trainer:
                 made = _made(self._make_synthesizer_optimizer(learnt), "synthesizer_optimizer")
                 self.synthesizer_optimizers[name] = made
 
+    def _adopt_parameters(self) -> None:
+        """Parameters that only a graph made later uses, say that of training mode after one of evaluation."""
+        variant = self.decoupled._variant
+        if variant is self._adopted:
+            return
+        self._adopted = variant
+        owned = {p for group in self._stage_parameters.values() for _, p in group}
+        for stage in self.decoupled.stages:
+            new = [(n, p) for n, p in stage.named_parameters() if p not in owned]
+            owned.update(p for _, p in new)
+            if new and stage.name in self.optimizers:
+                self.optimizers[stage.name].add_param_group({"params": new})
+            elif new:
+                self.optimizers[stage.name] = _made(self._make_optimizer(new), "optimizer")
+            if new:
+                self._stage_parameters.setdefault(stage.name, []).extend(new)
+
     def _scaled_loss(self, output: Any, target: Any) -> torch.Tensor:
         value = evaluate(self.loss, output, target)
         return value / self.accumulate if self.accumulate > 1 else value
@@ -370,7 +389,7 @@ class _Run:
             total, parameter.grad = parameter.grad, None
             return total
 
-        return StepResult(sent, {n: leaf.grad for n, leaf in leaves.items()}, predictions), again
+        return StepResult(sent, {n: leaf.gradient() for n, leaf in leaves.items()}, predictions), again
 
     def exactly(self, values: dict[str, Any], target: Any) -> None:
         """All stages forward, then all backward with the true gradients: equal to backpropagation bit for bit."""

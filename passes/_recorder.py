@@ -124,7 +124,7 @@ class Recorder(TorchFunctionMode):
         self.model, self.fake, self.opaque = model, fake, opaque
         self.graph = fx.Graph()
         self.attributes: dict[str, Any] = {}
-        self.guards: list[tuple[fx.Node, Any]] = []
+        self.guards: dict[fx.Node, Any] = {}
         # module path, output node and last node made in it, in order of return
         self.calls: list[tuple[str, fx.Node | None, fx.Node]] = []
         self.visited: dict[str, nn.Module] = {}  # modules whose training flag is baked into the graph
@@ -434,8 +434,7 @@ class Recorder(TorchFunctionMode):
         return answer
 
     def _add_guard(self, node: fx.Node, value: Any) -> None:
-        if not any(n is node for n, _ in self.guards):
-            self.guards.append((node, value))
+        self.guards.setdefault(node, value)
 
     # ---- modules ----------------------------------------------------------------------------------------------
 

@@ -104,6 +104,8 @@ def plain(value: Any) -> Any:
 
 def _traced(op: Callable[..., int]) -> tuple[Callable[..., Any], Callable[..., Any]]:
     def derive(left: Any, right: Any, origin: TracedInt) -> Any:
+        if isinstance(left, float) or isinstance(right, float):
+            return op(*(v._plain() if isinstance(v, TracedInt) else v for v in (left, right)))
         if not isinstance(left, int | TracedInt) or not isinstance(right, int | TracedInt):
             return NotImplemented
 

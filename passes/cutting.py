@@ -29,6 +29,7 @@ class Flow:
         specs: tensor specs by node name.
         last_use: position of the last user of each node, -1 without users.
         replicated: cheap nodes computed from the inputs alone, made again in every stage that uses them.
+        guards_only: integers that the model looked at but did not compute with; no stage needs them.
         trainable: number of values that carry a gradient across each position.
         illegal: why a position may not be cut, for those that may not.
     """
@@ -40,6 +41,7 @@ class Flow:
     specs: dict[str, TensorSpec]
     last_use: dict[fx.Node, int]
     replicated: frozenset[fx.Node]
+    guards_only: frozenset[fx.Node]
     trainable: tuple[int, ...]
     illegal: dict[int, str]
 
@@ -48,8 +50,9 @@ class Flow:
         return self.index[node] < position <= self.last_use[node] and self.is_computed(node)
 
     def is_computed(self, node: fx.Node) -> bool:
-        """Whether the node belongs to one stage: not an input, an attribute or a replicated node."""
-        return node.op not in ("placeholder", "get_attr", "output") and node not in self.replicated
+        """Whether the node belongs to one stage: not an input, an attribute, a replicated node or a mere guard."""
+        left_out = node in self.replicated or node in self.guards_only
+        return node.op not in ("placeholder", "get_attr", "output") and not left_out
 
 
 def needs_gradient(node: fx.Node) -> bool:
@@ -69,7 +72,11 @@ def find_flow(trace: Trace) -> Flow:
     """
     nodes = tuple(trace.graph.nodes)
     index = {n: i for i, n in enumerate(nodes)}
-    last_use = {n: max((index[u] for u in n.users), default=-1) for n in nodes}
+    guards_only: set[fx.Node] = set()
+    for node in reversed(nodes):
+        if node.op != "output" and "value" not in node.meta and guards_only.issuperset(node.users):
+            guards_only.add(node)
+    last_use = {n: max((index[u] for u in n.users if u not in guards_only), default=-1) for n in nodes}
     written = _writes(nodes, index)
     replicated = _replicated(nodes, written)
     change = [0] * (len(nodes) + 2)
@@ -85,6 +92,7 @@ def find_flow(trace: Trace) -> Flow:
         specs=infer_specs(trace),
         last_use=last_use,
         replicated=replicated,
+        guards_only=frozenset(guards_only),
         trainable=tuple(accumulate(change)),
         illegal={},
     )
@@ -181,7 +189,8 @@ def choose_positions(flow: Flow, stages: int) -> tuple[int, ...]:
         At most ``stages - 1`` ascending positions; fewer where the graph has fewer legal ones.
     """
     computed = [i for i, n in enumerate(flow.nodes) if flow.is_computed(n)]
-    legal = [p for p in (i + 1 for i in computed) if p < len(flow.nodes) - 1 and not reason_against(flow, p)]
+    after_tensors = [i + 1 for i in computed if flow.nodes[i].meta.get("value") is not None]
+    legal = [p for p in after_tensors if p < len(flow.nodes) - 1 and not reason_against(flow, p)]
     chosen: list[int] = []
     for k in range(1, stages):
         remaining = [p for p in legal if not chosen or p > chosen[-1]]

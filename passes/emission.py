@@ -6,7 +6,7 @@ Three graph modules come out of the same two halves:
 * ``backward``: from those, with gradients for the outputs and partial gradients for the inputs, to input gradients;
 * ``step``: both in one, with the stage's sources in between, for training without waiting.
 
-How bits are kept: the stage's input is ``value = leaf.view_as(leaf)``, and ``value`` is a root of the pull-back besides
+How bits are kept: the stage's input is a view of a leaf, ``value = leaf.view()``, and ``value`` is a root of the pull-back besides
 the outputs, with what later stages already sent for it as cotangent, so that autograd adds partial gradients in the order
 in which it would add them without cuts.
 """
@@ -21,7 +21,7 @@ from collections.abc import Mapping
 import torch
 from torch import fx, nn
 
-from ..stepping import StepResult, detached, evaluate, pull_back
+from ..stepping import Leaf, StepResult, detached, evaluate, pull_back
 from ._graphs import identifier
 from .splitting import OUTPUT, Split, StageGraph
 
@@ -153,12 +153,8 @@ def _open_inputs(
         label = identifier(name)
         values[name] = _item(graph, inputs, name, label if name not in received else f"{label}_received")
         if name in received:
-            fresh = graph.call_method("detach", (values[name],))
-            fresh.name = f"{label}_detached"
-            leaves[name] = graph.call_method("requires_grad_", (fresh,))
-            leaves[name].name = f"{label}_leaf"
-            values[name] = graph.call_method("view_as", (leaves[name], leaves[name]))
-            values[name].name = label
+            leaves[name] = _named(graph.call_function(Leaf, (values[name],)), f"{label}_leaf")
+            values[name] = _named(graph.call_method("view", (leaves[name],)), label)
     return values, leaves
 
 
@@ -174,8 +170,7 @@ def _run_stage(graph: fx.Graph, stage: StageGraph, values: dict[str, fx.Node]) -
 def _gradients(graph: fx.Graph, leaves: dict[str, fx.Node]) -> dict[str, fx.Node]:
     found = {}
     for name, leaf in leaves.items():
-        found[name] = graph.call_function(getattr, (leaf, "grad"))
-        found[name].name = f"{identifier(name)}_input_gradient"
+        found[name] = _named(graph.call_method("gradient", (leaf,)), f"{identifier(name)}_input_gradient")
     return found
 
 

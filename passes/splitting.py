@@ -189,7 +189,7 @@ def _build_stage(
             copies[node] = graph.call_method("clone", (copies[node],))  # the producer's copy stays as it was sent
     regions = _Regions(graph)
     for node in needed:
-        if node in copies or (node.op != "get_attr" and _only_guards(node)):
+        if node in copies:
             continue
         if node.op == "get_attr":
             target = _attribute_target(str(node.target), called)
@@ -234,11 +234,6 @@ def _needed(flow: Flow, own: list[fx.Node], results: list[fx.Node]) -> list[fx.N
         if node in inside or node in flow.replicated:
             pending.extend(n for n in node.all_input_nodes if n not in found)
     return sorted(found, key=lambda n: flow.index[n])
-
-
-def _only_guards(node: fx.Node) -> bool:
-    """Integers that the model looked at but did not compute with."""
-    return node.op != "output" and "value" not in node.meta and all(_only_guards(u) for u in node.users)
 
 
 def _attribute_target(target: str, called: set[str]) -> str:

@@ -32,7 +32,7 @@ from ._recorder import DataDependentError, Recorder, recording
 from ._symbols import TracedInt
 
 _MOST_OPAQUE = 200
-SMALL = 1 << 16  # elements of parameters and inputs
+SMALL = 1 << 22  # elements of parameters and inputs
 TABLES = ("_parameters", "_buffers", "_modules")
 
 
@@ -241,7 +241,7 @@ def _record(
                 "return tuples, dicts or dataclasses, or register the class with torch.utils._pytree"
             )
     recorder.graph.output(tuple(recorder._arguments(leaf) for leaf in out_leaves))
-    _prune(recorder.graph, {n for n, _ in recorder.guards})
+    _prune(recorder.graph, set(recorder.guards))
     recorder.graph.lint()
     for node in recorder.graph.nodes:
         if "value" in node.meta:
@@ -252,7 +252,7 @@ def _record(
         attributes=recorder.attributes,
         inputs=structure,
         outputs=out_structure,
-        guards=tuple(recorder.guards),
+        guards=tuple(recorder.guards.items()),
         calls=tuple((path, None if node and node._erased else node, _surviving(last)) for path, node, last in recorder.calls),
         modes=tuple(recorder.visited.values()),
         rung="calls",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import dni_fx
 from dni_fx.sources import GradientSource, Prediction
 
-from .models import Case, named_leaves
+from .models import Case, named_leaves, seed_generator
 
 Optimizers = Callable[[Any], torch.optim.Optimizer]
 Record = dict[str, Any]
@@ -74,7 +74,8 @@ def assert_bits_equal(a: Any, b: Any, what: str) -> None:
     """
     left, right = dict(named_leaves(a)), dict(named_leaves(b))
     extra, missing = [path for path in left if path not in right], [path for path in right if path not in left]
-    assert not extra and not missing, f"{what}: unexpected {extra[:12]}, missing {missing[:12]}"
+    if extra or missing:
+        raise AssertionError(f"{what}: unexpected {extra[:12]}, missing {missing[:12]}")
     wrong = [f"{path or 'value'}: {describe(left[path], right[path])}" for path in left
              if not same_bits(left[path], right[path])]  # fmt: skip
     assert not wrong, f"{what}: {len(wrong)} of {len(left)} differ\n  " + "\n  ".join(wrong[:12])
@@ -97,7 +98,7 @@ def containers(value: Any) -> Any:
 
 def draw(case: Case, batch: int, dtype: torch.dtype, seed: int) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     """Positional inputs, keyword inputs and the target of one step."""
-    torch.manual_seed(10_000 + seed)
+    seed_generator(10_000 + seed)
     args, kwargs = case.inputs(batch, dtype)
     return args, kwargs, None if case.target is None else case.target(batch, dtype)
 
@@ -138,11 +139,13 @@ def backprop_run(
     Returns:
         For each step its outputs, loss, named gradients, and parameters and buffers after it.
     """
-    model, grads, record = case.build(dtype, seed), {}, {}
+    model = case.build(dtype, seed)
+    grads: Record = {}
+    record: Record = {}
     optim = recording(optimizer, grads)(model.named_parameters())
     for step in range(steps):
         args, kwargs, target = draw(case, batch, dtype, seed + step)
-        torch.manual_seed(seed + step)
+        seed_generator(seed + step)
         optim.zero_grad()
         output = model(*args, **kwargs)
         loss = case.loss(output, target)
@@ -174,7 +177,7 @@ class Replay(GradientSource):
         super().__init__(specs, context)
         self.gradients: tuple[Tensor, ...] | None = None
 
-    def predict(self, values: tuple[Tensor, ...], context: Tensor | None) -> Prediction:
+    def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
         assert self.gradients is not None, "no gradient was handed over for this step"
         gradients, self.gradients = self.gradients, None
         return Prediction(gradients)
@@ -186,7 +189,7 @@ class Replay(GradientSource):
         return 0
 
 
-def source_of(decoupled: dni_fx.Decoupled, interface: str) -> nn.Module:
+def source_of(decoupled: dni_fx.Decoupled, interface: str) -> Any:
     """The source that serves an interface."""
     return decoupled.synthesizers[interface.replace(".", "/")]
 
@@ -220,10 +223,10 @@ def decoupled_run(
     for step in range(steps):
         args, kwargs, target = draw(case, batch, dtype, seed + step)
         if before_step is not None:
-            torch.manual_seed(seed + step)
+            seed_generator(seed + step)
             before_step(decoupled, trainer, args, kwargs, target)
         assert not grads, "an optimizer stepped outside trainer.step"
-        torch.manual_seed(seed + step)
+        seed_generator(seed + step)
         report = trainer.step(*args, target=target, **kwargs)
         record[f"step {step}"] = _noted(report.outputs, report.loss, grads, decoupled.model)
         grads.clear()
@@ -279,7 +282,7 @@ def derivatives(
         tensor.requires_grad_(of_inputs)
     for parameter in model.parameters():
         parameter.grad = None
-    torch.manual_seed(seed)
+    seed_generator(seed)
     outputs = call(*args, **kwargs)
     noted = frozen(outputs)
     roots = [leaf for _, leaf in named_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
@@ -379,6 +382,6 @@ def _first_gradients(case: Case, dtype: torch.dtype, decoupled: dni_fx.Decoupled
     grads: Record = {}
     trainer = dni_fx.Trainer(decoupled, case.loss, optimizer=recording(sgd, grads))
     args, kwargs, target = draw(case, 4, dtype, seed)
-    torch.manual_seed(seed)
+    seed_generator(seed)
     trainer.step(*args, target=target, **kwargs)
     return grads

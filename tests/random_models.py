@@ -90,9 +90,9 @@ class Builder:
         self.modules[name] = module
         return name
 
-    def like_linear(self, width: int) -> list[str]:
-        """Names of earlier linear modules of this width."""
-        return [k for k, m in self.modules.items() if isinstance(m, nn.Linear) and m.in_features == width]
+    def like_linear(self, width: int) -> list[tuple[str, nn.Linear]]:
+        """Earlier linear modules of this width, with their names."""
+        return [(k, m) for k, m in self.modules.items() if isinstance(m, nn.Linear) and m.in_features == width]
 
     # One method for each instruction; ``a`` is its first operand, ``i`` and ``j`` choose the rest.
 
@@ -109,22 +109,23 @@ class Builder:
         if not known:
             self.linear(a, i, 1)
             return
-        name = known[i % len(known)]
+        name, module = known[i % len(known)]
         self.needs(a)
-        self.new(f"self.{name}({a.name})", a.shape, a.grad or self.modules[name].weight.requires_grad)
+        self.new(f"self.{name}({a.name})", a.shape, a.grad or module.weight.requires_grad)
 
     def tied(self, a: Value, i: int, j: int) -> None:
         known = self.like_linear(a.shape[-1])
         if not known:
             self.linear(a, i, 1)
             return
-        name, code = known[i % len(known)], "F.linear({}, self.{}.weight.t())"
+        name, owner = known[i % len(known)]
+        code = "F.linear({}, self.{}.weight.t())"
         if j % 2:
             module = nn.Linear(a.shape[-1], a.shape[-1])
-            module.weight = self.modules[name].weight
+            module.weight = owner.weight
             name, code = self.module(module), "self.{1}({0})"
         self.needs(a)
-        self.new(code.format(a.name, name), a.shape, a.grad or self.modules[name].weight.requires_grad)
+        self.new(code.format(a.name, name), a.shape, a.grad or owner.weight.requires_grad)
 
     def activation(self, a: Value, i: int, j: int) -> None:
         kind = ("torch.relu({})", "{}.tanh()", "F.gelu({})", "torch.sigmoid({})", "{}.softmax(-1)", "F.relu({}, {})")[
@@ -140,9 +141,8 @@ class Builder:
     def relu_module(self, a: Value, i: int, j: int) -> None:
         write = self.may_write(a) and i % 2 == 0
         name = self.module(nn.ReLU(inplace=write))
-        value = (self.alias if write else self.new)(f"self.{name}({a.name})", a if write else a.shape)
-        value.grad = a.grad
-        self.needs(value)
+        code = f"self.{name}({a.name})"
+        self.needs(self.alias(code, a) if write else self.new(code, a.shape, a.grad))
 
     def add(self, a: Value, i: int, j: int) -> None:
         b = self.pick(i, a)

@@ -55,7 +55,9 @@ def agree(got: oracles.Record, want: oracles.Record, what: str) -> None:
     """
     for path, gradient in got["step 0"]["gradients"].items():
         if path not in want["step 0"]["gradients"]:
-            oracles.assert_bits_equal(gradient, torch.zeros_like(gradient), f"{what}: {path}, without gradient in eager")
+            oracles.assert_bits_equal(
+                gradient, torch.zeros_like(gradient), f"{what}: {path}, without gradient in eager"
+            )
     known = {name: g for name, g in got["step 0"]["gradients"].items() if name in want["step 0"]["gradients"]}
     oracles.assert_bits_equal({**got["step 0"], "gradients": known}, want["step 0"], what)
 
@@ -66,7 +68,7 @@ def check(case: Case, replay: Callable[..., oracles.Record] = oracles.replay_run
     want = oracles.backprop_run(case, DTYPE, oracles.sgd, **options)
     decoupled = oracles.transform(case, DTYPE, oracles.Replay, batch=3)
     start = copy.deepcopy(decoupled.state_dict())
-    sources = list(decoupled.synthesizers.values())
+    sources: list[Any] = list(decoupled.synthesizers.values())
     for source in sources:
         source.exact = True
     exact = oracles.exact_run(case, DTYPE, oracles.sgd, decoupled=decoupled, **options)
@@ -129,7 +131,8 @@ def test_the_random_graphs_see_a_wrong_gradient() -> None:
 
     def wrong(decoupled: dni_fx.Decoupled, *step: Any) -> None:
         oracles.hand_over_true_gradients(decoupled, *step)
-        for source in decoupled.synthesizers.values():
+        sources: list[Any] = list(decoupled.synthesizers.values())
+        for source in sources:
             source.gradients = tuple(gradient * (1 + 1e-6) for gradient in source.gradients)
 
     def replay(*args: Any, **options: Any) -> oracles.Record:

@@ -92,11 +92,10 @@ def test_the_loop_by_hand_equals_the_trainer(gradients: str) -> None:
     assert_bits_equal(trainer.decoupled.state_dict(), by_hand.state_dict(), f"{gradients}: state")
 
 
-@pytest.mark.parametrize("workers", [0])
-def test_fit_over_a_loader_equals_steps(workers: int) -> None:
+def test_fit_over_a_loader_equals_steps() -> None:
     torch.manual_seed(3)
     x, target = torch.randn(22, 6), torch.randint(0, 3, (22,))
-    loader = DataLoader(TensorDataset(x, target), batch_size=4, num_workers=workers)
+    loader = DataLoader(TensorDataset(x, target), batch_size=4)
     fitted, stepped, seen = make_trainer("mlp"), make_trainer("mlp"), []
     torch.manual_seed(0)
     report = fitted.fit(loader, epochs=2, progress=False, on_step=seen.append)
@@ -110,6 +109,18 @@ def test_fit_over_a_loader_equals_steps(workers: int) -> None:
     assert_bits_equal(report.loss, last.loss, "last loss")
     assert_bits_equal(fitted.decoupled.state_dict(), stepped.decoupled.state_dict(), "state after fit")
     assert fitted.fit([], progress=False) is None
+
+
+def test_fit_asks_a_loader_for_one_iterator_an_epoch() -> None:
+    class Counting(list):
+        iterators = 0
+
+        def __iter__(self) -> Any:
+            type(self).iterators += 1  # a DataLoader would draw a seed and start its workers
+            return super().__iter__()
+
+    make_trainer().fit(Counting(batches(3)), epochs=2, progress=False)
+    assert Counting.iterators == 2
 
 
 def test_fit_takes_dicts_and_other_forms() -> None:
@@ -283,7 +294,7 @@ def test_accumulation_in_exact_mode_equals_a_plain_loop(optimizer: Any) -> None:
     for step, (x, target) in enumerate(data):
         loss = F.cross_entropy(model(x), target)
         (loss / 3).backward()
-        assert float(losses[step]) == pytest.approx(float(loss), rel=1e-6)
+        assert float(losses[step]) == pytest.approx(loss.item(), rel=1e-6)
         if step % 3 == 2:
             plain.step()
             plain.zero_grad()
@@ -480,7 +491,7 @@ def test_guards_retrace_under_the_same_plan(gradients: str, lazily: bool) -> Non
             eager_step(plain, optimizer, x, target)
             assert_bits_equal(state_of(model), state_of(plain), f"trained on {shape}")
     count = len(decoupled._variants)
-    assert count <= 4
+    assert count <= 4 + (not lazily)  # with examples the self-check adds one for evaluation
     trainer.step(torch.randn(4, 3, 5), target=torch.randint(0, 3, (4,)))
     assert len(decoupled._variants) == count  # cached
 
@@ -685,7 +696,7 @@ def test_zero_lets_nothing_through() -> None:
     after = dict(trainer.decoupled.model.named_parameters())
     for name, parameter in after.items():
         if name[0] in "045":
-            assert torch.count_nonzero(parameter.grad) == 0 if name[0] != "8" else True
+            assert torch.count_nonzero(parameter.grad) == 0
             assert torch.equal(parameter, before[name])
     assert not torch.equal(after["8.weight"], before["8.weight"])
 
