@@ -92,6 +92,10 @@ class _Observer(TorchDispatchMode):
         self.parameters: dict[int, None] = {}
         self.tensors: dict[int, torch.Tensor] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and the wrapper that this avoids imports all of torch._dynamo
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags:
             self.random = True
@@ -136,7 +140,8 @@ class Recorder(TorchFunctionMode):
         self.names: dict[int, str] = {}
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             self.names.setdefault(id(tensor), name)
-        self.constants = {id(t) for m in model.modules() for t in flatten(dict(vars(m)))[0]}
+        own = ((k, v) for m in model.modules() for k, v in vars(m).items() if k not in _MODULE_INTERNALS)
+        self.constants = {id(t) for _, value in own for t in _tensors_in(value)}
         self.nodes: dict[int, fx.Node] = {}
         self.alive: list[Any] = []
         self.storages: dict[int, tuple[int, list[torch.Tensor]]] = {}
@@ -244,7 +249,7 @@ class Recorder(TorchFunctionMode):
             self.paused = False
 
     def _create_paused(self, op: str, target: Any, args: Any, kwargs: Any, run: Callable[[Any, Any], Any]) -> Any:
-        inputs = [v for v in flatten((args, kwargs))[0]]
+        inputs = list(_tensors_in((args, kwargs)))
         node_args, node_kwargs = self._arguments(args), self._arguments(kwargs)
         versions = [(t, t._version) for t in inputs if not t.is_inference()]
         real_args, real_kwargs = _plain_tree(args), _plain_tree(kwargs)
@@ -256,8 +261,8 @@ class Recorder(TorchFunctionMode):
         if op == "call_module" or isinstance(target, FunctionCall):
             self._check_captures(target, inputs)
         written = [t for t, version in versions if t._version != version]
-        leaves, structure = flatten(output)
-        if not leaves and not written:
+        leaves, structure = ([output], None) if isinstance(output, torch.Tensor) else flatten(output)
+        if not leaves and not written and structure is not None:
             if structure.kind != "constant" or (output is not None and op == "call_module"):
                 raise TracingError(f"{target} returns no tensors but {type(output).__name__}")
             if output is not None:
@@ -490,6 +495,20 @@ def _storage_key(tensor: torch.Tensor) -> int:
         return tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):  # sparse and other tensors without memory of their own
         return -id(tensor)
+
+
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Tensors in plain containers and in whatever else can be opened."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors_in(item)
+    elif hasattr(value, "__dataclass_fields__"):
+        yield from flatten(value)[0]
 
 
 def _plain_tree(value: Any) -> Any:

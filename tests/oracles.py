@@ -51,9 +51,12 @@ def same_bits(a: Any, b: Any) -> bool:
         return type(a) is type(b) and bool(a == b)
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    a, b = a.detach().contiguous(), b.detach().contiguous()
-    return a.numel() == 0 or torch.equal(a.view(torch.uint8) if a.ndim else a[None].view(torch.uint8),
-                                         b.view(torch.uint8) if b.ndim else b[None].view(torch.uint8))  # fmt: skip
+    return torch.equal(_bytes_of(a), _bytes_of(b))
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    flat = torch.empty(tensor.numel(), dtype=tensor.dtype)  # in memory of its own, whatever the tensor's strides
+    return flat.copy_(tensor.detach().reshape(-1)).view(torch.uint8)
 
 
 def describe(a: Any, b: Any) -> str:

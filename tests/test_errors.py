@@ -52,7 +52,9 @@ def everything(trainer: dni_fx.Trainer) -> dict[str, Any]:
 def _copied(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _copied(v) for k, v in value.items()}
-    return [_copied(v) for v in value] if isinstance(value, list | tuple) else torch.clone(value) if isinstance(value, Tensor) else value
+    if isinstance(value, list | tuple):
+        return [_copied(v) for v in value]
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def refused(error: type[BaseException], call: Callable[[], Any], *words: str) -> str:
@@ -65,9 +67,7 @@ def refused(error: type[BaseException], call: Callable[[], Any], *words: str) ->
     return text
 
 
-def refused_step(
-    error: type[BaseException], trainer: dni_fx.Trainer, call: Callable[[], Any], *words: str
-) -> str:
+def refused_step(error: type[BaseException], trainer: dni_fx.Trainer, call: Callable[[], Any], *words: str) -> str:
     """The same, and the trainer, its model, sources, optimisers and random states keep every bit."""
     before = everything(trainer)
     text = refused(error, call, *words)
@@ -77,11 +77,12 @@ def refused_step(
 
 def decouple(cuts: Any = ("1", "3"), model: nn.Module | None = None, **options: Any) -> dni_fx.Decoupled:
     options.setdefault("example_inputs", (X,))
-    return dni_fx.decouple(model if model is not None else mlp_chain(), cuts if isinstance(cuts, str | int | float | None)
-                           or isinstance(cuts, dni_fx.CutPlan) else list(cuts), check=False, **options)  # fmt: skip
+    return dni_fx.decouple(model if model is not None else mlp_chain(), cuts, check=False, **options)
 
 
-def make_trainer(gradients: Any = "linear", *, warm: int = 2, model: nn.Module | None = None, **options: Any) -> dni_fx.Trainer:
+def make_trainer(
+    gradients: Any = "linear", *, warm: int = 2, model: nn.Module | None = None, **options: Any
+) -> dni_fx.Trainer:
     decoupled = decouple(("2", "5"), model or norm_dropout_chain(), gradients=gradients)
     trainer = dni_fx.Trainer(decoupled, options.pop("loss", F.mse_loss), optimizer=adam, **options)
     for _ in range(warm):
@@ -318,7 +319,9 @@ def test_a_step_on_inputs_that_do_not_fit(args: Any, kwargs: Any, word: str) -> 
 def test_inputs_that_the_model_takes_but_the_sources_cannot_serve() -> None:
     trainer = dni_fx.Trainer(decouple(), F.mse_loss, optimizer=sgd)
     assert trainer.decoupled(X[None]).shape == (1, 4, 3)  # evaluated on a graph of its own
-    refused_step(DecouplingError, trainer, lambda: trainer.step(X[None], target=torch.zeros(1, 4, 3)), "(4, 8)", "(1, 4, 8)")
+    refused_step(
+        DecouplingError, trainer, lambda: trainer.step(X[None], target=torch.zeros(1, 4, 3)), "(4, 8)", "(1, 4, 8)"
+    )
 
 
 def test_the_plan_before_tracing() -> None:
@@ -414,7 +417,7 @@ class WrongShape(GradientSource):
         (lambda specs: None, ["interface '1'"]),
         (nn.Linear(2, 2), ["interface '1'"]),
     ],
-    ids=["close name", "no interface", "name in mapping", "exact for one", "exact for all by name", "conv", "None", "int",
+    ids=["close name", "no interface", "name in mapping", "exact for one", "exact for all by name", "conv", "None", "int",  # noqa: E501
          "wrong factory", "wrong signature", "module"],
 )  # fmt: skip
 def test_gradients_that_cannot_be_had(gradients: Any, words: list[str]) -> None:
@@ -481,7 +484,9 @@ def test_trainer_arguments(options: dict[str, Any], words: list[str]) -> None:
 
 
 def test_trainer_takes_decoupled_models_only() -> None:
-    refused(DecouplingError, lambda: dni_fx.Trainer(mlp_chain(), F.cross_entropy, optimizer=sgd), "decouple", "Sequential")
+    refused(
+        DecouplingError, lambda: dni_fx.Trainer(mlp_chain(), F.cross_entropy, optimizer=sgd), "decouple", "Sequential"
+    )
 
 
 @pytest.mark.parametrize("gradients", ["linear", "exact"])
@@ -530,6 +535,11 @@ def test_a_state_of_other_stages() -> None:
     trainer, other = make_trainer(), dni_fx.Trainer(decouple(["1"]), F.mse_loss, optimizer=adam)
     refused_step(DecouplingError, other, lambda: other.load_state_dict(trainer.state_dict()), "plan")
     refused_step(DecouplingError, other, lambda: other.load_state_dict({}), "optimizers")
+    refused_step(DecouplingError, other, lambda: other.load_state_dict(None), "state")
+    whole = other.state_dict()
+    for key in whole:
+        partial = {k: v for k, v in whole.items() if k != key}
+        refused_step(DecouplingError, other, lambda partial=partial: other.load_state_dict(partial), key)
     same_stages = make_trainer("mlp", warm=1)
     refused_step(DecouplingError, same_stages, lambda: same_stages.load_state_dict(trainer.state_dict()))
 
@@ -537,7 +547,9 @@ def test_a_state_of_other_stages() -> None:
 def test_batches_of_the_wrong_kind() -> None:
     trainer = make_trainer()
     for batch in ([X], X, {"input": X}, (X,)):
-        refused_step(DecouplingError, trainer, lambda batch=batch: trainer.fit([batch], progress=False), "batch", "unpack=")
+        refused_step(
+            DecouplingError, trainer, lambda batch=batch: trainer.fit([batch], progress=False), "batch", "unpack="
+        )
 
 
 # NaN and infinity. -------------------------------------------------------------------------------------------------
@@ -552,8 +564,12 @@ def test_non_finite_values_are_named_and_change_nothing(gradients: str, accumula
         kind = "NaN" if bad != bad else "infinite"
         broken, wrong = X.clone(), target.clone()
         broken[0, 0] = wrong[1, 2] = bad
-        refused_step(NonFiniteError, trainer, lambda wrong=wrong: trainer.step(X, target=wrong), "step 4", "the loss", kind)
-        refused_step(NonFiniteError, trainer, lambda broken=broken: trainer.step(broken, target=target), "step 4", "'2'")
+        refused_step(
+            NonFiniteError, trainer, lambda wrong=wrong: trainer.step(X, target=wrong), "step 4", "the loss", kind
+        )
+        refused_step(
+            NonFiniteError, trainer, lambda broken=broken: trainer.step(broken, target=target), "step 4", "'2'"
+        )
         for layer, place in ((0, "interface '2'"), (4, "interface '5'"), (8, "loss")):
             weight = trainer.decoupled.model[layer].weight.data
             kept = weight.clone()

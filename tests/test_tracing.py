@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import copy
 import logging
+import random
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -53,12 +56,17 @@ class Scripted(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.inp, self.norm, self.out = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+        self.gate = torch.jit.script(gate)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(self.inp(x))
-        return self.out(torch.vmap(lambda row: row.relu() * row.sigmoid())(h))
+        return self.out(self.gate(self.norm(self.inp(x))))
 
 
+def gate(h: Tensor) -> Tensor:
+    return h.relu() * h.sigmoid()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_export_traces_what_recording_refuses() -> None:
     x = torch.randn(4, 6)
     with pytest.raises(TracingError, match="Scripted"):
@@ -88,7 +96,7 @@ def test_export_traces_what_recording_refuses() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["mlp_chain", "norm_dropout_chain", "residual", "conv_norm_chain", "unet", "two_towers", "transformer", "gpt",
+    "name", ["mlp_chain", "norm_dropout_chain", "residual", "conv_norm_chain", "unet", "two_towers", "transformer", "gpt",  # noqa: E501
              "dict_output", "nested_input", "tied_language_model", "inplace_chain", "several_inputs", "frozen_norm"]
 )  # fmt: skip
 def test_exported_models_can_be_split(name: str) -> None:
@@ -100,12 +108,102 @@ def test_exported_models_can_be_split(name: str) -> None:
     trace = tracing.trace_export(model, args, kwargs)
     assert_bits_equal(state_of(model), state, f"{name}: after export")
     flow = cutting.find_flow(trace)
-    split = splitting.split_stages(flow, cutting.assign_stages(flow, cutting.find_positions(flow, case.cuts)), case.cuts)
+    split = splitting.split_stages(
+        flow, cutting.assign_stages(flow, cutting.find_positions(flow, case.cuts)), case.cuts
+    )
     assert len(split.stages) == len(case.cuts) + 1
     owners = {id(p) for p in model.parameters()}
     assert {id(p) for s in split.stages for p in s.module.parameters()} <= owners
     result = check_stages(model, lambda *a, **k: compiler._compose(split, a, k), args, kwargs)
     assert result.mismatch is None
+
+
+class Mapped(nn.Module):
+    """``vmap`` at the top level, which neither rung records."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.vmap(lambda row: row.relu() * row.sigmoid())(self.a(x)))
+
+
+class Conditional(Mapped):
+    """``torch.cond``, a higher-order operator."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return self.b(torch.cond(h.sum() > 0, lambda h: h.relu(), lambda h: h.tanh(), (h,)))
+
+
+@pytest.mark.parametrize("make", [Mapped, Conditional])
+def test_what_no_rung_takes_at_the_top_is_right_or_one_error(make: type[nn.Module]) -> None:
+    model, x = make(), torch.randn(4, 6)
+    try:
+        decoupled = dni_fx.decouple(model, ["a"], example_inputs=(x,))
+    except TracingError as error:
+        assert make.__name__ in str(error)  # noqa: PT017
+    else:
+        torch.testing.assert_close(decoupled(x), model(x))
+    assert torch._C._functorch.peek_interpreter_stack() is None  # nothing is left behind in the process
+    inside = nn.Sequential(nn.Linear(6, 6), make(), nn.Linear(3, 2))  # in a submodule it is one opaque node
+    decoupled = dni_fx.decouple(inside, ["0"], example_inputs=(x,))
+    assert_bits_equal(decoupled(x), inside(x), "opaque")
+
+
+class Counting(nn.Module):
+    """Changes a number of its own at every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.calls = nn.Linear(6, 8), nn.Linear(8, 3), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.b(self.a(x) * self.calls)
+
+
+class DrawsFromNumpy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x) * float(np.random.rand()))  # noqa: NPY002
+
+
+class DrawsFromPython(DrawsFromNumpy):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x) * random.random())
+
+
+@pytest.mark.parametrize("make", [Counting, DrawsFromNumpy, DrawsFromPython])
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_differs_from_call_to_call_is_never_baked_in(make: type[nn.Module], nested: bool) -> None:
+    """An error, or calls that go on as the model's do."""
+    model = nn.Sequential(nn.Linear(6, 6), make(), nn.Linear(3, 2)) if nested else make()
+    plain, x = copy.deepcopy(model), torch.randn(4, 6)
+    try:
+        decoupled = dni_fx.decouple(model, ["0" if nested else "a"], example_inputs=(x,))
+    except TracingError as error:
+        assert not nested
+        assert make.__name__ in str(error)  # noqa: PT017
+        return
+    results = []
+    for call in (plain, decoupled):
+        random.seed(1)
+        np.random.seed(1)  # noqa: NPY002
+        results.append([call(x) for _ in range(3)])
+    assert_bits_equal(results[1], results[0], "three calls")
+
+
+def test_parameters_written_in_forward_are_as_they_were_after_decoupling() -> None:
+    """An embedding with a largest norm rescales its rows as it looks them up."""
+    model = nn.Sequential(nn.Embedding(11, 8, max_norm=0.5), nn.Linear(8, 3))
+    weight = model[0].weight.detach().clone()
+    dni_fx.decouple(model, ["0"], example_inputs=(torch.randint(0, 11, (4, 5)),))
+    assert_bits_equal(model[0].weight, weight, "embedding after decoupling")
 
 
 def test_the_error_lists_what_each_rung_said() -> None:
@@ -215,6 +313,20 @@ def test_what_the_self_check_sees(broken: Any, word: str) -> None:
     assert_bits_equal([state_of(model), torch.get_rng_state()], [state, generator], "after checks")
 
 
+def test_the_self_check_forgives_rounding_of_gradients_that_are_zero() -> None:
+    """A bias before a BatchNorm has a true gradient of zero, so all that is there is rounding."""
+    inp, norm, out = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+    model, x = nn.Sequential(inp, norm, out), torch.randn(4, 6)
+
+    def in_double(x: Tensor) -> Tensor:
+        h = inp(x).double()
+        with torch.no_grad():
+            norm(inp(x))
+        return out(F.batch_norm(h, None, None, norm.weight.double(), norm.bias.double(), training=True).float())
+
+    assert check_stages(model, in_double, (x,), {}).mismatch is None
+
+
 def test_the_self_check_is_not_fooled_by_an_output_of_nan() -> None:
     model, x = LostGradient(), torch.randn(4, 6)
     result = check_stages(model, lambda x: model(x) * float("nan"), (x,), {})
@@ -226,7 +338,10 @@ def test_the_self_check_is_not_fooled_by_an_output_of_nan() -> None:
 
 def written(graph: fx.Graph) -> list[Any]:
     """The graph's text and all facts in it."""
-    return [(n.name, n.op, str(n.target), str(n.args), str(n.kwargs), {k: str(v) for k, v in n.meta.items()}) for n in graph.nodes]
+    return [
+        (n.name, n.op, str(n.target), str(n.args), str(n.kwargs), {k: str(v) for k, v in n.meta.items()})
+        for n in graph.nodes
+    ]
 
 
 @pytest.mark.parametrize("name", ["unet", "fan_out", "norm_dropout_chain", "views", "gpt", "rebound_buffer", "routing"])
@@ -244,7 +359,9 @@ def test_passes_change_nothing(name: str) -> None:
     positions = cutting.find_positions(flow, case.cuts)
     split = splitting.split_stages(flow, cutting.assign_stages(flow, positions), case.cuts)
     chosen = insertion.resolve_gradients(split.interfaces, "auto")
-    sources = insertion.make_sources(split.interfaces, chosen, None, {i.name: torch.device("cpu") for i in split.interfaces})
+    sources = insertion.make_sources(
+        split.interfaces, chosen, None, {i.name: torch.device("cpu") for i in split.interfaces}
+    )
     modules = [s.module.code for s in split.stages]
     for stage in split.stages:
         emission.emit_functions(split, stage.index, sources)
@@ -289,7 +406,9 @@ def test_digests() -> None:
     assert plan(FanOut()).digest != first.digest
 
 
-@pytest.mark.parametrize(("name", "gradients"), [("unet", "auto"), ("fan_out", "zero"), ("gpt", "stale"), ("mlp_chain", "exact")])
+@pytest.mark.parametrize(
+    ("name", "gradients"), [("unet", "auto"), ("fan_out", "zero"), ("gpt", "stale"), ("mlp_chain", "exact")]
+)
 def test_plans_as_json(name: str, gradients: str) -> None:
     case = BY_NAME[name]
     args, _ = case.inputs(4, torch.float32)
@@ -424,7 +543,9 @@ def test_feature_dimensions() -> None:
     assert {vit[n] for n in ("transpose", "norm", "add")} == {-1}
     tokens = feature_dims(TransformerModel(), torch.randn(4, 4, 5))
     assert set(tokens.values()) == {-1}
-    conv1d = feature_dims(nn.Sequential(nn.Conv1d(3, 4, 3), nn.ReLU(), nn.BatchNorm1d(4), nn.ReLU()), torch.randn(2, 3, 8))
+    conv1d = feature_dims(
+        nn.Sequential(nn.Conv1d(3, 4, 3), nn.ReLU(), nn.BatchNorm1d(4), nn.ReLU()), torch.randn(2, 3, 8)
+    )
     assert {conv1d[str(i)] for i in range(4)} == {1}
     by_function = feature_dims(Functional(), torch.randn(2, 3, 8, 8))
     assert {by_function[n] for n in ("relu", "max_pool2d", "batch_norm")} == {1}
@@ -505,7 +626,9 @@ def test_random_masks_are_drawn_once() -> None:
 # Code. -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["mlp_chain", "unet", "fan_out", "gpt", "nested_input", "dict_output", "autocast_inside"])
+@pytest.mark.parametrize(
+    "name", ["mlp_chain", "unet", "fan_out", "gpt", "nested_input", "dict_output", "autocast_inside"]
+)
 def test_emitted_code_is_python_that_reads_like_a_loop(name: str) -> None:
     case = BY_NAME[name]
     args, kwargs = case.inputs(4, torch.float32)
@@ -520,10 +643,11 @@ def test_emitted_code_is_python_that_reads_like_a_loop(name: str) -> None:
         assert named.count("StepResult") == 1
         assert [c.attr for c in calls if isinstance(c, ast.Attribute)].count("stage") == 1
         assert ("evaluate" in named) == (stage is decoupled.stages[-1])
-        assert "= None" not in stage.code.replace("context = None", "").replace("loss = None", "").replace("target = None", "")
+        assert "= None" not in stage.code.replace("context = None", "").replace("loss = None", "").replace(
+            "target = None", ""
+        )
         crossing = len(stage.inputs) + len(stage.outputs)
         assert len(stage.code.splitlines()) <= 6 + 8 * crossing
-        assert stage.code in "\n".join([stage.code])
         assert "dni_fx_" not in stage.code
         assert "import" not in stage.code
 
@@ -531,8 +655,7 @@ def test_emitted_code_is_python_that_reads_like_a_loop(name: str) -> None:
 def test_the_code_of_a_chain() -> None:
     decoupled = dni_fx.decouple(mlp_chain(), ["1", "3"], example_inputs=(torch.randn(4, 6),))
     code = decoupled.stages[1].code
-    order = ["inputs['1']", "detach", "requires_grad_", "view_as", "self.stage(", "getattr(self.sources, \"3\")", "pull_back(",
-             ".grad", "return StepResult("]  # fmt: skip
+    order = ["inputs['1']", "self.stage(", 'getattr(self.sources, "3")', "pull_back(", "return StepResult("]
     places = [code.find(word) for word in order]
     assert -1 not in places, dict(zip(order, places, strict=True))
     assert places == sorted(places)
@@ -540,7 +663,9 @@ def test_the_code_of_a_chain() -> None:
 
 def test_names_with_dots_are_the_same_everywhere() -> None:
     x = torch.randn(4, 6)
-    decoupled = dni_fx.decouple(ResidualNet(), ["blocks.0", "blocks.1.fc1"], example_inputs=(x,), gradients={"blocks.0": "zero"})
+    decoupled = dni_fx.decouple(
+        ResidualNet(), ["blocks.0", "blocks.1.fc1"], example_inputs=(x,), gradients={"blocks.0": "zero"}
+    )
     name = "blocks.0"
     assert name in decoupled.plan.cuts
     assert dict(decoupled.plan.gradients)[name] == "zero"

@@ -39,14 +39,18 @@ def batches(count: int, size: int = 4, dtype: torch.dtype = torch.float32) -> li
     ]
 
 
-def decouple(gradients: Any = "linear", *, cuts: list[str] = CUTS, model: nn.Module | None = None, **options: Any) -> dni_fx.Decoupled:
+def decouple(
+    gradients: Any = "linear", *, cuts: list[str] = CUTS, model: nn.Module | None = None, **options: Any
+) -> dni_fx.Decoupled:
     model = fresh() if model is None else model
     options.setdefault("example_inputs", (batches(1)[0][0].to(next(model.parameters()).dtype),))
     options.setdefault("context", dni_fx.one_hot(3))
     return dni_fx.decouple(model, cuts, gradients=gradients, **options)
 
 
-def make_trainer(gradients: Any = "linear", optimizer: Any = adam, loss: Any = F.cross_entropy, **options: Any) -> dni_fx.Trainer:
+def make_trainer(
+    gradients: Any = "linear", optimizer: Any = adam, loss: Any = F.cross_entropy, **options: Any
+) -> dni_fx.Trainer:
     names = ("accumulate", "clip_norm", "metrics_every", "synthesizer_optimizer")
     mine = {k: options.pop(k) for k in names if k in options}
     return dni_fx.Trainer(decouple(gradients, **options), loss, optimizer=optimizer, **mine)
@@ -389,10 +393,34 @@ def test_batches_of_any_size(gradients: str) -> None:
 def test_an_example_batch_of_one_serves_others() -> None:
     for kind in ("auto", "linear", "mlp"):
         for context in (None, dni_fx.one_hot(3)):
-            decoupled = dni_fx.decouple(mlp_chain(), ["1"], example_inputs=(torch.randn(1, 6),), gradients=kind, context=context)
+            decoupled = dni_fx.decouple(
+                mlp_chain(), ["1"], example_inputs=(torch.randn(1, 6),), gradients=kind, context=context
+            )
             trainer = dni_fx.Trainer(decoupled, F.cross_entropy, optimizer=sgd)
             for size in (1, 5):
                 trainer.step(torch.randn(size, 6), target=torch.randint(0, 3, (size,)))
+
+
+class NormalisedWeight(nn.Module):
+    """A value computed from parameters alone, without a batch dimension, and a scalar."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.out = nn.Parameter(torch.randn(8, 6)), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = torch.tanh(self.weight)
+        size = weight.square().mean()
+        return self.out(F.linear(x, weight / size))
+
+
+@pytest.mark.parametrize("cut", ["tanh", "mean"])
+@pytest.mark.parametrize("context", [None, dni_fx.one_hot(3)], ids=["DNI", "cDNI"])
+def test_values_without_a_batch_dimension(cut: str, context: Any) -> None:
+    x, target = batches(1)[0]
+    decoupled = dni_fx.decouple(NormalisedWeight(), [cut], example_inputs=(x,), context=context)
+    trainer = dni_fx.Trainer(decoupled, F.cross_entropy, optimizer=sgd)
+    assert [trainer.step(x, target=target).loss.isfinite() for _ in range(3)] == [True] * 3
 
 
 def test_integer_inputs() -> None:
@@ -451,7 +479,9 @@ def test_mode_switched_after_decoupling() -> None:
 
 def test_control_flow_on_training() -> None:
     case = BY_NAME["inception"]
-    decoupled = dni_fx.decouple(case.build(), list(case.cuts), example_inputs=case.inputs(4, torch.float32)[0], gradients="exact")
+    decoupled = dni_fx.decouple(
+        case.build(), list(case.cuts), example_inputs=case.inputs(4, torch.float32)[0], gradients="exact"
+    )
     assert composed_check(case, torch.float32, decoupled=decoupled, modes=("train", "eval", "train")) >= 6
     decoupled = dni_fx.decouple(Inception().eval(), ["stem"], example_inputs=case.inputs(4, torch.float32)[0])
     assert composed_check(case, torch.float32, decoupled=decoupled, modes=("eval",)) >= 1
@@ -537,7 +567,7 @@ def test_a_replaced_parameter_or_module_is_noticed() -> None:
     try:  # the new parameter is trained, or an error says that the optimiser does not have it: never silently neither
         trainer.step(x, target=target)
     except DecouplingError as error:
-        assert "Trainer" in str(error) or "optimi" in str(error)
+        assert "Trainer" in str(error) or "optimi" in str(error)  # noqa: PT017
     else:
         assert not torch.equal(before[0], model[4].weight)
         assert not torch.equal(before[1], model[8].weight)
@@ -582,7 +612,7 @@ def test_unfreezing_what_was_frozen_when_decoupled() -> None:
     try:
         trainer.step(x, target=target)
     except DecouplingError as error:
-        assert "4.weight" in str(error) or "unfrozen" in str(error)
+        assert "4.weight" in str(error) or "unfrozen" in str(error)  # noqa: PT017
     else:
         assert not torch.equal(model[4].weight, before)
 
@@ -679,6 +709,7 @@ def test_true_gradients_equal_autograd_and_change_nothing(gradients: str) -> Non
     model = copy.deepcopy(trainer.decoupled.model)
     values: dict[str, Tensor] = {}
     for name in CUTS:
+
         def keep(module: nn.Module, inputs: Any, output: Tensor, name: str = name) -> None:
             output.retain_grad()
             values[name] = output
