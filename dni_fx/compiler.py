@@ -10,6 +10,7 @@ from torch import nn
 
 from .decoupled import Decoupled, Passes, Variant, kinds_of
 from .errors import CutError, DecouplingError, PlanMismatchError, TracingError
+from .passes._recorder import BakedInError
 from .passes.checking import check_stages, guards_hold
 from .passes.cutting import assign_stages, choose_positions, find_flow, find_positions, is_legal, name_position
 from .passes.cutting import list_cut_points as list_points
@@ -76,15 +77,11 @@ def decouple(
 
     def build(model: nn.Module, args: Any, kwargs: Any, plan: CutPlan | None) -> Variant:
         if plan is None:
-            return _build_variant(model, args, kwargs, wanted, stages or DEFAULT_STAGES, check)
+            digest = cuts.digest if isinstance(cuts, CutPlan) else None
+            return _build_variant(model, args, kwargs, wanted, stages or DEFAULT_STAGES, check, digest=digest)
         return _build_variant(model, args, kwargs, plan.cuts, 0, check, again=True)
 
     def make_plan(variant: Variant, args: Any, kwargs: Any) -> tuple[CutPlan, dict[str, GradientSource]]:
-        if isinstance(cuts, CutPlan) and cuts.digest != variant.trace.digest:
-            raise PlanMismatchError(
-                f"the plan was made for a {cuts.model} with graph {cuts.digest}, but this {type(model).__name__} has graph "
-                f"{variant.trace.digest}; make a new plan with dni_fx.plan_cuts, or pass its cuts: cuts=list(plan.cuts)"
-            )
         return _make_plan(variant, gradients, context, wanted, stages or DEFAULT_STAGES)
 
     passes = Passes(build, make_plan, _emit, guards_hold, readable_code, source_key)
@@ -159,7 +156,14 @@ def list_cut_points(
 
 
 def _build_variant(
-    model: nn.Module, args: Any, kwargs: Any, cuts: tuple[str, ...] | None, stages: int, check: bool, again: bool = False
+    model: nn.Module,
+    args: Any,
+    kwargs: Any,
+    cuts: tuple[str, ...] | None,
+    stages: int,
+    check: bool,
+    again: bool = False,
+    digest: str | None = None,
 ) -> Variant:
     """Climb the tracing ladder until the split model equals the model.
 
@@ -167,11 +171,17 @@ def _build_variant(
     stages, which do to evaluate with.
     """
     refusals: list[str] = []
+    others: list[str] = []
     for tracer in (trace_calls, trace_export):
         try:
             trace = tracer(model, args, kwargs)
         except TracingError as error:
             refusals.append(f"{tracer.__name__}: {error}")
+            if isinstance(error, BakedInError):  # export would bake it in without a word
+                break
+            continue
+        if digest is not None and trace.digest != digest:
+            others.append(trace.digest)
             continue
         flow = find_flow(trace)
         if max(flow.trainable) == 0 and not again:
@@ -200,6 +210,11 @@ def _build_variant(
             variant.exact = result.exact
             return variant
         refusals.append(f"{tracer.__name__}: the traced model is not the model: {result.mismatch}")
+    if others:
+        raise PlanMismatchError(
+            f"the plan was made for graph {digest}, but this {type(model).__name__} has graph {others[0]}; make a new plan "
+            "with dni_fx.plan_cuts, or pass its cuts: cuts=list(plan.cuts)"
+        )
     reasons = "\n".join(f"  - {r}" for r in refusals)
     raise TracingError(
         f"{type(model).__name__} cannot be traced faithfully:\n{reasons}\n"
@@ -245,6 +260,7 @@ def _make_plan(
     kinds.update({i.name: auto_name(i.spec, seen) for i in interfaces if kinds[i.name] == "auto"})
     counts = {n: p.numel() for n, p in trace.model.named_parameters()}
     notes = [f"{path!r} is one opaque node: {why}" for path, why in trace.opaque.items()]
+    notes += trace.notes
     notes += [f"parameter {n!r} is shared by stages {', '.join(map(str, w))}" for n, _, w in split.shared]
     if cuts is None and len(split.stages) < stages:
         notes.append(f"{len(split.stages)} stages instead of {stages}: the graph has no more legal cuts")
@@ -293,6 +309,8 @@ def _check_other_mode(decoupled: Decoupled, args: Any, kwargs: Any) -> None:
 def _examples(model: nn.Module, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(args, torch.Tensor):
         raise DecouplingError("example_inputs= must be a tuple of positional inputs; for one tensor pass (x,)")
+    if not isinstance(args, tuple | list | None) or not isinstance(kwargs, dict | None):
+        raise DecouplingError("example_inputs= must be a tuple of positional inputs, and example_kwargs= a dict")
     args, kwargs = tuple(args or ()), dict(kwargs or {})
     for i, leaf in enumerate(flatten((args, kwargs))[0]):
         if leaf.dim() and leaf.shape[0] == 0:
@@ -313,6 +331,8 @@ def _check_cuts(cuts: Any, stages: Any) -> tuple[str, ...] | None:
         raise DecouplingError("stages= goes with cuts='auto'; n named cuts make n + 1 stages")
     if isinstance(cuts, CutPlan):
         return cuts.cuts
+    if not isinstance(cuts, list | tuple):
+        raise DecouplingError(f"cuts={cuts!r}: expected a list of names, a CutPlan, or 'auto'")
     names = tuple(cuts)
     wrong = [n for n in names if not isinstance(n, str)]
     if wrong:
@@ -335,6 +355,8 @@ def _check_model(model: Any) -> None:
     for path, module in model.named_modules():
         if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
             raise DecouplingError(f"lazy module {path!r} has no parameters yet: run the model once on a batch first")
+        if isinstance(module, torch.jit.ScriptModule):
+            raise DecouplingError(f"submodule {path!r} is scripted, which cannot be traced; put the Python module there")
         if path and hasattr(module, "_orig_mod"):
             raise DecouplingError(f"submodule {path!r} is compiled; decouple the model before compiling parts of it")
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -85,12 +85,20 @@ class Variant:
         """Whether the graph is valid for a call."""
         if not self.is_current() or kinds_of(leaves) != self.kinds or structure != self.trace.inputs:
             return False
-        shapes = tuple(t.shape for t in leaves)
+        shapes = tuple([t.shape for t in leaves])
         if shapes not in self.shapes:
-            if not guards_hold(self.trace, leaves):
+            if not self._differs_in_batch_only(shapes) and not guards_hold(self.trace, leaves):
                 return False
             self.shapes.add(shapes)
         return True
+
+    def _differs_in_batch_only(self, shapes: tuple[torch.Size, ...]) -> bool:
+        """A new batch size of a graph without guards needs no proof."""
+        known = next(iter(self.shapes))
+        return not self.trace.guards and [s[1:] for s in shapes] == [s[1:] for s in known]
+
+
+_MOST_VARIANTS = 16
 
 
 def kinds_of(leaves: list[torch.Tensor]) -> tuple[Any, ...]:
@@ -348,8 +356,8 @@ class Decoupled(nn.Module):
             if other.absorb(variant):
                 object.__setattr__(self, "_active", other)
                 return
-        self._variants[:] = [v for v in self._variants if v.has_same_objects(variant)]
-        self._variants.append(variant)
+        kept = [v for v in self._variants if v.has_same_objects(variant)]
+        self._variants[:] = [*kept[:1], *kept[1:][-_MOST_VARIANTS:], variant]  # the first is what the plan was made for
         object.__setattr__(self, "_active", variant)
 
     def parameter_names(self, stage: int) -> set[str]:

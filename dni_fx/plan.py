@@ -174,7 +174,7 @@ class CutPlan:
         """
         try:
             content = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, TypeError) as error:
             raise DecouplingError(f"a cut plan must be JSON: {error}") from error
         if not isinstance(content, dict) or content.get("format") != "dni_fx cut plan":
             raise DecouplingError("this JSON is no dni_fx cut plan: its 'format' is not 'dni_fx cut plan'")

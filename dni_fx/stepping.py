@@ -80,6 +80,12 @@ def pull_back(
         for root, gradient in zip(roots, gradients, strict=True)
         if gradient is not None and isinstance(root, torch.Tensor) and root.requires_grad
     ]
+    for root, gradient in pairs:
+        if gradient.shape != root.shape:
+            raise DecouplingError(
+                f"a source predicted a gradient of shape {tuple(gradient.shape)} for a value of shape {tuple(root.shape)}; "
+                "predict must return one gradient of the value's own shape per value"
+            )
     if pairs:
         torch.autograd.backward([r for r, _ in pairs], [g for _, g in pairs], retain_graph=retain_graph, inputs=inputs)
 
@@ -92,10 +98,17 @@ def evaluate(loss: Callable[[Any, Any], torch.Tensor] | None, output: Any, targe
     """
     if loss is None:
         raise DecouplingError("the last stage holds the model's output and needs loss=, a callable (output, target)")
-    value = loss(output, target)
+    try:
+        value = loss(output, target)
+    except Exception as error:
+        if target is None:
+            raise DecouplingError(f"the loss failed without a target ({error}); pass target= to step") from error
+        raise
     if not isinstance(value, torch.Tensor) or value.numel() != 1:
         found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
         raise DecouplingError(f"the loss must return a tensor with one element, but returned {found}; average it first")
+    if not value.requires_grad:
+        raise DecouplingError("the loss has no autograd graph: it must be computed from the model's output, not detached")
     return value
 
 

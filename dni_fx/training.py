@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .decoupled import Decoupled, Stage, keep_modes
 from .errors import DecouplingError, NonFiniteError
@@ -17,6 +17,7 @@ from .passes.checking import restored
 from .passes.tracing import preserved_rng
 from .reports import InterfaceReport, StepReport, compare
 from .stepping import StepResult, detached, evaluate, pull_back
+from .structures import map_tensors
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
@@ -68,9 +69,9 @@ class Trainer:
             raise DecouplingError(f"unknown schedule {schedule!r}; known: 'sequential'")
         if not callable(loss) or not callable(optimizer) or not callable(synthesizer_optimizer):
             raise DecouplingError("loss, optimizer and synthesizer_optimizer must be callables")
-        if not isinstance(accumulate, int) or accumulate < 1 or not isinstance(metrics_every, int) or metrics_every < 1:
+        if not all(type(n) is int and n >= 1 for n in (accumulate, metrics_every)):
             raise DecouplingError("accumulate and metrics_every must be whole numbers, at least 1")
-        if clip_norm is not None and not clip_norm > 0:
+        if clip_norm is not None and not (isinstance(clip_norm, int | float) and clip_norm > 0):
             raise DecouplingError(f"clip_norm must be positive, not {clip_norm!r}")
         self.decoupled, self.loss = decoupled, loss
         self.clip_norm, self.accumulate, self.metrics_every = clip_norm, accumulate, metrics_every
@@ -122,7 +123,7 @@ class Trainer:
             if measure and not self._is_exact:
                 self._measured = run.compare(self.steps)
                 self._measure_next = False
-            run.fit_sources()
+            self._check_fit(run.fit_sources())
             if (self.steps + 1) % self.accumulate == 0:
                 self._update()
         self.steps += 1
@@ -144,9 +145,12 @@ class Trainer:
         Returns:
             The gradient of the loss for each interface's value, by name; zeros where none arrives.
         """
+        args, kwargs = map_tensors(torch.clone, (args, kwargs))
         values = self.decoupled.bind(*args, **kwargs)
         parameters = list(self.decoupled.parameters())
         before = [p.grad for p in parameters]
+        for parameter in parameters:
+            parameter.grad = None
         with restored(self.decoupled), keep_modes(), torch.enable_grad():
             try:
                 run = _Run(self.decoupled, self.loss)
@@ -223,12 +227,25 @@ class Trainer:
         """
         self.decoupled.plan  # noqa: B018  raises before the model is traced
         self._make_optimizers()
+        parts = ("decoupled", "optimizers", "synthesizer_optimizers", "gradients", "steps", "rng")
+        if not isinstance(state, dict) or any(part not in state for part in parts):
+            raise DecouplingError(f"a trainer's state is a dict with {', '.join(parts)}, as state_dict() returns it")
         for name, mine in (("optimizers", self.optimizers), ("synthesizer_optimizers", self.synthesizer_optimizers)):
             if name not in state or set(state[name]) != set(mine):
                 raise DecouplingError(
                     f"this state has {name} for {sorted(state.get(name, {}))}, but the trainer has {sorted(mine)}: "
                     "decouple with the plan that the state was saved with"
                 )
+        have = {k: getattr(v, "shape", None) for k, v in self.decoupled.state_dict().items()}
+        given = {k: getattr(v, "shape", None) for k, v in state["decoupled"].items()}
+        wrong = [k for k in {**have, **given} if k not in have or k not in given or have[k] != given[k]]
+        wrong = [k for k in wrong if not k.endswith("_extra_state") or k not in have or k not in given]
+        if wrong:
+            raise DecouplingError(
+                f"this state does not fit: {wrong[0]!r} is {tuple(given[wrong[0]] or ()) if wrong[0] in given else 'missing'} "
+                f"in it, but {tuple(have[wrong[0]] or ()) if wrong[0] in have else 'unknown'} here; decouple with the plan "
+                "and sources that the state was saved with"
+            )
         self.decoupled.load_state_dict(state["decoupled"])
         for name, mine in (("optimizers", self.optimizers), ("synthesizer_optimizers", self.synthesizer_optimizers)):
             for key, optimizer in mine.items():
@@ -311,6 +328,19 @@ class Trainer:
                 raise NonFiniteError(
                     f"step {self.steps + 1}: {name} is {kind}; nothing was updated. Look at the batch, lower the learning "
                     "rates or set clip_norm="
+                )
+
+    def _check_fit(self, losses: dict[str, torch.Tensor]) -> None:
+        gradients = [p.grad for p in self.decoupled.synthesizers.parameters() if p.grad is not None]
+        every = [*losses.values(), *(torch._foreach_norm(gradients) if gradients else [])]
+        if not every or bool(torch.stack([v.to(every[0]) for v in every]).isfinite().all()):
+            return
+        for name, source in self.decoupled.sources.items():
+            found = [losses.get(name), *(p.grad for p in source.parameters())]
+            if any(t is not None and not bool(t.isfinite().all()) for t in found):
+                raise NonFiniteError(
+                    f"step {self.steps + 1}: the regression of the source at interface {name!r} is not finite; nothing was "
+                    "updated. Lower the rate of synthesizer_optimizer, or look at that interface's gradients"
                 )
 
     def _update(self) -> None:
@@ -417,11 +447,13 @@ class _Run:
         """What each source is regressed to; zero where nothing came back."""
         return {n: g if (g := self.gradients.get(n)) is not None else torch.zeros_like(v) for n, v in self.sent.items()}
 
-    def fit_sources(self) -> None:
-        """Regress the sources."""
+    def fit_sources(self) -> dict[str, torch.Tensor]:
+        """Regress the sources; the losses by interface name."""
         targets = self.targets() if self.predictions else {}
+        losses: dict[str, torch.Tensor] = {}
         for stage, predictions in zip(self.stages, self.predictions_of, strict=False):
-            stage.fit(predictions, targets)
+            losses.update(stage.fit(predictions, targets))
+        return losses
 
     def compare(self, step: int) -> dict[str, InterfaceReport]:
         """How near each prediction is to its target."""
@@ -460,6 +492,7 @@ class _Restoring:
             if buffer is not None
         ]
         self.rng = preserved_rng()
+        self.sources = [(m, dict(vars(m))) for m in self.decoupled.synthesizers.modules()]
         for parameter in self.parameters:
             parameter.grad = None
         if self.keep:
@@ -476,6 +509,8 @@ class _Restoring:
             for table, name, buffer, content in self.buffers:
                 table[name] = buffer
                 buffer.copy_(content)
+        for module, attributes in self.sources:
+            vars(module).update(attributes)
         self.rng()
 
 
@@ -486,6 +521,8 @@ def _add(part: torch.Tensor, later: torch.Tensor | None) -> torch.Tensor:
 def _made(optimizer: Any, name: str) -> torch.optim.Optimizer:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise DecouplingError(f"{name}= must return a torch.optim.Optimizer, but returned {type(optimizer).__name__}")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise DecouplingError(f"{name}= returned LBFGS, which evaluates the loss several times a step; use another one")
     return optimizer
 
 

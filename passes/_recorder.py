@@ -58,6 +58,10 @@ class DataDependentError(TracingError):
     """The model's control flow reads a tensor's values, which a graph cannot hold."""
 
 
+class BakedInError(TracingError):
+    """Something that changes from call to call, which any tracer would bake in without noticing."""
+
+
 class FunctionCall:
     """A custom ``autograd.Function`` as one node, so that its own backward is kept."""
 
@@ -82,6 +86,8 @@ def after(tensor: torch.Tensor, write: Any) -> torch.Tensor:
 
 class _Observer(TorchDispatchMode):
     """Notes what the operators below one node do."""
+
+    supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,6 +155,8 @@ class Recorder(TorchFunctionMode):
         self.stack: list[str] = []
         self.autocasts: list[tuple[Any, ...]] = []
         self.observer = _Observer()
+        self.draws = _python_draws()
+        self.notes: list[str] = []
         self.paused = False
         self.thread = threading.get_ident()
 
@@ -184,14 +192,16 @@ class Recorder(TorchFunctionMode):
             return self._call_leaf(original, module, path, args, kwargs)
         self.visited[path] = module
         self.stack.append(path)
-        before, draws = self._state_of(module), _python_draws()
+        before = self._state_of(module)
         try:
             output = original(module, *args, **kwargs)
-            if _python_draws() != draws:
-                raise DataDependentError("the model draws from Python's or NumPy's random numbers")
-            changed = [k for k, v in self._state_of(module).items() if before.get(k, _MISSING) is not v]
-            if changed and path:
-                raise TracingError(f"forward changes the module's own attribute '{changed[0]}'")
+            self._check_draws()
+            changed = {k: v for k, v in self._state_of(module).items() if before.get(k, _MISSING) is not v}
+            stored = all(isinstance(v, torch.Tensor) for v in changed.values()) and not path
+            if stored:  # the top level cannot be opaque; what it only stores is not read again
+                self.notes += [f"forward stores a tensor in self.{name}; the stages do not" for name in changed]
+            elif changed:
+                raise BakedInError(f"forward changes the module's own attribute '{next(iter(changed))}'")
         except Exception:
             if self.failed_at is None:
                 self.failed_at = path
@@ -230,12 +240,14 @@ class Recorder(TorchFunctionMode):
 
     def _call_leaf(self, original: Any, module: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
         self.attributes[path] = module
+        self._check_draws()
         try:
             output = self._create("call_module", path, args, kwargs, lambda a, k: original(module, *a, **k))
         except Exception:
             if self.failed_at is None:
                 self.failed_at, self.failed_leaf = path, True
             raise
+        self.draws = _python_draws()
         if any(output is a for a in (*args, *kwargs.values())):
             self.visited[path] = module  # an identity in this mode: which of the two is used later cannot be told
         self._returned(path, output)
@@ -467,6 +479,11 @@ class Recorder(TorchFunctionMode):
             return target.function.__name__.lower()
         return None
 
+
+    def _check_draws(self) -> None:
+        """Python's and NumPy's random numbers are drawn by leaves, which draw anew in every call, or not at all."""
+        if _python_draws() != self.draws:
+            raise BakedInError("the model draws from Python's or NumPy's random numbers")
 
     def _is_computed(self, tensor: torch.Tensor) -> bool:
         node = self.nodes.get(id(tensor))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import random
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +13,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..errors import DecouplingError
 from ..structures import flatten, map_tensors
 from ._symbols import plain
-from .tracing import TABLES, Trace, preserved_rng, put_back, untouched
+from .tracing import TABLES, Trace, preserved_rng, put_back, put_back_parameters, untouched
 
 _RELATIVE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.complex64: 1e-4, torch.complex128: 1e-10}
 
@@ -45,10 +48,17 @@ def check_stages(model: nn.Module, composed: Callable[..., Any], args: tuple[Any
     Returns:
         Whether they agree. Model, gradients, buffers and random states are as they were.
     """
-    first = _measure(model, model, args, kwargs)
+    try:
+        first = _measure(model, model, args, kwargs)
+    except Exception as error:
+        raise DecouplingError(
+            f"{type(model).__name__} itself fails on these inputs: {type(error).__name__}: {error}; pass inputs that "
+            "model(*args, **kwargs) takes"
+        ) from error
     second = _measure(model, model, args, kwargs)
     stages = _measure(model, composed, args, kwargs)
     exact = True
+    largest = max((_size(t) for n, t in first.items() if n.startswith("gradient") and t is not None), default=0.0)
     if list(first) != list(stages):
         return Check(f"the stages return other tensors than the model ({len(stages)} against {len(first)})", False)
     for name, expected in first.items():
@@ -66,7 +76,7 @@ def check_stages(model: nn.Module, composed: Callable[..., Any], args: tuple[Any
             continue
         exact = False
         noise = _distance(expected, second[name]) if second[name] is not None else 0.0
-        scale = float(expected.detach().abs().double().nan_to_num().max()) if expected.numel() else 0.0
+        scale = max(_size(expected), largest if name.startswith("gradient") else 0.0)
         allowed = 10 * noise + _RELATIVE.get(expected.dtype, 2e-2) * scale
         if not _same(expected, found, allowed):
             return Check(f"{name}: differs by {_distance(expected, found):.3g} (the model from itself by {noise:.3g})", False)
@@ -124,6 +134,10 @@ def _measure(
     model: nn.Module, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, torch.Tensor | None]:
     with restored(model), torch.enable_grad():
+        torch.manual_seed(1)  # not the state in which the model was traced: draws must not be baked in
+        random.seed(1)
+        if "numpy.random" in sys.modules:
+            sys.modules["numpy.random"].seed(1)  # type: ignore[attr-defined]
         args, kwargs = map_tensors(lambda t: t.detach().clone(), (args, kwargs))
         output = function(*args, **kwargs)
         results: dict[str, torch.Tensor | None] = {f"output {i}": t for i, t in enumerate(flatten(output)[0])}
@@ -155,12 +169,14 @@ def _like(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 def restored(model: nn.Module) -> Iterator[None]:
     """Put back buffers' contents, attributes and random states after a run."""
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    parameters = [(p, p._version, p.detach().clone()) for p in model.parameters()]
     attributes = [(m, dict(vars(m)), {t: dict(vars(m)[t]) for t in TABLES}) for m in model.modules()]
     rng = preserved_rng()
     try:
         yield
     finally:
         put_back(attributes)
+        put_back_parameters(parameters)
         with torch.no_grad():
             for buffer, content in buffers:
                 buffer.copy_(content)
@@ -176,6 +192,10 @@ def _same(expected: torch.Tensor, found: torch.Tensor, allowed: float) -> bool:
     nans = a.isnan() == b.isnan()
     close = (a - b).abs().double() <= allowed
     return bool((nans & (close | a.isnan() | (a == b))).all())
+
+
+def _size(tensor: torch.Tensor) -> float:
+    return float(tensor.detach().abs().double().nan_to_num().max()) if tensor.numel() else 0.0
 
 
 def _distance(expected: torch.Tensor, found: torch.Tensor) -> float:

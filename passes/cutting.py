@@ -30,6 +30,7 @@ class Flow:
         last_use: position of the last user of each node, -1 without users.
         replicated: cheap nodes computed from the inputs alone, made again in every stage that uses them.
         guards_only: integers that the model looked at but did not compute with; no stage needs them.
+        last_computed: position of the last node that computes something.
         trainable: number of values that carry a gradient across each position.
         illegal: why a position may not be cut, for those that may not.
     """
@@ -42,6 +43,7 @@ class Flow:
     last_use: dict[fx.Node, int]
     replicated: frozenset[fx.Node]
     guards_only: frozenset[fx.Node]
+    last_computed: int
     trainable: tuple[int, ...]
     illegal: dict[int, str]
 
@@ -53,6 +55,11 @@ class Flow:
         """Whether the node belongs to one stage: not an input, an attribute, a replicated node or a mere guard."""
         left_out = node in self.replicated or node in self.guards_only
         return node.op not in ("placeholder", "get_attr", "output") and not left_out
+
+
+def _computes(node: fx.Node) -> bool:
+    bookkeeping = node.meta.get("glued") or node.op in ("placeholder", "get_attr", "output")
+    return not bookkeeping
 
 
 def needs_gradient(node: fx.Node) -> bool:
@@ -93,6 +100,7 @@ def find_flow(trace: Trace) -> Flow:
         last_use=last_use,
         replicated=replicated,
         guards_only=frozenset(guards_only),
+        last_computed=max((i for i, n in enumerate(nodes) if _computes(n) and n not in guards_only), default=-1),
         trainable=tuple(accumulate(change)),
         illegal={},
     )
@@ -213,6 +221,8 @@ def name_position(flow: Flow, position: int) -> str:
 
 def reason_against(flow: Flow, position: int) -> str | None:
     """Why a position may not be cut, or None."""
+    if position > flow.last_computed:
+        return "nothing is computed after it"
     if flow.trainable[position] == 0:
         return "no value on a trainable path crosses there (its upstream is frozen, or only inputs cross)"
     return flow.illegal.get(position)

@@ -72,6 +72,12 @@ def _feature_dim(trace: Trace, node: fx.Node) -> int:
             return 1
         if isinstance(module, _TOKENS) or name in ("linear", "layer_norm", "embedding", "matmul"):
             return -1
+        if name == "permute":
+            order = [d for a in current.args[1:] for d in (a if isinstance(a, tuple | list) else [a])]
+            if order and order[-1] == 1:
+                return -1
+            if len(order) > 1 and order[1] in (len(order) - 1, -1):
+                return 1
         if name not in ("permute", "transpose", "movedim", "swapaxes") and len(queue) < _LOOK_BACK:
             for value in current.all_input_nodes:
                 if value not in seen and _rank(value) == _rank(node):

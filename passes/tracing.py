@@ -28,7 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import TracingError
 from ..structures import Structure, flatten
-from ._recorder import DataDependentError, Recorder, recording
+from ._recorder import BakedInError, DataDependentError, Recorder, recording
 from ._symbols import TracedInt
 
 _MOST_OPAQUE = 200
@@ -69,8 +69,19 @@ class Trace:
     @property
     def digest(self) -> str:
         """Hash of nodes, operators and edges; equal for equal graphs in every process."""
-        text = "\n".join(f"{n.name} {n.op} {_target_name(n)} {_signature(n.args)} {_signature(n.kwargs)}" for n in self.graph.nodes)
+        text = "\n".join(
+            f"{n.name} {n.op} {self._target_name(n)} {_signature(n.args)} {_signature(n.kwargs)}" for n in self.graph.nodes
+        )
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+    def _target_name(self, node: fx.Node) -> str:
+        if node.op == "call_module":
+            kind = type(self.attributes[str(node.target)])
+            return f"{node.target}:{kind.__module__}.{kind.__qualname__}"
+        if isinstance(node.target, str):
+            return node.target
+        return f"{getattr(node.target, '__module__', '')}.{getattr(node.target, '__name__', node.target)}"
 
 
 def trace_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
@@ -102,14 +113,15 @@ def trace_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
                     continue
                 if real and small:  # fake tensors cannot do more than real ones
                     small = False
-                if not real and not (isinstance(error, DataDependentError) and not is_leaf):
+                if not real and not (isinstance(error, DataDependentError | BakedInError) and not is_leaf):
                     real = True
                     continue
                 if is_leaf and place and not isinstance(error, TracingError):
                     raise TracingError(f"'{place}' ({type(model.get_submodule(place)).__name__}) fails: {reason}") from error
                 outer = _next_outer(model, place, opaque) if place else None
                 if outer is None:
-                    raise TracingError(f"the top level of {type(model).__name__} cannot be recorded: {reason}") from error
+                    kind = BakedInError if isinstance(error, BakedInError) else TracingError
+                    raise kind(f"the top level of {type(model).__name__} cannot be recorded: {reason}") from error
                 opaque[outer] = reason
                 continue
         if real and not small:
@@ -162,7 +174,10 @@ def trace_export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
             raise TracingError(f"torch.export: {_reason(error)}") from error
         recorder = Recorder(model, FakeTensorMode(allow_non_fake_inputs=True), frozenset())
         recorder.paths = {}
-        trace = _record(recorder, _Replayed(exported, recorder), args, kwargs, {})
+        try:
+            trace = _record(recorder, _Replayed(exported, recorder), args, kwargs, {})
+        except Exception as error:
+            raise TracingError(f"torch.export: its graph cannot be recorded: {_reason(error)}") from error
     trace.model = model
     _bind_originals(trace)
     modes = tuple(m for m in model.modules())
@@ -257,6 +272,7 @@ def _record(
         modes=tuple(recorder.visited.values()),
         rung="calls",
         opaque=dict(opaque),
+        notes=tuple(recorder.notes),
     )
 
 
@@ -327,6 +343,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Put back attributes, parameter and buffer tables, modes and random states; buffers are clones meanwhile."""
     modules = list(model.modules())
     saved = [(m, dict(vars(m)), {t: dict(vars(m)[t]) for t in TABLES}) for m in modules]
+    parameters = [(p, p._version, p.detach().clone()) for p in model.parameters()]
     rng = preserved_rng()
     clones: dict[int, torch.Tensor] = {}
     for module in modules:
@@ -337,7 +354,16 @@ def untouched(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         put_back(saved)
+        put_back_parameters(parameters)
         rng()
+
+
+def put_back_parameters(saved: list[tuple[nn.Parameter, int, torch.Tensor]]) -> None:
+    """Undo what a forward wrote into parameters (``nn.Embedding(max_norm=...)`` does)."""
+    with torch.no_grad():
+        for parameter, version, content in saved:
+            if parameter._version != version:
+                parameter.copy_(content)
 
 
 def put_back(saved: list[tuple[nn.Module, dict[str, Any], dict[str, dict[str, Any]]]]) -> None:
@@ -387,12 +413,6 @@ def _reason(error: BaseException) -> str:
         if "/torch/" not in frame.filename and "/dni_fx/" not in frame.filename and "/passes/" not in frame.filename:
             return f"{text} ({frame.filename}:{frame.lineno})"
     return text
-
-
-def _target_name(node: fx.Node) -> str:
-    if isinstance(node.target, str):
-        return node.target
-    return f"{getattr(node.target, '__module__', '')}.{getattr(node.target, '__name__', node.target)}"
 
 
 def _signature(value: Any) -> str:

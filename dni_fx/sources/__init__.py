@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import nn
 
 from ..errors import DecouplingError, did_you_mean
 from ..plan import TensorSpec
@@ -53,8 +55,7 @@ def auto_context(spec: TensorSpec, context: TensorSpec | None) -> TensorSpec | N
     """The context, or None for a value that has no batch dimension to line it up with (scalars, position tables)."""
     if context is None or not spec.shape:
         return None
-    has_no_batch = len(context.shape) > 1 and spec.shape[0] == 1 < context.shape[0]
-    return None if has_no_batch else context
+    return None if spec.shape[0] != context.shape[0] else context
 
 
 class Auto(Regression):
@@ -115,6 +116,12 @@ def make_source(
             f"a gradient source is a name or a callable (specs, context_spec) -> GradientSource, but got {factory!r}"
         )
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else ()
+    if isinstance(factory, nn.Module):
+        raise DecouplingError(f"got a {type(factory).__name__} object as gradient source; pass a GradientSource class")
+    try:
+        inspect.signature(factory).bind(tuple(specs), context_spec)
+    except TypeError as error:
+        raise DecouplingError(f"the gradient source factory {factory!r} must take (specs, context_spec): {error}") from error
     with torch.random.fork_rng(devices=devices):
         source = factory(tuple(specs), context_spec)
     if not isinstance(source, GradientSource):
