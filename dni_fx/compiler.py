@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 from .decoupled import Decoupled, Passes, Variant, kinds_of
 from .errors import CutError, DecouplingError, PlanMismatchError, TracingError
 from .passes._recorder import BakedInError
-from .passes.checking import check_stages, guards_hold
+from .passes.checking import check_model, check_stages, guards_hold
 from .passes.cutting import assign_stages, choose_positions, find_flow, find_positions, is_legal, name_position
 from .passes.cutting import list_cut_points as list_points
 from .passes.emission import emit_functions, readable_code, source_key
@@ -19,7 +20,7 @@ from .passes.insertion import Gradients, infer_context, make_sources, resolve_gr
 from .passes.splitting import Split, bound_attributes, split_stages
 from .passes.tracing import Trace, trace_calls, trace_export
 from .plan import CutPlan, CutPointList, PlanReport, SourceReport, StageReport
-from .sources import GradientSource, auto_name
+from .sources import SOURCES, GradientSource, auto_name
 from .structures import flatten
 
 Cuts = str | Sequence[str] | CutPlan
@@ -73,12 +74,12 @@ def decouple(
     if inputs is not None:
         raise DecouplingError("inputs= (synthetic inputs) is not available in this version; leave it None")
     if isinstance(cuts, CutPlan) and gradients == "auto" and cuts.gradients:
-        gradients = dict(cuts.gradients) if "exact" not in dict(cuts.gradients).values() else "exact"
+        gradients = _planned_gradients(cuts)
 
     def build(model: nn.Module, args: Any, kwargs: Any, plan: CutPlan | None) -> Variant:
         if plan is None:
-            digest = cuts.digest if isinstance(cuts, CutPlan) else None
-            return _build_variant(model, args, kwargs, wanted, stages or DEFAULT_STAGES, check, digest=digest)
+            planned = cuts if isinstance(cuts, CutPlan) else None
+            return _build_variant(model, args, kwargs, wanted, stages or DEFAULT_STAGES, check, planned=planned)
         return _build_variant(model, args, kwargs, plan.cuts, 0, check, again=True)
 
     def make_plan(variant: Variant, args: Any, kwargs: Any) -> tuple[CutPlan, dict[str, GradientSource]]:
@@ -163,7 +164,7 @@ def _build_variant(
     stages: int,
     check: bool,
     again: bool = False,
-    digest: str | None = None,
+    planned: CutPlan | None = None,
 ) -> Variant:
     """Climb the tracing ladder until the split model equals the model.
 
@@ -177,15 +178,19 @@ def _build_variant(
             trace = tracer(model, args, kwargs)
         except TracingError as error:
             refusals.append(f"{tracer.__name__}: {error}")
+            if len(refusals) == 1:
+                check_model(model, args, kwargs, str(error))
             if isinstance(error, BakedInError):  # export would bake it in without a word
                 break
             continue
-        if digest is not None and trace.digest != digest:
+        if planned is not None and trace.digest != planned.digest:
             others.append(trace.digest)
             continue
         flow = find_flow(trace)
         if max(flow.trainable) == 0 and not again:
-            raise CutError(f"no parameter of this {type(model).__name__} is trainable; unfreeze some (requires_grad_())")
+            raise CutError(
+                f"no parameter of this {type(model).__name__} is trainable; unfreeze some (requires_grad_())"
+            )
         if again and cuts is not None:
             cuts = tuple(c for c in cuts if is_legal(flow, c))
         positions = choose_positions(flow, stages) if cuts is None else find_positions(flow, cuts)
@@ -205,21 +210,21 @@ def _build_variant(
         variant.cuts = tuple(name_position(flow, p) if cuts is None else _cut_at(flow, cuts, p) for p in positions)
         if not check:
             return variant
-        result = check_stages(model, lambda *a, **k: _compose(split, a, k), args, kwargs)
+        result = check_stages(model, functools.partial(_composed, split), args, kwargs)
         if result.mismatch is None:
             variant.exact = result.exact
             return variant
         refusals.append(f"{tracer.__name__}: the traced model is not the model: {result.mismatch}")
-    if others:
+    if planned is not None and others:
         raise PlanMismatchError(
-            f"the plan was made for graph {digest}, but this {type(model).__name__} has graph {others[0]}; make a new plan "
-            "with dni_fx.plan_cuts, or pass its cuts: cuts=list(plan.cuts)"
+            f"the plan was made for a {planned.model} with graph {planned.digest}, but this {type(model).__name__} has "
+            f"graph {others[0]}; make a new plan with dni_fx.plan_cuts, or pass its cuts: cuts=list(plan.cuts)"
         )
     reasons = "\n".join(f"  - {r}" for r in refusals)
     raise TracingError(
         f"{type(model).__name__} cannot be traced faithfully:\n{reasons}\n"
-        "Move the code that is named into a submodule of its own (it then stays one opaque node), or pass that part of the "
-        "model to decouple"
+        "Move the code that is named into a submodule of its own (it then stays one opaque node), or pass that part "
+        "of the model to decouple"
     )
 
 
@@ -233,13 +238,14 @@ def _trace(model: nn.Module, args: Any, kwargs: Any) -> Trace:
             raise TracingError(f"{type(model).__name__} cannot be traced:\n  - {first}\n  - {second}") from first
 
 
-def _compose(split: Split, args: Any, kwargs: Any) -> Any:
+def _composed(split: Split, *args: Any, **kwargs: Any) -> Any:
     values = dict(zip(split.model_inputs, flatten((args, kwargs))[0], strict=True))
     for stage in split.stages:
         results = stage.module(*(values[n] for n in stage.inputs))
         if stage is split.stages[-1]:
             return results
         values.update(zip(stage.outputs, results, strict=True))
+    return None
 
 
 def _make_plan(
@@ -288,6 +294,18 @@ def _make_plan(
     return plan, sources
 
 
+def _planned_gradients(plan: CutPlan) -> Gradients:
+    names = dict(plan.gradients)
+    own = {i: n for i, n in names.items() if n not in SOURCES}
+    if own:
+        interface, name = next(iter(own.items()))
+        raise DecouplingError(
+            f"the plan was made with a source of your own at {interface!r} ({name}), which JSON cannot hold; pass "
+            "gradients="
+        )
+    return "exact" if "exact" in names.values() else dict(names)
+
+
 def _emit(split: Split, sources: dict[str, GradientSource]) -> tuple[Any, ...]:
     return tuple(emit_functions(split, s.index, sources) for s in split.stages)
 
@@ -314,7 +332,9 @@ def _examples(model: nn.Module, args: Any, kwargs: Any) -> tuple[tuple[Any, ...]
     args, kwargs = tuple(args or ()), dict(kwargs or {})
     for i, leaf in enumerate(flatten((args, kwargs))[0]):
         if leaf.dim() and leaf.shape[0] == 0:
-            raise DecouplingError(f"example tensor {i} has an empty batch, shape {tuple(leaf.shape)}; pass a real batch")
+            raise DecouplingError(
+                f"example tensor {i} has an empty batch, shape {tuple(leaf.shape)}; pass a real batch"
+            )
     return args, kwargs
 
 
@@ -353,10 +373,12 @@ def _check_model(model: Any) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise DecouplingError(f"{name} is a scripted module, which cannot be traced; decouple the Python module")
     for path, module in model.named_modules():
-        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        if any(nn.parameter.is_lazy(p) for p in module.parameters(recurse=False)):
             raise DecouplingError(f"lazy module {path!r} has no parameters yet: run the model once on a batch first")
         if isinstance(module, torch.jit.ScriptModule):
-            raise DecouplingError(f"submodule {path!r} is scripted, which cannot be traced; put the Python module there")
+            raise DecouplingError(
+                f"submodule {path!r} is scripted, which cannot be traced; put the Python module there"
+            )
         if path and hasattr(module, "_orig_mod"):
             raise DecouplingError(f"submodule {path!r} is compiled; decouple the model before compiling parts of it")
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -140,8 +140,8 @@ class Stage:
     def step(self) -> fx.GraphModule:
         """The training function ``step(inputs, context=None, loss=None, target=None) -> StepResult``.
 
-        ``inputs`` maps names to model inputs and to values that earlier stages sent; ``loss`` and ``target`` are for the
-        last stage. Gradients accumulate in the parameters' ``.grad``.
+        ``inputs`` maps names to model inputs and to values that earlier stages sent; ``loss`` and ``target`` are for
+        the last stage. Gradients accumulate in the parameters' ``.grad``.
         """
         return self._functions.step
 
@@ -265,7 +265,7 @@ class Decoupled(nn.Module):
         """The cuts, stages and interfaces."""
         if self._plan is None:
             raise DecouplingError(
-                "the model is not traced yet: pass example_inputs= to decouple, or call it once, before asking for its plan"
+                "the model is not traced yet: pass example_inputs= to decouple, or call it once, before asking for this"
             )
         return self._plan
 
@@ -300,6 +300,7 @@ class Decoupled(nn.Module):
                 if stage is stages[-1]:
                     return results
                 values.update(zip(stage.outputs, results, strict=True))
+        return None
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Model inputs by name, as ``stage.step`` takes them; makes or finds the stages that fit the call.
@@ -371,8 +372,8 @@ class Decoupled(nn.Module):
         if len(variant.cuts) < len(self.plan.cuts):
             missing = [c for c in self.plan.cuts if c not in variant.cuts]
             raise PlanMismatchError(
-                f"in this mode or for these inputs the model cannot be cut after {', '.join(map(repr, missing))}: it can be "
-                "evaluated but not trained; name cuts by modules that every mode runs"
+                f"in this mode or for these inputs the model cannot be cut after {', '.join(map(repr, missing))}: it "
+                "can be evaluated but not trained; name cuts by modules that every mode runs"
             )
         if not variant.functions:
             variant.functions = self._passes.emit(variant.split, self.sources_by_name())
@@ -401,13 +402,15 @@ class Decoupled(nn.Module):
                 missing.append(interface.name)
         if missing:
             raise PlanMismatchError(
-                f"gradients now cross at {', '.join(map(repr, missing))}, where the plan has no source (a parameter was "
-                "unfrozen, or the model takes another path for these inputs or in this mode); call dni_fx.decouple again"
+                f"gradients now cross at {', '.join(map(repr, missing))}, where the plan has no source (a parameter "
+                "was unfrozen, or the model takes another path for these inputs or in this mode); decouple again"
             )
         return found
 
     def __getstate__(self) -> dict[str, Any]:
-        raise TypeError("a Decoupled object is not pickled: save its state_dict() and plan.to_json(), and decouple again")
+        raise TypeError(
+            "a Decoupled object is not pickled: save its state_dict() and plan.to_json(), and decouple again"
+        )
 
 
 @contextlib.contextmanager

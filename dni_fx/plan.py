@@ -193,7 +193,7 @@ class CutPlan:
             raise DecouplingError(
                 "a cut plan needs 'model' and 'digest' (text), 'cuts' (a list of names) and 'gradients' (name: source)"
             )
-        return cls(content["model"], content["digest"], tuple(names), tuple(gradients.items()))
+        return cls(content["model"], content["digest"], tuple(names or ()), tuple(gradients.items()))
 
     def __str__(self) -> str:
         head = f"{self.model}: {len(self.cuts) + 1} stages, {len(self.cuts)} cuts, graph {self.digest}"

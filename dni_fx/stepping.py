@@ -83,8 +83,8 @@ def pull_back(
     for root, gradient in pairs:
         if gradient.shape != root.shape:
             raise DecouplingError(
-                f"a source predicted a gradient of shape {tuple(gradient.shape)} for a value of shape {tuple(root.shape)}; "
-                "predict must return one gradient of the value's own shape per value"
+                f"a source predicted a gradient of shape {tuple(gradient.shape)} for a value of shape "
+                f"{tuple(root.shape)}; predict must return one gradient of the value's own shape per value"
             )
     if pairs:
         torch.autograd.backward([r for r, _ in pairs], [g for _, g in pairs], retain_graph=retain_graph, inputs=inputs)
@@ -108,7 +108,9 @@ def evaluate(loss: Callable[[Any, Any], torch.Tensor] | None, output: Any, targe
         found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
         raise DecouplingError(f"the loss must return a tensor with one element, but returned {found}; average it first")
     if not value.requires_grad:
-        raise DecouplingError("the loss has no autograd graph: it must be computed from the model's output, not detached")
+        raise DecouplingError(
+            "the loss has no autograd graph: it must be computed from the model's output, not detached"
+        )
     return value
 
 

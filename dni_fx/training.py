@@ -27,9 +27,9 @@ class Trainer:
     """Trains a decoupled model, every stage with an optimiser of its own.
 
     With the sequential schedule a step runs the stages one after the other: each runs forward, asks its sources for the
-    gradients of what it sends, and pulls them back; the input gradients of the next stage are the targets of its sources
-    (bootstrapped: Jaderberg et al. 2016, arXiv:1608.05343, section 2). Updates happen at the end of the step, once
-    everything is known to be finite; since no stage reads another's parameters, that changes no number.
+    gradients of what it sends, and pulls them back; the input gradients of the next stage are the targets of its
+    sources (bootstrapped: Jaderberg et al. 2016, arXiv:1608.05343, section 2). Updates happen at the end of the step,
+    once everything is known to be finite; since no stage reads another's parameters, that changes no number.
 
     Args:
         decoupled: the model.
@@ -176,8 +176,8 @@ class Trainer:
         """Train over a loader with a progress bar.
 
         Args:
-            loader: gives batches ``(input, ..., target)``, or dicts with ``"target"`` or ``"labels"`` beside the model's
-                keyword inputs.
+            loader: gives batches ``(input, ..., target)``, or dicts with ``"target"`` or ``"labels"`` beside the
+                model's keyword inputs.
             epochs: how often to go through it.
             progress: whether to show a bar.
             unpack: turns a batch of another form into ``(args, kwargs, target)``.
@@ -242,9 +242,8 @@ class Trainer:
         wrong = [k for k in wrong if not k.endswith("_extra_state") or k not in have or k not in given]
         if wrong:
             raise DecouplingError(
-                f"this state does not fit: {wrong[0]!r} is {tuple(given[wrong[0]] or ()) if wrong[0] in given else 'missing'} "
-                f"in it, but {tuple(have[wrong[0]] or ()) if wrong[0] in have else 'unknown'} here; decouple with the plan "
-                "and sources that the state was saved with"
+                f"this state does not fit: {wrong[0]!r} is {_shape(given, wrong[0])} in it, but "
+                f"{_shape(have, wrong[0])} here; decouple with the plan and sources that the state was saved with"
             )
         self.decoupled.load_state_dict(state["decoupled"])
         for name, mine in (("optimizers", self.optimizers), ("synthesizer_optimizers", self.synthesizer_optimizers)):
@@ -312,7 +311,9 @@ class Trainer:
 
     def _check_finite(self, run: _Run) -> None:
         places = run.places()
-        sums = [t.detach().sum(dtype=torch.float32 if t.dtype in (torch.half, torch.bfloat16) else None) for _, t in places]
+        sums = [
+            t.detach().sum(dtype=torch.float32 if t.dtype in (torch.half, torch.bfloat16) else None) for _, t in places
+        ]
         gradients = [p.grad for p in self.decoupled._variant.parameters if p.grad is not None]
         norms = torch._foreach_norm(gradients) if gradients else []
         if len({(s.dtype, s.device) for s in [*sums, *norms]}) == 1:
@@ -326,8 +327,8 @@ class Trainer:
             if not bool(tensor.isfinite().all()):
                 kind = "NaN" if bool(tensor.isnan().any()) else "infinite"
                 raise NonFiniteError(
-                    f"step {self.steps + 1}: {name} is {kind}; nothing was updated. Look at the batch, lower the learning "
-                    "rates or set clip_norm="
+                    f"step {self.steps + 1}: {name} is {kind}; nothing was updated. Look at the batch, lower the "
+                    "learning rates or set clip_norm="
                 )
 
     def _check_fit(self, losses: dict[str, torch.Tensor]) -> None:
@@ -339,8 +340,8 @@ class Trainer:
             found = [losses.get(name), *(p.grad for p in source.parameters())]
             if any(t is not None and not bool(t.isfinite().all()) for t in found):
                 raise NonFiniteError(
-                    f"step {self.steps + 1}: the regression of the source at interface {name!r} is not finite; nothing was "
-                    "updated. Lower the rate of synthesizer_optimizer, or look at that interface's gradients"
+                    f"step {self.steps + 1}: the regression of the source at interface {name!r} is not finite; nothing "
+                    "was updated. Lower the rate of synthesizer_optimizer, or look at that interface's gradients"
                 )
 
     def _update(self) -> None:
@@ -377,7 +378,7 @@ class _Run:
             if reused:
                 result, again = self._step_twice(stage, values, context)
             else:
-                result, again = self.functions[stage.index].step(values, context, self.loss_function, target), None
+                result, again = self._step(stage, values, context, target), None
             values.update(result.outputs)
             for name, gradient in result.input_gradients.items():
                 arrived = self.gradients.get(name)
@@ -400,13 +401,20 @@ class _Run:
         self.loss, self.output = result.loss, result.outputs["output"]
         self.sent = {n: values[n] for n in carried}
 
+    def _step(self, stage: Stage, values: dict[str, Any], context: Any, target: Any) -> StepResult:
+        try:
+            return self.functions[stage.index].step(values, context, self.loss_function, target)
+        except DecouplingError as error:
+            places = ", ".join(repr(n) for n in stage.outputs)
+            raise type(error)(f"{stage.name}, which sends {places}: {error}") from error
+
     def _step_twice(self, stage: Stage, values: dict[str, Any], context: Any) -> tuple[StepResult, Callable[..., Any]]:
         """The stage's step from its halves, keeping the graph for parameters that the stage and later ones share.
 
         Autograd adds the partial gradients of every use in one chain, last use first. A stage with several uses can
         only continue that chain once the later stages' sum is known, so for these parameters its pull-back is repeated.
         """
-        outputs, leaves, entries = self.functions[stage.index].forward(values)
+        outputs, leaves, _entries = self.functions[stage.index].forward(values)
         sent = {n: o.detach() if isinstance(o, torch.Tensor) else o for n, o in outputs.items()}
         predictions = {n: source((sent[n],), context) for n, source in self.sources.items() if n in sent}
         roots = [outputs[n] for n in predictions]
@@ -427,7 +435,9 @@ class _Run:
         for stage in self.stages:
             outputs, leaves, entries = self.functions[stage.index].forward(values)
             tapes.append((outputs, leaves, entries))
-            values.update({n: v.detach() if isinstance(v, torch.Tensor) else v for n, v in outputs.items() if n != "output"})
+            values.update(
+                {n: v.detach() if isinstance(v, torch.Tensor) else v for n, v in outputs.items() if n != "output"}
+            )
         output = outputs["output"]
         loss = evaluate(self.loss_function, output, target)
         tapes[-1][0]["loss"] = loss
@@ -526,6 +536,10 @@ def _made(optimizer: Any, name: str) -> torch.optim.Optimizer:
     return optimizer
 
 
+def _shape(shapes: dict[str, Any], name: str) -> str:
+    return "missing" if name not in shapes else str(tuple(shapes[name] or ()))
+
+
 def _unpack(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     if isinstance(batch, dict):
         rest = dict(batch)
@@ -536,7 +550,3 @@ def _unpack(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     if isinstance(batch, tuple | list) and len(batch) >= 2:
         return tuple(batch[:-1]), {}, batch[-1]
     raise DecouplingError("a batch must be (input, ..., target) or a dict; pass unpack= for another form")
-
-
-
-

@@ -267,8 +267,15 @@ class Recorder(TorchFunctionMode):
         real_args, real_kwargs = _plain_tree(args), _plain_tree(kwargs)
         before = len(self.graph.nodes)
         self.observer.reset()
-        with self.observer:
-            output = run(real_args, real_kwargs)
+        try:
+            with self.observer:
+                output = run(real_args, real_kwargs)
+        except Exception:
+            if self.fake or target not in self.opaque:
+                raise
+            with torch.overrides._pop_mode_temporarily():  # compiled code refuses to be watched
+                output = run(real_args, real_kwargs)
+            self.observer.random = True
         assert before == len(self.graph.nodes)
         if op == "call_module" or isinstance(target, FunctionCall):
             self._check_captures(target, inputs)
@@ -308,6 +315,7 @@ class Recorder(TorchFunctionMode):
         node.meta["storage"] = None
         if output is None or isinstance(output, int | float | str | bool | TracedInt):
             return
+        members: list[tuple[Callable[..., Any], Any, Any]]
         if isinstance(output, dict):
             members = [(operator.getitem, key, value) for key, value in output.items()]
         elif isinstance(output, tuple | list):
@@ -385,9 +393,13 @@ class Recorder(TorchFunctionMode):
             name = self.names[id(tensor)]
             self.attributes[name] = tensor
             return self._get_attr(name, tensor)
-        seen_before = not isinstance(tensor, torch._subclasses.FakeTensor) if self.fake else id(tensor) in self.constants
+        seen_before = (
+            not isinstance(tensor, torch._subclasses.FakeTensor) if self.fake else id(tensor) in self.constants
+        )
         if not seen_before:
-            raise TracingError("a tensor was computed by code that tracing does not see (a scripted function, vmap, ...)")
+            raise TracingError(
+                "a tensor was computed by code that tracing does not see (a scripted function, vmap, ...)"
+            )
         return self._constant(tensor)
 
     def _get_attr(self, name: str, value: Any) -> fx.Node:
@@ -429,7 +441,8 @@ class Recorder(TorchFunctionMode):
             return int(self._dim(node, tensor, 0))
         if dim is not None:
             return self._dim(node, tensor, dim % max(tensor.dim(), 1))
-        return torch.Size([self._dim(node, tensor, d) for d in range(tensor.dim())])
+        sizes = tuple(self._dim(node, tensor, d) for d in range(tensor.dim()))
+        return torch.Size(sizes)
 
     def _dim(self, node: fx.Node, tensor: torch.Tensor, dim: int) -> TracedInt:
         if (node, dim) not in self.sizes:
@@ -479,7 +492,6 @@ class Recorder(TorchFunctionMode):
             return target.function.__name__.lower()
         return None
 
-
     def _check_draws(self) -> None:
         """Python's and NumPy's random numbers are drawn by leaves, which draw anew in every call, or not at all."""
         if _python_draws() != self.draws:
@@ -503,7 +515,7 @@ _MODULE_INTERNALS = frozenset(vars(nn.Module()))
 def _python_draws() -> Any:
     """State of Python's and NumPy's generators, to notice that a model drew from them."""
     numpy = sys.modules.get("numpy.random")
-    state = numpy.get_state() if numpy else None  # type: ignore[attr-defined]
+    state = numpy.get_state() if numpy else None
     return random.getstate(), state and (state[1][0], state[2])
 
 

@@ -1,8 +1,9 @@
 """Integers that remember where they came from, so that sizes stay dynamic in a traced graph.
 
-A ``TracedInt`` is what ``x.shape[0]`` returns while a model is traced. Arithmetic on it gives another one; handing it to
-a torch function makes it an argument of the recorded node. Wherever Python needs its plain value (``if``, ``range``,
-``math.sqrt``, a dictionary key) the value is handed out and a guard is recorded: the graph then holds for that value only.
+A ``TracedInt`` is what ``x.shape[0]`` returns while a model is traced. Arithmetic on it gives another one; handing it
+to a torch function makes it an argument of the recorded node. Wherever Python needs its plain value (``if``, ``range``,
+``math.sqrt``, a dictionary key) the value is handed out and a guard is recorded: the graph then holds for that value
+only.
 It is a ``torch.SymInt``, because torch's argument parsers and ``torch.Size`` accept those in place of integers.
 """
 
@@ -129,6 +130,10 @@ def _guarded(op: Callable[[Any, Any], Any]) -> tuple[Callable[..., Any], Callabl
     return left, right
 
 
+def _guarded_alone(op: Callable[[int], int]) -> Callable[[TracedInt], int]:
+    return lambda self: op(self._plain())
+
+
 def _compared(op: Callable[[Any, Any], bool]) -> Callable[[TracedInt, Any], Any]:
     def compare(self: TracedInt, other: Any) -> Any:
         if not isinstance(other, int | float | TracedInt):
@@ -152,4 +157,4 @@ for _name in ("truediv", "pow", "and_", "or_", "xor", "lshift", "rshift"):
 for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
     setattr(TracedInt, f"__{_name}__", _compared(getattr(operator, _name)))
 for _name in ("neg", "abs", "invert"):
-    setattr(TracedInt, f"__{_name}__", lambda self, op=getattr(operator, _name): op(self._plain()))
+    setattr(TracedInt, f"__{_name}__", _guarded_alone(getattr(operator, _name)))

@@ -34,7 +34,9 @@ class Check:
     exact: bool
 
 
-def check_stages(model: nn.Module, composed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Check:
+def check_stages(
+    model: nn.Module, composed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Check:
     """Compare composed stages with the model: outputs, every parameter's gradient, buffers; same seed, same inputs.
 
     The yardstick is the model against itself, since eager PyTorch is not always repeatable.
@@ -48,13 +50,7 @@ def check_stages(model: nn.Module, composed: Callable[..., Any], args: tuple[Any
     Returns:
         Whether they agree. Model, gradients, buffers and random states are as they were.
     """
-    try:
-        first = _measure(model, model, args, kwargs)
-    except Exception as error:
-        raise DecouplingError(
-            f"{type(model).__name__} itself fails on these inputs: {type(error).__name__}: {error}; pass inputs that "
-            "model(*args, **kwargs) takes"
-        ) from error
+    first = check_model(model, args, kwargs)
     second = _measure(model, model, args, kwargs)
     stages = _measure(model, composed, args, kwargs)
     exact = True
@@ -64,8 +60,7 @@ def check_stages(model: nn.Module, composed: Callable[..., Any], args: tuple[Any
     for name, expected in first.items():
         found = stages[name]
         if (expected is None) != (found is None):
-            # a parameter that eager reaches with a zero gradient only
-            return Check(f"{name}: {'no' if found is None else 'a'} gradient where the model has {'one' if found is None else 'none'}", False)
+            return Check(f"{name}: missing in the {'stages' if found is None else 'model'} only", False)
         if expected is None or found is None:
             continue
         if expected.shape != found.shape or expected.dtype != found.dtype:
@@ -75,12 +70,41 @@ def check_stages(model: nn.Module, composed: Callable[..., Any], args: tuple[Any
         if torch.equal(expected, found) or _same(expected, found, 0.0):
             continue
         exact = False
-        noise = _distance(expected, second[name]) if second[name] is not None else 0.0
+        again = second[name]
+        noise = 0.0 if again is None else _distance(expected, again)
         scale = max(_size(expected), largest if name.startswith("gradient") else 0.0)
         allowed = 10 * noise + _RELATIVE.get(expected.dtype, 2e-2) * scale
         if not _same(expected, found, allowed):
-            return Check(f"{name}: differs by {_distance(expected, found):.3g} (the model from itself by {noise:.3g})", False)
+            return Check(
+                f"{name}: differs by {_distance(expected, found):.3g} (the model from itself by {noise:.3g})", False
+            )
     return Check(None, exact)
+
+
+def check_model(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seen: str = ""
+) -> dict[str, torch.Tensor | None]:
+    """Run the model itself, so that its own complaint about its inputs is the one that is heard.
+
+    Args:
+        model: the user's model.
+        args: positional inputs.
+        kwargs: keyword inputs.
+        seen: what tracing said, which names the place.
+
+    Returns:
+        Its outputs, parameter gradients and buffers, by name.
+
+    Raises:
+        DecouplingError: the model fails.
+    """
+    try:
+        return _measure(model, model, args, kwargs)
+    except Exception as error:
+        raise DecouplingError(
+            f"{type(model).__name__} itself fails on these inputs: {type(error).__name__}: {error}; pass inputs that "
+            "model(*args, **kwargs) takes" + (f" ({seen})" if seen else "")
+        ) from error
 
 
 def guards_hold(trace: Trace, leaves: list[torch.Tensor]) -> bool:
@@ -93,8 +117,6 @@ def guards_hold(trace: Trace, leaves: list[torch.Tensor]) -> bool:
     Returns:
         False also where it cannot be told without running the model.
     """
-    if not trace.guards:
-        return True
     expected = dict(trace.guards)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     values: dict[Any, Any] = {}
@@ -137,7 +159,7 @@ def _measure(
         torch.manual_seed(1)  # not the state in which the model was traced: draws must not be baked in
         random.seed(1)
         if "numpy.random" in sys.modules:
-            sys.modules["numpy.random"].seed(1)  # type: ignore[attr-defined]
+            sys.modules["numpy.random"].seed(1)
         args, kwargs = map_tensors(lambda t: t.detach().clone(), (args, kwargs))
         output = function(*args, **kwargs)
         results: dict[str, torch.Tensor | None] = {f"output {i}": t for i, t in enumerate(flatten(output)[0])}

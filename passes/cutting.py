@@ -156,7 +156,8 @@ def find_positions(flow: Flow, cuts: tuple[str, ...]) -> tuple[int, ...]:
     Raises:
         CutError: unknown names, cuts that nothing trainable crosses, illegal cuts, two cuts at one place.
     """
-    problems, positions = [], []
+    problems: list[str] = []
+    positions: list[int] = []
     names = _cut_names(flow)
     for cut in cuts:
         position = names.get(cut)

@@ -6,9 +6,9 @@ Three graph modules come out of the same two halves:
 * ``backward``: from those, with gradients for the outputs and partial gradients for the inputs, to input gradients;
 * ``step``: both in one, with the stage's sources in between, for training without waiting.
 
-How bits are kept: the stage's input is a view of a leaf, ``value = leaf.view()``, and ``value`` is a root of the pull-back besides
-the outputs, with what later stages already sent for it as cotangent, so that autograd adds partial gradients in the order
-in which it would add them without cuts.
+How bits are kept: the stage's input is a view of a leaf, ``value = leaf.view()``, and ``value`` is a root of the
+pull-back besides the outputs, with what later stages already sent for it as cotangent, so that autograd adds partial
+gradients in the order in which it would add them without cuts.
 """
 
 from __future__ import annotations
@@ -132,7 +132,9 @@ def _emit_step(
         roots = [outputs[n] for n in sent]
         gradients = []
         for name in sent:
-            predicted = _named(graph.call_function(getattr, (predictions[name], "gradients")), f"{identifier(name)}_gradients")
+            predicted = _named(
+                graph.call_function(getattr, (predictions[name], "gradients")), f"{identifier(name)}_gradients"
+            )
             gradients.append(_item(graph, predicted, 0, f"{identifier(name)}_gradient"))
     graph.call_function(pull_back, (tuple(roots), tuple(gradients)))
     result = (results, _gradients(graph, leaves), predictions, value_out)

@@ -38,7 +38,9 @@ def resolve_gradients(interfaces: tuple[Interface, ...], gradients: Gradients) -
         raise DecouplingError(f"gradients= names no interface of this plan: {lines}. The interfaces are {known}")
     chosen = {by_name[n]: source for n, source in gradients.items()}
     if "exact" in chosen.values():
-        raise DecouplingError("'exact' waits for the true gradient of every stage: pass gradients='exact' for the whole model")
+        raise DecouplingError(
+            "'exact' waits for the true gradient of every stage: pass gradients='exact' for the whole model"
+        )
     return {i.name: chosen.get(i.name, "auto") for i in interfaces}
 
 
@@ -103,4 +105,8 @@ def infer_context(context: Callable[[Any], torch.Tensor] | None, batch: int) -> 
         ) from error
     if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dim() < 1:
         raise DecouplingError("context= must return a float tensor whose last dimension holds the features")
+    if value.shape[0] not in (1, batch):
+        raise DecouplingError(
+            f"context= returned shape {tuple(value.shape)} for {batch} labels; its first dimension must be the batch's"
+        )
     return TensorSpec(tuple(value.shape), value.dtype)

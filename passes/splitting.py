@@ -146,7 +146,9 @@ def _reused(flow: Flow, stage_of: dict[fx.Node, int], sharing: dict[str, list[in
         for name in {*node.meta.get("parameters", ()), *direct}:
             uses[stage, name] = uses.get((stage, name), 0) + (2 if several else 1)
     return tuple(
-        sorted((s, n) for (s, n), count in uses.items() if count > 1 and len(sharing.get(n, ())) > 1 and s < sharing[n][-1])
+        sorted(
+            (s, n) for (s, n), count in uses.items() if count > 1 and len(sharing.get(n, ())) > 1 and s < sharing[n][-1]
+        )
     )
 
 

@@ -18,7 +18,7 @@ import random
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,10 +70,10 @@ class Trace:
     def digest(self) -> str:
         """Hash of nodes, operators and edges; equal for equal graphs in every process."""
         text = "\n".join(
-            f"{n.name} {n.op} {self._target_name(n)} {_signature(n.args)} {_signature(n.kwargs)}" for n in self.graph.nodes
+            f"{n.name} {n.op} {self._target_name(n)} {_signature(n.args)} {_signature(n.kwargs)}"
+            for n in self.graph.nodes
         )
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-
 
     def _target_name(self, node: fx.Node) -> str:
         if node.op == "call_module":
@@ -117,7 +117,9 @@ def trace_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
                     real = True
                     continue
                 if is_leaf and place and not isinstance(error, TracingError):
-                    raise TracingError(f"'{place}' ({type(model.get_submodule(place)).__name__}) fails: {reason}") from error
+                    raise TracingError(
+                        f"'{place}' ({type(model.get_submodule(place)).__name__}) fails: {reason}"
+                    ) from error
                 outer = _next_outer(model, place, opaque) if place else None
                 if outer is None:
                     kind = BakedInError if isinstance(error, BakedInError) else TracingError
@@ -187,39 +189,41 @@ def trace_export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 class _Replayed:
     """Runs an exported graph node by node, telling the recorder which module each operator came from."""
 
-    def __init__(self, module: nn.Module, recorder: Recorder) -> None:
-        self.module, self.recorder = module, recorder
-        self.forward = module.forward
+    def __init__(self, module: fx.GraphModule, recorder: Recorder) -> None:
+        self.module, self.forward = module, module.forward
+        self.player = _Player(module, recorder)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        recorder, stack = self.recorder, self.recorder.stack
-
-        class Player(fx.Interpreter):
-            open: list[tuple[str, Any]] = []
-
-            def run_node(self, node: fx.Node) -> Any:
-                wanted = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values() if path]
-                wanted = [w.split("@")[0] for w in wanted]
-                if node.op in ("call_function", "call_method"):
-                    for path in [p for p in stack if p not in wanted]:
-                        recorder.calls.append((path, recorder.nodes.get(id(self.last)), next(iter(reversed(recorder.graph.nodes)))))
-                    stack[:] = wanted
-                value = super().run_node(node)
-                if node.op in ("call_function", "call_method") and isinstance(value, torch.Tensor):
-                    self.last = value
-                return value
-
-            last: Any = None
-
-        player = Player(self.module)  # type: ignore[arg-type]
-        with contextlib.suppress(AttributeError):
-            player.graph.owning_module._guards_fn = lambda *a, **k: None  # type: ignore[union-attr]
         flat = torch.utils._pytree.arg_tree_leaves(*args, **kwargs)
-        result = player.run(*flat, enable_io_processing=False)
-        for path in reversed(stack):
-            recorder.calls.append((path, recorder.nodes.get(id(player.last)), next(iter(reversed(recorder.graph.nodes)))))
-        stack.clear()
-        return player.module.graph._codegen.process_outputs(result)  # type: ignore[union-attr]
+        result = self.player.run(*flat, enable_io_processing=False)
+        self.player.close(())
+        return self.module.graph._codegen.process_outputs(result)
+
+
+class _Player(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, recorder: Recorder) -> None:
+        super().__init__(module)
+        self.recorder = recorder
+        self.latest: Any = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op in ("call_function", "call_method"):
+            entered = [path.split("@")[0] for path, _ in (n.meta.get("nn_module_stack") or {}).values() if path]
+            self.close(entered)
+            self.recorder.stack[:] = entered
+        value = super().run_node(n)
+        if n.op in ("call_function", "call_method") and isinstance(value, torch.Tensor):
+            self.latest = value
+        return value
+
+    def close(self, entered: Sequence[str]) -> None:
+        """Note the output of every module that has been left."""
+        stack = self.recorder.stack
+        for path in reversed([p for p in stack if p not in entered]):
+            self.recorder.calls.append(
+                (path, self.recorder.nodes.get(id(self.latest)), next(iter(reversed(self.recorder.graph.nodes))))
+            )
+        stack[:] = [p for p in stack if p in entered]
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -242,7 +246,11 @@ def _record(
     values = []
     for name, leaf in zip(names, leaves, strict=True):
         leaf = leaf.detach().requires_grad_(leaf.requires_grad)
-        value = recorder.fake.from_tensor(leaf) if recorder.fake else leaf.detach().clone().requires_grad_(leaf.requires_grad)
+        value = (
+            recorder.fake.from_tensor(leaf)
+            if recorder.fake
+            else leaf.detach().clone().requires_grad_(leaf.requires_grad)
+        )
         recorder.placeholder(name, value)
         values.append(value)
     fake_args, fake_kwargs = structure.build(iter(values))
@@ -268,7 +276,9 @@ def _record(
         inputs=structure,
         outputs=out_structure,
         guards=tuple(recorder.guards.items()),
-        calls=tuple((path, None if node and node._erased else node, _surviving(last)) for path, node, last in recorder.calls),
+        calls=tuple(
+            (path, None if node and node._erased else node, _surviving(last)) for path, node, last in recorder.calls
+        ),
         modes=tuple(recorder.visited.values()),
         rung="calls",
         opaque=dict(opaque),
@@ -324,10 +334,10 @@ def _prune(graph: fx.Graph, keep: set[fx.Node]) -> None:
     for node in reversed(list(graph.nodes)):
         if node.users or node in keep or node.op in ("placeholder", "output"):
             continue
-        bookkeeping = getattr(node.target, "__name__", "") in ("getitem", "after", "getattr")
-        if node.op == "get_attr" or (bookkeeping and not node.meta.get("mutates") and not node.meta.get("random")):
-            graph.erase_node(node)
-        elif "value" not in node.meta:  # an integer that was looked at but not used
+        note = getattr(node.target, "__name__", "") in ("getitem", "after", "getattr")
+        effect = node.meta.get("mutates") or node.meta.get("random")
+        looked_at = "value" not in node.meta  # an integer that was not computed with
+        if node.op == "get_attr" or (note and not effect) or looked_at:
             graph.erase_node(node)
 
 
@@ -382,7 +392,7 @@ def preserved_rng() -> Callable[[], None]:
     cpu, python = torch.get_rng_state(), random.getstate()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
     numpy = sys.modules.get("numpy.random")
-    numpy_state = numpy.get_state() if numpy else None  # type: ignore[attr-defined]
+    numpy_state = numpy.get_state() if numpy else None
 
     def restore() -> None:
         torch.set_rng_state(cpu)
@@ -390,7 +400,7 @@ def preserved_rng() -> Callable[[], None]:
         if cuda is not None:
             torch.cuda.set_rng_state_all(cuda)
         if numpy is not None:
-            numpy.set_state(copy.deepcopy(numpy_state))  # type: ignore[attr-defined]
+            numpy.set_state(copy.deepcopy(numpy_state))
 
     return restore
 
@@ -398,9 +408,8 @@ def preserved_rng() -> Callable[[], None]:
 def _next_outer(model: nn.Module, place: str, opaque: dict[str, str]) -> str | None:
     while "." in place:
         place = place.rpartition(".")[0]
-        if place not in opaque and isinstance(model.get_submodule(place), nn.Module):
-            if not isinstance(model.get_submodule(place), nn.ModuleList | nn.ModuleDict):
-                return place
+        if place not in opaque and not isinstance(model.get_submodule(place), nn.ModuleList | nn.ModuleDict):
+            return place
     return None
 
 

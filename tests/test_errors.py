@@ -439,7 +439,7 @@ def test_a_prediction_of_the_wrong_shape() -> None:
         (3, ["context=", "callable"]),
         (lambda target: target, ["context=", "float"]),
         (lambda target: target["label"], ["features"]),
-        (lambda target: torch.zeros(7, 3), ["interface '1'", "(7, 3)", "(4, 8)"]),
+        (lambda target: torch.zeros(7, 3), ["context=", "(7, 3)", "4 labels"]),
     ],
     ids=["no callable", "integers", "fails", "shape"],
 )
@@ -475,7 +475,7 @@ def test_contexts_at_a_step() -> None:
         ({"optimizer": lambda params: None}, ["optimizer=", "NoneType"]),
         ({"loss": None}, ["loss"]),
     ],
-    ids=str,
+    ids=["schedule", "accumulate 0", "accumulate 1.5", "metrics", "clip -1", "clip text", "made", "none made", "loss"],
 )
 def test_trainer_arguments(options: dict[str, Any], words: list[str]) -> None:
     call = {"loss": F.cross_entropy, "optimizer": sgd, **options}

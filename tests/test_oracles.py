@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -66,6 +67,20 @@ def test_composed_stages_equal_the_model(case: Case, dtype: torch.dtype) -> None
 @EVERY_CASE
 def test_nothing_crosses_before_fit(case: Case) -> None:
     assert oracles.nothing_crosses(case, torch.float32) > 0
+
+
+@EVERY_CASE
+def test_cut_at_every_legal_place_at_once(case: Case) -> None:
+    model = case.build()
+    args, kwargs, _ = oracles.draw(case, 4, torch.float32, 0)
+    points = dni_fx.list_cut_points(model, args, example_kwargs=kwargs)
+    places = {point.crossing: point.name for point in points if point.legal}  # one name for each place
+    everywhere = dataclasses.replace(case, cuts=tuple(places.values()))
+    want = oracles.backprop_run(case, torch.float32, oracles.sgd, steps=2)
+    for run in (oracles.exact_run, oracles.replay_run):
+        oracles.assert_bits_equal(
+            run(everywhere, torch.float32, oracles.sgd, steps=2), want, f"{case.name}: {run.__name__}"
+        )
 
 
 def plan_of(case: Case) -> dni_fx.CutPlan:

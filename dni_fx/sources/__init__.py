@@ -121,7 +121,9 @@ def make_source(
     try:
         inspect.signature(factory).bind(tuple(specs), context_spec)
     except TypeError as error:
-        raise DecouplingError(f"the gradient source factory {factory!r} must take (specs, context_spec): {error}") from error
+        raise DecouplingError(
+            f"the gradient source factory {factory!r} must take (specs, context_spec): {error}"
+        ) from error
     with torch.random.fork_rng(devices=devices):
         source = factory(tuple(specs), context_spec)
     if not isinstance(source, GradientSource):
