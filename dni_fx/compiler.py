@@ -13,7 +13,7 @@ from .decoupled import Decoupled, Passes, Variant, kinds_of
 from .errors import CutError, DecouplingError, PlanMismatchError, TracingError
 from .passes._recorder import BakedInError
 from .passes.checking import check_model, check_stages, guards_hold
-from .passes.cutting import assign_stages, choose_positions, find_flow, find_positions, is_legal, name_position
+from .passes.cutting import assign_stages, choose_positions, find_flow, find_positions, name_position, possible_cuts
 from .passes.cutting import list_cut_points as list_points
 from .passes.emission import emit_functions, readable_code, source_key
 from .passes.insertion import Gradients, infer_context, make_sources, resolve_gradients
@@ -192,7 +192,7 @@ def _build_variant(
                 f"no parameter of this {type(model).__name__} is trainable; unfreeze some (requires_grad_())"
             )
         if again and cuts is not None:
-            cuts = tuple(c for c in cuts if is_legal(flow, c))
+            cuts = possible_cuts(flow, cuts)
         positions = choose_positions(flow, stages) if cuts is None else find_positions(flow, cuts)
         names = cuts or tuple(name_position(flow, p) for p in positions)
         split = split_stages(flow, assign_stages(flow, positions), names)
@@ -285,13 +285,21 @@ def _make_plan(
         interfaces=interfaces,
         plain=split.plain,
         sources={
-            n: SourceReport(kinds[n], sum(p.numel() for p in s.parameters()), s.flops()) for n, s in sources.items()
+            n: SourceReport(kinds[n], sum(p.numel() for p in s.parameters()), _flops(s)) for n, s in sources.items()
         },
         notes=tuple(notes),
         exact=variant.exact,
     )
     plan = CutPlan(type(trace.model).__name__, trace.digest, variant.cuts, tuple(kinds.items()), report)
     return plan, sources
+
+
+def _flops(source: GradientSource) -> int | None:
+    """Unknown for a source of the user's own that cannot run without data."""
+    try:
+        return source.flops()
+    except Exception:
+        return None
 
 
 def _planned_gradients(plan: CutPlan) -> Gradients:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from .errors import DecouplingError, PlanMismatchError
 from .plan import CutPlan, Interface
@@ -16,6 +16,8 @@ from .sources import GradientSource
 from .structures import Structure, flatten
 
 if TYPE_CHECKING:
+    from torch import fx
+
     from .passes.emission import StageFunctions
     from .passes.splitting import Split, StageGraph
     from .passes.tracing import Trace
@@ -60,6 +62,11 @@ class Variant:
             and all(table.get(key) is value for table, key, value in self.bound)
             and tuple([p.requires_grad for p in self.parameters]) == self.frozen
         )
+
+    def is_outdated(self) -> bool:
+        """Whether something that the graph refers to was replaced, frozen or unfrozen since."""
+        same = all(table.get(key) is value for table, key, value in self.bound)
+        return not same or tuple(p.requires_grad for p in self.parameters) != self.frozen
 
     def has_same_objects(self, other: Variant) -> bool:
         """Whether both were traced with the same parameters, buffers and modules, frozen or not."""
@@ -357,7 +364,7 @@ class Decoupled(nn.Module):
             if other.absorb(variant):
                 object.__setattr__(self, "_active", other)
                 return
-        kept = [v for v in self._variants if v.has_same_objects(variant)]
+        kept = [v for v in self._variants if not v.is_outdated()]
         self._variants[:] = [*kept[:1], *kept[1:][-_MOST_VARIANTS:], variant]  # the first is what the plan was made for
         object.__setattr__(self, "_active", variant)
 

@@ -89,11 +89,11 @@ class StageReport:
 
 @dataclass(frozen=True)
 class SourceReport:
-    """The source at one interface: its kind, parameters, and floating-point operations for the example batch."""
+    """The source at one interface: its kind, parameters, and floating-point operations a batch (None: unknown)."""
 
     kind: str
     parameters: int
-    flops: int
+    flops: int | None
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ class CutPlan:
                 (
                     i.name, " x ".join(str(n) for n in i.spec.shape), f"{i.spec.nbytes / 1e6:.2f}", str(i.producer),
                     ", ".join(str(c) for c in i.consumers), source.kind, f"{source.parameters:,}",
-                    f"{source.flops / 1e6:.1f}", "implied" if i.implied else "",
+                    "?" if source.flops is None else f"{source.flops / 1e6:.1f}", "implied" if i.implied else "",
                 )
             )  # fmt: skip
         notes = [f"crosses without a source: {', '.join(report.plain)}"] if report.plain else []

@@ -310,6 +310,7 @@ class Trainer:
             parameter.grad = held if parameter.grad is None else held.add_(parameter.grad)
 
     def _check_finite(self, run: _Run) -> None:
+        """Values may hold infinities, as masked attention logits do; losses and gradients may not."""
         places = run.places()
         sums = [
             t.detach().sum(dtype=torch.float32 if t.dtype in (torch.half, torch.bfloat16) else None) for _, t in places
@@ -322,8 +323,10 @@ class Trainer:
             every = torch.stack([s.to(device=sums[0].device, dtype=torch.float64) for s in [*sums, *norms]])
         if bool(every.isfinite().all()):
             return
+        sent = {n: v.nan_to_num(nan=torch.nan, neginf=0.0) for n, v in run.sent.items()}
+        values = [(f"the value of interface {n!r}", v) for n, v in sent.items()]
         named = [(f"gradient of parameter {n!r}", p.grad) for n, p in self.decoupled.model.named_parameters()]
-        for name, tensor in [*places, *((n, g) for n, g in named if g is not None)]:
+        for name, tensor in [*values, *places, *((n, g) for n, g in named if g is not None)]:
             if not bool(tensor.isfinite().all()):
                 kind = "NaN" if bool(tensor.isnan().any()) else "infinite"
                 raise NonFiniteError(
@@ -473,10 +476,9 @@ class _Run:
         return {n: compare(p.gradients[0], targets[n], references[n], step) for n, p in self.predictions.items()}
 
     def places(self) -> list[tuple[str, torch.Tensor]]:
-        """Everything that must be finite, with its name; the first in program order comes first."""
+        """What must be finite besides values, with its name; the first in program order comes first."""
         places: list[tuple[str, torch.Tensor]] = []
-        for name, value in self.sent.items():
-            places.append((f"the value of interface {name!r}", value))
+        for name in self.sent:
             if name in self.predictions:
                 places.append((f"the predicted gradient of interface {name!r}", self.predictions[name].gradients[0]))
         places.append(("the loss", self.loss))

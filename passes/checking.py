@@ -60,7 +60,7 @@ def check_stages(
     for name, expected in first.items():
         found = stages[name]
         if (expected is None) != (found is None):
-            return Check(f"{name}: missing in the {'stages' if found is None else 'model'} only", False)
+            return Check(f"{name}: {_presence(found)} gradient where the model has {_presence(expected, 'one')}", False)
         if expected is None or found is None:
             continue
         if expected.shape != found.shape or expected.dtype != found.dtype:
@@ -214,6 +214,10 @@ def _same(expected: torch.Tensor, found: torch.Tensor, allowed: float) -> bool:
     nans = a.isnan() == b.isnan()
     close = (a - b).abs().double() <= allowed
     return bool((nans & (close | a.isnan() | (a == b))).all())
+
+
+def _presence(gradient: torch.Tensor | None, word: str = "a") -> str:
+    return word if gradient is not None else ("no" if word == "a" else "none")
 
 
 def _size(tensor: torch.Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -179,12 +180,13 @@ def find_positions(flow: Flow, cuts: tuple[str, ...]) -> tuple[int, ...]:
     return tuple(sorted(positions))
 
 
-def is_legal(flow: Flow, cut: str) -> bool:
-    """Whether a graph has a cut of that name, and it may be made."""
-    try:
-        return bool(find_positions(flow, (cut,)))
-    except CutError:
-        return False
+def possible_cuts(flow: Flow, cuts: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of a plan's cuts that a graph made later has: one may lie in a branch not taken, or meet another."""
+    found: dict[int, str] = {}
+    for cut in cuts:
+        with contextlib.suppress(CutError):
+            found.setdefault(find_positions(flow, (cut,))[0], cut)
+    return tuple(found.values())
 
 
 def choose_positions(flow: Flow, stages: int) -> tuple[int, ...]:

@@ -143,8 +143,9 @@ def _emit_step(
 
 
 def source_key(interface: str) -> str:
-    """Interface names may hold dots, which module tables may not."""
-    return interface.replace(".", "/")
+    """The name of an interface's source in a module table, which may hold no dots and no names of its own (``to``)."""
+    key = interface.replace(".", "/")
+    return f"{key}_" if hasattr(nn.ModuleDict, key) else key
 
 
 def _open_inputs(

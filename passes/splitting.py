@@ -10,9 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import networkx as nx
 import torch
 from torch import fx, nn
 
+from ..errors import CutError
 from ..plan import Interface
 from ..structures import Structure
 from ._graphs import identifier
@@ -93,6 +95,9 @@ def split_stages(flow: Flow, stage_of: dict[fx.Node, int], named: tuple[str, ...
 
     Returns:
         The stages and their edges. The traced graph is not changed.
+
+    Raises:
+        CutError: stages that depend on each other in a circle, or on a later one.
     """
     count = max(stage_of.values(), default=0) + 1
     output = next(n for n in flow.nodes if n.op == "output")
@@ -104,6 +109,7 @@ def split_stages(flow: Flow, stage_of: dict[fx.Node, int], named: tuple[str, ...
         for value in node.all_input_nodes:
             if value in stage_of and stage_of[value] != here:
                 users.setdefault(value, {})[here] = None
+    _check_order({(stage_of[v], c) for v, consumers in users.items() for c in consumers})
     crossing = [n for n in flow.nodes if n in users]
     names = _crossing_names(flow, crossing, named)
     stages = tuple(_build_stage(flow, stage_of, k, count, names, users) for k in range(count))
@@ -135,6 +141,17 @@ def split_stages(flow: Flow, stage_of: dict[fx.Node, int], named: tuple[str, ...
         ),
         reused=_reused(flow, stage_of, sharing),
     )
+
+
+def _check_order(edges: set[tuple[int, int]]) -> None:
+    """Stages run in the order of their numbers, so values may only flow upwards."""
+    graph = nx.DiGraph(sorted(edges))
+    if not nx.is_directed_acyclic_graph(graph):
+        circle = " -> ".join(str(a) for a, _ in nx.find_cycle(graph))
+        raise CutError(f"stages {circle} depend on each other in a circle; assign their nodes otherwise")
+    backwards = sorted((a, b) for a, b in edges if a > b)
+    if backwards:
+        raise CutError(f"stage {backwards[0][0]} feeds stage {backwards[0][1]}, which runs earlier; renumber them")
 
 
 def _reused(flow: Flow, stage_of: dict[fx.Node, int], sharing: dict[str, list[int]]) -> tuple[tuple[int, str], ...]:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, note, settings
+from torch import nn
 
 import dni_fx
 
@@ -23,6 +24,7 @@ from .random_models import Program, RandomModel, programs
 
 COUNT = int(os.environ.get("DNI_FX_RANDOM_GRAPHS", "2000"))
 DTYPE = torch.float64
+BY_MODE = "computes something else in eval mode"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -38,14 +40,15 @@ def case_of(program: Program) -> Case:
         return tuple(torch.randn(batch, 4, dtype=dtype) for _ in range(program.inputs)), {}
 
     whole = Case("random", lambda: RandomModel(program), inputs, ())
-    model = whole.build(DTYPE)
+    model: Any = whole.build(DTYPE)
     note(model.code)
     args, _, _ = oracles.draw(whole, 3, DTYPE, 0)
     legal = [point.name for point in dni_fx.list_cut_points(model, args) if point.legal]
     chosen = {number % len(legal) for number in program.cuts} if legal else set()
     cuts = tuple(legal[index] for index in sorted(chosen))
     note(f"cuts: {cuts}")
-    return Case("random", whole.make, inputs, cuts)
+    by_mode = "self.training" in model.code or any(isinstance(m, nn.Dropout | nn.BatchNorm1d) for m in model.modules())
+    return Case("random", whole.make, inputs, cuts, notes=BY_MODE if by_mode else "")
 
 
 def agree(got: oracles.Record, want: oracles.Record, what: str) -> None:
@@ -77,7 +80,8 @@ def check(case: Case, replay: Callable[..., oracles.Record] = oracles.replay_run
         source.exact = False
     decoupled.load_state_dict(start)
     agree(replay(case, DTYPE, oracles.sgd, decoupled=decoupled, **options), want, "replay")
-    oracles.composed_check(case, DTYPE, decoupled=decoupled, batches=(2,), seed=1)
+    modes = ("train", "eval") if case.notes == BY_MODE else ("train",)
+    oracles.composed_check(case, DTYPE, decoupled=decoupled, batches=(2,), modes=modes, seed=1)
 
 
 def run(count: int, replay: Callable[..., oracles.Record] = oracles.replay_run) -> Counter[str]:
