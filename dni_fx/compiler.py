@@ -10,15 +10,15 @@ import torch
 from torch import nn
 
 from .decoupled import Decoupled, Passes, Variant, kinds_of
-from .errors import CutError, DecouplingError, PlanMismatchError, TracingError
-from .passes._recorder import BakedInError
+from .errors import BakedInError, CutError, DecouplingError, PlanMismatchError, TracingError
 from .passes.checking import check_model, check_stages, guards_hold
 from .passes.cutting import assign_stages, choose_positions, find_flow, find_positions, name_position, possible_cuts
 from .passes.cutting import list_cut_points as list_points
 from .passes.emission import emit_functions, readable_code, source_key
+from .passes.exporting import trace_export
 from .passes.insertion import Gradients, infer_context, make_sources, resolve_gradients
 from .passes.splitting import Split, bound_attributes, split_stages
-from .passes.tracing import Trace, trace_calls, trace_export
+from .passes.tracing import Trace, trace_calls
 from .plan import CutPlan, CutPointList, PlanReport, SourceReport, StageReport
 from .sources import SOURCES, GradientSource, auto_name
 from .structures import flatten

@@ -18,6 +18,14 @@ class TracingError(DecouplingError):
     """
 
 
+class DataDependentError(TracingError):
+    """The model's control flow reads a tensor's values, which a graph cannot hold."""
+
+
+class BakedInError(TracingError):
+    """Something that changes from call to call, which any tracer would bake in without noticing."""
+
+
 class CutError(DecouplingError):
     """One or more cuts are unknown, illegal, or crossed by nothing that trains. Lists every problem at once."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import random
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,12 +10,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .decoupled import Decoupled, Stage, keep_modes
+from .decoupled import Decoupled, keep_modes
 from .errors import DecouplingError, NonFiniteError
-from .passes.checking import restored
-from .passes.tracing import preserved_rng
-from .reports import InterfaceReport, StepReport, compare
-from .stepping import StepResult, detached, evaluate, pull_back
+from .passes._state import restored
+from .reports import InterfaceReport, StepReport
+from .running import AllOrNothing, Run
+from .stepping import evaluate
 from .structures import map_tensors
 
 NamedParameters = list[tuple[str, nn.Parameter]]
@@ -82,7 +81,6 @@ class Trainer:
         self._measured: dict[str, InterfaceReport] = {}
         self._measure_next = False
         self._adopted: Any = None
-        self._held_gradients: list[tuple[nn.Parameter, torch.Tensor]] = []
         if decoupled.is_traced:
             self._make_optimizers()
 
@@ -108,17 +106,19 @@ class Trainer:
         values = self.decoupled.bind(*args, **kwargs)
         self._make_optimizers()
         self._adopt_parameters()
-        with self._all_or_nothing(), keep_modes(), torch.enable_grad():
+        unfinished = self.steps % self.accumulate != 0
+        with AllOrNothing(self.decoupled, unfinished) as before, keep_modes(), torch.enable_grad():
             context = None
             if self.decoupled.context is not None and target is not None:
                 context = self.decoupled.context(target)
-            run = _Run(self.decoupled, self._scaled_loss)
+            run = Run(self.decoupled, self._scaled_loss)
             if self._is_exact:
                 run.exactly(values, target)
             else:
                 run.decoupled(values, context, target)
             self._check_finite(run)
-            self._add_held_gradients()
+            for parameter, held in before.held:  # earlier steps' part of the same update, added as autograd would
+                parameter.grad = held if parameter.grad is None else held.add_(parameter.grad)
             measure = self._measure_next or self.steps % self.metrics_every == 0
             if measure and not self._is_exact:
                 self._measured = run.compare(self.steps)
@@ -153,7 +153,7 @@ class Trainer:
             parameter.grad = None
         with restored(self.decoupled), keep_modes(), torch.enable_grad():
             try:
-                run = _Run(self.decoupled, self.loss)
+                run = Run(self.decoupled, self.loss)
                 run.exactly(values, target)
                 sent = run.sent
                 return {
@@ -301,15 +301,7 @@ class Trainer:
         value = evaluate(self.loss, output, target)
         return value / self.accumulate if self.accumulate > 1 else value
 
-    def _all_or_nothing(self) -> Any:
-        return _Restoring(self.decoupled, keep_gradients=self.steps % self.accumulate != 0, owner=self)
-
-    def _add_held_gradients(self) -> None:
-        """Earlier steps' gradients of the same update, added to this step's as autograd would."""
-        for parameter, held in self._held_gradients:
-            parameter.grad = held if parameter.grad is None else held.add_(parameter.grad)
-
-    def _check_finite(self, run: _Run) -> None:
+    def _check_finite(self, run: Run) -> None:
         """Values may hold infinities, as masked attention logits do; losses and gradients may not."""
         places = run.places()
         sums = [
@@ -354,180 +346,6 @@ class Trainer:
             optimizer.step()
         for optimizer in self.synthesizer_optimizers.values():
             optimizer.step()
-
-
-class _Run:
-    """What happens to one batch: values sent, gradients, predictions."""
-
-    def __init__(self, decoupled: Decoupled, loss: Callable[[Any, Any], torch.Tensor]) -> None:
-        self.stages: tuple[Stage, ...] = decoupled.stages
-        self.functions = decoupled.functions()
-        self.sources = decoupled.sources_by_name()
-        self.loss_function = loss
-        self.split = decoupled._variant.split
-        self.sent: dict[str, torch.Tensor] = {}
-        self.gradients: dict[str, torch.Tensor | None] = {}
-        self.predictions: dict[str, Any] = {}
-        self.predictions_of: list[dict[str, Any]] = []
-        self.loss: torch.Tensor
-        self.output: Any = None
-
-    def decoupled(self, values: dict[str, Any], context: Any, target: Any) -> None:
-        """Every stage trains on its sources' predictions, in program order."""
-        parts: dict[nn.Parameter, list[Callable[[torch.Tensor | None], torch.Tensor | None]]] = {}
-        carried = [i.name for i in self.split.interfaces]
-        for stage in self.stages:
-            reused = [self.split.shared_in(stage.index)[n] for k, n in self.split.reused if k == stage.index]
-            if reused:
-                result, again = self._step_twice(stage, values, context)
-            else:
-                result, again = self._step(stage, values, context, target), None
-            values.update(result.outputs)
-            for name, gradient in result.input_gradients.items():
-                arrived = self.gradients.get(name)
-                if gradient is not None:
-                    self.gradients[name] = gradient if arrived is None else arrived + gradient
-            self.predictions_of.append(result.predictions)
-            self.predictions.update(result.predictions)
-            for parameter in self.split.shared_in(stage.index).values():
-                gradient, parameter.grad = parameter.grad, None
-                if again is not None and any(parameter is p for p in reused):
-                    parts.setdefault(parameter, []).append(functools.partial(again, parameter))
-                elif gradient is not None:
-                    parts.setdefault(parameter, []).append(functools.partial(_add, gradient))
-        for parameter, steps in parts.items():  # last stage first, as autograd would
-            total = None
-            for add in reversed(steps):
-                total = add(total)
-            parameter.grad = total
-        assert result.loss is not None
-        self.loss, self.output = result.loss, result.outputs["output"]
-        self.sent = {n: values[n] for n in carried}
-
-    def _step(self, stage: Stage, values: dict[str, Any], context: Any, target: Any) -> StepResult:
-        try:
-            return self.functions[stage.index].step(values, context, self.loss_function, target)
-        except DecouplingError as error:
-            places = ", ".join(repr(n) for n in stage.outputs)
-            raise type(error)(f"{stage.name}, which sends {places}: {error}") from error
-
-    def _step_twice(self, stage: Stage, values: dict[str, Any], context: Any) -> tuple[StepResult, Callable[..., Any]]:
-        """The stage's step from its halves, keeping the graph for parameters that the stage and later ones share.
-
-        Autograd adds the partial gradients of every use in one chain, last use first. A stage with several uses can
-        only continue that chain once the later stages' sum is known, so for these parameters its pull-back is repeated.
-        """
-        outputs, leaves, _entries = self.functions[stage.index].forward(values)
-        sent = {n: o.detach() if isinstance(o, torch.Tensor) else o for n, o in outputs.items()}
-        predictions = {n: source((sent[n],), context) for n, source in self.sources.items() if n in sent}
-        roots = [outputs[n] for n in predictions]
-        gradients: list[torch.Tensor | None] = [p.gradients[0] for p in predictions.values()]
-        pull_back(roots, gradients, retain_graph=True)
-
-        def again(parameter: nn.Parameter, later: torch.Tensor | None) -> torch.Tensor | None:
-            parameter.grad = None
-            pull_back([*roots, parameter], [*gradients, later], retain_graph=True, inputs=[parameter])
-            total, parameter.grad = parameter.grad, None
-            return total
-
-        return StepResult(sent, {n: leaf.gradient() for n, leaf in leaves.items()}, predictions), again
-
-    def exactly(self, values: dict[str, Any], target: Any) -> None:
-        """All stages forward, then all backward with the true gradients: equal to backpropagation bit for bit."""
-        tapes = []
-        for stage in self.stages:
-            outputs, leaves, entries = self.functions[stage.index].forward(values)
-            tapes.append((outputs, leaves, entries))
-            values.update(
-                {n: v.detach() if isinstance(v, torch.Tensor) else v for n, v in outputs.items() if n != "output"}
-            )
-        output = outputs["output"]
-        loss = evaluate(self.loss_function, output, target)
-        tapes[-1][0]["loss"] = loss
-        self.gradients["loss"] = torch.ones_like(loss)
-        for stage in reversed(self.stages):
-            outputs, leaves, entries = tapes.pop()
-            partials: dict[str, Any] = dict(self.gradients)
-            for name, parameter in self.split.shared_in(stage.index).items():
-                partials[name], parameter.grad = parameter.grad, None
-            found = self.functions[stage.index].backward(outputs, leaves, entries, self.gradients, partials)
-            self.gradients.update(found)
-        del self.gradients["loss"]
-        self.loss, self.output = loss.detach(), detached(output)
-        self.sent = {i.name: values[i.name] for i in self.split.interfaces}
-
-    def targets(self) -> dict[str, torch.Tensor]:
-        """What each source is regressed to; zero where nothing came back."""
-        return {n: g if (g := self.gradients.get(n)) is not None else torch.zeros_like(v) for n, v in self.sent.items()}
-
-    def fit_sources(self) -> dict[str, torch.Tensor]:
-        """Regress the sources; the losses by interface name."""
-        targets = self.targets() if self.predictions else {}
-        losses: dict[str, torch.Tensor] = {}
-        for stage, predictions in zip(self.stages, self.predictions_of, strict=False):
-            losses.update(stage.fit(predictions, targets))
-        return losses
-
-    def compare(self, step: int) -> dict[str, InterfaceReport]:
-        """How near each prediction is to its target."""
-        last = len(self.stages) - 1
-        references = {i.name: "true" if set(i.consumers) == {last} else "bootstrapped" for i in self.split.interfaces}
-        targets = self.targets()
-        return {n: compare(p.gradients[0], targets[n], references[n], step) for n, p in self.predictions.items()}
-
-    def places(self) -> list[tuple[str, torch.Tensor]]:
-        """What must be finite besides values, with its name; the first in program order comes first."""
-        places: list[tuple[str, torch.Tensor]] = []
-        for name in self.sent:
-            if name in self.predictions:
-                places.append((f"the predicted gradient of interface {name!r}", self.predictions[name].gradients[0]))
-        places.append(("the loss", self.loss))
-        for name, gradient in reversed(list(self.gradients.items())):
-            if gradient is not None:
-                places.append((f"the gradient of interface {name!r}", gradient))
-        return places
-
-
-class _Restoring:
-    """Sets gradients aside for a step, and puts back everything if the step fails."""
-
-    def __init__(self, decoupled: Decoupled, keep_gradients: bool, owner: Trainer) -> None:
-        self.decoupled, self.keep, self.owner = decoupled, keep_gradients, owner
-
-    def __enter__(self) -> None:
-        self.parameters = [*self.decoupled._variant.parameters, *self.decoupled.synthesizers.parameters()]
-        self.gradients = [p.grad for p in self.parameters]
-        self.buffers = [
-            (module._buffers, name, buffer, buffer.detach().clone())
-            for module in self.decoupled.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        ]
-        self.rng = preserved_rng()
-        self.sources = [(m, dict(vars(m))) for m in self.decoupled.synthesizers.modules()]
-        for parameter in self.parameters:
-            parameter.grad = None
-        if self.keep:
-            pairs = zip(self.parameters, self.gradients, strict=True)
-            self.owner._held_gradients = [(p, g.clone()) for p, g in pairs if g is not None]
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        self.owner._held_gradients = []
-        if kind is None:
-            return
-        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
-            parameter.grad = gradient
-        with torch.no_grad():
-            for table, name, buffer, content in self.buffers:
-                table[name] = buffer
-                buffer.copy_(content)
-        for module, attributes in self.sources:
-            vars(module).update(attributes)
-        self.rng()
-
-
-def _add(part: torch.Tensor, later: torch.Tensor | None) -> torch.Tensor:
-    return part if later is None else later + part
 
 
 def _made(optimizer: Any, name: str) -> torch.optim.Optimizer:

@@ -24,8 +24,6 @@ from __future__ import annotations
 
 import contextlib
 import operator
-import random
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -33,11 +31,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode, resolve_name
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..errors import TracingError
+from ..errors import BakedInError, DataDependentError, TracingError
 from ..structures import flatten
+from ._calls import FunctionCall, Observer, after, setitem
+from ._state import python_draws
 from ._symbols import TracedInt, plain
+from ._values import plain_tree, storage_key, tensors_in
 
 _SIZE_QUERIES = {"torch.Tensor.shape.__get__", "torch.Tensor.size", "torch.Tensor.numel", "torch.Tensor.__len__"}
 _LAYOUT_QUERIES = {"is_contiguous", "stride", "storage_offset"}
@@ -52,65 +52,6 @@ _OPERATORS = {
 }  # fmt: skip
 # nn modules that are only sequences of others: looked into, so that cuts can fall between their layers
 _TRANSPARENT = (nn.Sequential, nn.TransformerEncoder, nn.TransformerDecoder, nn.Transformer)
-
-
-class DataDependentError(TracingError):
-    """The model's control flow reads a tensor's values, which a graph cannot hold."""
-
-
-class BakedInError(TracingError):
-    """Something that changes from call to call, which any tracer would bake in without noticing."""
-
-
-class FunctionCall:
-    """A custom ``autograd.Function`` as one node, so that its own backward is kept."""
-
-    def __init__(self, function: type[torch.autograd.Function]) -> None:
-        self.function = function
-        self.__name__ = self.__qualname__ = f"{function.__name__}_apply"
-
-    def __call__(self, *args: Any) -> Any:
-        return self.function.apply(*args)
-
-
-def setitem(tensor: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
-    """``tensor[index] = value``; returns the tensor, so that later uses depend on the write."""
-    tensor[index] = value
-    return tensor
-
-
-def after(tensor: torch.Tensor, write: Any) -> torch.Tensor:
-    """The tensor, once a write through another view of its memory has happened."""
-    return tensor
-
-
-class _Observer(TorchDispatchMode):
-    """Notes what the operators below one node do."""
-
-    supports_higher_order_operators = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reset()
-
-    def reset(self) -> None:
-        self.random = False
-        self.parameters: dict[int, None] = {}
-        self.tensors: dict[int, torch.Tensor] = {}
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here, and the wrapper that this avoids imports all of torch._dynamo
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            self.random = True
-        for arg in args:
-            if isinstance(arg, torch.Tensor):
-                self.tensors[id(arg)] = arg
-                if isinstance(arg, nn.Parameter):
-                    self.parameters[id(arg)] = None
-        return func(*args, **(kwargs or {}))
 
 
 def _is_opaque_by_nature(module: nn.Module) -> bool:
@@ -147,15 +88,15 @@ class Recorder(TorchFunctionMode):
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             self.names.setdefault(id(tensor), name)
         own = ((k, v) for m in model.modules() for k, v in vars(m).items() if k not in _MODULE_INTERNALS)
-        self.constants = {id(t) for _, value in own for t in _tensors_in(value)}
+        self.constants = {id(t) for _, value in own for t in tensors_in(value)}
         self.nodes: dict[int, fx.Node] = {}
         self.alive: list[Any] = []
         self.storages: dict[int, tuple[int, list[torch.Tensor]]] = {}
         self.sizes: dict[tuple[fx.Node, int], TracedInt] = {}
         self.stack: list[str] = []
         self.autocasts: list[tuple[Any, ...]] = []
-        self.observer = _Observer()
-        self.draws = _python_draws()
+        self.observer = Observer()
+        self.draws = python_draws()
         self.notes: list[str] = []
         self.paused = False
         self.thread = threading.get_ident()
@@ -247,7 +188,7 @@ class Recorder(TorchFunctionMode):
             if self.failed_at is None:
                 self.failed_at, self.failed_leaf = path, True
             raise
-        self.draws = _python_draws()
+        self.draws = python_draws()
         if any(output is a for a in (*args, *kwargs.values())):
             self.visited[path] = module  # an identity in this mode: which of the two is used later cannot be told
         self._returned(path, output)
@@ -261,10 +202,10 @@ class Recorder(TorchFunctionMode):
             self.paused = False
 
     def _create_paused(self, op: str, target: Any, args: Any, kwargs: Any, run: Callable[[Any, Any], Any]) -> Any:
-        inputs = list(_tensors_in((args, kwargs)))
+        inputs = list(tensors_in((args, kwargs)))
         node_args, node_kwargs = self._arguments(args), self._arguments(kwargs)
         versions = [(t, t._version) for t in inputs if not t.is_inference()]
-        real_args, real_kwargs = _plain_tree(args), _plain_tree(kwargs)
+        real_args, real_kwargs = plain_tree(args), plain_tree(kwargs)
         before = len(self.graph.nodes)
         self.observer.reset()
         try:
@@ -333,7 +274,7 @@ class Recorder(TorchFunctionMode):
 
     def _refresh_aliases(self, written: torch.Tensor, node: fx.Node, output: Any) -> None:
         """Views of written memory: their later uses depend on the write, whichever stage it ends up in."""
-        for tensor in self.storages[_storage_key(written)][1]:
+        for tensor in self.storages[storage_key(written)][1]:
             if tensor is output or id(tensor) not in self.nodes:
                 continue
             old = self.nodes[id(tensor)]
@@ -348,7 +289,7 @@ class Recorder(TorchFunctionMode):
             self.nodes[id(tensor)] = fresh
 
     def _storage(self, tensor: torch.Tensor) -> int:
-        key = _storage_key(tensor)
+        key = storage_key(tensor)
         number, members = self.storages.setdefault(key, (len(self.storages), []))
         if all(m is not tensor for m in members):
             members.append(tensor)
@@ -494,7 +435,7 @@ class Recorder(TorchFunctionMode):
 
     def _check_draws(self) -> None:
         """Python's and NumPy's random numbers are drawn by leaves, which draw anew in every call, or not at all."""
-        if _python_draws() != self.draws:
+        if python_draws() != self.draws:
             raise BakedInError("the model draws from Python's or NumPy's random numbers")
 
     def _is_computed(self, tensor: torch.Tensor) -> bool:
@@ -502,60 +443,14 @@ class Recorder(TorchFunctionMode):
         return node is not None and node.op != "get_attr"
 
     def _check_captures(self, target: Any, inputs: list[torch.Tensor]) -> None:
-        known = {_storage_key(t) for t in inputs}  # writing to a view also touches what it is a view of
+        known = {storage_key(t) for t in inputs}  # writing to a view also touches what it is a view of
         for tensor in self.observer.tensors.values():
-            if self._is_computed(tensor) and _storage_key(tensor) not in known:
+            if self._is_computed(tensor) and storage_key(tensor) not in known:
                 raise TracingError(f"{target} uses a computed tensor that is not among its arguments")
 
 
 _MISSING = object()
 _MODULE_INTERNALS = frozenset(vars(nn.Module()))
-
-
-def _python_draws() -> Any:
-    """State of Python's and NumPy's generators, to notice that a model drew from them."""
-    numpy = sys.modules.get("numpy.random")
-    state = numpy.get_state() if numpy else None
-    return random.getstate(), state and (state[1][0], state[2])
-
-
-def _storage_key(tensor: torch.Tensor) -> int:
-    try:
-        return tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):  # sparse and other tensors without memory of their own
-        return -id(tensor)
-
-
-def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """Tensors in plain containers and in whatever else can be opened."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors_in(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors_in(item)
-    elif hasattr(value, "__dataclass_fields__"):
-        yield from flatten(value)[0]
-
-
-def _plain_tree(value: Any) -> Any:
-    """Replace traced integers by their values, containers included."""
-    if isinstance(value, TracedInt):
-        return value.value
-    if isinstance(value, torch.Size):
-        return torch.Size([plain(v) for v in value])
-    if isinstance(value, tuple):
-        items = [_plain_tree(v) for v in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if type(value) is list:
-        return [_plain_tree(v) for v in value]
-    if type(value) is dict:
-        return {k: _plain_tree(v) for k, v in value.items()}
-    if isinstance(value, slice):
-        return slice(_plain_tree(value.start), _plain_tree(value.stop), _plain_tree(value.step))
-    return value
 
 
 @contextlib.contextmanager

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import DecouplingError
 from ..structures import flatten, map_tensors
+from ._state import restored, untouched
 from ._symbols import plain
-from .tracing import TABLES, Trace, preserved_rng, put_back, put_back_parameters, untouched
+from .tracing import Trace
 
 _RELATIVE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.complex64: 1e-4, torch.complex128: 1e-10}
 
@@ -185,24 +185,6 @@ def _measure(
 def _like(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     values = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
     return values.to(device=tensor.device, dtype=tensor.dtype)
-
-
-@contextlib.contextmanager
-def restored(model: nn.Module) -> Iterator[None]:
-    """Put back buffers' contents, attributes and random states after a run."""
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    parameters = [(p, p._version, p.detach().clone()) for p in model.parameters()]
-    attributes = [(m, dict(vars(m)), {t: dict(vars(m)[t]) for t in TABLES}) for m in model.modules()]
-    rng = preserved_rng()
-    try:
-        yield
-    finally:
-        put_back(attributes)
-        put_back_parameters(parameters)
-        with torch.no_grad():
-            for buffer, content in buffers:
-                buffer.copy_(content)
-        rng()
 
 
 def _same(expected: torch.Tensor, found: torch.Tensor, allowed: float) -> bool:

@@ -2,23 +2,20 @@
 
 1. ``trace_calls``: record torch functions and leaf modules (see ``_recorder``) on fake tensors, then on real ones; a
    submodule that cannot be looked into becomes one opaque node.
-2. ``trace_export``: ``torch.export`` (non-strict, batch dimension dynamic), whose operators are then recorded likewise.
+2. ``trace_export`` (in ``exporting``): ``torch.export`` (non-strict, batch dimension dynamic), whose operators are then
+   recorded likewise.
 
 Which rung to believe is for the numeric self-check (``checking``) to say.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import functools
 import hashlib
 import inspect
-import random
 import re
-import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,14 +23,14 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..errors import TracingError
+from ..errors import BakedInError, DataDependentError, TracingError
 from ..structures import Structure, flatten
-from ._recorder import BakedInError, DataDependentError, Recorder, recording
+from ._recorder import Recorder, recording
+from ._state import untouched
 from ._symbols import TracedInt
 
 _MOST_OPAQUE = 200
 SMALL = 1 << 22  # elements of parameters and inputs
-TABLES = ("_parameters", "_buffers", "_modules")
 
 
 @dataclass
@@ -104,9 +101,9 @@ def trace_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         with untouched(model):
             recorder = Recorder(model, None if real else FakeTensorMode(allow_non_fake_inputs=True), frozenset(opaque))
             try:
-                trace = _record(recorder, model, args, kwargs, opaque)
+                trace = record(recorder, model, args, kwargs, opaque)
             except Exception as error:
-                place, reason = recorder.failed_at, _reason(error)
+                place, reason = recorder.failed_at, reason_of(error)
                 is_leaf = recorder.failed_leaf
                 if place and not is_leaf and place not in opaque and len(opaque) < _MOST_OPAQUE:
                     opaque[place] = reason
@@ -128,7 +125,7 @@ def trace_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
                 continue
         if real and not small:
             trace.rung = "calls on real tensors"
-        _bind_originals(trace)
+        bind_originals(trace)
         return trace
 
 
@@ -145,100 +142,14 @@ def _without_data(value: Any) -> Any:
     return torch.empty(value.shape, dtype=value.dtype, device="meta").requires_grad_(differentiable)
 
 
-def _bind_originals(trace: Trace) -> None:
+def bind_originals(trace: Trace) -> None:
     """Buffers were clones while tracing."""
     for name in trace.attributes:
         if not name.startswith("_constant_"):
             trace.attributes[name] = functools.reduce(getattr, name.split("."), trace.model)
 
 
-def trace_export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
-    """Trace by ``torch.export`` and record the exported operators.
-
-    The batch dimension is dynamic where export allows it. The training mode is baked into the operators.
-
-    Args:
-        model: any module.
-        args: example positional inputs.
-        kwargs: example keyword inputs.
-
-    Returns:
-        The trace; its parameters and buffers are the model's own.
-
-    Raises:
-        TracingError: export refuses the model; holds its message.
-    """
-    with untouched(model):
-        try:
-            program = _export(model, args, kwargs)
-            exported = program.module(check_guards=False)
-        except Exception as error:
-            raise TracingError(f"torch.export: {_reason(error)}") from error
-        recorder = Recorder(model, FakeTensorMode(allow_non_fake_inputs=True), frozenset())
-        recorder.paths = {}
-        try:
-            trace = _record(recorder, _Replayed(exported, recorder), args, kwargs, {})
-        except Exception as error:
-            raise TracingError(f"torch.export: its graph cannot be recorded: {_reason(error)}") from error
-    trace.model = model
-    _bind_originals(trace)
-    modes = tuple(m for m in model.modules())
-    return Trace(**{**vars(trace), "model": model, "modes": modes, "rung": "export"})
-
-
-class _Replayed:
-    """Runs an exported graph node by node, telling the recorder which module each operator came from."""
-
-    def __init__(self, module: fx.GraphModule, recorder: Recorder) -> None:
-        self.module, self.forward = module, module.forward
-        self.player = _Player(module, recorder)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        flat = torch.utils._pytree.arg_tree_leaves(*args, **kwargs)
-        result = self.player.run(*flat, enable_io_processing=False)
-        self.player.close(())
-        return self.module.graph._codegen.process_outputs(result)
-
-
-class _Player(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule, recorder: Recorder) -> None:
-        super().__init__(module)
-        self.recorder = recorder
-        self.latest: Any = None
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n.op in ("call_function", "call_method"):
-            entered = [path.split("@")[0] for path, _ in (n.meta.get("nn_module_stack") or {}).values() if path]
-            self.close(entered)
-            self.recorder.stack[:] = entered
-        value = super().run_node(n)
-        if n.op in ("call_function", "call_method") and isinstance(value, torch.Tensor):
-            self.latest = value
-        return value
-
-    def close(self, entered: Sequence[str]) -> None:
-        """Note the output of every module that has been left."""
-        stack = self.recorder.stack
-        for path in reversed([p for p in stack if p not in entered]):
-            self.recorder.calls.append(
-                (path, self.recorder.nodes.get(id(self.latest)), next(iter(reversed(self.recorder.graph.nodes))))
-            )
-        stack[:] = [p for p in stack if p in entered]
-
-
-def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    dynamic = torch.utils._pytree.tree_map(
-        lambda v: {0: torch.export.Dim.AUTO} if isinstance(v, torch.Tensor) and v.dim() else None, (args, kwargs)
-    )
-    names = list(inspect.signature(model.forward).parameters)
-    shapes = {**dict(zip(names, dynamic[0], strict=False)), **dynamic[1]}
-    try:
-        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-    except Exception:
-        return torch.export.export(model, args, kwargs, strict=False)
-
-
-def _record(
+def record(
     recorder: Recorder, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], opaque: dict[str, str]
 ) -> Trace:
     leaves, structure = flatten((args, kwargs))
@@ -348,63 +259,6 @@ def _surviving(node: fx.Node) -> fx.Node:
     return node
 
 
-@contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Put back attributes, parameter and buffer tables, modes and random states; buffers are clones meanwhile."""
-    modules = list(model.modules())
-    saved = [(m, dict(vars(m)), {t: dict(vars(m)[t]) for t in TABLES}) for m in modules]
-    parameters = [(p, p._version, p.detach().clone()) for p in model.parameters()]
-    rng = preserved_rng()
-    clones: dict[int, torch.Tensor] = {}
-    for module in modules:
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = clones.setdefault(id(buffer), buffer.clone())
-    try:
-        yield
-    finally:
-        put_back(saved)
-        put_back_parameters(parameters)
-        rng()
-
-
-def put_back_parameters(saved: list[tuple[nn.Parameter, int, torch.Tensor]]) -> None:
-    """Undo what a forward wrote into parameters (``nn.Embedding(max_norm=...)`` does)."""
-    with torch.no_grad():
-        for parameter, version, content in saved:
-            if parameter._version != version:
-                parameter.copy_(content)
-
-
-def put_back(saved: list[tuple[nn.Module, dict[str, Any], dict[str, dict[str, Any]]]]) -> None:
-    """Restore the attributes and tables of modules."""
-    for module, attributes, contents in saved:
-        for name in [k for k in vars(module) if k not in attributes]:
-            del vars(module)[name]
-        vars(module).update(attributes)
-        for table, content in contents.items():
-            vars(module)[table].clear()
-            vars(module)[table].update(content)
-
-
-def preserved_rng() -> Callable[[], None]:
-    """Remember torch's, Python's and NumPy's random states; the result puts them back."""
-    cpu, python = torch.get_rng_state(), random.getstate()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
-    numpy = sys.modules.get("numpy.random")
-    numpy_state = numpy.get_state() if numpy else None
-
-    def restore() -> None:
-        torch.set_rng_state(cpu)
-        random.setstate(python)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
-        if numpy is not None:
-            numpy.set_state(copy.deepcopy(numpy_state))
-
-    return restore
-
-
 def _next_outer(model: nn.Module, place: str, opaque: dict[str, str]) -> str | None:
     while "." in place:
         place = place.rpartition(".")[0]
@@ -413,7 +267,7 @@ def _next_outer(model: nn.Module, place: str, opaque: dict[str, str]) -> str | N
     return None
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """First line of an error and the user's line that raised it."""
     text = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if not isinstance(error, TracingError):

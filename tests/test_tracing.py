@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 import dni_fx
 from dni_fx import compiler
 from dni_fx.errors import CutError, TracingError
-from dni_fx.passes import cutting, emission, insertion, splitting, tracing
+from dni_fx.passes import cutting, emission, exporting, insertion, splitting, tracing
 from dni_fx.passes.checking import check_stages, guards_hold
 from dni_fx.passes.specs import infer_specs, name_values
 from dni_fx.plan import CutPlan
@@ -107,7 +107,7 @@ def test_exported_models_can_be_split(name: str) -> None:
     model = case.build()
     args, kwargs = case.inputs(4, torch.float32)
     state = state_of(model)
-    trace = tracing.trace_export(model, args, kwargs)
+    trace = exporting.trace_export(model, args, kwargs)
     assert_bits_equal(state_of(model), state, f"{name}: after export")
     flow = cutting.find_flow(trace)
     split = splitting.split_stages(

@@ -1,0 +1,97 @@
+"""Leaving a model and the random generators as they were."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+TABLES = ("_parameters", "_buffers", "_modules")
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Put back attributes, parameter and buffer tables, modes and random states; buffers are clones meanwhile."""
+    modules = list(model.modules())
+    saved = [(m, dict(vars(m)), {t: dict(vars(m)[t]) for t in TABLES}) for m in modules]
+    parameters = [(p, p._version, p.detach().clone()) for p in model.parameters()]
+    rng = preserved_rng()
+    clones: dict[int, torch.Tensor] = {}
+    for module in modules:
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = clones.setdefault(id(buffer), buffer.clone())
+    try:
+        yield
+    finally:
+        put_back(saved)
+        put_back_parameters(parameters)
+        rng()
+
+
+def put_back_parameters(saved: list[tuple[nn.Parameter, int, torch.Tensor]]) -> None:
+    """Undo what a forward wrote into parameters (``nn.Embedding(max_norm=...)`` does)."""
+    with torch.no_grad():
+        for parameter, version, content in saved:
+            if parameter._version != version:
+                parameter.copy_(content)
+
+
+def put_back(saved: list[tuple[nn.Module, dict[str, Any], dict[str, dict[str, Any]]]]) -> None:
+    """Restore the attributes and tables of modules."""
+    for module, attributes, contents in saved:
+        for name in [k for k in vars(module) if k not in attributes]:
+            del vars(module)[name]
+        vars(module).update(attributes)
+        for table, content in contents.items():
+            vars(module)[table].clear()
+            vars(module)[table].update(content)
+
+
+def preserved_rng() -> Callable[[], None]:
+    """Remember torch's, Python's and NumPy's random states; the result puts them back."""
+    cpu, python = torch.get_rng_state(), random.getstate()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    numpy = sys.modules.get("numpy.random")
+    numpy_state = numpy.get_state() if numpy else None
+
+    def restore() -> None:
+        torch.set_rng_state(cpu)
+        random.setstate(python)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+        if numpy is not None:
+            numpy.set_state(copy.deepcopy(numpy_state))
+
+    return restore
+
+
+@contextlib.contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Put back buffers' contents, attributes and random states after a run."""
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    parameters = [(p, p._version, p.detach().clone()) for p in model.parameters()]
+    attributes = [(m, dict(vars(m)), {t: dict(vars(m)[t]) for t in TABLES}) for m in model.modules()]
+    rng = preserved_rng()
+    try:
+        yield
+    finally:
+        put_back(attributes)
+        put_back_parameters(parameters)
+        with torch.no_grad():
+            for buffer, content in buffers:
+                buffer.copy_(content)
+        rng()
+
+
+def python_draws() -> Any:
+    """State of Python's and NumPy's generators, to notice that a model drew from them."""
+    numpy = sys.modules.get("numpy.random")
+    state = numpy.get_state() if numpy else None
+    return random.getstate(), state and (state[1][0], state[2])
