@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .decoupled import Decoupled, Passes, Variant, kinds_of
+from .decoupled import Decoupled
 from .errors import BakedInError, CutError, DecouplingError, PlanMismatchError, TracingError
 from .passes.checking import check_model, check_stages, guards_hold
 from .passes.cutting import assign_stages, choose_positions, find_flow, find_positions, name_position, possible_cuts
@@ -22,6 +22,7 @@ from .passes.tracing import Trace, trace_calls
 from .plan import CutPlan, CutPointList, PlanReport, SourceReport, StageReport
 from .sources import SOURCES, GradientSource, auto_name
 from .structures import flatten
+from .variants import Passes, Variant, kinds_of
 
 Cuts = str | Sequence[str] | CutPlan
 DEFAULT_STAGES = 4

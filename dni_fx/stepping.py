@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -117,3 +118,22 @@ def evaluate(loss: Callable[[Any, Any], torch.Tensor] | None, output: Any, targe
 def detached(value: Any) -> Any:
     """A nested value with every tensor detached."""
     return map_tensors(torch.Tensor.detach, value)
+
+
+@contextlib.contextmanager
+def keep_modes() -> Iterator[None]:
+    """Leave gradient mode and autocast as they were if a stage fails within a region of its own."""
+    gradients = torch.is_grad_enabled()
+    casts = [
+        (d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d))
+        for d in ("cpu", "cuda")
+        if d == "cpu" or torch.cuda.is_available()
+    ]
+    try:
+        yield
+    except BaseException:
+        torch.set_grad_enabled(gradients)
+        for device, enabled, dtype in casts:
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
+        raise

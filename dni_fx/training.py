@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .decoupled import Decoupled, keep_modes
+from .decoupled import Decoupled
 from .errors import DecouplingError, NonFiniteError
 from .passes._state import restored
 from .reports import InterfaceReport, StepReport
 from .running import AllOrNothing, Run
-from .stepping import evaluate
+from .stepping import evaluate, keep_modes
 from .structures import map_tensors
 
 NamedParameters = list[tuple[str, nn.Parameter]]
