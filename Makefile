@@ -15,6 +15,7 @@ WORKERS ?= 2
 BENCHMARKS ?= transform step
 PYTEST_ARGS ?= -n $(WORKERS)
 RESULTS_ARGS ?=
+RANDOM_GRAPHS ?= 100000
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -59,7 +60,7 @@ zoo: $(ZOO_READY)
 	$(PY) benchmarks/zoo.py
 
 zoo-random: $(READY)
-	DNI_FX_RANDOM_GRAPHS=100000 $(PY) -m pytest $(PYTEST_ARGS) tests/test_random_graphs.py
+	DNI_FX_RANDOM_GRAPHS=$(RANDOM_GRAPHS) $(PY) -m pytest $(PYTEST_ARGS) tests/test_random_graphs.py
 
 bench: $(ZOO_READY)
 	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(PY) benchmarks/$$name.py; done

@@ -48,6 +48,7 @@ Snapshot = dict[str, Tensor | None]
 # Image sizes other than the usual one: pattern of the model's name, pixels, why.
 SIZES = (
     (r"torchvision/inception_v3", 299, "the auxiliary head convolves what is left of 17 x 17 with 5 x 5"),
+    (r"torchvision/vit_h_14", 70, "patches of 14"),
     (r"torchvision/maxvit_t", 224, "windows of 7 after five halvings"),
     (r"torchvision/s3d", 224, "a last pooling over 2 x 7 x 7; 16 frames"),
     (r"timm/(eca_halonext|halonet|sehalonet|bat_resnext).*", 256, "blocks of 8 pixels after five halvings"),

@@ -194,7 +194,7 @@ class Replay(GradientSource):
 
 def source_of(decoupled: dni_fx.Decoupled, interface: str) -> Any:
     """The source that serves an interface."""
-    return decoupled.synthesizers[interface.replace(".", "/")]
+    return decoupled.sources[interface]
 
 
 def decoupled_run(

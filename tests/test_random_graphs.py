@@ -1,6 +1,7 @@
 """Random models, cut at random legal places: exact mode, replay and composed stages against eager PyTorch, bit for bit.
 
-``DNI_FX_RANDOM_GRAPHS`` sets the number of models (2,000 by default).
+``DNI_FX_RANDOM_GRAPHS`` sets the number of models (2,000 by default); they run in shards of up to 1,000, each from a seed
+of its own.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, note, settings
+from hypothesis import HealthCheck, Phase, given, note, seed, settings
 from torch import nn
 
 import dni_fx
@@ -23,6 +24,7 @@ from .models import Case
 from .random_models import Program, RandomModel, programs
 
 COUNT = int(os.environ.get("DNI_FX_RANDOM_GRAPHS", "2000"))
+SHARD = 1000
 DTYPE = torch.float64
 BY_MODE = "computes something else in eval mode"
 
@@ -84,7 +86,7 @@ def check(case: Case, replay: Callable[..., oracles.Record] = oracles.replay_run
     oracles.composed_check(case, DTYPE, decoupled=decoupled, batches=(2,), modes=modes, seed=1)
 
 
-def run(count: int, replay: Callable[..., oracles.Record] = oracles.replay_run) -> Counter[str]:
+def run(count: int, replay: Callable[..., oracles.Record] = oracles.replay_run, number: int = 0) -> Counter[str]:
     """Check ``count`` random models; stops at the first mismatch, shrunk.
 
     Returns:
@@ -92,10 +94,10 @@ def run(count: int, replay: Callable[..., oracles.Record] = oracles.replay_run) 
     """
     seen: Counter[str] = Counter()
 
+    @seed(number)
     @settings(
         max_examples=count,
         deadline=None,
-        derandomize=True,
         database=None,
         phases=(Phase.generate, Phase.shrink),
         suppress_health_check=list(HealthCheck),
@@ -121,13 +123,17 @@ def run(count: int, replay: Callable[..., oracles.Record] = oracles.replay_run) 
     return seen
 
 
-def test_random_graphs(capsys: pytest.CaptureFixture[str], record_property: Callable[[str, Any], None]) -> None:
+@pytest.mark.parametrize("shard", range(-(-COUNT // SHARD)))
+def test_random_graphs(
+    shard: int, capsys: pytest.CaptureFixture[str], record_property: Callable[[str, Any], None]
+) -> None:
+    count = min(SHARD, COUNT - shard * SHARD)
     with capsys.disabled():
-        seen = run(COUNT)
+        seen = run(count, number=shard)
     for name, number in seen.items():
         record_property(name, number)
     assert seen["mismatches"] == 0
-    assert seen["models"] >= 0.9 * COUNT
+    assert seen["models"] >= 0.9 * count
 
 
 def test_the_random_graphs_see_a_wrong_gradient() -> None:
