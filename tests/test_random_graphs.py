@@ -1,7 +1,7 @@
 """Random models, cut at random legal places: exact mode, replay and composed stages against eager PyTorch, bit for bit.
 
-``DNI_FX_RANDOM_GRAPHS`` sets the number of models (2,000 by default); they run in shards of up to 1,000, each from a seed
-of its own.
+``DNI_FX_RANDOM_GRAPHS`` sets the number of models (2,000 by default); they run in shards of up to 1,000, each from its
+own seed.
 """
 
 from __future__ import annotations
