@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -247,11 +248,12 @@ def _cut_names(flow: Flow) -> dict[str, int]:
     for node in flow.nodes:
         if node.op not in ("placeholder", "get_attr", "output"):
             names[node.name] = _after(flow, node)
-    seen: dict[str, int] = {}
+    times = Counter(path for path, _, _ in flow.trace.calls)
+    seen: Counter[str] = Counter()
     for path, _, last in flow.trace.calls:
-        if path:
-            names[f"{path}@{seen.get(path, 0)}"] = _after(flow, last)
-            seen[path] = seen.get(path, 0) + 1
+        if path and times[path] > 1:
+            names[f"{path}@{seen[path]}"] = _after(flow, last)
+            seen[path] += 1
     for path, _, last in flow.trace.calls:
         if path:
             names[path] = _after(flow, last)
