@@ -192,10 +192,9 @@ def _build_variant(
             raise CutError(
                 f"no parameter of this {type(model).__name__} is trainable; unfreeze some (requires_grad_())"
             )
-        if again and cuts is not None:
-            cuts = possible_cuts(flow, cuts)
-        positions = choose_positions(flow, stages) if cuts is None else find_positions(flow, cuts)
-        names = cuts or tuple(name_position(flow, p) for p in positions)
+        here = possible_cuts(flow, cuts) if again and cuts is not None else cuts
+        positions = choose_positions(flow, stages) if here is None else find_positions(flow, here)
+        names = here or tuple(name_position(flow, p) for p in positions)
         split = split_stages(flow, assign_stages(flow, positions), names)
         leaves = flatten((args, kwargs))[0]
         variant = Variant(
@@ -208,7 +207,7 @@ def _build_variant(
             bound=bound_attributes(split, model),
             shapes={tuple(t.shape for t in leaves)},
         )
-        variant.cuts = tuple(name_position(flow, p) if cuts is None else _cut_at(flow, cuts, p) for p in positions)
+        variant.cuts = tuple(name_position(flow, p) if here is None else _cut_at(flow, here, p) for p in positions)
         if not check:
             return variant
         result = check_stages(model, functools.partial(_composed, split), args, kwargs)
@@ -216,7 +215,7 @@ def _build_variant(
             variant.exact = result.exact
             return variant
         refusals.append(f"{tracer.__name__}: the traced model is not the model: {result.mismatch}")
-    if planned is not None and others:
+    if planned is not None and others and not refusals:
         raise PlanMismatchError(
             f"the plan was made for a {planned.model} with graph {planned.digest}, but this {type(model).__name__} has "
             f"graph {others[0]}; make a new plan with dni_fx.plan_cuts, or pass its cuts: cuts=list(plan.cuts)"
@@ -263,7 +262,7 @@ def _make_plan(
     devices = {i.name: _device(variant) for i in interfaces}
     seen = infer_context(context, batch)
     sources = make_sources(interfaces, chosen, seen, devices)
-    kinds = {n: c if isinstance(c, str) else getattr(c, "__name__", type(c).__name__) for n, c in chosen.items()}
+    kinds = {n: c if isinstance(c, str) else _own_name(c) for n, c in chosen.items()}
     kinds.update({i.name: auto_name(i.spec, seen) for i in interfaces if kinds[i.name] == "auto"})
     counts = {n: p.numel() for n, p in trace.model.named_parameters()}
     notes = [f"{path!r} is one opaque node: {why}" for path, why in trace.opaque.items()]
@@ -410,4 +409,10 @@ def variant_batch(variant: Variant) -> int:
 
 
 def _device(variant: Variant) -> torch.device:
-    return variant.kinds[0][2] if variant.kinds else torch.device("cpu")
+    return variant.parameters[0].device
+
+
+def _own_name(factory: Any) -> str:
+    """Name of a factory of the user's, which is never that of a built-in source."""
+    name = getattr(factory, "__name__", type(factory).__name__)
+    return f"{factory.__module__}.{name}" if name in SOURCES else name

@@ -111,7 +111,7 @@ class Stage:
         sources = self._decoupled.sources_by_name()
         for name, prediction in predictions.items():
             source = sources[name]
-            if source.message == "none" or name not in targets:
+            if source.message == "none" or targets.get(name) is None:
                 continue
             with torch.enable_grad():
                 loss = source.fit(prediction, (targets[name],))

@@ -13,8 +13,8 @@ class DecouplingError(ValueError):
 class TracingError(DecouplingError):
     """No rung of the tracing ladder gave a graph that equals the model.
 
-    Causes: control flow on tensor values at the top level of the model, state changed by ``forward``, wrappers
-    (DistributedDataParallel, torch.compile) around the model. Fixes are named in the message.
+    Causes: control flow on tensor values, numbers changed by ``forward`` or Python's random numbers at the top level of
+    the model. Fixes are named in the message.
     """
 
 

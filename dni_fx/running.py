@@ -151,21 +151,23 @@ class Run:
 class AllOrNothing:
     """Sets gradients aside for a step, and puts back everything if the step fails."""
 
-    def __init__(self, decoupled: Decoupled, keep_gradients: bool) -> None:
-        self.decoupled, self.keep = decoupled, keep_gradients
+    def __init__(self, decoupled: Decoupled) -> None:
+        self.parameters = [*decoupled._variant.parameters, *decoupled.synthesizers.parameters()]
+        self.tables = [m._buffers for m in decoupled.modules() if m._buffers]
+        self.modules = list(decoupled.synthesizers.modules())
+        self.keep = False
         self.held: list[tuple[nn.Parameter, torch.Tensor]] = []
 
+    def step(self, keep_gradients: bool) -> AllOrNothing:
+        """For one step; with ``keep_gradients``, those of earlier steps are held to be added later."""
+        self.keep = keep_gradients
+        return self
+
     def __enter__(self) -> AllOrNothing:
-        self.parameters = [*self.decoupled._variant.parameters, *self.decoupled.synthesizers.parameters()]
         self.gradients = [p.grad for p in self.parameters]
-        self.buffers = [
-            (module._buffers, name, buffer, buffer.detach().clone())
-            for module in self.decoupled.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        ]
+        self.buffers = [(t, n, b, b.detach().clone()) for t in self.tables for n, b in t.items() if b is not None]
         self.rng = preserved_rng()
-        self.sources = [(m, dict(vars(m))) for m in self.decoupled.synthesizers.modules()]
+        self.sources = [(m, dict(vars(m))) for m in self.modules]
         for parameter in self.parameters:
             parameter.grad = None
         if self.keep:

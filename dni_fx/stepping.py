@@ -123,7 +123,8 @@ def detached(value: Any) -> Any:
 @contextlib.contextmanager
 def keep_modes() -> Iterator[None]:
     """Leave gradient mode and autocast as they were if a stage fails within a region of its own."""
-    gradients = torch.is_grad_enabled()
+    gradients, cache = torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
+    depth = _autocast_depth()
     casts = [
         (d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d))
         for d in ("cpu", "cuda")
@@ -133,7 +134,17 @@ def keep_modes() -> Iterator[None]:
         yield
     except BaseException:
         torch.set_grad_enabled(gradients)
+        torch.set_autocast_cache_enabled(cache)
+        while _autocast_depth() > depth:
+            torch.autocast_decrement_nesting()
+        torch.clear_autocast_cache()
         for device, enabled, dtype in casts:
             torch.set_autocast_enabled(device, enabled)
             torch.set_autocast_dtype(device, dtype)
         raise
+
+
+def _autocast_depth() -> int:
+    depth = torch.autocast_increment_nesting() - 1
+    torch.autocast_decrement_nesting()
+    return depth

@@ -38,8 +38,7 @@ class Structure:
             if type(self.payload) is not type(other.payload):
                 return False
         elif self.kind == "constant":
-            same = self.payload is other.payload
-            if not same and (type(self.payload) is not type(other.payload) or self.payload != other.payload):
+            if not _same_constant(self.payload, other.payload):
                 return False
         elif self.payload != other.payload:
             return False
@@ -66,6 +65,13 @@ class Structure:
             return value
         node_type, context = self.payload
         return pytree.SUPPORTED_NODES[node_type].unflatten_fn(children, context)
+
+
+def _same_constant(a: Any, b: Any) -> bool:
+    try:
+        return a is b or (type(a) is type(b) and bool(a == b))
+    except (ValueError, RuntimeError, TypeError):  # arrays do not compare to one truth value
+        return False
 
 
 def flatten(value: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[Any], Structure]:

@@ -107,7 +107,7 @@ class Trainer:
         self._make_optimizers()
         self._adopt_parameters()
         unfinished = self.steps % self.accumulate != 0
-        with AllOrNothing(self.decoupled, unfinished) as before, keep_modes(), torch.enable_grad():
+        with self._all_or_nothing.step(unfinished) as before, keep_modes(), torch.enable_grad():
             context = None
             if self.decoupled.context is not None and target is not None:
                 context = self.decoupled.context(target)
@@ -286,12 +286,15 @@ class Trainer:
         if variant is self._adopted:
             return
         self._adopted = variant
+        self._all_or_nothing = AllOrNothing(self.decoupled)
         owned = {p for group in self._stage_parameters.values() for _, p in group}
         for stage in self.decoupled.stages:
             new = [(n, p) for n, p in stage.named_parameters() if p not in owned]
             owned.update(p for _, p in new)
             if new and stage.name in self.optimizers:
-                self.optimizers[stage.name].add_param_group({"params": new})
+                optimizer = self.optimizers[stage.name]
+                named = "param_names" in optimizer.param_groups[0]
+                optimizer.add_param_group({"params": new if named else [p for _, p in new]})
             elif new:
                 self.optimizers[stage.name] = _made(self._make_optimizer(new), "optimizer")
             if new:
@@ -304,16 +307,8 @@ class Trainer:
     def _check_finite(self, run: Run) -> None:
         """Values may hold infinities, as masked attention logits do; losses and gradients may not."""
         places = run.places()
-        sums = [
-            t.detach().sum(dtype=torch.float32 if t.dtype in (torch.half, torch.bfloat16) else None) for _, t in places
-        ]
         gradients = [p.grad for p in self.decoupled._variant.parameters if p.grad is not None]
-        norms = torch._foreach_norm(gradients) if gradients else []
-        if len({(s.dtype, s.device) for s in [*sums, *norms]}) == 1:
-            every = torch.stack([*sums, *norms])
-        else:
-            every = torch.stack([s.to(device=sums[0].device, dtype=torch.float64) for s in [*sums, *norms]])
-        if bool(every.isfinite().all()):
+        if _all_finite([*(t.detach() for _, t in places), *gradients]):
             return
         sent = {n: v.nan_to_num(nan=torch.nan, neginf=0.0) for n, v in run.sent.items()}
         values = [(f"the value of interface {n!r}", v) for n, v in sent.items()]
@@ -328,8 +323,7 @@ class Trainer:
 
     def _check_fit(self, losses: dict[str, torch.Tensor]) -> None:
         gradients = [p.grad for p in self.decoupled.synthesizers.parameters() if p.grad is not None]
-        every = [*losses.values(), *(torch._foreach_norm(gradients) if gradients else [])]
-        if not every or bool(torch.stack([v.to(every[0]) for v in every]).isfinite().all()):
+        if _all_finite([*losses.values(), *gradients]):
             return
         for name, source in self.decoupled.sources.items():
             found = [losses.get(name), *(p.grad for p in source.parameters())]
@@ -354,6 +348,16 @@ def _made(optimizer: Any, name: str) -> torch.optim.Optimizer:
     if isinstance(optimizer, torch.optim.LBFGS):
         raise DecouplingError(f"{name}= returned LBFGS, which evaluates the loss several times a step; use another one")
     return optimizer
+
+
+def _all_finite(tensors: list[torch.Tensor]) -> bool:
+    """False may also mean that a norm overflowed: look at the tensors themselves then."""
+    if not tensors:
+        return True
+    norms = list(torch._foreach_norm([t.coalesce().values() if t.is_sparse else t for t in tensors]))
+    if len({(n.dtype, n.device) for n in norms}) > 1:
+        norms = [n.to(device=norms[0].device, dtype=torch.float64) for n in norms]
+    return bool(torch.stack(norms).isfinite().all())
 
 
 def _shape(shapes: dict[str, Any], name: str) -> str:

@@ -20,6 +20,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Put back attributes, parameter and buffer tables, modes and random states; buffers are clones meanwhile."""
     modules = list(model.modules())
     saved = [(m, dict(vars(m)), {t: dict(vars(m)[t]) for t in TABLES}) for m in modules]
+    containers = own_containers(modules)
     parameters = [(p, p._version, p.detach().clone()) for p in model.parameters()]
     rng = preserved_rng()
     clones: dict[int, torch.Tensor] = {}
@@ -31,8 +32,23 @@ def untouched(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         put_back(saved)
+        refill(containers)
         put_back_parameters(parameters)
         rng()
+
+
+def own_containers(modules: list[nn.Module]) -> list[tuple[Any, Any]]:
+    """Lists, dicts and sets among the modules' own attributes (caches), with copies of their contents."""
+    internal = vars(nn.Module())
+    values = [v for m in modules for k, v in vars(m).items() if k not in internal]
+    return [(v, copy.copy(v)) for v in values if type(v) in (list, dict, set)]
+
+
+def refill(containers: list[tuple[Any, Any]]) -> None:
+    """Put contents back in place."""
+    for container, content in containers:
+        container.clear()
+        (container.extend if isinstance(container, list) else container.update)(content)
 
 
 def put_back_parameters(saved: list[tuple[nn.Parameter, int, torch.Tensor]]) -> None:
@@ -78,11 +94,13 @@ def restored(model: nn.Module) -> Iterator[None]:
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     parameters = [(p, p._version, p.detach().clone()) for p in model.parameters()]
     attributes = [(m, dict(vars(m)), {t: dict(vars(m)[t]) for t in TABLES}) for m in model.modules()]
+    containers = own_containers(list(model.modules()))
     rng = preserved_rng()
     try:
         yield
     finally:
         put_back(attributes)
+        refill(containers)
         put_back_parameters(parameters)
         with torch.no_grad():
             for buffer, content in buffers:

@@ -173,7 +173,8 @@ def _measure(
                 parameter.grad = None
             if roots:
                 torch.autograd.backward(roots, cotangents)
-            found = [p.grad for _, p in trained]
+            found = [None if p.grad is None or not p.grad.is_sparse else p.grad.to_dense() for _, p in trained]
+            found = [p.grad if f is None else f for f, (_, p) in zip(found, trained, strict=True)]
         finally:
             for (_, parameter), gradient in zip(trained, before, strict=True):
                 parameter.grad = gradient

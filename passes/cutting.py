@@ -247,7 +247,7 @@ def _cut_names(flow: Flow) -> dict[str, int]:
     names: dict[str, int] = {}
     for node in flow.nodes:
         if node.op not in ("placeholder", "get_attr", "output"):
-            names[node.name] = _after(flow, node)
+            names[node.name] = names[flow.names[node][-1]] = _after(flow, node)
     times = Counter(path for path, _, _ in flow.trace.calls)
     seen: Counter[str] = Counter()
     for path, _, last in flow.trace.calls:

@@ -41,6 +41,8 @@ def name_values(trace: Trace) -> dict[fx.Node, tuple[str, ...]]:
     for node in trace.graph.nodes:
         if node.name not in taken:
             names.setdefault(node, []).append(node.name)
+        elif node not in names:  # ``F.relu`` in a model that also has a module ``relu``
+            names[node] = [f"{node.name}_function"]
     return {node: tuple(group) for node, group in names.items()}
 
 

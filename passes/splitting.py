@@ -170,7 +170,7 @@ def _reused(flow: Flow, stage_of: dict[fx.Node, int], sharing: dict[str, list[in
 
 
 def _crossing_names(flow: Flow, crossing: list[fx.Node], named: tuple[str, ...]) -> dict[fx.Node, str]:
-    taken = {n.name for n in flow.nodes if n.op == "placeholder"} | {OUTPUT}
+    taken = {n.name for n in flow.nodes if n.op == "placeholder"} | {OUTPUT, "loss"}
     names: dict[fx.Node, str] = {}
     for node in crossing:
         options = [a for a in flow.names[node] if a in named] + list(flow.names[node]) + [node.name]

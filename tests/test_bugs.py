@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -100,3 +102,102 @@ def test_parameters_of_every_mode_are_trained() -> None:
     trainer = dni_fx.Trainer(decoupled, F.cross_entropy, optimizer=lambda p: torch.optim.SGD(p, 0.1))
     owned = {p for o in trainer.optimizers.values() for g in o.param_groups for p in g["params"]}
     assert owned == set(model.parameters())
+
+
+def test_a_value_named_loss() -> None:
+    """Exact mode keeps the loss's own gradient under that name, which a submodule may have as well."""
+
+    class WithLoss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.loss, self.b = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.a(x).relu()
+            return self.b(h) + self.loss(h).sum(1, keepdim=True)
+
+    model, x, y = WithLoss(), torch.randn(3, 4), torch.tensor([0, 1, 1])
+    F.cross_entropy(model(x), y).backward()
+    want = [p.grad for p in model.parameters()]
+    decoupled = dni_fx.decouple(model, ["relu", "loss"], example_inputs=(x,), gradients="exact")
+    trainer = dni_fx.Trainer(decoupled, F.cross_entropy, optimizer=lambda p: torch.optim.SGD(p, 0.0))
+    trainer.step(x, target=y)
+    oracles.assert_bits_equal([p.grad for p in model.parameters()], want, "exact")
+
+
+def test_modes_that_differ_in_a_constant_only() -> None:
+    """Graphs were taken for equal whose plain tensor attributes were not."""
+
+    class Switched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2)
+            self.scales = (torch.ones(4), torch.full((4,), 3.0))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(self.a(x) * (self.scales[0] if self.training else self.scales[1]))
+
+    model, x = Switched(), torch.randn(3, 4)
+    decoupled = dni_fx.decouple(model, ["a"], example_inputs=(x,))
+    decoupled.eval()
+    oracles.assert_bits_equal(decoupled(x), model(x), "evaluation")
+
+
+def test_a_function_named_like_a_module() -> None:
+    """``F.relu`` next to a module ``relu`` left a value without a name."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.relu = nn.Linear(4, 4), nn.Linear(4, 2), nn.ReLU()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.relu(self.b(F.relu(self.a(x))))
+
+    model, x = Both(), torch.randn(3, 4)
+    names = [p.name for p in dni_fx.list_cut_points(model, (x,)) if p.legal]
+    for name in names[:-1]:
+        dni_fx.decouple(model, [name], example_inputs=(x,))
+    assert len(names) == len(set(names))
+
+
+def test_autocast_is_as_before_after_a_failure_inside_a_region() -> None:
+    """A stage that failed within its own autocast region left it open, and stale casts in the cache."""
+
+    class Failing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.fail = nn.Linear(4, 4), nn.Linear(4, 2), False
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu"):
+                return self.b(self.a(x).view(-1, 2, 2).flatten(1)).float()
+
+    model = Failing()
+    decoupled = dni_fx.decouple(model, ["a"], example_inputs=(torch.randn(3, 4),))
+    model.b.register_forward_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("stop")))
+    with contextlib.suppress(RuntimeError):
+        decoupled(torch.randn(3, 4))
+    assert torch.autocast_increment_nesting() == 1
+    torch.autocast_decrement_nesting()
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_caches_are_emptied_after_tracing() -> None:
+    """A dictionary that forward fills kept traced sizes as keys."""
+
+    class Caching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cache: dict[int, torch.Tensor] = {}
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            n = x.shape[0]
+            if n not in self.cache:
+                self.cache[n] = torch.ones(n, 1)
+            return self.b(self.a(x) * self.cache[n])
+
+    model = Caching()
+    dni_fx.decouple(model, ["a"], example_inputs=(torch.randn(3, 4),))
+    assert model.cache == {}

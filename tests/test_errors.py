@@ -124,7 +124,7 @@ def test_every_problem_of_the_cuts_is_gathered_with_close_names() -> None:
         (None, ["cuts="]),
         (1.5, ["cuts="]),
         (["1", "1"], ["'1'", "same place"]),
-        (["1", "1@0"], ["same place"]),
+        (["1", "_1"], ["same place"]),
         ([""], ["''"]),
     ],
     ids=repr,
