@@ -116,14 +116,13 @@ class Trainer:
                 run.exactly(values, target)
             else:
                 run.decoupled(values, context, target)
-            self._check_finite(run)
+            self._check_finite(run, run.fit_sources())
             for parameter, held in before.held:  # earlier steps' part of the same update, added as autograd would
                 parameter.grad = held if parameter.grad is None else held.add_(parameter.grad)
             measure = self._measure_next or self.steps % self.metrics_every == 0
             if measure and not self._is_exact:
                 self._measured = run.compare(self.steps)
                 self._measure_next = False
-            self._check_fit(run.fit_sources())
             if (self.steps + 1) % self.accumulate == 0:
                 self._update()
         self.steps += 1
@@ -304,33 +303,27 @@ class Trainer:
         value = evaluate(self.loss, output, target)
         return value / self.accumulate if self.accumulate > 1 else value
 
-    def _check_finite(self, run: Run) -> None:
-        """Values may hold infinities, as masked attention logits do; losses and gradients may not."""
-        places = run.places()
-        gradients = [p.grad for p in self.decoupled._variant.parameters if p.grad is not None]
-        if _all_finite([*(t.detach() for _, t in places), *gradients]):
+    def _check_finite(self, run: Run, losses: dict[str, torch.Tensor]) -> None:
+        """Losses and parameters' gradients, which everything else flows into; the place is looked for on failure only.
+
+        Values may hold infinities, as masked attention logits do.
+        """
+        gradients = [p.grad for p in self._all_or_nothing.parameters if p.grad is not None]
+        if _all_finite([run.loss, *losses.values(), *gradients]):
             return
-        sent = {n: v.nan_to_num(nan=torch.nan, neginf=0.0) for n, v in run.sent.items()}
-        values = [(f"the value of interface {n!r}", v) for n, v in sent.items()]
+        values = {n: v.nan_to_num(nan=torch.nan, neginf=0.0) for n, v in run.sent.items()}
+        places = [(f"the value of interface {n!r}", v) for n, v in values.items()]
         named = [(f"gradient of parameter {n!r}", p.grad) for n, p in self.decoupled.model.named_parameters()]
-        for name, tensor in [*values, *places, *((n, g) for n, g in named if g is not None)]:
+        places += [*run.places(), *((n, g) for n, g in named if g is not None)]
+        for name, source in self.decoupled.sources.items():
+            found = [losses.get(name), *(p.grad for p in source.parameters())]
+            places += [(f"the regression of the source at interface {name!r}", t) for t in found if t is not None]
+        for name, tensor in places:
             if not bool(tensor.isfinite().all()):
                 kind = "NaN" if bool(tensor.isnan().any()) else "infinite"
                 raise NonFiniteError(
                     f"step {self.steps + 1}: {name} is {kind}; nothing was updated. Look at the batch, lower the "
                     "learning rates or set clip_norm="
-                )
-
-    def _check_fit(self, losses: dict[str, torch.Tensor]) -> None:
-        gradients = [p.grad for p in self.decoupled.synthesizers.parameters() if p.grad is not None]
-        if _all_finite([*losses.values(), *gradients]):
-            return
-        for name, source in self.decoupled.sources.items():
-            found = [losses.get(name), *(p.grad for p in source.parameters())]
-            if any(t is not None and not bool(t.isfinite().all()) for t in found):
-                raise NonFiniteError(
-                    f"step {self.steps + 1}: the regression of the source at interface {name!r} is not finite; nothing "
-                    "was updated. Lower the rate of synthesizer_optimizer, or look at that interface's gradients"
                 )
 
     def _update(self) -> None:
