@@ -83,7 +83,7 @@ def decouple(
             return _build_variant(model, args, kwargs, wanted, stages or DEFAULT_STAGES, check, planned=planned)
         return _build_variant(model, args, kwargs, plan.cuts, 0, check, again=True)
 
-    def make_plan(variant: Variant, args: Any, kwargs: Any) -> tuple[CutPlan, dict[str, GradientSource]]:
+    def make_plan(variant: Variant) -> tuple[CutPlan, dict[str, GradientSource]]:
         return _make_plan(variant, gradients, context, wanted, stages or DEFAULT_STAGES)
 
     passes = Passes(build, make_plan, _emit, guards_hold, readable_code, source_key)

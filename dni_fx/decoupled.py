@@ -217,16 +217,11 @@ class Decoupled(nn.Module):
             PlanMismatchError: an empty batch, or stages for this kind of call cannot be cut by the plan.
         """
         leaves, structure = flatten((args, kwargs))
-        for name, leaf in zip(range(len(leaves)), leaves, strict=True):
+        for name, leaf in enumerate(leaves):
             if leaf.dim() and leaf.shape[0] == 0:
                 raise PlanMismatchError(f"tensor input {name} has an empty batch: its shape is {tuple(leaf.shape)}")
         self._select(args, kwargs, structure, leaves)
         return dict(zip(self._variant.split.model_inputs, leaves, strict=True))
-
-    def train(self, mode: bool = True) -> Decoupled:
-        """Set the mode of model and sources."""
-        super().train(mode)
-        return self
 
     @property
     def _variant(self) -> Variant:
@@ -256,7 +251,7 @@ class Decoupled(nn.Module):
         """Trace for a new kind of call, under the plan if there is one."""
         variant = self._passes.build(self.model, args, kwargs, self._plan)
         if self._plan is None:
-            plan, sources = self._passes.make_plan(variant, args, kwargs)
+            plan, sources = self._passes.make_plan(variant)
             for name, source in sources.items():
                 self.synthesizers[self._passes.key(name)] = source
             object.__setattr__(self, "_plan", plan)

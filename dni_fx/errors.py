@@ -38,11 +38,11 @@ class NonFiniteError(DecouplingError):
     """A value or gradient became NaN or infinite. Names the place and the step; nothing was updated."""
 
 
-def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint such as ``; did you mean 'layer2'?`` or an empty string."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=count, cutoff=0.5)
-    close += [k for k in known if k not in close and (k.startswith(name + ".") or k.endswith("." + name))][:count]
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    close += [k for k in known if k not in close and (k.startswith(name + ".") or k.endswith("." + name))][:3]
     if not close:
         return ""
-    return "; did you mean " + " or ".join(repr(c) for c in close[:count]) + "?"
+    return "; did you mean " + " or ".join(repr(c) for c in close[:3]) + "?"

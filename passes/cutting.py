@@ -86,7 +86,7 @@ def find_flow(trace: Trace) -> Flow:
         if node.op != "output" and "value" not in node.meta and guards_only.issuperset(node.users):
             guards_only.add(node)
     last_use = {n: max((index[u] for u in n.users if u not in guards_only), default=-1) for n in nodes}
-    written = _writes(nodes, index)
+    written = _writes(nodes)
     replicated = _replicated(nodes, written)
     change = [0] * (len(nodes) + 2)
     for node in nodes:
@@ -289,7 +289,7 @@ def kept_storages(nodes: tuple[fx.Node, ...]) -> set[int]:
     return {n.meta["storage"] for n in nodes if n.op == "get_attr" and n.meta["storage"] is not None}
 
 
-def _writes(nodes: tuple[fx.Node, ...], index: dict[fx.Node, int]) -> dict[int, fx.Node]:
+def _writes(nodes: tuple[fx.Node, ...]) -> dict[int, fx.Node]:
     """The last node that writes to each storage."""
     return {storage: n for n in nodes for storage in n.meta.get("mutates", ())}
 

@@ -25,7 +25,7 @@ from ..stepping import Leaf, StepResult, detached, evaluate, pull_back
 from ._graphs import identifier
 from .splitting import OUTPUT, Split, StageGraph
 
-_PREFIXES = re.compile(r"dni_fx_(?:stepping|passes__calls)_|^import .*\n|^from .*\n", re.MULTILINE)
+_PREFIXES = re.compile(r"dni_fx_stepping_|^import .*\n|^from .*\n", re.MULTILINE)
 
 
 class StageFunctions:
