@@ -7,6 +7,7 @@ own seed.
 from __future__ import annotations
 
 import copy
+import functools
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -37,10 +38,7 @@ def _one_thread() -> Iterator[None]:
 
 def case_of(program: Program) -> Case:
     """The program's model, cut at legal places that its numbers pick; without cuts where no place is legal."""
-
-    def inputs(batch: int, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return tuple(torch.randn(batch, 4, dtype=dtype) for _ in range(program.inputs)), {}
-
+    inputs = functools.partial(_inputs, program)
     whole = Case("random", lambda: RandomModel(program), inputs, ())
     model: Any = whole.build(DTYPE)
     note(model.code)
@@ -86,6 +84,20 @@ def check(case: Case, replay: Callable[..., oracles.Record] = oracles.replay_run
     oracles.composed_check(case, DTYPE, decoupled=decoupled, batches=(2,), modes=modes, seed=1)
 
 
+def runs(program: Program) -> bool:
+    """Whether PyTorch itself takes the program, forward and backward."""
+    whole = Case("random", lambda: RandomModel(program), functools.partial(_inputs, program), ())
+    try:
+        oracles.backprop_run(whole, DTYPE, oracles.sgd, steps=1, batch=3)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _inputs(program: Program, batch: int, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return tuple(torch.randn(batch, 4, dtype=dtype) for _ in range(program.inputs)), {}
+
+
 def run(count: int, replay: Callable[..., oracles.Record] = oracles.replay_run, number: int = 0) -> Counter[str]:
     """Check ``count`` random models; stops at the first mismatch, shrunk.
 
@@ -104,6 +116,9 @@ def run(count: int, replay: Callable[..., oracles.Record] = oracles.replay_run, 
     )
     @given(programs)
     def one(program: Program) -> None:
+        if not runs(program):
+            seen["refused by eager"] += 1
+            return
         case = case_of(program)
         if not case.cuts:
             seen["without a legal cut"] += 1
