@@ -37,7 +37,8 @@ class Run:
         parts: dict[nn.Parameter, list[Callable[[torch.Tensor | None], torch.Tensor | None]]] = {}
         carried = [i.name for i in self.split.interfaces]
         for stage in self.stages:
-            reused = [self.split.shared_in(stage.index)[n] for k, n in self.split.reused if k == stage.index]
+            several = [self.split.shared_in(stage.index)[n] for k, n in self.split.reused if k == stage.index]
+            reused = [p for p in several if p.requires_grad]
             if reused:
                 result, again = self._step_twice(stage, values, context)
             else:

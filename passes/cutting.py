@@ -13,6 +13,7 @@ from torch import fx
 
 from ..errors import CutError, did_you_mean
 from ..plan import CutPoint, TensorSpec
+from ._calls import after
 from .specs import infer_specs, name_values
 from .tracing import Trace
 
@@ -284,6 +285,15 @@ def _cut_point(flow: Flow, position: int, name: str, live: tuple[fx.Node, ...]) 
     )
 
 
+def _uses(flow: Flow, node: fx.Node, position: int) -> int:
+    """How many partial gradients a value gets from behind a position: one for each argument that it is."""
+    arguments: list[Any] = []
+    for user in node.users:
+        if user.target is not after and flow.index[user] >= position:
+            fx.node.map_arg((user.args, user.kwargs), arguments.append)
+    return sum(a is node for a in arguments)
+
+
 def kept_storages(nodes: tuple[fx.Node, ...]) -> set[int]:
     """Memory of buffers and other attributes: every stage writes to the model's own, never to a copy."""
     return {n.meta["storage"] for n in nodes if n.op == "get_attr" and n.meta["storage"] is not None}
@@ -324,8 +334,11 @@ def _illegal_positions(flow: Flow, written: dict[int, fx.Node]) -> dict[int, str
         if storage in written and storage not in kept and node not in flow.replicated:
             members.setdefault(node.meta["storage"], []).append(node)
     illegal: dict[int, str] = {}
+    # where a write reached other views, autograd rebuilds their histories and adds partial gradients in an order that a
+    # cut cannot keep; two of them commute, three do not
+    rebuilt = {n.meta["storage"] for n in flow.nodes if n.target is after}
     for storage, group in members.items():
-        last_write = flow.index[written[storage]]
+        last_write = len(flow.nodes) if storage in rebuilt else flow.index[written[storage]]
         spans = [(flow.index[n] + 1, min(flow.last_use[n], last_write), n) for n in group]
         spans = [s for s in spans if s[1] >= s[0]]
         count: dict[int, list[fx.Node]] = {}
@@ -335,11 +348,12 @@ def _illegal_positions(flow: Flow, written: dict[int, fx.Node]) -> dict[int, str
             for position in range(start, end + 1):
                 count.setdefault(position, []).append(node)
         for position, alive in count.items():
-            if len(alive) > 1:
+            written_later = position <= flow.index[written[storage]]
+            if len(alive) > 1 and (written_later or sum(_uses(flow, n, position) for n in alive) > 2):
                 illegal.setdefault(
                     position,
-                    f"{alive[0].name!r} and {alive[1].name!r} share memory that {written[storage].name!r} writes to "
-                    "after the cut; cut before both or after the write",
+                    f"{alive[0].name!r} and {alive[1].name!r} share memory that {written[storage].name!r} writes to; "
+                    "cut where only one of them is needed later",
                 )
     for position, node in enumerate(flow.nodes):
         if node.meta.get("glued"):

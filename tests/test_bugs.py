@@ -201,3 +201,44 @@ def test_caches_are_emptied_after_tracing() -> None:
     model = Caching()
     dni_fx.decouple(model, ["a"], example_inputs=(torch.randn(3, 4),))
     assert model.cache == {}
+
+
+def test_a_frozen_module_used_twice_before_a_later_stage() -> None:
+    """The pull-back that is repeated for shared parameters asked autograd for the gradient of a frozen one."""
+
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.shared, self.b = nn.Linear(4, 4), nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.b(self.shared(self.shared(self.a(x))))
+            return self.shared(h)
+
+    model = Frozen()
+    decoupled = dni_fx.decouple(model, ["b"], example_inputs=(torch.randn(3, 4),), gradients="linear")
+    assert decoupled._variant.split.reused
+    trainer = dni_fx.Trainer(decoupled, F.cross_entropy, optimizer=lambda p: torch.optim.SGD(p, 0.1))
+    for _ in range(2):
+        trainer.step(torch.randn(3, 4), target=torch.tensor([0, 1, 3]))
+    assert all(p.grad is None for p in model.shared.parameters())
+    assert all(p.grad is not None for p in model.a.parameters())
+
+
+def test_views_whose_history_a_write_rebuilt_cross_no_cut_together() -> None:
+    """Autograd rebuilds a view's history after a write: three partial gradients then add up in another order."""
+
+    class Rebuilt(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            whole = self.a(x)
+            part = whole[..., :2]
+            part[:, 0] = torch.relu(part)[:, -1]
+            return self.b(whole + whole), part
+
+    points = {p.name: p for p in dni_fx.list_cut_points(Rebuilt(), (torch.randn(3, 4),))}
+    assert "share memory" in points["after"].reason
+    assert points["a"].legal
