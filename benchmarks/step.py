@@ -203,8 +203,8 @@ def profile(step: Step, steps: int) -> None:
 def main() -> None:
     """Check the weights, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=30, help="turns that each variant gets")
-    parser.add_argument("--calls", type=int, default=20, help="steps in one turn")
+    parser.add_argument("--rounds", type=int, default=100, help="turns that each variant gets")
+    parser.add_argument("--calls", type=int, default=10, help="steps in one turn")
     parser.add_argument("--profile", action="store_true", help="print where the time goes, and no table")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

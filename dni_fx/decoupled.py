@@ -11,7 +11,7 @@ from torch import nn
 from .errors import DecouplingError, PlanMismatchError
 from .plan import CutPlan, Interface
 from .sources import GradientSource
-from .stepping import keep_modes
+from .stepping import keep_modes, regress
 from .structures import Structure, flatten
 from .variants import Passes, Variant
 
@@ -107,18 +107,10 @@ class Stage:
         Returns:
             The loss of every source that learned, detached.
         """
-        losses = {}
-        sources = self._decoupled.sources_by_name()
-        for name, prediction in predictions.items():
-            source = sources[name]
-            if source.message == "none" or targets.get(name) is None:
-                continue
-            with torch.enable_grad():
-                loss = source.fit(prediction, (targets[name],))
-            if loss is not None:
-                loss.backward()
-                losses[name] = loss.detach()
-        return losses
+        losses = regress(self._decoupled.sources_by_name(), predictions, targets)
+        if losses:
+            torch.autograd.backward(list(losses.values()))
+        return {name: loss.detach() for name, loss in losses.items()}
 
     def __repr__(self) -> str:
         return f"<{self.name}: {', '.join(self.inputs)} -> {', '.join(self.outputs)}>"

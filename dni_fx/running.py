@@ -13,7 +13,7 @@ from .decoupled import Decoupled, Stage
 from .errors import DecouplingError
 from .passes._state import preserved_rng
 from .reports import InterfaceReport, compare
-from .stepping import StepResult, detached, evaluate, pull_back
+from .stepping import StepResult, detached, evaluate, pull_back, regress
 
 
 class Run:
@@ -28,7 +28,6 @@ class Run:
         self.sent: dict[str, torch.Tensor] = {}
         self.gradients: dict[str, torch.Tensor | None] = {}
         self.predictions: dict[str, Any] = {}
-        self.predictions_of: list[dict[str, Any]] = []
         self.loss: torch.Tensor
         self.output: Any = None
 
@@ -48,7 +47,6 @@ class Run:
                 arrived = self.gradients.get(name)
                 if gradient is not None:
                     self.gradients[name] = gradient if arrived is None else arrived + gradient
-            self.predictions_of.append(result.predictions)
             self.predictions.update(result.predictions)
             for parameter in self.split.shared_in(stage.index).values():
                 gradient, parameter.grad = parameter.grad, None
@@ -123,11 +121,10 @@ class Run:
 
     def fit_sources(self) -> dict[str, torch.Tensor]:
         """Regress the sources; the losses by interface name."""
-        targets = self.targets() if self.predictions else {}
-        losses: dict[str, torch.Tensor] = {}
-        for stage, predictions in zip(self.stages, self.predictions_of, strict=False):
-            losses.update(stage.fit(predictions, targets))
-        return losses
+        losses = regress(self.sources, self.predictions, self.targets()) if self.predictions else {}
+        if losses:
+            torch.autograd.backward(list(losses.values()))
+        return {name: loss.detach() for name, loss in losses.items()}
 
     def compare(self, step: int) -> dict[str, InterfaceReport]:
         """How near each prediction is to its target."""
@@ -155,9 +152,11 @@ class AllOrNothing:
     def __init__(self, decoupled: Decoupled) -> None:
         self.parameters = [*decoupled._variant.parameters, *decoupled.synthesizers.parameters()]
         self.tables = [m._buffers for m in decoupled.modules() if m._buffers]
-        self.modules = list(decoupled.synthesizers.modules())
+        self.modules = [m for m in decoupled.synthesizers.modules() if not type(m).__module__.startswith("torch.nn.")]
         self.keep = False
         self.held: list[tuple[nn.Parameter, torch.Tensor]] = []
+        self.buffers: list[torch.Tensor] = []
+        self.contents: list[torch.Tensor] = []
 
     def step(self, keep_gradients: bool) -> AllOrNothing:
         """For one step; with ``keep_gradients``, those of earlier steps are held to be added later."""
@@ -165,8 +164,8 @@ class AllOrNothing:
         return self
 
     def __enter__(self) -> AllOrNothing:
-        self.gradients = [p.grad for p in self.parameters]
-        self.buffers = [(t, n, b, b.detach().clone()) for t in self.tables for n, b in t.items() if b is not None]
+        self.gradients = [p.grad if self.keep else None for p in self.parameters]
+        self._keep_buffers()
         self.rng = preserved_rng()
         self.sources = [(m, dict(vars(m))) for m in self.modules]
         for parameter in self.parameters:
@@ -183,12 +182,24 @@ class AllOrNothing:
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient
         with torch.no_grad():
-            for table, name, buffer, content in self.buffers:
-                table[name] = buffer
+            for table, names in zip(self.tables, self.names, strict=True):
+                table.update(names)
+            for buffer, content in zip(self.buffers, self.contents, strict=True):
                 buffer.copy_(content)
         for module, attributes in self.sources:
             vars(module).update(attributes)
         self.rng()
+
+    def _keep_buffers(self) -> None:
+        """Copy the buffers' contents, into the same memory in every step."""
+        self.names = [dict(table) for table in self.tables]
+        buffers = [b for names in self.names for b in names.values() if b is not None]
+        known = zip(buffers, self.buffers, self.contents, strict=False)
+        if len(buffers) != len(self.buffers) or not all(a is b and a.shape == c.shape for a, b, c in known):
+            self.contents = [b.detach().clone() for b in buffers]
+            self.buffers = buffers
+        elif buffers:
+            torch._foreach_copy_(self.contents, [b.detach() for b in buffers])
 
 
 def _add(part: torch.Tensor, later: torch.Tensor | None) -> torch.Tensor:

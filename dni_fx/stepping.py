@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from .errors import DecouplingError
 from .structures import map_tensors
 
 if TYPE_CHECKING:
-    from .sources.base import Prediction
+    from .sources.base import GradientSource, Prediction
 
 
 @dataclass
@@ -37,21 +37,26 @@ class StepResult:
 class Leaf:
     """A received value as the start of a stage's own autograd graph.
 
+    Args:
+        value: what was received.
+        keep_layout: give back the gradient in the layout in which it came, as exact mode needs: ``.grad`` takes that of
+            its tensor, and in another layout later sums run in another order.
+
     Attributes:
         tensor: the value, detached, with a gradient of its own.
     """
 
-    def __init__(self, value: torch.Tensor) -> None:
+    def __init__(self, value: torch.Tensor, keep_layout: bool = False) -> None:
         self.tensor = value.detach().requires_grad_()
         self._raw: list[torch.Tensor] = []
-        strides, raw = self.tensor.stride(), self._raw
+        if keep_layout:
+            strides, raw = self.tensor.stride(), self._raw
 
-        # .grad takes the layout of its tensor, and in another layout later sums run in another order
-        def keep(gradient: torch.Tensor) -> None:
-            if gradient.stride() != strides:
-                raw[:] = [gradient]
+            def keep(gradient: torch.Tensor) -> None:
+                if gradient.stride() != strides:
+                    raw[:] = [gradient]
 
-        self.tensor.register_hook(keep)
+            self.tensor.register_hook(keep)
 
     def view(self) -> torch.Tensor:
         """The value to compute with: a node of the graph, so that it can be a root of the pull-back."""
@@ -89,6 +94,22 @@ def pull_back(
             )
     if pairs:
         torch.autograd.backward([r for r, _ in pairs], [g for _, g in pairs], retain_graph=retain_graph, inputs=inputs)
+
+
+def regress(
+    sources: Mapping[str, GradientSource], predictions: Mapping[str, Prediction], targets: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The regression loss, with its graph, of every source that learns, by interface name."""
+    losses: dict[str, torch.Tensor] = {}
+    with torch.enable_grad():
+        for name, prediction in predictions.items():
+            source = sources[name]
+            if source.message == "none" or targets.get(name) is None:
+                continue
+            loss = source.fit(prediction, (targets[name],))
+            if loss is not None:
+                losses[name] = loss
+    return losses
 
 
 def evaluate(loss: Callable[[Any, Any], torch.Tensor] | None, output: Any, target: Any) -> torch.Tensor:

@@ -74,6 +74,9 @@ def _same_constant(a: Any, b: Any) -> bool:
         return False
 
 
+_LEAF = Structure("leaf")
+
+
 def flatten(value: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[Any], Structure]:
     """Take a nested value apart.
 
@@ -90,7 +93,7 @@ def flatten(value: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[l
     def walk(item: Any) -> Structure:
         if check(item):
             leaves.append(item)
-            return Structure("leaf")
+            return _LEAF
         node_type = pytree._get_node_type(item)
         if node_type in pytree.SUPPORTED_NODES:
             children, context = pytree.SUPPORTED_NODES[node_type].flatten_fn(item)

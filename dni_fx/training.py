@@ -101,7 +101,8 @@ class Trainer:
             NonFiniteError: a value or gradient is NaN or infinite; named, and nothing is updated.
             DecouplingError: inputs that do not fit the plan, or a loss that is no scalar.
 
-        After any error parameters, gradients, buffers, sources and random states are as they were before.
+        After any error parameters, buffers, sources, random states and the gradients of an unfinished update are as
+        they were before. Those of a finished update are dropped when the next step starts, as ``zero_grad`` would.
         """
         values = self.decoupled.bind(*args, **kwargs)
         self._make_optimizers()
@@ -345,8 +346,11 @@ def _made(optimizer: Any, name: str) -> torch.optim.Optimizer:
 
 def _all_finite(tensors: list[torch.Tensor]) -> bool:
     """False may also mean that a norm overflowed: look at the tensors themselves then."""
-    if not tensors:
-        return True
+    first = tensors[0]
+    if all(t.dtype is torch.float32 and t.device == first.device and not t.is_sparse for t in tensors):
+        found = torch.zeros((), device=first.device)  # GradScaler's operator: one pass over all, times one
+        torch._amp_foreach_non_finite_check_and_unscale_(tensors, found, torch.ones((), device=first.device))
+        return not found.item()
     norms = list(torch._foreach_norm([t.coalesce().values() if t.is_sparse else t for t in tensors]))
     if len({(n.dtype, n.device) for n in norms}) > 1:
         norms = [n.to(device=norms[0].device, dtype=torch.float64) for n in norms]

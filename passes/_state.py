@@ -73,7 +73,7 @@ def put_back(saved: list[tuple[nn.Module, dict[str, Any], dict[str, dict[str, An
 def preserved_rng() -> Callable[[], None]:
     """Remember torch's, Python's and NumPy's random states; the result puts them back."""
     cpu, python = torch.get_rng_state(), random.getstate()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     numpy = sys.modules.get("numpy.random")
     numpy_state = numpy.get_state() if numpy else None
 

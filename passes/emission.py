@@ -78,7 +78,7 @@ def readable_code(module: fx.GraphModule) -> str:
 
 def _emit_forward(stage: StageGraph, received: list[str]) -> fx.GraphModule:
     graph = fx.Graph()
-    values, leaves = _open_inputs(graph, graph.placeholder("inputs"), stage, received)
+    values, leaves = _open_inputs(graph, graph.placeholder("inputs"), stage, received, keep_layout=True)
     outputs = _run_stage(graph, stage, values)
     graph.output((outputs, leaves, {name: values[name] for name in received}))
     return fx.GraphModule({"stage": stage.module}, graph, f"Forward{stage.index}")
@@ -149,14 +149,15 @@ def source_key(interface: str) -> str:
 
 
 def _open_inputs(
-    graph: fx.Graph, inputs: fx.Node, stage: StageGraph, received: list[str]
+    graph: fx.Graph, inputs: fx.Node, stage: StageGraph, received: list[str], keep_layout: bool = False
 ) -> tuple[dict[str, fx.Node], dict[str, fx.Node]]:
     values, leaves = {}, {}
+    kept = (True,) if keep_layout else ()
     for name in stage.inputs:
         label = identifier(name)
         values[name] = _item(graph, inputs, name, label if name not in received else f"{label}_received")
         if name in received:
-            leaves[name] = _named(graph.call_function(Leaf, (values[name],)), f"{label}_leaf")
+            leaves[name] = _named(graph.call_function(Leaf, (values[name], *kept)), f"{label}_leaf")
             values[name] = _named(graph.call_method("view", (leaves[name],)), label)
     return values, leaves
 

@@ -67,7 +67,7 @@ def test_a_source_that_cannot_run_without_data() -> None:
 
 def test_gradients_keep_their_layout() -> None:
     """``.grad`` takes its tensor's strides; later sums then run in another order than backpropagation's."""
-    leaf = dni_fx.stepping.Leaf(torch.randn(3, 4).t())
+    leaf = dni_fx.stepping.Leaf(torch.randn(3, 4).t(), keep_layout=True)
     gradient = torch.randn(4, 3)
     leaf.view().backward(gradient)
     found = leaf.gradient()

@@ -68,10 +68,16 @@ def refused(error: type[BaseException], call: Callable[[], Any], *words: str) ->
 
 
 def refused_step(error: type[BaseException], trainer: dni_fx.Trainer, call: Callable[[], Any], *words: str) -> str:
-    """The same, and the trainer, its model, sources, optimisers and random states keep every bit."""
+    """The same, and the trainer, its model, sources, optimisers and random states keep every bit.
+
+    Only gradients of a finished update may be gone, as after ``zero_grad``: all of them, or none.
+    """
     before = everything(trainer)
     text = refused(error, call, *words)
-    assert_bits_equal(everything(trainer), before, "state after the error")
+    after = everything(trainer)
+    if trainer.steps % trainer.accumulate == 0 and not any(g is not None for g in after["gradients"].values()):
+        before["gradients"] = dict.fromkeys(before["gradients"])
+    assert_bits_equal(after, before, "state after the error")
     return text
 
 

@@ -8,10 +8,12 @@ serves vectors, token sequences and convolutional maps of the same model, and a 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import DecouplingError
@@ -40,13 +42,16 @@ class OneHot:
                 f"one_hot({self.classes}) needs a tensor of integer labels, but the target is {got}. "
                 "Pass context=<callable> that turns your target into a float tensor (batch, features)."
             )
-        # Elsewhere this check would wait for the device; there scatter_ itself stops at a label out of range.
-        if target.device.type == "cpu" and target.numel() and int(target.max()) >= self.classes:
-            raise DecouplingError(
-                f"one_hot({self.classes}) met the label {int(target.max())}: labels run from 0 to {self.classes - 1}. "
-                f"Use one_hot({int(target.max()) + 1}) or more."
-            )
-        index = target.long().unsqueeze(-1)
+        index = target.long()
+        if target.device.type == "cpu":  # elsewhere looking at labels would wait for the device; scatter_ checks there
+            with contextlib.suppress(RuntimeError):
+                return F.one_hot(index, self.classes).to(torch.get_default_dtype())
+            if int(index.max()) >= self.classes:
+                raise DecouplingError(
+                    f"one_hot({self.classes}) met the label {int(index.max())}: labels run from 0 to "
+                    f"{self.classes - 1}. Use one_hot({int(index.max()) + 1}) or more."
+                )
+        index = index.unsqueeze(-1)
         encoded = torch.zeros(*target.shape, self.classes, device=target.device)
         return encoded.scatter_(-1, index.clamp(min=0), (index >= 0).to(encoded.dtype))
 

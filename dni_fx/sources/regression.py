@@ -38,6 +38,8 @@ class Network(nn.Module):
         DecouplingError: the context cannot be lined up with the value.
     """
 
+    layers: nn.ModuleList  # each with a weight
+
     def __init__(self, spec: TensorSpec, context: TensorSpec | None) -> None:
         super().__init__()
         self.shape = _at_least_2d(spec.shape)
@@ -59,7 +61,7 @@ class Network(nn.Module):
 
     def forward(self, value: Tensor, context: Tensor | None) -> Tensor:
         """Output of the value's shape, in the parameters' dtype (or autocast's)."""
-        dtype = next(self.parameters()).dtype
+        dtype: torch.dtype = self.layers[0].weight.dtype  # type: ignore[assignment]
         h = value.to(dtype)
         if h.dim() < 2:
             h = h.reshape(_at_least_2d(h.shape))
@@ -199,12 +201,12 @@ class Regression(GradientSource):
         Raises:
             DecouplingError: a value or the context is not of the kind that the source was made for.
         """
-        outputs = tuple(network(value, context) for network, value in zip(self.networks, values, strict=True))
-        gradients = tuple(
+        outputs = [network(value, context) for network, value in zip(self.networks, values, strict=True)]
+        gradients = [
             like(output.detach().to(scale.dtype) * scale, value)
-            for output, scale, value in zip(outputs, self.scale.unbind(), values, strict=True)
-        )
-        return Prediction(gradients, outputs)
+            for output, scale, value in zip(outputs, self.scale, values, strict=True)
+        ]
+        return Prediction(tuple(gradients), tuple(outputs))
 
     def fit(self, prediction: Prediction, message: tuple[Tensor, ...]) -> Tensor:
         """Mean squared error in units of the running scale, summed over the values; updates the scale first.
