@@ -77,23 +77,130 @@ class CutPoint:
 
 
 @dataclass(frozen=True)
+class StageCost:
+    """What one stage costs for one batch of the example's size, on a device of speed 1.
+
+    Attributes:
+        forward: seconds of the stage's own forward.
+        backward: seconds of its backward, gradients of parameters included.
+        update: seconds of its optimiser.
+        sources: seconds of the sources that it asks: prediction, and regression when the target arrives.
+        parameter_bytes: its parameters, their gradients and Adam's two moments.
+        activation_bytes: what its forward keeps for its backward, received values included.
+        source_bytes: its sources' parameters, gradients and moments, and what they keep.
+    """
+
+    forward: float
+    backward: float
+    update: float = 0.0
+    sources: float = 0.0
+    parameter_bytes: int = 0
+    activation_bytes: int = 0
+    source_bytes: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """Everything that the stage computes in one decoupled step."""
+        return self.forward + self.backward + self.update + self.sources
+
+    @property
+    def nbytes(self) -> int:
+        """All memory that the stage needs in a decoupled step."""
+        return self.parameter_bytes + self.activation_bytes + self.source_bytes
+
+
+@dataclass(frozen=True)
 class StageReport:
-    """One row of a plan's stages: name, number of nodes, of parameters, and the cut that ends it (None at the end)."""
+    """One row of a plan's stages.
+
+    Attributes:
+        name: ``stage_0``, ``stage_1``, ...
+        nodes: number of graph nodes.
+        parameters: number of parameter elements.
+        cut: the cut that ends it; None for the last one.
+        inputs: names of model inputs and of earlier stages' values that it takes.
+        modules: paths of the largest modules that lie wholly in it, in program order.
+        cost: seconds and bytes; None where costs were not asked for.
+    """
 
     name: str
     nodes: int
     parameters: int
     cut: str | None
     inputs: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
+    cost: StageCost | None = None
 
 
 @dataclass(frozen=True)
 class SourceReport:
-    """The source at one interface: its kind, parameters, and floating-point operations a batch (None: unknown)."""
+    """The source at one interface.
+
+    Attributes:
+        kind: its name.
+        parameters: number of parameter elements.
+        flops: floating-point operations of one prediction for the example batch; None: unknown.
+        seconds: of one prediction and regression; None where costs were not asked for.
+    """
 
     kind: str
     parameters: int
     flops: int | None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """One node of the traced graph, for drawing.
+
+    Attributes:
+        name: the node's name; a model input's or the output's for those.
+        operator: class of the module or name of the function that it calls; ``"input"`` or ``"output"``.
+        scope: paths of the modules that it ran in, outermost first, its own path last where it is a module.
+        inputs: names of the nodes whose values it uses.
+        shape: shape of its value; empty where it is no tensor.
+        stage: index of its stage; None for inputs, the output, and nodes made again in every stage that needs them.
+        seconds: forward and backward; None where costs were not asked for.
+    """
+
+    name: str
+    operator: str
+    scope: tuple[str, ...]
+    inputs: tuple[str, ...]
+    shape: tuple[int, ...]
+    stage: int | None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class SearchReport:
+    """How the cuts were found.
+
+    Attributes:
+        objective: ``"throughput"``, ``"memory"``, ``"traffic"``, ``"learnability"``.
+        costs: ``"measured"``, ``"analytic"`` or ``"given"``.
+        slowest: seconds of the slowest stage: its work, its sources, and what it sends and receives.
+        bound: no plan with as many stages can have a faster slowest stage; seconds.
+        frontiers: number of places that were weighed.
+        exact: ``"all partitions"`` where no acyclic partition is better, ``"program order"`` where none is better whose
+            stages are contiguous in program order, ``""`` where neither is sure.
+        reasons: why each cut is where it is, by its name.
+        explained: share of the true gradient that a quickly fitted source explained, by cut; learnability only.
+    """
+
+    objective: str
+    costs: str
+    slowest: float
+    bound: float
+    frontiers: int
+    exact: str
+    reasons: dict[str, str] = field(default_factory=dict)
+    explained: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def gap(self) -> float:
+        """How far the slowest stage is above the bound, as a share of the bound."""
+        return self.slowest / self.bound - 1 if self.bound else 0.0
 
 
 @dataclass(frozen=True)
@@ -108,6 +215,8 @@ class PlanReport:
         sources: a row for each interface, by name.
         notes: opaque modules, ties, fewer stages than asked for, and the like.
         exact: whether the self-check found the split model equal bit for bit; None where it was not run.
+        nodes: the traced graph in program order, for drawing.
+        search: how the cuts were found; None where they were given.
     """
 
     rung: str
@@ -117,6 +226,8 @@ class PlanReport:
     sources: dict[str, SourceReport] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     exact: bool | None = None
+    nodes: tuple[NodeReport, ...] = ()
+    search: SearchReport | None = None
 
 
 @dataclass(frozen=True)
