@@ -3,9 +3,28 @@
 from __future__ import annotations
 
 import keyword
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+if TYPE_CHECKING:
+    from .tracing import Trace
 
 
 def identifier(name: str) -> str:
     """A value's name as a Python name: dots and slashes become underscores."""
     text = "".join(c if c.isalnum() else "_" for c in name)
     return f"_{text}" if text[0].isdigit() or keyword.iskeyword(text) else text
+
+
+def run_node(trace: Trace, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    """Call what a recorded node calls, on the values of the nodes that it uses."""
+    args, kwargs = fx.node.map_aggregate(
+        (node.args, dict(node.kwargs)), lambda a: values[a] if isinstance(a, fx.Node) else a
+    )
+    if node.op == "call_module":
+        return trace.attributes[str(node.target)](*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -8,9 +8,10 @@
 What is known of a node is kept in the ``meta`` of the new graph's nodes:
 
 ==============  ==========================================================================================
-``value``       the example tensor (fake or real), or None
+``value``       the example tensor (without data once traced), or None; ``requires_grad`` as it was when made
 ``storage``     a number shared by values that alias each other
 ``mutates``     storages that the node writes to
+``rebases``     those that it writes to through a view, where autograd rebuilds histories
 ``random``      whether it draws random numbers
 ``parameters``  names of the parameters that it reads
 ``modules``     paths of the modules that it ran in, outermost first
@@ -234,6 +235,7 @@ class Recorder(TorchFunctionMode):
             names = [self.names[id(p)] for _, p in own]
         node.meta.update(
             mutates=tuple(dict.fromkeys(self._storage(t) for t in written)),
+            rebases=tuple(dict.fromkeys(self._storage(t) for t in written if t._is_view())),
             random=self.observer.random,
             parameters=tuple(dict.fromkeys(names)),
             modules=tuple(self.stack),
@@ -250,6 +252,7 @@ class Recorder(TorchFunctionMode):
         node.meta["value"] = output if isinstance(output, torch.Tensor) else None
         if isinstance(output, torch.Tensor):
             node.meta["storage"] = self._storage(output)
+            node.meta["differentiable"] = output.requires_grad  # a later write may change that of the same object
             self.nodes[id(output)] = node
             self.alive.append(output)
             return
@@ -285,7 +288,7 @@ class Recorder(TorchFunctionMode):
                 {k: v for k, v in node.meta.items() if k in ("modules", "no_grad", "autocast")},
                 mutates=(), random=False, parameters=(), glued=True,
             )  # fmt: skip
-            fresh.meta.update(value=tensor, storage=self._storage(tensor))
+            fresh.meta.update(value=tensor, storage=self._storage(tensor), differentiable=tensor.requires_grad)
             self.nodes[id(tensor)] = fresh
 
     def _storage(self, tensor: torch.Tensor) -> int:

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import DecouplingError
 from ..structures import flatten, map_tensors
+from ._graphs import run_node
 from ._state import restored, untouched
 from ._symbols import plain
 from .tracing import Trace
@@ -133,23 +134,12 @@ def guards_hold(trace: Trace, leaves: list[torch.Tensor]) -> bool:
                 elif node.op == "output":
                     return True
                 else:
-                    args, kwargs = torch.fx.node.map_aggregate(
-                        (node.args, dict(node.kwargs)), lambda a: values[a] if isinstance(a, torch.fx.Node) else a
-                    )
-                    values[node] = _call(trace, node, args, kwargs)
+                    values[node] = run_node(trace, node, values)
                 if node in expected and plain(values[node]) != expected[node]:
                     return False
     except Exception:
         return False
     return True
-
-
-def _call(trace: Trace, node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
-    if node.op == "call_module":
-        return trace.attributes[str(node.target)](*args, **kwargs)
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _measure(

@@ -33,6 +33,7 @@ class Flow:
         last_use: position of the last user of each node, -1 without users.
         replicated: cheap nodes computed from the inputs alone, made again in every stage that uses them.
         guards_only: integers that the model looked at but did not compute with; no stage needs them.
+        asked: nodes from which gradients can arrive from an output: not dead code, nor values that are only detached.
         last_computed: position of the last node that computes something.
         trainable: number of values that carry a gradient across each position.
         illegal: why a position may not be cut, for those that may not.
@@ -46,6 +47,7 @@ class Flow:
     last_use: dict[fx.Node, int]
     replicated: frozenset[fx.Node]
     guards_only: frozenset[fx.Node]
+    asked: frozenset[fx.Node]
     last_computed: int
     trainable: tuple[int, ...]
     illegal: dict[int, str]
@@ -53,6 +55,10 @@ class Flow:
     def crosses(self, node: fx.Node, position: int) -> bool:
         """Whether a computed value is made before the position and used at or after it."""
         return self.index[node] < position <= self.last_use[node] and self.is_computed(node)
+
+    def carries_gradient(self, node: fx.Node) -> bool:
+        """Whether a gradient comes back to the value: if it crosses a cut, it is an interface."""
+        return needs_gradient(node) and node in self.asked
 
     def is_computed(self, node: fx.Node) -> bool:
         """Whether the node belongs to one stage: not an input, an attribute, a replicated node or a mere guard."""
@@ -89,9 +95,11 @@ def find_flow(trace: Trace) -> Flow:
     last_use = {n: max((index[u] for u in n.users if u not in guards_only), default=-1) for n in nodes}
     written = _writes(nodes)
     replicated = _replicated(nodes, written)
+    asked = _asked(nodes)
     change = [0] * (len(nodes) + 2)
     for node in nodes:
-        if node.op not in ("placeholder", "get_attr", "output") and node not in replicated and needs_gradient(node):
+        computed = node.op not in ("placeholder", "get_attr", "output") and node not in replicated
+        if computed and node in asked and needs_gradient(node):
             change[index[node] + 1] += 1
             change[last_use[node] + 1 if last_use[node] >= 0 else index[node] + 1] -= 1
     flow = Flow(
@@ -103,6 +111,7 @@ def find_flow(trace: Trace) -> Flow:
         last_use=last_use,
         replicated=replicated,
         guards_only=frozenset(guards_only),
+        asked=asked,
         last_computed=max((i for i, n in enumerate(nodes) if _computes(n) and n not in guards_only), default=-1),
         trainable=tuple(accumulate(change)),
         illegal={},
@@ -271,7 +280,7 @@ def _after(flow: Flow, node: fx.Node) -> int:
 
 def _cut_point(flow: Flow, position: int, name: str, live: tuple[fx.Node, ...]) -> CutPoint:
     crossing = [n for n in live if flow.crosses(n, position)]
-    carrying = [n for n in crossing if needs_gradient(n)]
+    carrying = [n for n in crossing if flow.carries_gradient(n)]
     main = flow.nodes[position - 1] if flow.nodes[position - 1] in carrying else (carrying[-1] if carrying else None)
     why = reason_against(flow, position)
     return CutPoint(
@@ -294,6 +303,13 @@ def _uses(flow: Flow, node: fx.Node, position: int) -> int:
     return sum(a is node for a in arguments)
 
 
+def _is_used_before(flow: Flow, group: list[fx.Node], position: int) -> bool:
+    """Whether a gradient also reaches the shared memory from before a position."""
+    inside = set(group)
+    users = (u for n in group for u in n.users if u not in inside and u.target is not after)
+    return any(flow.index[u] < position and needs_gradient(u) for u in users)
+
+
 def kept_storages(nodes: tuple[fx.Node, ...]) -> set[int]:
     """Memory of buffers and other attributes: every stage writes to the model's own, never to a copy."""
     return {n.meta["storage"] for n in nodes if n.op == "get_attr" and n.meta["storage"] is not None}
@@ -302,6 +318,15 @@ def kept_storages(nodes: tuple[fx.Node, ...]) -> set[int]:
 def _writes(nodes: tuple[fx.Node, ...]) -> dict[int, fx.Node]:
     """The last node that writes to each storage."""
     return {storage: n for n in nodes for storage in n.meta.get("mutates", ())}
+
+
+def _asked(nodes: tuple[fx.Node, ...]) -> frozenset[fx.Node]:
+    found: dict[fx.Node, None] = {}
+    for node in reversed(nodes):
+        container = isinstance(node.meta.get("value"), torch.Tensor) is False
+        if node.op == "output" or (node in found and (container or needs_gradient(node))):
+            found.update(dict.fromkeys(node.all_input_nodes))
+    return frozenset(found)
 
 
 def _replicated(nodes: tuple[fx.Node, ...], written: dict[int, fx.Node]) -> frozenset[fx.Node]:
@@ -334,26 +359,31 @@ def _illegal_positions(flow: Flow, written: dict[int, fx.Node]) -> dict[int, str
         if storage in written and storage not in kept and node not in flow.replicated:
             members.setdefault(node.meta["storage"], []).append(node)
     illegal: dict[int, str] = {}
-    # where a write reached other views, autograd rebuilds their histories and adds partial gradients in an order that a
-    # cut cannot keep; two of them commute, three do not
+    # where a write went through a view, or reached other views, autograd rebuilds their histories and adds partial
+    # gradients in an order that a cut cannot keep; two of them commute, three do not
     rebuilt = {n.meta["storage"] for n in flow.nodes if n.target is after}
+    rebuilt |= {s for n in flow.nodes for s in n.meta.get("rebases", ())}
     for storage, group in members.items():
-        last_write = len(flow.nodes) if storage in rebuilt else flow.index[written[storage]]
-        spans = [(flow.index[n] + 1, min(flow.last_use[n], last_write), n) for n in group]
-        spans = [s for s in spans if s[1] >= s[0]]
+        write = flow.index[written[storage]]
+        last = len(flow.nodes) if storage in rebuilt else write
+        spans = [(flow.index[n] + 1, min(flow.last_use[n], last), n) for n in group]
         count: dict[int, list[fx.Node]] = {}
-        if len(spans) < 2:
-            continue
-        for start, end, node in spans:
+        for start, end, node in (s for s in spans if s[1] >= s[0]):
             for position in range(start, end + 1):
                 count.setdefault(position, []).append(node)
+        if len(group) < 2:
+            continue
         for position, alive in count.items():
-            written_later = position <= flow.index[written[storage]]
-            if len(alive) > 1 and (written_later or sum(_uses(flow, n, position) for n in alive) > 2):
+            torn = len(alive) > 1 and position <= write
+            if not torn and storage in rebuilt and (len(alive) > 1 or position <= write):
+                behind = sum(_uses(flow, n, position) for n in alive)
+                ahead = position <= write and _is_used_before(flow, group, position)
+                torn = behind + ahead > 2 and behind > 1
+            if torn:
                 illegal.setdefault(
                     position,
-                    f"{alive[0].name!r} and {alive[1].name!r} share memory that {written[storage].name!r} writes to; "
-                    "cut where only one of them is needed later",
+                    f"{alive[0].name!r} and {(alive + group)[1].name!r} share memory that {written[storage].name!r} "
+                    "writes to; cut where only one of them is needed later",
                 )
     for position, node in enumerate(flow.nodes):
         if node.meta.get("glued"):

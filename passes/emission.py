@@ -36,6 +36,7 @@ class StageFunctions:
         self._shared = split.shared_in(index)
         self._received = [i.name for i in split.interfaces if i.name in self._stage.inputs]
         self._sent = [i.name for i in split.interfaces if i.name in self._stage.outputs]
+        self._unasked = split.unasked
 
     @functools.cached_property
     def forward(self) -> fx.GraphModule:
@@ -50,7 +51,7 @@ class StageFunctions:
     @functools.cached_property
     def step(self) -> fx.GraphModule:
         """``(inputs, context, loss, target) -> StepResult``."""
-        return _emit_step(self._stage, self._received, self._sent, self._sources)
+        return _emit_step(self._stage, self._received, self._sent, self._unasked, self._sources)
 
 
 def emit_functions(split: Split, index: int, sources: Mapping[str, nn.Module]) -> StageFunctions:
@@ -102,7 +103,11 @@ def _emit_backward(
 
 
 def _emit_step(
-    stage: StageGraph, received: list[str], sent: list[str], sources: Mapping[str, nn.Module]
+    stage: StageGraph,
+    received: list[str],
+    sent: list[str],
+    unasked: tuple[str, ...],
+    sources: Mapping[str, nn.Module],
 ) -> fx.GraphModule:
     graph = fx.Graph()
     inputs = graph.placeholder("inputs")
@@ -121,7 +126,7 @@ def _emit_step(
     else:
         value_out = None
         results = {
-            n: _named(graph.call_method("detach", (o,)), f"{identifier(n)}_sent") if n in sent else o
+            n: _named(graph.call_method("detach", (o,)), f"{identifier(n)}_sent") if n in sent or n in unasked else o
             for n, o in outputs.items()
         }
         for name in sent:

@@ -68,6 +68,7 @@ class Split:
         stages: in program order.
         interfaces: values that carry a gradient across, in program order.
         plain: names of other values that cross (integers, masks, sizes, values without gradient).
+        unasked: those of them that have an autograd graph, though no gradient ever comes back.
         model_inputs: names of the model's tensor inputs, in order.
         shared: parameters used by more than one stage: name, parameter, those stages ascending.
         reused: stages that use a shared parameter several times before a later stage uses it again, with its name.
@@ -76,6 +77,7 @@ class Split:
     stages: tuple[StageGraph, ...]
     interfaces: tuple[Interface, ...]
     plain: tuple[str, ...]
+    unasked: tuple[str, ...]
     model_inputs: tuple[str, ...]
     shared: tuple[tuple[str, nn.Parameter, tuple[int, ...]], ...]
     reused: tuple[tuple[int, str], ...]
@@ -123,7 +125,7 @@ def split_stages(flow: Flow, stage_of: dict[fx.Node, int], named: tuple[str, ...
             aliases=tuple(a for a in flow.names[n] if a != names[n]),
         )
         for n in crossing
-        if needs_gradient(n)
+        if flow.carries_gradient(n)
     )
     sharing: dict[str, list[int]] = {}
     for stage in stages:
@@ -132,7 +134,8 @@ def split_stages(flow: Flow, stage_of: dict[fx.Node, int], named: tuple[str, ...
     return Split(
         stages=stages,
         interfaces=interfaces,
-        plain=tuple(names[n] for n in crossing if not needs_gradient(n)),
+        plain=tuple(names[n] for n in crossing if not flow.carries_gradient(n)),
+        unasked=tuple(names[n] for n in crossing if needs_gradient(n) and not flow.carries_gradient(n)),
         model_inputs=tuple(n.name for n in flow.nodes if n.op == "placeholder"),
         shared=tuple(
             (name, flow.trace.model.get_parameter(name), tuple(where))

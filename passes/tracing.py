@@ -134,11 +134,10 @@ def _is_small(model: nn.Module, args: Any, kwargs: Any) -> bool:
     return sum(t.numel() for t in [*model.parameters(), *flatten((args, kwargs))[0]]) <= SMALL
 
 
-def _without_data(value: Any) -> Any:
+def _without_data(value: Any, differentiable: bool) -> Any:
     """A stand-in on the meta device, so that a trace keeps no activations."""
     if not isinstance(value, torch.Tensor) or isinstance(value, nn.Parameter):
         return value
-    differentiable = value.requires_grad
     return torch.empty(value.shape, dtype=value.dtype, device="meta").requires_grad_(differentiable)
 
 
@@ -179,7 +178,7 @@ def record(
     recorder.graph.lint()
     for node in recorder.graph.nodes:
         if "value" in node.meta:
-            node.meta["value"] = _without_data(node.meta["value"])
+            node.meta["value"] = _without_data(node.meta["value"], node.meta.get("differentiable", False))
     return Trace(
         graph=recorder.graph,
         model=model,

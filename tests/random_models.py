@@ -8,6 +8,7 @@ too, where dropout returns its own input.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -317,7 +318,9 @@ class RandomModel(nn.Module):
             getattr(build, instruction)(build.pick(first), i, j)
         last = build.values[-1]
         head = build.module(nn.Linear(last.shape[-1], 2))
-        chosen = [build.pick(number).name for number in program.outputs]
+        text = "\n".join(build.lines) + last.name
+        loose = [v for v in build.values if v.grad and len(re.findall(rf"\b{v.name}\b", text)) == 1]
+        chosen = [(loose[number % len(loose)] if loose else build.pick(number)).name for number in program.outputs]
         result = f"self.{head}({last.name})"
         if chosen and program.structure == "dict":
             extra = ", ".join(f"'e{number}': {name}" for number, name in enumerate(chosen))
@@ -344,7 +347,7 @@ programs: st.SearchStrategy[Program] = st.builds(
     Program,
     inputs=st.integers(1, 2),
     steps=st.lists(_step, min_size=4, max_size=10).map(tuple),
-    outputs=st.lists(_small, max_size=2).map(tuple),
+    outputs=st.lists(_small, min_size=1, max_size=4).map(tuple),
     structure=st.sampled_from(("tuple", "dict")),
     cuts=st.lists(st.integers(0, 40), min_size=1, max_size=3).map(tuple),
 )

@@ -242,3 +242,72 @@ def test_views_whose_history_a_write_rebuilt_cross_no_cut_together() -> None:
     points = {p.name: p for p in dni_fx.list_cut_points(Rebuilt(), (torch.randn(3, 4),))}
     assert "share memory" in points["after"].reason
     assert points["a"].legal
+
+
+def test_a_value_that_only_dead_code_uses_is_no_interface() -> None:
+    """Its source sent zeros where backpropagation sends nothing, and the sum had another memory layout."""
+
+    class Dead(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm, self.b, self.c, self.head = (
+                nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(8, 2)
+            )  # fmt: skip
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            first = self.a(x)
+            second = self.norm(first)
+            third = self.b(second)
+            self.c(third)
+            return self.head(torch.cat([second, first, third.detach().mean() + second[:, :0]], -1))
+
+    decoupled = dni_fx.decouple(Dead(), ["b"], example_inputs=(torch.randn(3, 4),), gradients="stale")
+    assert [i.name for i in decoupled.interfaces] == ["a", "norm"]
+    assert decoupled.plan.report is not None
+    assert decoupled.plan.report.plain == ("b",)
+    result = decoupled.stages[0].step(decoupled.bind(torch.randn(3, 4)))
+    assert not result.outputs["b"].requires_grad
+    trainer = dni_fx.Trainer(decoupled, F.cross_entropy, optimizer=lambda p: torch.optim.SGD(p, 0.1))
+    trainer.step(torch.randn(3, 4), target=torch.tensor([0, 1, 1]))
+    assert decoupled.model.get_parameter("b.weight").grad is None
+
+
+def test_writes_through_a_view_of_a_value_with_other_uses() -> None:
+    """Autograd adds three partial gradients at the base; a cut between them would add two of them first."""
+
+    class ThroughView(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            base = self.a(x)
+            view = base.view(-1, 2, 2)
+            other = base - 1
+            return self.head(view.add_(view).flatten(1)), other
+
+    points = {p.name: p for p in dni_fx.list_cut_points(ThroughView(), (torch.randn(3, 4),))}
+    assert "share memory" in points["sub"].reason
+
+
+def test_a_value_without_gradient_that_a_later_write_gives_one() -> None:
+    """``requires_grad`` was read when tracing was over, after the write."""
+
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.frozen, self.a, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            h = self.a(x)
+            with torch.no_grad():
+                value = self.frozen(x)
+            square = value * value
+            return self.head(value.add_(h)), square
+
+    decoupled = dni_fx.decouple(Late(), ["frozen"], example_inputs=(torch.randn(3, 4),), gradients="exact")
+    assert [i.name for i in decoupled.interfaces] == ["a"]
+    trainer = dni_fx.Trainer(
+        decoupled, lambda out, _: out[0].sum() + out[1].sum(), optimizer=lambda p: torch.optim.SGD(p, 0.1)
+    )
+    trainer.step(torch.randn(3, 4))

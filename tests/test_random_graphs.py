@@ -148,7 +148,7 @@ def test_random_graphs(
     for name, number in seen.items():
         record_property(name, number)
     assert seen["mismatches"] == 0
-    assert seen["models"] >= 0.9 * count
+    assert seen["models"] >= 0.85 * count  # in the others nothing trainable reaches an output
 
 
 def test_the_random_graphs_see_a_wrong_gradient() -> None:
