@@ -294,20 +294,17 @@ def _cut_point(flow: Flow, position: int, name: str, live: tuple[fx.Node, ...]) 
     )
 
 
-def _uses(flow: Flow, node: fx.Node, position: int) -> int:
-    """How many partial gradients a value gets from behind a position: one for each argument that it is."""
+def _uses(flow: Flow, node: fx.Node, start: int, end: int) -> int:
+    """How many partial gradients a value gets from nodes between two positions: one for each argument that it is.
+
+    Views of it pass theirs on and are counted by themselves.
+    """
     arguments: list[Any] = []
     for user in node.users:
-        if user.target is not after and flow.index[user] >= position:
+        is_view = user.meta.get("storage") == node.meta["storage"] and not user.meta.get("mutates")
+        if user.target is not after and start <= flow.index[user] < end and not (is_view and start == 0):
             fx.node.map_arg((user.args, user.kwargs), arguments.append)
     return sum(a is node for a in arguments)
-
-
-def _is_used_before(flow: Flow, group: list[fx.Node], position: int) -> bool:
-    """Whether a gradient also reaches the shared memory from before a position."""
-    inside = set(group)
-    users = (u for n in group for u in n.users if u not in inside and u.target is not after)
-    return any(flow.index[u] < position and needs_gradient(u) for u in users)
 
 
 def kept_storages(nodes: tuple[fx.Node, ...]) -> set[int]:
@@ -376,9 +373,10 @@ def _illegal_positions(flow: Flow, written: dict[int, fx.Node]) -> dict[int, str
         for position, alive in count.items():
             torn = len(alive) > 1 and position <= write
             if not torn and storage in rebuilt and (len(alive) > 1 or position <= write):
-                behind = sum(_uses(flow, n, position) for n in alive)
-                ahead = position <= write and _is_used_before(flow, group, position)
-                torn = behind + ahead > 2 and behind > 1
+                partials = sum(_uses(flow, n, position, len(flow.nodes)) for n in alive)
+                if position <= write:
+                    partials += sum(_uses(flow, n, 0, position) for n in group)
+                torn = partials > 2
             if torn:
                 illegal.setdefault(
                     position,

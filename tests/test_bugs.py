@@ -289,6 +289,15 @@ def test_writes_through_a_view_of_a_value_with_other_uses() -> None:
     points = {p.name: p for p in dni_fx.list_cut_points(ThroughView(), (torch.randn(3, 4),))}
     assert "share memory" in points["sub"].reason
 
+    class UsedTwiceBefore(ThroughView):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            part = self.a(x)[..., :2]
+            twice = part + part
+            return part.add_(self.head(self.a(torch.cat([twice, twice], -1)))), twice
+
+    points = {p.name: p for p in dni_fx.list_cut_points(UsedTwiceBefore(), (torch.randn(3, 4),))}
+    assert "share memory" in points["add"].reason
+
 
 def test_a_value_without_gradient_that_a_later_write_gives_one() -> None:
     """``requires_grad`` was read when tracing was over, after the write."""
