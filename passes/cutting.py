@@ -33,7 +33,7 @@ class Flow:
         last_use: position of the last user of each node, -1 without users.
         replicated: cheap nodes computed from the inputs alone, made again in every stage that uses them.
         guards_only: integers that the model looked at but did not compute with; no stage needs them.
-        asked: nodes from which gradients can arrive from an output: not dead code, nor values that are only detached.
+        returning: nodes that pass gradients back to what they use: no dead code, nothing detached.
         last_computed: position of the last node that computes something.
         trainable: number of values that carry a gradient across each position.
         illegal: why a position may not be cut, for those that may not.
@@ -47,7 +47,7 @@ class Flow:
     last_use: dict[fx.Node, int]
     replicated: frozenset[fx.Node]
     guards_only: frozenset[fx.Node]
-    asked: frozenset[fx.Node]
+    returning: frozenset[fx.Node]
     last_computed: int
     trainable: tuple[int, ...]
     illegal: dict[int, str]
@@ -56,9 +56,11 @@ class Flow:
         """Whether a computed value is made before the position and used at or after it."""
         return self.index[node] < position <= self.last_use[node] and self.is_computed(node)
 
-    def carries_gradient(self, node: fx.Node) -> bool:
-        """Whether a gradient comes back to the value: if it crosses a cut, it is an interface."""
-        return needs_gradient(node) and node in self.asked
+    def carries_gradient(self, node: fx.Node, position: int = 0) -> bool:
+        """Whether a gradient comes back to a value from users at or after a position: it is an interface there."""
+        if not needs_gradient(node):
+            return False
+        return any(u in self.returning and self.index[u] >= position for u in node.users)
 
     def is_computed(self, node: fx.Node) -> bool:
         """Whether the node belongs to one stage: not an input, an attribute, a replicated node or a mere guard."""
@@ -95,13 +97,14 @@ def find_flow(trace: Trace) -> Flow:
     last_use = {n: max((index[u] for u in n.users if u not in guards_only), default=-1) for n in nodes}
     written = _writes(nodes)
     replicated = _replicated(nodes, written)
-    asked = _asked(nodes)
+    returning = _returning(nodes)
     change = [0] * (len(nodes) + 2)
     for node in nodes:
         computed = node.op not in ("placeholder", "get_attr", "output") and node not in replicated
-        if computed and node in asked and needs_gradient(node):
+        last = max((index[u] for u in node.users if u in returning), default=index[node])
+        if computed and needs_gradient(node):
             change[index[node] + 1] += 1
-            change[last_use[node] + 1 if last_use[node] >= 0 else index[node] + 1] -= 1
+            change[last + 1] -= 1
     flow = Flow(
         trace=trace,
         nodes=nodes,
@@ -111,7 +114,7 @@ def find_flow(trace: Trace) -> Flow:
         last_use=last_use,
         replicated=replicated,
         guards_only=frozenset(guards_only),
-        asked=asked,
+        returning=returning,
         last_computed=max((i for i, n in enumerate(nodes) if _computes(n) and n not in guards_only), default=-1),
         trainable=tuple(accumulate(change)),
         illegal={},
@@ -280,7 +283,7 @@ def _after(flow: Flow, node: fx.Node) -> int:
 
 def _cut_point(flow: Flow, position: int, name: str, live: tuple[fx.Node, ...]) -> CutPoint:
     crossing = [n for n in live if flow.crosses(n, position)]
-    carrying = [n for n in crossing if flow.carries_gradient(n)]
+    carrying = [n for n in crossing if flow.carries_gradient(n, position)]
     main = flow.nodes[position - 1] if flow.nodes[position - 1] in carrying else (carrying[-1] if carrying else None)
     why = reason_against(flow, position)
     return CutPoint(
@@ -317,12 +320,14 @@ def _writes(nodes: tuple[fx.Node, ...]) -> dict[int, fx.Node]:
     return {storage: n for n in nodes for storage in n.meta.get("mutates", ())}
 
 
-def _asked(nodes: tuple[fx.Node, ...]) -> frozenset[fx.Node]:
-    found: dict[fx.Node, None] = {}
+def _returning(nodes: tuple[fx.Node, ...]) -> frozenset[fx.Node]:
+    asked: set[fx.Node] = set()
+    found: list[fx.Node] = []
     for node in reversed(nodes):
-        container = isinstance(node.meta.get("value"), torch.Tensor) is False
-        if node.op == "output" or (node in found and (container or needs_gradient(node))):
-            found.update(dict.fromkeys(node.all_input_nodes))
+        container = not isinstance(node.meta.get("value"), torch.Tensor)
+        if node.op == "output" or (node in asked and (container or needs_gradient(node))):
+            asked.update(node.all_input_nodes)
+            found.append(node)
     return frozenset(found)
 
 

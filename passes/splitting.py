@@ -113,6 +113,10 @@ def split_stages(flow: Flow, stage_of: dict[fx.Node, int], named: tuple[str, ...
                 users.setdefault(value, {})[here] = None
     _check_order({(stage_of[v], c) for v, consumers in users.items() for c in consumers})
     crossing = [n for n in flow.nodes if n in users]
+    away = lambda n, u: stage_of.get(u, count - 1) != stage_of[n]  # noqa: E731
+    carrying = {
+        n for n in crossing if needs_gradient(n) and any(u in flow.returning and away(n, u) for u in n.users)
+    }
     names = _crossing_names(flow, crossing, named)
     stages = tuple(_build_stage(flow, stage_of, k, count, names, users) for k in range(count))
     interfaces = tuple(
@@ -125,7 +129,7 @@ def split_stages(flow: Flow, stage_of: dict[fx.Node, int], named: tuple[str, ...
             aliases=tuple(a for a in flow.names[n] if a != names[n]),
         )
         for n in crossing
-        if flow.carries_gradient(n)
+        if n in carrying
     )
     sharing: dict[str, list[int]] = {}
     for stage in stages:
@@ -134,8 +138,8 @@ def split_stages(flow: Flow, stage_of: dict[fx.Node, int], named: tuple[str, ...
     return Split(
         stages=stages,
         interfaces=interfaces,
-        plain=tuple(names[n] for n in crossing if not flow.carries_gradient(n)),
-        unasked=tuple(names[n] for n in crossing if needs_gradient(n) and not flow.carries_gradient(n)),
+        plain=tuple(names[n] for n in crossing if n not in carrying),
+        unasked=tuple(names[n] for n in crossing if needs_gradient(n) and n not in carrying),
         model_inputs=tuple(n.name for n in flow.nodes if n.op == "placeholder"),
         shared=tuple(
             (name, flow.trace.model.get_parameter(name), tuple(where))

@@ -258,7 +258,7 @@ def test_a_value_that_only_dead_code_uses_is_no_interface() -> None:
             first = self.a(x)
             second = self.norm(first)
             third = self.b(second)
-            self.c(third)
+            self.c(third), self.c(second)
             return self.head(torch.cat([second, first, third.detach().mean() + second[:, :0]], -1))
 
     decoupled = dni_fx.decouple(Dead(), ["b"], example_inputs=(torch.randn(3, 4),), gradients="stale")

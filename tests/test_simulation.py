@@ -35,10 +35,12 @@ def make_plan(costs: list[StageCost], links: Links | None = None, parameters: Se
 
 
 def random_costs(rng: random.Random, count: int, spread: float = 20.0) -> list[StageCost]:
-    return [
-        StageCost(*(rng.uniform(1, spread) for _ in range(2)), rng.uniform(0, 5), rng.uniform(0, 5))
-        for _ in range(count)
-    ]
+    """Stages whose forwards and backwards differ by up to so many times."""
+
+    def seconds() -> float:
+        return spread ** rng.random()
+
+    return [StageCost(seconds(), seconds(), rng.uniform(0, 5), rng.uniform(0, 5)) for _ in range(count)]
 
 
 def balanced(count: int, forward: float = 1.0, backward: float = 2.0, **rest: Any) -> list[StageCost]:
@@ -154,7 +156,7 @@ def test_pipelines_of_unequal_stages_are_exact(name: str, seed: int) -> None:
     rng = random.Random(seed)
     count, m = rng.randint(1, 9), rng.randint(1, 14)
     costs = random_costs(rng, count, rng.choice([1.0, 3.0, 50.0]))
-    links = {(k, k + 1): rng.randrange(1000) for k in range(count - 1)}
+    links = {(k, k + 1): rng.choice([0, 20, 500, 5000]) for k in range(count - 1)}
     plan = make_plan(costs, links, parameters=rng.choices([0, 5], k=count))
     speeds = [rng.uniform(0.5, 2) for _ in costs]
     for latency in (0.0, rng.uniform(0, 4)):
@@ -169,12 +171,19 @@ def test_pipelines_of_other_graphs_are_never_too_fast(name: str, seed: int) -> N
     rng = random.Random(seed)
     count, m = rng.randint(3, 9), rng.randint(1, 10)
     plan = make_plan(random_costs(rng, count, 3.0), random_graph(rng, count), rng.choices([0, 5], k=count))
-    for latency, bandwidth in ((0.0, math.inf), (0.3, 500.0)):
+    for latency, bandwidth in ((0.0, math.inf), (0.3, 500.0), (0.0, 30.0)):
         told = simulate(plan, micro_batches=m, latency=latency, bandwidth=bandwidth)[name]
         found = run_pipeline(plan, name, m, latency, bandwidth)
         assert found <= told.seconds * (1 + 1e-9)
         assert max(told.utilisation) <= 1 + 1e-9
         assert told.seconds <= 2 * found  # and not idly so
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_heavy_skip_counts(name: str) -> None:
+    plan = make_plan(balanced(4), {(0, 1): 1, (1, 2): 1, (2, 3): 1, (0, 3): 900})
+    told = simulate(plan, micro_batches=6, bandwidth=100.0)[name].seconds
+    assert run_pipeline(plan, name, 6, bandwidth=100.0) <= told * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -290,7 +299,7 @@ def test_a_narrow_link_bounds_the_decoupled_step() -> None:
 
 def test_speeds_divide_each_stage_and_one_process_has_the_fastest_device() -> None:
     costs = [StageCost(2.0, 4.0), StageCost(1.0, 2.0)]
-    told = simulate(make_plan(costs), speeds=[2, 1], micro_batches=1)
+    told = simulate(make_plan(costs[::-1]), speeds=[1, 2], micro_batches=1)
     assert told["decoupled"].seconds == 3.0
     assert told["1F1B"].seconds == 6.0
     assert told["one process"].seconds == 4.5
@@ -436,7 +445,7 @@ def test_plans_without_costs_name_the_next_step() -> None:
     refused(lambda: simulate(dataclasses.replace(plan, report=report)), "have no costs (all of them)", again)
     report = dataclasses.replace(plan.report, stages=(*plan.stages[:5], bare[5]))
     refused(lambda: simulate(dataclasses.replace(plan, report=report)), "have no costs (stage_5)", again)
-    refused(lambda: simulate(json), "takes a CutPlan, not module", "decoupled.plan")  # type: ignore[arg-type]
+    refused(lambda: simulate(json), "decoupled.plan, not a module")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("wrong", [-1.0, math.nan, math.inf, "1", None])
@@ -447,7 +456,7 @@ def test_bad_costs_name_their_stage(where: str, wrong: Any) -> None:
 
 
 def test_nothing_to_compare() -> None:
-    refused(lambda: simulate(make_plan([StageCost(0.0, 0.0)] * 2)), "all costs are 0 seconds", "plan_cuts")
+    refused(lambda: simulate(make_plan([StageCost(0.0, 0.0)] * 2)), "all are 0 seconds", "plan_cuts")
 
 
 @pytest.mark.parametrize(
