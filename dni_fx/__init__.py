@@ -6,6 +6,7 @@ from .compiler import plan_cuts as plan_cuts
 from .decoupled import Decoupled as Decoupled
 from .errors import DecouplingError as DecouplingError
 from .plan import CutPlan as CutPlan
+from .simulation import simulate as simulate
 from .sources import GradientSource as GradientSource
 from .sources import one_hot as one_hot
 from .training import Trainer as Trainer
@@ -20,5 +21,6 @@ __all__ = [
     "list_cut_points",
     "one_hot",
     "plan_cuts",
+    "simulate",
 ]
 __version__ = "0.1.0"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,20 +13,23 @@ from torch import nn
 from .decoupled import Decoupled
 from .errors import BakedInError, CutError, DecouplingError, PlanMismatchError, TracingError
 from .passes.checking import check_model, check_stages, guards_hold
-from .passes.cutting import assign_stages, choose_positions, find_flow, find_positions, name_position, possible_cuts
+from .passes.choosing import Choice, Context, Search, choose_assigned, choose_best, choose_named, weigh_model
+from .passes.costing import Seconds
+from .passes.cutting import Flow, find_flow
 from .passes.cutting import list_cut_points as list_points
+from .passes.describing import describe_plan
 from .passes.emission import emit_functions, readable_code, source_key
 from .passes.exporting import trace_export
-from .passes.insertion import Gradients, infer_context, make_sources, resolve_gradients
+from .passes.insertion import Gradients
 from .passes.splitting import Split, bound_attributes, split_stages
 from .passes.tracing import Trace, trace_calls
-from .plan import CutPlan, CutPointList, PlanReport, SourceReport, StageReport
-from .sources import SOURCES, GradientSource, auto_name
+from .plan import CutPlan, CutPointList
+from .sources import SOURCES, GradientSource
 from .structures import flatten
 from .variants import Passes, Variant, kinds_of
 
 Cuts = str | Sequence[str] | CutPlan
-DEFAULT_STAGES = 4
+Choose = Callable[[Flow, Any, Any], Choice]
 
 
 def decouple(
@@ -70,23 +74,130 @@ def decouple(
         CutError: unknown or illegal cuts, all of them listed; a model without trainable parameters.
         PlanMismatchError: the plan was made for another graph.
     """
+    names = _check_cuts(cuts, stages)
+    search = Search(stages) if names is None else None
+    return _decouple(model, cuts, names, search, example_inputs, example_kwargs, gradients, inputs, context, check)
+
+
+def plan_cuts(
+    model: nn.Module,
+    example_inputs: Sequence[Any] | None = None,
+    *,
+    stages: int | None = None,
+    cuts: Sequence[str] | None = None,
+    objective: str = "throughput",
+    gradients: Gradients = "auto",
+    costs: str | Mapping[str, Seconds] = "measured",
+    bandwidth: float = 1e10,
+    speeds: Sequence[float] | None = None,
+    memory_cap: float | None = None,
+    keep_together: Sequence[str | Sequence[str]] = (),
+    never_cut: Sequence[str] = (),
+    must_cut: Sequence[str] = (),
+    batches: Iterable[Any] | None = None,
+    loss: Callable[[Any, Any], torch.Tensor] | None = None,
+    context: Context | None = None,
+    example_kwargs: dict[str, Any] | None = None,
+    progress: bool = False,
+) -> CutPlan:
+    """Choose the best cuts without transforming anything for training.
+
+    Exact over all positions in program order, and over all acyclic partitions where the graph is narrow enough to list
+    its frontiers (``plan.report.search.exact`` says which). Ties go to the plan that sends the fewest bytes.
+
+    Args:
+        model: any module, in the mode in which it is to be trained.
+        example_inputs: positional inputs of one batch.
+        stages: how many; 4 by default, fewer with a note where the graph has fewer legal cuts, and the fewest that keep
+            within the cap for ``objective="memory"`` with a ``memory_cap`` and no number.
+        cuts: names to cut after, instead of a search; their costs are still measured.
+        objective: ``"throughput"``: the slowest stage as fast as can be, sources and communication included;
+            ``"memory"``: the largest stage as small as can be; ``"traffic"``: fewest bytes between stages within 5 % of
+            the best throughput; ``"learnability"``: within 5 % too, where a quickly fitted source explains most of the
+            true gradient.
+        gradients: as in :func:`decouple`; what a source costs counts.
+        costs: ``"measured"`` on the example batch, ``"analytic"`` (operations and bytes, nothing is run), or seconds by
+            node or module name: a number for forward and backward together, or a pair.
+        bandwidth: bytes per second between stages.
+        speeds: relative speed of each stage's device, in order; equal by default.
+        memory_cap: bytes that no stage may need, parameters with Adam's moments, activations and sources together.
+        keep_together: modules, nodes or parameters whose every use must share a stage: names, or groups of names.
+        never_cut: names of places that must not be cut.
+        must_cut: names of places that must be cut.
+        batches: at least two batches ``(input, ..., target)``, or dicts, for ``"learnability"``.
+        loss: ``loss(output, target)`` for ``"learnability"``.
+        context: as in :func:`decouple`.
+        example_kwargs: keyword inputs.
+        progress: show a bar while measuring.
+
+    Returns:
+        The plan: printable, comparable, stored by ``to_json``, drawn by ``draw``; costs are in ``report``.
+
+    Raises:
+        DecouplingError: arguments that do not fit together.
+        CutError: unknown names, wishes that contradict each other, or a memory cap that cannot be kept (by how much,
+            and where).
+        TracingError: the model cannot be traced.
+
+    Source:
+        Bisection over frontiers with boundary costs and dynamic programming over pairs of them; the objective is that
+        of Tarnawski et al. 2020 (arXiv:2006.16423), with the cost of the sources added.
+    """
+    names = _check_cuts("auto" if cuts is None else cuts, stages)
+    search = Search(
+        stages, objective, costs, bandwidth, speeds, memory_cap, keep_together, never_cut, must_cut, batches, loss,
+        progress,
+    )  # fmt: skip
+    if example_inputs is None and example_kwargs is None:
+        raise DecouplingError("plan_cuts needs example_inputs=, a tuple of one batch's inputs: costs depend on them")
+    return _decouple(
+        model, cuts, names, search, example_inputs, example_kwargs, gradients, None, context, check=False
+    ).plan
+
+
+def _decouple(
+    model: nn.Module,
+    cuts: Cuts | None,
+    names: tuple[str, ...] | None,
+    search: Search | None,
+    example_inputs: Sequence[Any] | None,
+    example_kwargs: dict[str, Any] | None,
+    gradients: Gradients,
+    inputs: Any,
+    context: Context | None,
+    check: bool,
+) -> Decoupled:
     _check_model(model)
-    wanted = _check_cuts(cuts, stages)
     if inputs is not None:
         raise DecouplingError("inputs= (synthetic inputs) is not available in this version; leave it None")
-    if isinstance(cuts, CutPlan) and gradients == "auto" and cuts.gradients:
-        gradients = _planned_gradients(cuts)
+    planned = cuts if isinstance(cuts, CutPlan) else None
+    if planned is not None and gradients == "auto" and planned.gradients:
+        gradients = _planned_gradients(planned)
+
+    def choose(flow: Flow, args: Any, kwargs: Any) -> Choice:
+        if planned is not None and planned.assignment:
+            return choose_assigned(flow, planned)
+        if names is None:
+            assert search is not None
+            return choose_best(flow, args, kwargs, gradients, context, search)
+        choice = choose_named(flow, names)
+        if search is not None:
+            costs = weigh_model(flow, args, kwargs, gradients, context, search)
+            choice = dataclasses.replace(choice, costs=costs)
+        return choice
 
     def build(model: nn.Module, args: Any, kwargs: Any, plan: CutPlan | None) -> Variant:
         if plan is None:
-            planned = cuts if isinstance(cuts, CutPlan) else None
-            return _build_variant(model, args, kwargs, wanted, stages or DEFAULT_STAGES, check, planned=planned)
-        return _build_variant(model, args, kwargs, plan.cuts, 0, check, again=True)
+            return _build_variant(model, args, kwargs, choose, check, planned=planned)
+        again: Choose = lambda flow, *_: (  # noqa: E731
+            choose_assigned(flow, plan) if plan.assignment else choose_named(flow, plan.cuts, lenient=True)
+        )
+        return _build_variant(model, args, kwargs, again, check, again=True)
 
-    def make_plan(variant: Variant) -> tuple[CutPlan, dict[str, GradientSource]]:
-        return _make_plan(variant, gradients, context, wanted, stages or DEFAULT_STAGES)
+    def plan_of(variant: Variant) -> tuple[CutPlan, dict[str, GradientSource]]:
+        return describe_plan(variant, gradients, context, search.count if search and names is None else None)
 
-    passes = Passes(build, make_plan, _emit, guards_hold, readable_code, source_key)
+    passes = Passes(build, plan_of, _emit, guards_hold, readable_code, source_key)
     decoupled = Decoupled(model, passes, context)
     if example_inputs is not None or example_kwargs is not None:
         args, kwargs = _examples(model, example_inputs, example_kwargs)
@@ -94,45 +205,6 @@ def decouple(
         if check:
             _check_other_mode(decoupled, args, kwargs)
     return decoupled
-
-
-def plan_cuts(
-    model: nn.Module,
-    example_inputs: Sequence[Any],
-    *,
-    stages: int | None = None,
-    cuts: Sequence[str] | None = None,
-    example_kwargs: dict[str, Any] | None = None,
-    gradients: Gradients = "auto",
-    context: Callable[[Any], torch.Tensor] | None = None,
-) -> CutPlan:
-    """Make a plan without transforming anything for training.
-
-    Args:
-        model: any module.
-        example_inputs: positional inputs of one batch.
-        stages: how many stages, for positions nearest to equal node counts.
-        cuts: names to cut after, instead.
-        example_kwargs: keyword inputs.
-        gradients: as in :func:`decouple`.
-        context: as in :func:`decouple`.
-
-    Returns:
-        The plan: printable, comparable, and stored by ``to_json``.
-
-    Raises:
-        DecouplingError: as :func:`decouple`.
-    """
-    return decouple(
-        model,
-        "auto" if cuts is None else cuts,
-        stages=stages,
-        example_inputs=example_inputs,
-        example_kwargs=example_kwargs,
-        gradients=gradients,
-        context=context,
-        check=False,
-    ).plan
 
 
 def list_cut_points(
@@ -161,8 +233,7 @@ def _build_variant(
     model: nn.Module,
     args: Any,
     kwargs: Any,
-    cuts: tuple[str, ...] | None,
-    stages: int,
+    choose: Choose,
     check: bool,
     again: bool = False,
     planned: CutPlan | None = None,
@@ -192,13 +263,12 @@ def _build_variant(
             raise CutError(
                 f"no parameter of this {type(model).__name__} is trainable; unfreeze some (requires_grad_())"
             )
-        here = possible_cuts(flow, cuts) if again and cuts is not None else cuts
-        positions = choose_positions(flow, stages) if here is None else find_positions(flow, here)
-        names = here or tuple(name_position(flow, p) for p in positions)
-        split = split_stages(flow, assign_stages(flow, positions), names)
+        choice = choose(flow, args, kwargs)
+        split = split_stages(flow, choice.stage_of, choice.cuts)
         leaves = flatten((args, kwargs))[0]
         variant = Variant(
             trace=trace,
+            choice=choice,
             split=split,
             kinds=kinds_of(leaves),
             modes={tuple(m.training for m in trace.modes)},
@@ -207,7 +277,6 @@ def _build_variant(
             bound=bound_attributes(split, model),
             shapes={tuple(t.shape for t in leaves)},
         )
-        variant.cuts = tuple(name_position(flow, p) if here is None else _cut_at(flow, here, p) for p in positions)
         if not check:
             return variant
         result = check_stages(model, functools.partial(_composed, split), args, kwargs)
@@ -246,60 +315,6 @@ def _composed(split: Split, *args: Any, **kwargs: Any) -> Any:
             return results
         values.update(zip(stage.outputs, results, strict=True))
     return None
-
-
-def _make_plan(
-    variant: Variant,
-    gradients: Gradients,
-    context: Callable[[Any], torch.Tensor] | None,
-    cuts: tuple[str, ...] | None,
-    stages: int,
-) -> tuple[CutPlan, dict[str, GradientSource]]:
-    split, trace = variant.split, variant.trace
-    interfaces = split.interfaces
-    chosen = resolve_gradients(interfaces, gradients)
-    batch = variant_batch(variant)
-    devices = {i.name: _device(variant) for i in interfaces}
-    seen = infer_context(context, batch)
-    sources = make_sources(interfaces, chosen, seen, devices)
-    kinds = {n: c if isinstance(c, str) else _own_name(c) for n, c in chosen.items()}
-    kinds.update({i.name: auto_name(i.spec, seen) for i in interfaces if kinds[i.name] == "auto"})
-    counts = {n: p.numel() for n, p in trace.model.named_parameters()}
-    notes = [f"{path!r} is one opaque node: {why}" for path, why in trace.opaque.items()]
-    notes += trace.notes
-    notes += [f"parameter {n!r} is shared by stages {', '.join(map(str, w))}" for n, _, w in split.shared]
-    if cuts is None and len(split.stages) < stages:
-        notes.append(f"{len(split.stages)} stages instead of {stages}: the graph has no more legal cuts")
-    report = PlanReport(
-        rung=trace.rung,
-        stages=tuple(
-            StageReport(
-                name=f"stage_{s.index}",
-                nodes=s.nodes,
-                parameters=sum(counts[p] for p in s.parameters),
-                cut=variant.cuts[s.index] if s.index < len(variant.cuts) else None,
-                inputs=s.inputs,
-            )
-            for s in split.stages
-        ),
-        interfaces=interfaces,
-        plain=split.plain,
-        sources={
-            n: SourceReport(kinds[n], sum(p.numel() for p in s.parameters()), _flops(s)) for n, s in sources.items()
-        },
-        notes=tuple(notes),
-        exact=variant.exact,
-    )
-    plan = CutPlan(type(trace.model).__name__, trace.digest, variant.cuts, tuple(kinds.items()), report)
-    return plan, sources
-
-
-def _flops(source: GradientSource) -> int | None:
-    """Unknown for a source of the user's own that cannot run without data."""
-    try:
-        return source.flops()
-    except Exception:
-        return None
 
 
 def _planned_gradients(plan: CutPlan) -> Gradients:
@@ -396,23 +411,3 @@ def _check_model(model: Any) -> None:
             f"{name} itself has {found[0].replace('_', ' ')}, which would not run: stages replace its forward. "
             "Remove them, or put them on submodules"
         )
-
-
-def _cut_at(flow: Any, cuts: tuple[str, ...], position: int) -> str:
-    return next(c for c in cuts if find_positions(flow, (c,)) == (position,))
-
-
-def variant_batch(variant: Variant) -> int:
-    """Size of the example batch: the first dimension of the first tensor input."""
-    shapes = next(iter(variant.shapes))
-    return shapes[0][0] if shapes and len(shapes[0]) else 1
-
-
-def _device(variant: Variant) -> torch.device:
-    return variant.parameters[0].device
-
-
-def _own_name(factory: Any) -> str:
-    """Name of a factory of the user's, which is never that of a built-in source."""
-    name = getattr(factory, "__name__", type(factory).__name__)
-    return f"{factory.__module__}.{name}" if name in SOURCES else name

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -179,7 +180,8 @@ class SearchReport:
     Attributes:
         objective: ``"throughput"``, ``"memory"``, ``"traffic"``, ``"learnability"``.
         costs: ``"measured"``, ``"analytic"`` or ``"given"``.
-        slowest: seconds of the slowest stage: its work, its sources, and what it sends and receives.
+        slowest: seconds of the slowest stage: its work, its sources, and what it sends and receives (which
+            :func:`dni_fx.simulate` takes to overlap with the work).
         bound: no plan with as many stages can have a faster slowest stage; seconds.
         frontiers: number of places that were weighed.
         exact: ``"all partitions"`` where no acyclic partition is better, ``"program order"`` where none is better whose
@@ -239,6 +241,7 @@ class CutPlan:
         digest: hash of the traced graph's nodes, operators and edges.
         cuts: names of the cuts in program order; n cuts make n + 1 stages.
         gradients: source name by interface name (the name of the class for a factory).
+        assignment: the stage of every node by name, where stages are not contiguous in program order; else empty.
         report: what is known about the plan's graph; None for a plan read from JSON.
     """
 
@@ -246,6 +249,7 @@ class CutPlan:
     digest: str
     cuts: tuple[str, ...]
     gradients: tuple[tuple[str, str], ...] = ()
+    assignment: tuple[tuple[str, int], ...] = ()
     report: PlanReport | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -274,6 +278,8 @@ class CutPlan:
             "cuts": list(self.cuts),
             "gradients": dict(self.gradients),
         }
+        if self.assignment:
+            content["stages"] = [[n for n, k in self.assignment if k == s] for s in range(len(self.cuts) + 1)]
         return json.dumps(content, indent=2) + "\n"
 
     @classmethod
@@ -291,7 +297,7 @@ class CutPlan:
             raise DecouplingError("this JSON is no dni_fx cut plan: its 'format' is not 'dni_fx cut plan'")
         if content.get("version") != 1:
             raise DecouplingError(f"this cut plan has version {content.get('version')!r}; this dni_fx reads version 1")
-        names, gradients = content.get("cuts"), content.get("gradients", {})
+        names, gradients, stages = content.get("cuts"), content.get("gradients", {}), content.get("stages", [])
         valid = (
             isinstance(content.get("model"), str)
             and isinstance(content.get("digest"), str)
@@ -299,37 +305,109 @@ class CutPlan:
             and all(isinstance(n, str) for n in names)
             and isinstance(gradients, dict)
             and all(isinstance(v, str) for v in gradients.values())
+            and isinstance(stages, list)
+            and len(stages) in (0, len(names) + 1)
+            and all(isinstance(s, list) and all(isinstance(n, str) for n in s) for s in stages)
         )
         if not valid:
             raise DecouplingError(
-                "a cut plan needs 'model' and 'digest' (text), 'cuts' (a list of names) and 'gradients' (name: source)"
+                "a cut plan needs 'model' and 'digest' (text), 'cuts' (a list of names) and 'gradients' (name: "
+                "source); 'stages', where it is there, holds a list of node names for each stage"
             )
-        return cls(content["model"], content["digest"], tuple(names or ()), tuple(gradients.items()))
+        assignment = tuple((n, k) for k, stage in enumerate(stages) for n in stage)
+        return cls(content["model"], content["digest"], tuple(names or ()), tuple(gradients.items()), assignment)
+
+    def draw(self, path: str | Path) -> Path:
+        """Draw the graph: modules coloured by stage, cuts as thick labelled edges.
+
+        Args:
+            path: file to write, ``.html`` (one page that needs nothing else, with tables) or ``.svg``.
+
+        Returns:
+            The path.
+
+        Raises:
+            DecouplingError: a plan read from JSON, another suffix, or a folder that does not exist.
+        """
+        from .drawing import draw_plan
+
+        return draw_plan(self, path)
 
     def __str__(self) -> str:
-        head = f"{self.model}: {len(self.cuts) + 1} stages, {len(self.cuts)} cuts, graph {self.digest}"
+        count = len(self.cuts) + 1
+        head = f"{self.model}: {count} stage{'s'[: count > 1]}, {count - 1} cut{'s'[: count != 2]}, graph {self.digest}"
         if self.report is None:
             return "\n".join([head, *(f"  after {c}" for c in self.cuts)])
-        report = self.report
-        share = sum(s.nodes for s in report.stages) or 1
-        stages = [("stage", "nodes", "share", "parameters", "ends after")]
-        for s in report.stages:
-            stages.append((s.name, str(s.nodes), f"{s.nodes / share:.0%}", f"{s.parameters:,}", s.cut or "(output)"))
-        rows = [("interface", "shape", "MB", "from", "to", "source", "parameters", "MFLOP", "")]
-        for i in report.interfaces:
-            source = report.sources.get(i.name, SourceReport("-", 0, 0))
-            rows.append(
-                (
-                    i.name, " x ".join(str(n) for n in i.spec.shape), f"{i.spec.nbytes / 1e6:.2f}", str(i.producer),
-                    ", ".join(str(c) for c in i.consumers), source.kind, f"{source.parameters:,}",
-                    "?" if source.flops is None else f"{source.flops / 1e6:.1f}", "implied" if i.implied else "",
-                )
-            )  # fmt: skip
-        notes = [f"crosses without a source: {', '.join(report.plain)}"] if report.plain else []
-        notes += [f"traced by {report.rung}", *report.notes]
-        if report.exact is not None:
-            notes.append("self-check: equal to the model" + (" bit for bit" if report.exact else " within rounding"))
-        return "\n".join([head, "", *_table(stages), "", *_table(rows), "", *(f"note: {n}" for n in notes)])
+        tables = [*_table(_stage_rows(self.report)), "", *_table(_interface_rows(self.report)), ""]
+        return "\n".join([head, "", *tables, *(f"note: {n}" for n in _notes(self.report))])
+
+
+def _stage_rows(report: PlanReport) -> list[tuple[str, ...]]:
+    costs = [s.cost for s in report.stages]
+    seconds = sum(c.seconds for c in costs if c is not None) or 1.0
+    nodes = sum(s.nodes for s in report.stages) or 1
+    measured = all(c is not None for c in costs)
+    titles = ["time", "ms", "MB"] if measured else ["share"]
+    rows: list[tuple[str, ...]] = [("stage", "nodes", *titles, "parameters", "ends after", "holds")]
+    for stage in report.stages:
+        share = [f"{stage.nodes / nodes:.0%}"]
+        if (cost := stage.cost) is not None and measured:
+            share = [f"{cost.seconds / seconds:.0%}", f"{cost.seconds * 1e3:.2f}", f"{cost.nbytes / 1e6:.1f}"]
+        rows.append(
+            (
+                stage.name, str(stage.nodes), *share, f"{stage.parameters:,}", stage.cut or "(output)",
+                _shortened(stage.modules),
+            )
+        )  # fmt: skip
+    return rows
+
+
+def _interface_rows(report: PlanReport) -> list[tuple[str, ...]]:
+    measured = any(s.seconds is not None for s in report.sources.values())
+    titles = ["interface", "shape", "MB", "from", "to", "source", "parameters", "MFLOP", "ms" if measured else "", ""]
+    rows = [tuple(titles)]
+    for i in report.interfaces:
+        source = report.sources.get(i.name, SourceReport("-", 0, 0))
+        rows.append(
+            (
+                i.name, " x ".join(str(n) for n in i.spec.shape), f"{i.spec.nbytes / 1e6:.2f}", str(i.producer),
+                ", ".join(str(c) for c in i.consumers), source.kind, f"{source.parameters:,}",
+                "?" if source.flops is None else f"{source.flops / 1e6:.1f}",
+                "" if source.seconds is None else f"{source.seconds * 1e3:.2f}", "implied" if i.implied else "",
+            )
+        )  # fmt: skip
+    return rows
+
+
+def _notes(report: PlanReport) -> list[str]:
+    notes = []
+    if (search := report.search) is not None:
+        sure = f"; no plan is better among {search.exact}" if search.exact else ""
+        notes.append(
+            f"found for {search.objective} with {search.costs} costs: slowest stage {search.slowest * 1e3:.2f} ms, "
+            f"sources and transfers included; bound {search.bound * 1e3:.2f} ms, gap {search.gap:.1%}{sure}"
+        )
+        notes += [f"cut after {name}: {why}" for name, why in search.reasons.items()]
+    if report.plain:
+        notes.append(f"crosses without a source: {', '.join(report.plain)}")
+    notes += [f"traced by {report.rung}", *report.notes]
+    if report.exact is not None:
+        notes.append("self-check: equal to the model" + (" bit for bit" if report.exact else " within rounding"))
+    return notes
+
+
+def _shortened(names: tuple[str, ...]) -> str:
+    """A few names; neighbours that are counted are put together: ``layers.0 to layers.3``."""
+    groups: list[list[str]] = []
+    for name in names:
+        stem, _, last = name.rpartition(".")
+        before = groups[-1][-1].rpartition(".") if groups else ("", "", "")
+        if groups and last.isdigit() and before[2].isdigit() and (stem, int(last)) == (before[0], int(before[2]) + 1):
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    texts = [g[0] if len(g) == 1 else f"{g[0]} to {g[-1].rpartition('.')[2]}" for g in groups]
+    return ", ".join(texts[:4]) + (f" and {len(texts) - 4} more" if len(texts) > 4 else "")
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:

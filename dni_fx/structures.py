@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from .errors import DecouplingError
+
 
 @dataclass(frozen=True)
 class Structure:
@@ -114,3 +116,20 @@ def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
     """Apply a function to every tensor of a nested value."""
     leaves, structure = flatten(value)
     return structure.build(iter([function(leaf) for leaf in leaves]))
+
+
+def unpack_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """A loader's batch as ``(args, kwargs, target)``.
+
+    Raises:
+        DecouplingError: neither ``(input, ..., target)`` nor a dict with a target.
+    """
+    if isinstance(batch, dict):
+        rest = dict(batch)
+        key = "target" if "target" in rest else "labels"
+        if key not in rest:
+            raise DecouplingError("a dict batch needs 'target' or 'labels'; pass unpack= for another form")
+        return (), rest, rest.pop(key)
+    if isinstance(batch, tuple | list) and len(batch) >= 2:
+        return tuple(batch[:-1]), {}, batch[-1]
+    raise DecouplingError("a batch must be (input, ..., target) or a dict; pass unpack= for another form")

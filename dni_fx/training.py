@@ -16,7 +16,7 @@ from .passes._state import restored
 from .reports import InterfaceReport, StepReport
 from .running import AllOrNothing, Run
 from .stepping import evaluate, keep_modes
-from .structures import map_tensors
+from .structures import map_tensors, unpack_batch
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
@@ -190,7 +190,7 @@ class Trainer:
         for epoch in range(epochs):
             with tqdm(loader, desc=f"epoch {epoch + 1}/{epochs}", disable=not progress, leave=False) as bar:
                 for batch in bar:
-                    args, kwargs, target = (unpack or _unpack)(batch)
+                    args, kwargs, target = (unpack or unpack_batch)(batch)
                     report = self.step(*args, target=target, **kwargs)
                     if progress and self.steps % 10 == 0:
                         bar.set_postfix(loss=f"{report.loss.item():.4f}")
@@ -359,15 +359,3 @@ def _all_finite(tensors: list[torch.Tensor]) -> bool:
 
 def _shape(shapes: dict[str, Any], name: str) -> str:
     return "missing" if name not in shapes else str(tuple(shapes[name] or ()))
-
-
-def _unpack(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-    if isinstance(batch, dict):
-        rest = dict(batch)
-        key = "target" if "target" in rest else "labels"
-        if key not in rest:
-            raise DecouplingError("a dict batch needs 'target' or 'labels'; pass unpack= for another form")
-        return (), rest, rest.pop(key)
-    if isinstance(batch, tuple | list) and len(batch) >= 2:
-        return tuple(batch[:-1]), {}, batch[-1]
-    raise DecouplingError("a batch must be (input, ..., target) or a dict; pass unpack= for another form")

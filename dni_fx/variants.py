@@ -16,6 +16,7 @@ from .structures import Structure
 if TYPE_CHECKING:
     from torch import fx
 
+    from .passes.choosing import Choice
     from .passes.emission import StageFunctions
     from .passes.splitting import Split
     from .passes.tracing import Trace
@@ -27,6 +28,7 @@ class Variant:
 
     Attributes:
         trace: the traced graph.
+        choice: which node belongs to which stage.
         split: its stages.
         functions: emitted functions by stage.
         kinds: dtype, rank, device and ``requires_grad`` of each tensor input.
@@ -35,11 +37,11 @@ class Variant:
         frozen: their ``requires_grad`` when traced.
         bound: where the model keeps what the stages refer to, and what it was.
         shapes: shapes of inputs for which the graph is known to be valid.
-        cuts: names of the cuts, in program order.
         exact: whether the self-check found it equal bit for bit; None where it was not run.
     """
 
     trace: Trace
+    choice: Choice
     split: Split
     kinds: tuple[Any, ...]
     modes: set[tuple[bool, ...]]
@@ -47,10 +49,14 @@ class Variant:
     frozen: tuple[bool, ...]
     bound: tuple[tuple[dict[str, Any], str, Any], ...]
     shapes: set[tuple[torch.Size, ...]]
-    cuts: tuple[str, ...] = ()
     exact: bool | None = None
     functions: tuple[StageFunctions, ...] = ()
     sources: dict[str, GradientSource] | None = None
+
+    @property
+    def cuts(self) -> tuple[str, ...]:
+        """Names of the cuts, in order."""
+        return self.choice.cuts
 
     def is_current(self) -> bool:
         """Whether the model is in a mode, and made of the objects, that the graph was traced with."""

@@ -10,6 +10,7 @@ What is known of a node is kept in the ``meta`` of the new graph's nodes:
 ==============  ==========================================================================================
 ``value``       the example tensor (without data once traced), or None; ``requires_grad`` as it was when made
 ``storage``     a number shared by values that alias each other
+``view``        whether the value is a view of another tensor
 ``mutates``     storages that the node writes to
 ``rebases``     those that it writes to through a view, where autograd rebuilds histories
 ``random``      whether it draws random numbers
@@ -253,6 +254,7 @@ class Recorder(TorchFunctionMode):
         if isinstance(output, torch.Tensor):
             node.meta["storage"] = self._storage(output)
             node.meta["differentiable"] = output.requires_grad  # a later write may change that of the same object
+            node.meta["view"] = output._is_view()
             self.nodes[id(output)] = node
             self.alive.append(output)
             return
@@ -288,7 +290,8 @@ class Recorder(TorchFunctionMode):
                 {k: v for k, v in node.meta.items() if k in ("modules", "no_grad", "autocast")},
                 mutates=(), random=False, parameters=(), glued=True,
             )  # fmt: skip
-            fresh.meta.update(value=tensor, storage=self._storage(tensor), differentiable=tensor.requires_grad)
+            fresh.meta.update(value=tensor, storage=self._storage(tensor))
+            fresh.meta.update(differentiable=tensor.requires_grad, view=tensor._is_view())
             self.nodes[id(tensor)] = fresh
 
     def _storage(self, tensor: torch.Tensor) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -159,48 +159,45 @@ def list_cut_points(flow: Flow) -> tuple[CutPoint, ...]:
 
 
 def find_positions(flow: Flow, cuts: tuple[str, ...]) -> tuple[int, ...]:
+    """The positions of :func:`find_cuts`."""
+    return tuple(find_cuts(flow, cuts))
+
+
+def find_cuts(flow: Flow, cuts: tuple[str, ...], lenient: bool = False) -> dict[int, str]:
     """Positions of named cuts, in program order; every problem of every name is gathered into one error.
 
     Args:
         flow: facts of a traced model.
         cuts: module paths or node names.
+        lenient: leave out what cannot be cut. A graph made later under a plan may lack a cut, which lies in a branch
+            not taken or meets another one.
 
     Returns:
-        Ascending positions.
+        The name of each, by ascending position.
 
     Raises:
         CutError: unknown names, cuts that nothing trainable crosses, illegal cuts, two cuts at one place.
     """
     problems: list[str] = []
-    positions: list[int] = []
-    names = _cut_names(flow)
+    found: dict[int, str] = {}
+    names = cut_names(flow)
     for cut in cuts:
         position = names.get(cut)
         if position is None:
             problems.append(f"{cut!r}: no module or node of this graph has that name{did_you_mean(cut, names)}")
-            continue
-        if position in positions:
-            other = cuts[positions.index(position)]
-            problems.append(f"{cut!r}: is at the same place as {other!r}")
+        elif position in found:
+            problems.append(f"{cut!r}: is at the same place as {found[position]!r}")
         elif why := reason_against(flow, position):
             problems.append(f"{cut!r}: {why}")
-        positions.append(position)
-    if problems:
+        else:
+            found[position] = cut
+    if problems and not lenient:
         lines = "\n".join(f"  - {p}" for p in problems)
         raise CutError(
             f"{len(problems)} of {len(cuts)} cuts cannot be made in {type(flow.trace.model).__name__}:\n{lines}\n"
             "print(dni_fx.list_cut_points(model, example_inputs)) shows the places where it can be cut"
         )
-    return tuple(sorted(positions))
-
-
-def possible_cuts(flow: Flow, cuts: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of a plan's cuts that a graph made later has: one may lie in a branch not taken, or meet another."""
-    found: dict[int, str] = {}
-    for cut in cuts:
-        with contextlib.suppress(CutError):
-            found.setdefault(find_positions(flow, (cut,))[0], cut)
-    return tuple(found.values())
+    return dict(sorted(found.items()))
 
 
 def choose_positions(flow: Flow, stages: int) -> tuple[int, ...]:
@@ -214,8 +211,7 @@ def choose_positions(flow: Flow, stages: int) -> tuple[int, ...]:
         At most ``stages - 1`` ascending positions; fewer where the graph has fewer legal ones.
     """
     computed = [i for i, n in enumerate(flow.nodes) if flow.is_computed(n)]
-    after_tensors = [i + 1 for i in computed if flow.nodes[i].meta.get("value") is not None]
-    legal = [p for p in after_tensors if p < len(flow.nodes) - 1 and not reason_against(flow, p)]
+    legal = legal_positions(flow)
     chosen: list[int] = []
     for k in range(1, stages):
         remaining = [p for p in legal if not chosen or p > chosen[-1]]
@@ -227,13 +223,20 @@ def choose_positions(flow: Flow, stages: int) -> tuple[int, ...]:
     return tuple(chosen)
 
 
-def name_position(flow: Flow, position: int) -> str:
-    """The name of the cut at a position: the outermost module that ends there, else the node before it."""
-    names = _cut_names(flow)
-    for path, _, _ in reversed(flow.trace.calls):
-        if path and names.get(path) == position:
-            return path
-    return flow.nodes[position - 1].name
+def name_positions(flow: Flow, positions: tuple[int, ...]) -> tuple[str, ...]:
+    """Names of cuts at some positions: of the outermost module that ends there, else of the node before it."""
+    names = cut_names(flow)
+    found = {p: flow.nodes[p - 1].name for p in positions}
+    for path, _, _ in flow.trace.calls:
+        if path and names.get(path) in found:
+            found[names[path]] = path
+    return tuple(found[p] for p in positions)
+
+
+def legal_positions(flow: Flow) -> tuple[int, ...]:
+    """Every position after a computed tensor where a cut is legal, ascending."""
+    tensors = [i for i, n in enumerate(flow.nodes) if flow.is_computed(n) and n.meta.get("value") is not None]
+    return tuple(p for i in tensors if (p := i + 1) < len(flow.nodes) - 1 and not reason_against(flow, p))
 
 
 def reason_against(flow: Flow, position: int) -> str | None:
@@ -256,7 +259,18 @@ def assign_stages(flow: Flow, positions: tuple[int, ...]) -> dict[fx.Node, int]:
     return stages
 
 
-def _cut_names(flow: Flow) -> dict[str, int]:
+def assign_by_name(flow: Flow, assignment: Mapping[str, int]) -> dict[fx.Node, int]:
+    """Stages of a plan that names every node; a node that it does not know goes with the latest that it needs."""
+    stages: dict[fx.Node, int] = {}
+    for node in flow.nodes:
+        if flow.is_computed(node):
+            needed = [stages[i] for i in node.all_input_nodes if i in stages]
+            stages[node] = max([assignment.get(node.name, 0), *needed])
+    return stages
+
+
+def cut_names(flow: Flow) -> dict[str, int]:
+    """The position that every name of a module or node means: after its last node."""
     names: dict[str, int] = {}
     for node in flow.nodes:
         if node.op not in ("placeholder", "get_attr", "output"):
@@ -297,15 +311,15 @@ def _cut_point(flow: Flow, position: int, name: str, live: tuple[fx.Node, ...]) 
     )
 
 
-def _uses(flow: Flow, node: fx.Node, start: int, end: int) -> int:
-    """How many partial gradients a value gets from nodes between two positions: one for each argument that it is.
+def _uses(flow: Flow, node: fx.Node, start: int) -> int:
+    """How many partial gradients a value gets from nodes at or after a position: one for each argument that it is.
 
     Views of it pass theirs on and are counted by themselves.
     """
     arguments: list[Any] = []
     for user in node.users:
         is_view = user.meta.get("storage") == node.meta["storage"] and not user.meta.get("mutates")
-        if user.target is not after and start <= flow.index[user] < end and not (is_view and start == 0):
+        if user.target is not after and start <= flow.index[user] and not (is_view and start == 0):
             fx.node.map_arg((user.args, user.kwargs), arguments.append)
     return sum(a is node for a in arguments)
 
@@ -377,11 +391,10 @@ def _illegal_positions(flow: Flow, written: dict[int, fx.Node]) -> dict[int, str
             continue
         for position, alive in count.items():
             torn = len(alive) > 1 and position <= write
-            if not torn and storage in rebuilt and (len(alive) > 1 or position <= write):
-                partials = sum(_uses(flow, n, position, len(flow.nodes)) for n in alive)
-                if position <= write:
-                    partials += sum(_uses(flow, n, 0, position) for n in group)
-                torn = partials > 2
+            if not torn and storage in rebuilt and (len(alive) > 1 or (position <= write and alive[0].meta["view"])):
+                # a view that is written to behind the cut is a copy there: none of the histories is rebuilt
+                behind = position <= write
+                torn = sum(_uses(flow, n, 0 if behind else position) for n in (group if behind else alive)) > 2
             if torn:
                 illegal.setdefault(
                     position,

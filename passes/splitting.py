@@ -67,6 +67,7 @@ class Split:
     Attributes:
         stages: in program order.
         interfaces: values that carry a gradient across, in program order.
+        crossing: the traced graph's node of each interface.
         plain: names of other values that cross (integers, masks, sizes, values without gradient).
         unasked: those of them that have an autograd graph, though no gradient ever comes back.
         model_inputs: names of the model's tensor inputs, in order.
@@ -76,6 +77,7 @@ class Split:
 
     stages: tuple[StageGraph, ...]
     interfaces: tuple[Interface, ...]
+    crossing: tuple[str, ...]
     plain: tuple[str, ...]
     unasked: tuple[str, ...]
     model_inputs: tuple[str, ...]
@@ -138,6 +140,7 @@ def split_stages(flow: Flow, stage_of: dict[fx.Node, int], named: tuple[str, ...
     return Split(
         stages=stages,
         interfaces=interfaces,
+        crossing=tuple(n.name for n in crossing if n in carrying),
         plain=tuple(names[n] for n in crossing if n not in carrying),
         unasked=tuple(names[n] for n in crossing if needs_gradient(n) and n not in carrying),
         model_inputs=tuple(n.name for n in flow.nodes if n.op == "placeholder"),

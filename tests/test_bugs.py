@@ -320,3 +320,21 @@ def test_a_value_without_gradient_that_a_later_write_gives_one() -> None:
         decoupled, lambda out, _: out[0].sum() + out[1].sum(), optimizer=lambda p: torch.optim.SGD(p, 0.1)
     )
     trainer.step(torch.randn(3, 4))
+
+
+def test_two_writes_through_a_view_behind_a_cut() -> None:
+    """The later stage writes to a copy, which is no view: no history is rebuilt, and sums run in another order."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.head = nn.Linear(4, 4), nn.Linear(2, 2)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            part = self.a(x)[..., :2]
+            once = part.add_(part)
+            copy = once.reshape(-1, 2, 1).clone()
+            return self.head(once.add_(once)), copy
+
+    points = {p.name: p for p in dni_fx.list_cut_points(Twice(), (torch.randn(3, 4),))}
+    assert "share memory" in points["getitem"].reason

@@ -171,7 +171,7 @@ def test_pipelines_of_other_graphs_are_never_too_fast(name: str, seed: int) -> N
     rng = random.Random(seed)
     count, m = rng.randint(3, 9), rng.randint(1, 10)
     plan = make_plan(random_costs(rng, count, 3.0), random_graph(rng, count), rng.choices([0, 5], k=count))
-    for latency, bandwidth in ((0.0, math.inf), (0.3, 500.0), (0.0, 30.0)):
+    for latency, bandwidth in ((0.0, math.inf), (0.3, 500.0), (0.0, 50.0)):
         told = simulate(plan, micro_batches=m, latency=latency, bandwidth=bandwidth)[name]
         found = run_pipeline(plan, name, m, latency, bandwidth)
         assert found <= told.seconds * (1 + 1e-9)
@@ -445,6 +445,10 @@ def test_plans_without_costs_name_the_next_step() -> None:
     refused(lambda: simulate(dataclasses.replace(plan, report=report)), "have no costs (all of them)", again)
     report = dataclasses.replace(plan.report, stages=(*plan.stages[:5], bare[5]))
     refused(lambda: simulate(dataclasses.replace(plan, report=report)), "have no costs (stage_5)", again)
+    free = CutPlan(
+        "Net", "0" * 16, ("a", "b"), assignment=(("x", 0), ("y", 1), ("z", 2))
+    )  # names of cuts do not make it
+    refused(lambda: simulate(free), "plan_cuts(model, example_inputs, stages=3, ")
     refused(lambda: simulate(json), "decoupled.plan, not a module")  # type: ignore[arg-type]
 
 

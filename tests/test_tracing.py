@@ -385,7 +385,7 @@ def test_functions_of_torch_are_put_back() -> None:
 
 def test_digests() -> None:
     x = torch.randn(4, 6)
-    plan = lambda model, x=x, **options: dni_fx.plan_cuts(model, (x,), stages=2, **options)  # noqa: E731
+    plan = lambda model, x=x, **options: dni_fx.plan_cuts(model, (x,), stages=2, costs="analytic", **options)  # noqa: E731
     first = plan(mlp_chain())
     assert plan(mlp_chain()) == first
     assert plan(mlp_chain(), x=torch.randn(9, 6)) == first  # batch size, weights and mode take no part
@@ -453,7 +453,6 @@ def test_a_number_of_stages(stages: int) -> None:
         assert "7 stages instead of 50" in plan.report.notes[0] or "instead of 8" in plan.report.notes[0]
     sizes = [s.nodes for s in plan.stages]
     assert sum(sizes) == 7
-    assert max(sizes) - min(sizes) <= 1
     assert dni_fx.decouple(mlp_chain(), list(plan.cuts), example_inputs=(torch.randn(4, 6),)).plan == plan
 
 
@@ -673,9 +672,9 @@ def test_names_with_dots_are_the_same_everywhere() -> None:
 def test_tracing_in_other_contexts() -> None:
     """Inside no_grad, inference-like evaluation and autocast the same stages come out."""
     x = torch.randn(4, 6)
-    plan = dni_fx.plan_cuts(norm_dropout_chain(), (x,), stages=3)
+    plan = dni_fx.plan_cuts(norm_dropout_chain(), (x,), stages=3, costs="analytic")
     with torch.no_grad():
-        assert dni_fx.plan_cuts(norm_dropout_chain(), (x,), stages=3) == plan
+        assert dni_fx.plan_cuts(norm_dropout_chain(), (x,), stages=3, costs="analytic") == plan
         quiet = dni_fx.decouple(norm_dropout_chain(), stages=3, example_inputs=(x,))
     assert quiet(x).requires_grad
     assert torch.is_grad_enabled()

@@ -1,0 +1,477 @@
+"""The search for cuts: exact over topological frontiers, then off the program order where that is better.
+
+The slowest stage is made as fast as it can be by dynamic programming over pairs of frontiers; graphs with too many
+places for that are first solved by bisection, with costs that fall into a part of each frontier. Of plans whose slowest
+stage is within one per cent of the best, that is taken which cuts where modules end, then the one that sends the fewest
+bytes, then the first in program order: equal costs give equal plans everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor, fx
+
+from ..errors import CutError
+from ..plan import SearchReport
+from .costing import Costs
+from .cutting import Flow, name_positions
+from .frontiers import (
+    INFINITE,
+    Frontiers,
+    Loads,
+    Pairs,
+    Units,
+    bit_rows,
+    closed_sets,
+    find_units,
+    from_masks,
+    nodes_of,
+    prefixes,
+    trainable,
+    weigh_flow,
+    weigh_pairs,
+)
+
+OBJECTIVES = ("throughput", "memory", "traffic", "learnability")
+SLACK = 1.05  # how much slower than the best the secondary objectives may be
+DENSE = 1200  # frontiers whose pairs are weighed at once
+_WINDOW, _SETS = 64, 300  # nodes around a cut, and frontiers, that are tried off the program order
+_LARGEST_UNITS = 20_000  # nodes of a graph that is looked at off the program order
+_CLOSURE = 4000  # nodes of a graph for whose bound everything before and after each node is summed
+_WORTH = 0.98  # stages that are not contiguous in program order are taken if they are this much better
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a search is asked for.
+
+    Attributes:
+        stages: how many; None only for the fewest under a memory cap.
+        objective: one of ``OBJECTIVES``.
+        bandwidth: bytes per second between stages.
+        speeds: of the stages, in order; empty for equal ones.
+        memory_cap: bytes that no stage may exceed.
+        allowed: legal positions, ascending.
+        required: positions that must be cut at.
+        together: positions of nodes that must share a stage, group by group.
+        unexplained: for each position, the share of the true gradient that a source there does not explain.
+        tidy: positions where modules end.
+        polish: how much slower the slowest stage may be, as a factor, for cuts at such places.
+    """
+
+    stages: int | None
+    objective: str = "throughput"
+    bandwidth: float = 1e10
+    speeds: tuple[float, ...] = ()
+    memory_cap: float = INFINITE
+    allowed: tuple[int, ...] = ()
+    required: tuple[int, ...] = ()
+    together: tuple[tuple[int, ...], ...] = ()
+    unexplained: dict[int, float] = field(default_factory=dict)
+    tidy: frozenset[int] = frozenset()
+    polish: float = 1.01
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where to cut.
+
+    Attributes:
+        stage_of: stage of every computed node.
+        positions: ascending, one for each cut; empty where stages are not contiguous in program order.
+        names: of the cuts, in order.
+        report: how they were found.
+    """
+
+    stage_of: dict[fx.Node, int]
+    positions: tuple[int, ...]
+    names: tuple[str, ...]
+    report: SearchReport
+
+
+@dataclass(frozen=True)
+class _Answer:
+    frontiers: Frontiers
+    path: tuple[int, ...]  # of frontiers, the empty and the whole one included
+    best: float  # the least possible slowest stage over these frontiers
+    slowest: float
+    memory: float
+    traffic: float
+
+    def better(self, other: _Answer, objective: str) -> bool:
+        """Whether it is so much better that stages may leave the program order for it."""
+        if objective == "memory":
+            return self.memory < _WORTH * other.memory
+        if objective == "traffic":
+            return self.traffic < _WORTH * other.traffic and self.slowest <= SLACK * other.slowest
+        return self.slowest < _WORTH * other.slowest
+
+
+def search_cuts(flow: Flow, costs: Costs, wishes: Wishes) -> Found:
+    """Find the best cuts.
+
+    Args:
+        flow: facts of a traced model.
+        costs: of its nodes and of the sources.
+        wishes: what is asked for; ``stages - 1`` is at most the number of allowed positions.
+
+    Returns:
+        A partition into stages, its cuts, and how far it can be from the best.
+
+    Raises:
+        CutError: no choice of cuts keeps within the memory cap; by how much, and where.
+    """
+    loads = weigh_flow(flow, costs, wishes.bandwidth)
+    positions, sure = wishes.allowed, "program order"
+    if len(positions) > DENSE:
+        chain = _bisect(loads, wishes) if _is_plain(wishes) else ()
+        positions, sure = tuple(sorted({*_thinned(loads, wishes), *chain, *wishes.required})), ""
+    near = loads.crossing(torch.tensor(positions)) if positions else loads
+    answer = _solve(near, prefixes(near, positions), wishes)
+    if answer is None:
+        raise CutError(_too_much(flow, near, prefixes(near, positions), wishes))
+    if len(answer.path) == 2:
+        sure = "all partitions"
+    computed = sum(1 << i for i, n in enumerate(flow.nodes) if flow.is_computed(n))
+    if wishes.objective != "learnability" and len(flow.nodes) <= _LARGEST_UNITS and len(answer.path) > 2:
+        fixed = replace(wishes, stages=len(answer.path) - 1)
+        free, whole = _off_program_order(flow, loads, fixed, answer, computed)
+        if whole and sure:
+            sure = "all partitions"
+        if free is not None and free.better(answer, wishes.objective):
+            answer = free
+        elif whole and free is not None and free.best < answer.best:
+            sure = "program order"  # something is better, but not worth leaving the program order for
+    return _describe(flow, costs, loads, wishes, answer, sure)
+
+
+def _is_plain(wishes: Wishes) -> bool:
+    return wishes.objective != "memory" and wishes.memory_cap == INFINITE and wishes.stages is not None
+
+
+# ---- pairs of frontiers -------------------------------------------------------------------------------------------
+
+
+def _solve(loads: Loads, frontiers: Frontiers, wishes: Wishes) -> _Answer | None:
+    """The best chain of frontiers, or None where the memory cap forbids all."""
+    pairs = _restricted(weigh_pairs(loads, frontiers), loads, frontiers, wishes)
+    capped = pairs.seconds.masked_fill(pairs.memory > wishes.memory_cap, INFINITE)
+    counts = [wishes.stages] if wishes.stages is not None else list(range(1, len(frontiers.prefix)))
+    for count in counts:
+        speeds = wishes.speeds or (1.0,) * count
+        if wishes.objective == "memory":
+            peak = wishes.memory_cap if wishes.stages is None else bottleneck(pairs.memory, (1.0,) * count)
+            capped = pairs.seconds.masked_fill(pairs.memory > min(peak, wishes.memory_cap), INFINITE)
+        best = bottleneck(capped, speeds)
+        if math.isfinite(best):
+            break
+    else:
+        return None
+    loose = SLACK if wishes.objective in ("traffic", "learnability") else wishes.polish
+    weight = pairs.traffic
+    if wishes.objective == "throughput" and wishes.polish > 1.0:
+        untidy = torch.tensor([p not in wishes.tidy for p in frontiers.prefix[:-1]] + [False], dtype=torch.float64)
+        weight = weight + untidy[None] * float(loads.nbytes.sum() + 1) * len(speeds)
+    if wishes.unexplained:
+        shares = torch.tensor([wishes.unexplained.get(p, 0.0) for p in frontiers.prefix], dtype=torch.float64)
+        weight = shares[None] + weight / (1e6 * float(loads.nbytes.sum() + 1))
+    path = cheapest(capped, weight, speeds, best * loose)
+    steps = list(pairwise(path))
+    return _Answer(
+        frontiers,
+        path,
+        best,
+        max(float(pairs.seconds[i, j]) / s for (i, j), s in zip(steps, speeds, strict=True)),
+        max(float(pairs.memory[i, j]) for i, j in steps),
+        sum(float(pairs.traffic[i, j]) for i, j in steps),
+    )
+
+
+def _restricted(pairs: Pairs, loads: Loads, frontiers: Frontiers, wishes: Wishes) -> Pairs:
+    """Forbid frontiers that nothing trainable crosses, and stages that pass over a required one."""
+    usable = trainable(loads, frontiers)
+    usable[0] = usable[-1] = True
+    forbidden = ~(usable[:, None] & usable[None])
+    for position in wishes.required:
+        at = frontiers.prefix.index(position)
+        passes = frontiers.below[:, at][:, None] & frontiers.below[at][None]
+        comparable = frontiers.below[:, at] | frontiers.below[at]
+        comparable[at] = True
+        forbidden |= passes | ~comparable[:, None] | ~comparable[None]
+    return Pairs(*(m.masked_fill(forbidden, INFINITE) for m in (pairs.seconds, pairs.memory, pairs.traffic)))
+
+
+def bottleneck(cost: Tensor, speeds: Sequence[float]) -> float:
+    """The least possible largest cost of a chain from the first frontier to the last, one step for each speed.
+
+    Args:
+        cost: ``[i, j]``, infinite where j cannot follow i.
+        speeds: what the cost of each step is divided by.
+    """
+    reached = torch.full((len(cost),), INFINITE, dtype=torch.float64)
+    reached[0] = 0.0
+    for speed in speeds:
+        reached = torch.maximum(reached[:, None], cost / speed).amin(0)
+    return float(reached[-1])
+
+
+def cheapest(cost: Tensor, weight: Tensor, speeds: Sequence[float], bound: float) -> tuple[int, ...]:
+    """The chain of least total weight among those whose steps all cost at most ``bound``; the first of equal ones."""
+    total = torch.full((len(cost),), INFINITE, dtype=torch.float64)
+    total[0] = 0.0
+    came_from = []
+    for speed in speeds:
+        step = weight.masked_fill(cost / speed > bound, INFINITE)
+        total, best = (total[:, None] + step).min(0)
+        came_from.append(best)
+    path = [len(cost) - 1]
+    for best in reversed(came_from):
+        path.append(int(best[path[-1]]))
+    return tuple(reversed(path))
+
+
+# ---- many positions -----------------------------------------------------------------------------------------------
+
+
+def _bisect(loads: Loads, wishes: Wishes) -> tuple[int, ...]:
+    """Exact for costs that fall into parts of the two ends: every value is charged at each frontier that it crosses.
+
+    Feasibility of a bound is a scan for each stage: position j can end a stage that begins at a feasible i if
+    ``A[j] - B[i] <= bound``, so only the largest B so far matters.
+    """
+    count = len(loads.compute)
+    ends = torch.tensor([0, *wishes.allowed, count])
+    change = torch.zeros(count + 2, dtype=torch.int64)
+    sending, receiving = torch.zeros_like(change), torch.zeros_like(change)
+    first, last = loads.values + 1, loads.last_use + 1
+    for table, amount in ((sending, loads.source + loads.transfer), (receiving, loads.transfer)):
+        table.index_add_(0, first, amount).index_add_(0, last, -amount)
+    done = torch.cat([torch.zeros(1, dtype=torch.int64), loads.compute.cumsum(0)])
+    after = (done + sending.cumsum(0)[: count + 1])[ends]
+    before = (done - receiving.cumsum(0)[: count + 1])[ends]
+    required = torch.searchsorted(ends, torch.tensor(wishes.required, dtype=torch.int64)).tolist()
+    return _scan(ends, after, before, wishes, required)
+
+
+def _scan(ends: Tensor, after: Tensor, before: Tensor, wishes: Wishes, required: Sequence[int]) -> tuple[int, ...]:
+    lowest = torch.iinfo(torch.int64).min // 4
+    stages = wishes.stages or 1
+    speeds = wishes.speeds or (1.0,) * stages
+    bounds = [0, *required, len(ends) - 1]
+
+    def reach(bound: int) -> list[Tensor] | None:
+        current = torch.zeros(len(ends), dtype=torch.bool)
+        current[0] = True
+        levels = [current]
+        for speed in speeds:
+            furthest = torch.where(current, before, lowest)
+            following = torch.zeros_like(current)
+            for a, b in pairwise(bounds):  # no stage passes over a required position
+                highest = furthest[a:b].cummax(0).values
+                following[a + 1 : b + 1] |= highest >= after[a + 1 : b + 1] - math.floor(bound * speed)
+            current = following
+            levels.append(current)
+        return levels if bool(current[-1]) else None
+
+    low, high = 0, int(after.max() - before.min()) * max(1, math.ceil(1 / min(speeds)))
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if reach(middle) else (middle + 1, high)
+    levels = reach(low)
+    assert levels is not None
+    path = [len(ends) - 1]
+    for level, speed in zip(reversed(levels[:-1]), reversed(speeds), strict=True):
+        j = path[-1]
+        start = max((b for b in bounds if b < j), default=0)
+        fits = level[start:j] & (before[start:j] >= after[j] - math.floor(low * speed))
+        path.append(start + int(torch.nonzero(fits)[-1]))
+    return tuple(int(ends[i]) for i in reversed(path[1:-1]))
+
+
+def _thinned(loads: Loads, wishes: Wishes) -> list[int]:
+    """The narrowest position of each of many parts of equal work."""
+    count = len(loads.compute)
+    ends = torch.tensor(wishes.allowed)
+    change = torch.zeros(count + 2, dtype=torch.int64)
+    change.index_add_(0, loads.values + 1, loads.nbytes).index_add_(0, loads.last_use + 1, -loads.nbytes)
+    width = change.cumsum(0)[ends].tolist()
+    done = torch.cat([torch.zeros(1, dtype=torch.int64), loads.compute.cumsum(0)])[ends].double()
+    parts = (done / max(float(done[-1]), 1.0) * (DENSE // 2)).floor().tolist()
+    best: dict[float, tuple[int, int]] = {}
+    for part, place, position in zip(parts, width, wishes.allowed, strict=True):
+        best[part] = min(best.get(part, (place, position)), (place, position))
+    return [position for _, position in best.values()]
+
+
+# ---- off the program order ----------------------------------------------------------------------------------------
+
+
+def _off_program_order(
+    flow: Flow, loads: Loads, wishes: Wishes, chain: _Answer, computed: int
+) -> tuple[_Answer | None, bool]:
+    """The best partition over every closed set of units, or over those near the chain's cuts; and whether over all."""
+    units = find_units(flow, wishes.together)
+    required = [computed & ((1 << p) - 1) for p in wishes.required]
+    sets = closed_sets(units, DENSE)
+    whole = sets is not None
+    masks = [nodes_of(units, s) for s in sets or ()]
+    if not whole:
+        for position in (chain.frontiers.prefix[i] for i in chain.path[1:-1]):
+            masks += [nodes_of(units, s) for s in _near(units, position)]
+    limit = max(DENSE - len(masks), 0)
+    allowed = [*wishes.allowed[:: max(1, -(-len(wishes.allowed) // max(limit, 1)))]]
+    allowed += [chain.frontiers.prefix[i] for i in chain.path[1:-1]]
+    legal = {computed & ((1 << p) - 1) for p in wishes.allowed}
+    prefix = [computed & ((1 << m.bit_length()) - 1) for m in masks]
+    masks = [m for m, p in zip(masks, prefix, strict=True) if m != p or m in legal]  # positions may be forbidden
+    masks = list(dict.fromkeys([*masks, *required, *(computed & ((1 << p) - 1) for p in allowed)]))
+    return _solve(loads, from_masks(loads, masks, computed), wishes), whole
+
+
+def _near(units: Units, position: int) -> list[int]:
+    """Closed sets that differ from a position's only within a window around it, as wide as their number allows."""
+    window = _WINDOW
+    while window >= 2:
+        base = 0
+        for unit, mask in enumerate(units.masks):
+            if mask.bit_length() <= position - window and not units.before[unit] & ~base:
+                base |= 1 << unit
+        within = sum(1 << u for u, m in enumerate(units.masks) if (m & -m).bit_length() <= position + window)
+        sets = closed_sets(units, _SETS, base, within | base)
+        if sets is not None:
+            return sets
+        window //= 2
+    return []
+
+
+# ---- reports ------------------------------------------------------------------------------------------------------
+
+
+def lower_bound(loads: Loads, speeds: Sequence[float]) -> float:
+    """No partition into as many stages can have a faster slowest stage; nanoseconds.
+
+    Every stage but the last sends a value of its own, whose source it pays. When that value crosses, all that it needs
+    is done, and all that needs its user is not: so it can be sent only at some amounts of work done. The bound is the
+    best that could be had if work could be split anywhere between.
+    """
+    work = float(loads.compute.sum())
+    floor = max(work / sum(speeds), float(loads.compute.max()) / max(speeds))
+    if len(speeds) < 2 or not len(loads.values):
+        return floor
+    done, left = _work_around(loads)
+    price = (loads.source + loads.transfer).double()
+
+    def possible(bound: float) -> bool:
+        furthest = 0.0
+        for speed in speeds[:-1]:
+            reach = furthest + bound * speed - price
+            fits = reach >= done
+            if not bool(fits.any()):
+                return False
+            furthest = float(torch.minimum(reach, work - left)[fits].max())
+        return work - furthest <= bound * speeds[-1]
+
+    low, high = floor, floor + float(price.max()) / min(speeds) + work
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (low, middle) if possible(middle) else (middle, high)
+    return low
+
+
+def _work_around(loads: Loads) -> tuple[Tensor, Tensor]:
+    """For each value, the work that must be done when it crosses, and the least that must still be left."""
+    count = len(loads.compute)
+    before: list[list[int]] = [[] for _ in range(count)]
+    after: list[list[int]] = [[] for _ in range(count)]
+    values = loads.values.tolist()
+    for value, user in zip(loads.edge_value.tolist(), loads.edge_user.tolist(), strict=True):
+        before[user].append(values[value])
+        after[values[value]].append(user)
+    work = loads.compute.tolist()
+    if count <= _CLOSURE:
+        done, left = _closure_sums(before, loads.compute), _closure_sums(after[::-1], loads.compute, reverse=True)
+    else:  # the longest way instead of everything on any way
+        done, left = list(work), list(work)
+        for p in range(count):
+            done[p] += max((done[q] for q in before[p]), default=0)
+        for p in reversed(range(count)):
+            left[p] += max((left[q] for q in after[p]), default=0)
+    least = [min(left[u] for u in after[v]) for v in values]
+    return torch.tensor([done[v] for v in values], dtype=torch.float64), torch.tensor(least, dtype=torch.float64)
+
+
+def _closure_sums(needs: list[list[int]], compute: Tensor, reverse: bool = False) -> list[float]:
+    """Work of every node together with all that it needs, directly or not."""
+    count = len(needs)
+    masks: list[int] = []
+    for number, direct in enumerate(needs):
+        mask = 1 << number
+        for other in direct:
+            mask |= masks[count - 1 - other if reverse else other]
+        masks.append(mask)
+    weights = compute.flip(0) if reverse else compute
+    sums = bit_rows(masks, count).double() @ weights.double()
+    return (sums.flip(0) if reverse else sums).tolist()
+
+
+def _describe(flow: Flow, costs: Costs, loads: Loads, wishes: Wishes, answer: _Answer, sure: str) -> Found:
+    frontiers, path = answer.frontiers, answer.path
+    prefix = [frontiers.prefix[i] for i in path]
+    contiguous = all(p >= 0 for p in prefix)
+    stage_of: dict[fx.Node, int] = {}
+    for position, node in enumerate(flow.nodes):
+        if flow.is_computed(node):
+            inside = [
+                position < p if contiguous else frontiers.masks[i] >> position & 1
+                for p, i in zip(prefix, path, strict=True)
+            ]
+            stage_of[node] = inside.index(True) - 1
+    last = {stage: node for node, stage in stage_of.items()}
+    cuts = [last[k] for k in range(len(path) - 2)]
+    names = name_positions(flow, tuple(flow.index[n] + 1 for n in cuts))
+    total = max(float(loads.compute.sum()), 1.0)
+    reasons = {}
+    for name, i in zip(names, path[1:-1], strict=True):
+        asked = "asked for; " if frontiers.prefix[i] in wishes.required else ""
+        known = wishes.unexplained.get(frontiers.prefix[i])
+        learnt = "" if known is None else f"; a source explains {1 - known:.0%} of the gradient"
+        reasons[name] = f"{asked}{float(frontiers.compute[i]) / total:.0%} of the work is done{learnt}"
+    speeds = wishes.speeds or (1.0,) * (len(path) - 1)
+    bound = lower_bound(loads, speeds)
+    if sure == "all partitions" and wishes.objective == "throughput" and wishes.memory_cap == INFINITE:
+        bound = max(bound, answer.best)
+    report = SearchReport(
+        objective=wishes.objective,
+        costs=costs.kind,
+        slowest=answer.slowest / 1e9,
+        bound=bound / 1e9,
+        frontiers=len(frontiers.prefix) - 2,
+        exact=sure,
+        reasons=reasons,
+        explained={
+            n: 1 - wishes.unexplained[p] for n, p in zip(names, prefix[1:-1], strict=True) if p in wishes.unexplained
+        },
+    )
+    return Found(stage_of, tuple(prefix[1:-1]) if contiguous else (), names, report)
+
+
+def _too_much(flow: Flow, loads: Loads, frontiers: Frontiers, wishes: Wishes) -> str:
+    """What the cap would have to be, and which stage is the largest."""
+    pairs = _restricted(weigh_pairs(loads, frontiers), loads, frontiers, wishes)
+    count = wishes.stages or min(len(frontiers.prefix) - 1, 64)
+    least = bottleneck(pairs.memory, (1.0,) * count)
+    path = cheapest(pairs.memory, pairs.memory, (1.0,) * count, least)
+    i, j = max(pairwise(path), key=lambda step: float(pairs.memory[step]))
+    last = len(flow.nodes)
+    at = [frontiers.prefix[k] for k in (i, j)]
+    start, end = ({0: "the inputs", last: "the output"}.get(p) or repr(name_positions(flow, (p,))[0]) for p in at)
+    return (
+        f"memory_cap={wishes.memory_cap:,.0f} bytes cannot be kept with {count} stages: the stage from {start} to "
+        f"{end} needs {least:,.0f} bytes at least, {least - wishes.memory_cap:,.0f} too many; raise the cap, ask for "
+        "more stages, or for smaller sources (gradients=)"
+    )
