@@ -1,14 +1,18 @@
 """The data sets of the examples: real digits, checked before use, with no dependency on a fixed machine.
 
-``digits`` comes with scikit-learn (8 x 8 pixels). ``mnist`` is read from a directory, or downloaded once into the
-user's cache; either way each file's SHA-256 is verified, so a broken file is one clear error and never bad training.
+``digits`` comes with scikit-learn (8 x 8 pixels). ``mnist`` and ``cifar10`` are read from a directory, or downloaded
+once into the user's cache; either way SHA-256 sums are verified, so a broken file is one clear error and never bad
+training.
 """
 
 from __future__ import annotations
 
 import gzip
 import hashlib
+import io
+import lzma
 import os
+import tarfile
 import urllib.error
 import urllib.request
 from http.client import HTTPException
@@ -37,6 +41,15 @@ MNIST_HOMES = (
     "https://storage.googleapis.com/cvdf-datasets/mnist/",
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
 )
+CIFAR_FILES = {  # SHA-256 of the files as they are in the archive; the last one holds the test images
+    "data_batch_1.bin": "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
+    "data_batch_2.bin": "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed",
+    "data_batch_3.bin": "bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67",
+    "data_batch_4.bin": "014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48",
+    "data_batch_5.bin": "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add",
+    "test_batch.bin": "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b",
+}
+CIFAR_HOME = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 DATA_VARIABLE = "DNI_FX_DATA"
 NEIGHBOUR = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -46,7 +59,7 @@ class DataError(RuntimeError):
 
 
 class Digits(NamedTuple):
-    """Images ``(samples, 1, height, width)`` as float32 in [0, 1] and labels ``(samples,)`` as int64."""
+    """Images ``(samples, channels, height, width)`` as float32 in [0, 1] and labels ``(samples,)`` as int64."""
 
     name: str
     train_x: Tensor
@@ -98,6 +111,77 @@ def mnist(directory: str | Path | None = None) -> Digits:
         torch.from_numpy(test_x.astype(np.float32) / 255.0),
         torch.from_numpy(test_y.astype(np.int64)),
     )
+
+
+def cifar10(directory: str | Path | None = None) -> Digits:
+    """CIFAR-10: 50,000 training and 10,000 test images of 32 x 32 pixels in three colours.
+
+    Args:
+        directory: where the six binary files are, plain or packed (``.bin`` or ``.bin.xz``), or the folder above their
+            ``cifar10`` or ``cifar-10-batches-bin`` folder. By default as for :func:`mnist`.
+
+    Raises:
+        DataError: a file is missing, damaged or cannot be downloaded.
+    """
+    contents = _cifar_files(directory)
+    images, labels = [], []
+    for name in CIFAR_FILES:
+        records = np.frombuffer(contents[name], np.uint8).reshape(-1, 3073)
+        labels.append(torch.from_numpy(records[:, 0].astype(np.int64)))
+        images.append(torch.from_numpy(records[:, 1:].reshape(-1, 3, 32, 32).astype(np.float32) / 255.0))
+    return Digits("cifar10", torch.cat(images[:-1]), torch.cat(labels[:-1]), images[-1], labels[-1])
+
+
+def _cifar_files(directory: str | Path | None) -> dict[str, bytes]:
+    named = directory or os.environ.get(DATA_VARIABLE)
+    cache = cache_directory() / "cifar10"
+    for folder in [Path(named)] if named else [cache, NEIGHBOUR]:
+        for candidate in (folder, folder / "cifar10", folder / "cifar-10-batches-bin"):
+            found = [candidate / f"{name}{end}" for name in CIFAR_FILES for end in ("", ".xz")]
+            found = [path for path in found if path.exists()]
+            if len({path.name.removesuffix(".xz") for path in found}) == len(CIFAR_FILES):
+                contents = {path.name.removesuffix(".xz"): _unpacked(path) for path in found}
+                if candidate != cache and any(path.suffix == ".xz" for path in found):
+                    _keep(cache, contents)  # unpacking takes some seconds a file
+                return contents
+    if named:
+        raise DataError(f"no CIFAR-10 in {named}: expected {', '.join(CIFAR_FILES)} there, plain or as .xz")
+    try:
+        with urllib.request.urlopen(CIFAR_HOME, timeout=60) as response:
+            archive = response.read()
+    except (OSError, HTTPException) as error:
+        raise DataError(
+            f"cannot download {CIFAR_HOME}: {error}. Put CIFAR-10's binary files in a directory and name it in "
+            f"{DATA_VARIABLE}."
+        ) from error
+    contents = {}
+    with tarfile.open(fileobj=io.BytesIO(archive)) as opened:
+        for member in opened:
+            name = Path(member.name).name
+            if name in CIFAR_FILES and (file := opened.extractfile(member)) is not None:
+                contents[name] = file.read()
+                check(name, contents[name], CIFAR_HOME)
+    _keep(cache, contents)
+    return contents
+
+
+def _unpacked(path: Path) -> bytes:
+    try:
+        content = path.read_bytes()
+        content = lzma.decompress(content) if path.suffix == ".xz" else content
+    except (OSError, lzma.LZMAError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    check(path.name.removesuffix(".xz"), content, f"{path}: delete it or put the original file there")
+    return content
+
+
+def _keep(folder: Path, contents: dict[str, bytes]) -> None:
+    """Write into the cache, every file at once, so that an interruption leaves no broken one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        partial = folder / f"{name}.{os.getpid()}"
+        partial.write_bytes(content)
+        partial.replace(folder / name)
 
 
 def load(name: str, directory: str | Path | None = None) -> Digits:
@@ -170,7 +254,7 @@ def read_or_download(path: Path) -> bytes:
 
 def check(name: str, content: bytes, where: str) -> None:
     """Raise a DataError unless the bytes are the published file."""
-    expected = MNIST_FILES[name][0]
+    expected = CIFAR_FILES[name] if name in CIFAR_FILES else MNIST_FILES[name][0]
     found = hashlib.sha256(content).hexdigest()
     if found != expected:
         raise DataError(f"{name} is damaged (SHA-256 {found[:12]}..., expected {expected[:12]}...) in {where}")

@@ -28,7 +28,7 @@ from .costing import (
 from .cutting import Flow, assign_by_name, assign_stages, cut_names, find_cuts, legal_positions
 from .insertion import Gradients, infer_context
 from .probing import measure_learnability
-from .searching import OBJECTIVES, Wishes, search_cuts
+from .searching import OBJECTIVES, Wishes, near_best, search_cuts
 
 DEFAULT_STAGES = 4
 Context = Callable[[Any], torch.Tensor]
@@ -131,8 +131,8 @@ def choose_best(
     wishes = _resolve(flow, search)
     if wishes.objective == "learnability":
         shares = measure_learnability(
-            flow, search.batches or (), search.loss, _option_of(flow, gradients), context, wishes.allowed,
-            unpack=unpack_batch, watch=_watch(search, "probing gradients"),
+            flow, search.batches or (), search.loss, _option_of(flow, gradients), context,
+            near_best(flow, costs, wishes), unpack=unpack_batch, watch=_watch(search, "probing gradients"),
         )  # fmt: skip
         wishes = dataclasses.replace(wishes, unexplained=shares)
     found = search_cuts(flow, costs, wishes)

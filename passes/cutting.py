@@ -200,29 +200,6 @@ def find_cuts(flow: Flow, cuts: tuple[str, ...], lenient: bool = False) -> dict[
     return dict(sorted(found.items()))
 
 
-def choose_positions(flow: Flow, stages: int) -> tuple[int, ...]:
-    """Legal positions nearest to equal node counts.
-
-    Args:
-        flow: facts of a traced model.
-        stages: number of stages wanted, at least 1.
-
-    Returns:
-        At most ``stages - 1`` ascending positions; fewer where the graph has fewer legal ones.
-    """
-    computed = [i for i, n in enumerate(flow.nodes) if flow.is_computed(n)]
-    legal = legal_positions(flow)
-    chosen: list[int] = []
-    for k in range(1, stages):
-        remaining = [p for p in legal if not chosen or p > chosen[-1]]
-        spare = remaining[: len(remaining) - (stages - 1 - k)] or remaining
-        if not spare:
-            break
-        target = computed[min(round(k * len(computed) / stages), len(computed) - 1)]
-        chosen.append(min(spare, key=lambda p: (abs(p - target), p)))
-    return tuple(chosen)
-
-
 def name_positions(flow: Flow, positions: tuple[int, ...]) -> tuple[str, ...]:
     """Names of cuts at some positions: of the outermost module that ends there, else of the node before it."""
     names = cut_names(flow)

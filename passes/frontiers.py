@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import networkx as nx
 import torch
@@ -36,6 +37,8 @@ class Loads:
         nbytes: size of each value.
         transfer: time to send a value, and its gradient back; its producer and every stage that uses it pay.
         carries: whether a gradient comes back to the value.
+        attached: whether it is made of parameters alone for a single user, with which it belongs (a bias table, a
+            standardised weight).
     """
 
     compute: Tensor
@@ -49,6 +52,7 @@ class Loads:
     nbytes: Tensor
     transfer: Tensor
     carries: Tensor
+    attached: Tensor
 
     def crossing(self, positions: Tensor) -> Loads:
         """Only values that cross at least one of some ascending positions."""
@@ -59,7 +63,7 @@ class Loads:
         return Loads(
             self.compute, self.memory, self.values[keep], self.total[keep], number[self.edge_value[edges]],
             self.edge_user[edges], self.source[keep], self.source_bytes[keep], self.nbytes[keep], self.transfer[keep],
-            self.carries[keep],
+            self.carries[keep], self.attached[keep],
         )  # fmt: skip
 
     @property
@@ -92,6 +96,7 @@ def weigh_flow(flow: Flow, costs: Costs, bandwidth: float) -> Loads:
         edge_user += users
         if users:
             values.append(node)
+    attached = _attached(flow)
     nbytes = [flow.specs[n.name].nbytes if n.name in flow.specs else 8 for n in values]
     carries = [flow.carries_gradient(n) for n in values]
     sources = [costs.sources.get(n.name, (0, 0)) if c else (0, 0) for n, c in zip(values, carries, strict=True)]
@@ -103,7 +108,23 @@ def weigh_flow(flow: Flow, costs: Costs, bandwidth: float) -> Loads:
         torch.bincount(ends, minlength=len(values)) if len(values) else whole([]), ends, whole(edge_user),
         whole([s for s, _ in sources]), whole([b for _, b in sources]), whole(nbytes),
         whole([round(s * 1e9) for s in seconds]), torch.tensor(carries, dtype=torch.bool),
+        torch.tensor([n in attached for n in values], dtype=torch.bool),
     )  # fmt: skip
+
+
+def _attached(flow: Flow) -> dict[fx.Node, fx.Node]:
+    """Nodes that are computed from parameters alone and used once, with their user."""
+    constant: set[fx.Node] = set()
+    found: dict[fx.Node, fx.Node] = {}
+    for node in flow.nodes:
+        if not flow.is_computed(node) or node.meta.get("random") or node.meta.get("mutates"):
+            continue
+        if all(i.op == "get_attr" or i in constant for i in node.all_input_nodes):
+            constant.add(node)
+            users = [u for u in node.users if flow.is_computed(u)]
+            if len(users) == 1 and len(node.users) == 1:
+                found[node] = users[0]
+    return found
 
 
 @dataclass(frozen=True)
@@ -244,7 +265,10 @@ class Units:
 
 
 def find_units(flow: Flow, together: Sequence[Sequence[int]] = ()) -> Units:
-    """Contract what cannot be parted, so that any closed set of units is a frontier that may be cut.
+    """Contract what cannot or should not be parted, so that any closed set of units is a frontier that may be cut.
+
+    What is made of parameters alone, such as a table of biases, belongs with its only user; what nothing uses, such as
+    the count of a batch norm, stays with the node before it.
 
     Nodes that draw random numbers keep their order, and so do those that share a buffer that is written to.
 
@@ -273,6 +297,11 @@ def find_units(flow: Flow, together: Sequence[Sequence[int]] = ()) -> Units:
             if "random" in chains:
                 graph.add_edge(chains["random"], node)
             chains["random"] = node
+    for node, user in _attached(flow).items():
+        groups.union(node, user)
+    for earlier, node in pairwise(computed):
+        if not any(u.op == "output" or flow.is_computed(u) for u in node.users):
+            groups.union(node, earlier)
     for group in together:
         groups.union(*[flow.nodes[p] for p in group])
     graph.add_nodes_from(computed)

@@ -39,7 +39,7 @@ from .frontiers import (
 
 OBJECTIVES = ("throughput", "memory", "traffic", "learnability")
 SLACK = 1.05  # how much slower than the best the secondary objectives may be
-DENSE = 1200  # frontiers whose pairs are weighed at once
+DENSE = 1800  # frontiers whose pairs are weighed at once
 _WINDOW, _SETS = 64, 300  # nodes around a cut, and frontiers, that are tried off the program order
 _LARGEST_UNITS = 20_000  # nodes of a graph that is looked at off the program order
 _CLOSURE = 4000  # nodes of a graph for whose bound everything before and after each node is summed
@@ -127,14 +127,9 @@ def search_cuts(flow: Flow, costs: Costs, wishes: Wishes) -> Found:
         CutError: no choice of cuts keeps within the memory cap; by how much, and where.
     """
     loads = weigh_flow(flow, costs, wishes.bandwidth)
-    positions, sure = wishes.allowed, "program order"
-    if len(positions) > DENSE:
-        chain = _bisect(loads, wishes) if _is_plain(wishes) else ()
-        positions, sure = tuple(sorted({*_thinned(loads, wishes), *chain, *wishes.required})), ""
-    near = loads.crossing(torch.tensor(positions)) if positions else loads
-    answer = _solve(near, prefixes(near, positions), wishes)
+    answer, sure = best_positions(loads, wishes)
     if answer is None:
-        raise CutError(_too_much(flow, near, prefixes(near, positions), wishes))
+        raise CutError(_too_much(flow, loads, wishes))
     if len(answer.path) == 2:
         sure = "all partitions"
     computed = sum(1 << i for i, n in enumerate(flow.nodes) if flow.is_computed(n))
@@ -148,6 +143,53 @@ def search_cuts(flow: Flow, costs: Costs, wishes: Wishes) -> Found:
         elif whole and free is not None and free.best < answer.best:
             sure = "program order"  # something is better, but not worth leaving the program order for
     return _describe(flow, costs, loads, wishes, answer, sure)
+
+
+def best_positions(loads: Loads, wishes: Wishes) -> tuple[_Answer | None, str]:
+    """The best cuts in program order; whether they are sure to be: ``"program order"`` or ``""``.
+
+    None where the memory cap forbids all.
+    """
+    positions = _places(loads, wishes)
+    near = loads.crossing(torch.tensor(positions)) if positions else loads
+    sure = "program order" if len(positions) == len(wishes.allowed) else ""
+    return _solve(near, prefixes(near, positions), wishes), sure
+
+
+def near_best(flow: Flow, costs: Costs, wishes: Wishes) -> tuple[int, ...]:
+    """Positions of plans whose slowest stage is within the slack of the best: those worth a closer look.
+
+    Args:
+        flow: facts of a traced model.
+        costs: of its nodes and of the sources.
+        wishes: what is asked for.
+    """
+    loads = weigh_flow(flow, costs, wishes.bandwidth)
+    positions = _places(loads, wishes)
+    loads = loads.crossing(torch.tensor(positions)) if positions else loads
+    frontiers = prefixes(loads, positions)
+    pairs = _restricted(weigh_pairs(loads, frontiers), loads, frontiers, wishes)
+    seconds = pairs.seconds.masked_fill(pairs.memory > wishes.memory_cap, INFINITE)
+    speeds = wishes.speeds or (1.0,) * (wishes.stages or 1)
+    bound = SLACK * bottleneck(seconds, speeds)
+    if not math.isfinite(bound):
+        raise CutError(_too_much(flow, loads, wishes))
+    steps = [seconds / speed <= bound for speed in speeds]
+    ahead, behind = [torch.zeros(len(seconds), dtype=torch.bool)], [torch.zeros(len(seconds), dtype=torch.bool)]
+    ahead[0][0], behind[0][-1] = True, True
+    for step, back in zip(steps, reversed(steps), strict=True):
+        ahead.append((ahead[-1][:, None] & step).any(0))
+        behind.append((back & behind[-1][None]).any(1))
+    used = torch.stack([a & b for a, b in zip(ahead, reversed(behind), strict=True)]).any(0)
+    return tuple(p for p, u in zip(frontiers.prefix[1:-1], used[1:-1].tolist(), strict=True) if u)
+
+
+def _places(loads: Loads, wishes: Wishes) -> tuple[int, ...]:
+    """All allowed positions, or those that are worth weighing in pairs where there are too many."""
+    if len(wishes.allowed) <= DENSE:
+        return wishes.allowed
+    chain = _bisect(loads, wishes) if _is_plain(wishes) else ()
+    return tuple(sorted({*_thinned(loads, wishes), *chain, *wishes.required}))
 
 
 def _is_plain(wishes: Wishes) -> bool:
@@ -357,14 +399,15 @@ def lower_bound(loads: Loads, speeds: Sequence[float]) -> float:
 
     Every stage but the last sends a value of its own, whose source it pays. When that value crosses, all that it needs
     is done, and all that needs its user is not: so it can be sent only at some amounts of work done. The bound is the
-    best that could be had if work could be split anywhere between.
+    best that could be had if work could be split anywhere between. What is made of parameters alone is taken to stay
+    with its user.
     """
     work = float(loads.compute.sum())
     floor = max(work / sum(speeds), float(loads.compute.max()) / max(speeds))
     if len(speeds) < 2 or not len(loads.values):
         return floor
     done, left = _work_around(loads)
-    price = (loads.source + loads.transfer).double()
+    price = (loads.source + loads.transfer).double().masked_fill(loads.attached, INFINITE)
 
     def possible(bound: float) -> bool:
         furthest = 0.0
@@ -376,7 +419,7 @@ def lower_bound(loads: Loads, speeds: Sequence[float]) -> float:
             furthest = float(torch.minimum(reach, work - left)[fits].max())
         return work - furthest <= bound * speeds[-1]
 
-    low, high = floor, floor + float(price.max()) / min(speeds) + work
+    low, high = floor, floor + float((loads.source + loads.transfer).max()) / min(speeds) + work
     for _ in range(50):
         middle = (low + high) / 2
         low, high = (low, middle) if possible(middle) else (middle, high)
@@ -449,7 +492,7 @@ def _describe(flow: Flow, costs: Costs, loads: Loads, wishes: Wishes, answer: _A
         objective=wishes.objective,
         costs=costs.kind,
         slowest=answer.slowest / 1e9,
-        bound=bound / 1e9,
+        bound=min(bound, answer.slowest) / 1e9,
         frontiers=len(frontiers.prefix) - 2,
         exact=sure,
         reasons=reasons,
@@ -460,8 +503,11 @@ def _describe(flow: Flow, costs: Costs, loads: Loads, wishes: Wishes, answer: _A
     return Found(stage_of, tuple(prefix[1:-1]) if contiguous else (), names, report)
 
 
-def _too_much(flow: Flow, loads: Loads, frontiers: Frontiers, wishes: Wishes) -> str:
+def _too_much(flow: Flow, loads: Loads, wishes: Wishes) -> str:
     """What the cap would have to be, and which stage is the largest."""
+    positions = _places(loads, wishes)
+    loads = loads.crossing(torch.tensor(positions)) if positions else loads
+    frontiers = prefixes(loads, positions)
     pairs = _restricted(weigh_pairs(loads, frontiers), loads, frontiers, wishes)
     count = wishes.stages or min(len(frontiers.prefix) - 1, 64)
     least = bottleneck(pairs.memory, (1.0,) * count)

@@ -56,7 +56,7 @@ class Graph:
             torch.tensor(self.compute), torch.tensor(self.memory), torch.tensor(values),
             torch.tensor([len(self.users[v]) for v in values]), torch.tensor([i for i, _ in edges]),
             torch.tensor([u for _, u in edges]), pick(self.source), pick(self.source_bytes), pick(self.nbytes),
-            pick(self.transfer), torch.ones(len(values), dtype=torch.bool),
+            pick(self.transfer), torch.ones(len(values), dtype=torch.bool), torch.zeros(len(values), dtype=torch.bool),
         )  # fmt: skip
 
     def stage(self, nodes: set[int]) -> tuple[int, int, int]:
