@@ -20,7 +20,7 @@ import torch
 
 import torchvision_cpu  # noqa: F401  (before torchvision)
 from dni_fx.compiler import _trace
-from dni_fx.passes import costing, frontiers, searching
+from dni_fx.passes import bounding, costing, frontiers, pricing, searching
 from dni_fx.passes.cutting import find_flow, legal_positions
 from probe import capacity, describe_environment
 
@@ -66,7 +66,7 @@ def main() -> None:
         loads = random_loads(nodes)
         wishes = searching.Wishes(arguments.stages, allowed=tuple(range(1, nodes)), polish=1.0)
         seconds, answer = timed(lambda loads=loads, wishes=wishes: searching.best_positions(loads, wishes)[0])
-        bound = searching.lower_bound(loads, (1.0,) * arguments.stages)
+        bound = bounding.lower_bound(loads, (1.0,) * arguments.stages)
         print(f"| {nodes:,} | {seconds:.3f} | {seconds / nodes * 1e6:.1f} | {answer.slowest / bound:.4f} |")  # type: ignore[attr-defined]
 
     from torchvision.models import resnet50
@@ -74,7 +74,7 @@ def main() -> None:
     model, x = resnet50(weights=None), torch.randn(2, 3, 64, 64)
     tracing, flow = min((timed(lambda: find_flow(_trace(model, (x,), {}))) for _ in range(3)), key=lambda t: t[0])
     weighing, costs = timed(
-        lambda: costing.measure_costs(flow, (x,), {}, costing.measure_sources(flow, lambda _: "auto", None))  # type: ignore[arg-type]
+        lambda: costing.measure_costs(flow, (x,), {}, pricing.measure_sources(flow, lambda _: "auto", None))  # type: ignore[arg-type]
     )
     wishes = searching.Wishes(4, allowed=legal_positions(flow))  # type: ignore[arg-type]
     search, _ = min(

@@ -128,7 +128,9 @@ def transform(model: nn.Module, x: Tensor, stages: int) -> int:
     """Trace, split and emit; return the nodes of the traced graph."""
     import dni_fx
 
-    decoupled = dni_fx.decouple(model, stages=stages, example_inputs=(x,), check=False)
+    layers = [name for name, module in model.named_modules() if name and list(module.parameters(recurse=False))]
+    cuts = [layers[k * len(layers) // stages] for k in range(1, stages)]  # named: the search has its own benchmark
+    decoupled = dni_fx.decouple(model, cuts, example_inputs=(x,), check=False)
     report = decoupled.plan.report
     assert report is not None
     return sum(stage.nodes for stage in report.stages)

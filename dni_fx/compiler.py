@@ -52,8 +52,8 @@ def decouple(
 
     Args:
         model: any module, in the mode in which it is to be trained.
-        cuts: names of modules or nodes to cut after (n cuts make n + 1 stages), a ``CutPlan``, or ``"auto"``: legal
-            positions nearest to equal node counts.
+        cuts: names of modules or nodes to cut after (n cuts make n + 1 stages), a ``CutPlan``, or ``"auto"``: the
+            search of :func:`plan_cuts` for throughput, with costs measured on the example batch.
         stages: how many stages for ``"auto"``; 4 by default, fewer with a note where the graph has fewer legal cuts.
         example_inputs: positional inputs of one batch. Without examples everything happens at the first call.
         example_kwargs: keyword inputs.

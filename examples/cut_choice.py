@@ -129,15 +129,18 @@ def main() -> int:
     parser.add_argument("--stages", type=int, default=4)
     parser.add_argument("--lr", type=float, default=1e-3, help="Adam's rate for the model (default: 1e-3)")
     parser.add_argument("--synthesizer-lr", type=float, default=3e-3, help="and for the synthesizers (default: 3e-3)")
+    parser.add_argument("--limit", type=int, help="use only so many images of each part, for a quick try")
     parser.add_argument("--out", type=Path, default=Path("out/cut_choice.json"), help="finished runs")
     args = parser.parse_args()
     torch.set_num_threads(1)
     settings = {k: getattr(args, k) for k in ("steps", "stages", "lr", "synthesizer_lr")}
     try:
-        data, records = cifar10(args.data), read_records(args.out)
+        whole, records = cifar10(args.data), read_records(args.out)
     except DataError as error:
         print(error, file=sys.stderr)
         return 1
+    data = Digits(whole.name, *(part[: args.limit] for part in whole[1:]))
+    settings |= {} if args.limit is None else {"limit": args.limit}
     runs = [("backprop", "true"), *((o, s) for o in ("throughput", "learnability") for s in SOURCES)]
     wanted = []
     for (objective, source), seed in itertools.product(runs, args.seeds):

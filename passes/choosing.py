@@ -20,13 +20,12 @@ from .costing import (
     Costs,
     Seconds,
     estimate_costs,
-    estimate_sources,
     given_costs,
     measure_costs,
-    measure_sources,
 )
 from .cutting import Flow, assign_by_name, assign_stages, cut_names, find_cuts, legal_positions
 from .insertion import Gradients, infer_context
+from .pricing import estimate_sources, measure_sources
 from .probing import measure_learnability
 from .searching import OBJECTIVES, Wishes, near_best, search_cuts
 

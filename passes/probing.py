@@ -16,9 +16,10 @@ from ..stepping import evaluate
 from ..structures import flatten
 from ._graphs import run_node
 from ._state import restored
-from .costing import OptionOf, regions
+from .costing import regions
 from .cutting import Flow, needs_gradient
 from .insertion import infer_context
+from .pricing import OptionOf
 
 BATCHES = 8  # looked at; a quarter of them judge
 FITS = 80  # steps that a source is fitted

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from ..errors import CutError
 from ..plan import SearchReport
+from .bounding import lower_bound
 from .costing import Costs
 from .cutting import Flow, name_positions
 from .frontiers import (
@@ -26,7 +27,6 @@ from .frontiers import (
     Loads,
     Pairs,
     Units,
-    bit_rows,
     closed_sets,
     find_units,
     from_masks,
@@ -36,13 +36,13 @@ from .frontiers import (
     weigh_flow,
     weigh_pairs,
 )
+from .scanning import bisect_positions, thin_positions
 
 OBJECTIVES = ("throughput", "memory", "traffic", "learnability")
 SLACK = 1.05  # how much slower than the best the secondary objectives may be
 DENSE = 1800  # frontiers whose pairs are weighed at once
 _WINDOW, _SETS = 64, 300  # nodes around a cut, and frontiers, that are tried off the program order
 _LARGEST_UNITS = 20_000  # nodes of a graph that is looked at off the program order
-_CLOSURE = 4000  # nodes of a graph for whose bound everything before and after each node is summed
 _WORTH = 0.98  # stages that are not contiguous in program order are taken if they are this much better
 
 
@@ -96,6 +96,7 @@ class Found:
 
 @dataclass(frozen=True)
 class _Answer:
+    loads: Loads
     frontiers: Frontiers
     path: tuple[int, ...]  # of frontiers, the empty and the whole one included
     best: float  # the least possible slowest stage over these frontiers
@@ -188,12 +189,11 @@ def _places(loads: Loads, wishes: Wishes) -> tuple[int, ...]:
     """All allowed positions, or those that are worth weighing in pairs where there are too many."""
     if len(wishes.allowed) <= DENSE:
         return wishes.allowed
-    chain = _bisect(loads, wishes) if _is_plain(wishes) else ()
-    return tuple(sorted({*_thinned(loads, wishes), *chain, *wishes.required}))
-
-
-def _is_plain(wishes: Wishes) -> bool:
-    return wishes.objective != "memory" and wishes.memory_cap == INFINITE and wishes.stages is not None
+    chain: tuple[int, ...] = ()
+    if wishes.objective != "memory" and wishes.memory_cap == INFINITE and wishes.stages is not None:
+        speeds = wishes.speeds or (1.0,) * wishes.stages
+        chain = bisect_positions(loads, wishes.allowed, wishes.required, speeds)
+    return tuple(sorted({*thin_positions(loads, wishes.allowed, DENSE // 2), *chain, *wishes.required}))
 
 
 # ---- pairs of frontiers -------------------------------------------------------------------------------------------
@@ -225,6 +225,7 @@ def _solve(loads: Loads, frontiers: Frontiers, wishes: Wishes) -> _Answer | None
     path = cheapest(capped, weight, speeds, best * loose)
     steps = list(pairwise(path))
     return _Answer(
+        loads,
         frontiers,
         path,
         best,
@@ -277,79 +278,6 @@ def cheapest(cost: Tensor, weight: Tensor, speeds: Sequence[float], bound: float
     return tuple(reversed(path))
 
 
-# ---- many positions -----------------------------------------------------------------------------------------------
-
-
-def _bisect(loads: Loads, wishes: Wishes) -> tuple[int, ...]:
-    """Exact for costs that fall into parts of the two ends: every value is charged at each frontier that it crosses.
-
-    Feasibility of a bound is a scan for each stage: position j can end a stage that begins at a feasible i if
-    ``A[j] - B[i] <= bound``, so only the largest B so far matters.
-    """
-    count = len(loads.compute)
-    ends = torch.tensor([0, *wishes.allowed, count])
-    change = torch.zeros(count + 2, dtype=torch.int64)
-    sending, receiving = torch.zeros_like(change), torch.zeros_like(change)
-    first, last = loads.values + 1, loads.last_use + 1
-    for table, amount in ((sending, loads.source + loads.transfer), (receiving, loads.transfer)):
-        table.index_add_(0, first, amount).index_add_(0, last, -amount)
-    done = torch.cat([torch.zeros(1, dtype=torch.int64), loads.compute.cumsum(0)])
-    after = (done + sending.cumsum(0)[: count + 1])[ends]
-    before = (done - receiving.cumsum(0)[: count + 1])[ends]
-    required = torch.searchsorted(ends, torch.tensor(wishes.required, dtype=torch.int64)).tolist()
-    return _scan(ends, after, before, wishes, required)
-
-
-def _scan(ends: Tensor, after: Tensor, before: Tensor, wishes: Wishes, required: Sequence[int]) -> tuple[int, ...]:
-    lowest = torch.iinfo(torch.int64).min // 4
-    stages = wishes.stages or 1
-    speeds = wishes.speeds or (1.0,) * stages
-    bounds = [0, *required, len(ends) - 1]
-
-    def reach(bound: int) -> list[Tensor] | None:
-        current = torch.zeros(len(ends), dtype=torch.bool)
-        current[0] = True
-        levels = [current]
-        for speed in speeds:
-            furthest = torch.where(current, before, lowest)
-            following = torch.zeros_like(current)
-            for a, b in pairwise(bounds):  # no stage passes over a required position
-                highest = furthest[a:b].cummax(0).values
-                following[a + 1 : b + 1] |= highest >= after[a + 1 : b + 1] - math.floor(bound * speed)
-            current = following
-            levels.append(current)
-        return levels if bool(current[-1]) else None
-
-    low, high = 0, int(after.max() - before.min()) * max(1, math.ceil(1 / min(speeds)))
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if reach(middle) else (middle + 1, high)
-    levels = reach(low)
-    assert levels is not None
-    path = [len(ends) - 1]
-    for level, speed in zip(reversed(levels[:-1]), reversed(speeds), strict=True):
-        j = path[-1]
-        start = max((b for b in bounds if b < j), default=0)
-        fits = level[start:j] & (before[start:j] >= after[j] - math.floor(low * speed))
-        path.append(start + int(torch.nonzero(fits)[-1]))
-    return tuple(int(ends[i]) for i in reversed(path[1:-1]))
-
-
-def _thinned(loads: Loads, wishes: Wishes) -> list[int]:
-    """The narrowest position of each of many parts of equal work."""
-    count = len(loads.compute)
-    ends = torch.tensor(wishes.allowed)
-    change = torch.zeros(count + 2, dtype=torch.int64)
-    change.index_add_(0, loads.values + 1, loads.nbytes).index_add_(0, loads.last_use + 1, -loads.nbytes)
-    width = change.cumsum(0)[ends].tolist()
-    done = torch.cat([torch.zeros(1, dtype=torch.int64), loads.compute.cumsum(0)])[ends].double()
-    parts = (done / max(float(done[-1]), 1.0) * (DENSE // 2)).floor().tolist()
-    best: dict[float, tuple[int, int]] = {}
-    for part, place, position in zip(parts, width, wishes.allowed, strict=True):
-        best[part] = min(best.get(part, (place, position)), (place, position))
-    return [position for _, position in best.values()]
-
-
 # ---- off the program order ----------------------------------------------------------------------------------------
 
 
@@ -394,74 +322,6 @@ def _near(units: Units, position: int) -> list[int]:
 # ---- reports ------------------------------------------------------------------------------------------------------
 
 
-def lower_bound(loads: Loads, speeds: Sequence[float]) -> float:
-    """No partition into as many stages can have a faster slowest stage; nanoseconds.
-
-    Every stage but the last sends a value of its own, whose source it pays. When that value crosses, all that it needs
-    is done, and all that needs its user is not: so it can be sent only at some amounts of work done. The bound is the
-    best that could be had if work could be split anywhere between. What is made of parameters alone is taken to stay
-    with its user.
-    """
-    work = float(loads.compute.sum())
-    floor = max(work / sum(speeds), float(loads.compute.max()) / max(speeds))
-    if len(speeds) < 2 or not len(loads.values):
-        return floor
-    done, left = _work_around(loads)
-    price = (loads.source + loads.transfer).double().masked_fill(loads.attached, INFINITE)
-
-    def possible(bound: float) -> bool:
-        furthest = 0.0
-        for speed in speeds[:-1]:
-            reach = furthest + bound * speed - price
-            fits = reach >= done
-            if not bool(fits.any()):
-                return False
-            furthest = float(torch.minimum(reach, work - left)[fits].max())
-        return work - furthest <= bound * speeds[-1]
-
-    low, high = floor, floor + float((loads.source + loads.transfer).max()) / min(speeds) + work
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (low, middle) if possible(middle) else (middle, high)
-    return low
-
-
-def _work_around(loads: Loads) -> tuple[Tensor, Tensor]:
-    """For each value, the work that must be done when it crosses, and the least that must still be left."""
-    count = len(loads.compute)
-    before: list[list[int]] = [[] for _ in range(count)]
-    after: list[list[int]] = [[] for _ in range(count)]
-    values = loads.values.tolist()
-    for value, user in zip(loads.edge_value.tolist(), loads.edge_user.tolist(), strict=True):
-        before[user].append(values[value])
-        after[values[value]].append(user)
-    work = loads.compute.tolist()
-    if count <= _CLOSURE:
-        done, left = _closure_sums(before, loads.compute), _closure_sums(after[::-1], loads.compute, reverse=True)
-    else:  # the longest way instead of everything on any way
-        done, left = list(work), list(work)
-        for p in range(count):
-            done[p] += max((done[q] for q in before[p]), default=0)
-        for p in reversed(range(count)):
-            left[p] += max((left[q] for q in after[p]), default=0)
-    least = [min(left[u] for u in after[v]) for v in values]
-    return torch.tensor([done[v] for v in values], dtype=torch.float64), torch.tensor(least, dtype=torch.float64)
-
-
-def _closure_sums(needs: list[list[int]], compute: Tensor, reverse: bool = False) -> list[float]:
-    """Work of every node together with all that it needs, directly or not."""
-    count = len(needs)
-    masks: list[int] = []
-    for number, direct in enumerate(needs):
-        mask = 1 << number
-        for other in direct:
-            mask |= masks[count - 1 - other if reverse else other]
-        masks.append(mask)
-    weights = compute.flip(0) if reverse else compute
-    sums = bit_rows(masks, count).double() @ weights.double()
-    return (sums.flip(0) if reverse else sums).tolist()
-
-
 def _describe(flow: Flow, costs: Costs, loads: Loads, wishes: Wishes, answer: _Answer, sure: str) -> Found:
     frontiers, path = answer.frontiers, answer.path
     prefix = [frontiers.prefix[i] for i in path]
@@ -483,7 +343,13 @@ def _describe(flow: Flow, costs: Costs, loads: Loads, wishes: Wishes, answer: _A
         asked = "asked for; " if frontiers.prefix[i] in wishes.required else ""
         known = wishes.unexplained.get(frontiers.prefix[i])
         learnt = "" if known is None else f"; a source explains {1 - known:.0%} of the gradient"
-        reasons[name] = f"{asked}{float(frontiers.compute[i]) / total:.0%} of the work is done{learnt}"
+        crossing = frontiers.member[i] & (frontiers.used[i] < answer.loads.total)
+        count, size = int(crossing.sum()), float(answer.loads.nbytes[crossing].sum()) / 1e6
+        source = float(answer.loads.source[crossing].sum()) / 1e6
+        reasons[name] = (
+            f"{asked}{float(frontiers.compute[i]) / total:.0%} of the work is done; {count} value{'s'[: count != 1]} "
+            f"of {size:.2f} MB cross{'es'[: 2 * (count == 1)]}, sources take {source:.2f} ms{learnt}"
+        )
     speeds = wishes.speeds or (1.0,) * (len(path) - 1)
     bound = lower_bound(loads, speeds)
     if sure == "all partitions" and wishes.objective == "throughput" and wishes.memory_cap == INFINITE:

@@ -6,10 +6,12 @@ import gzip
 import hashlib
 import importlib.util
 import json
+import lzma
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from types import ModuleType
 
@@ -222,3 +224,67 @@ def test_failed_download_names_each_home_and_leaves_nothing(home: Home) -> None:
     assert home.good.as_uri() in str(caught.value)
     assert data.DATA_VARIABLE in str(caught.value)
     assert not home.cache.exists()
+
+
+class CifarHome:
+    """A small stand-in for CIFAR-10: two images a file, packed as on the web, or file by file."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.cache, archive = folder / "files", folder / "cache" / "dni_fx" / "cifar10", folder / "all.tgz"
+        self.folder.mkdir()
+        sums = {}
+        with tarfile.open(archive, "w:gz") as packed:
+            for number, name in enumerate(data.CIFAR_FILES):
+                content = bytes([number, *[7] * 3072] * 2)
+                sums[name] = hashlib.sha256(content).hexdigest()
+                (self.folder / f"{name}.xz").write_bytes(lzma.compress(content))
+                (folder / name).write_bytes(content)
+                packed.add(folder / name, f"cifar-10-batches-bin/{name}")
+        monkeypatch.setattr(data, "CIFAR_FILES", sums)
+        monkeypatch.setattr(data, "CIFAR_HOME", archive.as_uri())
+        monkeypatch.setattr(data, "NEIGHBOUR", folder / "nowhere")
+        monkeypatch.delenv(data.DATA_VARIABLE, raising=False)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+
+
+@pytest.fixture
+def cifar_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CifarHome:
+    """CIFAR-10 is nowhere on the machine but at its home and in a folder."""
+    return CifarHome(tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_cifar10_is_downloaded_or_read_and_then_kept(cifar_home: CifarHome, named: bool) -> None:
+    for folder in (cifar_home.folder if named else None, None):  # the second time from the cache
+        images = data.cifar10(folder)
+        assert images.train_x.shape == (10, 3, 32, 32)
+        assert images.train_y.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+        assert images.test_y.tolist() == [5, 5]
+        assert images.test_x.unique().tolist() == pytest.approx([7 / 255])
+        assert sorted(path.name for path in cifar_home.cache.iterdir()) == sorted(data.CIFAR_FILES)
+
+
+def test_damaged_cifar10_is_an_error(cifar_home: CifarHome, tmp_path: Path) -> None:
+    (cifar_home.folder / "test_batch.bin.xz").write_bytes(lzma.compress(b"something else"))
+    with pytest.raises(data.DataError, match=r"test_batch\.bin is damaged"):
+        data.cifar10(cifar_home.folder)
+    (cifar_home.folder / "test_batch.bin.xz").write_bytes(b"no xz")
+    with pytest.raises(data.DataError, match=r"cannot read .*test_batch\.bin\.xz"):
+        data.cifar10(cifar_home.folder)
+    with pytest.raises(data.DataError, match="no CIFAR-10 in"):
+        data.cifar10(tmp_path / "cache")
+
+
+def test_the_choice_of_cuts_runs_and_goes_on(cifar_home: CifarHome, tmp_path: Path) -> None:
+    """On the real images where they are; the script itself reads no other data."""
+    neighbour = EXAMPLES.parents[1] / "shared" / "data"
+    folder = os.environ.get(data.DATA_VARIABLE) or (neighbour if (neighbour / "cifar10").exists() else None)
+    if folder is None:
+        pytest.skip(f"CIFAR-10 is not on this machine: neither {data.DATA_VARIABLE} nor ../shared/data")
+    arguments = ["--steps", "2", "--stages", "2", "--seeds", "0", "--limit", "512", "--data", str(folder)]
+    first = run_example("cut_choice", *arguments, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    table = [line for line in first.stdout.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + 7  # backprop, and three sources at two kinds of cuts
+    second = run_example("cut_choice", *arguments, cwd=tmp_path)
+    assert second.stdout == first.stdout

@@ -19,7 +19,7 @@ from torch import nn
 
 import dni_fx
 from dni_fx.errors import CutError, DecouplingError
-from dni_fx.passes import costing, frontiers, searching
+from dni_fx.passes import bounding, costing, frontiers, scanning, searching
 from dni_fx.passes.cutting import find_flow
 from dni_fx.passes.tracing import trace_calls
 from dni_fx.plan import CutPlan
@@ -187,7 +187,7 @@ def test_closed_sets_hold_the_best_of_all_partitions(rng: random.Random) -> None
         expected = brute(graph, partitions(graph, stages), wishes)
         assert answer is not None
         assert (answer.slowest, answer.traffic) == expected
-        assert searching.lower_bound(loads, (1.0,) * stages) <= answer.slowest * (1 + 1e-9)
+        assert bounding.lower_bound(loads, (1.0,) * stages) <= answer.slowest * (1 + 1e-9)
         chain = searching._solve(loads, frontiers.prefixes(loads, range(1, graph.count)), wishes)
         assert chain is not None
         assert answer.slowest <= chain.slowest
@@ -199,7 +199,7 @@ def test_the_bound_is_a_bound_for_unequal_stages(rng: random.Random) -> None:
         speeds = (2.0, 0.5)
         expected = brute(graph, partitions(graph, 2), searching.Wishes(2, speeds=speeds))
         assert expected is not None
-        assert searching.lower_bound(graph.loads(), speeds) <= expected[0] * (1 + 1e-9)
+        assert bounding.lower_bound(graph.loads(), speeds) <= expected[0] * (1 + 1e-9)
 
 
 def test_bisection_is_exact_for_costs_in_two_parts(rng: random.Random) -> None:
@@ -207,9 +207,9 @@ def test_bisection_is_exact_for_costs_in_two_parts(rng: random.Random) -> None:
     for _ in range(50):
         graph = random_graph(rng, 12)
         wishes = replace(wishes_for(rng, graph), memory_cap=math.inf)
-        found = searching._bisect(graph.loads(), wishes)
         assert wishes.stages is not None
         speeds = wishes.speeds or (1.0,) * wishes.stages
+        found = scanning.bisect_positions(graph.loads(), wishes.allowed, wishes.required, speeds)
 
         def slowest(cuts: Sequence[int], graph: Graph = graph, speeds: Sequence[float] = speeds) -> float:
             ends = [0, *cuts, graph.count + 1]
