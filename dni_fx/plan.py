@@ -218,6 +218,7 @@ class PlanReport:
         notes: opaque modules, ties, fewer stages than asked for, and the like.
         exact: whether the self-check found the split model equal bit for bit; None where it was not run.
         nodes: the traced graph in program order, for drawing.
+        kinds: class of every module that nodes ran in, by path.
         search: how the cuts were found; None where they were given.
     """
 
@@ -229,6 +230,7 @@ class PlanReport:
     notes: tuple[str, ...] = ()
     exact: bool | None = None
     nodes: tuple[NodeReport, ...] = ()
+    kinds: dict[str, str] = field(default_factory=dict)
     search: SearchReport | None = None
 
 

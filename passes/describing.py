@@ -46,6 +46,7 @@ def describe_plan(
         notes.append(f"{len(split.stages)} stages instead of {wanted}: the graph has no more legal cuts")
     if choice.free:
         notes.append("stages are not contiguous in program order: exact mode equals backpropagation within rounding")
+    modules = dict(trace.model.named_modules(remove_duplicate=False))
     served = dict(zip((i.name for i in interfaces), split.crossing, strict=True))
     report = PlanReport(
         rung=trace.rung,
@@ -56,6 +57,7 @@ def describe_plan(
         notes=tuple(notes),
         exact=variant.exact,
         nodes=_node_reports(variant),
+        kinds={p: type(modules[p]).__name__ for n in trace.graph.nodes for p in _scope(n) if p in modules},
         search=choice.search,
     )
     order = sorted(choice.stage_of.items(), key=lambda pair: pair[1]) if choice.free else ()

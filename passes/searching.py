@@ -293,9 +293,9 @@ def _off_program_order(
     if not whole:
         for position in (chain.frontiers.prefix[i] for i in chain.path[1:-1]):
             masks += [nodes_of(units, s) for s in _near(units, position)]
-    limit = max(DENSE - len(masks), 0)
-    allowed = [*wishes.allowed[:: max(1, -(-len(wishes.allowed) // max(limit, 1)))]]
-    allowed += [chain.frontiers.prefix[i] for i in chain.path[1:-1]]
+    stride = max(1, -(-len(wishes.allowed) // max(DENSE + DENSE // 2 - len(masks), 1)))
+    whole = whole and stride == 1
+    allowed = [*wishes.allowed[::stride], *(chain.frontiers.prefix[i] for i in chain.path[1:-1])]
     legal = {computed & ((1 << p) - 1) for p in wishes.allowed}
     prefix = [computed & ((1 << m.bit_length()) - 1) for m in masks]
     masks = [m for m, p in zip(masks, prefix, strict=True) if m != p or m in legal]  # positions may be forbidden
