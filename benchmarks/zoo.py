@@ -505,7 +505,8 @@ def examine(entry: Entry, dtype: torch.dtype, check: bool, report: Callable[[Row
     compare("eval", evaluation)
     compare("exact", lambda: first_difference(reference, subject.exact(transformed[0])))
     row["exact_seconds"] = min(subject.seconds, default=None)
-    guarded("search", search)
+    if not guarded("search", search):
+        row["search"] = row.pop("reason")
     row["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     row["status"] = "done"
     report(row)
@@ -580,7 +581,7 @@ def is_miss(row: Row) -> bool:
     """Whether the library, not the model or the size limit, has something to answer for."""
     if row["status"] in ("build", "eager", "left out"):
         return False
-    return any(row.get(part) != EQUAL for part in ("train", "eval", "exact")) or row["status"] == "search"
+    return any(row.get(part) != EQUAL for part in ("train", "eval", "exact")) or "search" in row
 
 
 def progress(row: Row) -> str:
@@ -644,7 +645,7 @@ def page(rows: list[Row], command: str) -> str:
         text += ["| model | what | why |", "| --- | --- | --- |"]
     for row in misses:
         reasons = {"traced and split": row["reason"]} if row["status"] == "transform" else {}
-        reasons |= {"search": row["reason"]} if row["status"] == "search" else {}
+        reasons |= {"search": row["search"]} if "search" in row else {}
         reasons |= {part: row[part] for part in ("train", "eval", "exact") if row.get(part, EQUAL) != EQUAL}
         text += [f"| {row['name']} | {part} | {_cell(reason)} |" for part, reason in reasons.items()]
     unsteady = [row for row in asked if row.get("repeatable", EQUAL) != EQUAL]

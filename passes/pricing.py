@@ -52,9 +52,15 @@ def measure_sources(flow: Flow, option_of: OptionOf, context: TensorSpec | None)
             small = [entry for entry in group if entry[0] <= _LARGEST_SAMPLE] or group[:1]
             picked = {round(k * (len(small) - 1) / (_SAMPLES - 1)) for k in range(_SAMPLES)}
             timed: list[tuple[int, Cost]] = []
+            failed = []
             for size, (option, spec) in (small[i] for i in sorted(picked)):
-                timed.append((size, _time_source(option, spec, context, device)))
+                try:
+                    timed.append((size, _time_source(option, spec, context, device)))
+                except Exception:  # a value that its source cannot take, such as an empty one
+                    failed.append((option, spec))
             for size, key in group:
+                if key in failed or not timed:
+                    continue
                 near, (nanoseconds, kept) = min(timed, key=lambda entry: abs(math.log((entry[0] + 1) / (size + 1))))
                 source = wanted[key]
                 assert source is not None

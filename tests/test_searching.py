@@ -19,7 +19,7 @@ from torch import nn
 
 import dni_fx
 from dni_fx.errors import CutError, DecouplingError
-from dni_fx.passes import bounding, costing, frontiers, scanning, searching
+from dni_fx.passes import bounding, costing, frontiers, pricing, scanning, searching
 from dni_fx.passes.cutting import find_flow
 from dni_fx.passes.tracing import trace_calls
 from dni_fx.plan import CutPlan
@@ -673,3 +673,19 @@ def test_sets_that_part_written_memory_are_noticed(monkeypatch: pytest.MonkeyPat
         except (AssertionError, RuntimeError, ValueError):
             wrong += 1
     assert wrong
+
+
+def test_a_value_that_its_source_cannot_take_costs_too_much_to_cut_at() -> None:
+    class Picky(dni_fx.sources.Zero):
+        def predict(self, values: Any, context: Any = None) -> Any:
+            if values[0].shape[1] == 5:
+                raise RuntimeError("no")
+            return super().predict(values, context)
+
+    model = nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise([8, 8, 5, 8])))
+    assert plan(model, stages=2, costs="measured", gradients=Picky).cuts == ("0",)
+    flow = find_flow(trace_calls(model, (X,), {}))
+    names = [n.name for n in flow.nodes if flow.is_computed(n)]
+    prices = pricing.measure_sources(flow, lambda _: Picky, None)
+    assert prices[names[0]][0] < pricing.UNSERVED
+    assert prices[names[1]][0] == pricing.UNSERVED
