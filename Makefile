@@ -3,7 +3,7 @@
 #   make demo                  backprop, exact mode, DNI, cDNI and both controls side by side, on real digits
 #   make test | lint           the tests | ruff and mypy
 #   make zoo | zoo-random      about 300 models -> docs/coverage.md | 100,000 random graphs
-#   make bench | results       the benchmarks | the MNIST experiment of docs/results.md
+#   make bench | results       the benchmarks | the experiments of docs/results.md
 #
 # PyTorch's default wheels for Linux bring CUDA along. Where pip is not set up to prefer the CPU build, name its
 # wheel index: make demo TORCH_PIP_ARGS="--index-url URL" with the URL from PyTorch's installation page.
@@ -12,7 +12,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH_PIP_ARGS ?=
 DEMO_ARGS ?=
 WORKERS ?= 2
-BENCHMARKS ?= transform step
+BENCHMARKS ?= transform step search
 PYTEST_ARGS ?= -n $(WORKERS)
 RESULTS_ARGS ?=
 RANDOM_GRAPHS ?= 100000
@@ -67,6 +67,7 @@ bench: $(ZOO_READY)
 
 results: $(READY)
 	$(PY) examples/mnist.py $(RESULTS_ARGS)
+	$(PY) examples/cut_choice.py
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

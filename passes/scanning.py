@@ -55,7 +55,12 @@ def _scan(
             levels.append(current)
         return levels if bool(current[-1]) else None
 
-    low, high = 0, int(after.max() - before.min()) * max(1, math.ceil(1 / min(speeds)))
+    # the slowest stage has at least its share of all work, and rarely much more: close in on it from there
+    low = max(0, math.ceil((int(after[-1]) - int(before[0])) / sum(speeds)))
+    step = max(1, low // 1000)
+    high = low
+    while not reach(high):
+        low, high, step = high + 1, high + step, 2 * step
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if reach(middle) else (middle + 1, high)

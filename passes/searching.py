@@ -193,7 +193,7 @@ def _places(loads: Loads, wishes: Wishes) -> tuple[int, ...]:
     if wishes.objective != "memory" and wishes.memory_cap == INFINITE and wishes.stages is not None:
         speeds = wishes.speeds or (1.0,) * wishes.stages
         chain = bisect_positions(loads, wishes.allowed, wishes.required, speeds)
-    return tuple(sorted({*thin_positions(loads, wishes.allowed, DENSE // 2), *chain, *wishes.required}))
+    return tuple(sorted({*thin_positions(loads, wishes.allowed, DENSE // 3), *chain, *wishes.required}))
 
 
 # ---- pairs of frontiers -------------------------------------------------------------------------------------------
