@@ -677,8 +677,8 @@ def _search_summary(rows: list[Row]) -> list[str]:
         f"{STAGES} stages with measured costs, the sources that `gradients=\"auto\"` puts there included. Over "
         f"{len(rows)} models: median gap to the bound {median('gap'):.1%}, largest "
         f"{max(row['gap'] for row in rows):.1%}; the slowest stage has {median('share'):.1%} of all work of the "
-        f"stages, sources included (median), or {median('net'):.0%} of what the network alone takes. No better plan "
-        "exists among "
+        f"stages, sources included (median), or {median('net'):.0%} of what the network alone takes. The search was "
+        "exact over "
         + ", ".join(f"{name} ({count} models)" for name, count in sure.most_common())
         + f". {sum(row['free'] for row in rows)} plans have stages that are not contiguous in program order. Tracing, "
         f"measuring and search take {median('plan_seconds'):.1f} s (median).",

@@ -184,8 +184,9 @@ class SearchReport:
             :func:`dni_fx.simulate` takes to overlap with the work).
         bound: no plan with as many stages can have a faster slowest stage; seconds.
         frontiers: number of places that were weighed.
-        exact: ``"all partitions"`` where no acyclic partition is better, ``"program order"`` where none is better whose
-            stages are contiguous in program order, ``""`` where neither is sure.
+        exact: what the best was sought over without leaving any out: ``"all partitions"`` that keep units together,
+            ``"program order"`` where stages are contiguous in it, ``""`` where some were left out. The plan may be one
+            per cent slower than that best (5 for traffic and learnability).
         reasons: why each cut is where it is, by its name.
         explained: share of the true gradient that a quickly fitted source explained, by cut; learnability only.
     """
@@ -384,7 +385,7 @@ def _interface_rows(report: PlanReport) -> list[tuple[str, ...]]:
 def _notes(report: PlanReport) -> list[str]:
     notes = []
     if (search := report.search) is not None:
-        sure = f"; no plan is better among {search.exact}" if search.exact else ""
+        sure = f"; exact over {search.exact}" if search.exact else ""
         notes.append(
             f"found for {search.objective} with {search.costs} costs: slowest stage {search.slowest * 1e3:.2f} ms, "
             f"sources and transfers included; bound {search.bound * 1e3:.2f} ms, gap {search.gap:.1%}{sure}"
