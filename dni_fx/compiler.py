@@ -354,6 +354,8 @@ def _examples(model: nn.Module, args: Any, kwargs: Any) -> tuple[tuple[Any, ...]
         raise DecouplingError("example_inputs= must be a tuple of positional inputs, and example_kwargs= a dict")
     args, kwargs = tuple(args or ()), dict(kwargs or {})
     for i, leaf in enumerate(flatten((args, kwargs))[0]):
+        if leaf.is_inference():
+            raise DecouplingError(f"example tensor {i} was made in inference mode; make it outside, or pass a clone")
         if leaf.dim() and leaf.shape[0] == 0:
             raise DecouplingError(
                 f"example tensor {i} has an empty batch, shape {tuple(leaf.shape)}; pass a real batch"

@@ -377,6 +377,13 @@ def test_plans_need_inputs_and_say_when_there_are_fewer_stages() -> None:
     assert any("3 stages instead of 9" in n for n in found.report.notes)
 
 
+def test_example_inputs_of_inference_mode_are_refused() -> None:
+    with torch.inference_mode():
+        x = torch.randn(6, 8)
+    with pytest.raises(DecouplingError, match="inference mode"):
+        plan(chain(), x, stages=2)
+
+
 def test_parameters_used_in_two_places_can_be_kept_together() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
