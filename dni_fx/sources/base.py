@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,18 +19,28 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..plan import TensorSpec
 
 
+MESSAGES = ("gradient", "loss", "logits", "error")
+
+
 @dataclass
 class Prediction:
     """What a source says about the values of one step.
 
     Attributes:
-        gradients: one per value, detached, each with its value's shape, dtype and memory format.
+        gradients: one per value, detached, each with its value's shape, dtype and memory format; they are pulled back
+            at once. None from a source that waits for a message and says in :meth:`GradientSource.complete` what to
+            pull back.
         state: whatever :meth:`GradientSource.fit` needs; usually the raw outputs, which keep the source's autograd
             graph so that the source runs once a step.
+        loss: the source's estimate of each sample's loss, ``(batch,)``, detached: what upstream sources hear that ask
+            for ``"loss"``. None from sources that estimate none; the true loss passes them by.
+        logits: the source's estimate of the model's output, detached; the same for ``"logits"``.
     """
 
-    gradients: tuple[Tensor, ...]
+    gradients: tuple[Tensor, ...] | None
     state: Any = None
+    loss: Tensor | None = None
+    logits: Tensor | None = None
 
 
 class GradientSource(nn.Module):
@@ -41,8 +51,23 @@ class GradientSource(nn.Module):
     method may draw from the global random number generator: training decoupled must not shift the model's dropout.
 
     Attributes:
-        message: what must come back from the consumers before ``fit``: ``"gradient"`` (one tensor per value: the sum of
-            the consumers' gradients for it), ``"loss"`` (one tensor: a scalar per sample) or ``"none"``.
+        message: what must come back from the consumers before ``fit``; ``"none"``, or one or several of these, joined
+            by ``+`` in this order (``"gradient+loss"``). ``fit`` gets them as one flat tuple.
+
+            * ``"gradient"``: one tensor per value, the sum of the consumers' gradients for it;
+            * ``"loss"``: one tensor ``(batch,)``, each sample's loss as the next stages' sources estimate it, the true
+              one where the last stage is next;
+            * ``"logits"``: one tensor, the model's output as the next stages' sources estimate it, the true one where
+              the last stage is next;
+            * ``"error"``: one tensor, the loss's gradient for the model's output.
+        lag: None for a source whose prediction is pulled back at once. A number: the stage waits for the message and
+            pulls back what :meth:`complete` returns, ``lag`` steps after the message is there; with 0 in the same step,
+            so locked.
+        recompute: for ``lag`` of 1 or more: run the stage's forward again when the message is there, with the weights
+            of that moment and the randomness of the first time (Features Replay); else its graph and the weights that
+            it used are kept (DDG).
+        unit: the factor in front of the mean loss, set by the trainer (1 / accumulate); what a source that computes
+            gradients of a loss of its own multiplies them by.
         exact: True only for the marker of exact mode, which the trainer runs itself.
         specs: shape, dtype and feature dimension of each value served, of the example batch.
         context_spec: the same for the context, or None; a source made without one ignores every context.
@@ -79,7 +104,10 @@ class GradientSource(nn.Module):
         Use it as ``dni_fx.decouple(model, cuts, gradients=MeanGradient)``.
     """
 
-    message: ClassVar[Literal["gradient", "loss", "none"]] = "gradient"
+    message: str = "gradient"
+    lag: int | None = None
+    recompute: bool = True
+    unit: float = 1.0
     exact: ClassVar[bool] = False
 
     def __init__(self, specs: Sequence[TensorSpec], context: TensorSpec | None = None) -> None:
@@ -111,6 +139,18 @@ class GradientSource(nn.Module):
         """
         return None
 
+    def complete(self, prediction: Prediction, message: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """For sources with a ``lag``: what to pull back now that the message is there, besides what was pulled back.
+
+        Args:
+            prediction: what ``predict`` returned for the same values.
+            message: as in :meth:`fit`.
+
+        Returns:
+            A gradient per value.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has a lag and must implement complete(prediction, message)")
+
     def forward(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
         """The same as :meth:`predict`, so that a source is one module call in an emitted function."""
         return self.predict(values, context)
@@ -127,6 +167,11 @@ class GradientSource(nn.Module):
         with torch.no_grad(), counter:
             copy.deepcopy(self).to("meta").predict(values, context)
         return int(counter.get_total_flops())
+
+
+def message_kinds(source: GradientSource) -> tuple[str, ...]:
+    """The kinds of message that a source asks for, in order; none for ``"none"``."""
+    return () if source.message == "none" else tuple(source.message.split("+"))
 
 
 def like(gradient: Tensor, value: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ class Zero(GradientSource):
         The "no backprop" column of Jaderberg et al. 2016 (arXiv:1608.05343), table of feed-forward results.
     """
 
-    message: ClassVar[Literal["gradient", "loss", "none"]] = "none"
+    message = "none"
 
     def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
         """Zeros like the values."""
