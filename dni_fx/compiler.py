@@ -20,11 +20,11 @@ from .passes.cutting import list_cut_points as list_points
 from .passes.describing import describe_plan
 from .passes.emission import emit_functions, readable_code, source_key
 from .passes.exporting import trace_export
-from .passes.insertion import Gradients
+from .passes.insertion import Gradients, Inputs
 from .passes.splitting import Split, bound_attributes, split_stages
 from .passes.tracing import Trace, trace_calls
 from .plan import CutPlan, CutPointList
-from .sources import SOURCES, GradientSource
+from .sources import INPUTS, JOINT, SOURCES, GradientSource, InputSource
 from .structures import flatten
 from .variants import Passes, Variant, kinds_of
 
@@ -40,7 +40,7 @@ def decouple(
     example_inputs: Sequence[Any] | None = None,
     example_kwargs: dict[str, Any] | None = None,
     gradients: Gradients = "auto",
-    inputs: Any = None,
+    inputs: Inputs | None = None,
     context: Callable[[Any], torch.Tensor] | None = None,
     check: bool = True,
 ) -> Decoupled:
@@ -57,9 +57,12 @@ def decouple(
         stages: how many stages for ``"auto"``; 4 by default, fewer with a note where the graph has fewer legal cuts.
         example_inputs: positional inputs of one batch. Without examples everything happens at the first call.
         example_kwargs: keyword inputs.
-        gradients: a source's name (``"auto"``, ``"linear"``, ``"mlp"``, ``"conv"``, ``"zero"``, ``"stale"``,
-            ``"exact"``), a factory ``(specs, context) -> GradientSource``, or a mapping from interface name to either.
-        inputs: synthetic inputs; not available yet, None only.
+        gradients: a source's name (``dni_fx.sources.SOURCES`` lists them; with ``"joint:"`` before it one source serves
+            the whole boundary of a stage), a factory ``(specs, context) -> GradientSource``, or a mapping from
+            interface name to either.
+        inputs: synthetic inputs: every stage runs on what is predicted from the model's inputs, so that it need not
+            wait for the forward of the stages before it. A name (``"auto"``, ``"linear"``, ``"mlp"``, ``"conv"``), a
+            factory ``(spec, inputs) -> InputSource``, or a mapping from interface name to either; None for none.
         context: turns the training target into a float tensor ``(batch, features)`` that the sources see besides their
             value, such as ``dni_fx.one_hot(10)``.
         check: compare the split model with the model on the example batch: outputs, gradients, buffers, in training
@@ -163,16 +166,16 @@ def _decouple(
     example_inputs: Sequence[Any] | None,
     example_kwargs: dict[str, Any] | None,
     gradients: Gradients,
-    inputs: Any,
+    inputs: Inputs | None,
     context: Context | None,
     check: bool,
 ) -> Decoupled:
     _check_model(model)
-    if inputs is not None:
-        raise DecouplingError("inputs= (synthetic inputs) is not available in this version; leave it None")
     planned = cuts if isinstance(cuts, CutPlan) else None
     if planned is not None and gradients == "auto" and planned.gradients:
         gradients = _planned_gradients(planned)
+    if planned is not None and inputs is None and planned.inputs:
+        inputs = _planned(planned.inputs, INPUTS, "inputs")
 
     def choose(flow: Flow, args: Any, kwargs: Any) -> Choice:
         if planned is not None and planned.assignment:
@@ -194,8 +197,8 @@ def _decouple(
         )
         return _build_variant(model, args, kwargs, again, check, again=True)
 
-    def plan_of(variant: Variant) -> tuple[CutPlan, dict[str, GradientSource]]:
-        return describe_plan(variant, gradients, context, search.count if search and names is None else None)
+    def plan_of(variant: Variant) -> tuple[CutPlan, dict[str, GradientSource], dict[str, InputSource]]:
+        return describe_plan(variant, gradients, inputs, context, search.count if search and names is None else None)
 
     passes = Passes(build, plan_of, _emit, guards_hold, readable_code, source_key)
     decoupled = Decoupled(model, passes, context)
@@ -318,15 +321,20 @@ def _composed(split: Split, *args: Any, **kwargs: Any) -> Any:
 
 
 def _planned_gradients(plan: CutPlan) -> Gradients:
-    names = dict(plan.gradients)
-    own = {i: n for i, n in names.items() if n not in SOURCES}
+    names = _planned(plan.gradients, SOURCES, "gradients")
+    return "exact" if "exact" in names.values() else names
+
+
+def _planned(pairs: Iterable[tuple[str, str]], known: Iterable[str], argument: str) -> dict[str, str]:
+    """A plan's names of sources, or an error for one that only a factory could make."""
+    own = [(i, n) for i, n in pairs if n.removeprefix(JOINT) not in known]
     if own:
-        interface, name = next(iter(own.items()))
+        interface, name = own[0]
         raise DecouplingError(
             f"the plan was made with a source of your own at {interface!r} ({name}), which JSON cannot hold; pass "
-            "gradients="
+            f"{argument}="
         )
-    return "exact" if "exact" in names.values() else dict(names)
+    return dict(pairs)
 
 
 def _emit(split: Split, sources: dict[str, GradientSource]) -> tuple[Any, ...]:

@@ -10,8 +10,8 @@ from torch import nn
 
 from .errors import DecouplingError, PlanMismatchError
 from .plan import CutPlan, Interface
-from .sources import GradientSource
-from .stepping import keep_modes, regress
+from .sources import GradientSource, InputSource, Served, message_kinds, serve
+from .stepping import keep_modes
 from .structures import Structure, flatten
 from .variants import Passes, Variant
 
@@ -50,7 +50,16 @@ class Stage:
 
         ``inputs`` maps names to model inputs and to values that earlier stages sent; ``loss`` and ``target`` are for
         the last stage. Gradients accumulate in the parameters' ``.grad``.
+
+        Raises:
+            DecouplingError: a source of the stage waits for a message; its halves are what to call then.
         """
+        waiting = [n for n, s in self.sources.items() if s.lag is not None]
+        if waiting:
+            raise DecouplingError(
+                f"the source at {waiting[0]!r} waits for a message from later stages, so {self.name} has no step in "
+                "one piece: train with dni_fx.Trainer, or call stage.forward and stage.backward apart"
+            )
         return self._functions.step
 
     @property
@@ -60,13 +69,15 @@ class Stage:
 
     @property
     def backward(self) -> fx.GraphModule:
-        """Second half: ``(outputs, leaves, entries, gradients, partials) -> input gradients``."""
+        """Second half: ``(outputs, leaves, entries, gradients, partials, retain_graph) -> input gradients``."""
         return self._functions.backward
 
     @property
     def code(self) -> str:
-        """Python source of ``step``."""
-        return self._decoupled._passes.readable_code(self.step)
+        """Python source of ``step``; of both halves where a source waits for a message."""
+        waits = any(s.lag is not None for s in self.sources.values())
+        parts = [self.forward, self.backward] if waits else [self.step]
+        return "\n".join(self._decoupled._passes.readable_code(part) for part in parts)
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -96,18 +107,42 @@ class Stage:
         return (p for _, p in self.named_parameters())
 
     def fit(
-        self, predictions: Mapping[str, Prediction], targets: Mapping[str, torch.Tensor]
+        self,
+        predictions: Mapping[str, Prediction],
+        targets: Mapping[str, torch.Tensor],
+        **messages: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
-        """Regress the stage's sources on what came back; gradients accumulate in the sources' parameters.
+        """Train the stage's sources on what came back; gradients accumulate in the sources' parameters.
 
         Args:
             predictions: ``StepResult.predictions`` of this stage's step.
             targets: per interface the sum of its consumers' input gradients.
+            **messages: ``loss=``, ``logits=`` or ``error=`` for sources that ask for these; see
+                :attr:`GradientSource.message`.
 
         Returns:
             The loss of every source that learned, detached.
+
+        Raises:
+            DecouplingError: a source asks for a message that is not given.
         """
-        losses = regress(self._decoupled.sources_by_name(), predictions, targets)
+        losses: dict[str, torch.Tensor] = {}
+        for group in self._decoupled.served():
+            if group.name not in predictions:
+                continue
+            kinds = message_kinds(group.source)
+            missing = [k for k in kinds if k != "gradient" and k not in messages]
+            if missing:
+                raise DecouplingError(f"the source at {group.name!r} asks for its message: pass {missing[0]}= to fit")
+            message: list[torch.Tensor] = []
+            for kind in kinds:
+                message += [targets[n] for n in group.names if n in targets] if kind == "gradient" else [messages[kind]]
+            if "gradient" in kinds and any(n not in targets for n in group.names):
+                continue
+            with torch.enable_grad():
+                loss = group.source.fit(predictions[group.name], tuple(message))
+            if loss is not None:
+                losses[group.name] = loss
         if losses:
             torch.autograd.backward(list(losses.values()))
         return {name: loss.detach() for name, loss in losses.items()}
@@ -133,7 +168,7 @@ class Decoupled(nn.Module):
 
     Attributes:
         model: the user's module, trained in place.
-        synthesizers: the gradient sources by interface name (dots as slashes).
+        synthesizers: the gradient sources by interface name (dots as slashes), synthetic inputs as ``name@input``.
         context: turns a training target into what the sources see, or None.
     """
 
@@ -148,12 +183,14 @@ class Decoupled(nn.Module):
         object.__setattr__(self, "_active", None)
         object.__setattr__(self, "_plan", None)
         object.__setattr__(self, "_stages", ())
+        object.__setattr__(self, "_leads", {})
 
     _passes: Passes
     _variants: list[Variant]
     _active: Variant | None
     _plan: CutPlan | None
     _stages: tuple[Stage, ...]
+    _leads: dict[str, str]
 
     @property
     def is_traced(self) -> bool:
@@ -182,9 +219,20 @@ class Decoupled(nn.Module):
 
     @property
     def sources(self) -> dict[str, GradientSource]:
-        """Gradient sources by interface name."""
+        """Gradient sources by interface name; one that serves a whole boundary stands at each of its interfaces."""
         key = self._passes.key
-        return {i.name: self.synthesizers[key(i.name)] for i in self.plan.interfaces}  # type: ignore[misc]
+        return {i.name: self.synthesizers[key(self._leads[i.name])] for i in self.plan.interfaces}  # type: ignore[misc]
+
+    @property
+    def inputs(self) -> dict[str, InputSource]:
+        """Synthetic inputs by interface name; empty without a forward unlock."""
+        keys = {i.name: f"{self._passes.key(i.name)}@input" for i in self.plan.interfaces}
+        return {n: self.synthesizers[k] for n, k in keys.items() if k in self.synthesizers}  # type: ignore[misc]
+
+    def named_learners(self) -> list[tuple[str, nn.Module]]:
+        """Gradient sources, once each, by the first interface that they serve; synthetic inputs as ``name@input``."""
+        groups: list[tuple[str, nn.Module]] = [(g.name, g.source) for g in serve(self.interfaces, self.sources)]
+        return groups + [(f"{n}@input", s) for n, s in self.inputs.items()]
 
     @property
     def is_exact(self) -> bool:
@@ -243,9 +291,12 @@ class Decoupled(nn.Module):
         """Trace for a new kind of call, under the plan if there is one."""
         variant = self._passes.build(self.model, args, kwargs, self._plan)
         if self._plan is None:
-            plan, sources = self._passes.make_plan(variant)
-            for name, source in sources.items():
-                self.synthesizers[self._passes.key(name)] = source
+            plan, sources, inputs = self._passes.make_plan(variant)
+            for group in serve(plan.interfaces, sources):
+                self.synthesizers[self._passes.key(group.name)] = group.source
+                self._leads.update(dict.fromkeys(group.names, group.name))
+            for name, predicted in inputs.items():
+                self.synthesizers[f"{self._passes.key(name)}@input"] = predicted
             object.__setattr__(self, "_plan", plan)
             object.__setattr__(self, "_stages", tuple(Stage(self, k) for k in range(len(variant.split.stages))))
         for other in self._variants:
@@ -282,8 +333,35 @@ class Decoupled(nn.Module):
         """
         variant = self._variant
         if variant.sources is None:
-            variant.sources = self._find_sources(variant)
+            sources = self._find_sources(variant)
+            variant.served = serve(variant.split.interfaces, sources)
+            variant.sources = sources
         return variant.sources
+
+    def served(self) -> tuple[Served, ...]:
+        """The sources of the active graph, each with the interfaces that it serves.
+
+        Raises:
+            PlanMismatchError: as for :meth:`sources_by_name`, or a boundary lacks a value that its source serves.
+        """
+        self.sources_by_name()
+        for group in self._variant.served:
+            if len(group.names) != len(group.source.specs):
+                raise PlanMismatchError(
+                    f"the source of {', '.join(map(repr, group.names))} serves {len(group.source.specs)} values, not "
+                    "all of which cross in this mode or for these inputs; use one source for each interface"
+                )
+        return self._variant.served
+
+    def find_inputs(self) -> dict[str, InputSource]:
+        """The synthetic inputs of the active graph, by its own interface names."""
+        known, plan = self.inputs, {n: i.name for i in self.plan.interfaces for n in (*i.aliases, i.name)}
+        found = {}
+        for interface in self._variant.split.interfaces if known else ():
+            name = next((plan[n] for n in (interface.name, *interface.aliases) if n in plan), None)
+            if name in known:
+                found[interface.name] = known[name]
+        return found
 
     def _find_sources(self, variant: Variant) -> dict[str, GradientSource]:
         known = {name: self.sources[i.name] for i in self.plan.interfaces for name in (*i.aliases, i.name)}

@@ -245,6 +245,7 @@ class CutPlan:
         cuts: names of the cuts in program order; n cuts make n + 1 stages.
         gradients: source name by interface name (the name of the class for a factory).
         assignment: the stage of every node by name, where stages are not contiguous in program order; else empty.
+        inputs: name of the synthetic input by interface name, where one was asked for.
         report: what is known about the plan's graph; None for a plan read from JSON.
     """
 
@@ -253,6 +254,7 @@ class CutPlan:
     cuts: tuple[str, ...]
     gradients: tuple[tuple[str, str], ...] = ()
     assignment: tuple[tuple[str, int], ...] = ()
+    inputs: tuple[tuple[str, str], ...] = ()
     report: PlanReport | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -281,6 +283,8 @@ class CutPlan:
             "cuts": list(self.cuts),
             "gradients": dict(self.gradients),
         }
+        if self.inputs:
+            content["inputs"] = dict(self.inputs)
         if self.assignment:
             content["stages"] = [[n for n, k in self.assignment if k == s] for s in range(len(self.cuts) + 1)]
         return json.dumps(content, indent=2) + "\n"
@@ -301,6 +305,7 @@ class CutPlan:
         if content.get("version") != 1:
             raise DecouplingError(f"this cut plan has version {content.get('version')!r}; this dni_fx reads version 1")
         names, gradients, stages = content.get("cuts"), content.get("gradients", {}), content.get("stages", [])
+        inputs = content.get("inputs", {})
         valid = (
             isinstance(content.get("model"), str)
             and isinstance(content.get("digest"), str)
@@ -308,6 +313,8 @@ class CutPlan:
             and all(isinstance(n, str) for n in names)
             and isinstance(gradients, dict)
             and all(isinstance(v, str) for v in gradients.values())
+            and isinstance(inputs, dict)
+            and all(isinstance(v, str) for v in inputs.values())
             and isinstance(stages, list)
             and len(stages) in (0, len(names) + 1)
             and all(isinstance(s, list) and all(isinstance(n, str) for n in s) for s in stages)
@@ -315,10 +322,11 @@ class CutPlan:
         if not valid:
             raise DecouplingError(
                 "a cut plan needs 'model' and 'digest' (text), 'cuts' (a list of names) and 'gradients' (name: "
-                "source); 'stages', where it is there, holds a list of node names for each stage"
+                "source); where they are there, 'inputs' (name: synthesizer) and 'stages' (node names for each)"
             )
         assignment = tuple((n, k) for k, stage in enumerate(stages) for n in stage)
-        return cls(content["model"], content["digest"], tuple(names or ()), tuple(gradients.items()), assignment)
+        model, digest = content["model"], content["digest"]
+        return cls(model, digest, tuple(names or ()), tuple(gradients.items()), assignment, tuple(inputs.items()))
 
     def draw(self, path: str | Path) -> Path:
         """Draw the graph: modules coloured by stage, cuts as thick labelled edges.

@@ -1,9 +1,15 @@
-"""One batch through all stages, and the promise that a failed step changes nothing."""
+"""One batch through all stages: values, predictions, gradients, and the messages that sources learn from.
+
+A batch whose sources all answer at once goes through the emitted training functions, stage after stage. Where one
+waits for a message, or a schedule asks for some of the true gradient, every stage's forward is run first and its
+backward when what it waits for is there: in the same step, or in a later one, until when the batch stays under way.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,76 +17,168 @@ from torch import nn
 
 from .decoupled import Decoupled, Stage
 from .errors import DecouplingError
+from .keeping import Rerun, Tape, kept_weights
+from .messages import Messages
 from .passes._state import preserved_rng
 from .reports import InterfaceReport, compare
-from .stepping import StepResult, detached, evaluate, pull_back, regress
+from .schedules import Mode
+from .sources import Prediction, Served, message_kinds, mix
+from .stepping import StepResult, detached, evaluate, pull_back
+
+Loss = Callable[[Any, Any], torch.Tensor]
 
 
 class Run:
-    """What happens to one batch: values sent, gradients, predictions."""
+    """What happens to one batch.
 
-    def __init__(self, decoupled: Decoupled, loss: Callable[[Any, Any], torch.Tensor]) -> None:
+    Args:
+        decoupled: the model, with the graph that fits the batch active.
+        loss: the loss that is pulled back.
+        mode: how much of the true gradient is used, and which stages are updated.
+        plain_loss: the user's own loss, asked for one value per sample where a source wants that.
+        ask: whether sources are asked at all; exact mode and measuring need none.
+    """
+
+    def __init__(
+        self,
+        decoupled: Decoupled,
+        loss: Loss,
+        mode: Mode | None = None,
+        plain_loss: Loss | None = None,
+        ask: bool = True,
+    ) -> None:
         self.stages: tuple[Stage, ...] = decoupled.stages
         self.functions = decoupled.functions()
-        self.sources = decoupled.sources_by_name()
-        self.loss_function = loss
         self.split = decoupled._variant.split
+        self.loss_function, self.plain_loss = loss, plain_loss or loss
+        self.share = 0.0 if mode is None else mode.true_share
+        every = range(len(self.stages))
+        self.active = set(every if mode is None or mode.active is None else mode.active)
+        self.served = decoupled.served() if ask else ()
+        self.by_producer = {k: [s for s in self.served if s.producer == k] for k in every}
+        self.carried = [i.name for i in self.split.interfaces]
+        self.values: dict[str, Any] = {}
         self.sent: dict[str, torch.Tensor] = {}
         self.gradients: dict[str, torch.Tensor | None] = {}
-        self.predictions: dict[str, Any] = {}
-        self.loss: torch.Tensor
+        self.predictions: dict[str, Prediction] = {}
+        self.finished: dict[int, int] = {}
+        self.fitted: set[str] = set()
+        self.measured: set[str] = set()
+        self.tapes: dict[int, Tape | Rerun] = {}
+        self.early: dict[int, dict[str, torch.Tensor | None]] = {}
+        self.inputs = decoupled.find_inputs()
+        self.input_predictions: dict[str, Any] = {}
+        self.loss: torch.Tensor | None = None
         self.output: Any = None
+        self.error: torch.Tensor | None = None
+        self.messages = Messages(self)
 
-    def decoupled(self, values: dict[str, Any], context: Any, target: Any) -> None:
-        """Every stage trains on its sources' predictions, in program order."""
+    # ---- the batch arrives ------------------------------------------------------------------------------------
+
+    def begin(self, values: dict[str, Any], context: Any, target: Any, now: int = 0) -> None:
+        """Run forward what is to be updated and what that needs, and pull back what is known at once."""
+        self.values, self.context, self.target, self.now = values, context, target, now
+        self.needed = self._find_needed()
+        self._predict_inputs()
+        waits = any(s.source.lag is not None or "error" in message_kinds(s.source) for s in self.served)
+        if waits or self.share > 0:
+            self._hold()
+        else:
+            self._step_through()
+        self.sent = {n: values[n] for n in self.carried if n in values}
+
+    def _find_needed(self) -> set[int]:
+        """Stages that are updated, or whose values are needed by such a one; with a true gradient all of them."""
+        if self.share > 0:
+            return set(range(len(self.stages)))
+        producers = {n: s.index for s in self.stages for n in s.outputs}
+        needed: set[int] = set()
+        pending = sorted(self.active)
+        while pending:
+            index = pending.pop()
+            if index not in needed:
+                needed.add(index)
+                names = [n for n in self.stages[index].inputs if n not in self.inputs and n in producers]
+                pending += [producers[n] for n in names]
+        return needed
+
+    def _predict_inputs(self) -> None:
+        model_inputs = tuple(self.values[n] for n in self.split.model_inputs)
+        for name, source in self.inputs.items():
+            if any(name in self.stages[k].inputs for k in self.needed):
+                self.input_predictions[name] = source.predict(model_inputs)
+
+    def _inputs_of(self, stage: Stage) -> dict[str, Any]:
+        predicted = self.input_predictions if self.share == 0 else {}  # else they only learn
+        return {n: predicted[n].value if n in predicted else self.values[n] for n in stage.inputs}
+
+    def _run_only(self, stage: Stage) -> None:
+        """Forward without a graph: the stage is not updated, or is run again later."""
+        with torch.no_grad():
+            results = stage.module(*self._inputs_of(stage).values())
+        if stage is self.stages[-1]:
+            self.output = detached(results)
+        else:
+            self.values.update(zip(stage.outputs, map(detached, results), strict=True))
+
+    # ---- every source answers at once: the emitted training functions ------------------------------------------
+
+    def _step_through(self) -> None:
         parts: dict[nn.Parameter, list[Callable[[torch.Tensor | None], torch.Tensor | None]]] = {}
-        carried = [i.name for i in self.split.interfaces]
         for stage in self.stages:
+            if stage.index not in self.needed:
+                continue
+            if stage.index not in self.active:
+                self._run_only(stage)
+                continue
             several = [self.split.shared_in(stage.index)[n] for k, n in self.split.reused if k == stage.index]
             reused = [p for p in several if p.requires_grad]
+            inputs = self._inputs_of(stage)
             if reused:
-                result, again = self._step_twice(stage, values, context)
+                result, again = self._step_twice(stage, inputs)
             else:
-                result, again = self._step(stage, values, context, target), None
-            values.update(result.outputs)
+                result, again = self._step(stage, inputs), None
+            self.values.update(result.outputs)
             for name, gradient in result.input_gradients.items():
                 arrived = self.gradients.get(name)
                 if gradient is not None:
                     self.gradients[name] = gradient if arrived is None else arrived + gradient
             self.predictions.update(result.predictions)
+            self.finished[stage.index] = self.now
             for parameter in self.split.shared_in(stage.index).values():
                 gradient, parameter.grad = parameter.grad, None
                 if again is not None and any(parameter is p for p in reused):
                     parts.setdefault(parameter, []).append(functools.partial(again, parameter))
                 elif gradient is not None:
                     parts.setdefault(parameter, []).append(functools.partial(_add, gradient))
+            if stage is self.stages[-1]:
+                self.loss, self.output = result.loss, result.outputs["output"]
         for parameter, steps in parts.items():  # last stage first, as autograd would
             total = None
             for add in reversed(steps):
                 total = add(total)
             parameter.grad = total
-        assert result.loss is not None
-        self.loss, self.output = result.loss, result.outputs["output"]
-        self.sent = {n: values[n] for n in carried}
 
-    def _step(self, stage: Stage, values: dict[str, Any], context: Any, target: Any) -> StepResult:
-        try:
-            return self.functions[stage.index].step(values, context, self.loss_function, target)
-        except DecouplingError as error:
-            places = ", ".join(repr(n) for n in stage.outputs)
-            raise type(error)(f"{stage.name}, which sends {places}: {error}") from error
+    def _step(self, stage: Stage, inputs: dict[str, Any]) -> StepResult:
+        with self._named(stage):
+            return self.functions[stage.index].step(inputs, self.context, self.loss_function, self.target)
 
-    def _step_twice(self, stage: Stage, values: dict[str, Any], context: Any) -> tuple[StepResult, Callable[..., Any]]:
+    def _step_twice(self, stage: Stage, inputs: dict[str, Any]) -> tuple[StepResult, Callable[..., Any]]:
         """The stage's step from its halves, keeping the graph for parameters that the stage and later ones share.
 
         Autograd adds the partial gradients of every use in one chain, last use first. A stage with several uses can
         only continue that chain once the later stages' sum is known, so for these parameters its pull-back is repeated.
         """
-        outputs, leaves, _entries = self.functions[stage.index].forward(values)
+        outputs, leaves, _entries = self.functions[stage.index].forward(inputs)
         sent = {n: o.detach() if isinstance(o, torch.Tensor) else o for n, o in outputs.items()}
-        predictions = {n: source((sent[n],), context) for n, source in self.sources.items() if n in sent}
-        roots = [outputs[n] for n in predictions]
-        gradients: list[torch.Tensor | None] = [p.gradients[0] for p in predictions.values()]
+        predictions = {s.name: self._ask(s, sent) for s in self.by_producer[stage.index]}
+        given = {
+            n: g
+            for s in self.by_producer[stage.index]
+            for n, g in zip(s.names, predictions[s.name].gradients or (), strict=True)
+        }
+        roots = [outputs[n] for n in given]
+        gradients: list[torch.Tensor | None] = list(given.values())
         pull_back(roots, gradients, retain_graph=True)
 
         def again(parameter: nn.Parameter, later: torch.Tensor | None) -> torch.Tensor | None:
@@ -91,115 +189,255 @@ class Run:
 
         return StepResult(sent, {n: leaf.gradient() for n, leaf in leaves.items()}, predictions), again
 
-    def exactly(self, values: dict[str, Any], target: Any) -> None:
-        """All stages forward, then all backward with the true gradients: equal to backpropagation bit for bit."""
-        tapes = []
+    # ---- some source waits: forward of all stages first --------------------------------------------------------
+
+    def _hold(self) -> None:
+        delays = self._delays()
         for stage in self.stages:
-            outputs, leaves, entries = self.functions[stage.index].forward(values)
-            tapes.append((outputs, leaves, entries))
-            values.update(
-                {n: v.detach() if isinstance(v, torch.Tensor) else v for n, v in outputs.items() if n != "output"}
+            index = stage.index
+            if index not in self.needed:
+                continue
+            if index not in self.active and self.share == 0:
+                self._run_only(stage)
+                continue
+            inputs, last = self._inputs_of(stage), stage is self.stages[-1]
+            groups = self.by_producer[index]
+            late = delays[index] > 0
+            rerun = late and all(s.source.recompute for s in groups if s.source.lag is not None)
+            early = not last and self._is_early(groups)
+            kept = Rerun(inputs, preserved_rng()) if rerun else None
+            tape = None
+            if rerun and not early:
+                self._run_only(stage)
+            else:
+                with kept_weights(stage.module) if late and not rerun else contextlib.nullcontext():
+                    tape = Tape(*self.functions[index].forward(inputs))
+                if not last:
+                    self.values.update({n: detached(v) for n, v in tape.outputs.items()})
+            for group in groups:
+                waits = self._delay(group, delays) > 0
+                with kept_weights(group.source) if waits else contextlib.nullcontext():
+                    self.predictions[group.name] = self._ask(group, self.values)
+            if last:
+                assert tape is not None
+                self._evaluate(tape)
+                self._pull_back(index, tape, {"loss": torch.ones_like(tape.outputs["loss"])})
+            elif early:
+                assert tape is not None
+                given = {n: g for s in groups for n, g in zip(s.names, self._predicted(s), strict=True)}
+                complete = all(s.source.lag is None for s in groups)
+                self._pull_back(index, tape, given, retain=kept is None and not complete, complete=complete)
+                if not complete:
+                    self.tapes[index] = kept or tape
+            else:
+                self.tapes[index] = kept or tape  # type: ignore[assignment]
+
+    def _is_early(self, groups: list[Served]) -> bool:
+        """Whether the stage pulls something back before any message is there."""
+        at_once = all(s.source.lag is None or s.source.corrects for s in groups)
+        return self.share == 0 and bool(groups) and at_once
+
+    def _delays(self) -> dict[int, int]:
+        """In how many steps each stage will have pulled back this batch."""
+        delays = {len(self.stages) - 1: 0}
+        for stage in reversed(self.stages[:-1]):
+            waiting = [s for s in self.by_producer[stage.index] if s.source.lag is not None]
+            delays[stage.index] = 0 if self.share > 0 else max((self._delay(s, delays) for s in waiting), default=0)
+        return delays
+
+    def _delay(self, group: Served, delays: dict[int, int]) -> int:
+        """In how many steps a source's message will be there."""
+        if self.share > 0:
+            return 0
+        lag = group.source.lag or 0
+        return lag + (max(delays[c] for c in group.consumers) if "gradient" in message_kinds(group.source) else 0)
+
+    def _ask(self, group: Served, values: dict[str, Any]) -> Prediction:
+        with self._named(self.stages[group.producer]):
+            prediction: Prediction = group.source(tuple(values[n] for n in group.names), self.context)
+        return prediction
+
+    def _predicted(self, group: Served) -> tuple[torch.Tensor, ...]:
+        gradients = self.predictions[group.name].gradients
+        if gradients is None:
+            raise DecouplingError(
+                f"the source at {group.name!r} ({type(group.source).__name__}) predicted no gradients: only a source "
+                "with a lag may do without"
             )
-        output = outputs["output"]
-        loss = evaluate(self.loss_function, output, target)
-        tapes[-1][0]["loss"] = loss
-        self.gradients["loss"] = torch.ones_like(loss)
-        for stage in reversed(self.stages):
-            outputs, leaves, entries = tapes.pop()
-            partials: dict[str, Any] = dict(self.gradients)
-            for name, parameter in self.split.shared_in(stage.index).items():
-                partials[name], parameter.grad = parameter.grad, None
-            found = self.functions[stage.index].backward(outputs, leaves, entries, self.gradients, partials)
-            self.gradients.update(found)
-        del self.gradients["loss"]
+        return gradients
+
+    def _evaluate(self, tape: Tape) -> None:
+        output = tape.outputs["output"]
+        loss = evaluate(self.loss_function, output, self.target)
+        if any("error" in message_kinds(s.source) for s in self.served):
+            if not isinstance(output, torch.Tensor):
+                raise DecouplingError(
+                    f"a source asks for the error of the model's output, which must be one tensor, not "
+                    f"{type(output).__name__}"
+                )
+            (self.error,) = torch.autograd.grad(loss, output, retain_graph=True)
+        tape.outputs["loss"] = loss
         self.loss, self.output = loss.detach(), detached(output)
-        self.sent = {i.name: values[i.name] for i in self.split.interfaces}
 
-    def targets(self) -> dict[str, torch.Tensor]:
-        """What each source is regressed to; zero where nothing came back."""
-        return {n: g if (g := self.gradients.get(n)) is not None else torch.zeros_like(v) for n, v in self.sent.items()}
+    # ---- messages arrive ---------------------------------------------------------------------------------------
 
-    def fit_sources(self) -> dict[str, torch.Tensor]:
-        """Regress the sources; the losses by interface name."""
-        losses = regress(self.sources, self.predictions, self.targets()) if self.predictions else {}
-        if losses:
-            torch.autograd.backward(list(losses.values()))
-        return {name: loss.detach() for name, loss in losses.items()}
+    def advance(self, now: int) -> None:
+        """Pull back, last stage first, everything that waited for what is there now."""
+        self.now = now
+        for index in sorted(self.tapes, reverse=True):
+            groups = [s for s in self.by_producer[index] if s.source.lag is not None]
+            if self.share == 0 and not all(self._is_ready(s) for s in groups):
+                continue
+            if self.share == 0 and any(self.messages.is_lost(s) for s in groups):  # a consumer is not updated
+                del self.tapes[index]
+                continue
+            given: dict[str, Any] = {}
+            for group in self.by_producer[index]:
+                if self.share > 0 or group.source.lag is not None or index not in self.early:
+                    given.update(zip(group.names, self._completed(group), strict=True))
+            if not self.by_producer[index]:  # nobody was asked: the true gradients themselves
+                given = {n: self.gradients.get(n) for n in self.stages[index].outputs}
+            held = self.tapes.pop(index)
+            if isinstance(held, Rerun):
+                with held.as_then(self.stages[index].module):
+                    tape = Tape(*self.functions[index].forward(held.values))
+                    self._pull_back(index, tape, given)
+            else:
+                # Kept for a failure later in the step: a graph of an earlier one could not be made again.
+                self._pull_back(index, held, given, retain=self.share == 0)
+
+    def _is_ready(self, group: Served) -> bool:
+        if self.messages.is_lost(group):
+            return True
+        since = self.messages.arrived(group)
+        return since is not None and self.now >= since + (group.source.lag or 0)
+
+    def _completed(self, group: Served) -> tuple[Any, ...]:
+        """What is pulled back for a source's values: its own word on the message, or the true gradient's share."""
+        guess = self.predictions[group.name].gradients
+        if self.share == 1:
+            return tuple(self.gradients.get(n) for n in group.names)
+        if self.share > 0:
+            return mix(self.share, self.messages.gradients(group), guess)
+        if group.source.lag is None:
+            return self._predicted(group)
+        with self._named(self.stages[group.producer]):
+            return group.source.complete(self.predictions[group.name], self.messages.of(group))
+
+    def _pull_back(
+        self, index: int, tape: Tape, given: dict[str, Any], retain: bool = False, complete: bool = True
+    ) -> None:
+        """One stage's backward. In one go, what later stages sent for its inputs takes part, in autograd's order."""
+        received = [n for n in self.stages[index].inputs if n in self.carried]
+        once = complete and index not in self.early
+        partials: dict[str, Any] = {n: self.gradients.get(n) for n in received} if once else {}
+        for name, parameter in self.split.shared_in(index).items():
+            partials[name], parameter.grad = parameter.grad, None
+        found = self.functions[index].backward(tape.outputs, tape.leaves, tape.entries, given, partials, retain)
+        for leaf in tape.leaves.values():
+            leaf.clear()
+        if once:
+            self.gradients.update(found)
+        elif not complete:
+            self.early[index] = found
+        else:
+            for name, later in found.items():
+                parts = [g for g in (self.gradients.get(name), self.early[index][name], later) if g is not None]
+                self.gradients[name] = functools.reduce(torch.add, parts) if parts else None
+        if complete:
+            self.finished[index] = self.now
+
+    # ---- sources learn -----------------------------------------------------------------------------------------
+
+    def fit(self) -> list[tuple[str, torch.Tensor]]:
+        """Train every source whose message is there, and the synthetic inputs.
+
+        Returns:
+            Losses with their graph, by name.
+        """
+        losses: list[tuple[str, torch.Tensor | None]] = []
+        with torch.enable_grad():
+            for group in self.served:
+                done = group.name in self.fitted or group.name not in self.predictions or group.producer in self.tapes
+                if done or not self.messages.is_there(group):
+                    continue
+                self.fitted.add(group.name)
+                with self._named(self.stages[group.producer]):
+                    message = self.messages.of(group)
+                    losses.append((group.name, group.source.fit(self.predictions[group.name], message)))
+            for name in [n for n in self.input_predictions if n in self.values]:
+                losses.append(
+                    (f"{name}@input", self.inputs[name].fit(self.input_predictions.pop(name), self.values[name]))
+                )
+        return [(n, loss) for n, loss in losses if loss is not None]
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing of this batch is under way any more."""
+        late = [s for s in self.served if s.name in self.predictions and s.name not in self.fitted]
+        return not self.tapes and not any(self.messages.may_come(s) for s in late)
+
+    def forget(self) -> None:
+        """Drop what no late stage needs."""
+        needed = {n for s in self.served if s.name not in self.fitted for n in s.names}
+        self.values, self.sent = {}, {n: v for n, v in self.sent.items() if n in needed}
+        self.output = self.target = self.error = None
+
+    def snapshot(self) -> Callable[[], None]:
+        """Remember where the batch stands; the result goes back there."""
+        names = ("gradients", "finished", "fitted", "measured", "tapes", "early")
+        kept = {n: getattr(self, n).copy() for n in names}
+
+        def restore() -> None:
+            vars(self).update(kept)
+
+        return restore
+
+    # ---- what is known -----------------------------------------------------------------------------------------
+
+    def guesses(self) -> dict[str, torch.Tensor]:
+        """Predicted gradients by interface, of the sources that predict."""
+        answers = [(s, self.predictions[s.name].gradients) for s in self.served if s.name in self.predictions]
+        return {n: g for s, gradients in answers if gradients for n, g in zip(s.names, gradients, strict=True)}
 
     def compare(self, step: int) -> dict[str, InterfaceReport]:
-        """How near each prediction is to its target."""
-        last = len(self.stages) - 1
-        references = {i.name: "true" if set(i.consumers) == {last} else "bootstrapped" for i in self.split.interfaces}
-        targets = self.targets()
-        return {n: compare(p.gradients[0], targets[n], references[n], step) for n, p in self.predictions.items()}
+        """How near each prediction is to what arrived."""
+        last, found = len(self.stages) - 1, {}
+        for group in self.served:
+            prediction = self.predictions.get(group.name)
+            guess = None if prediction is None else prediction.gradients
+            if guess is None or group.name in self.measured or not self.messages.has_gradients(group):
+                continue
+            self.measured.add(group.name)
+            kind = "true" if self.share == 1 or set(group.consumers) == {last} else "bootstrapped"
+            for name, a, b in zip(group.names, guess, self.messages.gradients(group), strict=True):
+                found[name] = compare(a, b, kind, step)
+        return found
 
     def places(self) -> list[tuple[str, torch.Tensor]]:
         """What must be finite besides values, with its name; the first in program order comes first."""
         places: list[tuple[str, torch.Tensor]] = []
-        for name in self.sent:
-            if name in self.predictions:
-                places.append((f"the predicted gradient of interface {name!r}", self.predictions[name].gradients[0]))
-        places.append(("the loss", self.loss))
+        for group in self.served:
+            prediction = self.predictions.get(group.name)
+            if prediction is not None and prediction.gradients is not None:
+                pairs = zip(group.names, prediction.gradients, strict=True)
+                places += [(f"the predicted gradient of interface {n!r}", g) for n, g in pairs]
+        for name, predicted in self.input_predictions.items():
+            places.append((f"the synthetic input at interface {name!r}", predicted.value))
+        if self.loss is not None:
+            places.append(("the loss", self.loss))
         for name, gradient in reversed(list(self.gradients.items())):
             if gradient is not None:
                 places.append((f"the gradient of interface {name!r}", gradient))
         return places
 
-
-class AllOrNothing:
-    """Sets gradients aside for a step, and puts back everything if the step fails."""
-
-    def __init__(self, decoupled: Decoupled) -> None:
-        self.parameters = [*decoupled._variant.parameters, *decoupled.synthesizers.parameters()]
-        self.tables = [m._buffers for m in decoupled.modules() if m._buffers]
-        self.modules = [m for m in decoupled.synthesizers.modules() if not type(m).__module__.startswith("torch.nn.")]
-        self.keep = False
-        self.held: list[tuple[nn.Parameter, torch.Tensor]] = []
-        self.buffers: list[torch.Tensor] = []
-        self.contents: list[torch.Tensor] = []
-
-    def step(self, keep_gradients: bool) -> AllOrNothing:
-        """For one step; with ``keep_gradients``, those of earlier steps are held to be added later."""
-        self.keep = keep_gradients
-        return self
-
-    def __enter__(self) -> AllOrNothing:
-        self.gradients = [p.grad if self.keep else None for p in self.parameters]
-        self._keep_buffers()
-        self.rng = preserved_rng()
-        self.sources = [(m, dict(vars(m))) for m in self.modules]
-        for parameter in self.parameters:
-            parameter.grad = None
-        if self.keep:
-            pairs = zip(self.parameters, self.gradients, strict=True)
-            self.held = [(p, g.clone()) for p, g in pairs if g is not None]
-        return self
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        self.held = []
-        if kind is None:
-            return
-        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
-            parameter.grad = gradient
-        with torch.no_grad():
-            for table, names in zip(self.tables, self.names, strict=True):
-                table.update(names)
-            for buffer, content in zip(self.buffers, self.contents, strict=True):
-                buffer.copy_(content)
-        for module, attributes in self.sources:
-            vars(module).update(attributes)
-        self.rng()
-
-    def _keep_buffers(self) -> None:
-        """Copy the buffers' contents, into the same memory in every step."""
-        self.names = [dict(table) for table in self.tables]
-        buffers = [b for names in self.names for b in names.values() if b is not None]
-        known = zip(buffers, self.buffers, self.contents, strict=False)
-        if len(buffers) != len(self.buffers) or not all(a is b and a.shape == c.shape for a, b, c in known):
-            self.contents = [b.detach().clone() for b in buffers]
-            self.buffers = buffers
-        elif buffers:
-            torch._foreach_copy_(self.contents, [b.detach() for b in buffers])
+    @contextlib.contextmanager
+    def _named(self, stage: Stage) -> Iterator[None]:
+        try:
+            yield
+        except DecouplingError as error:
+            places = ", ".join(repr(n) for n in stage.outputs)
+            raise type(error)(f"{stage.name}, which sends {places}: {error}") from error
 
 
 def _add(part: torch.Tensor, later: torch.Tensor | None) -> torch.Tensor:

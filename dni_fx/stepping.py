@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from .errors import DecouplingError
 from .structures import map_tensors
 
 if TYPE_CHECKING:
-    from .sources.base import GradientSource, Prediction
+    from .sources.base import Prediction
 
 
 @dataclass
@@ -24,7 +24,8 @@ class StepResult:
         outputs: values that later stages use, detached, by name; the model's output under ``"output"``.
         input_gradients: for every interface that the stage uses, its gradient, or None where no gradient arrived.
             These are the targets of the upstream sources.
-        predictions: what the stage's sources predicted, by interface name; they keep the sources' graph for ``fit``.
+        predictions: what the stage's sources predicted, by the name of the first interface that each serves; they keep
+            the sources' graph for ``fit``.
         loss: the loss as a detached scalar, in the stage that holds the model's output.
     """
 
@@ -66,6 +67,11 @@ class Leaf:
         """What flowed back to the value, or None."""
         return self._raw[0] if self._raw else self.tensor.grad
 
+    def clear(self) -> None:
+        """Forget what flowed back, before another pull-back."""
+        self._raw.clear()
+        self.tensor.grad = None
+
 
 def pull_back(
     roots: Sequence[Any],
@@ -94,22 +100,6 @@ def pull_back(
             )
     if pairs:
         torch.autograd.backward([r for r, _ in pairs], [g for _, g in pairs], retain_graph=retain_graph, inputs=inputs)
-
-
-def regress(
-    sources: Mapping[str, GradientSource], predictions: Mapping[str, Prediction], targets: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """The regression loss, with its graph, of every source that learns, by interface name."""
-    losses: dict[str, torch.Tensor] = {}
-    with torch.enable_grad():
-        for name, prediction in predictions.items():
-            source = sources[name]
-            if source.message == "none" or targets.get(name) is None:
-                continue
-            loss = source.fit(prediction, (targets[name],))
-            if loss is not None:
-                losses[name] = loss
-    return losses
 
 
 def evaluate(loss: Callable[[Any, Any], torch.Tensor] | None, output: Any, target: Any) -> torch.Tensor:

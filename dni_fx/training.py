@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,10 +12,13 @@ from torch import nn
 from tqdm import tqdm
 
 from .decoupled import Decoupled
+from .diagnostics import Diagnosis
 from .errors import DecouplingError, NonFiniteError
+from .keeping import AllOrNothing
 from .passes._state import restored
-from .reports import InterfaceReport, StepReport
-from .running import AllOrNothing, Run
+from .reports import InterfaceReport, StepReport, compare
+from .running import Run
+from .schedules import Mode, Schedule, make_schedule
 from .stepping import evaluate, keep_modes
 from .structures import map_tensors, unpack_batch
 
@@ -25,10 +29,11 @@ MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
 class Trainer:
     """Trains a decoupled model, every stage with an optimiser of its own.
 
-    With the sequential schedule a step runs the stages one after the other: each runs forward, asks its sources for the
-    gradients of what it sends, and pulls them back; the input gradients of the next stage are the targets of its
-    sources (bootstrapped: Jaderberg et al. 2016, arXiv:1608.05343, section 2). Updates happen at the end of the step,
-    once everything is known to be finite; since no stage reads another's parameters, that changes no number.
+    A step runs the stages one after the other: each runs forward, asks its sources for the gradients of what it sends,
+    and pulls them back; the input gradients of the next stage are the targets of its sources (bootstrapped: Jaderberg
+    et al. 2016, arXiv:1608.05343, section 2). A stage whose source waits for a message is pulled back when that is
+    there, in the same step or a later one. Updates happen at the end of the step, once everything is known to be
+    finite; since no stage reads another's parameters, that changes no number.
 
     Args:
         decoupled: the model.
@@ -36,14 +41,15 @@ class Trainer:
         optimizer: makes an optimiser from the ``(name, parameter)`` pairs of one stage, which torch.optim takes as they
             are. A parameter used by several stages is given to the first of them.
         synthesizer_optimizer: the same for the sources; Adam by default.
-        schedule: ``"sequential"``.
+        schedule: which stages a step updates, and how much of the true gradient they get: ``"sequential"`` (all, none),
+            ``"random"``, or one of :mod:`dni_fx.schedules`.
         clip_norm: largest norm of one stage's gradients. It is per stage: a global norm would have to wait for all.
         accumulate: how many steps' gradients make one update; the loss of each counts 1 / accumulate.
         metrics_every: how often the predictions are compared with their targets, in steps.
 
     Attributes:
         optimizers: by stage name, for learning-rate schedulers.
-        synthesizer_optimizers: by interface name.
+        synthesizer_optimizers: by interface name, that of a synthetic input by ``name@input``.
         steps: number of steps made.
 
     Raises:
@@ -57,15 +63,14 @@ class Trainer:
         *,
         optimizer: MakeOptimizer,
         synthesizer_optimizer: MakeOptimizer = torch.optim.Adam,
-        schedule: str = "sequential",
+        schedule: str | Schedule = "sequential",
         clip_norm: float | None = None,
         accumulate: int = 1,
         metrics_every: int = 50,
     ) -> None:
         if not isinstance(decoupled, Decoupled):
             raise DecouplingError(f"Trainer takes what dni_fx.decouple returned, not {type(decoupled).__name__}")
-        if schedule != "sequential":
-            raise DecouplingError(f"unknown schedule {schedule!r}; known: 'sequential'")
+        self.schedule = make_schedule(schedule)
         if not callable(loss) or not callable(optimizer) or not callable(synthesizer_optimizer):
             raise DecouplingError("loss, optimizer and synthesizer_optimizer must be callables")
         if not all(type(n) is int and n >= 1 for n in (accumulate, metrics_every)):
@@ -80,6 +85,8 @@ class Trainer:
         self.steps = 0
         self._measured: dict[str, InterfaceReport] = {}
         self._measure_next = False
+        self._clock = 0
+        self._under_way: list[Run] = []
         self._adopted: Any = None
         if decoupled.is_traced:
             self._make_optimizers()
@@ -107,28 +114,69 @@ class Trainer:
         values = self.decoupled.bind(*args, **kwargs)
         self._make_optimizers()
         self._adopt_parameters()
-        unfinished = self.steps % self.accumulate != 0
-        with self._all_or_nothing.step(unfinished) as before, keep_modes(), torch.enable_grad():
-            context = None
-            if self.decoupled.context is not None and target is not None:
-                context = self.decoupled.context(target)
-            run = Run(self.decoupled, self._scaled_loss)
-            if self._is_exact:
-                run.exactly(values, target)
-            else:
-                run.decoupled(values, context, target)
-            self._check_finite(run, run.fit_sources())
-            for parameter, held in before.held:  # earlier steps' part of the same update, added as autograd would
-                parameter.grad = held if parameter.grad is None else held.add_(parameter.grad)
-            measure = self._measure_next or self.steps % self.metrics_every == 0
-            if measure and not self._is_exact:
-                self._measured = run.compare(self.steps)
-                self._measure_next = False
-            if (self.steps + 1) % self.accumulate == 0:
-                self._update()
+        mode = self.schedule.mode(self.steps, len(self.decoupled.stages))
+        if self._is_exact:
+            mode = Mode(1.0, mode.active)
+        run = Run(self.decoupled, self._scaled_loss, mode, self.loss, ask=not self._is_exact)
+        self._advance(run, lambda: run.begin(values, self._context(target), target, self._clock))
         self.steps += 1
-        loss = run.loss * self.accumulate if self.accumulate > 1 else run.loss
-        return StepReport(loss, run.output, dict(self._measured), self.steps)
+        loss = torch.tensor(math.nan) if run.loss is None else run.loss * self.accumulate
+        report = StepReport(loss, run.output, dict(self._measured), self.steps)
+        run.forget()
+        return report
+
+    def drain(self) -> int:
+        """Finish the batches that are under way, each of whose messages comes a step later, without new ones.
+
+        Returns:
+            How many updates that took: 0 where no source is late.
+        """
+        self.decoupled.plan  # noqa: B018  raises before the model is traced
+        count = 0
+        while self._under_way:
+            self._advance(None, lambda: None)
+            count += 1
+        return count
+
+    def _advance(self, run: Run | None, begin: Callable[[], None]) -> None:
+        """One step of time: a new batch, everything that waited until now, and the update."""
+        runs = [*self._under_way, *([] if run is None else [run])]
+        restores = [r.snapshot() for r in self._under_way]
+        unfinished = run is not None and self.steps % self.accumulate != 0
+        try:
+            with self._all_or_nothing.step(unfinished) as before, keep_modes(), torch.enable_grad():
+                begin()
+                for each in runs:
+                    each.advance(self._clock)
+                losses = [pair for each in runs for pair in each.fit()]
+                if losses:
+                    # A failure must leave the graphs of sources whose message came late.
+                    torch.autograd.backward([loss for _, loss in losses], retain_graph=bool(self._under_way))
+                self._check_finite(runs, [(n, loss.detach()) for n, loss in losses])
+                if run is not None and len(run.active) < len(self.decoupled.stages):
+                    self._drop_gradients(run)
+                for parameter, held in before.held:  # earlier steps' part of the same update, added as autograd would
+                    parameter.grad = held if parameter.grad is None else held.add_(parameter.grad)
+                if self._measure_next or self.steps % self.metrics_every == 0:
+                    for each in runs:
+                        self._measured.update(each.compare(self.steps))
+                    self._measure_next = False
+                if run is None or (self.steps + 1) % self.accumulate == 0:
+                    self._update()
+        except BaseException:
+            for restore in restores:
+                restore()
+            raise
+        self._under_way = [r for r in runs if not r.is_done]
+        self._clock += 1
+
+    def _drop_gradients(self, run: Run) -> None:
+        """Stages that the schedule left out, where all had to run for the true gradient."""
+        kept = {p for k in run.active for p in self.decoupled.stages[k].parameters()}
+        for stage in self.decoupled.stages:
+            for parameter in stage.parameters():
+                if run.share > 0 and parameter not in kept:
+                    parameter.grad = None
 
     def request_metrics(self) -> None:
         """Compare predictions with their targets at the next step, whatever ``metrics_every`` says."""
@@ -145,6 +193,28 @@ class Trainer:
         Returns:
             The gradient of the loss for each interface's value, by name; zeros where none arrives.
         """
+        return self._measure(args, kwargs, target, ask=False)[0]
+
+    def diagnose(self, *args: Any, target: Any = None, **kwargs: Any) -> Diagnosis:
+        """Compare what the sources predict with the true gradient, with nothing changed.
+
+        Costs a step of backpropagation and a prediction of every source.
+
+        Args:
+            *args: positional inputs of the model.
+            target: what the loss and the context take.
+            **kwargs: keyword inputs.
+
+        Returns:
+            A report for every interface whose source predicts, with a verdict in words; prints as a table.
+        """
+        true, guesses = self._measure(args, kwargs, target, ask=True)
+        return Diagnosis({n: compare(g, true[n], "true", self.steps) for n, g in guesses.items()})
+
+    def _measure(
+        self, args: Any, kwargs: Any, target: Any, ask: bool
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """True gradients, zeros where none arrives, and predictions, by interface."""
         args, kwargs = map_tensors(torch.clone, (args, kwargs))
         values = self.decoupled.bind(*args, **kwargs)
         parameters = list(self.decoupled.parameters())
@@ -153,16 +223,20 @@ class Trainer:
             parameter.grad = None
         with restored(self.decoupled), keep_modes(), torch.enable_grad():
             try:
-                run = Run(self.decoupled, self.loss)
-                run.exactly(values, target)
-                sent = run.sent
-                return {
-                    n: g.detach() if (g := run.gradients.get(n)) is not None else torch.zeros_like(v)
-                    for n, v in sent.items()
-                }
+                run = Run(self.decoupled, self.loss, Mode(1.0), ask=ask and not self.decoupled.is_exact)
+                run.begin(values, self._context(target) if ask else None, target)
+                run.advance(0)
             finally:
                 for parameter, gradient in zip(parameters, before, strict=True):
                     parameter.grad = gradient
+        true = {
+            n: g.detach() if (g := run.gradients.get(n)) is not None else torch.zeros_like(v)
+            for n, v in run.sent.items()
+        }
+        return true, run.guesses()
+
+    def _context(self, target: Any) -> torch.Tensor | None:
+        return None if self.decoupled.context is None or target is None else self.decoupled.context(target)
 
     def fit(
         self,
@@ -201,7 +275,16 @@ class Trainer:
     # ---- state ------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that training needs to go on bit for bit: model, sources, optimisers, random states, step."""
+        """Everything that training needs to go on bit for bit: model, sources, optimisers, random states, step.
+
+        Raises:
+            DecouplingError: batches are under way to a late source; their graphs cannot be saved.
+        """
+        if self._under_way:
+            raise DecouplingError(
+                f"{len(self._under_way)} batches are still under way to late sources and cannot be saved: call "
+                "trainer.drain() first, which finishes them"
+            )
         gradients = {n: p.grad for n, p in self.decoupled.named_parameters() if p.grad is not None}
         return {
             "decoupled": self.decoupled.state_dict(),
@@ -252,6 +335,7 @@ class Trainer:
         for name, parameter in self.decoupled.named_parameters():
             parameter.grad = state["gradients"].get(name)
         self.steps = state["steps"]
+        self._under_way = []
         torch.set_rng_state(state["rng"]["torch"].cpu())
         if state["rng"]["cuda"] and torch.cuda.is_available():
             torch.cuda.set_rng_state_all([s.cpu() for s in state["rng"]["cuda"]])
@@ -272,10 +356,10 @@ class Trainer:
                 self._stage_parameters[stage.name] = own
                 self.optimizers[stage.name] = _made(self._make_optimizer(own), "optimizer")
         self._is_exact = self.decoupled.is_exact
-        for name, source in self.decoupled.sources.items():
-            if source.message == "loss":
-                raise DecouplingError(f"{name!r}: sources that learn from losses need a later version of dni_fx")
-            learnt = list(source.named_parameters())
+        for source in self.decoupled.sources.values():
+            source.unit = 1 / self.accumulate
+        for name, learner in self.decoupled.named_learners():
+            learnt = list(learner.named_parameters())
             if learnt:
                 made = _made(self._make_synthesizer_optimizer(learnt), "synthesizer_optimizer")
                 self.synthesizer_optimizers[name] = made
@@ -304,21 +388,25 @@ class Trainer:
         value = evaluate(self.loss, output, target)
         return value / self.accumulate if self.accumulate > 1 else value
 
-    def _check_finite(self, run: Run, losses: dict[str, torch.Tensor]) -> None:
+    def _check_finite(self, runs: list[Run], losses: list[tuple[str, torch.Tensor]]) -> None:
         """Losses and parameters' gradients, which everything else flows into; the place is looked for on failure only.
 
         Values may hold infinities, as masked attention logits do.
         """
         gradients = [p.grad for p in self._all_or_nothing.parameters if p.grad is not None]
-        if _all_finite([run.loss, *losses.values(), *gradients]):
+        found = [r.loss for r in runs if r.loss is not None]
+        if _all_finite([*found, *(loss for _, loss in losses), *gradients]):
             return
-        values = {n: v.nan_to_num(nan=torch.nan, neginf=0.0) for n, v in run.sent.items()}
-        places = [(f"the value of interface {n!r}", v) for n, v in values.items()]
+        places: list[tuple[str, torch.Tensor]] = []
+        for run in runs:
+            values = {n: v.nan_to_num(nan=torch.nan, neginf=0.0) for n, v in run.sent.items()}
+            places += [(f"the value of interface {n!r}", v) for n, v in values.items()]
+            places += run.places()
         named = [(f"gradient of parameter {n!r}", p.grad) for n, p in self.decoupled.model.named_parameters()]
-        places += [*run.places(), *((n, g) for n, g in named if g is not None)]
-        for name, source in self.decoupled.sources.items():
-            found = [losses.get(name), *(p.grad for p in source.parameters())]
-            places += [(f"the regression of the source at interface {name!r}", t) for t in found if t is not None]
+        places += [(n, g) for n, g in named if g is not None]
+        for name, source in self.decoupled.named_learners():
+            regressed = [*(loss for n, loss in losses if n == name), *(p.grad for p in source.parameters())]
+            places += [(f"the regression of the source at interface {name!r}", t) for t in regressed if t is not None]
         for name, tensor in places:
             if not bool(tensor.isfinite().all()):
                 kind = "NaN" if bool(tensor.isnan().any()) else "infinite"
@@ -346,6 +434,8 @@ def _made(optimizer: Any, name: str) -> torch.optim.Optimizer:
 
 def _all_finite(tensors: list[torch.Tensor]) -> bool:
     """False may also mean that a norm overflowed: look at the tensors themselves then."""
+    if not tensors:  # no stage was updated
+        return True
     first = tensors[0]
     if all(t.dtype is torch.float32 and t.device == first.device and not t.is_sparse for t in tensors):
         found = torch.zeros((), device=first.device)  # GradScaler's operator: one pass over all, times one

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .plan import CutPlan
-from .sources import GradientSource
+from .sources import GradientSource, InputSource, Served
 from .structures import Structure
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ class Variant:
         bound: where the model keeps what the stages refer to, and what it was.
         shapes: shapes of inputs for which the graph is known to be valid.
         exact: whether the self-check found it equal bit for bit; None where it was not run.
+        sources: the gradient source of each interface; None until first asked for.
+        served: the same, grouped by source.
     """
 
     trace: Trace
@@ -52,6 +54,7 @@ class Variant:
     exact: bool | None = None
     functions: tuple[StageFunctions, ...] = ()
     sources: dict[str, GradientSource] | None = None
+    served: tuple[Served, ...] = ()
 
     @property
     def cuts(self) -> tuple[str, ...]:
@@ -120,7 +123,7 @@ class Passes:
     """What a decoupled model needs of the compiler: injected, so that imports go one way."""
 
     build: Callable[..., Variant]
-    make_plan: Callable[..., tuple[CutPlan, dict[str, GradientSource]]]
+    make_plan: Callable[..., tuple[CutPlan, dict[str, GradientSource], dict[str, InputSource]]]
     emit: Callable[..., tuple[StageFunctions, ...]]
     guards_hold: Callable[..., bool]
     readable_code: Callable[[fx.GraphModule], str]

@@ -9,23 +9,25 @@ import torch
 from torch import fx
 
 from ..plan import CutPlan, Interface, NodeReport, PlanReport, SourceReport, StageCost, StageReport
-from ..sources import SOURCES, GradientSource, auto_name
+from ..sources import SOURCES, GradientSource, InputSource, Served, auto_name, serve
 from .choosing import Choice, Context
 from .costing import Costs
-from .insertion import Gradients, infer_context, make_sources, resolve_gradients
+from .insertion import Gradients, Inputs, chosen_inputs, infer_context, make_inputs, make_sources, resolve_gradients
+from .specs import infer_specs
 
 if TYPE_CHECKING:
     from ..variants import Variant
 
 
 def describe_plan(
-    variant: Variant, gradients: Gradients, context: Context | None, wanted: int | None
-) -> tuple[CutPlan, dict[str, GradientSource]]:
-    """The plan of a split model, and the sources of its interfaces.
+    variant: Variant, gradients: Gradients, inputs: Inputs | None, context: Context | None, wanted: int | None
+) -> tuple[CutPlan, dict[str, GradientSource], dict[str, InputSource]]:
+    """The plan of a split model, the sources of its interfaces, and its synthetic inputs.
 
     Args:
         variant: the split model.
         gradients: what was asked for.
+        inputs: synthetic inputs asked for.
         context: what turns targets into what the sources see.
         wanted: stages that a search was asked for; None where cuts were named.
     """
@@ -35,15 +37,23 @@ def describe_plan(
     shapes = next(iter(variant.shapes))
     batch = shapes[0][0] if shapes and len(shapes[0]) else 1
     seen = infer_context(context, batch)
-    device = variant.parameters[0].device
-    sources = make_sources(interfaces, chosen, seen, {i.name: device for i in interfaces})
+    devices = {i.name: variant.parameters[0].device for i in interfaces}
+    sources = make_sources(interfaces, chosen, seen, devices)
+    placeholders = [n for n in trace.graph.nodes if n.op == "placeholder"]
+    specs = infer_specs(trace)
+    predicted = make_inputs(interfaces, inputs, tuple(specs[n.name] for n in placeholders), devices)
     kinds = {n: c if isinstance(c, str) else _own_name(c) for n, c in chosen.items()}
     kinds.update({i.name: auto_name(i.spec, seen) for i in interfaces if kinds[i.name] == "auto"})
+    asked = chosen_inputs(interfaces, inputs)
+    unlocks = tuple((n, c if isinstance(c, str) else _own_name(c)) for n, c in asked.items())
     notes = [f"{path!r} is one opaque node: {why}" for path, why in trace.opaque.items()]
     notes += trace.notes
     notes += [f"parameter {n!r} is shared by stages {', '.join(map(str, w))}" for n, _, w in split.shared]
     if wanted is not None and len(split.stages) < wanted:
         notes.append(f"{len(split.stages)} stages instead of {wanted}: the graph has no more legal cuts")
+    for name, kind in unlocks:
+        count = sum(p.numel() for p in predicted[name].parameters())
+        notes.append(f"synthetic input at {name!r}: {kind}, {count:,} parameters")
     if choice.free:
         notes.append("stages are not contiguous in program order: exact mode equals backpropagation within rounding")
     modules = dict(trace.model.named_modules(remove_duplicate=False))
@@ -53,7 +63,7 @@ def describe_plan(
         stages=_stage_reports(variant, served),
         interfaces=interfaces,
         plain=split.plain,
-        sources={n: _source_report(kinds[n], s, choice.costs, served[n]) for n, s in sources.items()},
+        sources=_source_reports(kinds, serve(interfaces, sources), choice.costs, served),
         notes=tuple(notes),
         exact=variant.exact,
         nodes=_node_reports(variant),
@@ -62,8 +72,10 @@ def describe_plan(
     )
     order = sorted(choice.stage_of.items(), key=lambda pair: pair[1]) if choice.free else ()
     assignment = tuple((n.name, k) for n, k in order)
-    plan = CutPlan(type(trace.model).__name__, trace.digest, variant.cuts, tuple(kinds.items()), assignment, report)
-    return plan, sources
+    plan = CutPlan(
+        type(trace.model).__name__, trace.digest, variant.cuts, tuple(kinds.items()), assignment, unlocks, report
+    )
+    return plan, sources, predicted
 
 
 def _stage_reports(variant: Variant, served: Mapping[str, str]) -> tuple[StageReport, ...]:
@@ -100,6 +112,18 @@ def _stage_cost(
         activation_bytes=total(costs.activation_bytes) + received,
         source_bytes=sum(b for _, b in sent),
     )
+
+
+def _source_reports(
+    kinds: Mapping[str, str], groups: Sequence[Served], costs: Costs | None, served: Mapping[str, str]
+) -> dict[str, SourceReport]:
+    """One for each interface; those of a shared source after the first count nothing more."""
+    found = {}
+    for group in groups:
+        found[group.name] = _source_report(kinds[group.name], group.source, costs, served[group.name])
+        for name in group.names[1:]:
+            found[name] = SourceReport(f"with {group.name}", 0, 0, None if costs is None else 0.0)
+    return found
 
 
 def _source_report(kind: str, source: GradientSource, costs: Costs | None, node: str) -> SourceReport:

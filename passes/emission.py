@@ -4,6 +4,7 @@ Three graph modules come out of the same two halves:
 
 * ``forward``: from a dict of values to ``(outputs, leaves, entries)``, all with their autograd graph;
 * ``backward``: from those, with gradients for the outputs and partial gradients for the inputs, to input gradients;
+  it may keep the graph for another call;
 * ``step``: both in one, with the stage's sources in between, for training without waiting.
 
 How bits are kept: the stage's input is a view of a leaf, ``value = leaf.view()``, and ``value`` is a root of the
@@ -21,6 +22,7 @@ from collections.abc import Mapping
 import torch
 from torch import fx, nn
 
+from ..sources import GradientSource, Served, serve
 from ..stepping import Leaf, StepResult, detached, evaluate, pull_back
 from ._graphs import identifier
 from .splitting import OUTPUT, Split, StageGraph
@@ -31,8 +33,9 @@ _PREFIXES = re.compile(r"dni_fx_stepping_|^import .*\n|^from .*\n", re.MULTILINE
 class StageFunctions:
     """The emitted functions of one stage, each written when it is first asked for; see the module's docstring."""
 
-    def __init__(self, split: Split, index: int, sources: Mapping[str, nn.Module]) -> None:
-        self._stage, self._sources = split.stages[index], sources
+    def __init__(self, split: Split, index: int, sources: Mapping[str, GradientSource]) -> None:
+        self._stage = split.stages[index]
+        self._served = serve([i for i in split.interfaces if i.name in self._stage.outputs], sources)
         self._shared = split.shared_in(index)
         self._received = [i.name for i in split.interfaces if i.name in self._stage.inputs]
         self._sent = [i.name for i in split.interfaces if i.name in self._stage.outputs]
@@ -45,16 +48,16 @@ class StageFunctions:
 
     @functools.cached_property
     def backward(self) -> fx.GraphModule:
-        """``(outputs, leaves, entries, gradients, partials) -> input gradients``."""
+        """``(outputs, leaves, entries, gradients, partials, retain_graph=False) -> input gradients``."""
         return _emit_backward(self._stage, self._received, self._sent, self._shared)
 
     @functools.cached_property
     def step(self) -> fx.GraphModule:
         """``(inputs, context, loss, target) -> StepResult``."""
-        return _emit_step(self._stage, self._received, self._sent, self._unasked, self._sources)
+        return _emit_step(self._stage, self._received, self._sent, self._unasked, self._served)
 
 
-def emit_functions(split: Split, index: int, sources: Mapping[str, nn.Module]) -> StageFunctions:
+def emit_functions(split: Split, index: int, sources: Mapping[str, GradientSource]) -> StageFunctions:
     """Emit the training functions of one stage.
 
     Args:
@@ -92,12 +95,13 @@ def _emit_backward(
     outputs, leaves, entries, gradients, partials = (
         graph.placeholder(n) for n in ("outputs", "leaves", "entries", "gradients", "partials")
     )
+    retain = graph.placeholder("retain_graph", default_value=False)
     names = ["loss"] if stage.outputs == (OUTPUT,) else sent
     roots = [_item(graph, outputs, n) for n in names] + [_item(graph, entries, n) for n in received]
     roots += [graph.create_node("get_attr", f"shared.{name}") for name in shared]
     arrived = [graph.call_method("get", (gradients, n)) for n in names]
     arrived += [graph.call_method("get", (partials, n)) for n in [*received, *shared]]
-    graph.call_function(pull_back, (tuple(roots), tuple(arrived)))
+    graph.call_function(pull_back, (tuple(roots), tuple(arrived), retain))
     graph.output(_gradients(graph, {n: _item(graph, leaves, n) for n in received}))
     return fx.GraphModule({f"shared.{n}": p for n, p in shared.items()}, graph, f"Backward{stage.index}")
 
@@ -107,7 +111,7 @@ def _emit_step(
     received: list[str],
     sent: list[str],
     unasked: tuple[str, ...],
-    sources: Mapping[str, nn.Module],
+    served: tuple[Served, ...],
 ) -> fx.GraphModule:
     graph = fx.Graph()
     inputs = graph.placeholder("inputs")
@@ -129,18 +133,18 @@ def _emit_step(
             n: _named(graph.call_method("detach", (o,)), f"{identifier(n)}_sent") if n in sent or n in unasked else o
             for n, o in outputs.items()
         }
-        for name in sent:
-            path = f"sources.{source_key(name)}"
-            attributes[path] = sources[name]
-            predictions[name] = graph.call_module(path, ((results[name],), context))
-            predictions[name].name = f"{identifier(name)}_prediction"
+        found: dict[str, fx.Node] = {}
+        for group in served:
+            path, label = f"sources.{source_key(group.name)}", identifier(group.name)
+            attributes[path] = group.source
+            prediction = graph.call_module(path, (tuple(results[n] for n in group.names), context))
+            prediction.name = f"{label}_prediction"
+            predictions[group.name] = prediction
+            predicted = _named(graph.call_function(getattr, (prediction, "gradients")), f"{label}_gradients")
+            for i, name in enumerate(group.names):
+                found[name] = _item(graph, predicted, i, f"{identifier(name)}_gradient")
         roots = [outputs[n] for n in sent]
-        gradients = []
-        for name in sent:
-            predicted = _named(
-                graph.call_function(getattr, (predictions[name], "gradients")), f"{identifier(name)}_gradients"
-            )
-            gradients.append(_item(graph, predicted, 0, f"{identifier(name)}_gradient"))
+        gradients = [found[n] for n in sent]
     graph.call_function(pull_back, (tuple(roots), tuple(gradients)))
     result = (results, _gradients(graph, leaves), predictions, value_out)
     graph.output(graph.call_function(StepResult, result))

@@ -1,4 +1,4 @@
-"""Chooses and makes the gradient source of every interface."""
+"""Chooses and makes the gradient source, and where asked for the synthetic input, of every interface."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 
 from ..errors import DecouplingError, did_you_mean
 from ..plan import Interface, TensorSpec
-from ..sources import GradientSource, SourceFactory, make_source
+from ..sources import GradientSource, InputFactory, InputSource, SourceFactory, is_joint, make_input, make_source
 
 Gradients = str | SourceFactory | Mapping[str, str | SourceFactory]
+Inputs = str | InputFactory | Mapping[str, str | InputFactory]
 
 
 def resolve_gradients(interfaces: tuple[Interface, ...], gradients: Gradients) -> dict[str, str | SourceFactory]:
@@ -28,16 +29,10 @@ def resolve_gradients(interfaces: tuple[Interface, ...], gradients: Gradients) -
     Raises:
         DecouplingError: a name that is no interface (close names are suggested), or ``"exact"`` for some of them only.
     """
+    chosen = _by_interface(interfaces, gradients, "gradients")
     if not isinstance(gradients, Mapping):
-        return {i.name: gradients for i in interfaces}
-    by_name = {name: i.name for i in interfaces for name in (i.name, *i.aliases)}
-    unknown = [n for n in gradients if n not in by_name]
-    if unknown:
-        lines = "; ".join(f"{n!r}{did_you_mean(n, by_name)}" for n in unknown)
-        known = ", ".join(repr(i.name) for i in interfaces)
-        raise DecouplingError(f"gradients= names no interface of this plan: {lines}. The interfaces are {known}")
-    chosen = {by_name[n]: source for n, source in gradients.items()}
-    if "exact" in chosen.values():
+        return chosen
+    if {"exact", "joint:exact"} & {c for c in chosen.values() if isinstance(c, str)}:
         raise DecouplingError(
             "'exact' waits for the true gradient of every stage: pass gradients='exact' for the whole model"
         )
@@ -50,7 +45,8 @@ def make_sources(
     context: TensorSpec | None,
     devices: Mapping[str, torch.device],
 ) -> dict[str, GradientSource]:
-    """Make one source for each interface, on the device of its value.
+    """Make one source for each interface, on the device of its value; one for all of a stage's that ask for the same
+    ``"joint:..."``.
 
     Args:
         interfaces: values that carry a gradient across a cut.
@@ -64,14 +60,71 @@ def make_sources(
     Raises:
         DecouplingError: an unknown source, or one that cannot serve its value.
     """
-    sources = {}
+    groups: dict[object, list[Interface]] = {}
     for interface in interfaces:
+        option = chosen[interface.name]
+        key = (interface.producer, option) if is_joint(option) else interface.name
+        groups.setdefault(key, []).append(interface)
+    sources: dict[str, GradientSource] = {}
+    for group in groups.values():
+        names = [i.name for i in group]
         try:
-            source = make_source(chosen[interface.name], (interface.spec,), context)
+            source = make_source(chosen[names[0]], tuple(i.spec for i in group), context)
         except DecouplingError as error:
-            raise type(error)(f"interface {interface.name!r}: {error}") from error
-        sources[interface.name] = source.to(devices[interface.name])
-    return sources
+            raise type(error)(f"interface {', '.join(map(repr, names))}: {error}") from error
+        sources.update(dict.fromkeys(names, source.to(devices[names[0]])))
+    return {i.name: sources[i.name] for i in interfaces}
+
+
+def make_inputs(
+    interfaces: tuple[Interface, ...],
+    inputs: Inputs | None,
+    model_inputs: tuple[TensorSpec, ...],
+    devices: Mapping[str, torch.device],
+) -> dict[str, InputSource]:
+    """Make a synthetic input for every interface that one was asked for.
+
+    Args:
+        interfaces: values that carry a gradient across a cut.
+        inputs: a name or factory for all, or a mapping from interface name to either (interfaces that it leaves out
+            get none); None for none at all.
+        model_inputs: the model's tensor inputs, in order.
+        devices: device of each interface's value.
+
+    Returns:
+        By interface name. The global random state is left as it was.
+
+    Raises:
+        DecouplingError: an unknown name, or a value that cannot be predicted from the model's inputs.
+    """
+    chosen = chosen_inputs(interfaces, inputs)
+    found = {}
+    for interface in interfaces:
+        if interface.name in chosen:
+            try:
+                made = make_input(chosen[interface.name], interface.spec, model_inputs)
+            except DecouplingError as error:
+                raise type(error)(f"synthetic input at interface {interface.name!r}: {error}") from error
+            found[interface.name] = made.to(devices[interface.name])
+    return found
+
+
+def chosen_inputs(interfaces: tuple[Interface, ...], inputs: Inputs | None) -> dict[str, str | InputFactory]:
+    """The option of each interface that a synthetic input was asked for."""
+    return {} if inputs is None else _by_interface(interfaces, inputs, "inputs")
+
+
+def _by_interface(interfaces: tuple[Interface, ...], options: Any, argument: str) -> dict[str, Any]:
+    """The options of a mapping, or one for all, by interface name."""
+    if not isinstance(options, Mapping):
+        return {i.name: options for i in interfaces}
+    by_name = {name: i.name for i in interfaces for name in (i.name, *i.aliases)}
+    unknown = [n for n in options if n not in by_name]
+    if unknown:
+        lines = "; ".join(f"{n!r}{did_you_mean(n, by_name)}" for n in unknown)
+        known = ", ".join(repr(i.name) for i in interfaces)
+        raise DecouplingError(f"{argument}= names no interface of this plan: {lines}. The interfaces are {known}")
+    return {by_name[n]: option for n, option in options.items()}
 
 
 def infer_context(context: Callable[[Any], torch.Tensor] | None, batch: int) -> TensorSpec | None:

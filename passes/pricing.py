@@ -12,7 +12,7 @@ from torch import fx
 
 from ..errors import DecouplingError
 from ..plan import TensorSpec
-from ..sources import GradientSource, SourceFactory, make_source
+from ..sources import GradientSource, Prediction, SourceFactory, make_source, message_kinds
 from ._values import storage_key
 from .costing import BYTES_PER_SECOND, COPIES, FLOPS_PER_SECOND, Cost, elapsed
 from .cutting import Flow
@@ -122,6 +122,17 @@ def _operations(source: GradientSource, spec: TensorSpec) -> int:
     return spec.nbytes
 
 
+def _example_message(source: GradientSource, prediction: Prediction, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Something of the shape of what would come back."""
+    likely = {
+        "gradient": value,
+        "loss": value.new_zeros(value.shape[:1]) if prediction.loss is None else torch.zeros_like(prediction.loss),
+        "logits": value if prediction.logits is None else torch.zeros_like(prediction.logits),
+        "error": value,
+    }
+    return tuple(likely[kind] for kind in message_kinds(source))
+
+
 def _time_source(
     option: str | SourceFactory, spec: TensorSpec, context: TensorSpec | None, device: torch.device
 ) -> Cost:
@@ -141,7 +152,7 @@ def _time_source(
 
     def step() -> None:
         prediction = source((value,), seen)
-        loss = source.fit(prediction, (value,)) if source.message == "gradient" else None
+        loss = source.fit(prediction, _example_message(source, prediction, value))
         if loss is not None and loss.requires_grad and optimizer is not None:
             loss.backward()
             optimizer.step()

@@ -116,9 +116,7 @@ def split_stages(flow: Flow, stage_of: dict[fx.Node, int], named: tuple[str, ...
     _check_order({(stage_of[v], c) for v, consumers in users.items() for c in consumers})
     crossing = [n for n in flow.nodes if n in users]
     away = lambda n, u: stage_of.get(u, count - 1) != stage_of[n]  # noqa: E731
-    carrying = {
-        n for n in crossing if needs_gradient(n) and any(u in flow.returning and away(n, u) for u in n.users)
-    }
+    carrying = {n for n in crossing if needs_gradient(n) and any(u in flow.returning and away(n, u) for u in n.users)}
     names = _crossing_names(flow, crossing, named)
     stages = tuple(_build_stage(flow, stage_of, k, count, names, users) for k in range(count))
     interfaces = tuple(

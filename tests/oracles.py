@@ -209,19 +209,21 @@ def decoupled_run(
     decoupled: dni_fx.Decoupled | None = None,
     before_step: Callable[[dni_fx.Decoupled, dni_fx.Trainer, Any, Any, Any], None] | None = None,
     prepare: Callable[[dni_fx.Decoupled], None] | None = None,
+    schedule: Any = "sequential",
 ) -> Record:
     """Train the case's model decoupled and record what :func:`backprop_run` records.
 
     Args:
         before_step: called before each step with the decoupled model, the trainer, the step's arguments and target.
         prepare: called once with the decoupled model; negative controls break it there.
+        schedule: the trainer's.
     """
     if decoupled is None:
         decoupled = transform(case, dtype, gradients, batch=batch, seed=seed)
     if prepare is not None:
         prepare(decoupled)
     grads: Record = {}
-    trainer = dni_fx.Trainer(decoupled, case.loss, optimizer=recording(optimizer, grads))
+    trainer = dni_fx.Trainer(decoupled, case.loss, optimizer=recording(optimizer, grads), schedule=schedule)
     record: Record = {}
     for step in range(steps):
         args, kwargs, target = draw(case, batch, dtype, seed + step)

@@ -18,6 +18,8 @@ from torch import nn
 
 import dni_fx
 from dni_fx.passes import emission
+from dni_fx.schedules import WarmUp
+from dni_fx.sources import Mix
 from dni_fx.stepping import pull_back
 
 from . import oracles
@@ -47,6 +49,23 @@ def backprop(name: str, dtype: torch.dtype, optimizer: oracles.Optimizers) -> or
 def test_exact_equals_backprop(case: Case, optimizer: oracles.Optimizers, dtype: torch.dtype) -> None:
     got = oracles.exact_run(case, dtype, optimizer)
     oracles.assert_bits_equal(got, backprop(case.name, dtype, optimizer), f"{case.name}: exact mode")
+
+
+@OPTIMIZERS
+@EVERY_CASE
+def test_a_share_of_one_equals_backprop(case: Case, optimizer: oracles.Optimizers) -> None:
+    """BP(λ) with λ = 1, source by source, and as a schedule with sources in shadow."""
+    want = backprop(case.name, torch.float32, optimizer)
+    mix = functools.partial(Mix, source="mlp", share=1.0)
+    got = oracles.decoupled_run(case, torch.float32, optimizer, gradients=mix)
+    oracles.assert_bits_equal(got, want, f"{case.name}: mix")
+    got = oracles.decoupled_run(case, torch.float32, optimizer, gradients="mlp", schedule=WarmUp(steps=100))
+    oracles.assert_bits_equal(got, want, f"{case.name}: shadow mode")
+
+
+def test_the_oracle_sees_a_share_of_less_than_one() -> None:
+    mix = functools.partial(Mix, source="mlp", share=1 - 1e-6)
+    must_fail(lambda: compare(oracles.decoupled_run(FAN, torch.float32, oracles.sgd, gradients=mix)), says="weight")
 
 
 @DTYPES
@@ -171,12 +190,12 @@ def test_replay_oracle_sees_a_slightly_wrong_gradient(factor: float) -> None:
     must_fail(lambda: compare(oracles.replay_run(FAN, torch.float32, oracles.sgd, before_step=wrong)), says="a.weight")
 
 
-def drop_one(roots: Any, gradients: Any) -> None:
+def drop_one(roots: Any, gradients: Any, retain_graph: bool = False) -> None:
     """A pull-back that forgets what later stages sent for a stage's own input."""
-    pull_back(roots[:1], gradients[:1])
+    pull_back(roots[:1], gradients[:1], retain_graph)
 
 
-def one_by_one(roots: Any, gradients: Any) -> None:
+def one_by_one(roots: Any, gradients: Any, retain_graph: bool = False) -> None:
     """A pull-back that is right, but adds partial gradients in another order than autograd."""
     for root, gradient in zip(roots, gradients, strict=True):
         if gradient is not None and root.requires_grad:

@@ -10,31 +10,55 @@ from torch import nn
 
 from ..errors import DecouplingError, did_you_mean
 from ..plan import TensorSpec
-from .base import GradientSource, Prediction
+from .base import GradientSource, Prediction, message_kinds
 from .context import OneHot, align_context, one_hot
 from .controls import Exact, Stale, Zero
 from .convolutional import Conv, ConvNetwork
+from .heads import Critic, Distill, Local, LossHead, Sobolev
+from .inputs import INPUTS, InputFactory, InputSource, make_input
+from .late import Corrected, Delayed, Feedback, Mix, mix
 from .regression import MLP, Linear, Network, Pointwise, Regression
+from .serving import JOINT, Joint, Served, is_joint, serve
 
 __all__ = [
+    "INPUTS",
+    "JOINT",
     "MLP",
     "SOURCES",
     "Auto",
     "Conv",
+    "Corrected",
+    "Critic",
+    "Delayed",
+    "Distill",
     "Exact",
+    "Feedback",
     "GradientSource",
+    "InputFactory",
+    "InputSource",
+    "Joint",
     "Linear",
+    "Local",
+    "LossHead",
+    "Mix",
     "Network",
     "OneHot",
     "Prediction",
     "Regression",
+    "Served",
+    "Sobolev",
     "SourceFactory",
     "Stale",
     "Zero",
     "align_context",
     "auto_name",
+    "is_joint",
+    "make_input",
     "make_source",
+    "message_kinds",
+    "mix",
     "one_hot",
+    "serve",
 ]
 
 SourceFactory = Callable[[Sequence[TensorSpec], TensorSpec | None], GradientSource]
@@ -76,6 +100,14 @@ SOURCES: dict[str, type[GradientSource]] = {
     "linear": Linear,
     "mlp": MLP,
     "conv": Conv,
+    "local": Local,
+    "critic": Critic,
+    "sobolev": Sobolev,
+    "distill": Distill,
+    "delayed": Delayed,
+    "corrected": Corrected,
+    "mix": Mix,
+    "feedback": Feedback,
     "zero": Zero,
     "stale": Stale,
     "exact": Exact,
@@ -90,8 +122,8 @@ def make_source(
     The global random state is left as it was; a source's initial weights follow from it all the same.
 
     Args:
-        option: a name (``"auto"``, ``"linear"``, ``"mlp"``, ``"conv"``, ``"zero"``, ``"stale"``, ``"exact"``) or a
-            callable ``(specs, context_spec) -> GradientSource``; a GradientSource class is one.
+        option: a name of :data:`SOURCES`, with or without ``"joint:"`` before it, or a callable
+            ``(specs, context_spec) -> GradientSource``; a GradientSource class is one.
         specs: the values served.
         context_spec: the context, None where there is none.
 
@@ -101,9 +133,9 @@ def make_source(
     Raises:
         DecouplingError: unknown name; not a factory; a source that does not fit the value or the context.
     """
-    factory: object = SOURCES.get(option) if isinstance(option, str) else option
+    factory: object = SOURCES.get(option.removeprefix(JOINT)) if isinstance(option, str) else option
     if factory is None:
-        hint = did_you_mean(str(option), SOURCES)
+        hint = did_you_mean(str(option).removeprefix(JOINT), SOURCES)
         known = ", ".join(repr(name) for name in SOURCES)
         raise DecouplingError(f"unknown gradient source {option!r}{hint}. Known: {known}, or a GradientSource factory.")
     if isinstance(factory, GradientSource):

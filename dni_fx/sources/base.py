@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..errors import DecouplingError
 from ..plan import TensorSpec
-
 
 MESSAGES = ("gradient", "loss", "logits", "error")
 
@@ -66,6 +66,8 @@ class GradientSource(nn.Module):
         recompute: for ``lag`` of 1 or more: run the stage's forward again when the message is there, with the weights
             of that moment and the randomness of the first time (Features Replay); else its graph and the weights that
             it used are kept (DDG).
+        corrects: for sources with a ``lag``: the prediction is pulled back at once all the same, and what ``complete``
+            returns later comes on top of it.
         unit: the factor in front of the mean loss, set by the trainer (1 / accumulate); what a source that computes
             gradients of a loss of its own multiplies them by.
         exact: True only for the marker of exact mode, which the trainer runs itself.
@@ -108,6 +110,7 @@ class GradientSource(nn.Module):
     lag: int | None = None
     recompute: bool = True
     unit: float = 1.0
+    corrects: ClassVar[bool] = False
     exact: ClassVar[bool] = False
 
     def __init__(self, specs: Sequence[TensorSpec], context: TensorSpec | None = None) -> None:
@@ -170,8 +173,18 @@ class GradientSource(nn.Module):
 
 
 def message_kinds(source: GradientSource) -> tuple[str, ...]:
-    """The kinds of message that a source asks for, in order; none for ``"none"``."""
-    return () if source.message == "none" else tuple(source.message.split("+"))
+    """The kinds of message that a source asks for, in order; none for ``"none"``.
+
+    Raises:
+        DecouplingError: a kind that does not exist, or another order.
+    """
+    kinds = () if source.message == "none" else tuple(source.message.split("+"))
+    if kinds != tuple(k for k in ("gradient", "loss", "logits", "error") if k in kinds):
+        raise DecouplingError(
+            f"{type(source).__name__}.message is {source.message!r}; it must be 'none', or of 'gradient', 'loss', "
+            "'logits' and 'error' those it asks for, in this order, joined by '+'"
+        )
+    return kinds
 
 
 def like(gradient: Tensor, value: Tensor) -> Tensor:

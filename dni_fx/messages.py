@@ -1,0 +1,177 @@
+"""What comes back to a source from the stages behind it: gradients, losses, logits, the output's error."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .errors import DecouplingError
+from .sources import Served, message_kinds
+
+if TYPE_CHECKING:
+    from .running import Run
+
+
+class Messages:
+    """The messages of one batch.
+
+    A message about losses or logits is what the sources of the consuming stages estimate, in the mean where there are
+    several; where they estimate nothing it comes from the stages behind these, at last from the true output.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run: Run = weakref.proxy(run)  # no circle: a batch's tensors go when the batch does
+        self.last = len(run.stages) - 1
+        self.known: dict[tuple[str, int], torch.Tensor] = {}
+
+    def of(self, group: Served) -> tuple[torch.Tensor, ...]:
+        """Everything that a source asks for, in the order of its kinds."""
+        message: list[torch.Tensor] = []
+        for kind in message_kinds(group.source):
+            if kind == "gradient":
+                message += self.gradients(group)
+            elif kind == "error":
+                assert self.run.error is not None
+                message.append(self.run.error)
+            else:
+                estimates = [self._estimate(kind, c) for c in group.consumers]
+                message.append(_mean([e for e in estimates if e is not None]))
+        return tuple(message)
+
+    def gradients(self, group: Served) -> tuple[torch.Tensor, ...]:
+        """What arrived for each value; zeros where nothing did."""
+        found = [self.run.gradients.get(n) for n in group.names]
+        pairs = zip(group.names, found, strict=True)
+        return tuple(torch.zeros_like(self.run.sent[n]) if g is None else g for n, g in pairs)
+
+    def has_gradients(self, group: Served) -> bool:
+        """Whether every consumer has sent its gradient."""
+        return all(c in self.run.finished for c in group.consumers)
+
+    def is_there(self, group: Served) -> bool:
+        """Whether everything that a source asks for can be had now."""
+        kinds = message_kinds(group.source)
+        return (
+            not self.is_lost(group)
+            and ("gradient" not in kinds or self.has_gradients(group))
+            and ("error" not in kinds or self.run.error is not None)
+        )
+
+    def arrived(self, group: Served) -> int | None:
+        """The step in which the last part of a message came; None before."""
+        if not self.is_there(group):
+            return None
+        if "gradient" in message_kinds(group.source):
+            return max(self.run.finished[c] for c in group.consumers)
+        return self.run.finished[self.last]
+
+    def is_lost(self, group: Served) -> bool:
+        """Whether a message can never come, since a stage that it needs is not updated with this batch."""
+        run, kinds = self.run, message_kinds(group.source)
+        if run.share > 0:
+            return False
+        away = [c for c in group.consumers if c not in run.finished and c not in run.tapes]
+        if "gradient" in kinds and away:
+            return True
+        if "error" in kinds and self.last not in run.active:
+            return True
+        return any(self._estimate(k, c) is None for k in kinds if k in ("loss", "logits") for c in group.consumers)
+
+    def may_come(self, group: Served) -> bool:
+        """Whether a source still waits for something that will come."""
+        return not self.is_lost(group) and "gradient" in message_kinds(group.source)
+
+    def _estimate(self, kind: str, stage: int) -> torch.Tensor | None:
+        """Losses ``(batch,)`` or logits as estimated behind a stage's inputs; None where that stage is not run."""
+        if (kind, stage) in self.known:
+            return self.known[kind, stage]
+        if stage == self.last:
+            if self.run.loss is None:
+                return None
+            found = self._true(kind)
+        else:
+            groups = self.run.by_producer[stage]
+            answers = [self.run.predictions[s.name] for s in groups if s.name in self.run.predictions]
+            own = [a.loss if kind == "loss" else a.logits for a in answers]
+            estimates = [e for e in own if e is not None]
+            if not estimates:
+                behind = [self._estimate(kind, c) for s in groups for c in s.consumers]
+                estimates = [e for e in behind if e is not None]
+            if not estimates:
+                return None
+            found = _mean(estimates)
+        self.known[kind, stage] = found
+        return found
+
+    def _true(self, kind: str) -> torch.Tensor:
+        run = self.run
+        if kind == "loss":
+            return sample_losses(run.plain_loss, run.output, run.target)
+        if not isinstance(run.output, torch.Tensor):
+            raise DecouplingError(
+                f"a source asks for the model's output as logits, but it is a {type(run.output).__name__}; use a "
+                "source that does not, such as 'local'"
+            )
+        return run.output
+
+
+def sample_losses(loss: Callable[..., torch.Tensor], output: Any, target: Any) -> torch.Tensor:
+    """Each sample's own loss, its mean over positions that count.
+
+    Losses of torch give them by ``reduction="none"``; other callables are asked one sample at a time.
+
+    Args:
+        loss: ``loss(output, target)``.
+        output: the model's output, ``(batch, ...)``.
+        target: the target, ``(batch, ...)``.
+
+    Returns:
+        ``(batch,)``, without a graph.
+
+    Raises:
+        DecouplingError: neither way is possible.
+    """
+    with torch.no_grad():
+        if isinstance(loss, nn.Module) and isinstance(getattr(loss, "reduction", None), str):
+            unreduced: Any = copy.copy(loss)
+            unreduced.reduction = "none"
+            return _per_sample(unreduced(output, target), output)
+        if _takes_reduction(loss):
+            return _per_sample(loss(output, target, reduction="none"), output)
+        try:
+            count = len(output)
+            each = [loss(output[i : i + 1], target[i : i + 1]) for i in range(count)]
+            return torch.stack([e.reshape(()) for e in each])
+        except Exception as error:
+            raise DecouplingError(
+                f"a source asks for each sample's loss, but the loss can not be had sample by sample ({error}): it "
+                "must take reduction='none', or slices of output and target; or use a source that needs no losses, "
+                "such as 'local' or 'linear'"
+            ) from error
+
+
+def _takes_reduction(loss: Callable[..., Any]) -> bool:
+    try:
+        return "reduction" in inspect.signature(loss).parameters
+    except (TypeError, ValueError):
+        return False
+
+
+def _per_sample(losses: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    if losses.dim() == 0 or losses.shape[0] != output.shape[0]:
+        raise DecouplingError(
+            f"a source asks for each sample's loss, but with reduction='none' the loss has shape "
+            f"{tuple(losses.shape)} for an output of shape {tuple(output.shape)}: the batch must come first"
+        )
+    flat = losses.reshape(len(losses), -1)
+    return flat.sum(1) / (flat != 0).sum(1).clamp(min=1)  # positions that the loss ignores count as zero
+
+
+def _mean(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.stack(tensors).mean(0)

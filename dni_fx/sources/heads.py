@@ -1,0 +1,418 @@
+"""Loss heads: small networks that guess the loss from what crosses a cut and the label; their gradient is pulled back.
+
+A synthesizer that regresses gradients must find out how the loss depends on the label. A head is told: it computes
+logits, and from them and the label the loss itself. What it learns from is then a choice: the labels alone (greedy
+local learning), the loss or the logits of the next head (critics, distillation), or also the gradient (Sobolev
+training). Except for the last, messages are a few numbers per sample, where a gradient is as large as its value.
+
+A head serves one value, or a whole boundary jointly: of two values that cross a cut together, say a block's output and
+its skip connection, either says little alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import DecouplingError
+from ..plan import TensorSpec
+from .base import GradientSource, Prediction, like
+from .regression import Network, Regression
+
+WIDEST = 256  # channels of hidden layers, unless asked for: twice 1024 channels would cost more than their stage
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class Evaluation(NamedTuple):
+    """The ``state`` of a head's prediction: one forward, with its graph.
+
+    Attributes:
+        logits: ``(batch, *positions, k)``; positions are the context's, none for labels ``(batch, k)``.
+        losses: ``(batch,)``, each sample's.
+        mean: the scalar whose gradient was predicted.
+        weights: ``(batch, *positions)``, how much each counts in the mean; 0 for ignored labels.
+        gradients: of ``mean``, one per value, with a graph of their own; none in heads that do not learn from them.
+    """
+
+    logits: Tensor
+    losses: Tensor
+    mean: Tensor
+    weights: Tensor
+    gradients: tuple[Tensor, ...]
+
+
+class LossHead(GradientSource):
+    r"""Base of the heads: logits :math:`p = W [e_1(h_1), \dots, e_n(h_n)] + b` of one or several values, jointly.
+
+    .. math::
+        \hat g_i = \frac{\partial}{\partial h_i} \operatorname{mean} \ell(p(h_1, \dots, h_n; \phi), c)
+
+    Maps ``(batch, channels, *space)`` are encoded by convolutions, other values ``(batch, ..., features)`` by the same
+    layers at every position; then come means over all positions that the context lacks. So labels ``(batch, k)`` give
+    logits ``(batch, k)``, and a context per token ``(batch, time, k)`` or per pixel ``(batch, height, width, k)`` gives
+    logits of its own shape. Values of shape ``(batch,)`` count as one feature.
+
+    A sample's loss is the mean over its positions, and the mean loss that over all positions of the batch, as in
+    ``torch.nn.functional.cross_entropy``. For cross entropy, rows of the context that are all 0 are ignored labels:
+    they count in neither mean, and a batch of nothing else has loss 0. What a head learns from is its subclass's.
+
+    Args:
+        specs: the values served.
+        context: the context, with as many features as the model has outputs. Required.
+        loss: ``"cross_entropy"`` with the context as probabilities, ``"mse"`` to the context, or a callable
+            ``(logits, context) -> losses`` of shape ``(batch, *positions)`` or ``(batch,)``.
+        hidden: number of hidden layers of each encoder: convolution 3 (or linear), normalisation (maps only), ReLU; by
+            default 2 for maps and 1 for others.
+        width: features of the first one, further ones have ``stride`` times as many, up to 256; by default the value's
+            times ``stride`` for maps, and the value's, at least 64, for others.
+        stride: of each convolution; 1 where the context has positions, since these are kept.
+        norm: ``"batch"``: by the batch's own mean and variance, in any mode; ``"none"``.
+        factor: multiplies the gradients on use.
+
+    Raises:
+        DecouplingError: no context, scalars, a context that does not line up, or options that do not exist.
+    """
+
+    create_graph: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        specs: Sequence[TensorSpec],
+        context: TensorSpec | None = None,
+        *,
+        loss: str | Loss = "cross_entropy",
+        hidden: int | None = None,
+        width: int | None = None,
+        stride: int = 2,
+        norm: str = "batch",
+        factor: float = 1.0,
+    ) -> None:
+        super().__init__(specs, context)
+        if context is None or not context.shape or any(not spec.shape for spec in self.specs):
+            found = "has no context" if context is None or not context.shape else "serves a scalar"
+            raise DecouplingError(
+                f"{type(self).__name__} is a loss head: it needs labels, and values with a batch dimension, but {found}"
+                ". Pass context=dni_fx.one_hot(classes) to decouple, or use 'linear' or 'delayed' here."
+            )
+        if not callable(loss) and loss not in ("cross_entropy", "mse"):
+            raise DecouplingError(f"unknown loss {loss!r}; known: 'cross_entropy', 'mse', or a callable")
+        if norm not in ("batch", "none"):
+            raise DecouplingError(f"unknown norm {norm!r}; known: 'batch', 'none'")
+        self.loss, self.factor, self.context_shape = loss, factor, tuple(context.shape)
+        # Half precision is too coarse for the small steps of learning.
+        dtype = torch.float64 if any(spec.dtype == torch.float64 for spec in self.specs) else torch.float32
+        stride = stride if len(self.context_shape) == 2 else 1
+        encoders = [Encoder(spec, hidden, width, stride, norm, dtype) for spec in self.specs]
+        for spec, encoder in zip(self.specs, encoders, strict=True):
+            encoder.check(spec.shape, self.context_shape)
+        self.encoders = nn.ModuleList(encoders)
+        self.output = nn.Linear(sum(e.outputs for e in encoders), self.context_shape[-1], dtype=dtype)
+
+    def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
+        """Gradients of the mean loss; ``state`` is an :class:`Evaluation`.
+
+        Raises:
+            DecouplingError: a value or the context is not of the kind that the head was made for.
+        """
+        dtype, rank, features = self.output.weight.dtype, len(self.context_shape), self.context_shape[-1]
+        if context is None or context.dim() != rank or context.shape[-1] != features:
+            got = "none" if context is None else f"one of shape {tuple(context.shape)}"
+            raise DecouplingError(
+                f"a loss head was made for a context like {self.context_shape}, but got {got}. Pass target= to "
+                "Trainer.step, or context= to stage.step; the rank and features of a context may not change."
+            )
+        keep = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # In the head's dtype at once: gradients of mean losses are too small for float16.
+            leaves = tuple(value.detach().to(dtype).requires_grad_() for value in values)
+            # Views, since FlopCounterMode hooks what a module is given, which autograd.grad does not allow for leaves.
+            logits = self.logits(tuple(leaf.view_as(leaf) for leaf in leaves), context)
+            losses, mean, weights = self.evaluate(logits, context.detach().to(dtype))
+            found = torch.autograd.grad(mean, leaves, retain_graph=keep, create_graph=keep and self.create_graph)
+        factor = self.unit * self.factor
+        gradients = tuple(like(g.detach() * factor, value) for g, value in zip(found, values, strict=True))
+        state = Evaluation(logits, losses, mean, weights, found if self.create_graph else ())
+        return Prediction(gradients, state, losses.detach(), logits.detach())
+
+    def logits(self, values: tuple[Tensor, ...], context: Tensor) -> Tensor:
+        """Logits ``(batch, *positions, k)``, in the parameters' dtype."""
+        shape = tuple(context.shape)
+        encoded = [encoder(value, shape) for encoder, value in zip(self.encoders, values, strict=True)]
+        lead = torch.broadcast_shapes(shape[:-1], *(e.shape[:-1] for e in encoded))
+        joined = torch.cat([e.expand(*lead, -1) for e in encoded], -1) if len(encoded) > 1 else encoded[0]
+        logits: Tensor = self.output(joined).to(self.output.weight.dtype)
+        return logits.expand(*lead, -1)
+
+    def evaluate(self, logits: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Each sample's loss ``(batch,)``, the mean loss, and the weights ``(batch, *positions)`` in the mean."""
+        lead = logits.shape[:-1]
+        counts = logits.new_ones(lead)
+        if self.loss == "cross_entropy":
+            losses = -(context * F.log_softmax(logits, -1)).sum(-1)
+            counts = (context != 0).any(-1).to(logits.dtype).expand(lead)
+        elif self.loss == "mse":
+            losses = (logits - context).square().mean(-1)
+        else:
+            losses = self.loss(logits, context)  # type: ignore[operator]
+        weights = counts / counts.sum().clamp(min=1)
+        if losses.shape == lead:
+            total, flat = (losses * weights).sum(), counts.flatten(1) if len(lead) > 1 else counts[:, None]
+            return (losses.view_as(flat) * flat).sum(1) / flat.sum(1).clamp(min=1), total, weights
+        if losses.shape != lead[:1]:
+            raise DecouplingError(
+                f"the loss of a head returned shape {tuple(losses.shape)} for logits of shape {tuple(logits.shape)}: "
+                f"it must return a loss per position, {tuple(lead)}, or per sample, {tuple(lead[:1])}"
+            )
+        return losses, losses.mean(), weights
+
+
+class Local(LossHead):
+    r"""Greedy: the head learns from the labels alone, :math:`\mathcal L(\phi) = \operatorname{mean} \ell(p, c)`.
+
+    Nothing comes back over the cut. Arguments as for :class:`LossHead`.
+
+    Source:
+        Belilovsky et al. 2019, arXiv:1901.08164 (decoupled greedy learning).
+    """
+
+    message = "none"
+
+    def fit(self, prediction: Prediction, message: tuple[Tensor, ...]) -> Tensor:
+        """The mean label loss."""
+        mean: Tensor = prediction.state.mean
+        return mean
+
+
+class Critic(LossHead):
+    r"""The head learns each sample's loss: :math:`\mathcal L(\phi) = \operatorname{mean}_b |\ell(p_b, c_b) - L_b|`.
+
+    :math:`L_b` is the loss as the next head estimates it, the true one before the last stage.
+
+    Args:
+        specs: the values served.
+        context: the context. Required.
+        distance: ``"l1"`` or ``"l2"``: mean absolute or squared difference.
+        **options: as for :class:`LossHead`.
+
+    Source:
+        Lee et al. 2021, arXiv:2102.01963 (local critic training); Czarnecki et al. 2017, arXiv:1706.04859 (critic).
+    """
+
+    message = "loss"
+
+    def __init__(
+        self, specs: Sequence[TensorSpec], context: TensorSpec | None = None, *, distance: str = "l1", **options: Any
+    ) -> None:
+        super().__init__(specs, context, **options)
+        if distance not in ("l1", "l2"):
+            raise DecouplingError(f"unknown distance {distance!r} between losses; known: 'l1', 'l2'")
+        self.distance = F.l1_loss if distance == "l1" else F.mse_loss
+
+    def fit(self, prediction: Prediction, message: tuple[Tensor, ...]) -> Tensor:
+        """The mean distance of the losses.
+
+        Raises:
+            DecouplingError: the message does not end with a loss per sample.
+        """
+        losses, target = prediction.state.losses, message[-1]
+        if target.shape != losses.shape:
+            raise DecouplingError(
+                f"losses of shape {tuple(target.shape)} came back to a head whose own have shape "
+                f"{tuple(losses.shape)}: a critic learns from one loss per sample"
+            )
+        return self.distance(losses, target.detach().to(losses.dtype))
+
+
+class Sobolev(Critic):
+    r"""A critic that learns gradients too: adds :math:`w \sum_i \operatorname{mean} (\hat g_i - \delta_i)^2 / s_i^2`.
+
+    :math:`\delta_i` is the gradient that came back, :math:`s_i` its running root mean square as in
+    :class:`~dni_fx.sources.Regression`, and :math:`\hat g` is taken without ``factor``. The backward of ``fit``
+    differentiates twice, so the head's loss needs a second derivative.
+
+    Args:
+        specs: the values served.
+        context: the context. Required.
+        weight: :math:`w`.
+        **options: as for :class:`Critic`.
+
+    Source:
+        Czarnecki et al. 2017, arXiv:1706.04859, section on synthetic gradients. The normalisation is ours.
+    """
+
+    message = "gradient+loss"
+    create_graph: ClassVar[bool] = True
+
+    def __init__(
+        self, specs: Sequence[TensorSpec], context: TensorSpec | None = None, *, weight: float = 1.0, **options: Any
+    ) -> None:
+        super().__init__(specs, context, **options)
+        self.weight, self.running = weight, RunningScale(self.specs)
+
+    def fit(self, prediction: Prediction, message: tuple[Tensor, ...]) -> Tensor:
+        """The critic's loss plus the weighted error of the gradients; updates their scale first.
+
+        Raises:
+            DecouplingError: the message is not a gradient of each value's shape, then a loss per sample.
+        """
+        gradients = tuple(gradient * self.unit for gradient in prediction.state.gradients)
+        return super().fit(prediction, message) + self.weight * self.running.compare(gradients, message[:-1])
+
+
+class RunningScale(Regression):
+    """A regression without networks: the scale of gradients that are computed elsewhere."""
+
+    def __init__(self, specs: Sequence[TensorSpec]) -> None:
+        super().__init__(specs, None, Network)  # the networks' base has no parameters
+
+    def compare(self, gradients: tuple[Tensor, ...], targets: tuple[Tensor, ...]) -> Tensor:
+        """Mean squared error in units of the running scale, summed over the values; updates the scale first."""
+        expected, got = [tuple(g.shape) for g in gradients], [tuple(t.shape) for t in targets]
+        if expected != got:
+            raise DecouplingError(f"gradients of shapes {got} came back to a head for values of shapes {expected}")
+        targets = tuple(target.detach().to(self.scale.dtype) for target in targets)
+        self._update_scale(targets)
+        inverses = self.scale.reciprocal().nan_to_num(posinf=0.0).unbind()  # nothing to learn while there is no scale
+        errors = [
+            F.mse_loss(gradient.to(target.dtype) * inverse, target * inverse)
+            for gradient, target, inverse in zip(gradients, targets, inverses, strict=True)
+        ]
+        return torch.stack(errors).sum()
+
+
+class Distill(LossHead):
+    r"""The head learns the next head's logits, the model's before the last stage, and the labels.
+
+    .. math::
+        \mathcal L(\phi) = T^2 \operatorname{mean} \mathrm{KL}\bigl(\operatorname{softmax}(q / T) \,\|\,
+        \operatorname{softmax}(p / T)\bigr) + \lambda \operatorname{mean} \ell(p, c)
+
+    with :math:`q` the logits that came back. For ``loss="mse"`` the first term is the mean of :math:`(p - q)^2`.
+    Positions with ignored labels count in neither term.
+
+    Args:
+        specs: the values served.
+        context: the context, with as many features as the model's output. Required.
+        temperature: :math:`T`.
+        labels: :math:`\lambda`; 0 to learn from the logits alone.
+        **options: as for :class:`LossHead`.
+
+    Source:
+        Hinton et al. 2015, arXiv:1503.02531, section 2. The chain of heads is ours.
+    """
+
+    message = "logits"
+
+    def __init__(
+        self,
+        specs: Sequence[TensorSpec],
+        context: TensorSpec | None = None,
+        *,
+        temperature: float = 1.0,
+        labels: float = 1.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(specs, context, **options)
+        self.temperature, self.labels = temperature, labels
+
+    def fit(self, prediction: Prediction, message: tuple[Tensor, ...]) -> Tensor:
+        """Divergence from the logits that came back, whose features are last, or second as models of maps have them.
+
+        Raises:
+            DecouplingError: logits of another shape.
+        """
+        own, target = prediction.state.logits, message[0]
+        if target.shape != own.shape and target.dim() > 2:
+            target = target.movedim(1, -1)
+        if target.shape != own.shape:
+            raise DecouplingError(
+                f"logits of shape {tuple(message[0].shape)} came back to a head whose own have shape "
+                f"{tuple(own.shape)}: 'distill' needs a model output with as many features as the context has, at the "
+                "context's positions. Use 'local'."
+            )
+        target = target.detach().to(own.dtype)
+        if self.loss == "mse":
+            distances = (own - target).square().mean(-1)
+        else:
+            log_p, log_q = (F.log_softmax(logits / self.temperature, -1) for logits in (own, target))
+            distances = self.temperature**2 * F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
+        loss: Tensor = (distances * prediction.state.weights).sum()
+        return loss + self.labels * prediction.state.mean if self.labels else loss
+
+
+class Encoder(nn.Module):
+    """One value as features at the positions that the context has; arguments as for :class:`LossHead`."""
+
+    def __init__(
+        self, spec: TensorSpec, hidden: int | None, width: int | None, stride: int, norm: str, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.shape = spec.shape if len(spec.shape) > 1 else (*spec.shape, 1)
+        self.space = len(self.shape) - 2 if spec.feature_dim == 1 else 0
+        self.feature_dim = 1 if self.space else -1
+        if self.space > 3:
+            raise DecouplingError(f"no loss head for maps with more than 3 spatial dimensions, such as {spec.shape}")
+        features = self.shape[self.feature_dim]
+        hidden = (2 if self.space else 1) if hidden is None else hidden
+        blocks: list[nn.Module] = []
+        if self.space:
+            first = min(features * stride, WIDEST) if width is None else width
+            sizes = [features] + [min(first * stride**i, max(first, WIDEST)) for i in range(hidden)]
+            convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[self.space - 1]
+            for a, b in pairwise(sizes):
+                blocks.append(convolution(a, b, 3, stride, 1, bias=norm == "none", dtype=dtype))
+                blocks += [nn.ReLU()] if norm == "none" else [BatchNorm(b, dtype), nn.ReLU()]
+        else:
+            sizes = [features] + [max(features, 64) if width is None else width] * hidden
+            for a, b in pairwise(sizes):
+                blocks += [nn.Linear(a, b, dtype=dtype), nn.ReLU()]
+        self.blocks, self.outputs = nn.Sequential(*blocks), sizes[-1]
+
+    def forward(self, value: Tensor, context: tuple[int, ...]) -> Tensor:
+        """Features, with as many dimensions as a context of that shape; sizes are the context's or 1."""
+        self.check(tuple(value.shape), context)
+        h: Tensor = self.blocks(value if value.dim() > 1 else value[:, None])
+        h = h.movedim(1, -1) if self.space else h
+        rank = len(context)
+        if once := [i for i in range(1, min(rank, h.dim()) - 1) if context[i] == 1 < h.shape[i]]:
+            h = h.mean(once, keepdim=True)
+        if h.dim() > rank:
+            h = h.mean(tuple(range(rank - 1, h.dim() - 1)))
+        return h[(..., *(None,) * (rank - h.dim()), slice(None))]
+
+    def check(self, shape: tuple[int, ...], context: tuple[int, ...]) -> None:
+        """Raise an error unless a value of this shape is of the encoder's kind and lines up with the context."""
+        full = shape if len(shape) > 1 else (*shape, 1)
+        if len(full) != len(self.shape) or full[self.feature_dim] != self.shape[self.feature_dim]:
+            raise DecouplingError(
+                f"a loss head made for values like {self.shape} (features in dimension {self.feature_dim}) got one of "
+                f"shape {shape}: only batch, time and space may change. Decouple again for a new size."
+            )
+        lead = full[:1] + full[2:] if self.space else full[:-1]
+        if any(have != want and 1 not in (have, want) for have, want in zip(lead, context[:-1], strict=False)):
+            raise DecouplingError(
+                f"a context of shape {context} does not line up with a value of shape {shape} (features in dimension "
+                f"{self.feature_dim}): its sizes must match {lead} from the left, each equal or 1. Return such a shape "
+                "from context=<callable>, or use 'linear' or 'delayed' here."
+            )
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation by the batch's own statistics, in any mode; a single value per channel stays as it is."""
+
+    def __init__(self, features: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(features, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(features, dtype=dtype))
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Normalise ``(batch, features, *space)``."""
+        if maps.numel() == maps.shape[1]:  # no variance: F.batch_norm refuses
+            return (maps.flatten() * self.weight + self.bias).view_as(maps)
+        return F.batch_norm(maps, None, None, self.weight, self.bias, training=True)

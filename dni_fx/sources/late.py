@@ -1,0 +1,268 @@
+"""Sources that wait for the true gradient: late, corrected, mixed, and the output's error fed back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import DecouplingError
+from ..plan import TensorSpec
+from .base import GradientSource, Prediction, like, message_kinds
+
+Factory = Callable[[Sequence[TensorSpec], TensorSpec | None], GradientSource]
+
+
+class Delayed(GradientSource):
+    r"""The true gradient of the same batch, some steps late: :math:`\theta_t` moves along
+    :math:`\beta\,\delta_{t-d}\,\partial h_{t-d} / \partial\theta`.
+
+    Each cut adds its own lag, so the first of K stages is ``steps`` (K - 1) steps behind, and learns nothing before.
+
+    Args:
+        specs: the values served.
+        context: ignored.
+        steps: lag, in steps; at least 1.
+        shrink: :math:`\beta`; what arrives at the n-th cut from the end is shrunk n times (0.2 to 0.8 in FDG).
+        recompute: run the stage again on the batch of then with the weights of now (Features Replay: inputs are kept),
+            else keep its graph and the weights that it used (DDG).
+
+    Source:
+        DDG: Huo et al. 2018, arXiv:1804.10574, eq. 8. Features Replay: Huo et al. 2018, arXiv:1807.04511, eq. 7. The
+        shrinking factor: Zhuang et al. 2021, FDG, arXiv:1906.12108; its forward delay is not part of this source.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[TensorSpec],
+        context: TensorSpec | None = None,
+        *,
+        steps: int = 1,
+        shrink: float = 1.0,
+        recompute: bool = True,
+    ) -> None:
+        super().__init__(specs)
+        self.lag = _checked_lag(steps)
+        self.shrink, self.recompute = _checked_shrink(shrink), recompute
+
+    def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
+        """Nothing yet."""
+        return Prediction(None)
+
+    def complete(self, prediction: Prediction, message: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The message, shrunk."""
+        return message if self.shrink == 1 else tuple(gradient * self.shrink for gradient in message)
+
+    def flops(self) -> int:
+        """None at all; the stage's own second forward counts as the stage's."""
+        return 0
+
+
+class Wrapping(GradientSource):
+    """Base of the sources that put the true gradient beside another source's.
+
+    Args:
+        specs: the values served.
+        context: the context, or None.
+        source: name or factory of the other source; it learns as it would by itself.
+    """
+
+    def __init__(self, specs: Sequence[TensorSpec], context: TensorSpec | None, source: str | Factory) -> None:
+        super().__init__(specs, context)
+        from . import make_source  # the table of names is made of the classes here
+
+        self.source = make_source(source, specs, context)
+        if self.source.lag is not None or self.source.exact:
+            raise DecouplingError(
+                f"{type(self).__name__} needs a source that predicts at once, such as 'linear' or 'local', not "
+                f"{type(self.source).__name__}"
+            )
+        self.inner = message_kinds(self.source)
+        kinds = ("gradient", *(kind for kind in self.inner if kind != "gradient"))
+        self.message = "+".join(kinds)
+
+    def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
+        """What the other source predicts."""
+        self.source.unit = self.unit
+        return self.source.predict(values, context)
+
+    def fit(self, prediction: Prediction, message: tuple[Tensor, ...]) -> Tensor | None:
+        """Let the other source learn from the kinds of message that it asks for."""
+        return self.source.fit(prediction, message if "gradient" in self.inner else message[len(self.specs) :])
+
+    def flops(self) -> int:
+        """The other source's."""
+        return self.source.flops()
+
+
+class Corrected(Wrapping):
+    r"""A prediction at once, and what was wrong with it when the true gradient arrives: first :math:`\hat g_t`, then
+    :math:`\beta\,\delta_{t-d} - \hat g_{t-d}` on the batch of then.
+
+    Over time every batch has moved the stage by its true gradient, as with :class:`Delayed`, but its first part came
+    without delay. The difference is a control variate's: small where the source is good.
+
+    Args:
+        specs: the values served.
+        context: the context, or None.
+        source: name or factory of the source that predicts.
+        steps, shrink, recompute: as for :class:`Delayed`.
+    """
+
+    corrects = True
+
+    def __init__(
+        self,
+        specs: Sequence[TensorSpec],
+        context: TensorSpec | None = None,
+        *,
+        source: str | Factory = "auto",
+        steps: int = 1,
+        shrink: float = 1.0,
+        recompute: bool = True,
+    ) -> None:
+        super().__init__(specs, context, source)
+        self.lag = _checked_lag(steps)
+        self.shrink, self.recompute = _checked_shrink(shrink), recompute
+
+    def complete(self, prediction: Prediction, message: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The true gradient, shrunk, without what was pulled back already."""
+        assert prediction.gradients is not None
+        pairs = zip(message[: len(self.specs)], prediction.gradients, strict=True)
+        return tuple(like(self.shrink * true - guess, guess) for true, guess in pairs)
+
+
+class Mix(Wrapping):
+    r"""BP(λ): the stage waits for its gradient, locked, and takes
+    :math:`\bar g = \lambda\,\delta + (1 - \lambda)\,\hat g`; the source is regressed to what arrives, itself mixed.
+
+    λ = 1 is backpropagation, bit for bit; λ = 0 is the source alone.
+
+    Args:
+        specs: the values served.
+        context: the context, or None.
+        source: name or factory of the source that predicts.
+        share: λ, from 0 to 1.
+
+    Source:
+        Jaderberg et al. 2016, arXiv:1608.05343, appendix A.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[TensorSpec],
+        context: TensorSpec | None = None,
+        *,
+        source: str | Factory = "auto",
+        share: float = 0.5,
+    ) -> None:
+        super().__init__(specs, context, source)
+        if not 0 <= share <= 1:
+            raise DecouplingError(f"Mix needs a share of the true gradient from 0 to 1, not {share!r}")
+        self.lag, self.share = 0, float(share)
+
+    def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
+        """The other source's prediction, held back."""
+        prediction = super().predict(values, context)
+        return Prediction(None, prediction, prediction.loss, prediction.logits)
+
+    def complete(self, prediction: Prediction, message: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Mixed gradients; the true ones themselves for a share of 1."""
+        return mix(self.share, message[: len(self.specs)], prediction.state.gradients)
+
+    def fit(self, prediction: Prediction, message: tuple[Tensor, ...]) -> Tensor | None:
+        """As the other source learns."""
+        return super().fit(prediction.state, message)
+
+
+class Feedback(GradientSource):
+    r"""Control: direct feedback alignment, the output's error through a fixed random matrix,
+    :math:`\hat g = B\,\partial L / \partial y`.
+
+    The stage waits for the output's error, but for no backward pass of the stages behind it.
+
+    Args:
+        specs: the values served.
+        context: tells the number of outputs, where ``outputs`` does not.
+        outputs: elements of one sample's output.
+        scale: size of a sample's gradient over that of its error, in the mean.
+        seed: of B, drawn once from a normal distribution.
+
+    Source:
+        Nøkland 2016, arXiv:1609.01596, eq. 7.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[TensorSpec],
+        context: TensorSpec | None = None,
+        *,
+        outputs: int | None = None,
+        scale: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(specs)
+        self.lag, self.message = 0, "error"
+        outputs = outputs or (None if context is None else math.prod(context.shape[1:]))
+        if not outputs:
+            raise DecouplingError(
+                "'feedback' needs the number of the model's outputs: pass context=dni_fx.one_hot(classes), or "
+                "functools.partial(dni_fx.sources.Feedback, outputs=...) as the source"
+            )
+        generator = torch.Generator().manual_seed(seed)
+        self.outputs = outputs
+        for index, spec in enumerate(self.specs):
+            elements = max(math.prod(spec.shape[1:]), 1)
+            matrix = torch.randn(outputs, elements, generator=generator, device="cpu") * (scale / math.sqrt(elements))
+            self.register_buffer(f"matrix_{index}", matrix)
+
+    def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
+        """Nothing yet; the values are kept for their shapes."""
+        return Prediction(None, values)
+
+    def complete(self, prediction: Prediction, message: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Project the error.
+
+        Raises:
+            DecouplingError: the output, or a value, has another number of elements per sample than B.
+        """
+        error = message[0].reshape(message[0].shape[0], -1)
+        found = []
+        for index, value in enumerate(prediction.state):
+            matrix: Tensor = getattr(self, f"matrix_{index}")
+            elements = value.numel() // value.shape[0] if value.dim() else 1
+            if error.shape[1] != matrix.shape[0] or elements != matrix.shape[1] or len(error) != len(value):
+                raise DecouplingError(
+                    f"'feedback' was made for {matrix.shape[0]} outputs and {matrix.shape[1]} elements a sample, but "
+                    f"the output has shape {tuple(message[0].shape)} and the value {tuple(value.shape)}"
+                )
+            found.append(like((error.to(matrix.dtype) @ matrix).view(value.shape), value))
+        return tuple(found)
+
+    def flops(self) -> int:
+        """2 x outputs x elements."""
+        return sum(2 * self.outputs * math.prod(spec.shape) for spec in self.specs)
+
+
+def mix(share: float, true: Sequence[Any], guess: Sequence[Tensor] | None) -> tuple[Any, ...]:
+    """``share`` of the true gradients and the rest of the guessed ones; untouched where the share is 1."""
+    if share == 1 or guess is None:
+        return tuple(true)
+    if share == 0:
+        return tuple(guess)
+    return tuple(like(share * t + (1 - share) * g, g) for t, g in zip(true, guess, strict=True))
+
+
+def _checked_lag(steps: Any) -> int:
+    if type(steps) is not int or steps < 1:
+        raise DecouplingError(f"a late gradient needs a whole number of steps, at least 1, not {steps!r}")
+    return steps
+
+
+def _checked_shrink(shrink: Any) -> float:
+    if not isinstance(shrink, int | float) or not 0 < shrink <= 1:
+        raise DecouplingError(f"the shrinking factor must be above 0 and at most 1, not {shrink!r}")
+    return float(shrink)

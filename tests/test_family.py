@@ -1,0 +1,505 @@
+"""Every kind of source inside the trainer: messages, whole boundaries, synthetic inputs and schedules."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dni_fx
+from dni_fx.errors import DecouplingError
+from dni_fx.messages import sample_losses
+from dni_fx.plan import CutPlan
+from dni_fx.schedules import Calibration, Mode, RandomUpdates, Schedule, WarmUp
+from dni_fx.sources import SOURCES, Corrected, Critic, Delayed, GradientSource, InputSource, Joint, Prediction
+from dni_fx.sources.inputs import InputPrediction
+
+from . import oracles
+from .models import BY_NAME
+
+NAMES = [name for name in SOURCES if name not in ("exact", "conv")]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    with oracles.one_thread():
+        yield
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU()) for _ in range(3)]
+    return nn.Sequential(*layers, nn.Linear(6, 3))
+
+
+class Skips(nn.Module):
+    """Two values cross each cut, and the last stage uses values of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c, self.head = (nn.Linear(6, n) for n in (6, 6, 6, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(x).relu()
+        b = self.b(a).tanh()
+        c = self.c(a + b).relu()
+        return self.head(a * c + b)
+
+
+def conv() -> nn.Sequential:
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU()) for a, b in ((3, 4), (4, 6))]
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
+
+
+MODELS: dict[str, tuple[Any, list[str], tuple[int, ...]]] = {
+    "mlp": (mlp, ["0", "1", "2"], (6,)),
+    "skips": (Skips, ["a", "b", "c"], (6,)),
+    "conv": (conv, ["0", "1"], (3, 8, 8)),
+}
+
+
+def batch(shape: tuple[int, ...], step: int = 0, size: int = 12) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(size, *shape, generator=generator), torch.randint(3, (size,), generator=generator)
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+def trainer_of(gradients: Any, model: str = "mlp", **options: Any) -> dni_fx.Trainer:
+    make, cuts, shape = MODELS[model]
+    inputs = options.pop("inputs", None)
+    decoupled = dni_fx.decouple(
+        make(), options.pop("cuts", cuts), example_inputs=(batch(shape)[0],), gradients=gradients, inputs=inputs,
+        context=options.pop("context", dni_fx.one_hot(3)), check=False,
+    )  # fmt: skip
+    return dni_fx.Trainer(decoupled, options.pop("loss", F.cross_entropy), optimizer=sgd, **options)
+
+
+def train(trainer: dni_fx.Trainer, steps: int, model: str = "mlp", first: int = 0) -> None:
+    for step in range(first, first + steps):
+        torch.manual_seed(step)
+        x, y = batch(MODELS[model][2], step)
+        trainer.step(x, target=y)
+
+
+def noted(trainer: dni_fx.Trainer, stage: int, seen: dict[str, Tensor]) -> None:
+    """Keep the gradients that a stage steps with."""
+    module = trainer.decoupled.model[stage]
+    trainer.optimizers[f"stage_{stage}"].register_step_pre_hook(
+        lambda *_: seen.update({n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None})
+    )
+
+
+def state(trainer: dni_fx.Trainer) -> dict[str, Tensor]:
+    return {n: t.clone() for n, t in trainer.decoupled.model.state_dict().items()}
+
+
+# ---------------------------------------------------------------------------------------------------- every source
+
+
+@pytest.mark.parametrize("inputs", [None, "auto"])
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_source_trains_every_stage_on_every_graph(name: str, model: str, inputs: str | None) -> None:
+    trainer = trainer_of(name, model, inputs=inputs, synthesizer_optimizer=partial(torch.optim.Adam, lr=1e-2))
+    before, sources = state(trainer), copy.deepcopy(trainer.decoupled.synthesizers.state_dict())
+    train(trainer, 6, model)
+    trainer.drain()
+    for parameter, _ in trainer.decoupled.model.named_parameters():
+        if parameter.endswith("weight"):  # biases before batch norm have no gradient
+            learns = name != "zero" or parameter.startswith(("3.", "head", "4."))
+            moved = not torch.equal(state(trainer)[parameter], before[parameter])
+            assert moved == learns, parameter
+    for key, value in trainer.decoupled.synthesizers.state_dict().items():
+        if key.endswith("weight") and "norm" not in key:
+            assert not torch.equal(value, sources[key]), f"{key} has not learnt"
+    assert not trainer._under_way
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("zero", "stale", "delayed", "mix", "feedback")])
+def test_one_forward_of_each_source_a_step(name: str) -> None:
+    trainer = trainer_of(name, "skips")
+    calls: list[int] = []
+    for source in trainer.decoupled.sources.values():
+        source.register_forward_hook(lambda module, *_: calls.append(id(module)))
+    train(trainer, 5, "skips")
+    assert len(calls) == 5 * len(set(calls))
+
+
+@pytest.mark.parametrize("name", ["linear", "critic", "sobolev", "distill", "local"])
+def test_sources_predict_before_the_stages_behind_have_run(name: str) -> None:
+    """Perturbing a later stage leaves the gradients of earlier ones untouched."""
+    grads = []
+    for scale in (1.0, 3.0):
+        trainer = trainer_of(name)
+        train(trainer, 2)
+        with torch.no_grad():
+            trainer.decoupled.model[3].weight.mul_(scale)
+        seen: dict[str, Tensor] = {}
+        noted(trainer, 1, seen)
+        train(trainer, 1, first=2)
+        grads.append(seen)
+    oracles.assert_bits_equal(grads[0], grads[1], name)
+
+
+# ------------------------------------------------------------------------------------------------------- messages
+
+
+class Spy(GradientSource):
+    """Predicts zeros, an estimate of loss and logits, and remembers what came back."""
+
+    def __init__(self, specs: Sequence[Any], context: Any = None, message: str = "loss", estimate: Any = None) -> None:
+        super().__init__(specs, context)
+        self.message, self.estimate, self.heard = message, estimate, []
+
+    def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
+        size = values[0].shape[0]
+        known = None if self.estimate is None else torch.full((size,), float(self.estimate))
+        logits = None if self.estimate is None else torch.full((size, 3), float(self.estimate))
+        return Prediction(tuple(torch.zeros_like(v) for v in values), None, known, logits)
+
+    def fit(self, prediction: Prediction, message: tuple[Tensor, ...]) -> None:
+        self.heard.append(message)
+
+
+@pytest.mark.parametrize("kind", ["loss", "logits"])
+def test_estimates_come_from_the_next_source_that_makes_them(kind: str) -> None:
+    trainer = trainer_of({"0": partial(Spy, message=kind), "1": "zero", "2": partial(Spy, message=kind, estimate=7)})
+    x, y = batch((6,))
+    output = trainer.step(x, target=y).outputs
+    first, last = (trainer.decoupled.sources[n].heard[0][0] for n in ("0", "2"))
+    assert bool((first == 7).all())  # past the control, which estimates nothing
+    want = F.cross_entropy(output, y, reduction="none") if kind == "loss" else output
+    torch.testing.assert_close(last, want)
+
+
+def test_several_kinds_come_in_order() -> None:
+    trainer = trainer_of(partial(Spy, message="gradient+loss+logits+error"))
+    x, y = batch((6,))
+    output = trainer.step(x, target=y).outputs.requires_grad_()
+    loss = F.cross_entropy(output, y)
+    (error,) = torch.autograd.grad(loss, output)
+    true = trainer_of("zero").true_gradients(x, target=y)["2"]
+    gradient, losses, logits, heard = trainer.decoupled.sources["2"].heard[0]
+    torch.testing.assert_close(gradient, true)
+    torch.testing.assert_close(losses.mean(), loss.detach())
+    torch.testing.assert_close(logits, output.detach())
+    torch.testing.assert_close(heard, error)
+
+
+def test_a_message_that_does_not_exist() -> None:
+    with pytest.raises(DecouplingError, match="must be 'none'"):
+        train(trainer_of(partial(Spy, message="loss+gradient")), 1)
+
+
+def test_losses_of_each_sample() -> None:
+    logits, labels = torch.randn(5, 3), torch.tensor([0, 2, 1, 1, 0])
+    want = F.cross_entropy(logits, labels, reduction="none")
+    for loss in (F.cross_entropy, nn.CrossEntropyLoss(), lambda o, t: F.cross_entropy(o, t)):
+        torch.testing.assert_close(sample_losses(loss, logits, labels), want)
+    tokens, targets = torch.randn(4, 3, 6), torch.randint(3, (4, 6))
+    targets[0, 2:] = -100
+    each = [F.cross_entropy(tokens[i : i + 1], targets[i : i + 1]) for i in range(4)]
+    torch.testing.assert_close(sample_losses(F.cross_entropy, tokens, targets), torch.stack(each))
+    with pytest.raises(DecouplingError, match="sample by sample"):
+        sample_losses(lambda out, _: out["loss"], {"loss": logits.mean()}, None)
+
+
+# ------------------------------------------------------------------------------------------------ whole boundaries
+
+
+@pytest.mark.parametrize("option", ["joint:critic", Joint(Critic), "joint:linear", "joint:corrected"])
+def test_one_source_for_a_boundary(option: Any) -> None:
+    trainer = trainer_of(option, "skips")
+    decoupled = trainer.decoupled
+    by_stage: dict[int, set[int]] = {}
+    for interface in decoupled.interfaces:
+        by_stage.setdefault(interface.producer, set()).add(id(decoupled.sources[interface.name]))
+    assert all(len(ids) == 1 for ids in by_stage.values())
+    sizes = [len(decoupled.sources[i.name].specs) for i in decoupled.interfaces]
+    assert sum(1 / n for n in sizes) == len(by_stage)
+    assert len(trainer.synthesizer_optimizers) == len(by_stage)
+    train(trainer, 3, "skips")
+    assert set(trainer.diagnose(*batch((6,))[:1], target=batch((6,))[1])) == {i.name for i in decoupled.interfaces}
+
+
+def test_a_joint_linear_source_is_two_alone() -> None:
+    """Networks are one per value there, so only the seeds of their (zero) start could differ."""
+    joint, alone = trainer_of("joint:linear", "skips"), trainer_of("linear", "skips")
+    for trainer in (joint, alone):
+        train(trainer, 4, "skips")
+    for name, tensor in state(alone).items():
+        torch.testing.assert_close(state(joint)[name], tensor)
+
+
+def test_a_plan_keeps_joint_sources_and_inputs() -> None:
+    trainer = trainer_of("joint:critic", "skips", inputs="linear")
+    plan = CutPlan.from_json(trainer.decoupled.plan.to_json())
+    assert plan == trainer.decoupled.plan
+    again = dni_fx.decouple(Skips(), plan, example_inputs=(batch((6,))[0],), context=dni_fx.one_hot(3))
+    assert again.state_dict().keys() == trainer.decoupled.state_dict().keys()
+
+
+# ------------------------------------------------------------------------------------------------ synthetic inputs
+
+
+class Seer(InputSource):
+    """Knows the value that is about to come, off by ``shift``."""
+
+    def __init__(self, spec: Any, inputs: Any, model: Any = None, shift: float = 0.0) -> None:
+        super().__init__(spec, inputs)
+        self.shift = shift
+
+    def predict(self, inputs: tuple[Tensor, ...]) -> InputPrediction:
+        return InputPrediction(self.coming + self.shift)
+
+    def fit(self, prediction: InputPrediction, real: Tensor) -> Tensor | None:  # type: ignore[override]
+        assert torch.allclose(prediction.value - self.shift, real) or self.shift
+        return None
+
+
+def foreseen(trainer: dni_fx.Trainer, x: Tensor) -> None:
+    """Tell the seers what the stages will send."""
+    model = copy.deepcopy(trainer.decoupled.model)
+    for index, source in enumerate(trainer.decoupled.inputs.values()):
+        x = model[index](x)
+        source.coming = x.detach()  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e-3])
+def test_inputs_that_are_right_change_nothing(shift: float) -> None:
+    plain, seen = trainer_of("linear"), trainer_of("linear", inputs=partial(Seer, shift=shift))
+    for step in range(4):
+        x, y = batch((6,), step)
+        foreseen(seen, x)
+        seen.step(x, target=y)
+        plain.step(x, target=y)
+    if shift:
+        with pytest.raises(AssertionError):
+            oracles.assert_bits_equal(state(seen), state(plain), "negative control")
+    else:
+        oracles.assert_bits_equal(state(seen), state(plain), "perfect inputs")
+
+
+@pytest.mark.parametrize("inputs", ["linear", None])
+def test_no_stage_waits_for_the_forward_of_another(inputs: str | None) -> None:
+    grads = []
+    for scale in (1.0, 3.0):
+        trainer = trainer_of("linear", inputs=inputs)
+        train(trainer, 2)
+        with torch.no_grad():
+            trainer.decoupled.model[0][0].weight.mul_(scale)
+            trainer.decoupled.model[0][0].weight[0] = scale
+        seen: dict[str, Tensor] = {}
+        noted(trainer, 2, seen)
+        train(trainer, 1, first=2)
+        grads.append(seen)
+    if inputs:
+        oracles.assert_bits_equal(grads[0], grads[1], "complete unlock")
+    else:
+        assert not torch.equal(grads[0]["0.weight"], grads[1]["0.weight"])
+
+
+def test_synthetic_inputs_come_near_the_real_ones() -> None:
+    trainer = trainer_of("linear", inputs="mlp", synthesizer_optimizer=partial(torch.optim.Adam, lr=1e-2))
+    source = trainer.decoupled.inputs["0"]
+    errors = []
+    for step in range(400):
+        x, y = batch((6,), step, size=64)
+        trainer.step(x, target=y)
+        real = trainer.decoupled.model[0](x).detach()
+        errors.append(float((source.predict((x,)).value - real).norm() / real.norm()))
+    assert errors[-1] < 0.3 < errors[0]
+
+
+@pytest.mark.parametrize("case", ["fan_out", "two_inputs", "unet", "embedding_bag", "transformer"])
+def test_inputs_on_zoo_models(case: str) -> None:
+    if case not in BY_NAME:
+        pytest.skip(f"no {case} in the zoo")
+    chosen = BY_NAME[case]
+    args, kwargs, target = oracles.draw(chosen, 4, torch.float32, 0)
+    decoupled = dni_fx.decouple(
+        chosen.build(torch.float32, 0), list(chosen.cuts), example_inputs=args, example_kwargs=kwargs, inputs="auto"
+    )
+    trainer = dni_fx.Trainer(decoupled, chosen.loss, optimizer=sgd)
+    for _ in range(3):
+        trainer.step(*args, target=target, **kwargs)
+    oracles.composed_check(chosen, torch.float32, decoupled=decoupled)
+
+
+def test_evaluation_uses_the_real_chain() -> None:
+    trainer = trainer_of("linear", inputs="linear")
+    train(trainer, 3)
+    x, _ = batch((6,))
+    trainer.decoupled.eval()
+    oracles.assert_bits_equal(trainer.decoupled(x), trainer.decoupled.model(x), "evaluation")
+
+
+# ------------------------------------------------------------------------------------------------------- schedules
+
+
+class Fixed(Schedule):
+    def __init__(self, *modes: Mode) -> None:
+        self.modes = modes
+
+    def mode(self, step: int, stages: int) -> Mode:
+        return self.modes[step % len(self.modes)]
+
+
+@pytest.mark.parametrize("inputs", [None, "linear"])
+@pytest.mark.parametrize("gradients", ["linear", "local", "exact"])
+def test_only_active_stages_move(gradients: str, inputs: str | None) -> None:
+    for active in ((0,), (2,), (1, 3), ()):
+        trainer = trainer_of(gradients, schedule=Fixed(Mode(0.0, active)), inputs=inputs)
+        train_before = state(trainer)
+        report = trainer.step(batch((6,))[0], target=batch((6,))[1])
+        weights = [n for n, _ in trainer.decoupled.model.named_parameters() if n.endswith("0.weight")]
+        for name in weights:
+            stage = int(name[0])
+            expected = stage in active and (stage == 3 or gradients != "linear")  # linear starts at zero
+            assert (not torch.equal(state(trainer)[name], train_before[name])) == expected, (active, name)
+        ran = 3 in active or gradients == "exact"
+        assert bool(report.loss.isnan()) != ran
+
+
+def test_stages_that_nobody_needs_are_not_run() -> None:
+    trainer = trainer_of("linear", schedule=Fixed(Mode(0.0, (1,))))
+    before = state(trainer)
+    train(trainer, 1)
+    after = state(trainer)
+    assert after["0.1.num_batches_tracked"] == 1  # run for its value
+    assert after["2.1.num_batches_tracked"] == 0
+    assert before["2.1.num_batches_tracked"] == 0
+
+
+def test_updates_are_as_frequent_as_asked() -> None:
+    trainer = trainer_of("local", schedule=RandomUpdates({"stage_0": 0.25, "stage_1": 0.75}, seed=1))
+    counts = dict.fromkeys(trainer.optimizers, 0)
+    for name, optimizer in trainer.optimizers.items():
+        optimizer.register_step_pre_hook(
+            lambda opt, *_, n=name: counts.update({n: counts[n] + (opt.param_groups[0]["params"][0].grad is not None)})
+        )
+    train(trainer, 200)
+    assert 30 < counts["stage_0"] < 70 < 130 < counts["stage_1"] < 170
+    assert counts["stage_2"] == counts["stage_3"] == 200
+
+
+def test_warm_up_trains_sources_in_shadow() -> None:
+    """Stages move as in backpropagation; sources learn, and are used afterwards."""
+    shadow, exact = trainer_of("linear", schedule=WarmUp(steps=5)), trainer_of("exact")
+    for trainer in (shadow, exact):
+        train(trainer, 5)
+    oracles.assert_bits_equal(state(shadow), state(exact), "shadow mode")
+    assert all(s.scale.item() > 0 for s in shadow.decoupled.sources.values())
+    for trainer in (shadow, exact):
+        train(trainer, 1, first=5)
+    assert not torch.equal(state(shadow)["0.0.weight"], state(exact)["0.0.weight"])
+
+
+def test_fading_mixes() -> None:
+    half, zero = trainer_of("zero", schedule=Fixed(Mode(0.5))), trainer_of("zero")
+    x, y = batch((6,))
+    true = zero.true_gradients(x, target=y)
+    seen: dict[str, Tensor] = {}
+    half.optimizers["stage_2"].register_step_pre_hook(
+        lambda *_: seen.update({n: p.grad.clone() for n, p in half.decoupled.model[2].named_parameters()})
+    )
+    half.step(x, target=y)
+    model = mlp()
+    model[2](model[1](model[0](x))).backward(true["2"] * 0.5)
+    torch.testing.assert_close(seen["0.weight"], model[2][0].weight.grad)
+
+
+def test_calibration_steps_are_exact() -> None:
+    trainer = trainer_of("zero", schedule=Calibration(every=2))
+    before = state(trainer)
+    train(trainer, 1)
+    assert torch.equal(state(trainer)["0.0.weight"], before["0.0.weight"])
+    train(trainer, 1, first=1)
+    assert not torch.equal(state(trainer)["0.0.weight"], before["0.0.weight"])
+
+
+@pytest.mark.parametrize("gradients", ["linear", "critic"])
+def test_a_resumed_run_goes_on_alike_under_every_schedule(gradients: str) -> None:
+    schedule = WarmUp(2, fade=2, then=Calibration(every=3, then=RandomUpdates(0.5)))
+    whole = trainer_of(gradients, schedule=schedule, inputs="linear")
+    train(whole, 5)
+    saved = copy.deepcopy(whole.state_dict())
+    train(whole, 6, first=5)
+    resumed = trainer_of(gradients, schedule=schedule, inputs="linear")
+    resumed.load_state_dict(saved)
+    train(resumed, 6, first=5)
+    oracles.assert_bits_equal(resumed.decoupled.state_dict(), whole.decoupled.state_dict(), "resumed")
+
+
+# ------------------------------------------------------------------------------------------------------- accumulate
+
+
+@pytest.mark.parametrize("name", ["local", "feedback", "critic"])
+def test_accumulated_gradients_have_the_size_of_one_loss(name: str) -> None:
+    """Two equal batches, each counting half, make the update of one."""
+    found = []
+    for accumulate in (1, 2):
+        trainer = trainer_of(name, accumulate=accumulate, synthesizer_optimizer=partial(torch.optim.SGD, lr=0.0))
+        seen: dict[str, Tensor] = {}
+        noted(trainer, 2, seen)
+        for _ in range(accumulate):
+            trainer.step(batch((6,))[0], target=batch((6,))[1])
+        found.append(seen)
+    for key, value in found[0].items():
+        torch.testing.assert_close(found[1][key], value, rtol=1e-4, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------- diagnosis
+
+
+def test_diagnosis_changes_nothing_and_says_something() -> None:
+    for gradients in ("linear", "critic", partial(Corrected, source="local"), Delayed, "zero"):
+        trainer, other = trainer_of(gradients), trainer_of(gradients)
+        for each in (trainer, other):
+            train(each, 4)
+        x, y = batch((6,), 99)
+        torch.manual_seed(5)
+        diagnosis = trainer.diagnose(x, target=y)
+        assert str(diagnosis)
+        for each in (trainer, other):
+            train(each, 2, first=4)
+        oracles.assert_bits_equal(trainer.decoupled.state_dict(), other.decoupled.state_dict(), "after diagnose")
+        names = {"0", "1", "2"} if gradients is not Delayed else set()
+        assert set(diagnosis) == names
+        for report in diagnosis.values():
+            assert report.reference == "true"
+
+
+def test_a_source_of_true_gradients_is_found_perfect() -> None:
+    trainer = trainer_of("zero")
+    x, y = batch((6,))
+    true = trainer.true_gradients(x, target=y)
+
+    answers: list[Tensor] = []
+
+    class Knows(GradientSource):
+        message = "none"
+
+        def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
+            return Prediction((answers.pop(0),))
+
+        def flops(self) -> int:
+            return 0
+
+    knowing = trainer_of(Knows)
+    answers[:] = [true[n] for n in ("0", "1", "2")]
+    diagnosis = knowing.diagnose(x, target=y)
+    for report in diagnosis.values():
+        assert report.cosine == pytest.approx(1)
+        assert report.explained == pytest.approx(1)
