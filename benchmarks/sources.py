@@ -175,9 +175,9 @@ def _width(stage: nn.Module) -> int:
 
 def _head(source: nn.Module) -> nn.Module:
     (encoder,), output = source.encoders, source.output  # type: ignore[misc]
-    maps = any(isinstance(layer, nn.Conv2d) for layer in encoder.blocks)  # type: ignore[union-attr]
+    maps = any(isinstance(layer, nn.Conv2d) for layer in encoder.blocks)
     pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()] if maps else []
-    return copy.deepcopy(nn.Sequential(*encoder.blocks, *pool, output))  # type: ignore[union-attr, arg-type]
+    return copy.deepcopy(nn.Sequential(*encoder.blocks, *pool, output))  # type: ignore[arg-type]
 
 
 def _gradient(received: Tensor) -> Tensor:
@@ -250,7 +250,7 @@ def count_forwards(library: Library, data: Batches, exact: bool) -> int:
     handles = []
     for cut, source in library.decoupled.sources.items():
         for name, module in source.named_modules(prefix=cut):
-            handles.append(module.register_forward_hook(lambda *_, name=name: counts.update([name])))  # type: ignore[misc]
+            handles.append(module.register_forward_hook(lambda *_, name=name: counts.update([name])))
     for x, labels in data:
         library(x, labels)
     for handle in handles:

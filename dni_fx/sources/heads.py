@@ -163,7 +163,7 @@ class LossHead(GradientSource):
         weights = counts / counts.sum().clamp(min=1)
         if losses.shape == lead:
             total, flat = (losses * weights).sum(), counts.flatten(1) if len(lead) > 1 else counts[:, None]
-            return (losses.view_as(flat) * flat).sum(1) / flat.sum(1).clamp(min=1), total, weights
+            return (losses.reshape(flat.shape) * flat).sum(1) / flat.sum(1).clamp(min=1), total, weights
         if losses.shape != lead[:1]:
             raise DecouplingError(
                 f"the loss of a head returned shape {tuple(losses.shape)} for logits of shape {tuple(logits.shape)}: "
