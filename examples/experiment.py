@@ -700,14 +700,18 @@ def draw(records: list[Record], path: Path, *, errors: bool) -> None:
 
 @contextlib.contextmanager
 def figure(path: Path, panels: int) -> Iterator[list[Any]]:
-    """Axes side by side, saved when done."""
+    """Axes, three in a row, saved when done."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    made, axes = plt.subplots(1, panels, figsize=(2 + 5.5 * panels, 5), layout="constrained", squeeze=False)
-    yield list(axes[0])
+    columns, rows = min(panels, 3), -(-panels // 3)
+    size = (1 + 5 * columns, 0.5 + 4.5 * rows)
+    made, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for unused in axes.flat[panels:]:
+        unused.set_visible(False)
+    yield list(axes.flat[:panels])
     path.parent.mkdir(parents=True, exist_ok=True)
     made.savefig(path, dpi=120)
     plt.close(made)
@@ -722,6 +726,10 @@ def finish_axes(axes: Any, errors: bool) -> None:
     """Axis names, a grid and a legend; errors on a logarithmic scale, where differences of small ones can be seen."""
     axes.set_ylabel("test error, %" if errors else "test accuracy, %")
     if errors:
+        from matplotlib.ticker import FormatStrFormatter, LogFormatter
+
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(3, 1)))
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize="small")

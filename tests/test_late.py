@@ -220,6 +220,16 @@ def test_a_share_of_none_is_the_source_alone() -> None:
         torch.testing.assert_close(state(mixed)[name], tensor, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("recompute", [True, False], ids=["replay", "stash"])
+def test_a_late_share_of_one_is_being_late(recompute: bool) -> None:
+    late = trainer_of(partial(Delayed, recompute=recompute))
+    mixed = trainer_of(partial(Mix, source="linear", share=1.0, steps=1, recompute=recompute))
+    for trainer in (late, mixed):
+        train(trainer, 6)
+    for name, tensor in state(late).items():
+        torch.testing.assert_close(state(mixed)[name], tensor, rtol=1e-11, atol=1e-13)
+
+
 def test_half_of_nothing_is_half_of_the_gradient() -> None:
     """The source says zero: each cut halves what comes."""
     trainer = trainer_of(partial(Mix, source="zero", share=0.5))

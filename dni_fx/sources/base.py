@@ -110,7 +110,7 @@ class GradientSource(nn.Module):
     lag: int | None = None
     recompute: bool = True
     unit: float = 1.0
-    corrects: ClassVar[bool] = False
+    corrects: bool = False
     exact: ClassVar[bool] = False
 
     def __init__(self, specs: Sequence[TensorSpec], context: TensorSpec | None = None) -> None:

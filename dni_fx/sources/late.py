@@ -139,16 +139,19 @@ class Mix(Wrapping):
     r"""BP(λ): the stage waits for its gradient, locked, and takes
     :math:`\bar g = \lambda\,\delta + (1 - \lambda)\,\hat g`; the source is regressed to what arrives, itself mixed.
 
-    λ = 1 is backpropagation, bit for bit; λ = 0 is the source alone.
+    λ = 1 is backpropagation, bit for bit; λ = 0 is the source alone. With ``steps`` nothing waits: :math:`(1 - \lambda)
+    \hat g_t` is pulled back at once and :math:`\lambda\,\delta_{t-d}` when it is there, on the batch of then.
 
     Args:
         specs: the values served.
         context: the context, or None.
         source: name or factory of the source that predicts.
         share: λ, from 0 to 1.
+        steps: lag of the true gradient; 0 waits for it within the step.
+        recompute: as for :class:`Delayed`.
 
     Source:
-        Jaderberg et al. 2016, arXiv:1608.05343, appendix A.
+        Jaderberg et al. 2016, arXiv:1608.05343, appendix A. The late form is ours.
     """
 
     def __init__(
@@ -158,20 +161,28 @@ class Mix(Wrapping):
         *,
         source: str | Factory = "auto",
         share: float = 0.5,
+        steps: int = 0,
+        recompute: bool = True,
     ) -> None:
         super().__init__(specs, context, source)
-        if not 0 <= share <= 1:
+        if not isinstance(share, int | float) or not 0 <= share <= 1:
             raise DecouplingError(f"Mix needs a share of the true gradient from 0 to 1, not {share!r}")
-        self.lag, self.share = 0, float(share)
+        self.lag = 0 if steps == 0 else _checked_lag(steps)
+        self.share, self.corrects, self.recompute = float(share), self.lag > 0, recompute
 
     def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
-        """The other source's prediction, held back."""
+        """The other source's prediction: its share, or held back where the stage waits."""
         prediction = super().predict(values, context)
-        return Prediction(None, prediction, prediction.loss, prediction.logits)
+        assert prediction.gradients is not None
+        early = tuple(gradient * (1 - self.share) for gradient in prediction.gradients) if self.corrects else None
+        return Prediction(early, prediction, prediction.loss, prediction.logits)
 
     def complete(self, prediction: Prediction, message: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Mixed gradients; the true ones themselves for a share of 1."""
-        return mix(self.share, message[: len(self.specs)], prediction.state.gradients)
+        """Mixed gradients, the true ones themselves for a share of 1; the true one's share where it comes late."""
+        true = message[: len(self.specs)]
+        if self.corrects:
+            return tuple(self.share * gradient for gradient in true)
+        return mix(self.share, true, prediction.state.gradients)
 
     def fit(self, prediction: Prediction, message: tuple[Tensor, ...]) -> Tensor | None:
         """As the other source learns."""
