@@ -85,7 +85,8 @@ class Run:
             self._hold()
         else:
             self._step_through()
-        self.sent = {n: values[n] for n in self.carried if n in values}
+        known = self._known()
+        self.sent = {n: known[n] for n in self.carried if n in known}
 
     def _find_needed(self) -> set[int]:
         """Stages that are updated, or whose values are needed by such a one; with a true gradient all of them."""
@@ -103,14 +104,19 @@ class Run:
         return needed
 
     def _predict_inputs(self) -> None:
+        """Of what a stage that runs receives, and of what it sends, so that the synthesizer learns from that."""
         model_inputs = tuple(self.values[n] for n in self.split.model_inputs)
         for name, source in self.inputs.items():
-            if any(name in self.stages[k].inputs for k in self.needed):
+            if any(name in (*self.stages[k].inputs, *self.stages[k].outputs) for k in self.needed):
                 self.input_predictions[name] = source.predict(model_inputs)
 
     def _inputs_of(self, stage: Stage) -> dict[str, Any]:
         predicted = self.input_predictions if self.share == 0 else {}  # else they only learn
         return {n: predicted[n].value if n in predicted else self.values[n] for n in stage.inputs}
+
+    def _known(self) -> dict[str, Any]:
+        """Values, or what was predicted for them where they were not computed."""
+        return {n: p.value for n, p in self.input_predictions.items()} | self.values
 
     def _run_only(self, stage: Stage) -> None:
         """Forward without a graph: the stage is not updated, or is run again later."""
@@ -153,11 +159,19 @@ class Run:
                     parts.setdefault(parameter, []).append(functools.partial(_add, gradient))
             if stage is self.stages[-1]:
                 self.loss, self.output = result.loss, result.outputs["output"]
+        self._ask_to_learn()
         for parameter, steps in parts.items():  # last stage first, as autograd would
             total = None
             for add in reversed(steps):
                 total = add(total)
             parameter.grad = total
+
+    def _ask_to_learn(self) -> None:
+        """Sources whose own stage is left out, but whose target came: they learn whenever all consumers run."""
+        for group in self.served:
+            hear = "gradient" in message_kinds(group.source) and all(c in self.active for c in group.consumers)
+            if hear and group.producer not in self.active:
+                self.predictions[group.name] = self._ask(group, self._known())
 
     def _step(self, stage: Stage, inputs: dict[str, Any]) -> StepResult:
         with self._named(stage):

@@ -65,6 +65,7 @@ METHODS: dict[str, Settings] = {
     "shrink": {"gradients": {"source": "delayed", "steps": 1, "shrink": 0.7}},  # FDG's factor
     "corrected": CORRECTED,
     "mix": {"gradients": {"source": "mix", "by": {"source": "local", **HEAD}, "share": 0.5}, "labels": True},
+    "late mix": {"gradients": {"source": "mix", "by": {"source": "local", **HEAD}, "steps": 1}, "labels": True},
     "feedback": {"gradients": "feedback", "labels": True},
     "zero": {"gradients": "zero"},
     "stale": {"gradients": "stale"},

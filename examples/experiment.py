@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import json
 import math
 import multiprocessing
@@ -194,7 +193,7 @@ def train(
     steps, every = settings["steps"], settings["measure_every"]
     layout = torch.channels_last if settings["channels_last"] else torch.contiguous_format
     model.to(memory_format=layout).train()  # type: ignore[call-overload]
-    decoupled, optimizers, step = _stepper(model, cuts, data, settings, layout, seed, own_sources)
+    trainer, optimizers, step = _stepper(model, cuts, data, settings, layout, seed, own_sources)
     rates = [(group, group["lr"]) for o in optimizers.values() for group in o.param_groups]
     updates = _count_updates({n: o for n, o in optimizers.items() if not n.startswith("source of ")})
 
@@ -208,7 +207,7 @@ def train(
         for group, rate in rates:
             group["lr"] = rate * factor
         measured = count % every == 0 or count == steps
-        cosines = probe(model, decoupled, cuts, x, y) if measured else {}
+        cosines = predicted_cosines(trainer, x, y) if measured else {}
         start, processor_start = time.perf_counter(), time.process_time()
         try:
             step(x, y)
@@ -235,7 +234,7 @@ def train(
         "train_accuracy": accuracy(model, data.train_x[:TRAIN_IMAGES], data.train_y[:TRAIN_IMAGES], layout),
         "seconds": seconds,
         "processor_seconds": processor_seconds,
-        "synthesizer_parameters": _count_parameters(decoupled),
+        "synthesizer_parameters": _count_parameters(trainer),
         "updates": updates,
         "diverged": diverged,
         "batches": f"{checksum:08x}",
@@ -250,8 +249,8 @@ def _stepper(
     layout: torch.memory_format,
     seed: int,
     own_sources: Mapping[str, Any] | None,
-) -> tuple[dni_fx.Decoupled | None, dict[str, torch.optim.Optimizer], Callable[[Tensor, Tensor], None]]:
-    """The decoupled model (None for backprop), all optimisers by name, and a function that makes one step."""
+) -> tuple[dni_fx.Trainer | None, dict[str, torch.optim.Optimizer], Callable[[Tensor, Tensor], None]]:
+    """The trainer (None for backprop), all optimisers by name, and a function that makes one step."""
     optimizer = partial(make_optimizer, settings["optimizer"])
     clip = settings["clip_norm"]
     if settings["gradients"] is None:
@@ -283,7 +282,7 @@ def _stepper(
         optimizer=optimizer,
         synthesizer_optimizer=partial(make_optimizer, settings["synthesizer_optimizer"]),
         clip_norm=clip,
-        metrics_every=settings["steps"],  # probe() measures
+        metrics_every=settings["steps"],  # predicted_cosines measures
         **scheduled,
     )
 
@@ -294,7 +293,7 @@ def _stepper(
     if settings["input_lr"] is not None:
         for group in (g for n, o in sources.items() if n.endswith("@input") for g in o.param_groups):
             group["lr"] = settings["input_lr"]
-    return decoupled, {**trainer.optimizers, **sources}, decoupled_step
+    return trainer, {**trainer.optimizers, **sources}, decoupled_step
 
 
 def _count_updates(optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[str, int]:
@@ -309,12 +308,23 @@ def _count_updates(optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[str,
     return updates
 
 
-def _count_parameters(decoupled: dni_fx.Decoupled | None) -> int:
+def _count_parameters(trainer: dni_fx.Trainer | None) -> int:
     """Of everything that is not the model: gradient sources, and synthetic inputs where there are any."""
-    if decoupled is None:
+    if trainer is None:
         return 0
-    own = {id(p) for p in decoupled.model.parameters()}
-    return sum(p.numel() for p in decoupled.parameters() if id(p) not in own)
+    own = {id(p) for p in trainer.decoupled.model.parameters()}
+    return sum(p.numel() for p in trainer.decoupled.parameters() if id(p) not in own)
+
+
+def predicted_cosines(trainer: dni_fx.Trainer | None, x: Tensor, y: Tensor) -> dict[str, float]:
+    """Cosine of each predicted gradient with backprop's on a batch, by cut; nothing is changed.
+
+    Cuts without a prediction are left out: those of sources that wait for the true gradient, and zero gradients.
+    """
+    if trainer is None or trainer.decoupled.is_exact:
+        return {}
+    reports = trainer.diagnose(x, target=y)
+    return {name: report.cosine for name, report in reports.items() if not math.isnan(report.cosine)}
 
 
 @torch.no_grad()
@@ -328,76 +338,6 @@ def accuracy(
     predicted = torch.cat([model(part.contiguous(memory_format=layout)).argmax(1) for part in parts])
     model.train(training)
     return 100.0 * (predicted == labels).double().mean().item()
-
-
-def probe(
-    model: nn.Module, decoupled: dni_fx.Decoupled | None, cuts: Sequence[str], x: Tensor, y: Tensor
-) -> dict[str, float]:
-    """Cosine of each predicted gradient with backprop's on a batch, by cut; nothing is changed.
-
-    Cuts without a prediction are left out: sources that wait for the true gradient, and zero gradients.
-    """
-    if decoupled is None:
-        return {}
-    values, true = true_gradients(model, cuts, x, y)
-    context = None if decoupled.context is None else decoupled.context(y)
-    found: dict[str, float] = {}
-    served: dict[int, list[str]] = {}
-    for name, source in decoupled.sources.items():
-        served.setdefault(id(source), []).append(name)
-    for name, source in decoupled.sources.items():
-        names = served[id(source)]
-        if source.exact or name != names[0] or any(n not in values for n in names):
-            continue
-        with _unchanged(source):
-            prediction = source.predict(tuple(values[n] for n in names), context)
-        if isinstance(prediction.state, dni_fx.sources.Prediction):  # held back, to be mixed with the true one
-            prediction = prediction.state
-        for one, gradient in zip(names, prediction.gradients or (), strict=False):
-            similarity = cosine(gradient.detach(), true[one])
-            if not math.isnan(similarity):
-                found[one] = similarity
-    return found
-
-
-def true_gradients(
-    model: nn.Module, cuts: Sequence[str], x: Tensor, y: Tensor
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Outputs of the modules that are cut after, and the loss's gradients for them, from a copy of the plain model.
-
-    A copy, since graphs of earlier steps that are still waiting for their gradients hold the model's own buffers.
-    """
-    model = copy.deepcopy(model)
-    outputs: dict[str, Tensor] = {}
-
-    def keep(name: str, _module: nn.Module, _args: Any, output: Tensor) -> None:
-        outputs[name] = output
-
-    for cut in cuts:
-        model.get_submodule(cut).register_forward_hook(partial(keep, cut))
-    with torch.random.fork_rng(devices=()), torch.enable_grad():
-        loss = F.cross_entropy(model(x), y)
-        gradients = torch.autograd.grad(loss, [outputs[cut] for cut in cuts])
-    return {n: v.detach() for n, v in outputs.items()}, dict(zip(cuts, gradients, strict=True))
-
-
-@contextlib.contextmanager
-def _unchanged(module: nn.Module) -> Iterator[None]:
-    """Puts back the contents of buffers that have changed."""
-    before = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, content in before:
-                if not torch.equal(buffer, content):
-                    buffer.copy_(content)
-
-
-def cosine(predicted: Tensor, true: Tensor) -> float:
-    """Cosine of two gradients seen as vectors; nan where one is zero."""
-    norms = predicted.norm() * true.norm()
-    return float((predicted * true).sum() / norms) if norms > 0 else math.nan
 
 
 # ---- many runs --------------------------------------------------------------------------------------------------

@@ -394,6 +394,21 @@ def test_updates_are_as_frequent_as_asked() -> None:
     assert counts["stage_2"] == counts["stage_3"] == 200
 
 
+@pytest.mark.parametrize("inputs", [None, "linear"])
+def test_sources_learn_whenever_their_target_comes(inputs: str | None) -> None:
+    """Not only when their own stage is updated too, which is rarer by another factor of p."""
+    trainer = trainer_of("linear", schedule=Fixed(Mode(0.0, (2,))), inputs=inputs)
+    trainer_zero = copy.deepcopy(trainer.decoupled.synthesizers.state_dict())
+    with torch.no_grad():
+        for parameter in trainer.decoupled.sources["2"].parameters():
+            parameter.fill_(0.1)  # so that stage 2 has something to pull back
+        trainer.decoupled.sources["2"].scale.fill_(1.0)
+    train(trainer, 3)
+    now = trainer.decoupled.synthesizers.state_dict()
+    learnt = {key.split(".")[0] for key in now if "weight" in key and not torch.equal(now[key], trainer_zero[key])}
+    assert learnt - {"2"} == ({"1", "2@input"} if inputs else {"1"})
+
+
 def test_warm_up_trains_sources_in_shadow() -> None:
     """Stages move as in backpropagation; sources learn, and are used afterwards."""
     shadow, exact = trainer_of("linear", schedule=WarmUp(steps=5)), trainer_of("exact")
