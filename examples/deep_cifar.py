@@ -41,7 +41,13 @@ MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of the t
 PADDING = 4
 
 SGD = {"name": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
-NET: Settings = {"optimizer": SGD, "synthesizer_optimizer": SGD, "decay": "cosine", "channels_last": True}
+NET: Settings = {
+    "optimizer": SGD,
+    "synthesizer_optimizer": None,  # None: that of the stages
+    "decay": "cosine",
+    "rate_warm_up": 100,
+    "channels_last": True,
+}
 
 # What each method changes in the above. Heads are two convolutions of stride 2, pooling and a linear layer.
 HEAD = {"hidden": 2, "stride": 2}
@@ -62,10 +68,16 @@ METHODS: dict[str, Settings] = {
     "sobolev": {"gradients": {"source": "sobolev", **HEAD}, "labels": True},
     "delayed": DELAYED,  # Features Replay: the stage is run again with the weights of now
     "stash": {"gradients": {"source": "delayed", "steps": 1, "recompute": False}},  # DDG: its graph is kept
+    "delayed, no momentum": {**DELAYED, "optimizer": {**SGD, "lr": 0.4, "momentum": 0.0}},
     "shrink": {"gradients": {"source": "delayed", "steps": 1, "shrink": 0.7}},  # FDG's factor
     "corrected": CORRECTED,
     "mix": {"gradients": {"source": "mix", "by": {"source": "local", **HEAD}, "share": 0.5}, "labels": True},
-    "late mix": {"gradients": {"source": "mix", "by": {"source": "local", **HEAD}, "steps": 1}, "labels": True},
+    # not waiting for the true gradient, whose share grows from 0 to 1
+    "late mix": {
+        "gradients": {"source": "mix", "by": {"source": "local", **HEAD}, "steps": 1},
+        "labels": True,
+        "share_ramp": [0.0, 1.0],
+    },
     "feedback": {"gradients": "feedback", "labels": True},
     "zero": {"gradients": "zero"},
     "stale": {"gradients": "stale"},
@@ -105,9 +117,9 @@ class Block(nn.Module):
         return F.relu(h + self.shortcut(x))
 
 
-def resnet(blocks: int, width: int = 16) -> nn.Sequential:
+def resnet(blocks: int, width: int = 16, stem_stride: int = 1) -> nn.Sequential:
     """ResNet of 6 x blocks + 2 layers (He et al. 2015, arXiv:1512.03385, section 4.2), with projections."""
-    stem = nn.Sequential(nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+    stem = nn.Sequential(nn.Conv2d(3, width, 3, stem_stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
     parts: list[tuple[str, nn.Module]] = [("stem", stem)]
     channels = width
     for group in range(3):
@@ -155,9 +167,10 @@ def augmented_batches(
 def make_settings(args: argparse.Namespace, method: str) -> Settings:
     """Everything that decides a run."""
     settings = {**SETTINGS, **NET, **METHODS[method]}
-    settings["optimizer"] = {**settings["optimizer"], "lr": args.lr}
-    if settings["synthesizer_optimizer"] is SGD:  # heads learn as the net does
-        settings["synthesizer_optimizer"] = settings["optimizer"]
+    if args.lr is not None:
+        settings["optimizer"] = {**settings["optimizer"], "lr": args.lr}
+    settings["synthesizer_optimizer"] = settings["synthesizer_optimizer"] or settings["optimizer"]
+    settings["rate_warm_up"] = settings["rate_warm_up"] if args.rate_warm_up is None else args.rate_warm_up
     if args.synthesizer_lr is not None:
         settings["synthesizer_optimizer"] = {**settings["synthesizer_optimizer"], "lr": args.synthesizer_lr}
     return settings | {
@@ -166,7 +179,7 @@ def make_settings(args: argparse.Namespace, method: str) -> Settings:
         "measure_every": args.measure_every or max(args.steps // 10, 1),
         "blocks": args.blocks,
         "width": args.width,
-        "rate_warm_up": args.rate_warm_up,
+        "stem_stride": args.stem_stride,
         "augmentation": args.augmentation,
         "cuts": args.cuts,
         "images": args.images,
@@ -176,7 +189,7 @@ def make_settings(args: argparse.Namespace, method: str) -> Settings:
 
 def make_runs(args: argparse.Namespace) -> list[Record]:
     """All runs asked for, seed by seed, so that an early look at the table compares all methods."""
-    setting = f"ResNet-{6 * args.blocks + 2}"
+    setting = f"ResNet-{6 * args.blocks + 2}" + (f", stem stride {args.stem_stride}" if args.stem_stride > 1 else "")
     return [
         make_run(method, setting, seed, make_settings(args, method)) for seed in args.seeds for method in args.methods
     ]
@@ -186,7 +199,7 @@ def run_one(run: Record, data: Digits, progress: Progress) -> Record:
     """Train a fresh net."""
     settings, seed = run["settings"], run["seed"]
     torch.manual_seed(seed)
-    model = resnet(settings["blocks"], settings["width"])
+    model = resnet(settings["blocks"], settings["width"], settings["stem_stride"])
     size = min(settings["batch"], len(data.train_x))
     drawn = augmented_batches(data, size, settings["steps"], seed, settings["augmentation"])
     return train(model, settings["cuts"], data, drawn, settings, seed=seed, progress=progress)
@@ -202,17 +215,18 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--blocks", type=int, default=1, help="in each of the three groups (default: 1, a ResNet-8)")
     parser.add_argument("--width", type=int, default=16, help="channels of the first group (default: 16)")
+    parser.add_argument("--stem-stride", type=int, default=1, help="2 for a quarter of the work (default: 1)")
     parser.add_argument("--cuts", nargs="+", default=list(CUTS), help="modules to cut after (stem layer1 layer2)")
     parser.add_argument("--images", type=int, default=20_000, help="of the training part (default: 20000)")
     parser.add_argument("--steps", type=int, default=1560, help="(default: 1560, ten epochs of 20,000 images)")
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=0.1, help="of the stages (default: 0.1)")
+    parser.add_argument("--lr", type=float, help="of the stages (default: as in the table at the top)")
     parser.add_argument("--synthesizer-lr", type=float, help="of the sources (default: as in the table at the top)")
-    parser.add_argument("--rate-warm-up", type=int, default=0, help="steps in which all rates rise from 0 (default: 0)")
+    parser.add_argument("--rate-warm-up", type=int, help="steps in which rates rise from 0 (default: as in the table)")
     parser.add_argument("--augmentation", choices=("crop+flip", "flip", "none"), default="crop+flip")
     add_arguments(parser, METHODS, USUAL, "out/deep_cifar.json")
     args = parser.parse_args(arguments)
-    check_arguments(parser, args, "blocks", "width", "images", "steps", "batch")
+    check_arguments(parser, args, "blocks", "width", "stem_stride", "images", "steps", "batch")
     return args
 
 

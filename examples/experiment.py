@@ -51,9 +51,12 @@ SETTINGS: Settings = {  # plain data, so that records can be compared; experimen
     "input_lr": None,  # of synthetic inputs, where it is not that of the synthesizers
     "decay": "none",  # of all learning rates, see DECAYS
     "rate_warm_up": 0,  # steps in which all rates rise from 0
+    "earlier_rate": 1.0,  # factor on a stage's rate for each stage behind it
+    "label_smoothing": 0.0,  # of the cross entropy
     "gradients": None,  # None: backprop, without dni_fx; else a name or {"source": name, option: value, ...}
     "labels": False,  # whether sources see them
     "inputs": None,  # synthetic inputs: a name
+    "share_ramp": None,  # [from, to]: λ of sources that mix, over the run
     "schedule": None,  # None: sequential; else {"schedule": name of a class in dni_fx.schedules, option: value, ...}
     "clip_norm": None,
     "channels_last": False,
@@ -195,6 +198,7 @@ def train(
     model.to(memory_format=layout).train()  # type: ignore[call-overload]
     trainer, optimizers, step = _stepper(model, cuts, data, settings, layout, seed, own_sources)
     rates = [(group, group["lr"]) for o in optimizers.values() for group in o.param_groups]
+    mixing = [s for s in trainer.decoupled.sources.values() if hasattr(s, "share")] if trainer else []
     updates = _count_updates({n: o for n, o in optimizers.items() if not n.startswith("source of ")})
 
     curve: Record = {"steps": [], "test_accuracy": [], "cosines": {cut: [] for cut in cuts}}
@@ -206,6 +210,10 @@ def train(
         factor = DECAYS[settings["decay"]]((count - 1) / steps) * min(1.0, count / (settings["rate_warm_up"] or 1))
         for group, rate in rates:
             group["lr"] = rate * factor
+        if settings["share_ramp"] is not None:
+            low, high = settings["share_ramp"]
+            for source in mixing:
+                source.share = low + (high - low) * (count - 1) / max(steps - 1, 1)
         measured = count % every == 0 or count == steps
         cosines = predicted_cosines(trainer, x, y) if measured else {}
         start, processor_start = time.perf_counter(), time.process_time()
@@ -252,13 +260,14 @@ def _stepper(
 ) -> tuple[dni_fx.Trainer | None, dict[str, torch.optim.Optimizer], Callable[[Tensor, Tensor], None]]:
     """The trainer (None for backprop), all optimisers by name, and a function that makes one step."""
     optimizer = partial(make_optimizer, settings["optimizer"])
+    loss_function = partial(F.cross_entropy, label_smoothing=settings["label_smoothing"])
     clip = settings["clip_norm"]
     if settings["gradients"] is None:
         whole = optimizer(model.named_parameters())
 
         def backprop(x: Tensor, y: Tensor) -> None:
             whole.zero_grad()
-            loss = F.cross_entropy(model(x), y)
+            loss = loss_function(model(x), y)
             if not loss.isfinite():
                 raise NonFiniteError("the loss is not finite")
             loss.backward()
@@ -278,7 +287,7 @@ def _stepper(
         scheduled = {"schedule": make_schedule(settings["schedule"], settings["steps"], seed)}
     trainer = dni_fx.Trainer(
         decoupled,
-        F.cross_entropy,
+        loss_function,
         optimizer=optimizer,
         synthesizer_optimizer=partial(make_optimizer, settings["synthesizer_optimizer"]),
         clip_norm=clip,
@@ -290,6 +299,9 @@ def _stepper(
         trainer.step(x, target=y)
 
     sources = {f"source of {name}": o for name, o in trainer.synthesizer_optimizers.items()}
+    for behind, stage in enumerate(reversed(trainer.optimizers.values())):
+        for group in stage.param_groups:
+            group["lr"] *= settings["earlier_rate"] ** behind
     if settings["input_lr"] is not None:
         for group in (g for n, o in sources.items() if n.endswith("@input") for g in o.param_groups):
             group["lr"] = settings["input_lr"]

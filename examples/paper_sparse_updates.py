@@ -41,24 +41,27 @@ from experiment import (
     table,
     train,
 )
+from paper_feedforward import OWN_SOURCES
 
 NET: Settings = {"batch": 256, "optimizer": {"name": "adam", "lr": 1e-3}, "decay": "cosine"}
 DNI: Settings = {
-    "gradients": {"source": "mlp", "hidden": 2, "width": 256},
-    "optimizer": {"name": "adam", "lr": 3e-5},
-    "synthesizer_optimizer": {"name": "adam", "lr": 1e-3},
+    "gradients": {"source": "normed-mlp", "hidden": 2, "width": 256},
+    "optimizer": {"name": "adam", "lr": 1e-4},
+    "earlier_rate": 0.6,
+    "synthesizer_optimizer": {"name": "adam", "lr": 1e-2, "betas": [0.9, 0.99]},
 }
 CDNI: Settings = {
     "gradients": "linear",
     "labels": True,
     "synthesizer_optimizer": {"name": "adam", "lr": 3e-2},
 }
+INPUTS: Settings = {"inputs": "mlp", "input_lr": 1e-3}  # with them, the complete unlock
 METHODS: dict[str, Settings] = {
     "dni": DNI,
     "cdni": CDNI,
-    "dni + inputs": {**DNI, "inputs": "mlp"},  # the complete unlock
-    "cdni + inputs": {**CDNI, "inputs": "mlp"},
-    "cdni + linear inputs": {**CDNI, "inputs": "linear"},
+    "dni + inputs": {**DNI, **INPUTS},
+    "cdni + inputs": {**CDNI, **INPUTS},
+    "cdni + linear inputs": {**CDNI, **INPUTS, "inputs": "linear"},
     "backprop": {"gradients": None},
     "zero": {"gradients": "zero"},
 }
@@ -104,7 +107,7 @@ def run_one(run: Record, data: Digits, progress: Progress) -> Record:
     torch.manual_seed(seed)
     model = mlp(data.pixels, settings["width"])
     drawn = batches(data, min(settings["batch"], len(data.train_x)), settings["steps"], seed)
-    return train(model, CUTS, data, drawn, settings, seed=seed, progress=progress)
+    return train(model, CUTS, data, drawn, settings, seed=seed, progress=progress, own_sources=OWN_SOURCES)
 
 
 def draw(records: list[Record], path: Path) -> None:

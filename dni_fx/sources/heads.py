@@ -47,6 +47,21 @@ class Evaluation(NamedTuple):
     gradients: tuple[Tensor, ...]
 
 
+class HandedOver(torch.autograd.Function):
+    """A loss whose gradients for some parameters are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: tuple[Tensor, ...], *parameters: Tensor) -> Tensor:
+        """The loss itself."""
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *above: Tensor) -> Any:
+        """The known gradients, times what comes from above."""
+        return None, None, *(above[0] * gradient for gradient in ctx.gradients)
+
+
 class LossHead(GradientSource):
     r"""Base of the heads: logits :math:`p = W [e_1(h_1), \dots, e_n(h_n)] + b` of one or several values, jointly.
 
@@ -79,7 +94,8 @@ class LossHead(GradientSource):
         DecouplingError: no context, scalars, a context that does not line up, or options that do not exist.
     """
 
-    create_graph: ClassVar[bool] = False
+    create_graph: ClassVar[bool] = False  # of the gradients, to be fitted themselves
+    greedy: ClassVar[bool] = False  # the label loss is all that is learnt: one backward gives everything
 
     def __init__(
         self,
@@ -134,9 +150,13 @@ class LossHead(GradientSource):
             # Views, since FlopCounterMode hooks what a module is given, which autograd.grad does not allow for leaves.
             logits = self.logits(tuple(leaf.view_as(leaf) for leaf in leaves), context)
             losses, mean, weights = self.evaluate(logits, context.detach().to(dtype))
-            found = torch.autograd.grad(mean, leaves, retain_graph=keep, create_graph=keep and self.create_graph)
+            learnt = tuple(p for p in self.parameters() if p.requires_grad) if keep and self.greedy else ()
+            retain = keep and not self.greedy
+            found = torch.autograd.grad(mean, (*leaves, *learnt), None, retain, keep and self.create_graph)
+            if learnt:
+                mean = HandedOver.apply(mean.detach(), found[len(leaves) :], *learnt)
         factor = self.unit * self.factor
-        gradients = tuple(like(g.detach() * factor, value) for g, value in zip(found, values, strict=True))
+        gradients = tuple(like(g.detach() * factor, value) for g, value in zip(found, values, strict=False))
         state = Evaluation(logits, losses, mean, weights, found if self.create_graph else ())
         return Prediction(gradients, state, losses.detach(), logits.detach())
 
@@ -182,9 +202,10 @@ class Local(LossHead):
     """
 
     message = "none"
+    greedy = True
 
     def fit(self, prediction: Prediction, message: tuple[Tensor, ...]) -> Tensor:
-        """The mean label loss."""
+        """The mean label loss; its gradient for the head was found together with that for the values."""
         mean: Tensor = prediction.state.mean
         return mean
 
