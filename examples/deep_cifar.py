@@ -4,7 +4,7 @@ Stem, and three groups of residual blocks with 16, 32 and 64 channels; a cut aft
 last. Every method trains the same weights on the same augmented batches, with SGD and a cosine decay. Finished runs are
 kept in a JSON file beside the figure, so the same command goes on where it was:
 
-    python examples/deep_cifar.py --seeds 0 1 2 --jobs 2 [--steps 1560] [--images 20000] [--blocks 1] [--methods ...]
+    python examples/deep_cifar.py --seeds 0 1 --jobs 2 [--steps 3000] [--images 50000] [--blocks 1] [--methods ...]
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CUTS = ("stem", "layer1", "layer2")
 MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of the training images, by colour
 PADDING = 4
 
-SGD = {"name": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
+SGD = {"name": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
 NET: Settings = {
     "optimizer": SGD,
     "synthesizer_optimizer": None,  # None: that of the stages
@@ -68,11 +68,17 @@ METHODS: dict[str, Settings] = {
     "sobolev": {"gradients": {"source": "sobolev", **HEAD}, "labels": True},
     "delayed": DELAYED,  # Features Replay: the stage is run again with the weights of now
     "stash": {"gradients": {"source": "delayed", "steps": 1, "recompute": False}},  # DDG: its graph is kept
-    "delayed, no momentum": {**DELAYED, "optimizer": {**SGD, "lr": 0.4, "momentum": 0.0}},
+    "delayed, no momentum": {**DELAYED, "optimizer": {**SGD, "lr": 0.2, "momentum": 0.0}},
     "shrink": {"gradients": {"source": "delayed", "steps": 1, "shrink": 0.7}},  # FDG's factor
     "corrected": CORRECTED,
     "mix": {"gradients": {"source": "mix", "by": {"source": "local", **HEAD}, "share": 0.5}, "labels": True},
-    # not waiting for the true gradient, whose share grows from 0 to 1
+    # the same with a share of the true gradient that grows from 0 to 1
+    "growing mix": {
+        "gradients": {"source": "mix", "by": {"source": "local", **HEAD}},
+        "labels": True,
+        "share_ramp": [0.0, 1.0],
+    },
+    # and not waiting for it
     "late mix": {
         "gradients": {"source": "mix", "by": {"source": "local", **HEAD}, "steps": 1},
         "labels": True,
@@ -215,15 +221,15 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--blocks", type=int, default=1, help="in each of the three groups (default: 1, a ResNet-8)")
     parser.add_argument("--width", type=int, default=16, help="channels of the first group (default: 16)")
-    parser.add_argument("--stem-stride", type=int, default=1, help="2 for a quarter of the work (default: 1)")
+    parser.add_argument("--stem-stride", type=int, default=2, help="1 for four times the work (default: 2)")
     parser.add_argument("--cuts", nargs="+", default=list(CUTS), help="modules to cut after (stem layer1 layer2)")
-    parser.add_argument("--images", type=int, default=20_000, help="of the training part (default: 20000)")
-    parser.add_argument("--steps", type=int, default=1560, help="(default: 1560, ten epochs of 20,000 images)")
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--images", type=int, default=50_000, help="of the training part (default: all 50000)")
+    parser.add_argument("--steps", type=int, default=3000, help="(default: 3000, nearly four epochs)")
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, help="of the stages (default: as in the table at the top)")
     parser.add_argument("--synthesizer-lr", type=float, help="of the sources (default: as in the table at the top)")
     parser.add_argument("--rate-warm-up", type=int, help="steps in which rates rise from 0 (default: as in the table)")
-    parser.add_argument("--augmentation", choices=("crop+flip", "flip", "none"), default="crop+flip")
+    parser.add_argument("--augmentation", choices=("crop+flip", "flip", "none"), default="flip")
     add_arguments(parser, METHODS, USUAL, "out/deep_cifar.json")
     args = parser.parse_args(arguments)
     check_arguments(parser, args, "blocks", "width", "stem_stride", "images", "steps", "batch")
