@@ -290,7 +290,7 @@ def test_errors_leave_the_model_as_it_was() -> None:
         ({"example_inputs": (None,)}, ["NoneType"]),
         ({"example_kwargs": [1]}, ["example_kwargs"]),
         ({"example_kwargs": {"nothing": X}}, ["nothing"]),
-        ({"inputs": "linear"}, ["inputs="]),
+        ({"inputs": "liner"}, ["liner", "linear"]),
     ],
     ids=["tensor", "empty batch", "none", "two", "features", "dtype", "no tensor", "kwargs", "keyword", "inputs"],
 )

@@ -379,6 +379,32 @@ def test_auto() -> None:
         make_source("linear", [table], labels)
 
 
+@pytest.mark.parametrize("kind", ["vector", "tokens", "map2d", "one feature"])
+@pytest.mark.parametrize("make", [MLP, Conv])
+def test_normalised_hidden_layers(make: type[GradientSource], kind: str) -> None:
+    """Hidden layers do not feel the value's size; a single value is no error."""
+    if make is Conv and kind != "map2d":
+        return
+    spec = spec_of(kind, torch.float64)
+    source = make([spec], hidden=2, norm="batch")  # type: ignore[call-arg]
+    for network in source.networks:
+        nn.init.normal_(network.layers[-1].weight)
+        nn.init.zeros_(network.layers[0].bias)
+    value = random_tensor(*spec.shape)
+    outputs = [source((value * size,)).state[0] for size in (1.0, 100.0)]
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-2, atol=1e-3)
+    plain = make([spec], hidden=2)  # type: ignore[call-arg]
+    nn.init.normal_(plain.networks[0].layers[-1].weight)
+    assert not torch.allclose(plain((value,)).state[0], plain((100 * value,)).state[0], rtol=1e-2)
+    assert source((value[:1],)).gradients[0].shape == value[:1].shape
+    assert source.flops() == plain.flops()
+
+
+def test_unknown_norm() -> None:
+    with pytest.raises(DecouplingError, match="unknown norm"):
+        MLP([spec_of("vector")], norm="layer")
+
+
 @pytest.mark.parametrize("name", SOURCES)
 def test_global_random_state_stays(name: str) -> None:
     torch.manual_seed(3)

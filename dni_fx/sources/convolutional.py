@@ -12,14 +12,20 @@ from torch import Tensor, nn
 from ..errors import DecouplingError
 from ..plan import TensorSpec
 from .context import as_planes
-from .regression import Network, Regression
+from .regression import Network, Regression, make_norms
 
 
 class ConvNetwork(Network):
     """Convolutions with ReLUs between them, zero padded to the same size; the last layer starts at 0."""
 
     def __init__(
-        self, spec: TensorSpec, context: TensorSpec | None, hidden: int = 1, kernel: int = 3, width: int | None = None
+        self,
+        spec: TensorSpec,
+        context: TensorSpec | None,
+        hidden: int = 1,
+        kernel: int = 3,
+        width: int | None = None,
+        norm: str = "none",
     ) -> None:
         super().__init__(spec, context)
         if self.space == 0:
@@ -36,6 +42,7 @@ class ConvNetwork(Network):
         self.layers = nn.ModuleList(
             convolution(a, b, kernel, padding=kernel // 2, dtype=self.dtype) for a, b in pairwise(self.sizes)
         )
+        self.norms = make_norms(norm, self.sizes[1:-1], self.dtype)
         for parameter in self.layers[-1].parameters():
             nn.init.zeros_(parameter)
 
@@ -44,8 +51,8 @@ class ConvNetwork(Network):
         if context is not None:
             value = torch.cat((value, as_planes(context, value)), 1)
         h = self.layers[0](value)
-        for layer in list(self.layers)[1:]:
-            h = layer(F.relu(h))
+        for i, layer in enumerate(list(self.layers)[1:]):
+            h = layer(F.relu(self.norms[i](h) if self.norms else h))
         return h
 
     def flops(self) -> int:
@@ -59,10 +66,12 @@ class Conv(Regression):
     Args:
         specs: the values served: maps with 1, 2 or 3 spatial dimensions.
         context: the context, or None.
-        hidden: number of hidden layers. The paper's source on MNIST is ``partial(Conv, hidden=2, kernel=5, width=64)``,
-            without its batch normalisation; one hidden layer of kernel 3 sees 5 x 5 at a fraction of the cost.
+        hidden: number of hidden layers. The paper's source on MNIST is
+            ``partial(Conv, hidden=2, kernel=5, width=64, norm="batch")``; one hidden layer of kernel 3 sees 5 x 5 at a
+            fraction of the cost.
         kernel: size in each dimension, odd.
         width: channels of the hidden layers; by default the value's.
+        norm: of the hidden layers, ``"batch"`` (by the batch's own statistics, in any mode) or ``"none"``.
 
     Source:
         Jaderberg et al. 2016, arXiv:1608.05343, appendix A.1.
@@ -76,5 +85,6 @@ class Conv(Regression):
         hidden: int = 1,
         kernel: int = 3,
         width: int | None = None,
+        norm: str = "none",
     ) -> None:
-        super().__init__(specs, context, lambda spec, c: ConvNetwork(spec, c, hidden, kernel, width))
+        super().__init__(specs, context, lambda spec, c: ConvNetwork(spec, c, hidden, kernel, width, norm))

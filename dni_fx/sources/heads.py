@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..errors import DecouplingError
 from ..plan import TensorSpec
 from .base import GradientSource, Prediction, like
-from .regression import Network, Regression
+from .regression import BatchNorm, Network, Regression
 
 WIDEST = 256  # channels of hidden layers, unless asked for: twice 1024 channels would cost more than their stage
 
@@ -422,18 +422,3 @@ class Encoder(nn.Module):
                 f"{self.feature_dim}): its sizes must match {lead} from the left, each equal or 1. Return such a shape "
                 "from context=<callable>, or use 'linear' or 'delayed' here."
             )
-
-
-class BatchNorm(nn.Module):
-    """Batch normalisation by the batch's own statistics, in any mode; a single value per channel stays as it is."""
-
-    def __init__(self, features: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(features, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(features, dtype=dtype))
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """Normalise ``(batch, features, *space)``."""
-        if maps.numel() == maps.shape[1]:  # no variance: F.batch_norm refuses
-            return (maps.flatten() * self.weight + self.bias).view_as(maps)
-        return F.batch_norm(maps, None, None, self.weight, self.bias, training=True)

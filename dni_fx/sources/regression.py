@@ -128,10 +128,45 @@ class Affine(nn.Module):
         return convolve(value, weight[(...,) + (None,) * space], self.bias)
 
 
+class BatchNorm(nn.Module):
+    """Batch normalisation by the batch's own statistics, in any mode; a single value per channel stays as it is."""
+
+    def __init__(self, features: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(features, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(features, dtype=dtype))
+
+    def forward(self, value: Tensor, feature_dim: int = 1) -> Tensor:
+        """Normalise ``(batch, features, *space)``, or ``(batch, ..., features)`` with ``feature_dim=-1``."""
+        if value.numel() == value.shape[feature_dim]:  # no variance: F.batch_norm refuses
+            return (value.flatten() * self.weight + self.bias).view_as(value)
+        features_first = value if feature_dim == 1 or value.dim() == 2 else value.movedim(-1, 1)
+        normed = F.batch_norm(features_first, None, None, self.weight, self.bias, training=True)
+        return normed if features_first is value else normed.movedim(1, -1)
+
+
+def make_norms(norm: str, sizes: Sequence[int], dtype: torch.dtype) -> nn.ModuleList:
+    """A normalisation for every hidden layer, or none.
+
+    Raises:
+        DecouplingError: neither ``"batch"`` nor ``"none"``.
+    """
+    if norm not in ("batch", "none"):
+        raise DecouplingError(f"unknown norm {norm!r}; known: 'batch', 'none'")
+    return nn.ModuleList(BatchNorm(size, dtype) for size in sizes if norm == "batch")
+
+
 class Pointwise(Network):
     """The same small network at every position: affine, or with hidden layers of ReLUs; the last layer starts at 0."""
 
-    def __init__(self, spec: TensorSpec, context: TensorSpec | None, hidden: int = 0, width: int | None = None) -> None:
+    def __init__(
+        self,
+        spec: TensorSpec,
+        context: TensorSpec | None,
+        hidden: int = 0,
+        width: int | None = None,
+        norm: str = "none",
+    ) -> None:
         super().__init__(spec, context)
         # As wide as the value, so that the synthesizer costs what a layer of its stage costs; narrow values need more.
         width = max(self.features, 64) if width is None else width
@@ -140,12 +175,14 @@ class Pointwise(Network):
             Affine(a, 0 if i else self.context_features, b, self.dtype, zero=i == hidden)
             for i, (a, b) in enumerate(pairwise(self.sizes))
         )
+        self.norms = make_norms(norm, self.sizes[1:-1], self.dtype)
 
     def compute(self, value: Tensor, context: Tensor | None) -> Tensor:
         """Affine layers with ReLUs between them; the first sees the context."""
-        h = value
-        for i, layer in enumerate(self.layers):
-            h = layer(F.relu(h), None, self.space) if i else layer(h, context, self.space)
+        h = self.layers[0](value, context, self.space)
+        for i, layer in enumerate(list(self.layers)[1:]):
+            h = self.norms[i](h, 1 if self.space else -1) if self.norms else h
+            h = layer(F.relu(h), None, self.space)
         return h
 
     def flops(self) -> int:
@@ -265,10 +302,11 @@ class MLP(Regression):
     Args:
         specs: the values served.
         context: the context, or None.
-        hidden: number of hidden layers. The paper's DNI on MNIST is ``partial(MLP, hidden=2, width=1024)``, without its
-            batch normalisation.
+        hidden: number of hidden layers. The paper's DNI on MNIST is
+            ``partial(MLP, hidden=2, width=1024, norm="batch")``.
         width: of each; by default the value's features, at least 64, so that the synthesizer costs about two layers of
             its stage and not several times the stage.
+        norm: of the hidden layers, ``"batch"`` (by the batch's own statistics, in any mode) or ``"none"``.
 
     Source:
         Jaderberg et al. 2016, arXiv:1608.05343, appendix A.1.
@@ -281,8 +319,9 @@ class MLP(Regression):
         *,
         hidden: int = 1,
         width: int | None = None,
+        norm: str = "none",
     ) -> None:
-        super().__init__(specs, context, lambda spec, c: Pointwise(spec, c, hidden, width))
+        super().__init__(specs, context, lambda spec, c: Pointwise(spec, c, hidden, width, norm))
 
 
 def _at_least_2d(shape: Sequence[int]) -> tuple[int, ...]:
