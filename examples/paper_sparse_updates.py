@@ -55,13 +55,13 @@ CDNI: Settings = {
     "labels": True,
     "synthesizer_optimizer": {"name": "adam", "lr": 3e-2},
 }
-INPUTS: Settings = {"inputs": "mlp", "input_lr": 1e-3}  # with them, the complete unlock
+INPUTS: Settings = {"inputs": "mlp", "input_lr": 3e-3}  # with them, the complete unlock
 METHODS: dict[str, Settings] = {
     "dni": DNI,
     "cdni": CDNI,
     "dni + inputs": {**DNI, **INPUTS},
     "cdni + inputs": {**CDNI, **INPUTS},
-    "cdni + linear inputs": {**CDNI, **INPUTS, "inputs": "linear"},
+    "cdni + linear inputs": {**CDNI, "inputs": "linear", "input_lr": 1e-2},
     "backprop": {"gradients": None},
     "zero": {"gradients": "zero"},
 }
