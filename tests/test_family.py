@@ -322,10 +322,10 @@ def test_synthetic_inputs_come_near_the_real_ones() -> None:
     assert errors[-1] < 0.3 < errors[0]
 
 
-@pytest.mark.parametrize("case", ["fan_out", "two_inputs", "unet", "embedding_bag", "transformer"])
+@pytest.mark.parametrize(
+    "case", ["fan_out", "several_inputs", "unet", "two_towers", "transformer", "gpt", "nested_input", "views"]
+)
 def test_inputs_on_zoo_models(case: str) -> None:
-    if case not in BY_NAME:
-        pytest.skip(f"no {case} in the zoo")
     chosen = BY_NAME[case]
     args, kwargs, target = oracles.draw(chosen, 4, torch.float32, 0)
     decoupled = dni_fx.decouple(
@@ -335,6 +335,15 @@ def test_inputs_on_zoo_models(case: str) -> None:
     for _ in range(3):
         trainer.step(*args, target=target, **kwargs)
     oracles.composed_check(chosen, torch.float32, decoupled=decoupled)
+
+
+def test_a_value_without_a_batch_dimension_is_named() -> None:
+    case = BY_NAME["lstm"]
+    args, kwargs, _ = oracles.draw(case, 4, torch.float32, 0)
+    with pytest.raises(DecouplingError, match="interface '.*leave this interface out"):
+        dni_fx.decouple(
+            case.build(torch.float32, 0), list(case.cuts), example_inputs=args, example_kwargs=kwargs, inputs="auto"
+        )
 
 
 def test_evaluation_uses_the_real_chain() -> None:
