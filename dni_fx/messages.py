@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .errors import DecouplingError
-from .sources import Served, message_kinds
+from .sources import Served, awaited_kinds
 
 if TYPE_CHECKING:
     from .running import Run
@@ -30,10 +30,10 @@ class Messages:
         self.last = len(run.stages) - 1
         self.known: dict[tuple[str, int], torch.Tensor] = {}
 
-    def of(self, group: Served) -> tuple[torch.Tensor, ...]:
-        """Everything that a source asks for, in the order of its kinds."""
+    def of(self, group: Served, kinds: tuple[str, ...]) -> tuple[torch.Tensor, ...]:
+        """Everything of these kinds that comes back to a source, in their order."""
         message: list[torch.Tensor] = []
-        for kind in message_kinds(group.source):
+        for kind in kinds:
             if kind == "gradient":
                 message += self.gradients(group)
             elif kind == "error":
@@ -54,38 +54,31 @@ class Messages:
         """Whether every consumer has sent its gradient."""
         return all(c in self.run.finished for c in group.consumers)
 
-    def is_there(self, group: Served) -> bool:
-        """Whether everything that a source asks for can be had now."""
-        kinds = message_kinds(group.source)
+    def is_there(self, group: Served, kinds: tuple[str, ...]) -> bool:
+        """Whether everything of these kinds can be had now."""
         return (
-            not self.is_lost(group)
+            not self.is_lost(group, kinds)
             and ("gradient" not in kinds or self.has_gradients(group))
             and ("error" not in kinds or self.run.error is not None)
         )
 
-    def arrived(self, group: Served) -> int | None:
-        """The step in which the last part of a message came; None before."""
-        if not self.is_there(group):
+    def awaited_since(self, group: Served) -> int | None:
+        """The step in which the last part of what a source waits for came; None before."""
+        kinds = awaited_kinds(group.source)
+        if not self.is_there(group, kinds):
             return None
-        if "gradient" in message_kinds(group.source):
-            return max(self.run.finished[c] for c in group.consumers)
-        return self.run.finished[self.last]
+        return max(self.run.finished[c] for c in (group.consumers if "gradient" in kinds else (self.last,)))
 
-    def is_lost(self, group: Served) -> bool:
+    def is_lost(self, group: Served, kinds: tuple[str, ...]) -> bool:
         """Whether a message can never come, since a stage that it needs is not updated with this batch."""
-        run, kinds = self.run, message_kinds(group.source)
+        run = self.run
         if run.share > 0:
             return False
-        away = [c for c in group.consumers if c not in run.finished and c not in run.tapes]
-        if "gradient" in kinds and away:
+        if "gradient" in kinds and any(c not in run.finished and c not in run.tapes for c in group.consumers):
             return True
         if "error" in kinds and self.last not in run.active:
             return True
         return any(self._estimate(k, c) is None for k in kinds if k in ("loss", "logits") for c in group.consumers)
-
-    def may_come(self, group: Served) -> bool:
-        """Whether a source still waits for something that will come."""
-        return not self.is_lost(group) and "gradient" in message_kinds(group.source)
 
     def _estimate(self, kind: str, stage: int) -> torch.Tensor | None:
         """Losses ``(batch,)`` or logits as estimated behind a stage's inputs; None where that stage is not run."""

@@ -22,7 +22,7 @@ from .messages import Messages
 from .passes._state import preserved_rng
 from .reports import InterfaceReport, compare
 from .schedules import Mode
-from .sources import Prediction, Served, message_kinds, mix
+from .sources import Prediction, Served, awaited_kinds, message_kinds, mix
 from .stepping import StepResult, detached, evaluate, pull_back
 
 Loss = Callable[[Any, Any], torch.Tensor]
@@ -229,7 +229,7 @@ class Run:
                 if not last:
                     self.values.update({n: detached(v) for n, v in tape.outputs.items()})
             for group in groups:
-                waits = self._delay(group, delays) > 0
+                waits = "gradient" in message_kinds(group.source) and any(delays[c] > 0 for c in group.consumers)
                 with kept_weights(group.source) if waits else contextlib.nullcontext():
                     self.predictions[group.name] = self._ask(group, self.values)
             if last:
@@ -259,12 +259,11 @@ class Run:
             delays[stage.index] = 0 if self.share > 0 else max((self._delay(s, delays) for s in waiting), default=0)
         return delays
 
-    def _delay(self, group: Served, delays: dict[int, int]) -> int:
-        """In how many steps a source's message will be there."""
-        if self.share > 0:
-            return 0
-        lag = group.source.lag or 0
-        return lag + (max(delays[c] for c in group.consumers) if "gradient" in message_kinds(group.source) else 0)
+    @staticmethod
+    def _delay(group: Served, delays: dict[int, int]) -> int:
+        """In how many steps a source that waits will be done."""
+        waits = "gradient" in awaited_kinds(group.source)
+        return (group.source.lag or 0) + (max(delays[c] for c in group.consumers) if waits else 0)
 
     def _ask(self, group: Served, values: dict[str, Any]) -> Prediction:
         with self._named(self.stages[group.producer]):
@@ -283,7 +282,7 @@ class Run:
     def _evaluate(self, tape: Tape) -> None:
         output = tape.outputs["output"]
         loss = evaluate(self.loss_function, output, self.target)
-        if any("error" in message_kinds(s.source) for s in self.served):
+        if any("error" in (*message_kinds(s.source), *awaited_kinds(s.source)) for s in self.served):
             if not isinstance(output, torch.Tensor):
                 raise DecouplingError(
                     f"a source asks for the error of the model's output, which must be one tensor, not "
@@ -302,7 +301,9 @@ class Run:
             groups = [s for s in self.by_producer[index] if s.source.lag is not None]
             if self.share == 0 and not all(self._is_ready(s) for s in groups):
                 continue
-            if self.share == 0 and any(self.messages.is_lost(s) for s in groups):  # a consumer is not updated
+            if self.share == 0 and any(
+                self.messages.is_lost(s, awaited_kinds(s.source)) for s in groups
+            ):  # a consumer is not updated
                 del self.tapes[index]
                 continue
             given: dict[str, Any] = {}
@@ -321,9 +322,9 @@ class Run:
                 self._pull_back(index, held, given, retain=self.share == 0)
 
     def _is_ready(self, group: Served) -> bool:
-        if self.messages.is_lost(group):
+        if self.messages.is_lost(group, awaited_kinds(group.source)):
             return True
-        since = self.messages.arrived(group)
+        since = self.messages.awaited_since(group)
         return since is not None and self.now >= since + (group.source.lag or 0)
 
     def _completed(self, group: Served) -> tuple[Any, ...]:
@@ -336,7 +337,8 @@ class Run:
         if group.source.lag is None:
             return self._predicted(group)
         with self._named(self.stages[group.producer]):
-            return group.source.complete(self.predictions[group.name], self.messages.of(group))
+            awaited = self.messages.of(group, awaited_kinds(group.source))
+            return group.source.complete(self.predictions[group.name], awaited)
 
     def _pull_back(
         self, index: int, tape: Tape, given: dict[str, Any], retain: bool = False, complete: bool = True
@@ -372,12 +374,13 @@ class Run:
         losses: list[tuple[str, torch.Tensor | None]] = []
         with torch.enable_grad():
             for group in self.served:
-                done = group.name in self.fitted or group.name not in self.predictions or group.producer in self.tapes
-                if done or not self.messages.is_there(group):
+                kinds = message_kinds(group.source)
+                done = group.name in self.fitted or group.name not in self.predictions
+                if done or not self.messages.is_there(group, kinds):
                     continue
                 self.fitted.add(group.name)
                 with self._named(self.stages[group.producer]):
-                    message = self.messages.of(group)
+                    message = self.messages.of(group, kinds)
                     losses.append((group.name, group.source.fit(self.predictions[group.name], message)))
             for name in [n for n in self.input_predictions if n in self.values]:
                 losses.append(
@@ -389,11 +392,12 @@ class Run:
     def is_done(self) -> bool:
         """Whether nothing of this batch is under way any more."""
         late = [s for s in self.served if s.name in self.predictions and s.name not in self.fitted]
-        return not self.tapes and not any(self.messages.may_come(s) for s in late)
+        return not self.tapes and all(self.messages.is_lost(s, message_kinds(s.source)) for s in late)
 
     def forget(self) -> None:
         """Drop what no late stage needs."""
-        needed = {n for s in self.served if s.name not in self.fitted for n in s.names}
+        open_ = [s for s in self.served if s.name not in self.fitted or s.producer in self.tapes]
+        needed = {n for s in open_ for n in s.names}
         self.values, self.sent = {}, {n: v for n, v in self.sent.items() if n in needed}
         self.output = self.target = self.error = None
 

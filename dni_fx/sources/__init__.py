@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import DecouplingError, did_you_mean
 from ..plan import TensorSpec
-from .base import GradientSource, Prediction, message_kinds
+from .base import GradientSource, Prediction, awaited_kinds, message_kinds
 from .context import OneHot, align_context, one_hot
 from .controls import Exact, Stale, Zero
 from .convolutional import Conv, ConvNetwork
@@ -52,6 +52,7 @@ __all__ = [
     "Zero",
     "align_context",
     "auto_name",
+    "awaited_kinds",
     "is_joint",
     "make_input",
     "make_source",

@@ -60,9 +60,10 @@ class GradientSource(nn.Module):
             * ``"logits"``: one tensor, the model's output as the next stages' sources estimate it, the true one where
               the last stage is next;
             * ``"error"``: one tensor, the loss's gradient for the model's output.
-        lag: None for a source whose prediction is pulled back at once. A number: the stage waits for the message and
-            pulls back what :meth:`complete` returns, ``lag`` steps after the message is there; with 0 in the same step,
-            so locked.
+        lag: None for a source whose prediction is pulled back at once. A number: the stage waits for what ``awaits``
+            says and pulls back what :meth:`complete` returns, ``lag`` steps after that is there; with 0 in the same
+            step, so locked.
+        awaits: for sources with a ``lag``: what ``complete`` needs, in the words of ``message``.
         recompute: for ``lag`` of 1 or more: run the stage's forward again when the message is there, with the weights
             of that moment and the randomness of the first time (Features Replay); else its graph and the weights that
             it used are kept (DDG).
@@ -108,6 +109,7 @@ class GradientSource(nn.Module):
 
     message: str = "gradient"
     lag: int | None = None
+    awaits: str = "gradient"
     recompute: bool = True
     unit: float = 1.0
     corrects: bool = False
@@ -142,17 +144,17 @@ class GradientSource(nn.Module):
         """
         return None
 
-    def complete(self, prediction: Prediction, message: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """For sources with a ``lag``: what to pull back now that the message is there, besides what was pulled back.
+    def complete(self, prediction: Prediction, awaited: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """For sources with a ``lag``: what to pull back now, besides what was pulled back at once.
 
         Args:
             prediction: what ``predict`` returned for the same values.
-            message: as in :meth:`fit`.
+            awaited: what the class attribute ``awaits`` asks for.
 
         Returns:
             A gradient per value.
         """
-        raise NotImplementedError(f"{type(self).__name__} has a lag and must implement complete(prediction, message)")
+        raise NotImplementedError(f"{type(self).__name__} has a lag and must implement complete(prediction, awaited)")
 
     def forward(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
         """The same as :meth:`predict`, so that a source is one module call in an emitted function."""
@@ -173,16 +175,30 @@ class GradientSource(nn.Module):
 
 
 def message_kinds(source: GradientSource) -> tuple[str, ...]:
-    """The kinds of message that a source asks for, in order; none for ``"none"``.
+    """The kinds of message that a source learns from, in order; none for ``"none"``.
 
     Raises:
         DecouplingError: a kind that does not exist, or another order.
     """
-    kinds = () if source.message == "none" else tuple(source.message.split("+"))
+    return _kinds(source, "message")
+
+
+def awaited_kinds(source: GradientSource) -> tuple[str, ...]:
+    """The kinds of message that a source waits for, in order; none for a source without a lag.
+
+    Raises:
+        DecouplingError: a kind that does not exist, or another order.
+    """
+    return () if source.lag is None else _kinds(source, "awaits")
+
+
+def _kinds(source: GradientSource, attribute: str) -> tuple[str, ...]:
+    asked: str = getattr(source, attribute)
+    kinds = () if asked == "none" else tuple(asked.split("+"))
     if kinds != tuple(k for k in ("gradient", "loss", "logits", "error") if k in kinds):
         raise DecouplingError(
-            f"{type(source).__name__}.message is {source.message!r}; it must be 'none', or of 'gradient', 'loss', "
-            "'logits' and 'error' those it asks for, in this order, joined by '+'"
+            f"{type(source).__name__}.{attribute} is {asked!r}; it must be 'none', or of 'gradient', 'loss', 'logits' "
+            "and 'error' those it asks for, in this order, joined by '+'"
         )
     return kinds
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import DecouplingError
 from ..plan import TensorSpec
-from .base import GradientSource, Prediction, like, message_kinds
+from .base import GradientSource, Prediction, like
 
 Factory = Callable[[Sequence[TensorSpec], TensorSpec | None], GradientSource]
 
@@ -45,16 +45,16 @@ class Delayed(GradientSource):
         recompute: bool = True,
     ) -> None:
         super().__init__(specs)
-        self.lag = _checked_lag(steps)
+        self.lag, self.message = _checked_lag(steps), "none"
         self.shrink, self.recompute = _checked_shrink(shrink), recompute
 
     def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
         """Nothing yet."""
         return Prediction(None)
 
-    def complete(self, prediction: Prediction, message: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The message, shrunk."""
-        return message if self.shrink == 1 else tuple(gradient * self.shrink for gradient in message)
+    def complete(self, prediction: Prediction, awaited: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The true gradient, shrunk."""
+        return awaited if self.shrink == 1 else tuple(gradient * self.shrink for gradient in awaited)
 
     def flops(self) -> int:
         """None at all; the stage's own second forward counts as the stage's."""
@@ -80,9 +80,7 @@ class Wrapping(GradientSource):
                 f"{type(self).__name__} needs a source that predicts at once, such as 'linear' or 'local', not "
                 f"{type(self.source).__name__}"
             )
-        self.inner = message_kinds(self.source)
-        kinds = ("gradient", *(kind for kind in self.inner if kind != "gradient"))
-        self.message = "+".join(kinds)
+        self.message = self.source.message
 
     def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
         """What the other source predicts."""
@@ -90,8 +88,8 @@ class Wrapping(GradientSource):
         return self.source.predict(values, context)
 
     def fit(self, prediction: Prediction, message: tuple[Tensor, ...]) -> Tensor | None:
-        """Let the other source learn from the kinds of message that it asks for."""
-        return self.source.fit(prediction, message if "gradient" in self.inner else message[len(self.specs) :])
+        """As the other source learns."""
+        return self.source.fit(prediction, message)
 
     def flops(self) -> int:
         """The other source's."""
@@ -128,10 +126,10 @@ class Corrected(Wrapping):
         self.lag = _checked_lag(steps)
         self.shrink, self.recompute = _checked_shrink(shrink), recompute
 
-    def complete(self, prediction: Prediction, message: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def complete(self, prediction: Prediction, awaited: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The true gradient, shrunk, without what was pulled back already."""
         assert prediction.gradients is not None
-        pairs = zip(message[: len(self.specs)], prediction.gradients, strict=True)
+        pairs = zip(awaited, prediction.gradients, strict=True)
         return tuple(like(self.shrink * true - guess, guess) for true, guess in pairs)
 
 
@@ -177,15 +175,14 @@ class Mix(Wrapping):
         early = tuple(gradient * (1 - self.share) for gradient in prediction.gradients) if self.corrects else None
         return Prediction(early, prediction, prediction.loss, prediction.logits)
 
-    def complete(self, prediction: Prediction, message: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def complete(self, prediction: Prediction, awaited: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Mixed gradients, the true ones themselves for a share of 1; the true one's share where it comes late."""
-        true = message[: len(self.specs)]
         if self.corrects:
-            return tuple(self.share * gradient for gradient in true)
-        return mix(self.share, true, prediction.state.gradients)
+            return tuple(self.share * gradient for gradient in awaited)
+        return mix(self.share, awaited, prediction.state.gradients)
 
     def fit(self, prediction: Prediction, message: tuple[Tensor, ...]) -> Tensor | None:
-        """As the other source learns."""
+        """As the other source learns, from its own prediction."""
         return super().fit(prediction.state, message)
 
 
@@ -216,7 +213,7 @@ class Feedback(GradientSource):
         seed: int = 0,
     ) -> None:
         super().__init__(specs)
-        self.lag, self.message = 0, "error"
+        self.lag, self.message, self.awaits = 0, "none", "error"
         outputs = outputs or (None if context is None else math.prod(context.shape[1:]))
         if not outputs:
             raise DecouplingError(
@@ -234,13 +231,13 @@ class Feedback(GradientSource):
         """Nothing yet; the values are kept for their shapes."""
         return Prediction(None, values)
 
-    def complete(self, prediction: Prediction, message: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def complete(self, prediction: Prediction, awaited: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Project the error.
 
         Raises:
             DecouplingError: the output, or a value, has another number of elements per sample than B.
         """
-        error = message[0].reshape(message[0].shape[0], -1)
+        error = awaited[0].reshape(awaited[0].shape[0], -1)
         found = []
         for index, value in enumerate(prediction.state):
             matrix: Tensor = getattr(self, f"matrix_{index}")
@@ -248,7 +245,7 @@ class Feedback(GradientSource):
             if error.shape[1] != matrix.shape[0] or elements != matrix.shape[1] or len(error) != len(value):
                 raise DecouplingError(
                     f"'feedback' was made for {matrix.shape[0]} outputs and {matrix.shape[1]} elements a sample, but "
-                    f"the output has shape {tuple(message[0].shape)} and the value {tuple(value.shape)}"
+                    f"the output has shape {tuple(awaited[0].shape)} and the value {tuple(value.shape)}"
                 )
             found.append(like((error.to(matrix.dtype) @ matrix).view(value.shape), value))
         return tuple(found)
