@@ -12,7 +12,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH_PIP_ARGS ?=
 DEMO_ARGS ?=
 WORKERS ?= 2
-BENCHMARKS ?= transform step search
+BENCHMARKS ?= transform step search sources
 PYTEST_ARGS ?= -n $(WORKERS)
 RESULTS_ARGS ?=
 RANDOM_GRAPHS ?= 100000
@@ -66,7 +66,9 @@ bench: $(ZOO_READY)
 	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(PY) benchmarks/$$name.py; done
 
 results: $(READY)
-	$(PY) examples/mnist.py $(RESULTS_ARGS)
+	$(PY) examples/paper_feedforward.py $(RESULTS_ARGS)
+	$(PY) examples/paper_sparse_updates.py $(RESULTS_ARGS)
+	$(PY) examples/deep_cifar.py $(RESULTS_ARGS)
 	$(PY) examples/cut_choice.py
 
 clean:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import dni_fx
 from data import DataError, Digits, cifar10
 from digits import accuracy, batches
-from mnist import read_records, write_records
+from experiment import read_records, write_records
 
 BATCH = 64
 PROBED = 8  # batches that the learnability is measured on

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import importlib.util
-import json
 import lzma
 import os
 import shutil
@@ -108,30 +107,6 @@ def test_demo_fails_loudly_where_exact_mode_is_not_backprop(capsys: pytest.Captu
     assert "DIFFERS from backprop in 1 of 1 tensors" in capsys.readouterr().out
 
 
-def test_mnist_experiment_goes_on_where_it_was(tmp_path: Path, mnist_folder: Path) -> None:
-    arguments = ["--steps", "4", "--methods", "backprop", "cdni", "--measure-every", "2", "--data", str(mnist_folder)]
-    first = run_example("mnist", *arguments, "--seeds", "0", cwd=tmp_path)
-    assert first.returncode == 0, first.stderr
-    records = json.loads((tmp_path / "out" / "mnist.json").read_text())
-    assert [(record["method"], record["seed"]) for record in records] == [("backprop", 0), ("cdni", 0)]
-
-    second = run_example("mnist", *arguments, "--seeds", "0", "1", cwd=tmp_path)
-    assert second.returncode == 0, second.stderr
-    assert "seed 0" not in second.stderr
-    assert "seed 1, cdni" in second.stderr
-    assert json.loads((tmp_path / "out" / "mnist.json").read_text())[:2] == records
-    assert list(rows(second.stdout)) == ["backprop", "cdni"]
-
-
-def test_mnist_experiment_refuses_a_broken_record(tmp_path: Path, mnist_folder: Path) -> None:
-    broken = tmp_path / "runs.json"
-    broken.write_text("[{")
-    done = run_example("mnist", "--out", str(broken), "--data", str(mnist_folder), cwd=tmp_path)
-    assert done.returncode == 1
-    assert "runs.json holds no finished runs" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
 def test_mnist_has_the_published_shapes(mnist_folder: Path) -> None:
     mnist = data.mnist(mnist_folder)
     assert mnist.train_x.shape == (60000, 1, 28, 28)
@@ -156,7 +131,7 @@ def test_named_directory_without_mnist_is_an_error(tmp_path: Path) -> None:
 
 
 def test_environment_names_the_directory(tmp_path: Path) -> None:
-    done = run_example("mnist", cwd=tmp_path, DNI_FX_DATA=str(tmp_path))
+    done = run_example("paper_feedforward", cwd=tmp_path, DNI_FX_DATA=str(tmp_path))
     assert done.returncode == 1
     assert f"no MNIST in {tmp_path} (from DNI_FX_DATA)" in done.stderr
     assert "Traceback" not in done.stderr

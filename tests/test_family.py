@@ -340,7 +340,7 @@ def test_inputs_on_zoo_models(case: str) -> None:
 def test_a_value_without_a_batch_dimension_is_named() -> None:
     case = BY_NAME["lstm"]
     args, kwargs, _ = oracles.draw(case, 4, torch.float32, 0)
-    with pytest.raises(DecouplingError, match="interface '.*leave this interface out"):
+    with pytest.raises(DecouplingError, match=r"interface '.*leave this interface out"):
         dni_fx.decouple(
             case.build(torch.float32, 0), list(case.cuts), example_inputs=args, example_kwargs=kwargs, inputs="auto"
         )
