@@ -84,6 +84,11 @@ METHODS: dict[str, Settings] = {
         "labels": True,
         "share_ramp": [0.0, 1.0],
     },
+    "late mix, one backward": {
+        "gradients": {"source": "mix", "by": {"source": "local", **HEAD}, "steps": 1, "at_once": False},
+        "labels": True,
+        "share_ramp": [0.0, 1.0],
+    },
     "feedback": {"gradients": "feedback", "labels": True},
     "zero": {"gradients": "zero"},
     "stale": {"gradients": "stale"},
@@ -98,6 +103,7 @@ METHODS: dict[str, Settings] = {
     # the last tenth of the steps exact
     "local + exact tail": {**LOCAL, "schedule": {"schedule": "Calibration", "every": None, "exact_from": 0.9}},
     "distill + exact tail": {**DISTILL, "schedule": {"schedule": "Calibration", "every": None, "exact_from": 0.9}},
+    "corrected + exact tail": {**CORRECTED, "schedule": {"schedule": "Calibration", "every": None, "exact_from": 0.9}},
     "delayed + exact tail": {**DELAYED, "schedule": {"schedule": "Calibration", "every": None, "exact_from": 0.9}},
 }
 USUAL = [name for name in METHODS if " + " not in name]

@@ -220,10 +220,11 @@ def test_a_share_of_none_is_the_source_alone() -> None:
         torch.testing.assert_close(state(mixed)[name], tensor, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("at_once", [True, False])
 @pytest.mark.parametrize("recompute", [True, False], ids=["replay", "stash"])
-def test_a_late_share_of_one_is_being_late(recompute: bool) -> None:
+def test_a_late_share_of_one_is_being_late(recompute: bool, at_once: bool) -> None:
     late = trainer_of(partial(Delayed, recompute=recompute))
-    mixed = trainer_of(partial(Mix, source="linear", share=1.0, steps=1, recompute=recompute))
+    mixed = trainer_of(partial(Mix, source="linear", share=1.0, steps=1, at_once=at_once, recompute=recompute))
     for trainer in (late, mixed):
         train(trainer, 6)
     for name, tensor in state(late).items():

@@ -146,10 +146,11 @@ class Mix(Wrapping):
         source: name or factory of the source that predicts.
         share: λ, from 0 to 1.
         steps: lag of the true gradient; 0 waits for it within the step.
+        at_once: with ``steps``: whether the predicted part goes ahead; else both come late, in one backward.
         recompute: as for :class:`Delayed`.
 
     Source:
-        Jaderberg et al. 2016, arXiv:1608.05343, appendix A. The late form is ours.
+        Jaderberg et al. 2016, arXiv:1608.05343, appendix A. The late forms are ours.
     """
 
     def __init__(
@@ -160,13 +161,14 @@ class Mix(Wrapping):
         source: str | Factory = "auto",
         share: float = 0.5,
         steps: int = 0,
+        at_once: bool = True,
         recompute: bool = True,
     ) -> None:
         super().__init__(specs, context, source)
         if not isinstance(share, int | float) or not 0 <= share <= 1:
             raise DecouplingError(f"Mix needs a share of the true gradient from 0 to 1, not {share!r}")
         self.lag = 0 if steps == 0 else _checked_lag(steps)
-        self.share, self.corrects, self.recompute = float(share), self.lag > 0, recompute
+        self.share, self.corrects, self.recompute = float(share), self.lag > 0 and at_once, recompute
 
     def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
         """The other source's prediction: its share, or held back where the stage waits."""
