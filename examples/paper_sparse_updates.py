@@ -45,7 +45,7 @@ from paper_feedforward import OWN_SOURCES
 
 NET: Settings = {"batch": 256, "optimizer": {"name": "adam", "lr": 1e-3}, "decay": "cosine"}
 DNI: Settings = {
-    "gradients": {"source": "normed-mlp", "hidden": 2, "width": 256},
+    "gradients": {"source": "mlp", "hidden": 2, "width": 256, "norm": "batch"},
     "optimizer": {"name": "adam", "lr": 1e-4},
     "earlier_rate": 0.6,
     "synthesizer_optimizer": {"name": "adam", "lr": 1e-2, "betas": [0.9, 0.99]},
