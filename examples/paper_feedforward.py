@@ -55,6 +55,7 @@ METHODS: dict[tuple[str, str], Settings] = {
         "gradients": {"source": "mlp", "hidden": 2, "times": 1, "norm": "batch"},
         "optimizer": {"name": "adam", "lr": 1e-4},
         "earlier_rate": 0.6,  # without labels, earlier layers must wait for the synthesizers behind them
+        "label_smoothing": 0.2,  # smaller errors of the few hard images, which cannot be told from the value
         "synthesizer_optimizer": {"name": "adam", "lr": 1e-2, "betas": [0.9, 0.99]},
     },
     ("fcn", "cdni"): {
@@ -68,13 +69,14 @@ METHODS: dict[tuple[str, str], Settings] = {
     ("cnn", "dni"): {
         "gradients": {"source": "conv", "hidden": 1, "kernel": 3, "times": 1},
         "optimizer": {"name": "adam", "lr": 1e-4},
-        "synthesizer_optimizer": {"name": "adam", "lr": 1e-3},
+        "earlier_rate": 0.6,
+        "synthesizer_optimizer": {"name": "adam", "lr": 5e-3},
     },
     ("cnn", "cdni"): {
         "gradients": {"source": "conv", "hidden": 1, "kernel": 3, "times": 1},
         "labels": True,
-        "optimizer": {"name": "adam", "lr": 1e-4},
-        "synthesizer_optimizer": {"name": "adam", "lr": 1e-3},
+        "earlier_rate": 0.6,
+        "synthesizer_optimizer": {"name": "adam", "lr": 5e-3},
     },
     ("cnn", "zero"): {"gradients": "zero"},
     ("cnn", "stale"): {"gradients": "stale"},

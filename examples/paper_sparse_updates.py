@@ -41,13 +41,13 @@ from experiment import (
     table,
     train,
 )
-from paper_feedforward import OWN_SOURCES
 
 NET: Settings = {"batch": 256, "optimizer": {"name": "adam", "lr": 1e-3}, "decay": "cosine"}
 DNI: Settings = {
     "gradients": {"source": "mlp", "hidden": 2, "width": 256, "norm": "batch"},
     "optimizer": {"name": "adam", "lr": 1e-4},
     "earlier_rate": 0.6,
+    "label_smoothing": 0.2,
     "synthesizer_optimizer": {"name": "adam", "lr": 1e-2, "betas": [0.9, 0.99]},
 }
 CDNI: Settings = {
@@ -107,7 +107,7 @@ def run_one(run: Record, data: Digits, progress: Progress) -> Record:
     torch.manual_seed(seed)
     model = mlp(data.pixels, settings["width"])
     drawn = batches(data, min(settings["batch"], len(data.train_x)), settings["steps"], seed)
-    return train(model, CUTS, data, drawn, settings, seed=seed, progress=progress, own_sources=OWN_SOURCES)
+    return train(model, CUTS, data, drawn, settings, seed=seed, progress=progress)
 
 
 def draw(records: list[Record], path: Path) -> None:
