@@ -63,6 +63,8 @@ METHODS: dict[str, Settings] = {
     "linear": {"gradients": "linear", "labels": True, "synthesizer_optimizer": ADAM},
     "conv": {"gradients": "conv", "labels": True, "synthesizer_optimizer": ADAM},
     "local": LOCAL,
+    "local, wide head": {"gradients": {"source": "local", **HEAD, "width": 64}, "labels": True},
+    "local, deep head": {"gradients": {"source": "local", **HEAD, "hidden": 3}, "labels": True},
     "distill": DISTILL,
     "critic": CRITIC,
     "sobolev": {"gradients": {"source": "sobolev", **HEAD}, "labels": True},
@@ -96,6 +98,8 @@ METHODS: dict[str, Settings] = {
     "local + warm-up": {**LOCAL, "schedule": {"schedule": "WarmUp", "steps": 0.1, "fade": 0.1}},
     "distill + warm-up": {**DISTILL, "schedule": {"schedule": "WarmUp", "steps": 0.1, "fade": 0.1}},
     "critic + warm-up": {**CRITIC, "schedule": {"schedule": "WarmUp", "steps": 0.1, "fade": 0.1}},
+    "corrected + warm-up": {**CORRECTED, "schedule": {"schedule": "WarmUp", "steps": 0.1, "fade": 0}},
+    "corrected + long tail": {**CORRECTED, "schedule": {"schedule": "Calibration", "every": None, "exact_from": 0.7}},
     "delayed + warm-up": {**DELAYED, "schedule": {"schedule": "WarmUp", "steps": 0.1, "fade": 0}},
     # every tenth step exact
     "local + calibration": {**LOCAL, "schedule": {"schedule": "Calibration", "every": 10}},
