@@ -54,6 +54,7 @@ class Stage:
         Raises:
             DecouplingError: a source of the stage waits for a message; its halves are what to call then.
         """
+        self._decoupled.served()  # raises where a source lacks one of its values
         waiting = [n for n, s in self.sources.items() if s.lag is not None]
         if waiting:
             raise DecouplingError(

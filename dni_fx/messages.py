@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
+import math
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -67,7 +69,7 @@ class Messages:
         kinds = awaited_kinds(group.source)
         if not self.is_there(group, kinds):
             return None
-        return max(self.run.finished[c] for c in (group.consumers if "gradient" in kinds else (self.last,)))
+        return max(self.run.finished[c] for c in group.consumers) if "gradient" in kinds else self.run.started
 
     def is_lost(self, group: Served, kinds: tuple[str, ...]) -> bool:
         """Whether a message can never come, since a stage that it needs is not updated with this batch."""
@@ -130,17 +132,19 @@ def sample_losses(loss: Callable[..., torch.Tensor], output: Any, target: Any) -
     Raises:
         DecouplingError: neither way is possible.
     """
+    loss = getattr(loss, "_orig_mod", loss)  # a compiled loss shares its attributes with the original
+    ignored = _ignored(loss, target)
     with torch.no_grad():
         if isinstance(loss, nn.Module) and isinstance(getattr(loss, "reduction", None), str):
             unreduced: Any = copy.copy(loss)
             unreduced.reduction = "none"
-            return _per_sample(unreduced(output, target), output)
-        if _takes_reduction(loss):
-            return _per_sample(loss(output, target, reduction="none"), output)
+            return _per_sample(unreduced(output, target), ignored)
+        if _takes(loss, "reduction"):
+            return _per_sample(loss(output, target, reduction="none"), ignored)
         try:
             count = len(output)
             each = [loss(output[i : i + 1], target[i : i + 1]) for i in range(count)]
-            return torch.stack([e.reshape(()) for e in each])
+            return torch.stack([e.reshape(()) for e in each]).nan_to_num(posinf=math.inf, neginf=-math.inf)
         except Exception as error:
             raise DecouplingError(
                 f"a source asks for each sample's loss, but the loss can not be had sample by sample ({error}): it "
@@ -149,21 +153,34 @@ def sample_losses(loss: Callable[..., torch.Tensor], output: Any, target: Any) -
             ) from error
 
 
-def _takes_reduction(loss: Callable[..., Any]) -> bool:
+def _takes(loss: Callable[..., Any], argument: str) -> bool:
     try:
-        return "reduction" in inspect.signature(loss).parameters
+        return argument in inspect.signature(loss).parameters
     except (TypeError, ValueError):
         return False
 
 
-def _per_sample(losses: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-    if losses.dim() == 0 or losses.shape[0] != output.shape[0]:
+def _ignored(loss: Callable[..., Any], target: Any) -> torch.Tensor | None:
+    """Which labels a loss of classes leaves out of its mean; None where it does not say."""
+    index = getattr(loss, "ignore_index", None)
+    if index is None:
+        with contextlib.suppress(TypeError, ValueError):
+            index = inspect.signature(loss).parameters["ignore_index"].default if _takes(loss, "ignore_index") else None
+    if not isinstance(index, int) or not isinstance(target, torch.Tensor) or target.is_floating_point():
+        return None
+    return target == index
+
+
+def _per_sample(losses: torch.Tensor, ignored: torch.Tensor | None) -> torch.Tensor:
+    if losses.dim() == 0:
         raise DecouplingError(
-            f"a source asks for each sample's loss, but with reduction='none' the loss has shape "
-            f"{tuple(losses.shape)} for an output of shape {tuple(output.shape)}: the batch must come first"
+            "a source asks for each sample's loss, but with reduction='none' the loss is one number; it must be "
+            "(batch, ...)"
         )
-    flat = losses.reshape(len(losses), -1)
-    return flat.sum(1) / (flat != 0).sum(1).clamp(min=1)  # positions that the loss ignores count as zero
+    if ignored is None or ignored.shape != losses.shape:
+        return losses.reshape(len(losses), -1).mean(1)
+    kept = (~ignored).reshape(len(losses), -1)
+    return losses.reshape(len(losses), -1).sum(1) / kept.sum(1).clamp(min=1)
 
 
 def _mean(tensors: list[torch.Tensor]) -> torch.Tensor:

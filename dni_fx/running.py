@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .decoupled import Decoupled, Stage
+from .decoupled import Decoupled
 from .errors import DecouplingError
 from .keeping import Rerun, Tape, kept_weights
 from .messages import Messages
-from .passes._state import preserved_rng
+from .passes.splitting import StageGraph
 from .reports import InterfaceReport, compare
 from .schedules import Mode
 from .sources import Prediction, Served, awaited_kinds, message_kinds, mix
@@ -47,9 +47,9 @@ class Run:
         plain_loss: Loss | None = None,
         ask: bool = True,
     ) -> None:
-        self.stages: tuple[Stage, ...] = decoupled.stages
         self.functions = decoupled.functions()
         self.split = decoupled._variant.split
+        self.stages = self.split.stages  # the batch's own graph: another may be active when it is finished
         self.loss_function, self.plain_loss = loss, plain_loss or loss
         self.share = 0.0 if mode is None else mode.true_share
         every = range(len(self.stages))
@@ -77,7 +77,8 @@ class Run:
 
     def begin(self, values: dict[str, Any], context: Any, target: Any, now: int = 0) -> None:
         """Run forward what is to be updated and what that needs, and pull back what is known at once."""
-        self.values, self.context, self.target, self.now = values, context, target, now
+        self.values, self.context, self.target = values, context, target
+        self.now = self.started = now
         self.needed = self._find_needed()
         self._predict_inputs()
         waits = any(s.source.lag is not None or "error" in message_kinds(s.source) for s in self.served)
@@ -110,15 +111,22 @@ class Run:
             if any(name in (*self.stages[k].inputs, *self.stages[k].outputs) for k in self.needed):
                 self.input_predictions[name] = source.predict(model_inputs)
 
-    def _inputs_of(self, stage: Stage) -> dict[str, Any]:
+    def _inputs_of(self, stage: StageGraph) -> dict[str, Any]:
         predicted = self.input_predictions if self.share == 0 else {}  # else they only learn
+        for name in stage.inputs:
+            if name in predicted and name in self.values and predicted[name].value.shape != self.values[name].shape:
+                raise DecouplingError(
+                    f"the synthetic input at {name!r} has shape {tuple(predicted[name].value.shape)}, but the value "
+                    f"that was to be predicted has {tuple(self.values[name].shape)}: decouple on examples of this size, "
+                    "or leave this interface out of inputs="
+                )
         return {n: predicted[n].value if n in predicted else self.values[n] for n in stage.inputs}
 
     def _known(self) -> dict[str, Any]:
         """Values, or what was predicted for them where they were not computed."""
         return {n: p.value for n, p in self.input_predictions.items()} | self.values
 
-    def _run_only(self, stage: Stage) -> None:
+    def _run_only(self, stage: StageGraph) -> None:
         """Forward without a graph: the stage is not updated, or is run again later."""
         with torch.no_grad():
             results = stage.module(*self._inputs_of(stage).values())
@@ -159,25 +167,27 @@ class Run:
                     parts.setdefault(parameter, []).append(functools.partial(_add, gradient))
             if stage is self.stages[-1]:
                 self.loss, self.output = result.loss, result.outputs["output"]
-        self._ask_to_learn()
+        self._ask_to_learn(dict.fromkeys(range(len(self.stages)), 0))
         for parameter, steps in parts.items():  # last stage first, as autograd would
             total = None
             for add in reversed(steps):
                 total = add(total)
             parameter.grad = total
 
-    def _ask_to_learn(self) -> None:
+    def _ask_to_learn(self, delays: dict[int, int]) -> None:
         """Sources whose own stage is left out, but whose target came: they learn whenever all consumers run."""
         for group in self.served:
             hear = "gradient" in message_kinds(group.source) and all(c in self.active for c in group.consumers)
-            if hear and group.producer not in self.active:
-                self.predictions[group.name] = self._ask(group, self._known())
+            if hear and group.producer not in self.active and group.name not in self.predictions:
+                late = any(delays[c] > 0 for c in group.consumers)
+                with kept_weights(group.source) if late else contextlib.nullcontext():
+                    self.predictions[group.name] = self._ask(group, self._known())
 
-    def _step(self, stage: Stage, inputs: dict[str, Any]) -> StepResult:
+    def _step(self, stage: StageGraph, inputs: dict[str, Any]) -> StepResult:
         with self._named(stage):
             return self.functions[stage.index].step(inputs, self.context, self.loss_function, self.target)
 
-    def _step_twice(self, stage: Stage, inputs: dict[str, Any]) -> tuple[StepResult, Callable[..., Any]]:
+    def _step_twice(self, stage: StageGraph, inputs: dict[str, Any]) -> tuple[StepResult, Callable[..., Any]]:
         """The stage's step from its halves, keeping the graph for parameters that the stage and later ones share.
 
         Autograd adds the partial gradients of every use in one chain, last use first. A stage with several uses can
@@ -207,6 +217,8 @@ class Run:
 
     def _hold(self) -> None:
         delays = self._delays()
+        if max(delays.values()) > 0:  # the caller may write into its tensors before the batch is finished
+            self.values.update({n: self.values[n].clone() for n in self.split.model_inputs})
         for stage in self.stages:
             index = stage.index
             if index not in self.needed:
@@ -219,7 +231,7 @@ class Run:
             late = delays[index] > 0
             rerun = late and all(s.source.recompute for s in groups if s.source.lag is not None)
             early = not last and self._is_early(groups)
-            kept = Rerun(inputs, preserved_rng()) if rerun else None
+            kept = Rerun.of(stage.module, inputs) if rerun else None
             tape = None
             if rerun and not early:
                 self._run_only(stage)
@@ -245,6 +257,7 @@ class Run:
                     self.tapes[index] = kept or tape
             else:
                 self.tapes[index] = kept or tape  # type: ignore[assignment]
+        self._ask_to_learn(delays)
 
     def _is_early(self, groups: list[Served]) -> bool:
         """Whether the stage pulls something back before any message is there."""
@@ -329,16 +342,23 @@ class Run:
 
     def _completed(self, group: Served) -> tuple[Any, ...]:
         """What is pulled back for a source's values: its own word on the message, or the true gradient's share."""
-        guess = self.predictions[group.name].gradients
+        prediction = self.predictions[group.name]
         if self.share == 1:
             return tuple(self.gradients.get(n) for n in group.names)
         if self.share > 0:
-            return mix(self.share, self.messages.gradients(group), guess)
+            return mix(self.share, self.messages.gradients(group), prediction.guessed)
         if group.source.lag is None:
             return self._predicted(group)
         with self._named(self.stages[group.producer]):
-            awaited = self.messages.of(group, awaited_kinds(group.source))
-            return group.source.complete(self.predictions[group.name], awaited)
+            found = group.source.complete(prediction, self.messages.of(group, awaited_kinds(group.source)))
+            if not isinstance(found, tuple) or len(found) != len(group.names):
+                raise DecouplingError(
+                    f"{type(group.source).__name__}.complete must return a tuple of {len(group.names)} gradients, one "
+                    f"per value, but returned {type(found).__name__}"
+                )
+        if group.source.corrects and group.producer not in self.early:  # another source of the stage waits: all in one
+            return tuple(a + b for a, b in zip(found, self._predicted(group), strict=True))
+        return found
 
     def _pull_back(
         self, index: int, tape: Tape, given: dict[str, Any], retain: bool = False, complete: bool = True
@@ -381,7 +401,13 @@ class Run:
                 self.fitted.add(group.name)
                 with self._named(self.stages[group.producer]):
                     message = self.messages.of(group, kinds)
-                    losses.append((group.name, group.source.fit(self.predictions[group.name], message)))
+                    loss = group.source.fit(self.predictions[group.name], message)
+                    if loss is not None and (loss.numel() != 1 or not loss.requires_grad):
+                        raise DecouplingError(
+                            f"{type(group.source).__name__}.fit must return a scalar with its graph, or None, but "
+                            f"returned a tensor of shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}"
+                        )
+                    losses.append((group.name, loss))
             for name in [n for n in self.input_predictions if n in self.values]:
                 losses.append(
                     (f"{name}@input", self.inputs[name].fit(self.input_predictions.pop(name), self.values[name]))
@@ -395,11 +421,13 @@ class Run:
         return not self.tapes and all(self.messages.is_lost(s, message_kinds(s.source)) for s in late)
 
     def forget(self) -> None:
-        """Drop what no late stage needs."""
+        """Drop what nothing that is still under way needs."""
         open_ = [s for s in self.served if s.name not in self.fitted or s.producer in self.tapes]
         needed = {n for s in open_ for n in s.names}
         self.values, self.sent = {}, {n: v for n, v in self.sent.items() if n in needed}
-        self.output = self.target = self.error = None
+        self.gradients = {n: g for n, g in self.gradients.items() if n in needed}
+        self.predictions = {n: p for n, p in self.predictions.items() if n in {s.name for s in open_}}
+        self.output = self.target = None
 
     def snapshot(self) -> Callable[[], None]:
         """Remember where the batch stands; the result goes back there."""
@@ -415,7 +443,7 @@ class Run:
 
     def guesses(self) -> dict[str, torch.Tensor]:
         """Predicted gradients by interface, of the sources that predict."""
-        answers = [(s, self.predictions[s.name].gradients) for s in self.served if s.name in self.predictions]
+        answers = [(s, self.predictions[s.name].guessed) for s in self.served if s.name in self.predictions]
         return {n: g for s, gradients in answers if gradients for n, g in zip(s.names, gradients, strict=True)}
 
     def compare(self, step: int) -> dict[str, InterfaceReport]:
@@ -423,11 +451,12 @@ class Run:
         last, found = len(self.stages) - 1, {}
         for group in self.served:
             prediction = self.predictions.get(group.name)
-            guess = None if prediction is None else prediction.gradients
+            guess = None if prediction is None else prediction.guessed
             if guess is None or group.name in self.measured or not self.messages.has_gradients(group):
                 continue
             self.measured.add(group.name)
-            kind = "true" if self.share == 1 or set(group.consumers) == {last} else "bootstrapped"
+            real = not any(n in self.inputs for n in group.names)  # else it was taken where the input was predicted
+            kind = "true" if self.share == 1 or (set(group.consumers) == {last} and real) else "bootstrapped"
             for name, a, b in zip(group.names, guess, self.messages.gradients(group), strict=True):
                 found[name] = compare(a, b, kind, step)
         return found
@@ -449,13 +478,17 @@ class Run:
                 places.append((f"the gradient of interface {name!r}", gradient))
         return places
 
+    def is_finite(self) -> bool:
+        """Whether nothing of this batch, so far, is NaN or infinite."""
+        return all(bool(tensor.isfinite().all()) for _, tensor in self.places())
+
     @contextlib.contextmanager
-    def _named(self, stage: Stage) -> Iterator[None]:
+    def _named(self, stage: StageGraph) -> Iterator[None]:
         try:
             yield
         except DecouplingError as error:
             places = ", ".join(repr(n) for n in stage.outputs)
-            raise type(error)(f"{stage.name}, which sends {places}: {error}") from error
+            raise type(error)(f"stage_{stage.index}, which sends {places}: {error}") from error
 
 
 def _add(part: torch.Tensor, later: torch.Tensor | None) -> torch.Tensor:

@@ -90,26 +90,28 @@ def flatten(value: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[l
         The leaves in order, and the structure that builds the value from them.
     """
     leaves: list[Any] = []
-    check = is_leaf or (lambda v: isinstance(v, torch.Tensor))
+    structure = _take_apart(value, leaves, is_leaf or (lambda v: isinstance(v, torch.Tensor)))
+    return leaves, structure
 
-    def walk(item: Any) -> Structure:
-        if check(item):
-            leaves.append(item)
-            return _LEAF
-        node_type = pytree._get_node_type(item)
-        if node_type in pytree.SUPPORTED_NODES:
-            children, context = pytree.SUPPORTED_NODES[node_type].flatten_fn(item)
-            return Structure("node", (node_type, context), tuple(walk(c) for c in children))
-        if dataclasses.is_dataclass(item) and not isinstance(item, type):
-            names = tuple(f.name for f in dataclasses.fields(item))
-            template = copy.copy(item)
-            children = [getattr(item, n) for n in names]
-            for name in names:
-                object.__setattr__(template, name, None)
-            return Structure("dataclass", template, tuple(walk(c) for c in children), names)
-        return Structure("constant", item)
 
-    return leaves, walk(value)
+def _take_apart(item: Any, leaves: list[Any], is_leaf: Callable[[Any], bool]) -> Structure:
+    """No closure: one that calls itself is a circle, and would keep the leaves until the next collection."""
+    if is_leaf(item):
+        leaves.append(item)
+        return _LEAF
+    node_type = pytree._get_node_type(item)
+    if node_type in pytree.SUPPORTED_NODES:
+        children, context = pytree.SUPPORTED_NODES[node_type].flatten_fn(item)
+        return Structure("node", (node_type, context), tuple(_take_apart(c, leaves, is_leaf) for c in children))
+    if dataclasses.is_dataclass(item) and not isinstance(item, type):
+        names = tuple(f.name for f in dataclasses.fields(item))
+        template = copy.copy(item)
+        children = [getattr(item, n) for n in names]
+        for name in names:
+            object.__setattr__(template, name, None)
+        parts = tuple(_take_apart(c, leaves, is_leaf) for c in children)
+        return Structure("dataclass", template, parts, names)
+    return Structure("constant", item)
 
 
 def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:

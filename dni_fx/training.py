@@ -115,25 +115,41 @@ class Trainer:
         self._make_optimizers()
         self._adopt_parameters()
         mode = self.schedule.mode(self.steps, len(self.decoupled.stages))
+        if mode.active and max(mode.active) >= len(self.decoupled.stages):
+            raise DecouplingError(
+                f"the schedule {self.schedule!r} names stage {max(mode.active)}, but there are "
+                f"{len(self.decoupled.stages)}, counted from 0"
+            )
         if self._is_exact:
             mode = Mode(1.0, mode.active)
         run = Run(self.decoupled, self._scaled_loss, mode, self.loss, ask=not self._is_exact)
-        self._advance(run, lambda: run.begin(values, self._context(target), target, self._clock))
+        output: list[Any] = []
+
+        def begin() -> None:
+            run.begin(values, self._context(target), target, self._clock)
+            output.append(run.output)
+
+        self._advance(run, begin)
         self.steps += 1
         loss = torch.tensor(math.nan) if run.loss is None else run.loss * self.accumulate
-        report = StepReport(loss, run.output, dict(self._measured), self.steps)
-        run.forget()
-        return report
+        return StepReport(loss, output[0], dict(self._measured), self.steps)
 
     def drain(self) -> int:
         """Finish the batches that are under way, each of whose messages comes a step later, without new ones.
 
         Returns:
-            How many updates that took: 0 where no source is late.
+            How many steps of time that took: 0 where no source is late. Each makes an update, unless one that
+            ``accumulate`` has begun is under way: what comes late is added to that.
+
+        Raises:
+            DecouplingError: a source waits for something that does not come.
         """
         self.decoupled.plan  # noqa: B018  raises before the model is traced
+        longest = sum(source.lag or 0 for source in self.decoupled.sources.values()) + len(self.decoupled.stages)
         count = 0
         while self._under_way:
+            if count > longest:
+                raise DecouplingError(f"{len(self._under_way)} batches wait for messages that do not come")
             self._advance(None, lambda: None)
             count += 1
         return count
@@ -142,32 +158,37 @@ class Trainer:
         """One step of time: a new batch, everything that waited until now, and the update."""
         runs = [*self._under_way, *([] if run is None else [run])]
         restores = [r.snapshot() for r in self._under_way]
-        unfinished = run is not None and self.steps % self.accumulate != 0
+        unfinished = self.steps % self.accumulate != 0
         try:
             with self._all_or_nothing.step(unfinished) as before, keep_modes(), torch.enable_grad():
                 begin()
-                for each in runs:
+                for each in reversed(runs):  # the new batch first: what the schedule leaves out of it is dropped
                     each.advance(self._clock)
+                    if each is run and len(run.active) < len(self.decoupled.stages):
+                        self._drop_gradients(run)
                 losses = [pair for each in runs for pair in each.fit()]
                 if losses:
                     # A failure must leave the graphs of sources whose message came late.
                     torch.autograd.backward([loss for _, loss in losses], retain_graph=bool(self._under_way))
                 self._check_finite(runs, [(n, loss.detach()) for n, loss in losses])
-                if run is not None and len(run.active) < len(self.decoupled.stages):
-                    self._drop_gradients(run)
                 for parameter, held in before.held:  # earlier steps' part of the same update, added as autograd would
                     parameter.grad = held if parameter.grad is None else held.add_(parameter.grad)
                 if self._measure_next or self.steps % self.metrics_every == 0:
                     for each in runs:
                         self._measured.update(each.compare(self.steps))
                     self._measure_next = False
-                if run is None or (self.steps + 1) % self.accumulate == 0:
+                if (self.steps + (run is not None)) % self.accumulate == 0:
                     self._update()
-        except BaseException:
+        except BaseException as error:
             for restore in restores:
                 restore()
+            if isinstance(error, NonFiniteError) and self._under_way and (run is None or run.is_finite()):
+                count, self._under_way = len(self._under_way), []  # else no step could be made any more
+                raise NonFiniteError(f"{error} The {count} batches under way to late sources were dropped.") from error
             raise
         self._under_way = [r for r in runs if not r.is_done]
+        for each in self._under_way:
+            each.forget()
         self._clock += 1
 
     def _drop_gradients(self, run: Run) -> None:
@@ -300,7 +321,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state_dict`` was taken; the plan must be the same.
+        """Go on where ``state_dict`` was taken; the plan must be the same. Batches under way are dropped.
 
         Args:
             state: what ``state_dict`` returned, for example by ``torch.load``.

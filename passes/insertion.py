@@ -73,6 +73,10 @@ def make_sources(
         except DecouplingError as error:
             raise type(error)(f"interface {', '.join(map(repr, names))}: {error}") from error
         sources.update(dict.fromkeys(names, source.to(devices[names[0]])))
+    if len({s.exact for s in sources.values()}) > 1:
+        raise DecouplingError(
+            "'exact' waits for the true gradient of every stage: pass gradients='exact' for the whole model"
+        )
     return {i.name: sources[i.name] for i in interfaces}
 
 
@@ -130,7 +134,8 @@ def _by_interface(interfaces: tuple[Interface, ...], options: Any, argument: str
 def infer_context(context: Callable[[Any], torch.Tensor] | None, batch: int) -> TensorSpec | None:
     """Shape of what a context callable returns for a batch.
 
-    Asked of its ``features`` attribute, else found by calling it with labels of zero.
+    Asked of its attributes ``features`` and ``positions`` (number of dimensions between batch and features, 0 if
+    missing), else found by calling it with labels of zero.
 
     Args:
         context: the callable, or None.
@@ -148,7 +153,8 @@ def infer_context(context: Callable[[Any], torch.Tensor] | None, batch: int) -> 
         raise DecouplingError(f"context= must be a callable from the training target to a tensor, not {context!r}")
     features = getattr(context, "features", None)
     if isinstance(features, int):
-        return TensorSpec((batch, features), torch.get_default_dtype())
+        positions = getattr(context, "positions", 0)
+        return TensorSpec((batch, *(1,) * positions, features), torch.get_default_dtype())
     try:
         value = context(torch.zeros(batch, dtype=torch.long))
     except Exception as error:

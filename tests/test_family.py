@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -205,14 +207,106 @@ def test_a_message_that_does_not_exist() -> None:
 def test_losses_of_each_sample() -> None:
     logits, labels = torch.randn(5, 3), torch.tensor([0, 2, 1, 1, 0])
     want = F.cross_entropy(logits, labels, reduction="none")
-    for loss in (F.cross_entropy, nn.CrossEntropyLoss(), lambda o, t: F.cross_entropy(o, t)):
+    module = nn.CrossEntropyLoss()
+    compiled = torch.compile(module, backend="eager")
+    for loss in (F.cross_entropy, module, compiled, lambda o, t: F.cross_entropy(o, t)):
         torch.testing.assert_close(sample_losses(loss, logits, labels), want)
+    assert module.reduction == "mean"
+    values = torch.tensor([[0.0, 0.0, 0.0, 2.0]])  # zeros that count
+    assert sample_losses(F.mse_loss, values, torch.zeros(1, 4)).item() == 1
+    ignored = torch.tensor([0, -100, 1, 1, 0])
+    for loss in (F.cross_entropy, module, lambda o, t: F.cross_entropy(o, t, ignore_index=-100)):
+        assert sample_losses(loss, logits, ignored)[1] == 0
     tokens, targets = torch.randn(4, 3, 6), torch.randint(3, (4, 6))
     targets[0, 2:] = -100
     each = [F.cross_entropy(tokens[i : i + 1], targets[i : i + 1]) for i in range(4)]
     torch.testing.assert_close(sample_losses(F.cross_entropy, tokens, targets), torch.stack(each))
     with pytest.raises(DecouplingError, match="sample by sample"):
         sample_losses(lambda out, _: out["loss"], {"loss": logits.mean()}, None)
+
+
+class Wrong(GradientSource):
+    """Returns what it is told to."""
+
+    message = "none"
+    answers: tuple[Any, Any] = (None, None)
+
+    def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Any:
+        return self.answers[0]
+
+    def fit(self, prediction: Prediction, message: tuple[Tensor, ...]) -> Any:
+        return self.answers[1]
+
+    def complete(self, prediction: Prediction, awaited: tuple[Tensor, ...]) -> Any:
+        return self.answers[1]
+
+    def flops(self) -> int:
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("answers", "lag", "words"),
+    [
+        ((torch.zeros(12, 6), None), None, "must return a Prediction"),
+        ((Prediction(()), None), None, "must return a Prediction"),
+        ((Prediction(None), None), None, "must return a Prediction"),
+        ((Prediction((torch.zeros(12, 6),) * 2), None), None, "2 of them"),
+        ((Prediction((torch.zeros(12, 6),)), torch.zeros(2)), None, "must return a scalar with its graph"),
+        ((Prediction((torch.zeros(12, 6),)), torch.zeros(())), None, "must return a scalar with its graph"),
+        ((Prediction(None), None), 0, "complete must return a tuple of 1"),
+    ],
+)
+def test_a_source_that_answers_wrongly_is_told_what_was_expected(answers: Any, lag: int | None, words: str) -> None:
+    trainer = trainer_of(type("Own", (Wrong,), {"answers": answers, "lag": lag}))
+    with pytest.raises(DecouplingError, match=words):
+        train(trainer, 1)
+
+
+def test_a_schedule_that_names_no_stage() -> None:
+    with pytest.raises(DecouplingError, match="names stage 7"):
+        train(trainer_of("local", schedule=Fixed(Mode(0.0, (7,)))), 1)
+
+
+def test_exact_is_for_the_whole_model_by_class_too() -> None:
+    with pytest.raises(DecouplingError, match="whole model"):
+        trainer_of({"0": SOURCES["exact"], "1": "linear"})
+
+
+@pytest.mark.parametrize("name", ["local", "critic", "sobolev", "distill", "linear"])
+def test_labels_per_token(name: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 5))
+    tokens, labels = torch.randint(9, (4, 6)), torch.randint(5, (4, 6))
+    decoupled = dni_fx.decouple(
+        model, ["0", "2"], example_inputs=(tokens,), gradients=name, context=dni_fx.one_hot(5, positions=1)
+    )
+
+    def loss(output: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+        return F.cross_entropy(output.transpose(1, 2), target, reduction=reduction)
+
+    trainer = dni_fx.Trainer(decoupled, loss, optimizer=sgd)
+    first = trainer.step(tokens, target=labels).loss
+    for _ in range(60):
+        last = trainer.step(tokens, target=labels).loss
+    assert last < first
+
+
+@pytest.mark.parametrize("name", ["linear", "local", "delayed", "corrected"])
+def test_batches_are_freed_without_the_collector(name: str) -> None:
+    trainer = trainer_of(name)
+    train(trainer, 4)
+    gc.collect()
+    gc.disable()
+    try:
+        seen = []
+        for step in range(8):
+            x, y = batch((6,), step)
+            seen.append(weakref.ref(x))
+            seen.append(weakref.ref(trainer.step(x, target=y).outputs))
+            del x, y
+        assert sum(ref() is not None for ref in seen) <= 1
+    finally:
+        gc.enable()
 
 
 # ------------------------------------------------------------------------------------------------ whole boundaries
@@ -346,6 +440,23 @@ def test_a_value_without_a_batch_dimension_is_named() -> None:
         )
 
 
+def test_a_synthetic_input_of_another_size_is_named() -> None:
+    trainer = trainer_of("linear", "conv", inputs=lambda spec, inputs: Constant(spec, inputs))
+    x, y = batch((3, 11, 5))
+    with pytest.raises(DecouplingError, match="synthetic input at '0' has shape"):
+        trainer.step(x, target=y)
+
+
+class Constant(InputSource):
+    """Always of the example's size."""
+
+    def predict(self, inputs: tuple[Tensor, ...]) -> InputPrediction:
+        return InputPrediction(torch.zeros(self.spec.shape))
+
+    def fit(self, prediction: InputPrediction, real: Tensor) -> None:  # type: ignore[override]
+        return None
+
+
 def test_evaluation_uses_the_real_chain() -> None:
     trainer = trainer_of("linear", inputs="linear")
     train(trainer, 3)
@@ -401,6 +512,12 @@ def test_updates_are_as_frequent_as_asked() -> None:
     train(trainer, 200)
     assert 30 < counts["stage_0"] < 70 < 130 < counts["stage_1"] < 170
     assert counts["stage_2"] == counts["stage_3"] == 200
+
+
+def test_sources_of_left_out_stages_learn_beside_waiting_ones() -> None:
+    trainer = trainer_of({"0": "linear", "1": "feedback", "2": "local"}, schedule=RandomUpdates({0: 0.0}))
+    train(trainer, 3)
+    assert trainer.decoupled.sources["0"].scale.item() > 0
 
 
 @pytest.mark.parametrize("inputs", [None, "linear"])

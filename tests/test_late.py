@@ -341,6 +341,169 @@ def test_the_model_equals_itself_when_all_is_late_by_nothing_new() -> None:
     oracles.assert_bits_equal(trainer.decoupled.model[3].state_dict(), model[3].state_dict(), "last stage")
 
 
+class Sizes(nn.Module):
+    """Another graph for large batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = (nn.Linear(6, n) for n in (6, 6, 3))
+        self.norm = nn.BatchNorm1d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = self.a(x).tanh()
+        v = self.b(self.norm(u) if len(x) > 4 else u).tanh()
+        return self.c(v * u) + self.c(u) if len(x) > 4 else self.c(v + u)
+
+
+def summed(gradients: Any, cuts: list[str], make: Any, sizes: tuple[int, ...]) -> tuple[dict[str, Tensor], Any]:
+    """All gradients of a run whose weights stay, and the trainer."""
+    total: dict[str, Tensor] = {}
+
+    def still(parameters: Any) -> torch.optim.Optimizer:
+        pairs = list(parameters)
+        optimizer = torch.optim.SGD(pairs, lr=0.0)
+        optimizer.register_step_pre_hook(
+            lambda *_: total.update({n: total.get(n, 0) + p.grad for n, p in pairs if p.grad is not None})
+        )
+        return optimizer
+
+    model = make().double()
+    decoupled = dni_fx.decouple(model, cuts, example_inputs=(batch(0)[0],), gradients=gradients, check=False)
+    trainer = dni_fx.Trainer(decoupled, F.cross_entropy, optimizer=still)
+    for step, size in enumerate(sizes):
+        x, y = batch(step, size)
+        trainer.step(x, target=y)
+    trainer.drain()
+    return total, trainer
+
+
+def true_sum(make: Any, sizes: tuple[int, ...]) -> nn.Module:
+    model = make().double()
+    for step, size in enumerate(sizes):
+        x, y = batch(step, size)
+        F.cross_entropy(model(x), y).backward()
+    return model
+
+
+@pytest.mark.parametrize("gradients", ["delayed", STASH, "corrected"])
+def test_a_batch_under_way_keeps_its_own_graph(gradients: Any) -> None:
+    sizes = (8, 3, 8, 3)
+    total, trainer = summed(gradients, ["a", "b"], Sizes, sizes)
+    want = true_sum(Sizes, sizes)
+    for name, parameter in want.named_parameters():
+        torch.testing.assert_close(total[name], parameter.grad, rtol=1e-9, atol=1e-12)
+    assert trainer.decoupled.model.norm.num_batches_tracked == 2
+
+
+class TwoAtOnce(nn.Module):
+    """Two values cross one cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = (nn.Linear(6, n) for n in (6, 6, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = self.a(x).tanh()
+        return self.c(self.b(u).tanh() + u)
+
+
+@pytest.mark.parametrize("other", ["delayed", "corrected", partial(Mix, share=1.0), partial(Mix, share=1.0, steps=1)])
+def test_corrections_beside_other_waiting_sources(other: Any) -> None:
+    total, _ = summed({"tanh": partial(Corrected, source=Fixed), "b": other}, ["b"], TwoAtOnce, (8, 8))
+    want = true_sum(TwoAtOnce, (8, 8))
+    for name, parameter in want.named_parameters():
+        torch.testing.assert_close(total[name], parameter.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_draining_in_an_unfinished_update_loses_nothing() -> None:
+    seen: dict[str, list[Tensor]] = {}
+
+    def noting(parameters: Any) -> torch.optim.Optimizer:
+        pairs = list(parameters)
+        optimizer = torch.optim.SGD(pairs, lr=0.0)
+        name = pairs[-1][0]
+        optimizer.register_step_pre_hook(
+            lambda *_: seen.setdefault(name, []).append(0 if pairs[-1][1].grad is None else pairs[-1][1].grad.clone())
+        )
+        return optimizer
+
+    decoupled = dni_fx.decouple(chain(), CUTS, example_inputs=(batch(0)[0],), gradients="delayed", check=False)
+    trainer = dni_fx.Trainer(decoupled, F.cross_entropy, optimizer=noting, accumulate=2)
+    trainer.step(batch(0)[0], target=batch(0)[1])
+    trainer.drain()
+    trainer.step(batch(0)[0], target=batch(0)[1])
+    trainer.drain()
+    model = chain()
+    F.cross_entropy(model(batch(0)[0]), batch(0)[1]).backward()
+    for name, gradients in seen.items():
+        torch.testing.assert_close(sum(gradients), model.get_parameter(name).grad, rtol=1e-9, atol=1e-12)
+
+
+def test_a_late_batch_that_is_not_finite_stops_training_once() -> None:
+    class Root(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.abs().sqrt()
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Sequential(nn.Linear(6, 6, bias=False), Root()), nn.Linear(6, 6), nn.Linear(6, 3)).double()
+    decoupled = dni_fx.decouple(model, ["0", "1"], example_inputs=(batch(0)[0],), gradients=STASH, check=False)
+    trainer = dni_fx.Trainer(decoupled, F.cross_entropy, optimizer=sgd)
+    failures = []
+    for step in range(8):
+        x, y = batch(step)
+        try:
+            trainer.step(x * (step != 2), target=y)
+        except NonFiniteError as error:
+            failures.append((step, "under way to late sources were dropped" in str(error)))
+    assert failures == [(4, True)]
+    trainer.drain()
+
+
+def test_waiting_for_the_error_some_steps() -> None:
+    class LateFeedback(Feedback):
+        def __init__(self, specs: Any, context: Any = None) -> None:
+            super().__init__(specs, context)
+            self.lag = 2
+
+    trainer = trainer_of(LateFeedback)
+    train(trainer, 5)
+    assert len(trainer._under_way) == 2
+    assert trainer.drain() == 2
+
+
+@pytest.mark.parametrize("gradients", ["delayed", STASH])
+def test_the_caller_may_write_into_its_batch_afterwards(gradients: Any) -> None:
+    fresh, reused = trainer_of(gradients), trainer_of(gradients)
+    train(fresh, 5)
+    buffer = torch.empty(8, 6, dtype=torch.float64)
+    for step in range(5):
+        torch.manual_seed(step)
+        x, y = batch(step)
+        reused.step(buffer.copy_(x), target=y)
+    oracles.assert_bits_equal(state(reused), state(fresh), "one buffer for all batches")
+
+
+def test_a_late_forward_is_as_the_first_one_was() -> None:
+    """Autocast and modes of then, whatever they are when the batch is finished."""
+    losses = []
+    for finish_in_eval in (False, True):
+        x, y = batch(0)
+        decoupled = dni_fx.decouple(
+            chain(dropout=0.3).float(), CUTS, example_inputs=(x.float(),), gradients="delayed", check=False
+        )
+        trainer = dni_fx.Trainer(decoupled, F.cross_entropy, optimizer=sgd)
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16):
+            trainer.step(x.float(), target=y)
+        trainer.decoupled.train(not finish_in_eval)
+        trainer.decoupled.model.train(not finish_in_eval)
+        trainer.drain()
+        losses.append(state(trainer))
+    oracles.assert_bits_equal(losses[1], losses[0], "drained in evaluation mode")
+
+
 # ------------------------------------------------------------------------------------------------------- bad input
 
 

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..errors import DecouplingError
 from ..plan import TensorSpec
 
-MESSAGES = ("gradient", "loss", "logits", "error")
+MESSAGES = ("gradient", "loss", "logits", "error")  # kinds, in the order in which they come
 
 
 @dataclass
@@ -35,12 +35,19 @@ class Prediction:
         loss: the source's estimate of each sample's loss, ``(batch,)``, detached: what upstream sources hear that ask
             for ``"loss"``. None from sources that estimate none; the true loss passes them by.
         logits: the source's estimate of the model's output, detached; the same for ``"logits"``.
+        guess: what the source takes the gradients to be, where that is not what is pulled back.
     """
 
     gradients: tuple[Tensor, ...] | None
     state: Any = None
     loss: Tensor | None = None
     logits: Tensor | None = None
+    guess: tuple[Tensor, ...] | None = None
+
+    @property
+    def guessed(self) -> tuple[Tensor, ...] | None:
+        """What is compared with the gradients that arrive; None where nothing is predicted."""
+        return self.gradients if self.guess is None else self.guess
 
 
 class GradientSource(nn.Module):
@@ -157,8 +164,21 @@ class GradientSource(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has a lag and must implement complete(prediction, awaited)")
 
     def forward(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
-        """The same as :meth:`predict`, so that a source is one module call in an emitted function."""
-        return self.predict(values, context)
+        """:meth:`predict`, checked, as one module call in an emitted function.
+
+        Raises:
+            DecouplingError: ``predict`` returned no prediction, or not one gradient per value.
+        """
+        prediction = self.predict(values, context)
+        given = prediction.gradients if isinstance(prediction, Prediction) else ()
+        waits = isinstance(prediction, Prediction) and given is None and self.lag is not None
+        if not waits and not (isinstance(given, tuple) and len(given) == len(values)):
+            found = f"{len(given)} of them" if isinstance(prediction, Prediction) and given else repr(prediction)[:60]
+            raise DecouplingError(
+                f"{type(self).__name__}.predict must return a Prediction whose gradients are a tuple, one per value "
+                f"({len(values)} here; None only from a source with a lag), but returned {found}"
+            )
+        return prediction
 
     def flops(self) -> int:
         """Floating-point operations (multiply-adds x 2) of one ``predict`` on the example batch.
@@ -195,7 +215,7 @@ def awaited_kinds(source: GradientSource) -> tuple[str, ...]:
 def _kinds(source: GradientSource, attribute: str) -> tuple[str, ...]:
     asked: str = getattr(source, attribute)
     kinds = () if asked == "none" else tuple(asked.split("+"))
-    if kinds != tuple(k for k in ("gradient", "loss", "logits", "error") if k in kinds):
+    if kinds != tuple(k for k in MESSAGES if k in kinds):
         raise DecouplingError(
             f"{type(source).__name__}.{attribute} is {asked!r}; it must be 'none', or of 'gradient', 'loss', 'logits' "
             "and 'error' those it asks for, in this order, joined by '+'"

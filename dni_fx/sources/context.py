@@ -24,10 +24,15 @@ class OneHot:
     """Class labels as context; made by :func:`one_hot`."""
 
     classes: int
+    positions: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.classes, int) or self.classes < 1:
             raise DecouplingError(f"one_hot needs the number of classes, at least 1, but got {self.classes!r}")
+        if not isinstance(self.positions, int) or self.positions < 0:
+            raise DecouplingError(
+                f"one_hot needs the number of position dimensions, at least 0, not {self.positions!r}"
+            )
 
     @property
     def features(self) -> int:
@@ -56,14 +61,16 @@ class OneHot:
         return encoded.scatter_(-1, index.clamp(min=0), (index >= 0).to(encoded.dtype))
 
     def __repr__(self) -> str:
-        return f"one_hot({self.classes})"
+        return f"one_hot({self.classes}{f', positions={self.positions}' if self.positions else ''})"
 
 
-def one_hot(classes: int) -> OneHot:
+def one_hot(classes: int, positions: int = 0) -> OneHot:
     """Context of class labels, the paper's cDNI (Jaderberg et al. 2016, arXiv:1608.05343).
 
     Args:
         classes: number of classes.
+        positions: how many dimensions labels have besides the batch's: 1 for a label per token, 2 per pixel. Loss heads
+            need to know.
 
     Returns:
         A callable from integer labels ``(batch,)`` (or ``(batch, time)``, ``(batch, height, width)``) to floats with
@@ -79,7 +86,7 @@ def one_hot(classes: int) -> OneHot:
         tensor([[0., 0., 1.],
                 [1., 0., 0.]])
     """
-    return OneHot(classes)
+    return OneHot(classes, positions)
 
 
 def align_context(context: Tensor, value_shape: Sequence[int], feature_dim: int = -1) -> Tensor:

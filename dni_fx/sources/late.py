@@ -57,7 +57,7 @@ class Delayed(GradientSource):
         return awaited if self.shrink == 1 else tuple(gradient * self.shrink for gradient in awaited)
 
     def flops(self) -> int:
-        """None at all; the stage's own second forward counts as the stage's."""
+        """None at all; that its stage may run forward twice is not counted anywhere."""
         return 0
 
 
@@ -175,7 +175,7 @@ class Mix(Wrapping):
         prediction = super().predict(values, context)
         assert prediction.gradients is not None
         early = tuple(gradient * (1 - self.share) for gradient in prediction.gradients) if self.corrects else None
-        return Prediction(early, prediction, prediction.loss, prediction.logits)
+        return Prediction(early, prediction, prediction.loss, prediction.logits, prediction.gradients)
 
     def complete(self, prediction: Prediction, awaited: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Mixed gradients, the true ones themselves for a share of 1; the true one's share where it comes late."""
