@@ -117,7 +117,7 @@ class Run:
             if name in predicted and name in self.values and predicted[name].value.shape != self.values[name].shape:
                 raise DecouplingError(
                     f"the synthetic input at {name!r} has shape {tuple(predicted[name].value.shape)}, but the value "
-                    f"that was to be predicted has {tuple(self.values[name].shape)}: decouple on examples of this size, "
+                    f"that was to be predicted has {tuple(self.values[name].shape)}: decouple on such examples, "
                     "or leave this interface out of inputs="
                 )
         return {n: predicted[n].value if n in predicted else self.values[n] for n in stage.inputs}
