@@ -24,6 +24,8 @@ from .errors import DecouplingError
 from .plan import CutPlan, StageCost, StageReport, _table
 
 Links = dict[tuple[int, int], float]  # seconds that one batch's messages occupy a link, by (producer, consumer)
+LOCKED = ("exact", "feedback", "mix")  # sources that wait for later stages within the step
+RECOMPUTING = ("corrected", "delayed")  # by default; their stages run forward a second time
 WEIGHT_SHARE = 0.5  # of a backward goes to weight gradients where there are parameters: a linear map's two products
 
 
@@ -155,7 +157,10 @@ def simulate(
     m, rates = _check_numbers(micro_batches, latency, bandwidth, speeds, len(stages))
     times = [[t / r for t in (c.forward, c.backward, c.update, c.sources)] for c, r in zip(costs, rates, strict=True)]
     forward, backward, _, _ = zip(*times, strict=True)
+    kinds = {name: kind.removeprefix("joint:") for name, kind in plan.gradients}
+    again = {i.producer for i in plan.interfaces if kinds.get(i.name) in RECOMPUTING}
     work, busy = [sum(t) for t in times], [sum(t[:3]) for t in times]
+    work = [t + forward[k] if k in again else t for k, t in enumerate(work)]
     links: Links = {}
     for i in plan.interfaces:
         for consumer in i.consumers:
@@ -188,6 +193,8 @@ def simulate(
         back = max(forward[c] + backward[c] + 2 * (latency + taken) for (_, c), taken in links.items())
         late = max(1, math.ceil(back / step))
         note = f"first batch {_ms(max(start))} ms more, once; targets about {late} step{'s' * (late > 1)} late"
+    if locked := sorted(set(kinds.values()) & set(LOCKED)):
+        note = f"if its sources did not wait, as {', '.join(locked)} do" + (f"; {note}" if note else "")
     add("decoupled", step, work, [c.nbytes for c in costs], note)
     return Simulation(tuple(rows), m, rates, stages[slowest].name, work[slowest], limit, max(start))
 

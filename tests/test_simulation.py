@@ -477,3 +477,15 @@ def test_bad_numbers(option: str, wrong: Any) -> None:
 @pytest.mark.parametrize("speeds", [[], [1.0], [1, 1, 1]])
 def test_speeds_of_the_wrong_length(speeds: list[float]) -> None:
     refused(lambda: simulate(make_plan(balanced(2)), speeds=speeds), f"has {len(speeds)} numbers", "2 stages")
+
+
+def test_sources_that_wait_are_said_to() -> None:
+    plan = make_plan(balanced(2, sources=0.5))
+    rows = {}
+    for kind in ("linear", "mix", "joint:feedback", "delayed"):
+        chosen = tuple((i.name, kind) for i in plan.interfaces)
+        rows[kind] = simulate(dataclasses.replace(plan, gradients=chosen), bandwidth=math.inf)["decoupled"]
+    assert "as mix do" in rows["mix"].note
+    assert "as feedback do" in rows["joint:feedback"].note
+    assert "do not wait" not in rows["linear"].note
+    assert rows["delayed"].seconds == pytest.approx(rows["linear"].seconds + 1.0)  # a forward more

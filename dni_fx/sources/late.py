@@ -57,7 +57,7 @@ class Delayed(GradientSource):
         return awaited if self.shrink == 1 else tuple(gradient * self.shrink for gradient in awaited)
 
     def flops(self) -> int:
-        """None at all; that its stage may run forward twice is not counted anywhere."""
+        """None at all, but a forward of its stage where that is run again."""
         return 0
 
 
