@@ -589,7 +589,7 @@ def table(records: list[Record], *, errors: bool) -> str:
     """
     kind = "error" if errors else "accuracy"
     lines = [
-        f"| setting | method | test {kind}, % | best, % | train {kind}, % | gap | cosine at first cut | seconds "
+        f"| setting | method | test {kind}, % | best, % | train {kind}, % | gap | cosine at first cut | CPU seconds "
         "| synthesizer parameters | updates per layer |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
@@ -600,7 +600,7 @@ def table(records: list[Record], *, errors: bool) -> str:
             *(spread([shown(r[key], errors) for r in runs]) for key in ("best_test_accuracy", "train_accuracy")),
             f"{statistics.mean(r['train_accuracy'] - r['test_accuracy'] for r in runs):.2f}",
             mean_or_dash([c for r in runs if (c := first_cosine(r)) is not None]),
-            f"{statistics.mean(r['seconds'] for r in runs):.0f}",
+            f"{statistics.mean(r['processor_seconds'] for r in runs):.0f}",
             f"{runs[0]['synthesizer_parameters']:,}",
             f"{statistics.mean(n for r in runs for n in r['updates'].values()):,.0f}",
         ]
