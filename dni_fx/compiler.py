@@ -17,16 +17,18 @@ from .passes.choosing import Choice, Context, Search, choose_assigned, choose_be
 from .passes.costing import Seconds
 from .passes.cutting import Flow, find_flow
 from .passes.cutting import list_cut_points as list_points
-from .passes.describing import describe_plan
+from .passes.describing import Leaving, describe_plan
 from .passes.emission import emit_functions, readable_code, source_key
 from .passes.exporting import trace_export
 from .passes.insertion import Gradients, Inputs
-from .passes.splitting import Split, bound_attributes, split_stages
+from .passes.opening import open_ports
+from .passes.splitting import Split, bound_attributes, run_stages, split_stages
 from .passes.tracing import Trace, trace_calls
 from .plan import CutPlan, CutPointList
 from .sources import INPUTS, JOINT, SOURCES, GradientSource, InputSource
 from .structures import flatten
 from .variants import Passes, Variant, kinds_of
+from .windowing import Window
 
 Cuts = str | Sequence[str] | CutPlan
 Choose = Callable[[Flow, Any, Any], Choice]
@@ -170,7 +172,7 @@ def _decouple(
     context: Context | None,
     check: bool,
 ) -> Decoupled:
-    _check_model(model)
+    check_whole(model)
     planned = cuts if isinstance(cuts, CutPlan) else None
     if planned is not None and gradients == "auto" and planned.gradients:
         gradients = _planned_gradients(planned)
@@ -200,7 +202,7 @@ def _decouple(
     def plan_of(variant: Variant) -> tuple[CutPlan, dict[str, GradientSource], dict[str, InputSource]]:
         return describe_plan(variant, gradients, inputs, context, search.count if search and names is None else None)
 
-    passes = Passes(build, plan_of, _emit, guards_hold, readable_code, source_key)
+    passes = Passes(build, plan_of, _emit, run_stages, guards_hold, readable_code, source_key)
     decoupled = Decoupled(model, passes, context)
     if example_inputs is not None or example_kwargs is not None:
         args, kwargs = _examples(model, example_inputs, example_kwargs)
@@ -208,6 +210,49 @@ def _decouple(
         if check:
             _check_other_mode(decoupled, args, kwargs)
     return decoupled
+
+
+def decouple_window(
+    window: Window,
+    cuts: Sequence[str],
+    gradients: Gradients,
+    leaving: Callable[[], Leaving],
+    check: bool,
+    messages: Sequence[str] = (),
+    input_gradients: bool = False,
+) -> Decoupled:
+    """Cut the graph of a window, at its end and where asked within it.
+
+    Args:
+        window: the model over one window; its ``states`` are known by the first call.
+        cuts: names to cut after within the window.
+        gradients: as in :func:`decouple`.
+        leaving: asked at the first call how the state is served.
+        check: compare the stages with the window.
+        messages: keys of the model's output, a dict, that leave for another network.
+        input_gradients: whether gradients leave for what the window takes.
+
+    Returns:
+        The decoupled model, called as the window is.
+    """
+    names = _check_cuts(list(cuts), None)
+    assert names is not None
+
+    def opened(trace: Trace) -> Trace:
+        assert window.states is not None
+        dims = dict(zip(window.states.names, window.states.batch_dims, strict=True))
+        return open_ports(trace, window.model, ("model.", "apart."), dims, messages, input_gradients)
+
+    def build(model: nn.Module, args: Any, kwargs: Any, plan: CutPlan | None) -> Variant:
+        choose: Choose = lambda flow, *_: choose_named(flow, names, lenient=plan is not None)  # noqa: E731
+        return _build_variant(window, args, kwargs, choose, check, again=plan is not None, open_trace=opened)
+
+    def plan_of(variant: Variant) -> tuple[CutPlan, dict[str, GradientSource], dict[str, InputSource]]:
+        return describe_plan(variant, gradients, None, None, None, leaving())
+
+    return Decoupled(
+        window.model, Passes(build, plan_of, _emit, run_stages, guards_hold, readable_code, source_key), None
+    )
 
 
 def list_cut_points(
@@ -227,7 +272,7 @@ def list_cut_points(
     Raises:
         TracingError: the model cannot be traced.
     """
-    _check_model(model)
+    check_whole(model)
     args, kwargs = _examples(model, example_inputs, example_kwargs)
     return CutPointList(list_points(find_flow(_trace(model, args, kwargs))))
 
@@ -240,6 +285,7 @@ def _build_variant(
     check: bool,
     again: bool = False,
     planned: CutPlan | None = None,
+    open_trace: Callable[[Trace], Trace] | None = None,
 ) -> Variant:
     """Climb the tracing ladder until the split model equals the model.
 
@@ -258,6 +304,8 @@ def _build_variant(
             if isinstance(error, BakedInError):  # export would bake it in without a word
                 break
             continue
+        if open_trace is not None:
+            trace = open_trace(trace)
         if planned is not None and trace.digest != planned.digest:
             others.append(trace.digest)
             continue
@@ -275,14 +323,14 @@ def _build_variant(
             split=split,
             kinds=kinds_of(leaves),
             modes={tuple(m.training for m in trace.modes)},
-            parameters=tuple(model.parameters()),
-            frozen=tuple(p.requires_grad for p in model.parameters()),
-            bound=bound_attributes(split, model),
+            parameters=tuple(trace.model.parameters()),
+            frozen=tuple(p.requires_grad for p in trace.model.parameters()),
+            bound=bound_attributes(split, trace.model),
             shapes={tuple(t.shape for t in leaves)},
         )
         if not check:
             return variant
-        result = check_stages(model, functools.partial(_composed, split), args, kwargs)
+        result = check_stages(model, functools.partial(_composed, trace, split), args, kwargs)
         if result.mismatch is None:
             variant.exact = result.exact
             return variant
@@ -310,14 +358,10 @@ def _trace(model: nn.Module, args: Any, kwargs: Any) -> Trace:
             raise TracingError(f"{type(model).__name__} cannot be traced:\n  - {first}\n  - {second}") from first
 
 
-def _composed(split: Split, *args: Any, **kwargs: Any) -> Any:
+def _composed(trace: Trace, split: Split, *args: Any, **kwargs: Any) -> Any:
     values = dict(zip(split.model_inputs, flatten((args, kwargs))[0], strict=True))
-    for stage in split.stages:
-        results = stage.module(*(values[n] for n in stage.inputs))
-        if stage is split.stages[-1]:
-            return results
-        values.update(zip(stage.outputs, results, strict=True))
-    return None
+    output = run_stages(split, values)
+    return (output, [values[p.name] for p in trace.ports]) if trace.ports else output
 
 
 def _planned_gradients(plan: CutPlan) -> Gradients:
@@ -393,7 +437,8 @@ def _check_cuts(cuts: Any, stages: Any) -> tuple[str, ...] | None:
     return names
 
 
-def _check_model(model: Any) -> None:
+def check_whole(model: Any) -> None:
+    """Refuse what cannot be decoupled as a whole: compiled, scripted, wrapped, lazy or hooked models."""
     if not isinstance(model, nn.Module):
         raise DecouplingError(f"decouple takes an nn.Module, not {type(model).__name__}")
     if isinstance(model, Decoupled):

@@ -244,12 +244,7 @@ class Decoupled(nn.Module):
         """Run the composed stages, called as the model is; outputs and gradients equal the model's."""
         values = self.bind(*args, **kwargs)
         with keep_modes():
-            for stage in (stages := self._variant.split.stages):
-                results = stage.module(*(values[n] for n in stage.inputs))
-                if stage is stages[-1]:
-                    return results
-                values.update(zip(stage.outputs, results, strict=True))
-        return None
+            return self._passes.run(self._variant.split, values)
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Model inputs by name, as ``stage.step`` takes them; makes or finds the stages that fit the call.

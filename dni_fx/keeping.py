@@ -67,25 +67,6 @@ class Rerun:
                 table.update(content)
 
 
-@contextlib.contextmanager
-def kept_weights(module: nn.Module) -> Iterator[None]:
-    """Graphs made inside keep copies of the module's weights and buffers: their updates would spoil a late backward."""
-    owned = {t.untyped_storage().data_ptr() for t in [*module.parameters(), *module.buffers()]}
-    copies: dict[Any, torch.Tensor] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        place = tensor.untyped_storage().data_ptr()
-        if place not in owned:
-            return tensor
-        key = (place, tensor.storage_offset(), tensor.shape, tensor.stride())
-        if key not in copies:
-            copies[key] = tensor.detach().clone()
-        return copies[key]
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield
-
-
 class AllOrNothing:
     """Sets gradients aside for a step, and puts back everything if the step fails."""
 

@@ -54,7 +54,7 @@ class Messages:
 
     def has_gradients(self, group: Served) -> bool:
         """Whether every consumer has sent its gradient."""
-        return all(c in self.run.finished for c in group.consumers)
+        return self.run.has_heard(group)
 
     def is_there(self, group: Served, kinds: tuple[str, ...]) -> bool:
         """Whether everything of these kinds can be had now."""
@@ -76,7 +76,7 @@ class Messages:
         run = self.run
         if run.share > 0:
             return False
-        if "gradient" in kinds and any(c not in run.finished and c not in run.tapes for c in group.consumers):
+        if "gradient" in kinds and run.cannot_hear(group):
             return True
         if "error" in kinds and self.last not in run.active:
             return True

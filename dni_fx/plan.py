@@ -18,14 +18,16 @@ class TensorSpec:
     """Shape and dtype of one tensor of the example batch.
 
     Attributes:
-        shape: sizes of the example, batch dimension first.
+        shape: sizes of the example, batch dimension first unless ``batch_dim`` says otherwise.
         dtype: element type.
         feature_dim: 1 for convolutional maps ``(batch, channels, *space)``, -1 for ``(batch, ..., features)``.
+        batch_dim: dimension of the batch in the state of a recurrent model; 0 for everything else.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     feature_dim: int = -1
+    batch_dim: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -44,6 +46,8 @@ class Interface:
         consumers: indices of the stages that use it, ascending.
         implied: True where the value crosses a cut that was not named after it.
         aliases: other names of the same value, which mappings may use as well.
+        feeds: the model input that takes the value in the next window (the consumers are then stages of that one), or
+            ``"another network"``; None for what stays within one call.
     """
 
     name: str
@@ -52,6 +56,12 @@ class Interface:
     consumers: tuple[int, ...]
     implied: bool = False
     aliases: tuple[str, ...] = ()
+    feeds: str | None = None
+
+    @property
+    def leaves(self) -> bool:
+        """Whether the value goes to the next window or to another network."""
+        return self.feeds is not None
 
 
 @dataclass(frozen=True)
@@ -382,12 +392,19 @@ def _interface_rows(report: PlanReport) -> list[tuple[str, ...]]:
         rows.append(
             (
                 i.name, " x ".join(str(n) for n in i.spec.shape), f"{i.spec.nbytes / 1e6:.2f}", str(i.producer),
-                ", ".join(str(c) for c in i.consumers), source.kind, f"{source.parameters:,}",
+                _goal(i), source.kind, f"{source.parameters:,}",
                 "?" if source.flops is None else f"{source.flops / 1e6:.1f}",
                 "" if source.seconds is None else f"{source.seconds * 1e3:.2f}", "implied" if i.implied else "",
             )
         )  # fmt: skip
     return rows
+
+
+def _goal(interface: Interface) -> str:
+    stages = ", ".join(str(c) for c in interface.consumers)
+    if interface.feeds is None or not stages:
+        return interface.feeds or stages
+    return f"{stages} of the next window"
 
 
 def _notes(report: PlanReport) -> list[str]:

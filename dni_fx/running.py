@@ -17,13 +17,13 @@ from torch import nn
 
 from .decoupled import Decoupled
 from .errors import DecouplingError
-from .keeping import Rerun, Tape, kept_weights
+from .keeping import Rerun, Tape
 from .messages import Messages
 from .passes.splitting import StageGraph
 from .reports import InterfaceReport, compare
 from .schedules import Mode
 from .sources import Prediction, Served, awaited_kinds, message_kinds, mix
-from .stepping import StepResult, detached, evaluate, pull_back
+from .stepping import StepResult, detached, evaluate, kept_weights, pull_back
 
 Loss = Callable[[Any, Any], torch.Tensor]
 
@@ -38,6 +38,8 @@ class Run:
         plain_loss: the user's own loss, asked for one value per sample where a source wants that.
         ask: whether sources are asked at all; exact mode and measuring need none.
     """
+
+    _progress: tuple[str, ...] = ("gradients", "finished", "fitted", "measured", "tapes", "early")
 
     def __init__(
         self,
@@ -364,10 +366,10 @@ class Run:
         self, index: int, tape: Tape, given: dict[str, Any], retain: bool = False, complete: bool = True
     ) -> None:
         """One stage's backward. In one go, what later stages sent for its inputs takes part, in autograd's order."""
-        received = [n for n in self.stages[index].inputs if n in self.carried]
+        received = self.split.received_in(index)
         once = complete and index not in self.early
         partials: dict[str, Any] = {n: self.gradients.get(n) for n in received} if once else {}
-        for name, parameter in self.split.shared_in(index).items():
+        for name, parameter in self.split.summed_in(index).items():
             partials[name], parameter.grad = parameter.grad, None
         found = self.functions[index].backward(tape.outputs, tape.leaves, tape.entries, given, partials, retain)
         for leaf in tape.leaves.values():
@@ -431,13 +433,20 @@ class Run:
 
     def snapshot(self) -> Callable[[], None]:
         """Remember where the batch stands; the result goes back there."""
-        names = ("gradients", "finished", "fitted", "measured", "tapes", "early")
-        kept = {n: getattr(self, n).copy() for n in names}
+        kept = {n: getattr(self, n).copy() for n in self._progress}
 
         def restore() -> None:
             vars(self).update(kept)
 
         return restore
+
+    def has_heard(self, group: Served) -> bool:
+        """Whether everything that uses a source's values has sent its gradient."""
+        return all(c in self.finished for c in group.consumers)
+
+    def cannot_hear(self, group: Served) -> bool:
+        """Whether something that uses a source's values is not updated with this batch, and sends none."""
+        return any(c not in self.finished and c not in self.tapes for c in group.consumers)
 
     # ---- what is known -----------------------------------------------------------------------------------------
 
@@ -455,7 +464,8 @@ class Run:
             if guess is None or group.name in self.measured or not self.messages.has_gradients(group):
                 continue
             self.measured.add(group.name)
-            real = not any(n in self.inputs for n in group.names)  # else it was taken where the input was predicted
+            # Else it was taken where the input was predicted, or lacks what later windows would send.
+            real = not any(n in self.inputs for n in group.names) and not group.leaves
             kind = "true" if self.share == 1 or (set(group.consumers) == {last} and real) else "bootstrapped"
             for name, a, b in zip(group.names, guess, self.messages.gradients(group), strict=True):
                 found[name] = compare(a, b, kind, step)

@@ -125,6 +125,7 @@ class Passes:
     build: Callable[..., Variant]
     make_plan: Callable[..., tuple[CutPlan, dict[str, GradientSource], dict[str, InputSource]]]
     emit: Callable[..., tuple[StageFunctions, ...]]
+    run: Callable[..., Any]
     guards_hold: Callable[..., bool]
     readable_code: Callable[[fx.GraphModule], str]
     key: Callable[[str], str]

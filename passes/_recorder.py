@@ -47,6 +47,8 @@ _DATA_QUERIES = {
     "item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__complex__", "is_nonzero", "equal",
     "allclose", "__contains__", "__array__", "data_ptr",
 }  # fmt: skip
+# how many tensors these return is a size, which the code around them has made use of
+_COUNTED = {"unbind", "split", "chunk", "tensor_split", "hsplit", "vsplit", "dsplit", "unsafe_split", "unsafe_chunk"}
 _OPERATORS = {
     "torch.Tensor.add": operator.add, "torch.Tensor.sub": operator.sub, "torch.Tensor.mul": operator.mul,
     "torch.Tensor.div": operator.truediv, "torch.Tensor.matmul": operator.matmul,
@@ -232,7 +234,7 @@ class Recorder(TorchFunctionMode):
         node = self.graph.create_node(op, target, node_args, node_kwargs, name=self._node_name(op, target))
         names = [self.names[i] for i in self.observer.parameters if i in self.names]
         if op == "call_module":
-            own = self.model.get_submodule(target).named_parameters(remove_duplicate=False)
+            own = self.attributes[target].named_parameters(remove_duplicate=False)
             names = [self.names[id(p)] for _, p in own]
         node.meta.update(
             mutates=tuple(dict.fromkeys(self._storage(t) for t in written)),
@@ -244,6 +246,8 @@ class Recorder(TorchFunctionMode):
             autocast=tuple(self.autocasts),
         )
         self._attach(node, output)
+        if getattr(target, "__name__", target) in _COUNTED and isinstance(output, tuple | list):
+            self._add_guard(self.graph.call_function(len, (node,)), len(output))
         for tensor in written:
             self._refresh_aliases(tensor, node, output)
         return output
@@ -416,13 +420,14 @@ class Recorder(TorchFunctionMode):
     # ---- modules ----------------------------------------------------------------------------------------------
 
     def _is_leaf(self, module: nn.Module, path: str) -> bool:
-        if path in self.opaque or _is_opaque_by_nature(module):
+        if path in self.opaque or _is_opaque_by_nature(module) or getattr(module, "is_graph_leaf", False):
             return True
         from_torch = type(module).__module__.startswith(("torch.nn", "torch.ao.nn"))
         return from_torch and not isinstance(module, _TRANSPARENT)
 
     def _returned(self, path: str, output: Any) -> None:
-        if isinstance(output, tuple | list) and len(output) == 1:
+        first = isinstance(self.attributes.get(path), nn.RNNBase | nn.MultiheadAttention)
+        if isinstance(output, tuple | list) and (len(output) == 1 or first):
             output = output[0]
         node = self.nodes.get(id(output)) if isinstance(output, torch.Tensor) else None
         self.calls.append((path, node, next(iter(reversed(self.graph.nodes)))))

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
-from ..plan import CutPlan, Interface, NodeReport, PlanReport, SourceReport, StageCost, StageReport
+from ..plan import (
+    CutPlan,
+    Interface,
+    NodeReport,
+    PlanReport,
+    SourceReport,
+    StageCost,
+    StageReport,
+    TensorSpec,
+)
 from ..sources import SOURCES, GradientSource, InputSource, Served, auto_name, serve
 from .choosing import Choice, Context
 from .costing import Costs
@@ -19,8 +29,26 @@ if TYPE_CHECKING:
     from ..variants import Variant
 
 
+@dataclass(frozen=True)
+class Leaving:
+    """How values that leave the graph are served.
+
+    Attributes:
+        serve: from an interface and what was asked for to the source that is made.
+        context: what those sources see besides.
+    """
+
+    serve: Callable[[Interface, Any], Any]
+    context: TensorSpec | None
+
+
 def describe_plan(
-    variant: Variant, gradients: Gradients, inputs: Inputs | None, context: Context | None, wanted: int | None
+    variant: Variant,
+    gradients: Gradients,
+    inputs: Inputs | None,
+    context: Context | None,
+    wanted: int | None,
+    leaving: Leaving | None = None,
 ) -> tuple[CutPlan, dict[str, GradientSource], dict[str, InputSource]]:
     """The plan of a split model, the sources of its interfaces, and its synthetic inputs.
 
@@ -30,20 +58,26 @@ def describe_plan(
         inputs: synthetic inputs asked for.
         context: what turns targets into what the sources see.
         wanted: stages that a search was asked for; None where cuts were named.
+        leaving: how values that leave the graph are served; None where there are none.
     """
     split, trace, choice = variant.split, variant.trace, variant.choice
     interfaces = split.interfaces
     chosen = resolve_gradients(interfaces, gradients)
     shapes = next(iter(variant.shapes))
     batch = shapes[0][0] if shapes and len(shapes[0]) else 1
-    seen = infer_context(context, batch)
+    seen = None if leaving is not None else infer_context(context, batch)
     devices = {i.name: variant.parameters[0].device for i in interfaces}
-    sources = make_sources(interfaces, chosen, seen, devices)
+    within = tuple(i for i in interfaces if not i.leaves)
+    sources = make_sources(within, chosen, seen, devices)
+    if leaving is not None:
+        outward = tuple(i for i in interfaces if i.leaves)
+        options = {i.name: leaving.serve(i, chosen[i.name]) for i in outward}
+        sources = make_sources(outward, options, leaving.context, devices) | sources
     placeholders = [n for n in trace.graph.nodes if n.op == "placeholder"]
     specs = infer_specs(trace)
     predicted = make_inputs(interfaces, inputs, tuple(specs[n.name] for n in placeholders), devices)
     kinds = {n: c if isinstance(c, str) else _own_name(c) for n, c in chosen.items()}
-    kinds.update({i.name: auto_name(i.spec, seen) for i in interfaces if kinds[i.name] == "auto"})
+    kinds.update({i.name: auto_name(i.spec, seen) for i in within if kinds[i.name] == "auto"})
     asked = chosen_inputs(interfaces, inputs)
     unlocks = tuple((n, c if isinstance(c, str) else _own_name(c)) for n, c in asked.items())
     notes = [f"{path!r} is one opaque node: {why}" for path, why in trace.opaque.items()]
@@ -156,9 +190,10 @@ def _whole_modules(variant: Variant) -> dict[int, tuple[str, ...]]:
 
 def _node_reports(variant: Variant) -> tuple[NodeReport, ...]:
     costs, trace = variant.choice.costs, variant.trace
+    looked_at = {node for node, _ in trace.guards}
     reports = []
     for node in trace.graph.nodes:
-        if node.op == "get_attr":
+        if node.op == "get_attr" or (node in looked_at and not node.users):
             continue
         value = node.meta.get("value")
         operator = {"placeholder": "input", "output": "output"}.get(node.op, "")

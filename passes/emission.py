@@ -36,9 +36,8 @@ class StageFunctions:
     def __init__(self, split: Split, index: int, sources: Mapping[str, GradientSource]) -> None:
         self._stage = split.stages[index]
         self._served = serve([i for i in split.interfaces if i.name in self._stage.outputs], sources)
-        self._shared = split.shared_in(index)
-        self._received = [i.name for i in split.interfaces if i.name in self._stage.inputs]
-        self._sent = [i.name for i in split.interfaces if i.name in self._stage.outputs]
+        self._shared = split.summed_in(index)
+        self._received, self._sent = split.received_in(index), split.sent_by(index)
         self._unasked = split.unasked
 
     @functools.cached_property
@@ -96,7 +95,7 @@ def _emit_backward(
         graph.placeholder(n) for n in ("outputs", "leaves", "entries", "gradients", "partials")
     )
     retain = graph.placeholder("retain_graph", default_value=False)
-    names = ["loss"] if stage.outputs == (OUTPUT,) else sent
+    names = [*sent, *(["loss"] if OUTPUT in stage.outputs else [])]
     roots = [_item(graph, outputs, n) for n in names] + [_item(graph, entries, n) for n in received]
     roots += [graph.create_node("get_attr", f"shared.{name}") for name in shared]
     arrived = [graph.call_method("get", (gradients, n)) for n in names]
@@ -120,31 +119,29 @@ def _emit_step(
     outputs = _run_stage(graph, stage, values)
     attributes: dict[str, nn.Module] = {"stage": stage.module}
     predictions: dict[str, fx.Node] = {}
-    value = None
+    results: dict[str, fx.Node] = {}
+    found: dict[str, fx.Node] = {}
+    roots, gradients, value_out = [], [], None
     if OUTPUT in outputs:
-        value = graph.call_function(evaluate, (loss, outputs[OUTPUT], target))
-        value.name = "loss_value"
+        output = outputs.pop(OUTPUT)
+        value = _named(graph.call_function(evaluate, (loss, output, target)), "loss_value")
         roots, gradients = [value], [_named(graph.call_function(torch.ones_like, (value,)), "loss_gradient")]
-        results = {OUTPUT: _named(graph.call_function(detached, (outputs[OUTPUT],)), "output_sent")}
+        results[OUTPUT] = _named(graph.call_function(detached, (output,)), "output_sent")
         value_out = _named(graph.call_function(detached, (value,)), "loss_sent")
-    else:
-        value_out = None
-        results = {
-            n: _named(graph.call_method("detach", (o,)), f"{identifier(n)}_sent") if n in sent or n in unasked else o
-            for n, o in outputs.items()
-        }
-        found: dict[str, fx.Node] = {}
-        for group in served:
-            path, label = f"sources.{source_key(group.name)}", identifier(group.name)
-            attributes[path] = group.source
-            prediction = graph.call_module(path, (tuple(results[n] for n in group.names), context))
-            prediction.name = f"{label}_prediction"
-            predictions[group.name] = prediction
-            predicted = _named(graph.call_function(getattr, (prediction, "gradients")), f"{label}_gradients")
-            for i, name in enumerate(group.names):
-                found[name] = _item(graph, predicted, i, f"{identifier(name)}_gradient")
-        roots = [outputs[n] for n in sent]
-        gradients = [found[n] for n in sent]
+    for name, out in outputs.items():
+        kept = name not in sent and name not in unasked
+        results[name] = out if kept else _named(graph.call_method("detach", (out,)), f"{identifier(name)}_sent")
+    for group in served:
+        path, label = f"sources.{source_key(group.name)}", identifier(group.name)
+        attributes[path] = group.source
+        prediction = graph.call_module(path, (tuple(results[n] for n in group.names), context))
+        prediction.name = f"{label}_prediction"
+        predictions[group.name] = prediction
+        predicted = _named(graph.call_function(getattr, (prediction, "gradients")), f"{label}_gradients")
+        for i, name in enumerate(group.names):
+            found[name] = _item(graph, predicted, i, f"{identifier(name)}_gradient")
+    roots = [*(outputs[n] for n in sent), *roots]
+    gradients = [*(found[n] for n in sent), *gradients]
     graph.call_function(pull_back, (tuple(roots), tuple(gradients)))
     result = (results, _gradients(graph, leaves), predictions, value_out)
     graph.output(graph.call_function(StepResult, result))

@@ -32,7 +32,8 @@ def resolve_gradients(interfaces: tuple[Interface, ...], gradients: Gradients) -
     chosen = _by_interface(interfaces, gradients, "gradients")
     if not isinstance(gradients, Mapping):
         return chosen
-    if {"exact", "joint:exact"} & {c for c in chosen.values() if isinstance(c, str)}:
+    within = [chosen[i.name] for i in interfaces if not i.leaves and i.name in chosen]
+    if {"exact", "joint:exact"} & {c for c in within if isinstance(c, str)}:
         raise DecouplingError(
             "'exact' waits for the true gradient of every stage: pass gradients='exact' for the whole model"
         )
@@ -73,7 +74,7 @@ def make_sources(
         except DecouplingError as error:
             raise type(error)(f"interface {', '.join(map(repr, names))}: {error}") from error
         sources.update(dict.fromkeys(names, source.to(devices[names[0]])))
-    if len({s.exact for s in sources.values()}) > 1:
+    if len({sources[i.name].exact for i in interfaces if not i.leaves}) > 1:
         raise DecouplingError(
             "'exact' waits for the true gradient of every stage: pass gradients='exact' for the whole model"
         )

@@ -6,6 +6,7 @@ one returns the model's output. Parameters, buffers and submodules are the model
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -43,9 +44,10 @@ class StageGraph:
     Attributes:
         index: position in program order.
         module: the subgraph; positional inputs in the order of ``inputs``, a tuple in the order of ``outputs``
-            (the model's own output in the last stage).
+            (the model's own output in the last stage, where nothing else leaves the graph there).
         inputs: names of model inputs and of values of earlier stages.
-        outputs: names of the values that later stages use; ``("output",)`` in the last stage.
+        outputs: names of the values that later stages use; ``("output",)`` in the last stage. Those that leave the
+            graph come last.
         parameters: names of the parameters that the stage reads, in the model's order.
         nodes: number of the graph's nodes in this stage.
         called: paths of the modules that the stage calls as one node each.
@@ -66,13 +68,15 @@ class Split:
 
     Attributes:
         stages: in program order.
-        interfaces: values that carry a gradient across, in program order.
+        interfaces: values that carry a gradient across, in program order; those that leave the graph come first.
         crossing: the traced graph's node of each interface.
         plain: names of other values that cross (integers, masks, sizes, values without gradient).
         unasked: those of them that have an autograd graph, though no gradient ever comes back.
         model_inputs: names of the model's tensor inputs, in order.
         shared: parameters used by more than one stage: name, parameter, those stages ascending.
         reused: stages that use a shared parameter several times before a later stage uses it again, with its name.
+        incoming: names of the model inputs whose gradient is sent back, to the window before or to another network.
+        summed: the shared parameters; with ``incoming`` all of them, since every window uses them.
     """
 
     stages: tuple[StageGraph, ...]
@@ -83,10 +87,25 @@ class Split:
     model_inputs: tuple[str, ...]
     shared: tuple[tuple[str, nn.Parameter, tuple[int, ...]], ...]
     reused: tuple[tuple[int, str], ...]
+    incoming: tuple[str, ...] = ()
+    summed: tuple[tuple[str, nn.Parameter, tuple[int, ...]], ...] = ()
 
     def shared_in(self, stage: int) -> dict[str, nn.Parameter]:
         """The shared parameters that one stage uses."""
         return {name: parameter for name, parameter, where in self.shared if stage in where}
+
+    def summed_in(self, stage: int) -> dict[str, nn.Parameter]:
+        """Parameters whose gradient continues the sum that later stages, or the next window, have begun."""
+        return {name: parameter for name, parameter, where in self.summed if stage in where}
+
+    def received_in(self, stage: int) -> list[str]:
+        """Names of the inputs of a stage that a gradient is sent back for."""
+        names = [*(i.name for i in self.interfaces), *self.incoming]
+        return [n for n in names if n in self.stages[stage].inputs]
+
+    def sent_by(self, stage: int) -> list[str]:
+        """Names of the interfaces that a stage sends, in the order in which autograd would meet their gradients."""
+        return [i.name for i in self.interfaces if i.producer == stage]
 
 
 def split_stages(flow: Flow, stage_of: dict[fx.Node, int], named: tuple[str, ...] = ()) -> Split:
@@ -105,21 +124,36 @@ def split_stages(flow: Flow, stage_of: dict[fx.Node, int], named: tuple[str, ...
     """
     count = max(stage_of.values(), default=0) + 1
     output = next(n for n in flow.nodes if n.op == "output")
+    returned = [leaf for leaf in flow.trace.output_leaves if isinstance(leaf, fx.Node)]
     users: dict[fx.Node, dict[int, None]] = {}
     for node in flow.nodes:
         here = count - 1 if node is output else stage_of.get(node)
         if here is None:
             continue
-        for value in node.all_input_nodes:
+        for value in returned if node is output else node.all_input_nodes:
             if value in stage_of and stage_of[value] != here:
                 users.setdefault(value, {})[here] = None
     _check_order({(stage_of[v], c) for v, consumers in users.items() for c in consumers})
     crossing = [n for n in flow.nodes if n in users]
-    away = lambda n, u: stage_of.get(u, count - 1) != stage_of[n]  # noqa: E731
+
+    def away(node: fx.Node, user: fx.Node) -> bool:
+        return stage_of.get(user, count - 1) != stage_of[node] and (user is not output or node in returned)
+
     carrying = {n for n in crossing if needs_gradient(n) and any(u in flow.returning and away(n, u) for u in n.users)}
     names = _crossing_names(flow, crossing, named)
     stages = tuple(_build_stage(flow, stage_of, k, count, names, users) for k in range(count))
-    interfaces = tuple(
+    leaving = [(p, n) for p in flow.trace.ports if needs_gradient(n := flow.trace.port_node(p))]
+    outward = tuple(
+        Interface(
+            name=port.name,
+            spec=dataclasses.replace(flow.specs[node.name], batch_dim=port.batch_dim),
+            producer=stage_of.get(node, count - 1),
+            consumers=tuple(s.index for s in stages if port.feeds in s.inputs),
+            feeds=port.feeds,
+        )
+        for port, node in leaving
+    )
+    interfaces = outward + tuple(
         Interface(
             name=names[n],
             spec=flow.specs[n.name],
@@ -135,19 +169,19 @@ def split_stages(flow: Flow, stage_of: dict[fx.Node, int], named: tuple[str, ...
     for stage in stages:
         for name in stage.parameters:
             sharing.setdefault(name, []).append(stage.index)
+    every = [(n, flow.trace.model.get_parameter(n), tuple(where)) for n, where in sharing.items()]
+    shared = tuple(item for item in every if len(item[2]) > 1)
     return Split(
         stages=stages,
         interfaces=interfaces,
-        crossing=tuple(n.name for n in crossing if n in carrying),
+        crossing=tuple(n.name for n in [*(n for _, n in leaving), *(n for n in crossing if n in carrying)]),
         plain=tuple(names[n] for n in crossing if n not in carrying),
         unasked=tuple(names[n] for n in crossing if needs_gradient(n) and n not in carrying),
         model_inputs=tuple(n.name for n in flow.nodes if n.op == "placeholder"),
-        shared=tuple(
-            (name, flow.trace.model.get_parameter(name), tuple(where))
-            for name, where in sharing.items()
-            if len(where) > 1
-        ),
+        shared=shared,
         reused=_reused(flow, stage_of, sharing),
+        incoming=flow.trace.incoming,
+        summed=tuple(every) if flow.trace.incoming else shared,
     )
 
 
@@ -179,6 +213,7 @@ def _reused(flow: Flow, stage_of: dict[fx.Node, int], sharing: dict[str, list[in
 
 def _crossing_names(flow: Flow, crossing: list[fx.Node], named: tuple[str, ...]) -> dict[fx.Node, str]:
     taken = {n.name for n in flow.nodes if n.op == "placeholder"} | {OUTPUT, "loss"}
+    taken |= {port.name for port in flow.trace.ports}
     names: dict[fx.Node, str] = {}
     for node in crossing:
         options = [a for a in flow.names[node] if a in named] + list(flow.names[node]) + [node.name]
@@ -198,9 +233,10 @@ def _build_stage(
 ) -> StageGraph:
     own = [n for n in flow.nodes if stage_of.get(n) == index]
     last = index == count - 1
-    output = next(n for n in flow.nodes if n.op == "output")
-    results = list(output.all_input_nodes) if last else [n for n in own if n in users]
-    needed = _needed(flow, own, results)
+    returned = flow.trace.output_leaves
+    results = [n for n in returned if isinstance(n, fx.Node)] if last else [n for n in own if n in users]
+    leaving = {p: n for p in flow.trace.ports if stage_of.get(n := flow.trace.port_node(p), count - 1) == index}
+    needed = _needed(flow, own, [*results, *leaving.values()])
     computed = set(own)
     incoming = dict.fromkeys(n for n in needed if n.op == "placeholder" or (n in stage_of and n not in computed))
     written = {s for n in own for s in n.meta.get("mutates", ())} - kept_storages(flow.nodes)
@@ -230,12 +266,14 @@ def _build_stage(
             copies[node].target = _free_name(str(node.target))
             attributes[str(copies[node].target)] = flow.trace.attributes[str(node.target)]
     regions.leave()
+    sent = tuple(copies[n] for n in leaving.values())
     if last:
         structure = flow.trace.outputs
-        leaves = tuple(copies[a] if isinstance(a, fx.Node) else a for a in output.args[0])  # type: ignore[union-attr]
-        graph.output(leaves[0] if structure.kind == "leaf" else graph.call_function(Rebuild(structure), leaves))
+        leaves = tuple(copies[a] if isinstance(a, fx.Node) else a for a in returned)
+        whole = leaves[0] if structure.kind == "leaf" else graph.call_function(Rebuild(structure), leaves)
+        graph.output((whole, *sent) if sent else whole)
     else:
-        graph.output(tuple(copies[n] for n in results))
+        graph.output((*(copies[n] for n in results), *sent))
     graph.lint()
     parameters = {p for n in needed if n not in incoming for p in n.meta.get("parameters", ())}
     order = [n for n, _ in flow.trace.model.named_parameters()]
@@ -243,7 +281,7 @@ def _build_stage(
         index=index,
         module=fx.GraphModule(attributes, graph, f"Stage{index}"),
         inputs=tuple(n.name if n.op == "placeholder" else names[n] for n in incoming),
-        outputs=(OUTPUT,) if last else tuple(names[n] for n in results),
+        outputs=(*((OUTPUT,) if last else (names[n] for n in results)), *(p.name for p in leaving)),
         parameters=tuple(n for n in order if n in parameters),
         nodes=len(own),
         called=tuple(sorted(called)),
@@ -334,3 +372,22 @@ def bound_attributes(split: Split, model: nn.Module) -> tuple[tuple[dict[str, An
                 if (table == "_modules" and wanted(name)) or (table != "_modules" and path not in paths):
                     bound[id(vars(module)[table]), key] = (vars(module)[table], key, value)
     return tuple(bound.values())
+
+
+def run_stages(split: Split, values: dict[str, Any]) -> Any:
+    """Run the composed stages with ordinary autograd.
+
+    Args:
+        split: all stages.
+        values: the model's inputs by name; everything that crosses or leaves is added.
+
+    Returns:
+        The model's output.
+    """
+    output = None
+    for stage in split.stages:
+        results = stage.module(*(values[n] for n in stage.inputs))
+        found = dict(zip(stage.outputs, (results,) if stage.outputs == (OUTPUT,) else results, strict=True))
+        output = found.pop(OUTPUT, None)
+        values.update(found)
+    return output

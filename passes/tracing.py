@@ -33,6 +33,23 @@ _MOST_OPAQUE = 200
 SMALL = 1 << 22  # elements of parameters and inputs
 
 
+@dataclass(frozen=True)
+class Port:
+    """A value that leaves the graph for the next window or for another network.
+
+    Attributes:
+        name: of the interface.
+        index: which of the output node's arguments it is; those after the model's own output.
+        feeds: as in :class:`dni_fx.plan.Interface`.
+        batch_dim: dimension of the batch.
+    """
+
+    name: str
+    index: int
+    feeds: str
+    batch_dim: int = 0
+
+
 @dataclass
 class Trace:
     """A traced model.
@@ -49,6 +66,8 @@ class Trace:
         rung: which tracer made the graph: ``"calls"``, ``"calls on real tensors"`` or ``"export"``.
         opaque: paths of modules kept as one node because they could not be looked into, with the reason.
         notes: further remarks for the plan.
+        ports: values that leave the graph besides the output.
+        incoming: names of the placeholders that such values arrive at and gradients leave from.
     """
 
     graph: fx.Graph
@@ -62,6 +81,20 @@ class Trace:
     rung: str
     opaque: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    ports: tuple[Port, ...] = ()
+    incoming: tuple[str, ...] = ()
+
+    @property
+    def output_leaves(self) -> tuple[Any, ...]:
+        """What the model's own output is made of: nodes, or constants."""
+        leaves: Any = next(reversed(self.graph.nodes)).args[0]
+        return tuple(leaves[: self.outputs.leaf_count])
+
+    def port_node(self, port: Port) -> fx.Node:
+        """The node whose value leaves."""
+        leaves: Any = next(reversed(self.graph.nodes)).args[0]
+        node: fx.Node = leaves[port.index]
+        return node
 
     @property
     def digest(self) -> str:
@@ -208,7 +241,7 @@ def input_names(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> li
         if count == 1 and isinstance(value, torch.Tensor):
             names.append(name)
         else:
-            names.extend(f"{name}_{key}" for key in _leaf_keys(value))
+            names.extend(f"{name}_{key}" for key in leaf_keys(value))
     result: list[str] = []
     for name in names:
         name = re.sub(r"\W", "_", name)
@@ -218,7 +251,8 @@ def input_names(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> li
     return result
 
 
-def _leaf_keys(value: Any) -> list[str]:
+def leaf_keys(value: Any) -> list[str]:
+    """A name for every tensor of a nested value: keys and indices, joined by ``_``."""
     if isinstance(value, torch.Tensor):
         return [""]
     if isinstance(value, dict):
@@ -229,7 +263,7 @@ def _leaf_keys(value: Any) -> list[str]:
         items = [(str(i), v) for i, v in enumerate(value)]
     else:
         return [str(i) for i in range(len(flatten(value)[0]))]
-    return [f"{k}_{rest}".strip("_") for k, v in items for rest in _leaf_keys(v)]
+    return [f"{k}_{rest}".strip("_") for k, v in items for rest in leaf_keys(v)]
 
 
 def _constants(structure: Structure) -> Iterator[Any]:

@@ -116,7 +116,7 @@ def test_exported_models_can_be_split(name: str) -> None:
     assert len(split.stages) == len(case.cuts) + 1
     owners = {id(p) for p in model.parameters()}
     assert {id(p) for s in split.stages for p in s.module.parameters()} <= owners
-    result = check_stages(model, lambda *a, **k: compiler._composed(split, *a, **k), args, kwargs)
+    result = check_stages(model, lambda *a, **k: compiler._composed(flow.trace, split, *a, **k), args, kwargs)
     assert result.mismatch is None
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import DecouplingError, did_you_mean
 from ..plan import TensorSpec
+from .across import AcrossTime
 from .base import GradientSource, Prediction, awaited_kinds, message_kinds
 from .context import OneHot, align_context, one_hot
 from .controls import Exact, Stale, Zero
@@ -19,12 +20,14 @@ from .inputs import INPUTS, InputFactory, InputSource, make_input
 from .late import Corrected, Delayed, Feedback, Mix, mix
 from .regression import MLP, Linear, Network, Pointwise, Regression
 from .serving import JOINT, Joint, Served, is_joint, serve
+from .traces import Traces
 
 __all__ = [
     "INPUTS",
     "JOINT",
     "MLP",
     "SOURCES",
+    "AcrossTime",
     "Auto",
     "Conv",
     "Corrected",
@@ -49,6 +52,7 @@ __all__ = [
     "Sobolev",
     "SourceFactory",
     "Stale",
+    "Traces",
     "Zero",
     "align_context",
     "auto_name",

@@ -40,12 +40,14 @@ class Served:
         source: the source.
         producer: index of the stage that asks it.
         consumers: indices of the stages that use any of the values.
+        leaves: whether the values go to the next window or to another network.
     """
 
     names: tuple[str, ...]
     source: GradientSource
     producer: int
     consumers: tuple[int, ...]
+    leaves: bool = False
 
     @property
     def name(self) -> str:
@@ -64,6 +66,7 @@ def serve(interfaces: Sequence[Interface], sources: Mapping[str, GradientSource]
             source=sources[group[0].name],
             producer=group[0].producer,
             consumers=tuple(sorted({c for i in group for c in i.consumers})),
+            leaves=group[0].leaves,
         )
         for group in groups.values()
     )

@@ -1,0 +1,561 @@
+"""Decoupled through time: a recurrent model trained window by window, each ending in a synthetic gradient.
+
+Backpropagation through time unrolls a whole sequence; truncated to windows of ``T`` steps it is blind to everything
+that an earlier window should have done for a later one. Here a window ends in a prediction of what all later windows
+would send back to its last state, so that memory is a window's and credit reaches further (Jaderberg et al. 2016,
+arXiv:1608.05343, section 2.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .compiler import check_whole, decouple_window
+from .decoupled import Decoupled, Stage
+from .errors import DecouplingError
+from .keeping import Tape
+from .passes.describing import Leaving
+from .passes.insertion import Gradients
+from .passes.opening import ANOTHER, STATE
+from .plan import CutPlan, Interface, TensorSpec
+from .reports import StepReport
+from .running import Run
+from .sources import AcrossTime, GradientSource, Joint, Served
+from .stepping import detached
+from .structures import flatten, map_tensors
+from .training import MakeOptimizer, Trainer
+from .windowing import InitialState, Window
+
+
+def decouple_through_time(
+    model: nn.Module,
+    window: int,
+    *,
+    loss: Callable[[Any, Any], Tensor],
+    optimizer: MakeOptimizer,
+    synthesizer_optimizer: MakeOptimizer = torch.optim.Adam,
+    gradients: Gradients = "auto",
+    factor: float = 0.1,
+    auxiliary: bool | float = False,
+    cuts: Sequence[str] = (),
+    context: Callable[[Any], Tensor] | None = None,
+    initial_state: InitialState | None = None,
+    unroll: bool | None = None,
+    batch_first: bool | None = None,
+    messages: Sequence[str] = (),
+    message_factor: float = 1.0,
+    input_gradients: bool = False,
+    clip_norm: float | None = None,
+    accumulate: int = 1,
+    metrics_every: int = 50,
+    check: bool = True,
+) -> ThroughTime:
+    """Train a recurrent model on windows of a sequence, with synthetic gradients at their ends.
+
+    The graph of a window is traced at the first step and cut at its end: the state leaves, a source predicts the
+    gradient for it, and what flows back to the next window's first state is that source's target.
+
+    Args:
+        model: ``nn.LSTM``, ``nn.GRU``, ``nn.RNN``, stacked or not; one of their cells; a model ``(x, state) -> (y,
+            state)`` with any nesting of tensors as its state, of single steps, or of windows where it holds one of the
+            former; or a model of ``x`` alone that holds such modules, whose state is then found and carried.
+        window: T, the most time steps in one window.
+        loss: ``loss(output, target)`` of one window, a scalar.
+        optimizer: makes an optimiser from ``(name, parameter)`` pairs, as for :class:`dni_fx.Trainer`.
+        synthesizer_optimizer: the same for the sources.
+        gradients: what predicts: ``"auto"`` (an MLP on all tensors of the state together), ``"linear"``, ``"mlp"``, a
+            factory; ``"zero"`` is truncated backpropagation through time, ``"exact"`` the full one, which keeps every
+            window until the sequence ends; or a mapping from interface name to either (``next_hidden``, ...).
+        factor: on the predicted gradient, on use; 0.1 as in the paper.
+        auxiliary: predict the next prediction from the state, too; a number is the weight of that loss.
+        cuts: names to cut after within a window, say ``"rnn.layer_0"`` of a stacked ``rnn``: these stages are
+            decoupled from each other as by :func:`dni_fx.decouple`.
+        context: from a window's target to a float tensor ``(batch, features)`` that the sources at its end see.
+        initial_state: from the batch size to the state at the start of a sequence; zeros by default.
+        unroll: whether the model takes single steps; by default it does unless it is or holds an ``nn.LSTM`` or such.
+        batch_first: whether windows are ``(batch, time, ...)``; by default as the model's recurrent modules have it,
+            else ``(time, batch, ...)``.
+        messages: keys of the model's output, a dict, whose tensors ``(batch, ...)`` go to another network, which
+            answers with their gradients (:meth:`ThroughTime.answer`); each has a source of its own, ``"exact"`` to
+            wait.
+        message_factor: on the predicted gradient of messages.
+        input_gradients: give back the gradient of the windows' float tensors, for whoever sent them.
+        clip_norm, accumulate, metrics_every: as for :class:`dni_fx.Trainer`.
+        check: compare the traced window with the model at the first step.
+
+    Returns:
+        An object to train with: ``step(x_window, state=None, done=None, target=None)``.
+
+    Raises:
+        DecouplingError: arguments that do not fit together, or a model whose state cannot be carried.
+
+    Source:
+        Jaderberg et al. 2016, arXiv:1608.05343, section 2.2.
+    """
+    check_whole(model)
+    if type(window) is not int or window < 1:
+        raise DecouplingError(f"window={window!r}: expected a number of time steps, at least 1")
+    numbers = {"factor": factor, "auxiliary": auxiliary, "message_factor": message_factor}
+    for name, number in numbers.items():
+        if not isinstance(number, int | float) or number < 0:
+            raise DecouplingError(f"{name}={number!r}: expected a number, at least 0")
+    framed = Window(model, unroll, batch_first, layered=bool(cuts), stateless=bool(messages) or input_gradients)
+    serving = _Serving(factor, float(auxiliary), message_factor)
+    decoupled = decouple_window(framed, cuts, gradients, serving.leaving, check, messages, input_gradients)
+    return ThroughTime(
+        decoupled,
+        framed,
+        window,
+        serving,
+        input_gradients=input_gradients,
+        loss=loss,
+        optimizer=optimizer,
+        synthesizer_optimizer=synthesizer_optimizer,
+        context=context,
+        initial_state=initial_state,
+        clip_norm=clip_norm,
+        accumulate=accumulate,
+        metrics_every=metrics_every,
+    )
+
+
+class _Serving:
+    """Makes the sources at the end of a window: one for all tensors of the state that ask for the same."""
+
+    def __init__(self, factor: float, auxiliary: float, message_factor: float) -> None:
+        self.factor, self.auxiliary, self.message_factor = factor, auxiliary, message_factor
+        self.context: TensorSpec | None = None
+        self.known: list[tuple[Any, Joint]] = []
+
+    def serve(self, interface: Interface, option: Any) -> Any:
+        if option == "exact":
+            return "joint:exact"
+        if interface.feeds == ANOTHER:
+            return partial(AcrossTime, source=option, factor=self.message_factor)
+        for asked, joint in self.known:
+            if asked is option or asked == option:
+                return joint
+        made = Joint(partial(AcrossTime, source=option, factor=self.factor, auxiliary=self.auxiliary))
+        self.known.append((option, made))
+        return made
+
+    def leaving(self) -> Leaving:
+        return Leaving(self.serve, self.context)
+
+
+@dataclass(frozen=True)
+class WindowReport(StepReport):
+    """Result of one window.
+
+    Attributes:
+        state: the state after it, detached, as the model takes it; where a sequence ended, that of a new one.
+        messages: what goes to other networks, detached, by name.
+        input_gradients: for the tensors of the window, by name (``x``, or ``x_...`` where they are nested), where asked
+            for; empty while the window is held.
+    """
+
+    state: Any = None
+    messages: dict[str, Tensor] = field(default_factory=dict)
+    input_gradients: dict[str, Tensor | None] = field(default_factory=dict)
+
+
+class WindowRun(Run):
+    """One window: what leaves it waits for the next one, or for another network.
+
+    Sources that predict are asked at once. Where the gradient of something that leaves is to be exact, the whole window
+    waits for it.
+    """
+
+    _progress = (*Run._progress, "heard")
+
+    def __init__(self, decoupled: Decoupled, loss: Any, plain_loss: Any, ended: Tensor | None, step: int) -> None:
+        super().__init__(decoupled, loss, None, plain_loss)
+        self.ended, self.step = ended, step
+        self.previous: WindowRun | None = None
+        self.heard: set[str] = set()  # what leaves and was answered
+        self.sent_back: dict[str, Tensor | None] = {}
+        self.leaving = {i.name: i for i in self.split.interfaces if i.leaves}
+        exact = [s for s in self.served if s.source.exact]
+        self.waits_for = {n for s in exact for n in s.names if n in self.leaving}
+        across = [(s, s.source) for s in self.served if isinstance(s.source, AcrossTime)]
+        self.tracing = [(s, source) for s, source in across if source.wants_jacobian]
+        self.holds = bool(exact or self.tracing)
+        self.served = tuple(s for s in self.served if not s.source.exact)
+        self.by_producer = {k: [s for s in self.served if s.producer == k] for k in self.by_producer}
+        for group, source in across:
+            source.ended = ended if self.leaving[group.name].feeds != ANOTHER else None
+
+    def begin(self, values: dict[str, Any], context: Any, target: Any, now: int = 0) -> None:
+        """Run the window; where some gradient is exact forward only."""
+        if not self.holds:
+            super().begin(values, context, target, now)
+            return
+        self.values, self.context, self.target, self.now = values, context, target, now
+        for stage in self.stages:
+            tape = Tape(*self.functions[stage.index].forward(self._inputs_of(stage)))
+            if stage is self.stages[-1]:
+                self._evaluate(tape)
+            self.values.update({n: detached(v) for n, v in tape.outputs.items() if n not in ("output", "loss")})
+            self.tapes[stage.index] = tape
+            for group, source in self.tracing:
+                source.jacobian = self._jacobian(group, source, tape)
+            for group in self.by_producer[stage.index]:
+                self.predictions[group.name] = self._ask(group, self.values)
+        self.sent = {n: self.values[n] for n in self.carried}
+
+    def _jacobian(self, group: Served, source: AcrossTime, tape: Tape) -> Tensor | None:
+        """Of the state after the window for that before it, ``(batch, features, features)``; None at a start."""
+        if len(self.stages) > 1:
+            raise DecouplingError("Traces needs a window in one stage: leave out cuts=, or use another source")
+        if self.previous is None:
+            return None
+        after = source.join([tape.outputs[n] for n in group.names])
+        leaves = [tape.leaves[str(self.leaving[n].feeds)].tensor for n in group.names]
+        rows = []
+        for i in range(after.shape[1]):
+            found = torch.autograd.grad(after[:, i].sum(), leaves, retain_graph=True, allow_unused=True)
+            rows.append(
+                source.join([torch.zeros_like(v) if g is None else g for g, v in zip(found, leaves, strict=True)])
+            )
+        return torch.stack(rows, 1)
+
+    def hear(self, name: str, gradient: Tensor | None) -> None:
+        """The gradient of something that left."""
+        if gradient is not None and self.ended is not None and self.leaving[name].feeds != ANOTHER:
+            dim = self.leaving[name].spec.batch_dim
+            gradient = gradient.masked_fill(along(self.ended, gradient, dim), 0.0)
+        self.gradients[name] = gradient
+        self.heard.add(name)
+
+    def end(self, messages: bool = False) -> None:
+        """No window follows, so nothing flows back to the state; nor to what was sent to other networks, if asked."""
+        for name, interface in self.leaving.items():
+            if name not in self.heard and (messages or interface.feeds != ANOTHER):
+                self.hear(name, None)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the window after this one is known, or that there is none."""
+        return all(n in self.heard for n, i in self.leaving.items() if i.feeds != ANOTHER)
+
+    def advance(self, now: int) -> None:
+        """Pull back what was held, once what it waits for is there, and tell the window before."""
+        self.now = now
+        if not self.waits_for <= self.heard:
+            return
+        for index in sorted(self.tapes, reverse=True):
+            tape = self.tapes.pop(index)
+            assert isinstance(tape, Tape)
+            groups = self.by_producer[index]
+            predicted = {n: g for s in groups for n, g in zip(s.names, self._predicted(s), strict=True)}
+            given = {n: predicted.get(n, self.gradients.get(n)) for n in self.split.sent_by(index)}
+            if "loss" in tape.outputs:
+                given["loss"] = torch.ones_like(tape.outputs["loss"])
+            self._pull_back(index, tape, given)
+        if not self.sent_back:
+            self.sent_back = {n: self.gradients.get(n) for n in self.split.incoming}
+            if self.previous is not None:
+                for name, interface in self.previous.leaving.items():
+                    if interface.feeds in self.sent_back:
+                        self.previous.hear(name, self.sent_back[interface.feeds])
+                self.previous = None
+
+    def has_heard(self, group: Served) -> bool:
+        """What leaves the window is heard of from elsewhere."""
+        return all(n in self.heard for n in group.names) if group.leaves else super().has_heard(group)
+
+    def cannot_hear(self, group: Served) -> bool:
+        """An answer to what has left may always come."""
+        return False if group.leaves else super().cannot_hear(group)
+
+
+class ThroughTime(Trainer):
+    """Trains a recurrent model window by window; made by :func:`decouple_through_time`.
+
+    Attributes:
+        window: T, the most time steps in one window.
+        model: the user's, trained in place.
+        decoupled: its stages and sources.
+    """
+
+    def __init__(
+        self,
+        decoupled: Decoupled,
+        framed: Window,
+        window: int,
+        serving: _Serving,
+        *,
+        context: Callable[[Any], Tensor] | None,
+        initial_state: InitialState | None,
+        input_gradients: bool,
+        loss: Callable[[Any, Any], Tensor],
+        **options: Any,
+    ) -> None:
+        super().__init__(decoupled, loss, **options)
+        self.window = window
+        self.model = decoupled.model
+        self._framed, self._serving = framed, serving
+        self._make_context, self._initial_state = context, initial_state
+        self._input_gradients = input_gradients
+        self._state: list[Tensor] | None = None
+
+    @property
+    def plan(self) -> CutPlan:
+        """As :attr:`Decoupled.plan`; known after the first step."""
+        return self.decoupled.plan
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """As :attr:`Decoupled.stages`."""
+        return self.decoupled.stages
+
+    @property
+    def synthesizers(self) -> nn.ModuleDict:
+        """As :attr:`Decoupled.synthesizers`."""
+        return self.decoupled.synthesizers
+
+    @property
+    def sources(self) -> dict[str, GradientSource]:
+        """As :attr:`Decoupled.sources`."""
+        return self.decoupled.sources
+
+    @property
+    def state(self) -> Any:
+        """The state that the next window starts from, as the model takes it; None at the start of a sequence."""
+        return None if self._state is None else self._framed.pack(self._state)
+
+    def step(  # type: ignore[override]
+        self, x_window: Any, state: Any = None, done: Any = None, target: Any = None
+    ) -> WindowReport:
+        """Train on one window.
+
+        Args:
+            x_window: ``(time, batch, ...)`` or ``(batch, time, ...)``, or a nesting of such tensors; up to T steps.
+            state: the state to start from; by default the one after the last window, or that of a new sequence.
+                With any other state than that one, the last window counts as the end of its sequence.
+            done: bool, ``(batch,)``, or one for all: whose sequence ends with this window. Its state starts anew, and
+                its last gradient is zero. Pad what is shorter than the window, and let the loss pass over it.
+            target: what the loss takes.
+
+        Returns:
+            The window's loss, outputs, comparisons, and the state after it.
+
+        Raises:
+            NonFiniteError: a value or gradient is NaN or infinite; nothing is updated.
+            DecouplingError: a window, state or ``done`` that does not fit.
+        """
+        batch = self._check_window(x_window)
+        states = self._framed.states or self._framed.find_states(x_window, self._initial_state)
+        given = None if state is None else self._framed.unpack(state)
+        goes_on = given is None or (
+            self._state is not None and all(a is b for a, b in zip(given, self._state, strict=True))
+        )
+        leaves = states.initial(batch) if (start := self._state if given is None else given) is None else start
+        self._check_state(leaves, batch, states.initial(batch))
+        ended = self._ended(done, batch, next(self.model.parameters()).device)
+        named = {n: _fresh(t) for n, t in zip(states.names, leaves, strict=True)}
+        context = None if self._make_context is None or target is None else self._make_context(target)
+        if context is not None and self._serving.context is None:
+            self._serving.context = TensorSpec(tuple(context.shape), context.dtype)
+        if self._input_gradients:
+            x_window = map_tensors(_fresh, x_window)
+        values = self.decoupled.bind(x_window, named)
+        self._make_optimizers()
+        self._check_sources()
+        self._adopt_parameters()
+        run = WindowRun(self.decoupled, self._scaled_loss, self.loss, ended, self.steps + 1)
+        waiting = [r for r in self._under_way if isinstance(r, WindowRun) and not r.has_ended]
+        output: list[Any] = []
+        after: list[Tensor] = []
+        messages: dict[str, Tensor] = {}
+
+        def begin() -> None:
+            run.previous = waiting[-1] if waiting and goes_on else None
+            run.begin(values, context, target, self._clock)
+            output.append(run.output)
+            after.extend(run.values[f"next_{n}"].detach() for n in states.names)
+            messages.update({n: run.sent[n] for n, i in run.leaving.items() if i.feeds == ANOTHER})
+            if waiting and not goes_on:
+                waiting[-1].end()
+            if ended is not None and bool(ended.all()):
+                run.end()
+
+        self._advance(run, begin)
+        if ended is not None:
+            after = self._reset(after, states.initial(batch), ended)
+        self._state = None if ended is not None and bool(ended.all()) else after
+        self.steps += 1
+        assert run.loss is not None
+        back = {n: g for n, g in run.sent_back.items() if not n.startswith(STATE)}
+        loss, state = run.loss * self.accumulate, self._framed.pack(after)
+        return WindowReport(loss, output[0], dict(self._measured), self.steps, state, messages, back)
+
+    def answer(self, gradients: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Take what other networks send back for messages: the targets of their sources, or the exact gradients.
+
+        Args:
+            gradients: by the step of the report that the message came with, the gradient of each message by its name.
+
+        Raises:
+            DecouplingError: no such step waits for an answer, no such message, or a gradient of another shape.
+        """
+        runs = {r.step: r for r in self._under_way if isinstance(r, WindowRun)}
+        found: list[tuple[WindowRun, str, Tensor]] = []
+        for step, answers in gradients.items():
+            for name, gradient in answers.items():
+                interface = next((i for i in self.decoupled.interfaces if i.name == name and i.feeds == ANOTHER), None)
+                if interface is None or not 1 <= step <= self.steps:
+                    raise DecouplingError(
+                        f"answer to step {step}, message {name!r}: there was no such step, or the model sends no such "
+                        "message"
+                    )
+                if step not in runs or name in runs[step].heard:
+                    if "gradient" in self.decoupled.sources[name].message or self.decoupled.sources[name].exact:
+                        raise DecouplingError(f"message {name!r} of step {step} does not wait for an answer (any more)")
+                    continue  # nothing is learnt from it
+                if gradient.shape != runs[step].sent[name].shape:
+                    raise DecouplingError(
+                        f"the gradient of message {name!r} has shape {tuple(gradient.shape)}, but the message "
+                        f"{tuple(runs[step].sent[name].shape)}"
+                    )
+                found.append((runs[step], name, gradient.detach()))
+
+        def deliver() -> None:
+            for run, name, gradient in found:
+                run.hear(name, gradient)
+
+        if found:
+            self._advance(None, deliver)
+
+    def reset(self) -> None:
+        """Start a new sequence with the next window, for all samples."""
+        self.drain()
+        self._state = None
+
+    def drain(self) -> int:
+        """End what is under way as if nothing followed: what was held for exact gradients is pulled back and updated.
+
+        Elsewhere predictions stay without a target. The state is kept.
+
+        Returns:
+            How many updates that made.
+        """
+        held = [r for r in self._under_way if isinstance(r, WindowRun) and r.tapes]
+
+        def close() -> None:
+            for run in held:
+                for name in run.waits_for - run.heard:
+                    if run is held[-1] or run.leaving[name].feeds == ANOTHER:
+                        run.hear(name, None)
+
+        if held:
+            self._advance(None, close)
+        self._under_way = []
+        return bool(held)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As :meth:`Trainer.state_dict`, with the state that the next window starts from.
+
+        Raises:
+            DecouplingError: a window waits for the next one; call :meth:`drain` first.
+        """
+        carried = [] if self._state is None else [t.detach().clone() for t in self._state]
+        return {**super().state_dict(), "carried": carried}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As :meth:`Trainer.load_state_dict`."""
+        super().load_state_dict(state)
+        self._state = [t.clone() for t in state.get("carried", [])] or None
+
+    def true_gradients(self, *args: Any, target: Any = None, **kwargs: Any) -> dict[str, Tensor]:
+        """Refuse: the true gradient of a window's end is only known when the sequence has ended.
+
+        Raises:
+            DecouplingError: always.
+        """
+        raise DecouplingError(
+            "the true gradient at the end of a window depends on all windows after it: train a copy of the model with "
+            "gradients='exact' and compare, or read report.interfaces, which compares with the next window's target"
+        )
+
+    diagnose = true_gradients  # type: ignore[assignment]
+
+    # ---- parts ------------------------------------------------------------------------------------------------
+
+    def _check_window(self, x: Any) -> int:
+        leaves = flatten(x)[0]
+        if self._framed.stateless:
+            return int(leaves[0].shape[0]) if leaves and leaves[0].dim() else 0
+        time, batch = self._framed.time_dim, self._framed.batch_dim
+        layout = "(batch, time, ...)" if self._framed.batch_first else "(time, batch, ...)"
+        if not leaves or any(t.dim() < 2 for t in leaves):
+            found = [tuple(t.shape) for t in leaves] or type(x).__name__
+            raise DecouplingError(f"a window must be a tensor, or several, of shape {layout}, but is {found}")
+        sizes = {(t.shape[time], t.shape[batch]) for t in leaves}
+        if len(sizes) > 1:
+            raise DecouplingError(f"the tensors of a window must agree in time and batch, {layout}, but are {sizes}")
+        ((steps, count),) = sizes
+        if steps < 1 or count < 1:
+            raise DecouplingError(f"a window of shape {tuple(leaves[0].shape)}, {layout}, is empty")
+        if steps > self.window:
+            raise DecouplingError(
+                f"this window has {steps} time steps ({layout}, shape {tuple(leaves[0].shape)}), but window="
+                f"{self.window}: split the sequence into windows of at most {self.window}, for example x.split("
+                f"{self.window}, dim={time}); the last one may be shorter"
+            )
+        return int(count)
+
+    def _check_state(self, leaves: list[Tensor], batch: int, expected: list[Tensor]) -> None:
+        assert self._framed.states is not None
+        for name, a, b in zip(self._framed.states.names, leaves, expected, strict=True):
+            if a.shape != b.shape or a.dtype != b.dtype:
+                raise DecouplingError(
+                    f"tensor {name!r} of the state has shape {tuple(a.shape)}, {a.dtype}, but a window of batch "
+                    f"{batch} needs {tuple(b.shape)}, {b.dtype}: the batch may change only where all sequences have "
+                    "ended (done=True, or reset())"
+                )
+
+    def _ended(self, done: Any, batch: int, device: torch.device) -> Tensor | None:
+        if done is None or done is False:
+            return None
+        if done is True:
+            return torch.ones(batch, dtype=torch.bool, device=device)
+        if not isinstance(done, Tensor) or done.dtype != torch.bool or done.shape != (batch,):
+            found = f"{done.dtype}, {tuple(done.shape)}" if isinstance(done, Tensor) else repr(done)[:40]
+            raise DecouplingError(
+                f"done must be True, False or a bool tensor of shape ({batch},), one for each sample: whether its "
+                f"sequence ends with this window; got {found}. A sequence that ends within a window is padded to its "
+                "end"
+            )
+        return done.to(device) if bool(done.any()) else None
+
+    def _check_sources(self) -> None:
+        waiting = [n for n, s in self.decoupled.sources.items() if s.lag is not None and not s.exact]
+        if waiting:
+            raise DecouplingError(
+                f"the source at {waiting[0]!r} waits for a message, which windows cannot: use one that predicts at once"
+            )
+
+    def _reset(self, after: list[Tensor], initial: list[Tensor], ended: Tensor) -> list[Tensor]:
+        assert self._framed.states is not None
+        dims = self._framed.states.batch_dims
+        whole = bool(ended.all())
+        return [
+            (b if whole else a) if dim is None else torch.where(along(ended, a, dim), b, a)
+            for a, b, dim in zip(after, initial, dims, strict=True)
+        ]
+
+
+def _fresh(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor.detach()
+
+
+def along(mask: Tensor, tensor: Tensor, dim: int) -> Tensor:
+    """A mask over the batch in a shape that lines up with a tensor's batch dimension."""
+    return mask.view([-1 if d == dim else 1 for d in range(tensor.dim())])
