@@ -171,7 +171,7 @@ def kept_weights(module: nn.Module) -> Iterator[None]:
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         place = tensor.untyped_storage().data_ptr()
         if place not in owned:
-            return tensor
+            return tensor.detach()  # an output itself would hold its own node, for ever where the graph is retained
         key = (place, tensor.storage_offset(), tensor.shape, tensor.stride())
         if key not in copies:
             copies[key] = tensor.detach().clone()

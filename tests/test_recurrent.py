@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -758,3 +759,20 @@ def test_what_only_whole_sequences_tell_is_refused() -> None:
         made.true_gradients(x, target=y)
     with pytest.raises(DecouplingError, match="all windows after it"):
         made.diagnose(x, target=y)
+
+
+def test_nothing_of_a_window_outlives_the_next() -> None:
+    """As many tensors are alive after a long sequence as after a short one."""
+
+    def alive() -> int:
+        gc.collect()
+        return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
+
+    made = trainer(nn.LSTM(3, 2), {})  # the source's hidden layer is what once kept its own graph alive
+    x, y = (t.float() for t in sequence(length=3))
+    for _ in range(5):
+        made.step(x, target=y)
+    before = alive()
+    for _ in range(20):
+        made.step(x, target=y)
+    assert alive() <= before
