@@ -21,7 +21,7 @@ from .passes.describing import Leaving, describe_plan
 from .passes.emission import emit_functions, readable_code, source_key
 from .passes.exporting import trace_export
 from .passes.insertion import Gradients, Inputs
-from .passes.opening import open_ports
+from .passes.opening import ANOTHER, open_ports
 from .passes.splitting import Split, bound_attributes, run_stages, split_stages
 from .passes.tracing import Trace, trace_calls
 from .plan import CutPlan, CutPointList
@@ -361,7 +361,8 @@ def _trace(model: nn.Module, args: Any, kwargs: Any) -> Trace:
 def _composed(trace: Trace, split: Split, *args: Any, **kwargs: Any) -> Any:
     values = dict(zip(split.model_inputs, flatten((args, kwargs))[0], strict=True))
     output = run_stages(split, values)
-    return (output, [values[p.name] for p in trace.ports]) if trace.ports else output
+    state = [values[p.name] for p in trace.ports if p.feeds != ANOTHER]  # messages are in the output already
+    return (output, state) if trace.ports else output
 
 
 def _planned_gradients(plan: CutPlan) -> Gradients:

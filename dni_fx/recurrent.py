@@ -266,6 +266,13 @@ class WindowRun(Run):
                         self.previous.hear(name, self.sent_back[interface.feeds])
                 self.previous = None
 
+    def forget(self) -> None:
+        """Drop what nothing that is still under way needs: what has left may be answered, and wait with the answer."""
+        open_ = {n: v for n, v in self.sent.items() if n in self.leaving and n not in self.heard}
+        answers = {n: g for n, g in self.gradients.items() if n in self.leaving and self.tapes}
+        super().forget()
+        self.sent, self.gradients = {**self.sent, **open_}, {**self.gradients, **answers}
+
     def has_heard(self, group: Served) -> bool:
         """What leaves the window is heard of from elsewhere."""
         return all(n in self.heard for n in group.names) if group.leaves else super().has_heard(group)
