@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -338,3 +340,27 @@ def test_two_writes_through_a_view_behind_a_cut() -> None:
 
     points = {p.name: p for p in dni_fx.list_cut_points(Twice(), (torch.randn(3, 4),))}
     assert "share memory" in points["getitem"].reason
+
+
+@pytest.mark.parametrize(
+    "take", [lambda x: x.unbind(1), lambda x: x.split(1, 1), lambda x: list(x.chunk(x.size(1), 1))]
+)
+def test_another_number_of_parts_is_another_graph(take: Any) -> None:
+    """What ``unbind`` and the like return was taken to be of the same number for every input."""
+
+    class Steps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            total = torch.zeros(x.shape[0], 3)
+            for part in take(x):
+                total = torch.tanh(self.inner(part.reshape(-1, 3)) + total)
+            return self.outer(total)
+
+    model = Steps()
+    decoupled = dni_fx.decouple(model, cuts=["inner"], example_inputs=(torch.randn(4, 3, 3),))
+    for length in (3, 5, 2, 3):
+        x = torch.randn(4, length, 3)
+        assert torch.equal(decoupled(x), model(x))
