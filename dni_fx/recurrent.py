@@ -30,7 +30,7 @@ from .sources import AcrossTime, GradientSource, Joint, Served
 from .stepping import detached
 from .structures import flatten, map_tensors
 from .training import MakeOptimizer, Trainer
-from .windowing import InitialState, Window
+from .windowing import InitialState, States, Window
 
 
 def decouple_through_time(
@@ -105,7 +105,14 @@ def decouple_through_time(
     for name, number in numbers.items():
         if not isinstance(number, int | float) or number < 0:
             raise DecouplingError(f"{name}={number!r}: expected a number, at least 0")
+    if isinstance(messages, str):
+        raise DecouplingError(f"messages={messages!r}: pass a list of keys, messages=[{messages!r}]")
     framed = Window(model, unroll, batch_first, layered=bool(cuts), stateless=bool(messages) or input_gradients)
+    if messages and framed.unrolls:
+        raise DecouplingError(
+            f"{type(model).__name__} takes single steps, so that it would send a message at each of them: let the "
+            "model take windows, with its steps inside, and send one message for each"
+        )
     serving = _Serving(factor, float(auxiliary), message_factor)
     decoupled = decouple_window(framed, cuts, gradients, serving.leaving, check, messages, input_gradients)
     return ThroughTime(
@@ -113,6 +120,7 @@ def decouple_through_time(
         framed,
         window,
         serving,
+        messages=tuple(messages),
         input_gradients=input_gradients,
         loss=loss,
         optimizer=optimizer,
@@ -287,6 +295,7 @@ class ThroughTime(Trainer):
 
     Attributes:
         window: T, the most time steps in one window.
+        messages: names of what goes to other networks.
         model: the user's, trained in place.
         decoupled: its stages and sources.
     """
@@ -300,12 +309,13 @@ class ThroughTime(Trainer):
         *,
         context: Callable[[Any], Tensor] | None,
         initial_state: InitialState | None,
+        messages: tuple[str, ...],
         input_gradients: bool,
         loss: Callable[[Any, Any], Tensor],
         **options: Any,
     ) -> None:
         super().__init__(decoupled, loss, **options)
-        self.window = window
+        self.window, self.messages = window, messages
         self.model = decoupled.model
         self._framed, self._serving = framed, serving
         self._make_context, self._initial_state = context, initial_state
@@ -358,7 +368,7 @@ class ThroughTime(Trainer):
             DecouplingError: a window, state or ``done`` that does not fit.
         """
         batch = self._check_window(x_window)
-        states = self._framed.states or self._framed.find_states(x_window, self._initial_state)
+        states = self._known_states(x_window)
         given = None if state is None else self._framed.unpack(state)
         goes_on = given is None or (
             self._state is not None and all(a is b for a, b in zip(given, self._state, strict=True))
@@ -366,16 +376,8 @@ class ThroughTime(Trainer):
         leaves = states.initial(batch) if (start := self._state if given is None else given) is None else start
         self._check_state(leaves, batch, states.initial(batch))
         ended = self._ended(done, batch, next(self.model.parameters()).device)
-        named = {n: _fresh(t) for n, t in zip(states.names, leaves, strict=True)}
         context = None if self._make_context is None or target is None else self._make_context(target)
-        if context is not None and self._serving.context is None:
-            self._serving.context = TensorSpec(tuple(context.shape), context.dtype)
-        if self._input_gradients:
-            x_window = map_tensors(_fresh, x_window)
-        values = self.decoupled.bind(x_window, named)
-        self._make_optimizers()
-        self._check_sources()
-        self._adopt_parameters()
+        values = self._bind(x_window, leaves, context)
         run = WindowRun(self.decoupled, self._scaled_loss, self.loss, ended, self.steps + 1)
         waiting = [r for r in self._under_way if isinstance(r, WindowRun) and not r.has_ended]
         output: list[Any] = []
@@ -403,6 +405,42 @@ class ThroughTime(Trainer):
         loss, state = run.loss * self.accumulate, self._framed.pack(after)
         return WindowReport(loss, output[0], dict(self._measured), self.steps, state, messages, back)
 
+    def prepare(self, x_window: Any, target: Any = None) -> ThroughTime:
+        """Trace a window without training on it, as the first step would: the plan, the stages and the sources are
+        known then, and ``load_state_dict`` finds all that it needs.
+
+        Args:
+            x_window: as for :meth:`step`.
+            target: asked for where there is a ``context``.
+
+        Returns:
+            The trainer.
+
+        Raises:
+            DecouplingError: a window that does not fit.
+        """
+        batch = self._check_window(x_window)
+        context = None if self._make_context is None or target is None else self._make_context(target)
+        self._bind(x_window, self._known_states(x_window).initial(batch), context)
+        return self
+
+    def _known_states(self, x_window: Any) -> States:
+        return self._framed.states or self._framed.find_states(x_window, self._initial_state)
+
+    def _bind(self, x_window: Any, leaves: list[Tensor], context: Tensor | None) -> dict[str, Any]:
+        """The window's values by name, its graph active, and an optimiser for everything."""
+        states = self._known_states(x_window)
+        if context is not None and self._serving.context is None:
+            self._serving.context = TensorSpec(tuple(context.shape), context.dtype)
+        if self._input_gradients:
+            x_window = map_tensors(_fresh, x_window)
+        named = {n: _fresh(t) for n, t in zip(states.names, leaves, strict=True)}
+        values = self.decoupled.bind(x_window, named)
+        self._make_optimizers()
+        self._check_sources()
+        self._adopt_parameters()
+        return values
+
     def answer(self, gradients: Mapping[int, Mapping[str, Tensor]]) -> None:
         """Take what other networks send back for messages: the targets of their sources, or the exact gradients.
 
@@ -410,7 +448,8 @@ class ThroughTime(Trainer):
             gradients: by the step of the report that the message came with, the gradient of each message by its name.
 
         Raises:
-            DecouplingError: no such step waits for an answer, no such message, or a gradient of another shape.
+            DecouplingError: no such step waits for an answer, no such message, a gradient of another shape, or only
+                some of the windows that are held together.
         """
         runs = {r.step: r for r in self._under_way if isinstance(r, WindowRun)}
         found: list[tuple[WindowRun, str, Tensor]] = []
@@ -432,6 +471,16 @@ class ThroughTime(Trainer):
                         f"{tuple(runs[step].sent[name].shape)}"
                     )
                 found.append((runs[step], name, gradient.detach()))
+
+        new = {(run.step, name) for run, name, _ in found}
+        held = {r.step: {n for n in r.waits_for - r.heard if (r.step, n) not in new} for r in runs.values() if r.tapes}
+        held_back = {step: {n for n in names if runs[step].leaving[n].feeds == ANOTHER} for step, names in held.items()}
+        if found and not all(held.values()) and (left := [step for step, names in held_back.items() if names]):
+            raise DecouplingError(
+                f"with these answers a window is pulled back and the weights are updated, but step {left[0]} is held, "
+                f"too, and waits for {', '.join(map(repr, sorted(held_back[left[0]])))}: answer all held windows in "
+                "one call"
+            )
 
         def deliver() -> None:
             for run, name, gradient in found:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import gc
 import functools
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -302,10 +302,7 @@ def test_the_true_gradient_as_a_prediction_gives_full_gradients_and_is_its_own_t
     total: dict[str, Tensor] = {}
     for k, (a, b) in enumerate(windows(x, y)):
         if k == 0:
-            made._framed.find_states(a)
-            made.decoupled.bind(
-                a, {n: t.requires_grad_() for n, t in zip("01", made._framed.states.initial(4), strict=True)}
-            )  # type: ignore[union-attr]
+            made.prepare(a)
             told(made).answers = [g.clone() for g in true]
         made.step(a, target=b, done=k == 2)
         for n, g in notes.items():
@@ -436,9 +433,7 @@ def test_traces_equal_the_weighted_regression_done_offline(decay: float) -> None
         gradients=functools.partial(Traces, decay=decay), synthesizer_optimizer=lambda p: torch.optim.SGD(p, 0.0),
     )  # fmt: skip
     pairs = windows(x, y)
-    made._framed.find_states(pairs[0][0])
-    start = made._framed.states.initial(BATCH)  # type: ignore[union-attr]
-    made.decoupled.bind(pairs[0][0], {n: t.requires_grad_() for n, t in zip("01", start, strict=True)})
+    made.prepare(pairs[0][0])
     (source,) = {id(s): s for s in made.sources.values()}.values()
     traces = source.source  # type: ignore[union-attr]
     layer = traces.networks[0].layers[0]  # type: ignore[union-attr, index]
@@ -454,7 +449,7 @@ def test_traces_equal_the_weighted_regression_done_offline(decay: float) -> None
             for n, p in (("weight", layer.weight), ("bias", layer.bias)):
                 total[n] += p.grad if p.grad is not None else 0  # type: ignore[operator]
 
-    made._make_synthesizer_optimizer = lambda p: Summing(p, 0.0)
+    made.synthesizer_optimizers = {"next_0": Summing(source.parameters(), 0.0)}
     for k, (a, b) in enumerate(pairs):
         made.step(a, target=b, done=k == len(pairs) - 1)
 
@@ -568,7 +563,7 @@ def test_training_goes_on_from_a_checkpoint_bit_for_bit() -> None:
 
     torch.manual_seed(1)
     other = trainer(LSTMStep().double(), {})
-    other.step(x[:3], target=y[:3], done=True)
+    other.prepare(x[:3])
     other.load_state_dict(saved)
     got = [other.step(a, target=b).loss for a, b in windows(x[6:], y[6:])]
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
