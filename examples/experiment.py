@@ -308,6 +308,32 @@ def _stepper(
     return trainer, {**trainer.optimizers, **sources}, decoupled_step
 
 
+def make_recurrent_trainer(model: nn.Module, loss: Callable[[Any, Any], Tensor], settings: Settings) -> Any:
+    """A trainer that decouples a model through time.
+
+    Args:
+        model: freshly made.
+        loss: of one window.
+        settings: ``window``, ``optimizer``, ``clip_norm``, ``measure_every`` and ``gradients``, and where its source
+            takes them ``auxiliary``, ``factor`` and ``synthesizer_optimizer``.
+    """
+    import dni_fx.recurrent  # not every experiment needs it
+
+    options: dict[str, Any] = {key: settings[key] for key in ("auxiliary", "factor") if key in settings}
+    if "synthesizer_optimizer" in settings:
+        options["synthesizer_optimizer"] = partial(make_optimizer, settings["synthesizer_optimizer"])
+    return dni_fx.recurrent.decouple_through_time(
+        model,
+        window=settings["window"],
+        loss=loss,
+        optimizer=partial(make_optimizer, settings["optimizer"]),
+        gradients=make_source(settings["gradients"]),
+        clip_norm=settings["clip_norm"],
+        metrics_every=settings["measure_every"],
+        **options,
+    )
+
+
 def _count_updates(optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[str, int]:
     """A table that counts every optimiser's steps from now on, without those that had no gradient to go by."""
     updates = dict.fromkeys(optimizers, 0)
@@ -518,21 +544,29 @@ def _serve(connection: Any, work: Work, load: Callable[[], Any]) -> None:
 # ---- command line -----------------------------------------------------------------------------------------------
 
 
-def add_arguments(parser: argparse.ArgumentParser, methods: Iterable[str], usual: Iterable[str], out: str) -> None:
-    """What every experiment takes, besides ``--steps``."""
-    parser.add_argument("--data", type=Path, help="directory of the data set's files (default: found or downloaded)")
+def add_arguments(
+    parser: argparse.ArgumentParser,
+    methods: Iterable[str],
+    usual: Iterable[str],
+    out: str,
+    samples: str | None = "images",
+) -> None:
+    """What every experiment takes, besides ``--steps``; ``samples`` are what its data are made of, None without any."""
+    if samples is not None:
+        found = "directory of the data set's files (default: found or downloaded)"
+        parser.add_argument("--data", type=Path, help=found)
+        parser.add_argument("--limit", type=int, help=f"use only so many {samples} of each part, for a quick try")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=list(methods), default=list(usual), metavar="METHOD")
     parser.add_argument("--measure-every", type=int, help="steps between measurements (default: a tenth of all)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one process and thread each (default: 1)")
-    parser.add_argument("--limit", type=int, help="use only so many images of each part, for a quick try")
     parser.add_argument("--out", type=Path, default=Path(out), help=f"finished runs, and beside them a figure ({out})")
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:
     """Numbers below 1 are errors."""
     for name in ("jobs", "limit", "measure_every", *names):
-        value = getattr(args, name)
+        value = getattr(args, name, None)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
 
@@ -566,10 +600,10 @@ def carry_out(
 # ---- tables and figures -----------------------------------------------------------------------------------------
 
 
-def spread(values: Sequence[float], marks: Sequence[str] | None = None) -> str:
+def spread(values: Sequence[float], marks: Sequence[str] | None = None, digits: int = 2) -> str:
     """The mean, and each seed's value in brackets, with a mark behind it."""
-    each = ", ".join(f"{v:.2f}{m}" for v, m in zip(values, marks or [""] * len(values), strict=True))
-    return f"{statistics.mean(values):.2f} ({each})"
+    each = ", ".join(f"{v:.{digits}f}{m}" for v, m in zip(values, marks or [""] * len(values), strict=True))
+    return f"{statistics.mean(values):.{digits}f} ({each})"
 
 
 def groups(records: list[Record]) -> dict[tuple[str, str], list[Record]]:
@@ -627,11 +661,11 @@ def mean_or_dash(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f}" if values else "-"
 
 
-def mean_curve(runs: list[Record], errors: bool) -> tuple[list[int], list[float]]:
+def mean_curve(runs: list[Record], errors: bool, key: str = "test_accuracy") -> tuple[list[int], list[float]]:
     """Steps and the mean over seeds at each of them; a run that diverged counts as long as it lasted."""
     at: dict[int, list[float]] = {}
     for run in runs:
-        for step, value in zip(run["curve"]["steps"], run["curve"]["test_accuracy"], strict=True):
+        for step, value in zip(run["curve"]["steps"], run["curve"][key], strict=True):
             at.setdefault(step, []).append(shown(value, errors))
     return sorted(at), [statistics.mean(at[step]) for step in sorted(at)]
 
