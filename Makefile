@@ -69,6 +69,9 @@ results: $(READY)
 	$(PY) examples/paper_feedforward.py $(RESULTS_ARGS)
 	$(PY) examples/paper_sparse_updates.py $(RESULTS_ARGS)
 	$(PY) examples/deep_cifar.py $(RESULTS_ARGS)
+	$(PY) examples/paper_copy.py $(RESULTS_ARGS)
+	$(PY) examples/paper_char_lm.py $(RESULTS_ARGS)
+	$(PY) examples/paper_two_clocks.py $(RESULTS_ARGS)
 	$(PY) examples/cut_choice.py
 
 clean:
