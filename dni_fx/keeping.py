@@ -107,7 +107,8 @@ class AllOrNothing:
             for table, names in zip(self.tables, self.names, strict=True):
                 table.update(names)
             for buffer, content in zip(self.buffers, self.contents, strict=True):
-                buffer.copy_(content)
+                if not torch.equal(buffer, content):  # else graphs that hold it must find it untouched
+                    buffer.copy_(content)
         for module, attributes in self.sources:
             vars(module).update(attributes)
         self.rng()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .compiler import check_whole, decouple_window
 from .decoupled import Decoupled, Stage
-from .errors import DecouplingError
+from .errors import DecouplingError, NonFiniteError
 from .keeping import Tape
 from .passes.describing import Leaving
 from .passes.insertion import Gradients
@@ -71,7 +71,8 @@ def decouple_through_time(
         synthesizer_optimizer: the same for the sources.
         gradients: what predicts: ``"auto"`` (an MLP on all tensors of the state together), ``"linear"``, ``"mlp"``, a
             factory; ``"zero"`` is truncated backpropagation through time, ``"exact"`` the full one, which keeps every
-            window until the sequence ends; or a mapping from interface name to either (``next_hidden``, ...).
+            window until all sequences of the batch have ended in one step; or a mapping from interface name to either
+            (``next_hidden``, ...).
         factor: on the predicted gradient, on use; 0.1 as in the paper.
         auxiliary: predict the next prediction from the state, too; a number is the weight of that loss.
         cuts: names to cut after within a window, say ``"rnn.layer_0"`` of a stacked ``rnn``: these stages are
@@ -186,6 +187,7 @@ class WindowRun(Run):
         super().__init__(decoupled, loss, None, plain_loss)
         self.ended, self.step = ended, step
         self.previous: WindowRun | None = None
+        self.torn = False  # whether its graphs have been pulled back, and are gone
         self.heard: set[str] = set()  # what leaves and was answered
         self.sent_back: dict[str, Tensor | None] = {}
         self.leaving = {i.name: i for i in self.split.interfaces if i.leaves}
@@ -204,6 +206,10 @@ class WindowRun(Run):
         if not self.holds:
             super().begin(values, context, target, now)
             return
+        # The caller may write into its tensors before the window is pulled back.
+        for name in self.split.model_inputs:
+            value = values[name]
+            values[name] = value.detach().clone().requires_grad_(value.requires_grad)
         self.values, self.context, self.target, self.now = values, context, target, now
         for stage in self.stages:
             tape = Tape(*self.functions[stage.index].forward(self._inputs_of(stage)))
@@ -216,6 +222,13 @@ class WindowRun(Run):
             for group in self.by_producer[stage.index]:
                 self.predictions[group.name] = self._ask(group, self.values)
         self.sent = {n: self.values[n] for n in self.carried}
+        assert self.loss is not None
+        for name, tensor in [("the loss", self.loss), *self.sent.items()]:
+            if not bool(tensor.isfinite().all()):  # before windows are pulled back that could not be again
+                raise NonFiniteError(
+                    f"step {self.step}: {name} is not finite; nothing was updated. Look at the window, lower the "
+                    "learning rates or set clip_norm="
+                )
 
     def _jacobian(self, group: Served, source: AcrossTime, tape: Tape) -> Tensor | None:
         """Of the state after the window for that before it, ``(batch, features, features)``; None at a start."""
@@ -257,6 +270,7 @@ class WindowRun(Run):
         self.now = now
         if not self.waits_for <= self.heard:
             return
+        self.torn = bool(self.tapes)
         for index in sorted(self.tapes, reverse=True):
             tape = self.tapes.pop(index)
             assert isinstance(tape, Tape)
@@ -320,7 +334,9 @@ class ThroughTime(Trainer):
         self._framed, self._serving = framed, serving
         self._make_context, self._initial_state = context, initial_state
         self._input_gradients = input_gradients
+        self._shapes: dict[int, list[tuple[torch.Size, torch.dtype]]] = {}  # of the state, by batch size
         self._state: list[Tensor] | None = None
+        self._handed: list[tuple[Tensor, int]] = []  # the state as the last report has it
 
     @property
     def plan(self) -> CutPlan:
@@ -370,16 +386,20 @@ class ThroughTime(Trainer):
         batch = self._check_window(x_window)
         states = self._known_states(x_window)
         given = None if state is None else self._framed.unpack(state)
-        goes_on = given is None or (
-            self._state is not None and all(a is b for a, b in zip(given, self._state, strict=True))
-        )
-        leaves = states.initial(batch) if (start := self._state if given is None else given) is None else start
-        self._check_state(leaves, batch, states.initial(batch))
+        self._check_untouched()
+        goes_on = state is None or self._is_carried(state)
+        leaves = self._state if goes_on else given
+        if leaves is None:
+            leaves = states.initial(batch)
+        self._check_state(leaves, batch)
+        waiting = [r for r in self._under_way if isinstance(r, WindowRun) and not r.has_ended]
+        if waiting and not goes_on and waiting[-1].tapes:
+            self._advance(None, waiting[-1].end)  # its update must come before the next forward
+            waiting = []
         ended = self._ended(done, batch, next(self.model.parameters()).device)
         context = None if self._make_context is None or target is None else self._make_context(target)
         values = self._bind(x_window, leaves, context)
         run = WindowRun(self.decoupled, self._scaled_loss, self.loss, ended, self.steps + 1)
-        waiting = [r for r in self._under_way if isinstance(r, WindowRun) and not r.has_ended]
         output: list[Any] = []
         after: list[Tensor] = []
         messages: dict[str, Tensor] = {}
@@ -403,6 +423,7 @@ class ThroughTime(Trainer):
         assert run.loss is not None
         back = {n: g for n, g in run.sent_back.items() if not n.startswith(STATE)}
         loss, state = run.loss * self.accumulate, self._framed.pack(after)
+        self._handed = [] if self._state is None else [(t, t._version) for t in flatten(state)[0]]
         return WindowReport(loss, output[0], dict(self._measured), self.steps, state, messages, back)
 
     def prepare(self, x_window: Any, target: Any = None) -> ThroughTime:
@@ -492,7 +513,7 @@ class ThroughTime(Trainer):
     def reset(self) -> None:
         """Start a new sequence with the next window, for all samples."""
         self.drain()
-        self._state = None
+        self._state, self._handed = None, []
 
     def drain(self) -> int:
         """End what is under way as if nothing followed: what was held for exact gradients is pulled back and updated.
@@ -527,7 +548,7 @@ class ThroughTime(Trainer):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """As :meth:`Trainer.load_state_dict`."""
         super().load_state_dict(state)
-        self._state = [t.clone() for t in state.get("carried", [])] or None
+        self._state, self._handed = [t.clone() for t in state.get("carried", [])] or None, []
 
     def true_gradients(self, *args: Any, target: Any = None, **kwargs: Any) -> dict[str, Tensor]:
         """Refuse: the true gradient of a window's end is only known when the sequence has ended.
@@ -567,13 +588,30 @@ class ThroughTime(Trainer):
             )
         return int(count)
 
-    def _check_state(self, leaves: list[Tensor], batch: int, expected: list[Tensor]) -> None:
+    def _is_carried(self, state: Any) -> bool:
+        """Whether a state is the one of the last report: the same memory, detached or not."""
+        leaves = flatten(state)[0]
+        if self._state is None or len(leaves) != len(self._handed):
+            return False
+        place = lambda t: (t.data_ptr(), t.storage_offset(), t.shape, t.stride())  # noqa: E731
+        return all(place(a) == place(b) for a, (b, _) in zip(leaves, self._handed, strict=True))
+
+    def _check_untouched(self) -> None:
+        if any(t._version != version for t, version in self._handed):
+            raise DecouplingError(
+                "report.state was written to in place, but gradients still flow back through what it was: use done= to "
+                "start samples anew, or pass a new state (a clone)"
+            )
+
+    def _check_state(self, leaves: list[Tensor], batch: int) -> None:
         assert self._framed.states is not None
-        for name, a, b in zip(self._framed.states.names, leaves, expected, strict=True):
-            if a.shape != b.shape or a.dtype != b.dtype:
+        if batch not in self._shapes:
+            self._shapes[batch] = [(t.shape, t.dtype) for t in self._framed.states.initial(batch)]
+        for name, a, (shape, dtype) in zip(self._framed.states.names, leaves, self._shapes[batch], strict=True):
+            if a.shape != shape or a.dtype != dtype:
                 raise DecouplingError(
                     f"tensor {name!r} of the state has shape {tuple(a.shape)}, {a.dtype}, but a window of batch "
-                    f"{batch} needs {tuple(b.shape)}, {b.dtype}: the batch may change only where all sequences have "
+                    f"{batch} needs {tuple(shape)}, {dtype}: batch and dtype may change only where all sequences have "
                     "ended (done=True, or reset())"
                 )
 
@@ -591,7 +629,21 @@ class ThroughTime(Trainer):
             )
         return done.to(device) if bool(done.any()) else None
 
+    def _advance(self, run: Run | None, begin: Callable[[], None]) -> None:
+        """As every trainer; a failure after graphs were pulled back costs the sequences that were held."""
+        try:
+            super()._advance(run, begin)
+        except BaseException:
+            if any(isinstance(r, WindowRun) and r.torn and r.tapes for r in self._under_way):
+                self._under_way = []
+            raise
+
     def _check_sources(self) -> None:
+        if self.accumulate > 1 and any(s.exact for s in self.decoupled.sources.values()):
+            raise DecouplingError(
+                "accumulate= counts windows, and an update in the middle of a sequence would spoil the exact gradients "
+                "of what is held: leave it out, or divide the loss and step the optimisers yourself"
+            )
         waiting = [n for n, s in self.decoupled.sources.items() if s.lag is not None and not s.exact]
         if waiting:
             raise DecouplingError(

@@ -92,8 +92,14 @@ class Layers(nn.Module):
 
 def _single_layer(stacked: nn.RNNBase, k: int) -> nn.RNNBase:
     kind = next((c for base, c in _KINDS.items() if isinstance(stacked, base)), None)
+    ends = [
+        "weight_ih",
+        "weight_hh",
+        *(["bias_ih", "bias_hh"] * stacked.bias),
+        *(["weight_hr"] * bool(stacked.proj_size)),
+    ]
     names = [n for n, _ in stacked.named_parameters() if n.endswith(f"_l{k}")]
-    if kind is None or not names:
+    if kind is None or set(names) != {f"{end}_l{k}" for end in ends}:
         raise DecouplingError(
             f"a {type(stacked).__name__} with re-made weights cannot be cut between its layers; cut before or after it"
         )
@@ -129,6 +135,10 @@ class _Stateful(nn.Module):
         self.__dict__["given"] = hx
         y, self.__dict__["found"] = self.held[1](x, self.state)
         return y, self.found
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """The module's own."""
+        return iter(self.held[0].named_parameters(*args, **kwargs))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["held"][0], name)
@@ -229,8 +239,11 @@ class Window(nn.Module):
         """
         if self.stateless:
             return self.model(x), {}
-        if self.cores:
-            return self._run_cores(x, state)
+        y, after = self._run_cores(x, state) if self.cores else self._run_model(x, state)
+        # Autocast makes a state of its own type; it goes on as what it was.
+        return y, {n: t if t.dtype == state[n].dtype else t.to(state[n].dtype) for n, t in after.items()}
+
+    def _run_model(self, x: Any, state: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
         assert self.states is not None
         assert self.states.structure is not None
         nested = self.states.structure.build(iter(state.values()))
@@ -239,7 +252,7 @@ class Window(nn.Module):
         if structure != self.states.structure:
             raise DecouplingError(
                 f"{type(self.model).__name__} returned a state of another structure than it was given: "
-                f"{len(leaves)} tensors, expected {len(state)}, nested the same way"
+                f"{len(leaves)} tensors, expected {len(state)}, nested the same way; what changes must be a tensor"
             )
         return y, dict(zip(state, leaves, strict=True))
 
@@ -327,17 +340,45 @@ class Window(nn.Module):
                 return self.unpack(initial(batch))
             return [t for path in self.cores for k in range(self._parts(path)) for t in self._zeros(path, batch)]
 
+        names = [n if n not in names[:i] else f"{n}_{i}" for i, n in enumerate(names)]
         states = States(tuple(names), (1,) * len(names), None, make)
-        first = _narrowed(x, self.time_dim)
-        with torch.no_grad(), restored(self.model):
-            given = self._through(first, self._by_core(make(_size(x, self.batch_dim))))[2]
-        own = [p for p, hx in given.items() if any(bool((t != 0).any()) for t in flatten(hx)[0])]
+        start = make(_size(x, self.batch_dim))
+        with torch.enable_grad(), restored(self.model):
+            given = self._through(x, self._by_core(start))[2] if not self.layers else {}
+        own = [p for p, hx in given.items() if any(t.requires_grad or bool((t != 0).any()) for t in flatten(hx)[0])]
         if own:
             raise DecouplingError(
-                f"the model starts {own[0]!r} from a state of its own, which is not zero; let the model take and "
-                "return its state: forward(x, state) -> (y, state)"
+                f"the model starts {own[0]!r} from a state of its own, which is learnt or not zero; let the model take "
+                "and return its state: forward(x, state) -> (y, state)"
             )
+        if self.layers and initial is None:
+            self._check_layers(x, start)
         return states
+
+    def _check_layers(self, x: Any, start: list[Tensor]) -> None:
+        """Taken apart, the model must compute what it did."""
+        try:
+            with torch.no_grad(), restored(self.model):
+                whole = self.model(x)
+            with torch.no_grad(), restored(self.model):
+                apart = self._through(x, self._by_core(start))[0]
+            ours, theirs = flatten(apart)[0], flatten(whole[0] if "" in self.cores else whole)[0]
+            same = [t.shape for t in ours] == [t.shape for t in theirs] and all(
+                torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(ours, theirs, strict=True)
+            )
+        except DecouplingError:
+            raise
+        except Exception as error:
+            same, reason = False, f" ({type(error).__name__}: {error})"
+        else:
+            reason = ""
+        if not same:
+            names = ", ".join(repr(p or type(self.model).__name__) for p in self.layers)
+            raise DecouplingError(
+                f"taken apart into its layers, {names} does not compute what it did{reason}: it has hooks or a forward "
+                "of its own, the model starts it itself, or uses the state that it returns. Leave out cuts= between "
+                "its layers, or let the model take and return its state"
+            )
 
     def _zeros(self, path: str, batch: int) -> list[Tensor]:
         core = self.cores[path]
@@ -367,6 +408,10 @@ class Window(nn.Module):
                     f"a float tensor of the state, {tuple(a.shape)}, has no batch dimension: samples would share it. "
                     "Give it one, or make it an integer tensor if no gradient flows through it"
                 )
+        if any(t.requires_grad for t in one):
+            raise DecouplingError(
+                "initial_state= returned a tensor that requires a gradient, but a start is not learnt: detach it"
+            )
         templates = [t.detach() for t in one]
 
         def make(size: int) -> list[Tensor]:

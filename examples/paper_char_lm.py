@@ -296,6 +296,8 @@ def make_settings(args: argparse.Namespace, window: int, method: str) -> Setting
     }
     if "factor" in settings and args.factor is not None:
         settings["factor"] = args.factor
+    if settings.get("auxiliary") and args.auxiliary is not None:
+        settings["auxiliary"] = args.auxiliary
     if "synthesizer_lr" in settings:
         rate = settings.pop("synthesizer_lr")
         settings["synthesizer_optimizer"] = {"name": "adam", "lr": args.synthesizer_lr or rate}
@@ -370,6 +372,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=2e-3, help="of the model (default: 2e-3)")
     parser.add_argument("--synthesizer-lr", type=float, help="of the synthesizers (default: as in the table)")
     parser.add_argument("--factor", type=float, help="on synthetic gradients in use (default: as in the table)")
+    parser.add_argument("--auxiliary", type=float, help="weight of the auxiliary loss (default: as in the table)")
     parser.add_argument("--clip-norm", type=float, default=1.0, help="of the model's gradient (default: 1)")
     add_arguments(parser, METHODS, USUAL, "out/paper_char_lm.json", samples="characters")
     parser.set_defaults(seeds=[0, 1])

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import DecouplingError
@@ -119,8 +118,10 @@ class AcrossTime(GradientSource):
         state = joined.detach().requires_grad_()
         latest = self._latest if self._latest.shape == joined.shape else torch.zeros_like(joined)
         size = latest.square().mean().sqrt()
-        told = self.teller(state)
-        loss = self.auxiliary * F.mse_loss(told, (latest / size.clamp(min=torch.finfo(size.dtype).tiny)))
+        wrong = self.teller(state) - latest / size.clamp(min=torch.finfo(size.dtype).tiny)
+        if ended is not None:  # no next prediction is of the same sequence
+            wrong = wrong.masked_fill(ended[:, None], 0.0)
+        loss = self.auxiliary * wrong.square().mean()
         (gradient,) = torch.autograd.grad(loss, state, retain_graph=True)
         fitted = self.source.fit(inner, (target + gradient,) if self.source.message == "gradient" else ())
         return loss if fitted is None else loss + fitted

@@ -46,6 +46,11 @@ class Traces(Linear):
         super().__init__(specs)
         if not isinstance(decay, int | float) or not 0 <= decay <= 1:
             raise DecouplingError(f"Traces needs a decay from 0 to 1, not {decay!r}")
+        if len(self.specs[0].shape) != 2:
+            raise DecouplingError(
+                "Traces serves the state between windows, not a cut within one: ask for it by the state's interfaces, "
+                "gradients={'next_...': Traces}"
+            )
         batch, features = self.specs[0].shape
         if (count := batch * features * features * (features + 1)) > MOST_ELEMENTS:
             raise DecouplingError(
