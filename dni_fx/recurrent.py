@@ -334,6 +334,7 @@ class ThroughTime(Trainer):
         self._framed, self._serving = framed, serving
         self._make_context, self._initial_state = context, initial_state
         self._input_gradients = input_gradients
+        self._current: Run | None = None  # the window under way now
         self._shapes: dict[int, list[tuple[torch.Size, torch.dtype]]] = {}  # of the state, by batch size
         self._state: list[Tensor] | None = None
         self._handed: list[tuple[Tensor, int]] = []  # the state as the last report has it
@@ -631,6 +632,7 @@ class ThroughTime(Trainer):
 
     def _advance(self, run: Run | None, begin: Callable[[], None]) -> None:
         """As every trainer; a failure after graphs were pulled back costs the sequences that were held."""
+        self._current = run
         try:
             super()._advance(run, begin)
         except BaseException:
@@ -638,12 +640,16 @@ class ThroughTime(Trainer):
                 self._under_way = []
             raise
 
-    def _check_sources(self) -> None:
-        if self.accumulate > 1 and any(s.exact for s in self.decoupled.sources.values()):
+    def _update(self) -> None:
+        held = any(isinstance(r, WindowRun) and r.tapes for r in [*self._under_way, self._current])
+        if held and any(p.grad is not None for p in self.model.parameters()):
             raise DecouplingError(
-                "accumulate= counts windows, and an update in the middle of a sequence would spoil the exact gradients "
-                "of what is held: leave it out, or divide the loss and step the optimisers yourself"
+                "accumulate= counts windows, and this update would come while later windows are held for exact "
+                "gradients, which it would spoil: leave it out, or let updates come at the ends of sequences"
             )
+        super()._update()
+
+    def _check_sources(self) -> None:
         waiting = [n for n, s in self.decoupled.sources.items() if s.lag is not None and not s.exact]
         if waiting:
             raise DecouplingError(
