@@ -19,8 +19,9 @@ from torch import Tensor
 
 from .errors import DecouplingError, did_you_mean
 from .passes.opening import STATE
-from .recurrent import ThroughTime, WindowReport, WindowRun
+from .recurrent import ThroughTime, WindowReport
 from .structures import flatten, map_tensors
+from .window_run import WindowRun
 
 INPUT = "input"  # what comes from outside, in the input of a member that receives messages, too
 

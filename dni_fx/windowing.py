@@ -28,7 +28,6 @@ class _Follows:
     """Mixed into a module that stands for a part of another one: trains when that does, and stays one graph node."""
 
     is_graph_leaf = True
-    owner: nn.Module
 
     @property
     def training(self) -> bool:
@@ -309,7 +308,7 @@ class Window(nn.Module):
     # ---- the state as users see it ----------------------------------------------------------------------------
 
     def find_states(self, x: Any, initial: InitialState | None = None) -> States:
-        """Learn of the state from one step of a window; asked once, kept in ``states``.
+        """Learn of the state from a first window; asked once, kept in ``states``.
 
         Args:
             x: a window.

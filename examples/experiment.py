@@ -308,6 +308,16 @@ def _stepper(
     return trainer, {**trainer.optimizers, **sources}, decoupled_step
 
 
+def override_source(settings: Settings, args: argparse.Namespace) -> None:
+    """Put what the command line says of synthetic gradients into a method's settings, where the method has it."""
+    for key in ("factor", "auxiliary"):
+        if settings.get(key) and getattr(args, key, None) is not None:
+            settings[key] = getattr(args, key)
+    if "synthesizer_lr" in settings:
+        usual = settings.pop("synthesizer_lr")
+        settings["synthesizer_optimizer"] = {"name": "adam", "lr": args.synthesizer_lr or usual}
+
+
 def make_recurrent_trainer(model: nn.Module, loss: Callable[[Any, Any], Tensor], settings: Settings) -> Any:
     """A trainer that decouples a model through time.
 

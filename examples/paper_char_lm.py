@@ -47,6 +47,7 @@ from experiment import (
     make_recurrent_trainer,
     make_run,
     mean_curve,
+    override_source,
     spread,
 )
 
@@ -294,13 +295,7 @@ def make_settings(args: argparse.Namespace, window: int, method: str) -> Setting
         "measure_every": args.measure_every or max(steps // 20, 1),
         **METHODS[method],
     }
-    if "factor" in settings and args.factor is not None:
-        settings["factor"] = args.factor
-    if settings.get("auxiliary") and args.auxiliary is not None:
-        settings["auxiliary"] = args.auxiliary
-    if "synthesizer_lr" in settings:
-        rate = settings.pop("synthesizer_lr")
-        settings["synthesizer_optimizer"] = {"name": "adam", "lr": args.synthesizer_lr or rate}
+    override_source(settings, args)
     return settings
 
 

@@ -45,6 +45,7 @@ from experiment import (
     make_run,
     mean_curve,
     mean_or_dash,
+    override_source,
     spread,
 )
 
@@ -248,13 +249,7 @@ def make_settings(args: argparse.Namespace, task: str, window: int, method: str)
         "measure_every": args.measure_every or max(args.steps // 50, 1),
         **METHODS[method],
     }
-    if "factor" in settings and args.factor is not None:
-        settings["factor"] = args.factor
-    if settings.get("auxiliary") and args.auxiliary is not None:
-        settings["auxiliary"] = args.auxiliary
-    if "synthesizer_lr" in settings:
-        rate = settings.pop("synthesizer_lr")
-        settings["synthesizer_optimizer"] = {"name": "adam", "lr": args.synthesizer_lr or rate}
+    override_source(settings, args)
     return settings
 
 

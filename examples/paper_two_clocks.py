@@ -52,6 +52,7 @@ from experiment import (
     make_run,
     make_source,
     mean_curve,
+    override_source,
     spread,
 )
 
@@ -311,11 +312,7 @@ def make_settings(args: argparse.Namespace, method: str, rate: float) -> Setting
         "limit": args.limit,
         **METHODS[method],
     }
-    if "factor" in settings and args.factor is not None:
-        settings["factor"] = args.factor
-    if "synthesizer_lr" in settings:
-        usual = settings.pop("synthesizer_lr")
-        settings["synthesizer_optimizer"] = {"name": "adam", "lr": args.synthesizer_lr or usual}
+    override_source(settings, args)
     return settings
 
 
