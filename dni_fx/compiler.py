@@ -25,7 +25,7 @@ from .passes.opening import ANOTHER, open_ports
 from .passes.splitting import Split, bound_attributes, run_stages, split_stages
 from .passes.tracing import Trace, trace_calls
 from .plan import CutPlan, CutPointList
-from .sources import INPUTS, JOINT, SOURCES, GradientSource, InputSource
+from .sources import EACH, INPUTS, JOINT, SOURCES, GradientSource, InputSource
 from .structures import flatten
 from .variants import Passes, Variant, kinds_of
 from .windowing import Window
@@ -372,7 +372,7 @@ def _planned_gradients(plan: CutPlan) -> Gradients:
 
 def _planned(pairs: Iterable[tuple[str, str]], known: Iterable[str], argument: str) -> dict[str, str]:
     """A plan's names of sources, or an error for one that only a factory could make."""
-    own = [(i, n) for i, n in pairs if n.removeprefix(JOINT) not in known]
+    own = [(i, n) for i, n in pairs if n.removeprefix(JOINT).removeprefix(EACH) not in known]
     if own:
         interface, name = own[0]
         raise DecouplingError(

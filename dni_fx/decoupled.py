@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -230,10 +230,18 @@ class Decoupled(nn.Module):
         keys = {i.name: f"{self._passes.key(i.name)}@input" for i in self.plan.interfaces}
         return {n: self.synthesizers[k] for n, k in keys.items() if k in self.synthesizers}  # type: ignore[misc]
 
-    def named_learners(self) -> list[tuple[str, nn.Module]]:
-        """Gradient sources, once each, by the first interface that they serve; synthetic inputs as ``name@input``."""
-        groups: list[tuple[str, nn.Module]] = [(g.name, g.source) for g in serve(self.interfaces, self.sources)]
-        return groups + [(f"{n}@input", s) for n, s in self.inputs.items()]
+    def named_learners(self, stages: Collection[int] | None = None) -> list[tuple[str, nn.Module]]:
+        """Gradient sources, once each, by the first interface that they serve; synthetic inputs as ``name@input``.
+
+        Args:
+            stages: only the sources that these stages ask, and the synthetic inputs that they use; None: all.
+        """
+        asked = range(len(self.stages)) if stages is None else stages
+        users = {i.name: i.consumers for i in self.interfaces}
+        groups: list[tuple[str, nn.Module]] = [
+            (g.name, g.source) for g in serve(self.interfaces, self.sources) if g.producer in asked
+        ]
+        return groups + [(f"{n}@input", s) for n, s in self.inputs.items() if any(c in asked for c in users[n])]
 
     @property
     def is_exact(self) -> bool:
@@ -258,6 +266,11 @@ class Decoupled(nn.Module):
                 raise PlanMismatchError(f"tensor input {name} has an empty batch: its shape is {tuple(leaf.shape)}")
         self._select(args, kwargs, structure, leaves)
         return dict(zip(self._variant.split.model_inputs, leaves, strict=True))
+
+    def has_graph_for(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether stages for this kind of call exist, so that ``bind`` need not trace."""
+        leaves, structure = flatten((args, kwargs))
+        return any(v.accepts(structure, leaves, self._passes.guards_hold) for v in self._variants)
 
     @property
     def _variant(self) -> Variant:

@@ -22,7 +22,7 @@ from .messages import Messages
 from .passes.splitting import StageGraph
 from .reports import InterfaceReport, compare
 from .schedules import Mode
-from .sources import Prediction, Served, awaited_kinds, message_kinds, mix
+from .sources import Each, Prediction, Served, awaited_kinds, message_kinds, mix
 from .stepping import StepResult, detached, evaluate, kept_weights, pull_back
 
 Loss = Callable[[Any, Any], torch.Tensor]
@@ -39,7 +39,7 @@ class Run:
         ask: whether sources are asked at all; exact mode and measuring need none.
     """
 
-    _progress: tuple[str, ...] = ("gradients", "finished", "fitted", "measured", "tapes", "early")
+    _progress: tuple[str, ...] = ("gradients", "parts", "finished", "fitted", "measured", "tapes", "early")
 
     def __init__(
         self,
@@ -57,11 +57,14 @@ class Run:
         every = range(len(self.stages))
         self.active = set(every if mode is None or mode.active is None else mode.active)
         self.served = decoupled.served() if ask else ()
+        self.wants_error = any("error" in (*message_kinds(s.source), *awaited_kinds(s.source)) for s in self.served)
+        self.divided = [s for s in self.served if isinstance(s.source, Each) and len(s.consumers) > 1]
         self.by_producer = {k: [s for s in self.served if s.producer == k] for k in every}
         self.carried = [i.name for i in self.split.interfaces]
         self.values: dict[str, Any] = {}
         self.sent: dict[str, torch.Tensor] = {}
         self.gradients: dict[str, torch.Tensor | None] = {}
+        self.parts: dict[tuple[str, int], torch.Tensor] = {}  # of one consumer alone, where it has its own source
         self.predictions: dict[str, Prediction] = {}
         self.finished: dict[int, int] = {}
         self.fitted: set[str] = set()
@@ -155,6 +158,7 @@ class Run:
             else:
                 result, again = self._step(stage, inputs), None
             self.values.update(result.outputs)
+            self._note_parts(stage.index, result.input_gradients, {})
             for name, gradient in result.input_gradients.items():
                 arrived = self.gradients.get(name)
                 if gradient is not None:
@@ -222,44 +226,55 @@ class Run:
         if max(delays.values()) > 0:  # the caller may write into its tensors before the batch is finished
             self.values.update({n: self.values[n].clone() for n in self.split.model_inputs})
         for stage in self.stages:
-            index = stage.index
-            if index not in self.needed:
-                continue
-            if index not in self.active and self.share == 0:
-                self._run_only(stage)
-                continue
-            inputs, last = self._inputs_of(stage), stage is self.stages[-1]
-            groups = self.by_producer[index]
-            late = delays[index] > 0
-            rerun = late and all(s.source.recompute for s in groups if s.source.lag is not None)
-            early = not last and self._is_early(groups)
-            kept = Rerun.of(stage.module, inputs) if rerun else None
-            tape = None
-            if rerun and not early:
-                self._run_only(stage)
-            else:
-                with kept_weights(stage.module) if late and not rerun else contextlib.nullcontext():
-                    tape = Tape(*self.functions[index].forward(inputs))
-                if not last:
-                    self.values.update({n: detached(v) for n, v in tape.outputs.items()})
-            for group in groups:
-                waits = "gradient" in message_kinds(group.source) and any(delays[c] > 0 for c in group.consumers)
-                with kept_weights(group.source) if waits else contextlib.nullcontext():
-                    self.predictions[group.name] = self._ask(group, self.values)
-            if last:
-                assert tape is not None
-                self._evaluate(tape)
-                self._pull_back(index, tape, {"loss": torch.ones_like(tape.outputs["loss"])})
-            elif early:
-                assert tape is not None
-                given = {n: g for s in groups for n, g in zip(s.names, self._predicted(s), strict=True)}
-                complete = all(s.source.lag is None for s in groups)
-                self._pull_back(index, tape, given, retain=kept is None and not complete, complete=complete)
-                if not complete:
-                    self.tapes[index] = kept or tape
-            else:
-                self.tapes[index] = kept or tape  # type: ignore[assignment]
+            if stage.index in self.needed:
+                self._hold_stage(stage, delays)
         self._ask_to_learn(delays)
+
+    def _hold_stage(self, stage: StageGraph, delays: dict[int, int]) -> None:
+        index = stage.index
+        if index not in self.active and self.share == 0:
+            self._run_only(stage)
+            return
+        inputs, last = self._inputs_of(stage), stage is self.stages[-1]
+        groups = self.by_producer[index]
+        late = delays[index] > 0
+        rerun = late and all(s.source.recompute for s in groups if s.source.lag is not None)
+        early = not last and self._is_early(groups)
+        kept = Rerun.of(stage.module, inputs) if rerun else None
+        tape = None
+        if rerun and not early:
+            self._run_only(stage)
+        else:
+            with kept_weights(stage.module) if late and not rerun else contextlib.nullcontext():
+                tape = Tape(*self.functions[index].forward(inputs))
+            if not last:
+                self.values.update({n: detached(v) for n, v in tape.outputs.items()})
+        if not last:
+            self._forwarded()
+        for group in groups:
+            with kept_weights(group.source) if self._hears_late(group, delays) else contextlib.nullcontext():
+                self.predictions[group.name] = self._ask(group, self.values)
+        if last:
+            assert tape is not None
+            self._evaluate(tape)
+            self._pull_back(index, tape, {"loss": torch.ones_like(tape.outputs["loss"])})
+        elif early:
+            assert tape is not None
+            given = {n: g for s in groups for n, g in zip(s.names, self._predicted(s), strict=True)}
+            complete = all(s.source.lag is None for s in groups)
+            self._pull_back(index, tape, given, retain=kept is None and not complete, complete=complete)
+            if not complete:
+                self.tapes[index] = kept or tape
+        else:
+            self.tapes[index] = kept or tape  # type: ignore[assignment]
+
+    @staticmethod
+    def _hears_late(group: Served, delays: dict[int, int]) -> bool:
+        """Whether a source may be updated before the message about its prediction comes."""
+        return "gradient" in message_kinds(group.source) and any(delays[c] > 0 for c in group.consumers)
+
+    def _forwarded(self) -> None:
+        """A stage's values are there."""
 
     def _is_early(self, groups: list[Served]) -> bool:
         """Whether the stage pulls something back before any message is there."""
@@ -297,7 +312,7 @@ class Run:
     def _evaluate(self, tape: Tape) -> None:
         output = tape.outputs["output"]
         loss = evaluate(self.loss_function, output, self.target)
-        if any("error" in (*message_kinds(s.source), *awaited_kinds(s.source)) for s in self.served):
+        if self.wants_error:
             if not isinstance(output, torch.Tensor):
                 raise DecouplingError(
                     f"a source asks for the error of the model's output, which must be one tensor, not "
@@ -372,6 +387,7 @@ class Run:
         for name, parameter in self.split.summed_in(index).items():
             partials[name], parameter.grad = parameter.grad, None
         found = self.functions[index].backward(tape.outputs, tape.leaves, tape.entries, given, partials, retain)
+        self._note_parts(index, found, partials)
         for leaf in tape.leaves.values():
             leaf.clear()
         if once:
@@ -385,6 +401,16 @@ class Run:
         if complete:
             self.finished[index] = self.now
 
+    def _note_parts(self, index: int, found: dict[str, Any], before: dict[str, Any]) -> None:
+        """What one consumer adds to the gradients of its inputs."""
+        for group in self.divided:
+            for name in group.names if index in group.consumers else ():
+                gradient, later = found.get(name), before.get(name)
+                if gradient is not None:
+                    part = gradient if later is None else gradient - later
+                    known = self.parts.get((name, index))
+                    self.parts[name, index] = part if known is None else known + part
+
     # ---- sources learn -----------------------------------------------------------------------------------------
 
     def fit(self) -> list[tuple[str, torch.Tensor]]:
@@ -395,9 +421,11 @@ class Run:
         """
         losses: list[tuple[str, torch.Tensor | None]] = []
         with torch.enable_grad():
+            for group in [s for s in self.divided if s in self.served]:
+                losses += self._fit_parts(group)
             for group in self.served:
                 kinds = message_kinds(group.source)
-                done = group.name in self.fitted or group.name not in self.predictions
+                done = group in self.divided or group.name in self.fitted or group.name not in self.predictions
                 if done or not self.messages.is_there(group, kinds):
                     continue
                 self.fitted.add(group.name)
@@ -415,6 +443,22 @@ class Run:
                     (f"{name}@input", self.inputs[name].fit(self.input_predictions.pop(name), self.values[name]))
                 )
         return [(n, loss) for n, loss in losses if loss is not None]
+
+    def _fit_parts(self, group: Served) -> list[tuple[str, torch.Tensor | None]]:
+        """Every consumer that has answered teaches the source that is its own."""
+        losses: list[tuple[str, torch.Tensor | None]] = []
+        assert isinstance(group.source, Each)
+        for place, consumer in enumerate(group.consumers):
+            key = f"{group.name}/{consumer}"
+            if group.name in self.predictions and key not in self.fitted and self.has_answered(consumer):
+                self.fitted.add(key)
+                found = [self.parts.get((n, consumer)) for n in group.names]
+                pairs = zip(group.names, found, strict=True)
+                message = tuple(torch.zeros_like(self.sent[n]) if g is None else g for n, g in pairs)
+                losses.append((group.name, group.source.fit_part(place, self.predictions[group.name], message)))
+        if all(f"{group.name}/{c}" in self.fitted for c in group.consumers):
+            self.fitted.add(group.name)
+        return losses
 
     @property
     def is_done(self) -> bool:
@@ -442,7 +486,11 @@ class Run:
 
     def has_heard(self, group: Served) -> bool:
         """Whether everything that uses a source's values has sent its gradient."""
-        return all(c in self.finished for c in group.consumers)
+        return all(self.has_answered(c) for c in group.consumers)
+
+    def has_answered(self, stage: int) -> bool:
+        """Whether a stage has sent back its gradients."""
+        return stage in self.finished
 
     def cannot_hear(self, group: Served) -> bool:
         """Whether something that uses a source's values is not updated with this batch, and sends none."""

@@ -157,7 +157,7 @@ def simulate(
     m, rates = _check_numbers(micro_batches, latency, bandwidth, speeds, len(stages))
     times = [[t / r for t in (c.forward, c.backward, c.update, c.sources)] for c, r in zip(costs, rates, strict=True)]
     forward, backward, _, _ = zip(*times, strict=True)
-    kinds = {name: kind.removeprefix("joint:") for name, kind in plan.gradients}
+    kinds = {name: kind.removeprefix("joint:").removeprefix("each:") for name, kind in plan.gradients}
     again = {i.producer for i in plan.interfaces if kinds.get(i.name) in RECOMPUTING}
     work, busy = [sum(t) for t in times], [sum(t[:3]) for t in times]
     work = [t + forward[k] if k in again else t for k, t in enumerate(work)]

@@ -11,15 +11,16 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .decoupled import Decoupled
+from .crew import ThreadCrew
+from .decoupled import Decoupled, Stage
 from .diagnostics import Diagnosis
 from .errors import DecouplingError, NonFiniteError
 from .keeping import AllOrNothing
 from .passes._state import restored
 from .reports import InterfaceReport, StepReport, compare
 from .running import Run
-from .schedules import Mode, Schedule, make_schedule
-from .stepping import evaluate, keep_modes
+from .schedules import Mode, Schedule, Threads, make_schedule
+from .stepping import all_finite, evaluate, keep_modes
 from .structures import map_tensors, unpack_batch
 
 NamedParameters = list[tuple[str, nn.Parameter]]
@@ -88,6 +89,7 @@ class Trainer:
         self._clock = 0
         self._under_way: list[Run] = []
         self._adopted: Any = None
+        self._crew: ThreadCrew | None = None
         if decoupled.is_traced:
             self._make_optimizers()
 
@@ -111,15 +113,12 @@ class Trainer:
         After any error parameters, buffers, sources, random states and the gradients of an unfinished update are as
         they were before. Those of a finished update are dropped when the next step starts, as ``zero_grad`` would.
         """
+        if isinstance(self.schedule, Threads):
+            return self._step_on_threads(self.schedule, args, kwargs, target)
         values = self.decoupled.bind(*args, **kwargs)
         self._make_optimizers()
         self._adopt_parameters()
-        mode = self.schedule.mode(self.steps, len(self.decoupled.stages))
-        if mode.active and max(mode.active) >= len(self.decoupled.stages):
-            raise DecouplingError(
-                f"the schedule {self.schedule!r} names stage {max(mode.active)}, but there are "
-                f"{len(self.decoupled.stages)}, counted from 0"
-            )
+        mode = self._mode()
         if self._is_exact:
             mode = Mode(1.0, mode.active)
         run = Run(self.decoupled, self._scaled_loss, mode, self.loss, ask=not self._is_exact)
@@ -134,6 +133,38 @@ class Trainer:
         loss = torch.tensor(math.nan) if run.loss is None else run.loss * self.accumulate
         return StepReport(loss, output[0], dict(self._measured), self.steps)
 
+    def _mode(self) -> Mode:
+        mode = self.schedule.mode(self.steps, len(self.decoupled.stages))
+        if mode.active and max(mode.active) >= len(self.decoupled.stages):
+            raise DecouplingError(
+                f"the schedule {self.schedule!r} names stage {max(mode.active)}, but there are "
+                f"{len(self.decoupled.stages)}, counted from 0"
+            )
+        return mode
+
+    def _step_on_threads(self, schedule: Threads, args: Any, kwargs: Any, target: Any) -> StepReport:
+        args, kwargs, target = map_tensors(torch.clone, (args, kwargs, target))  # the caller may write into its own
+        if not self.decoupled.has_graph_for(*args, **kwargs):
+            self.drain()  # a model is traced while nothing else uses it
+        values = self.decoupled.bind(*args, **kwargs)
+        self._make_optimizers()
+        self._adopt_parameters()
+        try:
+            if self._crew is None:
+                self._crew = ThreadCrew(self, schedule.flow)
+            self._crew.submit(self._crew.make_jobs(self.steps, self._mode(), values, target))
+            self.steps += 1
+            return self._crew.report(self.steps)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the threads of ``schedules.Threads``, without waiting for batches that are under way; else do nothing."""
+        crew, self._crew = self._crew, None
+        if crew is not None:
+            crew.close()
+
     def drain(self) -> int:
         """Finish the batches that are under way, each of whose messages comes a step later, without new ones.
 
@@ -144,6 +175,12 @@ class Trainer:
         Raises:
             DecouplingError: a source waits for something that does not come.
         """
+        if self._crew is not None:
+            try:
+                return self._crew.drain()
+            except BaseException:
+                self.close()
+                raise
         self.decoupled.plan  # noqa: B018  raises before the model is traced
         longest = sum(source.lag or 0 for source in self.decoupled.sources.values()) + len(self.decoupled.stages)
         count = 0
@@ -365,12 +402,16 @@ class Trainer:
 
     # ---- parts ------------------------------------------------------------------------------------------------
 
+    def _own_stages(self) -> tuple[Stage, ...]:
+        """The stages that are trained here."""
+        return self.decoupled.stages
+
     def _make_optimizers(self) -> None:
         if self.optimizers or self.synthesizer_optimizers:
             return
         seen: set[nn.Parameter] = set()
         self._stage_parameters: dict[str, NamedParameters] = {}
-        for stage in self.decoupled.stages:
+        for stage in self._own_stages():
             own = [(n, p) for n, p in stage.named_parameters() if p not in seen]
             seen.update(p for _, p in own)
             if own:
@@ -379,7 +420,8 @@ class Trainer:
         self._is_exact = self.decoupled.is_exact
         for source in self.decoupled.sources.values():
             source.unit = 1 / self.accumulate
-        for name, learner in self.decoupled.named_learners():
+        here = {stage.index for stage in self._own_stages()}
+        for name, learner in self.decoupled.named_learners(here):
             learnt = list(learner.named_parameters())
             if learnt:
                 made = _made(self._make_synthesizer_optimizer(learnt), "synthesizer_optimizer")
@@ -393,7 +435,7 @@ class Trainer:
         self._adopted = variant
         self._all_or_nothing = AllOrNothing(self.decoupled)
         owned = {p for group in self._stage_parameters.values() for _, p in group}
-        for stage in self.decoupled.stages:
+        for stage in self._own_stages():
             new = [(n, p) for n, p in stage.named_parameters() if p not in owned]
             owned.update(p for _, p in new)
             if new and stage.name in self.optimizers:
@@ -416,7 +458,7 @@ class Trainer:
         """
         gradients = [p.grad for p in self._all_or_nothing.parameters if p.grad is not None]
         found = [r.loss for r in runs if r.loss is not None]
-        if _all_finite([*found, *(loss for _, loss in losses), *gradients]):
+        if all_finite([*found, *(loss for _, loss in losses), *gradients]):
             return
         places: list[tuple[str, torch.Tensor]] = []
         for run in runs:
@@ -451,21 +493,6 @@ def _made(optimizer: Any, name: str) -> torch.optim.Optimizer:
     if isinstance(optimizer, torch.optim.LBFGS):
         raise DecouplingError(f"{name}= returned LBFGS, which evaluates the loss several times a step; use another one")
     return optimizer
-
-
-def _all_finite(tensors: list[torch.Tensor]) -> bool:
-    """False may also mean that a norm overflowed: look at the tensors themselves then."""
-    if not tensors:  # no stage was updated
-        return True
-    first = tensors[0]
-    if all(t.dtype is torch.float32 and t.device == first.device and not t.is_sparse for t in tensors):
-        found = torch.zeros((), device=first.device)  # GradScaler's operator: one pass over all, times one
-        torch._amp_foreach_non_finite_check_and_unscale_(tensors, found, torch.ones((), device=first.device))
-        return not found.item()
-    norms = list(torch._foreach_norm([t.coalesce().values() if t.is_sparse else t for t in tensors]))
-    if len({(n.dtype, n.device) for n in norms}) > 1:
-        norms = [n.to(device=norms[0].device, dtype=torch.float64) for n in norms]
-    return bool(torch.stack(norms).isfinite().all())
 
 
 def _shape(shapes: dict[str, Any], name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +10,18 @@ import torch
 
 from ..errors import DecouplingError, did_you_mean
 from ..plan import Interface, TensorSpec
-from ..sources import GradientSource, InputFactory, InputSource, SourceFactory, is_joint, make_input, make_source
+from ..sources import (
+    EACH,
+    Each,
+    GradientSource,
+    InputFactory,
+    InputSource,
+    SourceFactory,
+    is_each,
+    is_joint,
+    make_input,
+    make_source,
+)
 
 Gradients = str | SourceFactory | Mapping[str, str | SourceFactory]
 Inputs = str | InputFactory | Mapping[str, str | InputFactory]
@@ -70,7 +82,11 @@ def make_sources(
     for group in groups.values():
         names = [i.name for i in group]
         try:
-            source = make_source(chosen[names[0]], tuple(i.spec for i in group), context)
+            option = chosen[names[0]]
+            if is_each(option):
+                count = len(group[0].consumers)
+                option = functools.partial(Each, source=str(option).removeprefix(EACH), parts=count)
+            source = make_source(option, tuple(i.spec for i in group), context)
         except DecouplingError as error:
             raise type(error)(f"interface {', '.join(map(repr, names))}: {error}") from error
         sources.update(dict.fromkeys(names, source.to(devices[names[0]])))

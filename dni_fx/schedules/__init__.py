@@ -12,8 +12,19 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from ..errors import DecouplingError, did_you_mean
+from ..flow import Flow
 
-__all__ = ["SCHEDULES", "Calibration", "Mode", "RandomUpdates", "Schedule", "Sequential", "WarmUp", "make_schedule"]
+__all__ = [
+    "SCHEDULES",
+    "Calibration",
+    "Mode",
+    "RandomUpdates",
+    "Schedule",
+    "Sequential",
+    "Threads",
+    "WarmUp",
+    "make_schedule",
+]
 
 
 @dataclass(frozen=True)
@@ -188,7 +199,46 @@ class WarmUp(Schedule):
         return make_schedule(self.then).mode(step, stages)
 
 
-SCHEDULES: dict[str, type[Schedule]] = {"sequential": Sequential, "random": RandomUpdates}
+@dataclass(frozen=True)
+class Threads(Schedule):
+    """Each stage on a thread of its own, with bounded queues between them: stages work on several batches at once.
+
+    A step hands its batch over and returns; what it reports is the newest batch that the last stage has finished. Torch
+    gives up Python's lock while it computes, so stages overlap where their operators are large. Random numbers of the
+    model (dropout) are drawn from one generator by all threads, so that only a model without them is repeatable.
+
+    Attributes:
+        queue: how many batches may wait for a stage, and how many of its values may be under way to another one.
+        policy: ``"wait"`` for room, or ``"drop_oldest"``.
+        staleness: fixed delay of the answers in steps, for runs that are repeatable bit for bit; None: as they come.
+        discount: weight of an answer that is d steps late in the sources' regression: ``discount ** d``.
+        then: what each step does, a schedule or its name.
+
+    Raises:
+        DecouplingError: numbers out of range, an unknown policy or schedule.
+    """
+
+    queue: int = 4
+    policy: str = "wait"
+    staleness: int | None = None
+    discount: float = 1.0
+    then: str | Schedule = "sequential"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "then", make_schedule(self.then))
+        self.flow  # noqa: B018  raises
+
+    @property
+    def flow(self) -> Flow:
+        """How far stages may drift apart."""
+        return Flow(self.queue, self.policy, self.staleness, self.discount)
+
+    def mode(self, step: int, stages: int) -> Mode:
+        """What ``then`` says."""
+        return make_schedule(self.then).mode(step, stages)
+
+
+SCHEDULES: dict[str, type[Schedule]] = {"sequential": Sequential, "random": RandomUpdates, "threads": Threads}
 
 
 def make_schedule(option: str | Schedule) -> Schedule:

@@ -15,6 +15,7 @@ from .base import GradientSource, Prediction, awaited_kinds, message_kinds
 from .context import OneHot, align_context, one_hot
 from .controls import Exact, Stale, Zero
 from .convolutional import Conv, ConvNetwork
+from .each import EACH, Each, is_each
 from .heads import Critic, Distill, Local, LossHead, Sobolev
 from .inputs import INPUTS, InputFactory, InputSource, make_input
 from .late import Corrected, Delayed, Feedback, Mix, mix
@@ -23,6 +24,7 @@ from .serving import JOINT, Joint, Served, is_joint, serve
 from .traces import Traces
 
 __all__ = [
+    "EACH",
     "INPUTS",
     "JOINT",
     "MLP",
@@ -34,6 +36,7 @@ __all__ = [
     "Critic",
     "Delayed",
     "Distill",
+    "Each",
     "Exact",
     "Feedback",
     "GradientSource",
@@ -57,6 +60,7 @@ __all__ = [
     "align_context",
     "auto_name",
     "awaited_kinds",
+    "is_each",
     "is_joint",
     "make_input",
     "make_source",

@@ -1,0 +1,102 @@
+"""One source for each consumer of a value, so that none waits for the slowest of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+from ..errors import DecouplingError
+from ..plan import TensorSpec
+from .base import GradientSource, Prediction
+
+EACH = "each:"
+
+Factory = Callable[[Sequence[TensorSpec], TensorSpec | None], GradientSource]
+
+
+def is_each(option: object) -> bool:
+    """Whether an option asks for one source for each consumer."""
+    return isinstance(option, str) and option.startswith(EACH)
+
+
+class Each(GradientSource):
+    r"""One source for each stage that uses the value: :math:`\hat g = \sum_c \hat g_c`, each regressed to its own
+    consumer's gradient :math:`\delta_c`, whenever that comes.
+
+    A single source hears nothing before the last of its consumers has answered, since it learns their sum. Asked for by
+    ``"each:linear"`` and the like. Where a value has one consumer it is that one source.
+
+    Args:
+        specs: the values served.
+        context: the context, or None.
+        source: name or factory of the source for one consumer; one that hears gradients, and is pulled back at once.
+        parts: number of consumers.
+
+    Source:
+        Jaderberg et al. 2016, arXiv:1608.05343, section 2, for one consumer; gradients of several add up.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[TensorSpec],
+        context: TensorSpec | None = None,
+        *,
+        source: str | Factory = "auto",
+        parts: int = 1,
+    ) -> None:
+        super().__init__(specs, context)
+        from . import make_source  # the table of names is made of the classes there
+
+        made = [make_source(source, specs, context) for _ in range(parts)]
+        if any(s.message != "gradient" or s.lag is not None for s in made):
+            raise DecouplingError(
+                f"one source for each consumer must learn from gradients and answer at once, as 'linear', 'mlp', "
+                f"'conv' and 'auto' do; {type(made[0]).__name__} does not"
+            )
+        self.parts = nn.ModuleList(made)
+
+    def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
+        """The sum of what the parts predict."""
+        predictions: list[Prediction] = []
+        for part in self._every():
+            part.unit = self.unit
+            predictions.append(part(values, context))
+        given = [p.gradients for p in predictions if p.gradients is not None]
+        total = given[0]
+        for more in given[1:]:
+            total = tuple(a + b for a, b in zip(total, more, strict=True))
+        return Prediction(total, predictions)
+
+    def fit(self, prediction: Prediction, message: tuple[Tensor, ...]) -> Tensor | None:
+        """A single part learns from the message; several would each need their own consumer's.
+
+        Raises:
+            DecouplingError: there are several consumers; a trainer calls :meth:`fit_part`.
+        """
+        if len(self.parts) > 1:
+            raise DecouplingError(
+                f"this source has a part for each of {len(self.parts)} consumers, whose gradients it needs one by one: "
+                "call fit_part, or train with a Trainer"
+            )
+        return self.fit_part(0, prediction, message)
+
+    def fit_part(self, place: int, prediction: Prediction, message: tuple[Tensor, ...]) -> Tensor | None:
+        """One consumer's part learns from that consumer's gradients.
+
+        Args:
+            place: which of the consumers, in ascending order of their stages.
+            prediction: what ``predict`` returned for the same values.
+            message: a gradient for each value.
+
+        Returns:
+            A scalar loss with graph.
+        """
+        return self._every()[place].fit(prediction.state[place], message)
+
+    def flops(self) -> int:
+        """Those of all parts."""
+        return sum(part.flops() for part in self._every())
+
+    def _every(self) -> list[GradientSource]:
+        return list(self.parts)  # type: ignore[arg-type]
