@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import nn
 
 from . import compiler, training
+from .checkpoints import Checkpoints
 from .crew import Crew
 from .decoupled import Decoupled, Stage
 from .errors import DecouplingError
@@ -156,6 +157,7 @@ class Trainer(training.Trainer):
         self._pulse: Pulse | None = None
         self._team: Crew | None = None
         self._evaluations = 0
+        self._checkpoints = Checkpoints(self)
         self._subgroups: dict[tuple[int, ...], Any] = {}
         super().__init__(
             decoupled,
@@ -190,7 +192,7 @@ class Trainer(training.Trainer):
         """
         try:
             values = self.decoupled.bind(*args, **kwargs)
-            team = self._set_up()
+            team = self._team_now()
             self._adopt_parameters()
             self._size(self.steps, values)
             team.step(team.make_jobs(self.steps, self._mode(), values, target))
@@ -227,7 +229,7 @@ class Trainer(training.Trainer):
         """
         try:
             values = self.decoupled.bind(*args, **kwargs)
-            team = self._set_up()
+            team = self._team_now()
             self._evaluations += 1
             number = -self._evaluations
             self._size(number, values)
@@ -259,6 +261,7 @@ class Trainer(training.Trainer):
         """Finish what is under way and part from the other processes; to be called in every process, once."""
         if self._team is not None and self.mail.failure is None:
             self.drain()
+            self._checkpoints.wait()
         if self._pulse is not None:
             self._pulse.stop()
         if self.links is not None and self.mail.failure is None:
@@ -284,7 +287,7 @@ class Trainer(training.Trainer):
         """
         self.drain()
         if self.parallel and self.world > 1:
-            self._set_up()
+            self._team_now()
             assert self.places is not None
             owners = {id(t): min(self.places.ranks[k]) for k, t in self._owned_tensors()}
             with torch.no_grad():
@@ -361,6 +364,87 @@ class Trainer(training.Trainer):
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
+    def save(self, directory: str | Path, *, extra: Any = None, asynchronous: bool = False, keep: int = 2) -> Path:
+        """Write a checkpoint, after finishing what is under way; to be called in every process, at the same step.
+
+        It holds stages, sources, optimisers, random states, the number of steps and ``extra``. It is there as a whole
+        or not at all, whenever a process ends.
+
+        Args:
+            directory: where all checkpoints of the run are, on a file system that all processes see.
+            extra: anything to be pickled that ``resume`` gives back, such as a loader's state; of rank 0.
+            asynchronous: copy the state and write it while training goes on.
+            keep: how many checkpoints stay.
+
+        Returns:
+            The checkpoint, ``directory/step-000000100`` after 100 steps.
+        """
+        self.drain()
+        self._team_now()
+        return self._checkpoints.save(directory, extra, asynchronous, keep)
+
+    def resume(self, directory: str | Path) -> Any:
+        """Go on from the newest complete checkpoint, if there is one; to be called in every process.
+
+        The plan must be the same; stages may be on other ranks. ``trainer.steps`` says where the data goes on.
+
+        Args:
+            directory: as for :meth:`save`.
+
+        Returns:
+            What ``save`` was given as ``extra``; None also where there is no checkpoint.
+
+        Raises:
+            DecouplingError: the checkpoint belongs to another model or plan; nothing is loaded then.
+        """
+        self.drain()
+        self._team_now()
+        return self._checkpoints.resume(directory)
+
+    def stage_state(self, index: int) -> dict[str, Any]:
+        """Optimiser, sources and unfinished gradients of a stage that is here."""
+        name, learners = f"stage_{index}", self._learners_of(index)
+        optimizer = self.optimizers.get(name)
+        open_ = self.steps % self.accumulate != 0
+        parameters = self._stage_parameters.get(name, [])
+        return {
+            "optimizer": None if optimizer is None else optimizer.state_dict(),
+            "sources": {n: s.state_dict() for n, s in learners.items()},
+            "source_optimizers": {
+                n: self.synthesizer_optimizers[n].state_dict() for n in learners if n in self.synthesizer_optimizers
+            },
+            "gradients": {n: p.grad for n, p in parameters if p.grad is not None} if open_ else {},
+            "steps": self.steps,
+        }
+
+    def load_stage_state(self, index: int, state: dict[str, Any]) -> None:
+        """Put back what :meth:`stage_state` returned."""
+        name, learners = f"stage_{index}", self._learners_of(index)
+        if name in self.optimizers:
+            self.optimizers[name].load_state_dict(state["optimizer"])
+        for n, learner in learners.items():
+            learner.load_state_dict(state["sources"][n])
+        for n, saved in state["source_optimizers"].items():
+            self.synthesizer_optimizers[n].load_state_dict(saved)
+        for n, parameter in self._stage_parameters.get(name, []):
+            parameter.grad = state["gradients"].get(n)
+        self._team_now().workers[index].steps = state["steps"]
+
+    def _learners_of(self, index: int) -> dict[str, nn.Module]:
+        """Sources that a stage asks, and synthetic inputs that it is the first to use."""
+        first = {f"{i.name}@input": i.consumers[0] for i in self.decoupled.interfaces}
+        return {n: s for n, s in self.decoupled.named_learners([index]) if first.get(n, index) == index}
+
+    def tensor_names(self) -> dict[int, str]:
+        """The model's names of its parameters and buffers, by identity."""
+        model = self.decoupled.model
+        return {id(t): n for n, t in [*model.named_parameters(), *model.named_buffers()]}
+
+    def place_of(self, index: int) -> int:
+        """Which of the ranks that run a stage this one is."""
+        assert self.places is not None
+        return self.places.ranks[index].index(self.rank)
+
     def state_dict(self) -> dict[str, Any]:
         """Not of a single process: see :meth:`save`."""
         raise DecouplingError("no process has the whole state: save(directory) writes it, and gather() is the model's")
@@ -395,8 +479,8 @@ class Trainer(training.Trainer):
             )
         self.places = places
 
-    def _set_up(self) -> Crew:
-        """At the first step, in every process: agree, connect, start."""
+    def _team_now(self) -> Crew:
+        """The workers here; at the first call, in every process: agree, connect, start."""
         if self._team is not None:
             return self._team
         self._make_optimizers()
