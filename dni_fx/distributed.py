@@ -14,12 +14,15 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from . import compiler, training
 from .checkpoints import Checkpoints
@@ -38,9 +41,29 @@ from .stage_run import Payload
 from .stepping import detached, keep_modes
 from .worker import StageWorker
 
-__all__ = ["ParallelError", "Status", "Trainer", "decouple"]
+__all__ = ["ParallelError", "Status", "Trainer", "decouple", "start"]
 
 EVALUATION = "evaluation"
+
+
+def start(timeout: float = 300.0) -> int:
+    """Join the processes that torchrun has started; without torchrun do nothing.
+
+    As ``init_process_group("gloo")``, but fit for restarts: with ``--max-restarts`` the store outlives a failure, and a
+    process might look for the others where they were before it.
+
+    Args:
+        timeout: seconds to wait for the others, here and in collective operations.
+
+    Returns:
+        The rank; 0 in a process of its own.
+    """
+    if "RANK" not in os.environ:
+        return 0
+    store, rank, world = next(rendezvous("env://"))
+    store = PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
+    return int(rank)
 
 
 def decouple(

@@ -1,0 +1,315 @@
+"""Long and rough runs of stages on several processes: kills, stalls, slow consumers, memory.
+
+    python benchmarks/soak.py                      # all of it, into docs/soak.md: about half an hour on 2 cores
+    python benchmarks/soak.py --only kills --kills 3
+    python benchmarks/soak.py --quick              # every part, shortened, in about two minutes
+
+Every part starts its own processes with torchrun, watches them from outside, and checks a claim:
+
+* ``kills``: kill -9 of each rank in turn at random moments; the run resumes by itself and ends with the weights of a
+  run that nobody killed, bit for bit;
+* ``saves``: killed while a checkpoint is being written; the one before still loads, and the end is the same;
+* ``stalls``: a stage that stalls at random for up to a second, queues that drop the oldest, synthetic inputs; the other
+  stages lose less than 5 % of their updates, and nothing waits for ever;
+* ``slow``: a consumer ten times slower than its producer, for both policies; the memory of no process grows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dni_fx
+from dni_fx import distributed
+from probe import describe_environment
+
+PARTS = ("kills", "saves", "stalls", "slow")
+WIDTH, CLASSES, BATCH = 128, 10, 32
+
+
+class Ladder(nn.Module):
+    """Three linear layers, of which one can be made to dawdle; a skip from the first to the last."""
+
+    def __init__(self, slow: str = "", seconds: float = 0.0, at_random: bool = False) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.third, self.last = Dawdle(seconds, at_random) if slow else nn.Identity(), nn.Linear(2 * WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(batch, WIDTH)`` to ``(batch, CLASSES)``."""
+        a = self.first(x).relu()
+        b = self.second(a).relu()
+        return self.last(torch.cat([self.third(b), a], 1))
+
+
+class Dawdle(nn.Module):
+    """Sleeps in training: always, or in one batch of forty for up to a second."""
+
+    def __init__(self, seconds: float, at_random: bool) -> None:
+        super().__init__()
+        self.seconds, self.at_random, self.draw = seconds, at_random, random.Random(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The value itself."""
+        if not self.at_random:
+            time.sleep(self.seconds)
+        elif self.draw.random() < 1 / 40:
+            time.sleep(self.draw.random())
+        return x
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    """Of a step, the same in every process and after every restart."""
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(BATCH, WIDTH, generator=generator)
+    return x, x[:, :CLASSES].argmax(1)
+
+
+# ---- what runs under torchrun ----------------------------------------------------------------------------------------
+
+
+def work(options: dict[str, Any]) -> None:
+    """One rank of a run, as the options say; rank 0 writes what came of it."""
+    torch.set_num_threads(1)
+    rank, folder = distributed.start(timeout=30), Path(options["folder"])
+    (folder / f"pid-{rank}").write_text(str(os.getpid()))
+    torch.manual_seed(0)
+    model = Ladder(options.get("slow", ""), options.get("seconds", 0.0), options.get("at_random", False))
+    decoupled = dni_fx.decouple(
+        model,
+        ["first", "second"],
+        example_inputs=(batch(0)[0],),
+        gradients="linear",
+        inputs=options.get("inputs"),
+        context=dni_fx.one_hot(CLASSES),
+        check=False,
+    )
+    trainer = distributed.Trainer(
+        decoupled,
+        F.cross_entropy,
+        optimizer=lambda p: torch.optim.Adam(p, 1e-3),
+        staleness=options.get("staleness"),
+        policy=options.get("policy", "wait"),
+        queue=options.get("queue", 4),
+        timeout=60.0,
+    )
+    if "every" in options:
+        trainer.resume(folder / "checkpoints")
+    memory = []
+    start = time.perf_counter()
+    for step in range(trainer.steps, options["steps"]):
+        x, y = batch(step)
+        trainer.step(x, target=y)
+        if "every" in options and trainer.steps % options["every"] == 0:
+            trainer.save(folder / "checkpoints", asynchronous=options.get("asynchronous", False))
+        if step % max(options["steps"] // 50, 1) == 0:
+            memory.append(resident())
+    seconds = time.perf_counter() - start
+    rows = trainer.status(everywhere=True).rows if "every" not in options else ()
+    state = trainer.gather()
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, {"memory": memory, "seconds": seconds})
+    trainer.close()
+    if rank == 0:
+        answer = {"digest": digest(state), "rows": [dict(r) for r in rows], "ranks": found}
+        (folder / "result.json").write_text(json.dumps(answer, default=str))
+    dist.destroy_process_group()
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def digest(state: dict[str, Tensor]) -> str:
+    """Of all weights, bit for bit."""
+    found = hashlib.sha256()
+    for name in sorted(state):
+        found.update(name.encode() + state[name].numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+# ---- what watches ----------------------------------------------------------------------------------------------------
+
+
+class Watched:
+    """A run under torchrun in a folder of its own."""
+
+    def __init__(self, folder: Path, ranks: int, restarts: int = 0, **options: Any) -> None:
+        folder.mkdir(parents=True)
+        self.folder, self.ranks = folder, ranks
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
+            "--max-restarts", str(restarts), __file__, "--work", json.dumps({**options, "folder": str(folder)}),
+        ]  # fmt: skip
+        self.log = (folder / "log").open("w")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            command, stdout=self.log, stderr=self.log, env=environment, start_new_session=True
+        )
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it has not ended."""
+        return self.process.poll() is None
+
+    def kill(self, rank: int) -> bool:
+        """kill -9 of one rank, if it runs."""
+        try:
+            os.kill(int((self.folder / f"pid-{rank}").read_text()), signal.SIGKILL)
+        except (OSError, ValueError):
+            return False
+        return True
+
+    def result(self, seconds: float) -> dict[str, Any]:
+        """Wait for the end."""
+        try:
+            code = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            raise SystemExit(f"{self.folder}: did not end within {seconds:g} s; see its log") from None
+        finally:
+            self.log.close()
+        if code:
+            raise SystemExit(f"{self.folder}: ended with {code}:\n{(self.folder / 'log').read_text()[-3000:]}")
+        return dict(json.loads((self.folder / "result.json").read_text()))
+
+
+def kills(folder: Path, quick: bool, count: int) -> list[str]:
+    """Each rank in turn, at random moments."""
+    steps, every, ranks = (400, 20, 2) if quick else (4000, 50, 3)
+    options = {"steps": steps, "every": every, "staleness": 2}
+    calm = Watched(folder / "calm", ranks, **options).result(600)
+    rough = Watched(folder / "rough", ranks, restarts=count + 5, **options)
+    draw, done = random.Random(0), 0
+    while done < count and rough.is_running:
+        pids = {(rough.folder / f"pid-{r}").read_text() for r in range(ranks) if (rough.folder / f"pid-{r}").exists()}
+        time.sleep(1.0 + 2.0 * draw.random())
+        now = {(rough.folder / f"pid-{r}").read_text() for r in range(ranks) if (rough.folder / f"pid-{r}").exists()}
+        if len(now) == ranks and now == pids and rough.kill(done % ranks):
+            done += 1
+            deadline = time.monotonic() + 60
+            while rough.is_running and time.monotonic() < deadline and _pids(rough) & now:
+                time.sleep(0.05)
+    found = rough.result(900)
+    same = found["digest"] == calm["digest"]
+    line = f"{done} kills of {count} asked, {ranks} ranks in turn, {steps} steps, a checkpoint every {every}: "
+    return [line + f"resumed {done} times; final weights {'bit-equal to' if same else 'DIFFER from'} an unkilled run's"]
+
+
+def _newer(run: Watched, pattern: str) -> Path | None:
+    """A checkpoint that these very processes, not those before them, have begun."""
+    for path in (run.folder / "checkpoints").glob(pattern):
+        try:
+            if path.stat().st_mtime > max(p.stat().st_mtime for p in run.folder.glob("pid-*")):
+                return path
+        except OSError:  # it is complete by now
+            continue
+    return None
+
+
+def _pids(run: Watched) -> set[str]:
+    return {p.read_text() for p in run.folder.glob("pid-*")}
+
+
+def saves(folder: Path, quick: bool, count: int) -> list[str]:
+    """Whenever a checkpoint is being written."""
+    steps, every, ranks = (300, 50, 2) if quick else (1000, 50, 2)
+    lines = []
+    for asynchronous in (False, True):
+        options = {"steps": steps, "every": every, "staleness": 2, "asynchronous": asynchronous}
+        name = "asynchronous" if asynchronous else "plain"
+        calm = Watched(folder / f"{name} calm", ranks, **options).result(600)
+        rough = Watched(folder / f"{name} rough", ranks, restarts=count + 5, **options)
+        done, broken = 0, 0
+        while done < min(count, 5) and rough.is_running:
+            if (writing := _newer(rough, ".step-*.writing")) and rough.kill(done % ranks):
+                time.sleep(0.02)
+                broken += writing.exists()
+                done += 1
+                before = _pids(rough)
+                while rough.is_running and _pids(rough) & before:
+                    time.sleep(0.02)
+            time.sleep(0.001)
+        found = rough.result(600)
+        same = found["digest"] == calm["digest"]
+        lines.append(
+            f"{name} saves: {done} kills while one was written, {broken} of which left it incomplete; final weights "
+            f"{'bit-equal to' if same else 'DIFFER from'} an unkilled run's"
+        )
+    return lines
+
+
+def stalls(folder: Path, quick: bool, count: int) -> list[str]:
+    """The middle stage sleeps now and then."""
+    steps = 500 if quick else 10_000
+    options = {"steps": steps, "policy": "drop_oldest", "inputs": "mlp", "queue": 4}
+    found = Watched(folder / "stalls", 3, slow="third", at_random=True, **options).result(3600)
+    lines = [f"{steps} steps on 3 ranks, the last stage stalls in one batch of 40 for up to 1 s:"]
+    for row in found["rows"]:
+        lost = 1 - row["updates"] / steps
+        lines.append(f"  {row['stage']}: {row['updates']} updates, {lost:.1%} lost")
+    return lines
+
+
+def slow(folder: Path, quick: bool, count: int) -> list[str]:
+    """The last stage needs ten times as long as the others."""
+    lines = []
+    for policy in ("wait", "drop_oldest"):
+        steps = (300 if policy == "wait" else 1000) if quick else 10_000
+        found = Watched(folder / policy, 3, steps=steps, policy=policy, slow="third", seconds=0.02).result(3600)
+        for row, rank in zip(found["rows"], found["ranks"], strict=True):
+            memory = rank["memory"]
+            fifth = max(len(memory) // 5, 1)
+            early, late = max(memory[fifth : 2 * fifth]), max(memory[-fifth:])
+            lines.append(
+                f"{policy}, {steps} steps, {row['stage']}: {row['updates']} updates, {row['missed']} left out, "
+                f"{early / 2**20:.1f} MiB in the second fifth of the run, {late / 2**20:.1f} MiB in the last"
+            )
+    return lines
+
+
+def main() -> None:
+    """Run the parts and write what they found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS)
+    parser.add_argument("--kills", type=int, default=20, help="how many (default: 20)")
+    parser.add_argument("--quick", action="store_true", help="shorter; nothing is written")
+    parser.add_argument("--out", type=Path, default=Path("docs/soak.md"))
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work:
+        work(json.loads(options.work))
+        return
+    text = ["# Long and rough runs", "", f"`python benchmarks/soak.py`; {describe_environment()}", ""]
+    folder = Path(tempfile.mkdtemp(prefix="dni_fx_soak_"))
+    try:
+        for name in options.only:
+            start = time.perf_counter()
+            found = globals()[name](folder / name, options.quick, 3 if options.quick else options.kills)
+            print(f"{name} ({time.perf_counter() - start:.0f} s)", *found, sep="\n", flush=True)
+            text += [f"## {name}", "", "```", *found, "```", ""]
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if not options.quick and tuple(options.only) == PARTS:
+        options.out.write_text("\n".join(text))
+
+
+if __name__ == "__main__":
+    main()
