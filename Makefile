@@ -4,6 +4,7 @@
 #   make test | lint           the tests | ruff and mypy
 #   make zoo | zoo-random      about 300 models -> docs/coverage.md | 100,000 random graphs
 #   make bench | results       the benchmarks | the experiments of docs/results.md
+#   make parallel | soak       several processes against pipelines | kills, stalls, slow consumers -> docs/soak.md
 #
 # PyTorch's default wheels for Linux bring CUDA along. Where pip is not set up to prefer the CPU build, name its
 # wheel index: make demo TORCH_PIP_ARGS="--index-url URL" with the URL from PyTorch's installation page.
@@ -15,6 +16,7 @@ WORKERS ?= 2
 BENCHMARKS ?= transform step search sources windows
 PYTEST_ARGS ?= -n $(WORKERS)
 RESULTS_ARGS ?=
+PARALLEL_ARGS ?= --train 600
 RANDOM_GRAPHS ?= 100000
 
 VENV := .venv
@@ -24,7 +26,7 @@ READY := $(VENV)/.ready
 ZOO_READY := $(VENV)/.zoo-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint zoo zoo-random bench results clean
+.PHONY: help setup demo test lint zoo zoo-random bench parallel soak results clean
 
 help:
 	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
@@ -64,6 +66,12 @@ zoo-random: $(READY)
 
 bench: $(ZOO_READY)
 	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(PY) benchmarks/$$name.py; done
+
+parallel: $(READY)
+	OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --standalone --nproc-per-node 2 benchmarks/parallel.py $(PARALLEL_ARGS)
+
+soak: $(READY)
+	$(PY) benchmarks/soak.py
 
 results: $(READY)
 	$(PY) examples/paper_feedforward.py $(RESULTS_ARGS)

@@ -273,6 +273,8 @@ class Trainer:
         self, args: Any, kwargs: Any, target: Any, ask: bool
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """True gradients, zeros where none arrives, and predictions, by interface."""
+        if self._crew is not None:
+            self.drain()
         args, kwargs = map_tensors(torch.clone, (args, kwargs))
         values = self.decoupled.bind(*args, **kwargs)
         parameters = list(self.decoupled.parameters())
@@ -338,6 +340,8 @@ class Trainer:
         Raises:
             DecouplingError: batches are under way to a late source; their graphs cannot be saved.
         """
+        if self._crew is not None:
+            self.drain()
         if self._under_way:
             raise DecouplingError(
                 f"{len(self._under_way)} batches are still under way to late sources and cannot be saved: call "
@@ -367,6 +371,7 @@ class Trainer:
             DecouplingError: the state belongs to other stages or sources; nothing is loaded then.
         """
         self.decoupled.plan  # noqa: B018  raises before the model is traced
+        self.close()
         self._make_optimizers()
         parts = ("decoupled", "optimizers", "synthesizer_optimizers", "gradients", "steps", "rng")
         if not isinstance(state, dict) or any(part not in state for part in parts):

@@ -203,7 +203,9 @@ class WarmUp(Schedule):
 class Threads(Schedule):
     """Each stage on a thread of its own, with bounded queues between them: stages work on several batches at once.
 
-    A step hands its batch over and returns; what it reports is the newest batch that the last stage has finished. Torch
+    A step hands its batch over and returns; what it reports is the newest batch that the last stage has finished. Call
+    ``trainer.drain()`` before using the model otherwise, and ``trainer.close()`` at the end. After a failure in a stage
+    all threads end, the error names the stage, and each stage stands at the last of its own updates. Torch
     gives up Python's lock while it computes, so stages overlap where their operators are large. Random numbers of the
     model (dropout) are drawn from one generator by all threads, so that only a model without them is repeatable.
 
