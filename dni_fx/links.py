@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from .wire import pack, unpack
 AHEAD = 8  # receives posted at once
 SHORTEST, LONGEST = 2**16, 2**26  # bytes of a posted receive
 _TAG = 0x0D41
+_YEAR = timedelta(days=365)
 _trainers = 0
 
 
@@ -99,7 +101,8 @@ class Links:
     Args:
         mail: where letters for this process go.
         places: who runs which rows of which stage.
-        group: the process group; gloo carries tensors of the CPU, and those of other devices by way of it.
+        group: the process group, of whose ranks a group of its own is made; gloo carries tensors of the CPU, and those
+            of other devices by way of it.
         timeout: seconds to wait for others at the end.
     """
 
@@ -111,6 +114,9 @@ class Links:
         self.rank = dist.get_rank(group)
         self.others = [r for r in range(dist.get_world_size(group)) if r != self.rank]
         tag = _TAG + 2 * _trainers
+        # A receive waits for as long as nothing is sent; who lives is found out by other means.
+        ranks = dist.get_process_group_ranks(dist.group.WORLD if group is None else group)
+        group = dist.new_group(ranks, backend="gloo", timeout=_YEAR, use_local_synchronization=True)
         self.outgoing = {r: _Outgoing(r, tag, group) for r in self.others}
         self.threads = [
             threading.Thread(target=self._receive, args=(r, tag, group), name=f"dni_fx from rank {r}", daemon=True)
