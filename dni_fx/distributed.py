@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -43,7 +43,7 @@ from .worker import StageWorker
 
 __all__ = ["ParallelError", "Status", "Trainer", "decouple", "start"]
 
-EVALUATION = "evaluation"
+EVALUATION, BATCH, TAKEN = "evaluation", "batch", "batch taken"
 
 
 def start(timeout: float = 300.0) -> int:
@@ -279,6 +279,43 @@ class Trainer(training.Trainer):
         except BaseException as error:
             self._tell(error)
             raise
+
+    def share(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Rank 0's batches, in every process, for data that only rank 0 can read; to be iterated everywhere.
+
+        Args:
+            batches: of any nesting; what other ranks pass is not looked at. Tensors arrive on the CPU, or on the device
+                of the same kind.
+
+        Raises:
+            DecouplingError: the policy is ``"drop_oldest"``: rank 0 would have to wait for the slowest process.
+        """
+        if self.flow.policy != "wait":
+            raise DecouplingError("share() makes rank 0 wait for the slowest process: read the data in every process")
+        self._team_now()
+        if self.links is None:
+            yield from batches
+        elif self.rank == 0:
+            taken = dict.fromkeys(range(1, self.world), 0)
+            for count, batch in enumerate(batches):
+
+                def room(sent: int = count) -> bool:
+                    for other in taken:
+                        while self.mail.take(Address(TAKEN, other, 0)) is not None:
+                            taken[other] += 1
+                    return sent - min(taken.values()) <= 2 * self.flow.queue
+
+                self.mail.wait(room, "word of the batches that others have taken")
+                self.links.tell(taken, BATCH, count, [batch])
+                yield batch
+            self.links.tell(taken, BATCH, -1, [])
+        else:
+            while True:
+                letter = self.mail.await_letter(Address(BATCH, 0, self.rank), "a batch of rank 0")
+                self.links.tell([0], TAKEN, letter.step, None)
+                if letter.step < 0:
+                    return
+                yield letter.payload[0]
 
     def close(self) -> None:
         """Finish what is under way and part from the other processes; to be called in every process, once."""

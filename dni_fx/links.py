@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -137,6 +138,12 @@ class Links:
             except RuntimeError as error:
                 self.mail.check()
                 raise self._dead(rank, error) from error
+
+    def tell(self, ranks: Iterable[int], kind: str, step: int, payload: Any) -> None:
+        """Send something that is for processes, not for stages."""
+        for rank in ranks:
+            letter = (tuple(Address(kind, self.rank, rank)), step, tuple(Part(0, 1, 0)), payload)
+            self.outgoing[rank].send(letter)
 
     def _put_together(self, address: Address, step: int, part: Part, payload: Any) -> None:
         """Deliver a letter once the parts of it that others send are there."""
