@@ -160,6 +160,11 @@ class StageRun(Run):
         for name in [n for n in self.input_predictions if n not in self.teaches]:
             del self.input_predictions[name]
 
+    def miss(self, producer: int) -> None:
+        """Values that were predicted will not come."""
+        for name in [n for n in self.input_predictions if self.needs.get(n) == producer]:
+            del self.input_predictions[name]
+
     def hear(self, stage: int, payload: Payload | None) -> None:
         """An answer has come; None where that stage was not updated with this batch."""
         self.heard.add(stage)

@@ -90,6 +90,9 @@ class StageWorker:
         self.steps += 1
         if received is None:
             self.missed += 1
+            for producer in self.predicted:
+                if self.ahead.pop((producer, run.step), None) is not None:
+                    self._send(ANSWER, producer, run.step, None)
             for stage in run.error_to:
                 self._send(ANSWER, stage, run.step, None)
             return False
@@ -220,6 +223,10 @@ class StageWorker:
         for producer in sorted(self.predicted):
             while (letter := self.mail.take(Address(VALUE, producer, self.index))) is not None:
                 found = True
+                for older in [r for s, r in self.pending.items() if s < letter.step]:  # their values were dropped
+                    if self.owed.get(older.step, {}).get(producer) is False:
+                        del self.owed[older.step][producer]
+                        older.miss(producer)
                 if letter.payload is None:
                     continue
                 run = self.pending.get(letter.step)
