@@ -226,8 +226,16 @@ class Trainer(training.Trainer):
         self.steps += 1
         return team.report(self.steps)
 
+    def _meet(self) -> None:
+        """Before processes wait for each other: those behind must know which values were dropped for good."""
+        if self.flow.policy == "drop_oldest":
+            self.drain()
+
     def drain(self) -> int:
         """Finish the batches that are under way; to be called in every process.
+
+        With ``policy="drop_oldest"`` call it before collective operations of your own, too: a process behind waits for
+        a newer value to learn that one was dropped, and this says that none comes. The trainer's own methods do so.
 
         Returns:
             How many there were here.
@@ -253,6 +261,7 @@ class Trainer(training.Trainer):
         try:
             values = self.decoupled.bind(*args, **kwargs)
             team = self._team_now()
+            self._meet()
             self._evaluations += 1
             number = -self._evaluations
             self._size(number, values)
@@ -377,6 +386,7 @@ class Trainer(training.Trainer):
             value: a loss, say; nan where this process has none.
             weight: how much it counts.
         """
+        self._meet()
         known = value == value
         total = torch.tensor([value * weight if known else 0.0, weight if known else 0.0], dtype=torch.float64)
         if self.parallel:
@@ -394,6 +404,7 @@ class Trainer(training.Trainer):
             seconds = time.perf_counter() - began if began is not None else 0.0
             rows.append({**row, "rank": self.rank, "rate": row["steps"] / seconds if seconds else 0.0})
         if everywhere and self.parallel:
+            self._meet()
             every: list[Any] = [None] * self.world
             dist.all_gather_object(every, rows, group=self.group)
             rows = sorted((r for part in every for r in part), key=lambda r: (int(r["stage"][6:]), r["rank"]))
@@ -414,6 +425,7 @@ class Trainer(training.Trainer):
         ]  # fmt: skip
         every: list[Any] = [events]
         if self.parallel:
+            self._meet()
             every = [None] * self.world
             dist.all_gather_object(every, events, group=self.group)
         if self.rank == 0:
