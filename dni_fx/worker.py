@@ -95,6 +95,8 @@ class StageWorker:
                     self._send(ANSWER, producer, run.step, None)
             for stage in run.error_to:
                 self._send(ANSWER, stage, run.step, None)
+            for consumer in run.consumers:  # which may be the next one in this thread
+                self._send(VALUE, consumer, self.steps, None)
             return False
         run.on_values = lambda found: self._send_values(run, found)
         self.owed[run.step] = {p: p in run.awaited or p not in run.producers for p in run.answered}
