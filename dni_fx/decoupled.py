@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -388,6 +389,50 @@ class Decoupled(nn.Module):
                 "was unfrozen, or the model takes another path for these inputs or in this mode); decouple again"
             )
         return found
+
+    def as_module(
+        self,
+        synthesizer_optimizer: Callable[[Any], torch.optim.Optimizer] = torch.optim.Adam,
+        context: Callable[..., Any] | None = None,
+        unit: float | Callable[[], float] = 1.0,
+    ) -> nn.Module:
+        """The model as a module that trains decoupled in an ordinary loop.
+
+        ``loss = criterion(m(x), y); loss.backward(); optimizer.step()``. It is of a subclass of the model's class, with
+        its signature, its parameters (by reference) and its ``state_dict``. In evaluation mode and under ``no_grad`` it
+        is the model. The stages' activations are freed one stage after the other; the sources learn in ``backward``.
+
+        The unit rule: where the loss is not the mean loss itself but a multiple of it, as with a GradScaler
+        (``unit=scaler.get_scale``) or accumulation over n batches (``unit=1 / n``), ``unit`` says which. What the
+        sources predict is multiplied by it and what they learn from divided, so that all stages' gradients have one
+        scale. A source that learns from arriving gradients would find a constant factor by itself, others could not.
+
+        Args:
+            synthesizer_optimizer: makes an optimiser from a source's ``(name, parameter)`` pairs; it steps in
+                ``backward``.
+            context: takes the call's arguments and returns the training target that the sources may see, such as
+                ``lambda *, labels, **_: labels``; or use ``with m.context(y):``.
+            unit: the factor in front of the mean loss, or a function that returns it.
+
+        Returns:
+            The module.
+
+        Raises:
+            DecouplingError: a source that waits, or learns from more than gradients; synthetic inputs.
+        """
+        from .dropin import make_module
+
+        return make_module(self, synthesizer_optimizer, context, unit)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Decoupled:
+        """A copy of model and sources under the same plan, traced anew at its first call."""
+        other = Decoupled(copy.deepcopy(self.model, memo), self._passes, copy.deepcopy(self.context, memo))
+        if self._plan is not None:
+            other.synthesizers = copy.deepcopy(self.synthesizers, memo)
+            object.__setattr__(other, "_plan", self._plan)
+            object.__setattr__(other, "_leads", dict(self._leads))
+            object.__setattr__(other, "_stages", tuple(Stage(other, k) for k in range(len(self._stages))))
+        return other
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
