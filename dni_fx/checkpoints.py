@@ -6,9 +6,12 @@ stage's state stands for itself, so that a run can go on with its stages on othe
 
 from __future__ import annotations
 
+import contextlib
 import random
 import re
 import shutil
+import warnings
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,7 +82,8 @@ class Checkpoints:
         if trainer.parallel:
             save(state, process_group=trainer.group, **options)
         else:
-            save(state, no_dist=True, **options)
+            with _quiet():
+                save(state, no_dist=True, **options)
         complete()
         self._barrier()  # nobody goes on before it is there
         return final
@@ -142,7 +146,8 @@ class Checkpoints:
                 state[name] = torch.empty(about.size, dtype=about.properties.dtype)
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         where = {"process_group": trainer.group} if trainer.parallel else {"no_dist": True}
-        load(state, checkpoint_id=path, planner=planner, **where)
+        with _quiet():
+            load(state, checkpoint_id=path, planner=planner, **where)
         run = state["run"]
         if run["plan"] != trainer.decoupled.plan.to_json():
             raise DecouplingError(
@@ -172,6 +177,14 @@ class Checkpoints:
     def _barrier(self) -> None:
         if self.trainer.parallel:
             dist.barrier(group=self.trainer.group)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's word that there is one process, which is known."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.distributed is.*", category=UserWarning)
+        yield
 
 
 def _complete(folder: Path) -> list[tuple[int, Path]]:

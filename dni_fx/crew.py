@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import copy
 import math
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -69,13 +72,21 @@ class Crew:
         trainer = self.trainer
         if trainer._is_exact:
             mode = Mode(1.0, mode.active)
-        jobs, taught = [], set()
+        jobs, taught = [], set[str]()
         for index, worker in self.workers.items():
             mine, context, aim = self.rows_of(worker, values, target)
             run = StageRun(trainer.decoupled, index, step, self._loss_of(worker), mode, trainer.loss)
-            # A synthetic input that several stages use learns in the first of them.
+            run.inputs = {n: worker.own_inputs.get(id(s), s) for n, s in run.inputs.items()}  # type: ignore[misc]
+            # A synthetic input that several stages use learns in the first of them, or each has its copy.
+            taught -= {n for n, s in run.inputs.items() if s in worker.own_inputs.values()}
             run.teaches = {n for n in run.stage.inputs if n in run.inputs and n not in taught}
             taught |= run.teaches
+            run.measure = trainer._measure_next or step % trainer.metrics_every == 0
+            if run.is_locked and self.flow.policy == "drop_oldest":
+                raise DecouplingError(
+                    f"stage_{index} waits for others within the step (exact steps, 'mix', 'feedback'), who may leave "
+                    "it out: pass policy='wait', or use sources that do not wait"
+                )
             jobs.append(Job(run, mine, context, aim))
         return jobs
 
@@ -112,6 +123,8 @@ class Crew:
                 for worker in reversed(self.workers.values()):
                     with self._named(worker.index, step):
                         worker.drain(step)
+            for worker in reversed(self.workers.values()):
+                worker.rest()
         return len(steps)
 
     def report(self, steps: int) -> StepReport:
@@ -143,39 +156,54 @@ class ThreadCrew(Crew):
     def __init__(self, trainer: Trainer, flow: Flow) -> None:
         stages = range(len(trainer.decoupled.stages))
         super().__init__(trainer, stages, Mail(timeout=math.inf), flow)
-        shared = trainer.decoupled._variant.split.shared
-        if shared:
+        for name, _ in shared_state(trainer.decoupled):
             raise DecouplingError(
-                f"{shared[0][0]!r} is used by several stages, whose threads would train it at once: cut so that they "
-                "are one stage, or use another schedule"
+                f"{name!r} is used by several stages, whose threads would write to it at once: cut so that they are "
+                "one stage, or use another schedule"
             )
         for worker in self.workers.values():
             worker.team = [worker]
+        self._copy_inputs()
         self.idle = dict.fromkeys(stages, True)
-        self.closing = False
-        self.casts = [
-            (d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d), torch.is_autocast_cache_enabled())
-            for d in ("cpu", "cuda")
-        ]
+        self.operators = torch.get_num_threads()
         self.threads = [
             threading.Thread(target=self._work, args=(k,), name=f"dni_fx stage_{k}", daemon=True) for k in stages
         ]
+        atexit.register(self.close)  # an interpreter that ends under a working thread aborts
         for thread in self.threads:
             thread.start()
 
+    def _copy_inputs(self) -> None:
+        """Of what several stages predict from, all but the first get copies: another thread must not train them."""
+        inputs = self.trainer.decoupled.inputs
+        for interface in self.trainer.decoupled.interfaces:
+            for consumer in interface.consumers[1:] if interface.name in inputs else ():
+                worker, name, source = self.workers[consumer], f"{interface.name}@input", inputs[interface.name]
+                worker.own_inputs[id(source)] = copied = copy.deepcopy(source)
+                if name in self.trainer.synthesizer_optimizers:
+                    made = self.trainer._make_synthesizer_optimizer(list(copied.named_parameters()))
+                    made.load_state_dict(copy.deepcopy(self.trainer.synthesizer_optimizers[name].state_dict()))
+                    worker.own_optimizers[name] = made
+
     def submit(self, jobs: list[Job]) -> None:
-        """Hand a batch to every stage; waits where one has as many before it as the queue may hold."""
-        boxes = self.mail.boxes
-        if self.flow.policy == "wait":
-            full = lambda: any(len(boxes.get(_box(k), ())) >= self.flow.queue for k in self.workers)  # noqa: E731
-            self.mail.wait(lambda: not full(), "room for a batch")
+        """Hand a batch to every stage.
+
+        Where one has as many before it as the queue may hold, this waits, or tells the stage to leave out the oldest.
+        """
+        boxes, most = self.mail.boxes, self.flow.queue
+        if self.flow.policy == "drop_oldest":
+            most *= 64  # of those that are left out, which hold no batch
+        self.mail.wait(lambda: all(len(boxes.get(_box(k), ())) < most for k in self.workers), "room for a batch")
         for job in jobs:
-            box = _box(job.run.index)
+            job.run.casts = [
+                torch.autocast(d, torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)
+            ]
+            box = boxes.setdefault(_box(job.run.index), deque())
             with self.mail.changed:
-                if len(boxes.get(box, ())) >= self.flow.queue:
-                    boxes[box].popleft()
-                    self.workers[job.run.index].missed += 1
-            self.mail.send(box, job.run.step, job)
+                waiting = [i for i, letter in enumerate(box) if isinstance(letter.payload, Job)]
+                if len(waiting) >= self.flow.queue:
+                    box[waiting[0]] = Letter(box[waiting[0]].step, box[waiting[0]].payload.run)
+            self.mail.send(_box(job.run.index), job.run.step, job)
 
     def drain(self) -> int:
         """Finish everything; the threads are idle then."""
@@ -189,7 +217,7 @@ class ThreadCrew(Crew):
 
     def close(self) -> None:
         """End the threads, wherever they are."""
-        self.closing = True
+        atexit.unregister(self.close)
         self.mail.fail(ParallelError("the trainer was closed"))
         for thread in self.threads:
             if thread is not threading.current_thread():
@@ -197,24 +225,27 @@ class ThreadCrew(Crew):
 
     def _work(self, index: int) -> None:
         worker, box = self.workers[index], _box(index)
-        with contextlib.ExitStack() as stack:
-            for device, enabled, dtype, cached in self.casts:
-                if enabled:
-                    stack.enter_context(torch.autocast(device, dtype, enabled, cached))
-            try:
-                while True:
-                    with self.mail.changed:
-                        self.idle[index] = not self.mail.boxes.get(box)
-                        self.mail.changed.notify_all()
-                    letter = self._next_job(index)
-                    with torch.enable_grad(), self._named(index, letter.step):
-                        self._do(worker, letter.payload)
-            except BaseException as error:
-                self.mail.fail(error)
+        torch.set_num_threads(self.operators)  # a new thread starts from the machine's number, not from the caller's
+        try:
+            while True:
+                with self.mail.changed:
+                    self.idle[index] = not self.mail.boxes.get(box)
+                    self.mail.changed.notify_all()
+                letter = self._next_job(index)
+                with torch.enable_grad(), self._named(index, letter.step):
+                    self._do(worker, letter.payload)
+        except Exception as error:
+            self.mail.fail(error)
+        except BaseException as error:  # it ends this thread, and with it the training
+            self.mail.fail(ParallelError(f"stage_{index}, step {worker.steps}: {type(error).__name__}: {error}"))
 
     def _next_job(self, index: int) -> Letter:
         box = _box(index)
-        self.mail.wait(lambda: bool(self.mail.boxes.get(box)), "a batch")
+        worker = self.workers[index]
+        while not self.mail.boxes.get(box):
+            self.mail.wait(lambda: bool(self.mail.boxes.get(box)) or worker.has_letters(), "a batch")
+            with torch.enable_grad(), self._named(index, worker.steps - 1):
+                worker.attend()
         with self.mail.changed:
             self.idle[index] = False
             letter = self.mail.boxes[box].popleft()
@@ -222,17 +253,36 @@ class ThreadCrew(Crew):
         return letter
 
     @staticmethod
-    def _do(worker: StageWorker, job: Job | None) -> None:
-        """A batch, or, where there is none, what is under way."""
+    def _do(worker: StageWorker, job: Job | StageRun | None) -> None:
+        """A batch, one that is left out, or, where there is none, what is under way."""
+        if isinstance(job, StageRun):
+            worker.skip(job)
+            return
         if job is not None:
-            worker.clear()
-            worker.begin(*job)
-            worker.finish(job.run)
+            with contextlib.ExitStack() as stack:
+                for cast in job.run.casts:
+                    stack.enter_context(cast)
+                worker.clear()
+                worker.begin(*job)
+                worker.finish(job.run)
             return
         worker.end()
         for step in list(worker.pending):
             worker.clear()
             worker.drain(step)
+        worker.rest()
+
+
+def shared_state(decoupled: Decoupled) -> list[tuple[str, tuple[int, ...]]]:
+    """Parameters and buffers that several stages use, with these."""
+    split, model = decoupled._variant.split, decoupled.model
+    found = [(name, where) for name, _, where in split.shared]
+    held = [{id(b) for b in stage.module.buffers()} for stage in split.stages]
+    for name, buffer in model.named_buffers():
+        where = tuple(k for k, ids in enumerate(held) if id(buffer) in ids)
+        if len(where) > 1:
+            found.append((name, where))
+    return found
 
 
 def find_lags(decoupled: Decoupled, staleness: int | None) -> list[int | None]:

@@ -26,7 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from . import compiler, training
 from .checkpoints import Checkpoints
-from .crew import Crew
+from .crew import Crew, shared_state
 from .decoupled import Decoupled, Stage
 from .errors import DecouplingError
 from .flow import Flow
@@ -402,7 +402,7 @@ class Trainer(training.Trainer):
             row = worker.status()
             began = worker.watch.began
             seconds = time.perf_counter() - began if began is not None else 0.0
-            rows.append({**row, "rank": self.rank, "rate": row["steps"] / seconds if seconds else 0.0})
+            rows.append({**row, "rank": self.rank, "rate": worker.begun / seconds if seconds else 0.0})
         if everywhere and self.parallel:
             self._meet()
             every: list[Any] = [None] * self.world
@@ -536,12 +536,11 @@ class Trainer(training.Trainer):
         if self.places is not None:
             return
         places = place_stages(self.placement, [s.name for s in self.decoupled.stages], self.world)
-        shared = self.decoupled._variant.split.shared
-        for name, _, where in shared:
+        for name, where in shared_state(self.decoupled):
             if len({places.ranks[k] for k in where}) > 1:
                 stages = ", ".join(f"stage_{k}" for k in where)
                 raise DecouplingError(
-                    f"parameter {name!r} is used by {stages}, which are placed on different ranks: put them on one "
+                    f"{name!r} is used by {stages}, which are placed on different ranks: put them on one "
                     "(placement=), or keep them in one stage (dni_fx.plan_cuts(keep_together=...))"
                 )
         if places.divided and self.flow.staleness is None:
@@ -569,7 +568,7 @@ class Trainer(training.Trainer):
             self._share(worker)
         if self.parallel and self.world > 1:
             self.links = Links(self.mail, self.places, self.group, self.timeout)
-            self._pulse = Pulse(self.mail, self.rank, self.world, self.timeout)
+            self._pulse = Pulse(self.mail, self.links.name, self.rank, self.world, self.timeout)
         self._team = team
         return team
 

@@ -3,6 +3,11 @@
 Every stage but the last is one ``autograd.Function``. Its forward runs the stage, asks the sources and takes the
 gradients at once, so that the stage's activations are gone before the next one runs; its backward hands these gradients
 over, and receives what the sources learn from. The last stage is differentiated as usual, by the user's own loss.
+
+What lives from a stage's forward to its backward: its parameters' gradients, and, where a source learns from arriving
+gradients, the values that it serves and the gradients on their way to it. Such a source is asked a second time when its
+gradient is there, so that nothing that it computed is kept. A source that needs no message has its own gradients taken
+at once. Every source is stepped in backward, so that a forward without one changes nothing but the model's buffers.
 """
 
 from __future__ import annotations
@@ -11,33 +16,37 @@ import contextlib
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .decoupled import Decoupled
-from .errors import DecouplingError, NonFiniteError
-from .sources import Prediction, Served, awaited_kinds, message_kinds
-from .stepping import detached, kept_weights
+from .errors import DecouplingError
+from .passes.splitting import StageGraph
+from .sources import Each, Prediction, Served, awaited_kinds, message_kinds, serve
+from .stepping import all_finite, detached, keep_modes
+from .training import _made
 
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
-_HIDDEN = "_dni_fx"
 
 
 class DropIn(nn.Module):
     """What :meth:`Decoupled.as_module` adds to the user's class; see there."""
 
+    _dni_fx: ClassVar[_State]  # in the class, one for each module: the module's own table is the model's
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Decoupled in training with gradients; else the model's own."""
-        state: _State = self.__dict__[_HIDDEN]
-        return state.call(self, args, kwargs)
+        return self._dni_fx.call(args, kwargs)
 
     @contextlib.contextmanager
     def context(self, target: Any) -> Iterator[None]:
-        """Show the sources a training target in the calls inside."""
-        state: _State = self.__dict__[_HIDDEN]
+        """Show the sources a training target in the calls inside; it goes before ``as_module(context=...)``."""
+        state = self._dni_fx
         before, state.target = state.target, target
         try:
             yield
@@ -46,10 +55,10 @@ class DropIn(nn.Module):
 
     def synthesizer_state_dict(self) -> dict[str, Any]:
         """The sources and their optimisers, to be saved beside the model's ``state_dict``."""
-        state: _State = self.__dict__[_HIDDEN]
+        state = self._dni_fx
         return {
-            "synthesizers": state.decoupled.synthesizers.state_dict(),
             "optimizers": {n: o.state_dict() for n, o in state.optimizers_now().items()},
+            "synthesizers": state.decoupled.synthesizers.state_dict(),
         }
 
     def load_synthesizer_state_dict(self, saved: dict[str, Any]) -> None:
@@ -58,20 +67,39 @@ class DropIn(nn.Module):
         Raises:
             DecouplingError: it belongs to other sources; nothing is loaded then.
         """
-        state: _State = self.__dict__[_HIDDEN]
-        mine = state.optimizers_now()
+        mine, synthesizers = self._dni_fx.optimizers_now(), self._dni_fx.decoupled.synthesizers
         if set(saved["optimizers"]) != set(mine):
             raise DecouplingError(
                 f"the saved sources are those of {sorted(saved['optimizers'])}, but here are {sorted(mine)}: decouple "
                 "with the same plan"
             )
-        state.decoupled.synthesizers.load_state_dict(saved["synthesizers"])
+        have, given = (
+            {k: getattr(v, "shape", None) for k, v in d.items() if not k.endswith("_extra_state")}
+            for d in (synthesizers.state_dict(), saved["synthesizers"])
+        )
+        if have != given:
+            wrong = next(k for k in {**have, **given} if have.get(k, "") != given.get(k, ""))
+            raise DecouplingError(f"the saved sources are others, see {wrong!r}: decouple with the same plan")
+        synthesizers.load_state_dict(saved["synthesizers"])
         for name, optimizer in mine.items():
             optimizer.load_state_dict(saved["optimizers"][name])
 
+    def train(self, mode: bool = True) -> Any:
+        """As ever; the sources, too."""
+        super().train(mode)
+        self._dni_fx.decoupled.train(mode)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """``to``, ``cuda``, ``double`` and the like take the sources along; these stay in single precision at least."""
+        super()._apply(fn, recurse)
+        self._dni_fx.decoupled.synthesizers._apply(lambda t: _widened(fn(t)))
+        for optimizer in (self._dni_fx.optimizers or {}).values():
+            optimizer.load_state_dict(optimizer.state_dict())  # which puts its state where the parameters are
+        return self
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        state: _State = self.__dict__[_HIDDEN]
-        return state.copy(memo).module
+        return self._dni_fx.copy(memo).module
 
     def __reduce__(self) -> Any:
         raise TypeError(
@@ -89,17 +117,24 @@ class _State:
         self.decoupled, self.make_optimizer, self.target_of, self.unit_of = decoupled, make_optimizer, target_of, unit
         self.optimizers: dict[str, torch.optim.Optimizer] | None = None
         self.target: Any = None
-        self.calls = 0
         self.module = self._wrap()
 
     def _wrap(self) -> nn.Module:
         model = self.decoupled.model
         base = type(model)
-        forward = functools.wraps(base.forward)(lambda module, *args, **kwargs: DropIn.forward(module, *args, **kwargs))
-        kind = type(f"Decoupled{base.__name__}", (DropIn, base), {"forward": forward, "__module__": base.__module__})
-        module: nn.Module = object.__new__(kind)
-        module.__dict__.update(model.__dict__)  # the same tables: parameters, buffers and submodules are the model's
-        module.__dict__[_HIDDEN] = self
+        if "forward" in vars(model):
+            raise DecouplingError("forward was replaced in the model object itself: override it in a subclass instead")
+
+        def new(_: type, *args: Any, **kwargs: Any) -> nn.Module:  # as nn.Sequential's slices do
+            return base(*args, **kwargs)
+
+        @functools.wraps(base.forward)
+        def forward(module: DropIn, *args: Any, **kwargs: Any) -> Any:
+            return DropIn.forward(module, *args, **kwargs)
+
+        body = {"forward": forward, "__new__": new, "__module__": base.__module__, "_dni_fx": self}
+        module: nn.Module = object.__new__(type(f"Decoupled{base.__name__}", (DropIn, base), body))
+        object.__setattr__(module, "__dict__", vars(model))  # parameters, modes and attributes are the model's
         return module
 
     def copy(self, memo: dict[int, Any]) -> _State:
@@ -108,7 +143,6 @@ class _State:
         if self.optimizers is not None:
             for name, optimizer in other.optimizers_now().items():
                 optimizer.load_state_dict(copy.deepcopy(self.optimizers[name].state_dict()))
-        other.module.training = self.module.training
         return other
 
     def optimizers_now(self) -> dict[str, torch.optim.Optimizer]:
@@ -116,7 +150,8 @@ class _State:
         if self.optimizers is None:
             _check_sources(self.decoupled)
             pairs = [(n, list(s.named_parameters())) for n, s in self.decoupled.named_learners()]
-            self.optimizers = {n: self.make_optimizer(named) for n, named in pairs if named}
+            made = {n: _made(self.make_optimizer(named), "synthesizer_optimizer") for n, named in pairs if named}
+            self.optimizers = made
         return self.optimizers
 
     def unit(self) -> float:
@@ -126,138 +161,267 @@ class _State:
             raise DecouplingError(f"unit= must be, or return, a positive number, not {unit!r}")
         return float(unit)
 
-    def call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def call(self, args: Any, kwargs: Any) -> Any:
         """The module's forward."""
-        model, decoupled = self.decoupled.model, self.decoupled
-        model.training = module.training
-        decoupled.training = module.training
-        if not module.training or not torch.is_grad_enabled():
+        decoupled, model = self.decoupled, self.decoupled.model
+        if not model.training or not torch.is_grad_enabled():
             return type(model).forward(model, *args, **kwargs)
         values = decoupled.bind(*args, **kwargs)
         self.optimizers_now()
         if decoupled.is_exact:
-            return decoupled._passes.run(decoupled._variant.split, values)
-        target = self.target if self.target_of is None else self.target_of(*args, **kwargs)
+            return type(model).forward(model, *args, **kwargs)
+        target = self.target
+        if target is None and self.target_of is not None:
+            target = self.target_of(*args, **kwargs)
         context = None if decoupled.context is None or target is None else decoupled.context(target)
-        self.calls += 1
-        return _Call(self, values, context).run()
+        with keep_modes():
+            return self._run(values, context)
+
+    def _run(self, values: dict[str, Any], context: Tensor | None) -> Any:
+        """Stage after stage, the last one with autograd's own graph; values go when nothing needs them any more."""
+        split, served, unit = self.decoupled._variant.split, self.decoupled.served(), self.unit()
+        parameters = dict(self.decoupled.model.named_parameters(remove_duplicate=False))
+        heard = {n for s in served if message_kinds(s.source) for n in s.names} | set(split.model_inputs)
+        last_use = {n: s.index for s in split.stages for n in s.inputs}
+        for stage in split.stages[:-1]:
+            inputs = [values.pop(n) if last_use[n] == stage.index else values[n] for n in stage.inputs]
+            groups = [s for s in served if s.producer == stage.index]
+            turn = _Turn(self, stage, inputs, split.sent_by(stage.index), groups, heard, context, unit)
+            del inputs
+            values.update(turn.run([parameters[n] for n in stage.parameters]))
+        last = split.stages[-1]
+        inputs = [values.pop(n) for n in last.inputs]
+        values.clear()
+        return last.module(*inputs)
+
+    def learn(self, group: Served, gradients: Sequence[Tensor | None]) -> None:
+        """One step of a source; none where something is not finite, as a scaler leaves out the model's."""
+        if any(g is not None for g in gradients) and all_finite([g for g in gradients if g is not None]):
+            for parameter, gradient in zip(_learnt(group), gradients, strict=True):
+                parameter.grad = gradient
+            self.optimizers_now()[group.name].step()
+            self.optimizers_now()[group.name].zero_grad()
 
 
-class _Call:
-    """One forward through the stages."""
+@dataclass
+class _Turn:
+    """One stage in one call.
 
-    def __init__(self, state: _State, values: dict[str, Any], context: Tensor | None) -> None:
-        self.state, self.values, self.context = state, values, context
-        self.unit = state.unit()
-        decoupled = state.decoupled
-        self.split = decoupled._variant.split
-        self.parameters = dict(decoupled.model.named_parameters())
-        self.served = decoupled.served()
-        self.carried = {i.name for i in self.split.interfaces}
-        self.output: Any = None
+    Attributes:
+        inputs: what the stage receives.
+        sent: names of the values that it sends with a gradient.
+        groups: the sources of these.
+        heard: names of all values whose gradient somebody wants.
+        unit: the factor in front of the mean loss.
+        plain: what it sends without a gradient.
+    """
 
-    def run(self) -> Any:
-        """Stage after stage; the last one with autograd's own graph."""
-        for stage in self.split.stages[:-1]:
-            named = [(n, p) for n in stage.parameters if (p := self.parameters[n]).requires_grad]
-            received = [n for n in stage.inputs if n in self.carried]
-            inputs = [self.values[n] for n in received]
-            sent: list[str] = [n for n in stage.outputs if n in self.carried]
-            found = _StageFunction.apply(self, stage, received, sent, *inputs, *(p for _, p in named))
-            self.values.update(zip(sent, found, strict=True))
-        last = self.split.stages[-1]
-        self.output = last.module(*(self.values[n] for n in last.inputs))
-        return self.output
+    state: _State
+    stage: StageGraph
+    inputs: list[Any]
+    sent: list[str]
+    groups: list[Served]
+    heard: set[str]
+    context: Tensor | None
+    unit: float
+    plain: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, parameters: list[nn.Parameter]) -> dict[str, Any]:
+        """Everything that the stage sends, by name."""
+        if not self.sent:  # nothing in it learns
+            with torch.no_grad():
+                return dict(zip(self.stage.outputs, map(detached, self.stage.module(*self.inputs)), strict=True))
+        self.received = [i for i, v in enumerate(self.inputs) if isinstance(v, Tensor) and v.requires_grad]
+        own = [p for p in parameters if p.requires_grad]
+        found = _StageFunction.apply(self, *(self.inputs[i] for i in self.received), *own)
+        plain, self.plain = self.plain, {}
+        return plain | dict(zip(self.sent, found, strict=True))
+
+    def ask(self, group: Served, values: tuple[Tensor, ...]) -> Prediction:
+        """What a source predicts, for the mean loss itself."""
+        group.source.unit = 1.0
+        if self.unit != 1:  # the scale is what makes small numbers possible in half precision
+            values = tuple(v.float() if v.dtype == torch.float16 else v for v in values)
+        try:
+            prediction: Prediction = group.source(values, self.context)
+        except DecouplingError as error:
+            if self.context is not None or group.source.context_spec is None:
+                raise
+            raise DecouplingError(
+                f"the source at {group.name!r} was made for a context, but this call had none: call the module inside "
+                "`with m.context(target):`, or pass context= to as_module"
+            ) from error
+        return prediction
+
+    def compute(self, tensors: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor | None], list[_Lesson]]:
+        """Run the stage, ask the sources, take the gradients.
+
+        Args:
+            tensors: what the stage receives with a gradient, then its parameters.
+
+        Returns:
+            What it sends with a gradient, detached; the gradients of ``tensors``, None where nobody wants one; what the
+            sources have to learn.
+        """
+        wanted = list(tensors)
+        for place, i in enumerate(self.received):
+            wanted[place] = tensors[place].detach().requires_grad_()
+            self.inputs[i] = wanted[place].view_as(wanted[place])
+        results = dict(zip(self.stage.outputs, self.stage.module(*self.inputs), strict=True))
+        self.inputs.clear()
+        roots = {n: results.pop(n) for n in self.sent}
+        self.plain = {n: detached(v) for n, v in results.items()}
+        values = {n: v.detach() for n, v in roots.items()}
+        lessons: list[_Lesson] = []
+        given: dict[str, Tensor] = {}
+        for group in self.groups:
+            served = tuple(values[n] for n in group.names)
+            prediction = self.ask(group, served)
+            given.update(zip(group.names, prediction.gradients or (), strict=True))
+            if message_kinds(group.source):
+                lessons.append(_Lesson(group, served))
+            elif gradients := _gradients(group, prediction, ()):
+                lessons.append(_Lesson(group, (), gradients))
+            del prediction  # with all that its source computed
+        pairs = [(root, given.pop(n)) for n, root in roots.items() if root.requires_grad]
+        if self.unit != 1:
+            pairs = [(root, (gradient * self.unit).to(root.dtype)) for root, gradient in pairs]
+        unheard = {p for p, i in enumerate(self.received) if self.stage.inputs[i] not in self.heard}
+        places = [i for i in range(len(wanted)) if i not in unheard]
+        found: list[Tensor | None] = [None] * len(wanted)
+        if pairs and places:
+            with _unhooked([t for t in wanted if isinstance(t, nn.Parameter)]):
+                taken = torch.autograd.grad(
+                    [r for r, _ in pairs], [wanted[i] for i in places], [g for _, g in pairs], allow_unused=True
+                )
+            if any(g is None for g in taken):
+                _refuse_reentrant([r.grad_fn for r, _ in pairs])
+            for i, gradient in zip(places, taken, strict=True):
+                found[i] = gradient
+        return list(values.values()), found, lessons
+
+
+@dataclass
+class _Lesson:
+    """What a source has to learn from one call.
+
+    Attributes:
+        values: what it was asked about; it is asked again when the gradients of these are there.
+        gradients: of its parameters, where it needs no message.
+    """
+
+    group: Served
+    values: tuple[Tensor, ...]
+    gradients: tuple[Tensor | None, ...] | None = None
 
 
 class _StageFunction(torch.autograd.Function):
     """One stage: its gradients are taken in forward and handed over in backward."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, stage: Any, received: list[str], sent: list[str], *tensors: Tensor) -> Any:
+    def forward(ctx: Any, turn: _Turn, *tensors: Tensor) -> Any:
         """Run the stage on ``tensors`` (what it receives, then its parameters)."""
-        parameters = tensors[len(received) :]
+        ctx.set_materialize_grads(False)
         with torch.enable_grad():
-            leaves = {n: t.detach().requires_grad_() for n, t in zip(received, tensors, strict=False)}
-            inputs = [leaves[n].view_as(leaves[n]) if n in leaves else call.values[n] for n in stage.inputs]
-            results = dict(zip(stage.outputs, stage.module(*inputs), strict=True))
-            call.values.update({n: detached(v) for n, v in results.items() if n not in sent})
-            values = {n: results[n].detach() for n in sent}
-            groups = [s for s in call.served if s.producer == stage.index]
-            predictions = {s.name: _ask(s, values, call) for s in groups}
-            given: dict[str, Tensor] = {}
-            for group in groups:
-                gradients = predictions[group.name].gradients
-                assert gradients is not None
-                given.update(zip(group.names, gradients, strict=True))
-            pairs = [(results[n], given[n]) for n in sent if results[n].requires_grad]
-            wanted = [*leaves.values(), *parameters]
-            found: tuple[Tensor | None, ...] = (None,) * len(wanted)
-            if pairs and wanted:
-                found = torch.autograd.grad(
-                    [root for root, _ in pairs], wanted, [gradient for _, gradient in pairs], allow_unused=True
-                )
-        ctx.call, ctx.groups, ctx.predictions = call, groups, predictions
-        ctx.sent, ctx.values = sent, values
-        ctx.found = found if call.unit == 1 else tuple(None if g is None else g * call.unit for g in found)
-        return tuple(v.view_as(v) for v in values.values())
+            values, ctx.found, ctx.lessons = turn.compute(tensors)
+        ctx.turn, ctx.cast = turn, _cast(values[0].device.type)
+        return tuple(v.view_as(v) for v in values)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *above: Tensor | None) -> Any:
         """What was taken; ``above`` is what the sources learn from."""
-        found, ctx.found = ctx.found, None
+        turn, found, lessons, ctx.found, ctx.lessons = ctx.turn, ctx.found, ctx.lessons, None, None
         if found is None:
-            raise DecouplingError("a drop-in module's gradients are handed over once: call it again before backward")
-        arrived = dict(zip(ctx.sent, above, strict=True))
-        with torch.enable_grad():
-            for group in ctx.groups:
-                message = [
-                    torch.zeros_like(ctx.values[n]) if (g := arrived[n]) is None else g.detach() / ctx.call.unit
-                    for n in group.names
-                ]
-                _teach(group, ctx.predictions[group.name], tuple(message), ctx.call.state)
-        ctx.predictions = ctx.values = None
-        return (None, None, None, None, *found)
+            raise DecouplingError(
+                "a call's gradients are handed over once, for the whole loss: add up the losses before backward, or "
+                "call the module again (retain_graph=True does not help)"
+            )
+        arrived = dict(zip(turn.sent, above, strict=True))
+        with torch.enable_grad(), ctx.cast():
+            for lesson in lessons:
+                gradients = lesson.gradients
+                if gradients is None:
+                    message = tuple(
+                        torch.zeros_like(v) if (g := arrived[n]) is None else _message(g, v, turn.unit)
+                        for n, v in zip(lesson.group.names, lesson.values, strict=True)
+                    )
+                    if not all_finite(list(message)):
+                        continue  # a scaler leaves out this step, too
+                    gradients = _gradients(lesson.group, turn.ask(lesson.group, lesson.values), message)
+                turn.state.learn(lesson.group, gradients)
+        return (None, *found)
 
 
-def _ask(group: Served, values: dict[str, Tensor], call: _Call) -> Prediction:
-    with kept_weights(group.source):
-        prediction: Prediction = group.source(tuple(values[n] for n in group.names), call.context)
-    return prediction
+def _refuse_reentrant(nodes: list[Any]) -> None:
+    """Gradients of parameters in a reentrant checkpoint are not to be asked for; they would silently be missing."""
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        if node.name() == "CheckpointFunctionBackward":
+            raise DecouplingError("a stage uses torch.utils.checkpoint with use_reentrant=True: set it to False")
+        new = {n for n, _ in node.next_functions if n is not None} - seen
+        seen |= new
+        nodes += new
 
 
-def _teach(group: Served, prediction: Prediction, message: tuple[Tensor, ...], state: _State) -> None:
-    """One step of a source, on what has come back."""
-    optimizer = state.optimizers_now().get(group.name)
-    heard = message if message_kinds(group.source) == ("gradient",) else ()
-    if optimizer is None:
-        group.source.fit(prediction, heard)
-        return
-    if not all(bool(t.isfinite().all()) for t in message):
-        return  # a scaler skips this update, too
-    loss = group.source.fit(prediction, heard)
-    if loss is None:
-        return
-    learnt = [p for p in group.source.parameters() if p.requires_grad]
-    if not bool(loss.isfinite()):
-        raise NonFiniteError(f"the regression of the source at interface {group.name!r} is not finite")
-    for parameter, gradient in zip(learnt, torch.autograd.grad(loss, learnt, allow_unused=True), strict=True):
-        parameter.grad = gradient
-    optimizer.step()
-    optimizer.zero_grad()
+@contextlib.contextmanager
+def _unhooked(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """The user's hooks are called once, when the gradients are handed over."""
+    hooks = [(p, p._backward_hooks) for p in parameters if p._backward_hooks]
+    for parameter, _ in hooks:
+        parameter._backward_hooks = None
+    try:
+        yield
+    finally:
+        for parameter, own in hooks:
+            parameter._backward_hooks = own
+
+
+def _message(gradient: Tensor, value: Tensor, unit: float) -> Tensor:
+    """What a source hears: of the mean loss itself, in the layout that ``.grad`` has (sums depend on that)."""
+    if gradient.stride() != torch.empty_like(value, device="meta").stride():
+        gradient = torch.empty_like(value).copy_(gradient)
+    if unit == 1:
+        return gradient
+    return (gradient.float() if gradient.dtype == torch.float16 else gradient) / unit
+
+
+def _learnt(group: Served) -> list[nn.Parameter]:
+    return [p for p in group.source.parameters() if p.requires_grad]
+
+
+def _gradients(group: Served, prediction: Prediction, message: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """Of what a source learns; none where it learns nothing."""
+    loss, learnt = group.source.fit(prediction, message), _learnt(group)
+    return () if loss is None or not learnt else torch.autograd.grad(loss, learnt, allow_unused=True)
+
+
+def _cast(device: str) -> Callable[[], torch.autocast]:
+    """Makes the autocast of now again: backward is called outside of it, and on threads of its own."""
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    return functools.partial(torch.autocast, device, dtype, enabled)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def _check_sources(decoupled: Decoupled) -> None:
-    """A loop of the user's own knows no messages but gradients."""
-    for name, source in decoupled.sources.items():
-        kinds = (*message_kinds(source), *awaited_kinds(source))
-        if source.exact:
-            continue
-        if source.lag is not None or set(kinds) - {"gradient"}:
+    """A loop of the user's own knows no messages but gradients, and those added up."""
+    for group in serve(decoupled.interfaces, decoupled.sources):
+        source = group.source
+        others = {*message_kinds(source), *awaited_kinds(source)} - {"gradient"}
+        if not source.exact and (source.lag is not None or others):
             raise DecouplingError(
-                f"the source at {name!r} ({type(source).__name__}) waits, or asks for "
-                f"{', '.join(sorted(set(kinds) - {'gradient'})) or 'late gradients'}, which an ordinary loop does not "
-                "send: use a regression, 'local', a control, or dni_fx.Trainer"
+                f"the source at {group.name!r} ({type(source).__name__}) waits, or asks for "
+                f"{', '.join(sorted(others)) or 'late gradients'}, which an ordinary loop does not send: use a "
+                "regression, 'local', a control, or dni_fx.Trainer"
+            )
+        if isinstance(source, Each) and len(group.consumers) > 1:
+            raise DecouplingError(
+                f"the source at {group.name!r} has a part for each of {len(group.consumers)} consumers, whose "
+                "gradients an ordinary loop adds up: use one source for their sum, or dni_fx.Trainer"
             )
     if decoupled.inputs:
         raise DecouplingError("synthetic inputs have no use where stages run one after the other: leave out inputs=")

@@ -117,6 +117,7 @@ class Links:
         tag = _TAG + 2 * _trainers
         # A receive waits for as long as nothing is sent; who lives is found out by other means.
         ranks = dist.get_process_group_ranks(dist.group.WORLD if group is None else group)
+        self.name = f"{_trainers}/{'-'.join(map(str, ranks))}"
         group = dist.new_group(ranks, backend="gloo", timeout=_YEAR, use_local_synchronization=True)
         self.outgoing = {r: _Outgoing(r, tag, group) for r in self.others}
         self.threads = [

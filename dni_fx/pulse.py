@@ -18,15 +18,17 @@ class Pulse:
 
     Args:
         mail: that is failed where another process shows no sign of life.
+        name: of the trainer, the same in all its processes.
         rank: of this process.
         world: number of processes.
         timeout: seconds.
     """
 
-    def __init__(self, mail: Mail, rank: int, world: int, timeout: float) -> None:
+    def __init__(self, mail: Mail, name: str, rank: int, world: int, timeout: float) -> None:
         self.mail, self.rank, self.others, self.timeout = mail, rank, [r for r in range(world) if r != rank], timeout
         store: Any = dist.distributed_c10d._get_default_store()
         self.store = store.clone()  # its own connection: a call may block
+        self.key = f"dni_fx/{name}/pulse"
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._run, name="dni_fx pulse", daemon=True)
         self.thread.start()
@@ -35,7 +37,7 @@ class Pulse:
         """No more signs are given or looked for."""
         self.stopped.set()
         try:
-            self.store.add(f"dni_fx/pulse/{self.rank}", -(2**40))  # gone for good, and rightly so
+            self.store.add(f"{self.key}/{self.rank}", -(2**40))  # gone for good, and rightly so
         except RuntimeError:
             return
 
@@ -43,9 +45,9 @@ class Pulse:
         seen: dict[int, tuple[int, float]] = {}
         try:
             while not self.stopped.wait(min(1.0, self.timeout / 4)):
-                self.store.add(f"dni_fx/pulse/{self.rank}", 1)
+                self.store.add(f"{self.key}/{self.rank}", 1)
                 for rank in self.others:
-                    count = self.store.add(f"dni_fx/pulse/{rank}", 0)
+                    count = self.store.add(f"{self.key}/{rank}", 0)
                     now = time.monotonic()
                     if count < 0 or rank not in seen or seen[rank][0] != count:
                         seen[rank] = (count, now)

@@ -431,7 +431,7 @@ class Run:
                 self.fitted.add(group.name)
                 with self._named(self.stages[group.producer]):
                     message = self.messages.of(group, kinds)
-                    loss = group.source.fit(self.predictions[group.name], message)
+                    loss = group.source.fit(self._to_teach(group), message)
                     if loss is not None and (loss.numel() != 1 or not loss.requires_grad):
                         raise DecouplingError(
                             f"{type(group.source).__name__}.fit must return a scalar with its graph, or None, but "
@@ -444,6 +444,10 @@ class Run:
                 )
         return [(n, loss) for n, loss in losses if loss is not None]
 
+    def _to_teach(self, group: Served) -> Prediction:
+        """What a message is compared with."""
+        return self.predictions[group.name]
+
     def _fit_parts(self, group: Served) -> list[tuple[str, torch.Tensor | None]]:
         """Every consumer that has answered teaches the source that is its own."""
         losses: list[tuple[str, torch.Tensor | None]] = []
@@ -455,7 +459,7 @@ class Run:
                 found = [self.parts.get((n, consumer)) for n in group.names]
                 pairs = zip(group.names, found, strict=True)
                 message = tuple(torch.zeros_like(self.sent[n]) if g is None else g for n, g in pairs)
-                losses.append((group.name, group.source.fit_part(place, self.predictions[group.name], message)))
+                losses.append((group.name, group.source.fit_part(place, self._to_teach(group), message)))
         if all(f"{group.name}/{c}" in self.fitted for c in group.consumers):
             self.fitted.add(group.name)
         return losses

@@ -12,13 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .decoupled import Decoupled
 from .messages import Messages
 from .running import Loss, Run
 from .schedules import Mode
-from .sources import Served, awaited_kinds, message_kinds
+from .sources import Prediction, Served, awaited_kinds, message_kinds
 from .sources.base import like
 from .stepping import kept_weights
 
@@ -40,6 +40,7 @@ class StageRun(Run):
         producers: stages whose values it takes; each is answered.
         consumers: stages that take its values; each answers.
         teaches: synthetic inputs that learn in this stage; others are only used.
+        measure: whether predictions are compared with what arrives.
         on_values: called with what is sent, as soon as it is known.
     """
 
@@ -70,11 +71,14 @@ class StageRun(Run):
         self.error_to = [p for p, kinds in self.asked.items() if "error" in kinds and p not in self.producers]
         self.error_from = len(self.stages) - 1 if _asks_error(self.served) and not self.is_last else None
         self.chain = self._chain() if self.share > 0 else {}
+        self.asked_as: dict[str, int] = {}  # versions of the sources' weights
         self.heard: set[int] = set()
         self.lost: set[int] = set()
         self.arrived: dict[tuple[str, int], Any] = {}
         self.messages = Replies(self)
         self.teaches = {n for n in self.stage.inputs if n in self.inputs}
+        self.measure = False
+        self.casts: list[torch.autocast] = []  # of the caller, for a thread of the stage's own
         self.on_values: Callable[[Payload], None] = lambda values: None
 
     # ---- who writes to whom --------------------------------------------------------------------------------------
@@ -136,7 +140,20 @@ class StageRun(Run):
 
     @staticmethod
     def _hears_late(group: Served, delays: dict[int, int]) -> bool:
-        return message_kinds(group.source) != () and any(delays[c] > 0 for c in group.consumers)
+        return False  # it is asked again then, see below
+
+    def _ask(self, group: Served, values: dict[str, Any]) -> Prediction:
+        self.asked_as[group.name] = _version(group.source)
+        return super()._ask(group, values)
+
+    def _to_teach(self, group: Served) -> Prediction:
+        """What the source says of then now, if it has learnt since: a late message must not correct an outdated guess.
+
+        Else a source that is right by now would be driven on by what was wrong before, d steps long, and oscillate.
+        """
+        if _version(group.source) != self.asked_as[group.name]:
+            return self._ask(group, self.sent)
+        return self.predictions[group.name]
 
     def _forwarded(self) -> None:
         self.on_values({n: self.values[n] for n in self.stage.outputs})
@@ -284,6 +301,11 @@ class Replies(Messages):
         behind = [] if own else [run.arrived.get((kind, c)) for c in run.consumers]
         found = own or [e for e in behind if e is not None]
         return None if not found or len(found) < len(behind) else _mean(found)
+
+
+def _version(source: nn.Module) -> int:
+    """Another number whenever a parameter has been written to."""
+    return sum(p._version for p in source.parameters())
 
 
 def _asked(served: tuple[Served, ...], producer: int, consumer: int, last: bool) -> tuple[str, ...]:

@@ -153,6 +153,7 @@ class Trainer:
             if self._crew is None:
                 self._crew = ThreadCrew(self, schedule.flow)
             self._crew.submit(self._crew.make_jobs(self.steps, self._mode(), values, target))
+            self._measure_next = False
             self.steps += 1
             return self._crew.report(self.steps)
         except BaseException:

@@ -12,7 +12,7 @@ from torch import nn
 
 from .errors import NonFiniteError
 from .flow import Flow
-from .mail import ANSWER, VALUE, Address, Mail, Stopwatch
+from .mail import ANSWER, VALUE, Address, Letter, Mail, Stopwatch
 from .stage_run import Payload, StageRun
 from .stepping import all_finite
 
@@ -50,17 +50,25 @@ class StageWorker:
         self.ahead: dict[tuple[int, int], Payload] = {}  # values of batches to come, by producer and step
         self.consumers: set[int] = set()
         self.answering: set[int] = set()  # stages that something comes back from
+        self.producers: set[int] = set()
+        self.ended: dict[int, int] = {}  # producers that will send nothing of the batches before one
+        self.early: dict[int, list[tuple[int, Payload | None]]] = {}  # answers about batches to come
+        self.draining = False
         self.predicted: set[int] = set()  # producers whose values are not waited for
-        self.updates = self.missed = self.delay_sum = self.delay_count = self.delay_max = self.steps = 0
+        self.updates = self.missed = self.delay_sum = self.delay_count = self.delay_max = self.begun = 0
         self.watch = Stopwatch(index)
         self.random: torch.Tensor | None = None
         if own_random:
             generator = torch.Generator().manual_seed((torch.initial_seed() + 7919 * (index + 1)) % 2**63)
             self.random = generator.get_state()
+        self.kept: list[tuple[nn.Parameter, torch.Tensor | None]] = []  # gradients that a step must not change
         self.late = False  # whether the gradients of the next update hold a late one already
         self.team = [self]  # all workers in the same thread
+        self.own_inputs: dict[int, nn.Module] = {}  # its copies of synthetic inputs that others use, by identity
+        self.own_optimizers: dict[str, torch.optim.Optimizer] = {}
         self.share = 1.0  # of the batch's rows
         self.reduce: Callable[[list[nn.Parameter]], None] | None = None  # over the processes that share the stage
+        self.steps = trainer.steps
         self.losses: list[tuple[str, torch.Tensor]] = []
         self.loss: torch.Tensor | None = None
         self.output: Any = None
@@ -78,10 +86,9 @@ class StageWorker:
         Returns:
             Whether the batch was run; not if what it needs was dropped.
         """
-        self.consumers |= set(run.consumers)
-        self.answering |= run.answering
-        self.predicted = set(run.producers) - run.awaited
+        self._meet(run)
         self.steps = run.step
+        self.begun += 1
         if self.flow.policy == "wait":
             for consumer in run.consumers:
                 sent = self.under_way.setdefault(consumer, set())
@@ -89,27 +96,57 @@ class StageWorker:
         received = self._receive(run)
         self.steps += 1
         if received is None:
-            self.missed += 1
-            for producer in self.predicted:
-                if self.ahead.pop((producer, run.step), None) is not None:
-                    self._send(ANSWER, producer, run.step, None)
-            for stage in run.error_to:
-                self._send(ANSWER, stage, run.step, None)
-            for consumer in run.consumers:  # which may be the next one in this thread
-                self._send(VALUE, consumer, self.steps, None)
+            self._leave_out(run)
             return False
         run.on_values = lambda found: self._send_values(run, found)
         self.owed[run.step] = {p: p in run.awaited or p not in run.producers for p in run.answered}
         self.pending[run.step] = run
+        if run.share > 0 and self.index not in run.active:  # all have to run for the true gradient
+            self.kept = [(p, None if p.grad is None else p.grad.clone()) for p in self._parameters()]
         with self._running("forward", run.step):
             run.start(values, received, context, target)
         for producer in self.predicted:
             if (known := self.ahead.pop((producer, run.step), None)) is not None:
                 self._see(run, producer, known)
+            elif self.ended.get(producer, 0) > run.step:
+                self._miss(run, producer)
+        for stage, payload in self.early.pop(run.step, ()):
+            run.hear(stage, payload)
         if run.is_last:
             self.loss, self.output = run.loss, run.output
         self._answer(run)
         return True
+
+    def skip(self, run: StageRun) -> None:
+        """Leave out a batch that there is no time for, and say so to everybody who waits."""
+        self._meet(run)
+        self.steps = run.step + 1
+        for producer in run.awaited:
+            address = Address(VALUE, producer, self.index)
+            while (letter := self.mail.peek(address)) is not None and letter.step <= run.step:
+                self.mail.take(address)
+                if letter.payload is not None:
+                    self._send(ANSWER, producer, letter.step, None)
+        self._leave_out(run)
+        self._collect()
+
+    def _meet(self, run: StageRun) -> None:
+        """Remember who takes part."""
+        self.producers |= set(run.producers)
+        self.consumers |= set(run.consumers)
+        self.answering |= run.answering
+        self.predicted = set(run.producers) - run.awaited
+
+    def _leave_out(self, run: StageRun) -> None:
+        self.missed += 1
+        self.early.pop(run.step, None)
+        for producer in self.predicted:
+            if self.ahead.pop((producer, run.step), None) is not None:
+                self._send(ANSWER, producer, run.step, None)
+        for stage in run.error_to:
+            self._send(ANSWER, stage, run.step, None)
+        for consumer in run.consumers:  # which may be the next one in this thread
+            self._send(VALUE, consumer, self.steps, None)
 
     def finish(self, run: StageRun) -> None:
         """Learn from the answers that are there, or due, and update."""
@@ -124,8 +161,9 @@ class StageWorker:
             self._settle(run.step)
         else:
             self._settle_until(run.step - (0 if run.is_locked else self.lag))
-        if run.share > 0 and self.index not in run.active:  # all had to run for the true gradient
-            self._drop_gradients()
+        for parameter, gradient in self.kept:
+            parameter.grad = gradient
+        self.kept = []
         self._update()
 
     def drain(self, step: int) -> None:
@@ -136,10 +174,22 @@ class StageWorker:
 
     def end(self) -> None:
         """No batch comes for now: what was not sent is not sent any more, and nobody need wait for it."""
-        for consumer in sorted(self.consumers) if self.flow.policy == "drop_oldest" else ():
+        self.draining = True
+        for consumer in sorted(self.consumers):
             for step, _ in self.backlog.pop(consumer, ()):
                 self._hear(step, consumer, None)
             self._send(VALUE, consumer, self.steps, None)
+
+    def rest(self) -> None:
+        """After the last batch is settled: until nobody has anything to say to this stage, or to hear from it."""
+        self._until(
+            lambda: (
+                not any(self.under_way.values())
+                and all(self.ended.get(p, 0) >= self.steps for p in self.producers)
+            ),
+            "the end of what is under way",
+        )
+        self.draining = False
 
     # ---- values ----------------------------------------------------------------------------------------------------
 
@@ -147,7 +197,7 @@ class StageWorker:
         received: Payload = {}
         taken = []
         for producer in sorted(run.awaited):
-            found = self._next(producer, run.step)
+            found = self.ahead.pop((producer, run.step), None) or self._next(producer, run.step)
             if found is not None:
                 taken.append(producer)
                 received.update(found)
@@ -168,10 +218,21 @@ class StageWorker:
             if letter.step > step:
                 return None
             self.mail.take(address)
+            self._note_end(producer, letter)
             if letter.payload is not None and letter.step == step:
                 return dict(letter.payload)
             if letter.payload is not None:  # of a batch that was left out since another stage's values were missing
                 self._send(ANSWER, producer, letter.step, None)
+
+    def _note_end(self, producer: int, letter: Letter) -> None:
+        """Nothing of the batches before a letter's comes after it."""
+        self.ended[producer] = letter.step
+
+    def _miss(self, run: StageRun, producer: int) -> None:
+        """Values that were predicted will not come."""
+        if self.owed.get(run.step, {}).get(producer) is False:
+            del self.owed[run.step][producer]
+            run.miss(producer)
 
     def _send_values(self, run: StageRun, values: Payload) -> None:
         for consumer in run.consumers:
@@ -222,13 +283,12 @@ class StageWorker:
                     step, payload = waiting.popleft()
                     sent.add(step)
                     self._send(VALUE, stage, step, payload)
-        for producer in sorted(self.predicted):
+        for producer in sorted(self.producers if self.draining else self.predicted):
             while (letter := self.mail.take(Address(VALUE, producer, self.index))) is not None:
                 found = True
+                self._note_end(producer, letter)
                 for older in [r for s, r in self.pending.items() if s < letter.step]:  # their values were dropped
-                    if self.owed.get(older.step, {}).get(producer) is False:
-                        del self.owed[older.step][producer]
-                        older.miss(producer)
+                    self._miss(older, producer)
                 if letter.payload is None:
                     continue
                 run = self.pending.get(letter.step)
@@ -244,6 +304,8 @@ class StageWorker:
         run = self.pending.get(step)
         if run is not None:
             run.hear(stage, payload)
+        elif step >= self.steps:  # of a stage that did not wait for this one's values
+            self.early.setdefault(step, []).append((stage, payload))
 
     def _settle_until(self, step: int) -> None:
         """Wait for everything that is due for the batches up to one, and learn from it."""
@@ -266,16 +328,17 @@ class StageWorker:
                 self.late |= late
                 run.advance(self.steps - 1)
                 self._answer(run)
+                if self.losses and self.trainer.accumulate == 1:
+                    self._update_sources()  # every answer makes a step of its own
+                self._check_heard(run)
                 if losses := run.fit():
                     delay = self.steps - 1 - step
                     self.delay_sum, self.delay_count = self.delay_sum + delay, self.delay_count + 1
                     self.delay_max = max(self.delay_max, delay)
-                    if any(n in {m for m, _ in self.losses} for n, _ in losses) and self.trainer.accumulate == 1:
-                        self._update_sources()
                     weight = self.flow.discount**delay * self.share
                     torch.autograd.backward([loss * weight if weight != 1 else loss for _, loss in losses])
                     self.losses += [(n, loss.detach()) for n, loss in losses]
-                if step % self.trainer.metrics_every == 0 or self.trainer._measure_next:
+                if run.measure:
                     self.trainer._measured.update(run.compare(step))
             if run.is_answered and not run.tapes and not self.owed.get(step):
                 del self.pending[step]
@@ -321,13 +384,29 @@ class StageWorker:
 
     def _update_sources(self) -> None:
         for name in dict.fromkeys(n for n, _ in self.losses):
-            optimizer = self.trainer.synthesizer_optimizers.get(name)
+            optimizer = self.own_optimizers.get(name) or self.trainer.synthesizer_optimizers.get(name)
             if optimizer is not None:
                 if self.reduce is not None:
                     self.reduce([p for group in optimizer.param_groups for p in group["params"]])
                 optimizer.step()
                 optimizer.zero_grad()
         self.losses = []
+
+    def _check_heard(self, run: StageRun) -> None:
+        """What sources learn from is finite: they keep averages of it."""
+        heard = [(f"the gradient of interface {n!r}", g) for n, g in run.gradients.items() if g is not None]
+        heard += [(f"the value of interface {n!r}", run.values[n]) for n in run.input_predictions if n in run.values]
+        if not all_finite([t for _, t in heard]):
+            self._refuse(run.step, heard)
+
+    def _refuse(self, step: int, places: list[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in places:
+            if not bool(tensor.isfinite().all()):
+                kind = "NaN" if bool(tensor.isnan().any()) else "infinite"
+                raise NonFiniteError(
+                    f"{self.name}, step {step + 1}: {name} is {kind}; this stage was not updated. Look at the batch, "
+                    "lower the learning rates or set clip_norm="
+                )
 
     def _check_finite(self, gradients: list[torch.Tensor]) -> None:
         found = [loss for _, loss in self.losses]
@@ -343,13 +422,7 @@ class StageWorker:
         places += [(f"the regression of the source at interface {n!r}", loss) for n, loss in self.losses]
         named = self.trainer._stage_parameters.get(self.name, [])
         places += [(f"the gradient of parameter {n!r}", p.grad) for n, p in named if p.grad is not None]
-        for name, tensor in places:
-            if not bool(tensor.isfinite().all()):
-                kind = "NaN" if bool(tensor.isnan().any()) else "infinite"
-                raise NonFiniteError(
-                    f"{self.name}, step {self.steps}: {name} is {kind}; this stage was not updated. Look at the batch, "
-                    "lower the learning rates or set clip_norm="
-                )
+        self._refuse(self.steps - 1, places)
 
     # ---- waiting and measuring -------------------------------------------------------------------------------------
 
@@ -361,16 +434,21 @@ class StageWorker:
         self._collect()
         while not ready():
             for worker in reversed(self.team):
-                worker._collect()
-                if worker.lag is None:
-                    worker._settle(worker.steps)
+                worker.attend()
             with self._timed("wait", self.steps):
-                self.mail.wait(lambda: ready() or any(w._has_letters() for w in self.team), f"{self.name}: {what}")
+                self.mail.wait(lambda: ready() or any(w.has_letters() for w in self.team), f"{self.name}: {what}")
             self._collect()
 
-    def _has_letters(self) -> bool:
+    def attend(self) -> None:
+        """Open what has come while there is no batch: others may wait for what is owed for it."""
+        self._collect()
+        if self.lag is None:
+            self._settle(self.steps)
+
+    def has_letters(self) -> bool:
+        """Whether something has come that was not opened."""
         boxes = [Address(ANSWER, s, self.index) for s in self.answering]
-        boxes += [Address(VALUE, p, self.index) for p in self.predicted]
+        boxes += [Address(VALUE, p, self.index) for p in (self.producers if self.draining else self.predicted)]
         return any(self.mail.boxes.get(b) for b in boxes)
 
     def _send(self, kind: str, stage: int, step: int, payload: Payload | None) -> None:

@@ -159,7 +159,7 @@ class Calibration(Schedule):
             _check_whole("exact_from", self.exact_from, 0)
         if self.every is None and self.exact_from is None:
             raise DecouplingError("Calibration without every and exact_from has no exact steps: give one of them")
-        object.__setattr__(self, "then", make_schedule(self.then))
+        object.__setattr__(self, "then", _inner(self.then))
 
     def mode(self, step: int, stages: int) -> Mode:
         """Exact for all stages, or what ``then`` says."""
@@ -188,7 +188,7 @@ class WarmUp(Schedule):
     def __post_init__(self) -> None:
         _check_whole("steps", self.steps, 0)
         _check_whole("fade", self.fade, 0)
-        object.__setattr__(self, "then", make_schedule(self.then))
+        object.__setattr__(self, "then", _inner(self.then))
 
     def mode(self, step: int, stages: int) -> Mode:
         """Exact, mixed, or what ``then`` says."""
@@ -227,7 +227,7 @@ class Threads(Schedule):
     then: str | Schedule = "sequential"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "then", make_schedule(self.then))
+        object.__setattr__(self, "then", _inner(self.then))
         self.flow  # noqa: B018  raises
 
     @property
@@ -263,6 +263,14 @@ def make_schedule(option: str | Schedule) -> Schedule:
     if isinstance(got, type) and issubclass(got, Schedule):
         raise DecouplingError(f"got the class {got.__name__} as schedule; pass an object, {got.__name__}(...)")
     raise DecouplingError(f"a schedule is a name or a Schedule, but got {got!r}. {known}.")
+
+
+def _inner(option: str | Schedule) -> Schedule:
+    """What a schedule does in its other steps."""
+    schedule = make_schedule(option)
+    if isinstance(schedule, Threads):
+        raise DecouplingError("Threads says where stages run, so it comes first: Threads(then=...)")
+    return schedule
 
 
 def _check_share(name: str, share: object) -> None:

@@ -49,7 +49,7 @@ class Each(GradientSource):
         from . import make_source  # the table of names is made of the classes there
 
         made = [make_source(source, specs, context) for _ in range(parts)]
-        if any(s.message != "gradient" or s.lag is not None for s in made):
+        if any(s.message != "gradient" or s.lag is not None or s.exact for s in made):
             raise DecouplingError(
                 f"one source for each consumer must learn from gradients and answer at once, as 'linear', 'mlp', "
                 f"'conv' and 'auto' do; {type(made[0]).__name__} does not"
