@@ -1,8 +1,8 @@
 """Long and rough runs of stages on several processes: kills, stalls, slow consumers, memory.
 
-    python benchmarks/soak.py                      # all of it, into docs/soak.md: about half an hour on 2 cores
+    python benchmarks/soak.py                      # all of it, into docs/soak.md: about a quarter of an hour
     python benchmarks/soak.py --only kills --kills 3
-    python benchmarks/soak.py --quick              # every part, shortened, in about two minutes
+    python benchmarks/soak.py --quick              # every part, shortened, in about two minutes; nothing is written
 
 Every part starts its own processes with torchrun, watches them from outside, and checks a claim:
 
@@ -194,7 +194,7 @@ class Watched:
 
 def kills(folder: Path, quick: bool, count: int) -> list[str]:
     """Each rank in turn, at random moments."""
-    steps, every, ranks = (400, 20, 2) if quick else (4000, 50, 3)
+    steps, every, ranks = (400, 20, 2) if quick else (6000, 50, 3)
     options = {"steps": steps, "every": every, "staleness": 2}
     calm = Watched(folder / "calm", ranks, **options).result(600)
     rough = Watched(folder / "rough", ranks, restarts=count + 5, **options)
@@ -286,6 +286,16 @@ def slow(folder: Path, quick: bool, count: int) -> list[str]:
     return lines
 
 
+def write(path: Path, name: str, found: list[str]) -> None:
+    """Put a part's lines into the report, which keeps those of the others."""
+    known = path.read_text().split("\n## ")[1:] if path.exists() else []
+    parts = {text.split("\n", 1)[0]: text.split("\n", 1)[1].strip() for text in known}
+    command = f"`python benchmarks/soak.py --only {name}`; {describe_environment()}"
+    parts[name] = "\n".join([command, "", "```", *found, "```"])
+    head = "# Long and rough runs\n\nWhat each part does stands at the head of `benchmarks/soak.py`.\n"
+    path.write_text(head + "".join(f"\n## {n}\n\n{parts[n]}\n" for n in PARTS if n in parts))
+
+
 def main() -> None:
     """Run the parts and write what they found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -298,18 +308,16 @@ def main() -> None:
     if options.work:
         work(json.loads(options.work))
         return
-    text = ["# Long and rough runs", "", f"`python benchmarks/soak.py`; {describe_environment()}", ""]
     folder = Path(tempfile.mkdtemp(prefix="dni_fx_soak_"))
     try:
         for name in options.only:
             start = time.perf_counter()
             found = globals()[name](folder / name, options.quick, 3 if options.quick else options.kills)
             print(f"{name} ({time.perf_counter() - start:.0f} s)", *found, sep="\n", flush=True)
-            text += [f"## {name}", "", "```", *found, "```", ""]
+            if not options.quick:
+                write(options.out, name, found)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    if not options.quick and tuple(options.only) == PARTS:
-        options.out.write_text("\n".join(text))
 
 
 if __name__ == "__main__":

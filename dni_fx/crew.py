@@ -245,7 +245,9 @@ class ThreadCrew(Crew):
         while not self.mail.boxes.get(box):
             self.mail.wait(lambda: bool(self.mail.boxes.get(box)) or worker.has_letters(), "a batch")
             with torch.enable_grad(), self._named(index, worker.steps - 1):
+                worker.clear()
                 worker.attend()
+                worker.update()
         with self.mail.changed:
             self.idle[index] = False
             letter = self.mail.boxes[box].popleft()

@@ -164,13 +164,13 @@ class StageWorker:
         for parameter, gradient in self.kept:
             parameter.grad = gradient
         self.kept = []
-        self._update()
+        self.update()
 
     def drain(self, step: int) -> None:
         """Settle one of the batches that are pending."""
         if step in self.pending:
             self._settle_until(step)
-            self._update()
+            self.update()
 
     def end(self) -> None:
         """No batch comes for now: what was not sent is not sent any more, and nobody need wait for it."""
@@ -323,7 +323,7 @@ class StageWorker:
             with self._running("backward", step):
                 late = bool(run.tapes) and run.is_answered and not run.is_locked
                 if late and self.late and self.trainer.accumulate == 1:
-                    self._update()  # every late gradient makes a step of its own
+                    self.update()  # every late gradient makes a step of its own
                     self._drop_gradients()
                 self.late |= late
                 run.advance(self.steps - 1)
@@ -363,7 +363,7 @@ class StageWorker:
     def _parameters(self) -> list[nn.Parameter]:
         return [p for _, p in self.trainer._stage_parameters.get(self.name, [])]
 
-    def _update(self) -> None:
+    def update(self) -> None:
         """Step the optimisers where an update is due, once everything is known to be finite."""
         trainer = self.trainer
         if self.steps % trainer.accumulate:
