@@ -71,6 +71,7 @@ class StageRun(Run):
         self.error_to = [p for p, kinds in self.asked.items() if "error" in kinds and p not in self.producers]
         self.error_from = len(self.stages) - 1 if _asks_error(self.served) and not self.is_last else None
         self.chain = self._chain() if self.share > 0 else {}
+        self.asked_again: dict[str, Prediction] = {}
         self.asked_as: dict[str, int] = {}  # versions of the sources' weights
         self.heard: set[int] = set()
         self.lost: set[int] = set()
@@ -152,8 +153,8 @@ class StageRun(Run):
         Else a source that is right by now would be driven on by what was wrong before, d steps long, and oscillate.
         """
         if _version(group.source) != self.asked_as[group.name]:
-            return self._ask(group, self.sent)
-        return self.predictions[group.name]
+            self.asked_again[group.name] = self._ask(group, self.sent)
+        return self.asked_again.get(group.name, self.predictions[group.name])
 
     def _forwarded(self) -> None:
         self.on_values({n: self.values[n] for n in self.stage.outputs})
