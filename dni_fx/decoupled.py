@@ -400,7 +400,9 @@ class Decoupled(nn.Module):
 
         ``loss = criterion(m(x), y); loss.backward(); optimizer.step()``. It is of a subclass of the model's class, with
         its signature, its parameters (by reference) and its ``state_dict``. In evaluation mode and under ``no_grad`` it
-        is the model. The stages' activations are freed one stage after the other; the sources learn in ``backward``.
+        is the model. The stages' activations are freed one stage after the other; the sources learn in ``backward``,
+        for which those that learn from gradients are asked again. A call's gradients are handed over once: losses are
+        added up before ``backward``. What is not finite teaches no source.
 
         The unit rule: where the loss is not the mean loss itself but a multiple of it, as with a GradScaler
         (``unit=scaler.get_scale``) or accumulation over n batches (``unit=1 / n``), ``unit`` says which. What the
@@ -411,14 +413,14 @@ class Decoupled(nn.Module):
             synthesizer_optimizer: makes an optimiser from a source's ``(name, parameter)`` pairs; it steps in
                 ``backward``.
             context: takes the call's arguments and returns the training target that the sources may see, such as
-                ``lambda *, labels, **_: labels``; or use ``with m.context(y):``.
+                ``lambda *, labels, **_: labels``; or use ``with m.context(y):``, which goes before it.
             unit: the factor in front of the mean loss, or a function that returns it.
 
         Returns:
             The module.
 
         Raises:
-            DecouplingError: a source that waits, or learns from more than gradients; synthetic inputs.
+            DecouplingError: a source that waits, or learns from more than the sum of its gradients; synthetic inputs.
         """
         from .dropin import make_module
 
