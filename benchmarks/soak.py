@@ -58,20 +58,36 @@ class Ladder(nn.Module):
         return self.last(torch.cat([self.third(b), a], 1))
 
 
+class Sleep(torch.autograd.Function):
+    """The value itself, after a while: an operator of its own, since one without any would not be in the graph."""
+
+    draw = random.Random(1)
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seconds: float, at_random: bool) -> Tensor:
+        """Always so many seconds, or in one batch of forty up to one."""
+        if not at_random:
+            time.sleep(seconds)
+        elif Sleep.draw.random() < 1 / 40:
+            time.sleep(Sleep.draw.random())
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """The gradient itself."""
+        return gradients[0], None, None
+
+
 class Dawdle(nn.Module):
-    """Sleeps in training: always, or in one batch of forty for up to a second."""
+    """Sleeps."""
 
     def __init__(self, seconds: float, at_random: bool) -> None:
         super().__init__()
-        self.seconds, self.at_random, self.draw = seconds, at_random, random.Random(1)
+        self.seconds, self.at_random = seconds, at_random
 
     def forward(self, x: Tensor) -> Tensor:
         """The value itself."""
-        if not self.at_random:
-            time.sleep(self.seconds)
-        elif self.draw.random() < 1 / 40:
-            time.sleep(self.draw.random())
-        return x
+        return Sleep.apply(x, self.seconds, self.at_random)
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:

@@ -261,7 +261,7 @@ class Trainer(training.Trainer):
         try:
             values = self.decoupled.bind(*args, **kwargs)
             team = self._team_now()
-            self._meet()
+            self.drain()
             self._evaluations += 1
             number = -self._evaluations
             self._size(number, values)

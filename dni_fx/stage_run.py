@@ -80,7 +80,7 @@ class StageRun(Run):
         self.teaches = {n for n in self.stage.inputs if n in self.inputs}
         self.measure = False
         self.casts: list[torch.autocast] = []  # of the caller, for a thread of the stage's own
-        self.on_values: Callable[[Payload], None] = lambda values: None
+        self.on_values: Callable[[Payload], None] | None = None
 
     # ---- who writes to whom --------------------------------------------------------------------------------------
 
@@ -126,7 +126,7 @@ class StageRun(Run):
         self._hold_stage(self.stage, self._delays())
         self._ask_to_learn(self._delays())
         if self.index not in self.active and self.share == 0:
-            self.on_values({n: self.values[n] for n in self.stage.outputs if n in self.values})
+            self._forwarded()
         known = self._known()
         self.sent = {n: known[n] for n in self.carried if n in known}
         if self.share == 0:
@@ -135,7 +135,7 @@ class StageRun(Run):
     def _predict_inputs(self) -> None:
         model_inputs = tuple(self.values[n] for n in self.split.model_inputs)
         for name in self.stage.inputs:
-            if name in self.inputs:
+            if name in self.inputs and (self.share == 0 or name in self.teaches):
                 with torch.set_grad_enabled(name in self.teaches), kept_weights(self.inputs[name]):
                     self.input_predictions[name] = self.inputs[name].predict(model_inputs)
 
@@ -157,7 +157,8 @@ class StageRun(Run):
         return self.asked_again.get(group.name, self.predictions[group.name])
 
     def _forwarded(self) -> None:
-        self.on_values({n: self.values[n] for n in self.stage.outputs})
+        if self.on_values is not None:
+            self.on_values({n: self.values[n] for n in self.stage.outputs if n in self.values})
 
     def _delays(self) -> dict[int, int]:
         """Others answer late, always; the stage itself where a source of its own waits for that."""

@@ -76,7 +76,9 @@ class StageWorker:
     # ---- one batch -------------------------------------------------------------------------------------------------
 
     def clear(self) -> None:
-        """Drop the gradients of a finished update."""
+        """Drop the gradients of a finished update; a late one that came since makes its own."""
+        if self.late:
+            self.update()
         if self.steps % self.trainer.accumulate == 0:
             self._drop_gradients()
 
@@ -105,6 +107,7 @@ class StageWorker:
             self.kept = [(p, None if p.grad is None else p.grad.clone()) for p in self._parameters()]
         with self._running("forward", run.step):
             run.start(values, received, context, target)
+        run.on_values = None  # no circle: a batch's tensors go when the batch does
         for producer in self.predicted:
             if (known := self.ahead.pop((producer, run.step), None)) is not None:
                 self._see(run, producer, known)
@@ -190,6 +193,7 @@ class StageWorker:
             "the end of what is under way",
         )
         self.draining = False
+        self.clear()
 
     # ---- values ----------------------------------------------------------------------------------------------------
 
@@ -351,7 +355,9 @@ class StageWorker:
         unseen = [r for r in self.pending.values() if self._unseen(r)]
         for run in unseen[: max(0, len(unseen) - self.flow.queue)]:
             run.lose()
-            self.owed.pop(run.step, None)
+            for stage, came in self.owed.pop(run.step, {}).items():
+                if came:
+                    self._send(ANSWER, stage, run.step, None)
             self.pending.pop(run.step)
 
     # ---- updates ---------------------------------------------------------------------------------------------------
