@@ -174,7 +174,7 @@ class Trainer(training.Trainer):
         self.parallel = dist.is_initialized()
         self.rank = dist.get_rank(group) if self.parallel else 0
         self.world = dist.get_world_size(group) if self.parallel else 1
-        self.mail = Mail(self.timeout)
+        self.mail = Mail(1.5 * self.timeout)  # that a process hangs is known before, and by name
         self.places: Places | None = None
         self.links: Links | None = None
         self._pulse: Pulse | None = None
@@ -336,6 +336,7 @@ class Trainer(training.Trainer):
         if self.links is not None and self.mail.failure is None:
             self.links.close()
         self.links = self._pulse = None
+        self.mail.fail(ParallelError("the trainer was closed: make another one to go on"))
 
     def __enter__(self) -> Trainer:
         return self

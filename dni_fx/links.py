@@ -7,6 +7,7 @@ stream, and later receives are posted longer.
 
 from __future__ import annotations
 
+import atexit
 import threading
 from collections import deque
 from collections.abc import Iterable
@@ -125,6 +126,8 @@ class Links:
             for r in self.others
         ]
         mail.post = self.post
+        self.told: set[int] = set()  # who has had the last letter
+        atexit.register(self._leave)
         for thread in self.threads:
             thread.start()
 
@@ -158,6 +161,12 @@ class Links:
             payload = join([parts[place] for place in sorted(parts)], address.kind == ANSWER)
         self.mail.deliver(address, Letter(step, payload))
 
+    def _leave(self) -> None:
+        """No thread waits in gloo when the interpreter ends: that would abort the process."""
+        self._tell(_Failure("its script ended before trainer.close()"))  # which the others answer
+        for thread in self.threads:
+            thread.join(2.0)
+
     def close(self) -> None:
         """Say so to the others and wait until they have said so, too."""
         self._tell(_End())
@@ -165,17 +174,25 @@ class Links:
             thread.join(self.timeout)
         for stream in self.outgoing.values():
             stream.close(self.timeout)
+        atexit.unregister(self._leave)
 
     def fail(self, message: str) -> None:
         """Tell the others why this process ends."""
         self._tell(_Failure(message))
 
     def _tell(self, last: Any) -> None:
-        for stream in self.outgoing.values():
+        for rank in self.others:
+            self._tell_one(rank, last)
+
+    def _tell_one(self, rank: int, last: Any) -> None:
+        with self.mail.changed:
+            told = rank in self.told
+            self.told.add(rank)
+        if not told:
             try:
-                stream.send(last)
+                self.outgoing[rank].send(last)
             except RuntimeError:  # it has ended already
-                stream.closed = True
+                self.outgoing[rank].closed = True
 
     def _receive(self, rank: int, tag: int, group: Any) -> None:
         length = SHORTEST
@@ -194,10 +211,10 @@ class Links:
                     rest.wait()
                     length = max(length, _later(letter))
                     letter = unpack(whole)
-                if isinstance(letter, _End):
-                    return
                 if isinstance(letter, _Failure):
                     self.mail.fail(ParallelError(f"rank {rank} failed: {letter.message}"))
+                if isinstance(letter, _End | _Failure):
+                    self._tell_one(rank, _End())  # it waits for a last word
                     return
                 address, step, part, payload = letter
                 self._put_together(Address(*address), step, Part(*part), payload)
