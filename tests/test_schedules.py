@@ -199,7 +199,10 @@ def test_schedules_are_frozen_hashable_and_print_how_they_are_made() -> None:
 
 BAD = [
     (lambda: make_schedule("sequental"), "unknown schedule 'sequental'; did you mean 'sequential'?"),
-    (lambda: make_schedule("calibration"), r"Known: 'sequential', 'random', 'threads', or a Schedule object, such as Calibration"),
+    (
+        lambda: make_schedule("calibration"),
+        r"Known: 'sequential', 'random', 'threads', or a Schedule object, such as Calibration",
+    ),
     (lambda: make_schedule(WarmUp), r"got the class WarmUp as schedule; pass an object, WarmUp\(\.\.\.\)"),
     (lambda: make_schedule(3), "a schedule is a name or a Schedule, but got 3"),
     (lambda: make_schedule([]), r"a schedule is a name or a Schedule, but got \[\]"),
