@@ -327,15 +327,17 @@ class Trainer(training.Trainer):
                 yield letter.payload[0]
 
     def close(self) -> None:
-        """Finish what is under way and part from the other processes; to be called in every process, once."""
+        """Finish what is under way, and wait for the other processes to close, too; to be called in every process."""
         if self._team is not None and self.mail.failure is None:
             self.drain()
             self._checkpoints.wait()
-        if self._pulse is not None:
-            self._pulse.stop()
-        if self.links is not None and self.mail.failure is None:
-            self.links.close()
-        self.links = self._pulse = None
+        try:
+            if self.links is not None and self.mail.failure is None:
+                self.links.close()
+        finally:
+            if self._pulse is not None:
+                self._pulse.stop()
+            self.links = self._pulse = None
         self.mail.fail(ParallelError("the trainer was closed: make another one to go on"))
 
     def __enter__(self) -> Trainer:

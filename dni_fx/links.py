@@ -8,6 +8,7 @@ stream, and later receives are posted longer.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Iterable
@@ -26,6 +27,7 @@ SHORTEST, LONGEST = 2**16, 2**26  # bytes of a posted receive
 _TAG = 0x0D41
 _YEAR = timedelta(days=365)
 _trainers = 0
+_idle: dict[tuple[int, ...], Any] = {}  # groups of closed trainers, by ranks
 
 
 class _Failure(NamedTuple):
@@ -41,6 +43,16 @@ class _End(NamedTuple):
 def _later(length: int) -> int:
     """Bytes of the receives that are posted after a letter of this length, which did not fit."""
     return min(LONGEST, max(SHORTEST, 1 << (length - 1).bit_length()))
+
+
+def _group_of(ranks: tuple[int, ...]) -> Any:
+    """A group for one trainer; of an earlier one where that has closed, since a group keeps threads and sockets."""
+    group = _idle.pop(ranks, None)
+    with contextlib.suppress(KeyError, ValueError):
+        if group is not None and dist.get_process_group_ranks(group):
+            return group
+    # A receive waits for as long as nothing is sent; who lives is found out by other means.
+    return dist.new_group(list(ranks), backend="gloo", timeout=_YEAR, use_local_synchronization=True)
 
 
 class _Outgoing:
@@ -83,6 +95,10 @@ class _Outgoing:
             try:
                 work.wait()
             except RuntimeError:  # the receiving side tells what is wrong
+                with self.changed:
+                    self.closed = True
+                    self.works.clear()
+                    self.changed.notify_all()
                 return
             del _buffer
             with self.changed:
@@ -116,13 +132,13 @@ class Links:
         self.rank = dist.get_rank(group)
         self.others = [r for r in range(dist.get_world_size(group)) if r != self.rank]
         tag = _TAG + 2 * _trainers
-        # A receive waits for as long as nothing is sent; who lives is found out by other means.
         ranks = dist.get_process_group_ranks(dist.group.WORLD if group is None else group)
         self.name = f"{_trainers}/{'-'.join(map(str, ranks))}"
-        group = dist.new_group(ranks, backend="gloo", timeout=_YEAR, use_local_synchronization=True)
-        self.outgoing = {r: _Outgoing(r, tag, group) for r in self.others}
+        self.ranks = tuple(ranks)
+        self.group = _group_of(self.ranks)
+        self.outgoing = {r: _Outgoing(r, tag, self.group) for r in self.others}
         self.threads = [
-            threading.Thread(target=self._receive, args=(r, tag, group), name=f"dni_fx from rank {r}", daemon=True)
+            threading.Thread(target=self._receive, args=(r, tag), name=f"dni_fx from rank {r}", daemon=True)
             for r in self.others
         ]
         mail.post = self.post
@@ -168,13 +184,19 @@ class Links:
             thread.join(2.0)
 
     def close(self) -> None:
-        """Say so to the others and wait until they have said so, too."""
+        """Say so to the others, and wait until they have said so, too.
+
+        Each process's word is its last: what comes where nobody receives would keep gloo's thread busy for ever.
+        """
         self._tell(_End())
         for thread in self.threads:
-            thread.join(self.timeout)
+            while thread.is_alive() and self.mail.failure is None:
+                thread.join(0.1)
+        self.mail.check()
         for stream in self.outgoing.values():
             stream.close(self.timeout)
         atexit.unregister(self._leave)
+        _idle[self.ranks] = self.group
 
     def fail(self, message: str) -> None:
         """Tell the others why this process ends."""
@@ -194,26 +216,27 @@ class Links:
             except RuntimeError:  # it has ended already
                 self.outgoing[rank].closed = True
 
-    def _receive(self, rank: int, tag: int, group: Any) -> None:
+    def _receive(self, rank: int, tag: int) -> None:
         length = SHORTEST
         posted: deque[tuple[Any, torch.Tensor]] = deque()
         try:
             while True:
                 while len(posted) < AHEAD:
                     buffer = torch.empty(length, dtype=torch.uint8)
-                    posted.append((dist.irecv(buffer, group=group, group_src=rank, tag=tag), buffer))
+                    posted.append((dist.irecv(buffer, group=self.group, group_src=rank, tag=tag), buffer))
                 work, buffer = posted.popleft()
                 work.wait()
                 letter = unpack(buffer)
                 if isinstance(letter, int):
                     whole = torch.empty(letter, dtype=torch.uint8)
-                    rest: Any = dist.irecv(whole, group=group, group_src=rank, tag=tag + 1)
+                    rest: Any = dist.irecv(whole, group=self.group, group_src=rank, tag=tag + 1)
                     rest.wait()
                     length = max(length, _later(letter))
                     letter = unpack(whole)
+                if isinstance(letter, _End):
+                    return
                 if isinstance(letter, _Failure):
                     self.mail.fail(ParallelError(f"rank {rank} failed: {letter.message}"))
-                if isinstance(letter, _End | _Failure):
                     self._tell_one(rank, _End())  # it waits for a last word
                     return
                 address, step, part, payload = letter

@@ -36,6 +36,7 @@ class Pulse:
     def stop(self) -> None:
         """No more signs are given or looked for."""
         self.stopped.set()
+        self.thread.join(self.timeout)
         try:
             self.store.add(f"{self.key}/{self.rank}", -(2**40))  # gone for good, and rightly so
         except RuntimeError:

@@ -1,0 +1,1 @@
+"""What the tests of distributed training start as processes."""
