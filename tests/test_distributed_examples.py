@@ -103,6 +103,6 @@ distributed_text.main()
 def test_a_slow_client_holds_nobody_up(tmp_path: Path, processes: int) -> None:
     updates = rows(run(*TRUNK, cwd=tmp_path, processes=processes).split("\n\n")[1])
     assert list(updates) == ["trunk", "digit", "parity", "large"]
-    assert int(updates["large"][1]) < 0.4 * int(updates["large"][0])
+    assert int(updates["large"][1]) < 0.7 * min(int(updates[name][1]) for name in ("digit", "parity"))
     for name in ("trunk", "digit", "parity"):  # results come from longer runs on a machine that is not busy
         assert int(updates[name][1]) > 0.6 * int(updates[name][0])
