@@ -397,3 +397,18 @@ def test_a_small_model_that_spares_fake_tensors_its_questions_is_looked_into() -
     assert len(decoupled.stages) == 4
     for mask in (torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.ones(4)):
         torch.testing.assert_close(decoupled(x, mask), model(x, mask), rtol=0, atol=0)
+
+
+def test_a_value_in_a_formatted_string_is_read() -> None:
+    """An expert chosen by ``f"expert_{index}"`` was the example's for every input."""
+
+    class Experts(nn.ModuleDict):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self[f"expert_{x.sum().gt(0).long()}"](x)
+
+    torch.manual_seed(0)
+    experts = Experts({f"expert_{i}": nn.Linear(4, 4) for i in range(2)})
+    model, x = nn.Sequential(nn.Identity(), experts, nn.Linear(4, 2)), torch.ones(3, 4)
+    decoupled = dni_fx.decouple(model, ["1"], example_inputs=(x,))
+    for inputs in (x, -x):
+        assert torch.equal(decoupled(inputs), model(inputs))
