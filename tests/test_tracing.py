@@ -694,7 +694,7 @@ def test_a_split_that_goes_in_circles_is_refused() -> None:
 
 
 def test_layers_dropped_by_a_draw_are_drawn_anew_in_every_step() -> None:
-    """LayerDrop reads a random tensor: the module that does is one opaque node in training and drops what eager does."""
+    """LayerDrop reads a random tensor: its module is one opaque node in training, and drops what eager drops."""
 
     class LayerDrop(nn.Module):
         def __init__(self) -> None:
