@@ -737,7 +737,7 @@ def _table_row(row: Row) -> str:
     if row.get("stages", STAGES) != STAGES:
         notes.append(f"{row['stages']} stages")
     seconds = f"{row['transform_seconds']:.1f}" if "transform_seconds" in row else ""
-    cells = [row["name"], row.get("image", ""), row.get("nodes", ""), row.get("rung", "none")]
+    cells = [row["name"], row.get("image") or "", row.get("nodes", ""), row.get("rung", "none")]
     cells += [row.get("interfaces", ""), row.get("implied", ""), *marks, seconds]
     if "gap" in row:
         cells += [f"{row['slowest'] * 1e3:.1f}", f"{row['bound'] * 1e3:.1f}", f"{row['gap']:.1%}"]
