@@ -2,7 +2,7 @@
 #
 #   make demo                  backprop, exact mode, DNI, cDNI and both controls side by side, on real digits
 #   make test | lint           the tests | ruff and mypy
-#   make zoo | zoo-random      about 300 models -> docs/coverage.md | 100,000 random graphs
+#   make zoo | zoo-random      about 430 models -> docs/coverage.md | 100,000 random graphs
 #   make bench | results       the benchmarks | the experiments of docs/results.md
 #   make parallel | soak       several processes against pipelines | kills, stalls, slow consumers -> docs/soak.md
 #

@@ -1,11 +1,13 @@
 """How much of the world's vision models the transform covers, and whether exact mode equals backprop on them.
 
     python benchmarks/zoo.py                              all models, then docs/coverage.md
+    python benchmarks/zoo.py --group transformers         one group, then its part of docs/coverage.md
     python benchmarks/zoo.py --only 'resnet|vit' --list   which models a pattern names
     python benchmarks/zoo.py --resume out/zoo.jsonl       go on where a sweep stopped
     python benchmarks/zoo.py --resume out/zoo.jsonl --retry   the same, and models that missed once more
 
-Every torchvision model for classification, segmentation and video, and one timm model of each family, on small images:
+Every torchvision model for classification, segmentation and video, one timm model of each family, on small images, and
+the architectures of transformers that `zoo_transformers` lists:
 traced, cut into four stages at equal node counts, then compared with the model itself, bit for bit, on one thread. Then
 the search looks for four stages with measured costs, and its slowest stage is put beside the bound.
 Each model has a process of its own; results are written as they come.
@@ -31,11 +33,13 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_structure
 
 import torchvision_cpu  # noqa: F401  (before torchvision and timm)
+import zoo_transformers
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES, STEPS, SEED, LEARNING_RATE = 4, 3, 0, 0.01
@@ -46,6 +50,7 @@ EQUAL = "equal"
 
 Row = dict[str, Any]
 Snapshot = dict[str, Tensor | None]
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]  # positional, by keyword
 
 # Image sizes other than the usual one: pattern of the model's name, pixels, why.
 SIZES = (
@@ -128,6 +133,8 @@ class Entry:
     def build(self) -> nn.Module:
         """The model, randomly initialised."""
         library, name = self.name.split("/")
+        if library == "transformers":
+            return zoo_transformers.build(name)
         if library == "timm":
             import timm
 
@@ -138,11 +145,13 @@ class Entry:
             return _small_mvit(name, self.image, self.frames)
         return get_model(name, weights=None, **self.options)
 
-    def example(self, batch: int, seed: int, dtype: torch.dtype) -> Tensor:
-        """Random images ``(batch, 3, size, size)``, or clips ``(batch, 3, frames, size, size)``."""
+    def example(self, batch: int, seed: int, dtype: torch.dtype) -> Inputs:
+        """Random images ``(batch, 3, size, size)``, or clips ``(batch, 3, frames, size, size)``; or keyword inputs."""
+        if self.group == "transformers":
+            return (), zoo_transformers.example(self.name.partition("/")[2], batch, seed, dtype)
         frames = (self.frames,) if self.frames else ()
         generator = torch.Generator().manual_seed(seed)
-        return torch.randn(batch, 3, *frames, self.image, self.image, generator=generator).to(dtype)
+        return (torch.randn(batch, 3, *frames, self.image, self.image, generator=generator).to(dtype),), {}
 
 
 def _small_mvit(name: str, image: int, frames: int) -> nn.Module:
@@ -181,6 +190,8 @@ def catalogue() -> list[Entry]:
         image = _image_size(f"timm/{name}", IMAGE)
         fixed = timm.get_pretrained_cfg_value(name, "fixed_input_size")
         entries.append(Entry(f"timm/{name}", "timm", image, options={"img_size": image} if fixed else {}))
+    for name in zoo_transformers.TABLE:
+        entries.append(Entry(f"transformers/{name}", "transformers", 0))
     return entries
 
 
@@ -253,6 +264,7 @@ def loss(output: Any, _target: object = None) -> Tensor:
 def seed_everything(seed: int) -> None:
     """The generators that models draw from."""
     random.seed(seed)
+    numpy.random.seed(seed)  # noqa: NPY002 (what models draw from)
     torch.manual_seed(seed)
 
 
@@ -342,7 +354,7 @@ class Subject:
         optimizer.register_step_pre_hook(note)
         return optimizer
 
-    def run(self, step: Callable[[Tensor], Any]) -> Iterator[Snapshot]:
+    def run(self, step: Callable[[Inputs], Any]) -> Iterator[Snapshot]:
         """Take `STEPS` steps from the start, each under its own seed."""
         self.seconds = []
         for number, x in enumerate(self.batches):
@@ -357,9 +369,9 @@ class Subject:
         self.restore()
         optimizer = self.sgd(self.model.parameters())
 
-        def step(x: Tensor) -> Any:
+        def step(x: Inputs) -> Any:
             optimizer.zero_grad()
-            outputs = self.model(x)
+            outputs = self.model(*x[0], **x[1])
             loss(outputs).backward()
             optimizer.step()
             return outputs
@@ -372,13 +384,13 @@ class Subject:
 
         self.restore()
         trainer = dni_fx.Trainer(decoupled, loss=loss, optimizer=self.sgd)
-        return self.run(lambda x: trainer.step(x).outputs)
+        return self.run(lambda x: trainer.step(*x[0], **x[1]).outputs)
 
-    def call(self, module: nn.Module, x: Tensor) -> tuple[Snapshot, Any]:
+    def call(self, module: nn.Module, x: Inputs) -> tuple[Snapshot, Any]:
         """Forward and backward of ``module`` from the start state; the structure of its outputs comes along."""
         self.restore()
         seed_everything(SEED + 100)
-        outputs = module(x)
+        outputs = module(*x[0], **x[1])
         loss(outputs).backward()
         gradients = {id(parameter): parameter.grad for parameter in self.model.parameters()}
         return snapshot(self.model, outputs, gradients, parameters=False), tree_structure(outputs)
@@ -450,9 +462,11 @@ def examine(entry: Entry, dtype: torch.dtype, check: bool, report: Callable[[Row
 
         subject.restore()
         begin = time.perf_counter()
-        inputs = (subject.batches[0],)
-        cuts = equal_cuts(dni_fx.list_cut_points(subject.model, inputs), STAGES)
-        decoupled = dni_fx.decouple(subject.model, cuts, gradients="exact", example_inputs=inputs, check=check)
+        args, kwargs = subject.batches[0]
+        cuts = equal_cuts(dni_fx.list_cut_points(subject.model, args, kwargs), STAGES)
+        decoupled = dni_fx.decouple(
+            subject.model, cuts, gradients="exact", example_inputs=args, example_kwargs=kwargs, check=check
+        )
         row["transform_seconds"] = time.perf_counter() - begin
         facts = decoupled.plan.report
         assert facts is not None
@@ -479,7 +493,8 @@ def examine(entry: Entry, dtype: torch.dtype, check: bool, report: Callable[[Row
 
         subject.restore()
         begin = time.perf_counter()
-        plan = dni_fx.plan_cuts(subject.model, (subject.batches[0],), stages=STAGES)
+        args, kwargs = subject.batches[0]
+        plan = dni_fx.plan_cuts(subject.model, args, example_kwargs=kwargs, stages=STAGES)
         row["plan_seconds"] = time.perf_counter() - begin
         assert plan.report is not None
         found = plan.report.search
@@ -600,13 +615,28 @@ def read_rows(path: Path) -> dict[str, Row]:
 
 # --- the page -----------------------------------------------------------------------------------------------------
 
-GROUPS = ("classification", "segmentation", "video", "timm")
+# The parts of the page, each with a title of its own, and their groups.
+PARTS = {"# Coverage": ("classification", "segmentation", "video", "timm"), "# transformers": ("transformers",)}
+GROUPS = tuple(group for groups in PARTS.values() for group in groups)
 
 
-def page(rows: list[Row], command: str) -> str:
-    """The table of coverage as Markdown."""
+def replace_part(page: str, part: str) -> str:
+    """The page with the part of that title written anew; the other parts stay as they are."""
+    found = {text.partition("\n")[0]: text for text in [*re.split(r"(?m)^(?=# )", page), part]}
+    return "\n".join(found[title].rstrip("\n") + "\n" for title in PARTS if title in found)
+
+
+def page(title: str, rows: list[Row], command: str) -> str:
+    """One part of the page of coverage as Markdown."""
     import timm
     import torchvision
+    import transformers
+
+    groups = PARTS[title] if len(PARTS[title]) > 1 else ()
+    inputs, libraries = "", f"transformers {transformers.__version__}"
+    if groups:
+        inputs = f", images of {IMAGE} and clips of {VIDEO_IMAGE} pixels unless the table says otherwise"
+        libraries = f"torchvision {torchvision.__version__}, timm {timm.__version__}"
 
     asked = [row for row in rows if row["status"] not in ("build", "eager", "left out")]
     traced = [row for row in asked if "rung" in row]
@@ -618,7 +648,7 @@ def page(rows: list[Row], command: str) -> str:
     measures["composed stages equal the model, evaluation"] = [row for row in asked if row.get("eval") == EQUAL]
     dtypes = sorted({row["dtype"] for row in asked if "dtype" in row})
     text = [
-        "# Coverage",
+        title,
         "",
         f"Written by `{command}`. Do not edit.",
         "",
@@ -628,16 +658,16 @@ def page(rows: list[Row], command: str) -> str:
         "all gradients, buffers and, at the end, parameters). Equal means every bit. No trained weights; parameters "
         "that start constant get noise, so that no branch is multiplied by zero.",
         "",
-        f"Seed {SEED}, {', '.join(dtypes)}, batch {BATCH}, images of {IMAGE} and clips of {VIDEO_IMAGE} pixels unless "
-        f"the table says otherwise, one thread. Python {platform.python_version()}, torch {torch.__version__}, "
-        f"torchvision {torchvision.__version__}, timm {timm.__version__}.",
+        f"Seed {SEED}, {', '.join(dtypes)}, batch {BATCH}{inputs}, one thread. Python {platform.python_version()}, "
+        f"torch {torch.__version__}, {libraries}.",
         "",
-        "| | all | " + " | ".join(GROUPS) + " |",
-        "| --- | ---: |" + " ---: |" * len(GROUPS),
+        *([] if groups else [zoo_transformers.INTRODUCTION, ""]),
+        " | ".join(["| | all", *groups]) + " |",
+        "| --- | ---: |" + " ---: |" * len(groups),
     ]
     for name, members in measures.items():
         counts = Counter(row["group"] for row in members)
-        text.append(f"| {name} | {len(members)} | " + " | ".join(str(counts[group]) for group in GROUPS) + " |")
+        text.append(" | ".join([f"| {name}", str(len(members)), *(str(counts[group]) for group in groups)]) + " |")
     text += _search_summary([row for row in asked if "gap" in row])
     misses = [row for row in rows if is_miss(row)]
     text += ["", f"## Misses: {len(misses)}", ""]
@@ -656,8 +686,9 @@ def page(rows: list[Row], command: str) -> str:
     text += ["", f"## Not asked of the transform: {len(outside)}", ""]
     text += [f"Over {LARGEST // 10**6} M parameters, or the model's own training step fails.", ""] if outside else []
     text += [f"* {row['name']} ({row['status']}): {_cell(row.get('reason', ''))}" for row in outside]
-    text += ["", "## Image sizes", ""]
-    text += [f"* {image} pixels for `{pattern}`: {reason}" for pattern, image, reason in SIZES]
+    if groups:
+        text += ["", "## Image sizes", ""]
+        text += [f"* {image} pixels for `{pattern}`: {reason}" for pattern, image, reason in SIZES]
     text += ["", "## Every model", ""]
     titles = "model | pixels | nodes | rung | interfaces | implied | train | eval | exact | transform, s"
     text += [f"| {titles} | slowest, ms | bound, ms | gap | of all | of the net | best of | notes |"]
@@ -706,7 +737,7 @@ def _table_row(row: Row) -> str:
     if row.get("stages", STAGES) != STAGES:
         notes.append(f"{row['stages']} stages")
     seconds = f"{row['transform_seconds']:.1f}" if "transform_seconds" in row else ""
-    cells = [row["name"], row.get("image", ""), row.get("nodes", ""), row.get("rung", "none")]
+    cells = [row["name"], row.get("image") or "", row.get("nodes", ""), row.get("rung", "none")]
     cells += [row.get("interfaces", ""), row.get("implied", ""), *marks, seconds]
     if "gap" in row:
         cells += [f"{row['slowest'] * 1e3:.1f}", f"{row['bound'] * 1e3:.1f}", f"{row['gap']:.1%}"]
@@ -722,6 +753,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=2, help="processes at a time")
     parser.add_argument("--only", default="", metavar="REGEX", help="models whose name contains a match")
+    parser.add_argument("--group", choices=GROUPS, help="models of one group")
     parser.add_argument("--limit", type=int, help="at most so many models, evenly spread over the list")
     parser.add_argument("--list", action="store_true", help="print the models and stop")
     parser.add_argument("--float64", action="store_true", help="double precision instead of single")
@@ -730,12 +762,13 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=12.0, help="GiB of address space for one process")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="keep the results in FILE and add what is missing")
     parser.add_argument("--retry", action="store_true", help="with --resume: examine models that missed once more")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="default: docs/coverage.md after a full sweep")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="default: docs/coverage.md, after a full sweep")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     everything = catalogue()
     entries = [entry for entry in everything if re.search(arguments.only, entry.name)]
+    entries = [entry for entry in entries if arguments.group in (None, entry.group)]
     if arguments.limit is not None:
         count = min(arguments.limit, len(entries))
         entries = [entries[index * len(entries) // count] for index in range(count)]
@@ -770,13 +803,16 @@ def main() -> None:
     ordered = [known[entry.name] for entry in everything if entry.name in known]
     misses = sum(is_miss(row) for row in ordered)
     print(f"{len(ordered)} models, {misses} misses")
-    target: Path | None = arguments.write
-    if target is None and len(ordered) == len(everything) and not arguments.float64:
-        target = ROOT / "docs" / "coverage.md"
-    if target is not None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        flags = [flag for flag, on in (("--float64", arguments.float64), ("--check", arguments.check)) if on]
-        target.write_text(page(ordered, " ".join(["python benchmarks/zoo.py", *flags])))
+    target: Path = arguments.write or ROOT / "docs" / "coverage.md"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    flags = [flag for flag, on in (("--float64", arguments.float64), ("--check", arguments.check)) if on]
+    for title, groups in PARTS.items():
+        part = [row for row in ordered if row["group"] in groups]
+        whole = len(part) == sum(entry.group in groups for entry in everything) and not arguments.float64
+        if whole or (part and arguments.write):
+            command = " ".join(["python benchmarks/zoo.py", *flags])
+            before = target.read_text() if target.exists() else ""
+            target.write_text(replace_part(before, page(title, part, command)))
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ _SIZE_QUERIES = {"torch.Tensor.shape.__get__", "torch.Tensor.size", "torch.Tenso
 _LAYOUT_QUERIES = {"is_contiguous", "stride", "storage_offset"}
 _DATA_QUERIES = {
     "item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__complex__", "is_nonzero", "equal",
-    "allclose", "__contains__", "__array__", "data_ptr",
+    "allclose", "__contains__", "__array__", "__format__", "data_ptr",
 }  # fmt: skip
 # how many tensors these return is a size, which the code around them has made use of
 _COUNTED = {"unbind", "split", "chunk", "tensor_split", "hsplit", "vsplit", "dsplit", "unsafe_split", "unsafe_chunk"}

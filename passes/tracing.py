@@ -136,12 +136,16 @@ def trace_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
             try:
                 trace = record(recorder, model, args, kwargs, opaque)
             except Exception as error:
+                if real and small and isinstance(error, DataDependentError):
+                    real = small = False  # code that asks whether it is traced knows fake tensors, and reads no values
+                    opaque.clear()
+                    continue
                 place, reason = recorder.failed_at, reason_of(error)
                 is_leaf = recorder.failed_leaf
                 if place and not is_leaf and place not in opaque and len(opaque) < _MOST_OPAQUE:
                     opaque[place] = reason
                     continue
-                if real and small:  # fake tensors cannot do more than real ones
+                if real and small:  # fake tensors cannot do more here than real ones
                     small = False
                 if not real and not (isinstance(error, DataDependentError | BakedInError) and not is_leaf):
                     real = True

@@ -364,3 +364,51 @@ def test_another_number_of_parts_is_another_graph(take: Any) -> None:
     for length in (3, 5, 2, 3):
         x = torch.randn(4, length, 3)
         assert torch.equal(decoupled(x), model(x))
+
+
+def test_a_small_model_that_spares_fake_tensors_its_questions_is_looked_into() -> None:
+    """Attention masks are skipped if nothing is padded, which only real tensors are asked; those came first and last.
+
+    Small models are run on real tensors, and the whole encoder became one opaque node.
+    """
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            unpadded = not isinstance(mask, torch._subclasses.FakeTensor) and bool(mask.all())
+            for layer in self.layers:
+                x = torch.tanh(layer(x if unpadded else x * mask))
+            return x
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.head = Encoder(), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return self.head(self.encoder(x, mask))
+
+    model, x = Model(), torch.randn(3, 4)
+    cuts = [f"encoder.layers.{i}" for i in range(3)]
+    decoupled = dni_fx.decouple(model, cuts, example_inputs=(x, torch.tensor([1.0, 1.0, 1.0, 0.0])))
+    assert len(decoupled.stages) == 4
+    for mask in (torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.ones(4)):
+        torch.testing.assert_close(decoupled(x, mask), model(x, mask), rtol=0, atol=0)
+
+
+def test_a_value_in_a_formatted_string_is_read() -> None:
+    """An expert chosen by ``f"expert_{index}"`` was the example's for every input."""
+
+    class Experts(nn.ModuleDict):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self[f"expert_{x.sum().gt(0).long()}"](x)
+
+    torch.manual_seed(0)
+    experts = Experts({f"expert_{i}": nn.Linear(4, 4) for i in range(2)})
+    model, x = nn.Sequential(nn.Identity(), experts, nn.Linear(4, 2)), torch.ones(3, 4)
+    decoupled = dni_fx.decouple(model, ["1"], example_inputs=(x,))
+    for inputs in (x, -x):
+        assert torch.equal(decoupled(inputs), model(inputs))

@@ -691,3 +691,37 @@ def test_a_split_that_goes_in_circles_is_refused() -> None:
         splitting.split_stages(flow, {first: 0, second: 1, third: 0})
     with pytest.raises(CutError, match="runs earlier"):
         splitting.split_stages(flow, {first: 1, second: 0, third: 2})
+
+
+def test_layers_dropped_by_a_draw_are_drawn_anew_in_every_step() -> None:
+    """LayerDrop reads a random tensor: its module is one opaque node in training, and drops what eager drops."""
+
+    class LayerDrop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(6))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                if not self.training or torch.rand([]) >= 0.4:
+                    x = x + torch.tanh(layer(x))
+            return x
+
+    model, x = nn.Sequential(nn.Linear(4, 4), LayerDrop(), nn.Linear(4, 2)), torch.randn(3, 4)
+    decoupled = dni_fx.decouple(model, ["0", "1"], example_inputs=(x,), gradients="exact")
+    dropped = set()
+    for seed in range(4):
+        runs = []
+        for module in (model, decoupled):
+            model.zero_grad()
+            torch.manual_seed(seed)
+            output = module(x)
+            output.sum().backward()
+            runs.append([output, *(p.grad for p in model.parameters())])
+        for want, got in zip(*runs, strict=True):
+            assert (want is None) == (got is None)
+            assert want is None or torch.equal(want, got)
+        dropped.add(tuple(value is None for value in runs[0]))
+    assert len(dropped) > 1
+    model.eval()
+    assert torch.equal(decoupled.eval()(x), model(x))
