@@ -287,8 +287,11 @@ class StageWorker:
                     step, payload = waiting.popleft()
                     sent.add(step)
                     self._send(VALUE, stage, step, payload)
-        for producer in sorted(self.producers if self.draining else self.predicted):
-            while (letter := self.mail.take(Address(VALUE, producer, self.index))) is not None:
+        for producer in sorted(self.producers):
+            while (letter := self.mail.peek(Address(VALUE, producer, self.index))) is not None:
+                if not self._is_due(producer, letter):
+                    break
+                self.mail.take(Address(VALUE, producer, self.index))
                 found = True
                 self._note_end(producer, letter)
                 for older in [r for s, r in self.pending.items() if s < letter.step]:  # their values were dropped
@@ -303,6 +306,10 @@ class StageWorker:
                 else:
                     self._send(ANSWER, producer, letter.step, None)
         return found
+
+    def _is_due(self, producer: int, letter: Letter) -> bool:
+        """Whether nobody waits for a value: it was predicted, in this step or in an earlier one, or is the last."""
+        return self.draining or producer in self.predicted or letter.step < self.steps
 
     def _hear(self, step: int, stage: int, payload: Payload | None) -> None:
         run = self.pending.get(step)
@@ -453,9 +460,10 @@ class StageWorker:
 
     def has_letters(self) -> bool:
         """Whether something has come that was not opened."""
-        boxes = [Address(ANSWER, s, self.index) for s in self.answering]
-        boxes += [Address(VALUE, p, self.index) for p in (self.producers if self.draining else self.predicted)]
-        return any(self.mail.boxes.get(b) for b in boxes)
+        if any(self.mail.boxes.get(Address(ANSWER, s, self.index)) for s in self.answering):
+            return True
+        newest = ((p, self.mail.boxes.get(Address(VALUE, p, self.index))) for p in self.producers)
+        return any(box and self._is_due(p, box[0]) for p, box in newest)
 
     def _send(self, kind: str, stage: int, step: int, payload: Payload | None) -> None:
         self.mail.send(Address(kind, self.index, stage), step, payload)
