@@ -1,4 +1,4 @@
-"""How much of the world's vision models the transform covers, and whether exact mode equals backprop on them.
+"""How many of the models that people use the transform covers, and whether exact mode equals backprop on them.
 
     python benchmarks/zoo.py                              all models, then docs/coverage.md
     python benchmarks/zoo.py --group transformers         one group, then its part of docs/coverage.md

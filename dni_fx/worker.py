@@ -308,7 +308,7 @@ class StageWorker:
         return found
 
     def _is_due(self, producer: int, letter: Letter) -> bool:
-        """Whether nobody waits for a value: it was predicted, in this step or in an earlier one, or is the last."""
+        """Whether a value was predicted, or belongs to an earlier step: whoever waits, it is opened."""
         return self.draining or producer in self.predicted or letter.step < self.steps
 
     def _hear(self, step: int, stage: int, payload: Payload | None) -> None:
