@@ -7,7 +7,7 @@ import copy
 import inspect
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -108,12 +108,22 @@ class Messages:
         run = self.run
         if kind == "loss":
             return sample_losses(run.plain_loss, run.output, run.target)
-        if not isinstance(run.output, torch.Tensor):
+        found = logits_of(run.output)
+        if found is None:
             raise DecouplingError(
-                f"a source asks for the model's output as logits, but it is a {type(run.output).__name__}; use a "
-                "source that does not, such as 'local'"
+                f"a source asks for the model's output as logits, but it is a {type(run.output).__name__}, neither a "
+                "tensor nor anything with a tensor called 'logits'; use a source that does not, such as 'local'"
             )
-        return run.output
+        return found
+
+
+def logits_of(output: Any) -> torch.Tensor | None:
+    """The output itself, or what it calls its logits (as an attribute or key); None where there is no such tensor."""
+    if isinstance(output, Mapping):
+        output = output.get("logits")
+    elif not isinstance(output, torch.Tensor):
+        output = getattr(output, "logits", None)
+    return output if isinstance(output, torch.Tensor) else None
 
 
 def sample_losses(loss: Callable[..., torch.Tensor], output: Any, target: Any) -> torch.Tensor:

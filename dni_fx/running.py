@@ -18,7 +18,7 @@ from torch import nn
 from .decoupled import Decoupled
 from .errors import DecouplingError
 from .keeping import Rerun, Tape
-from .messages import Messages
+from .messages import Messages, logits_of
 from .passes.splitting import StageGraph
 from .reports import InterfaceReport, compare
 from .schedules import Mode
@@ -313,12 +313,13 @@ class Run:
         output = tape.outputs["output"]
         loss = evaluate(self.loss_function, output, self.target)
         if self.wants_error:
-            if not isinstance(output, torch.Tensor):
+            logits = logits_of(output)
+            if logits is None:
                 raise DecouplingError(
-                    f"a source asks for the error of the model's output, which must be one tensor, not "
-                    f"{type(output).__name__}"
+                    "a source asks for the error of the model's output, which must be a tensor or have one called "
+                    f"'logits', but is a {type(output).__name__}"
                 )
-            (self.error,) = torch.autograd.grad(loss, output, retain_graph=True)
+            (self.error,) = torch.autograd.grad(loss, logits, retain_graph=True)
         tape.outputs["loss"] = loss
         self.loss, self.output = loss.detach(), detached(output)
 

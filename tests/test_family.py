@@ -6,6 +6,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -183,6 +184,53 @@ def test_estimates_come_from_the_next_source_that_makes_them(kind: str) -> None:
     assert bool((first == 7).all())  # past the control, which estimates nothing
     want = F.cross_entropy(output, y, reduction="none") if kind == "loss" else output
     torch.testing.assert_close(last, want)
+
+
+@dataclass
+class Answer:
+    """As models of transformers answer; two fields, so that it could not be unpacked into one."""
+
+    hidden: Tensor
+    logits: Tensor
+
+
+torch.utils._pytree.register_dataclass(Answer)
+
+
+@pytest.mark.parametrize("kind", ["attribute", "key"])
+def test_logits_and_error_of_an_output_that_names_its_logits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Named(nn.Sequential):
+        def forward(self, x: Tensor) -> Any:
+            hidden = self[2](self[1](self[0](x)))
+            logits = self[3](hidden)
+            return Answer(hidden, logits) if kind == "attribute" else {"hidden": hidden, "logits": logits}
+
+    def loss(output: Any, y: Tensor, reduction: str = "mean") -> Tensor:
+        return F.cross_entropy(output.logits if kind == "attribute" else output["logits"], y, reduction=reduction)
+
+    spy = partial(Spy, message="loss+logits+error")
+    x, y = batch((6,))
+    monkeypatch.setitem(MODELS, "named", (lambda: Named(*mlp()), *MODELS["mlp"][1:]))
+    plain, named = trainer_of(spy), trainer_of(spy, "named", loss=loss)
+    for trainer in (plain, named):
+        trainer.step(x, target=y)
+    for mine, theirs in zip(*(t.decoupled.sources["2"].heard[0] for t in (plain, named)), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("message", ["logits", "error"])
+def test_an_output_without_logits(message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Two(nn.Sequential):
+        def forward(self, x: Tensor) -> Any:
+            return {"answer": super().forward(x)}
+
+    monkeypatch.setitem(MODELS, "two", (lambda: Two(*mlp()), *MODELS["mlp"][1:]))
+    trainer = trainer_of(
+        partial(Spy, message=message), "two", loss=lambda output, y: F.cross_entropy(output["answer"], y)
+    )
+    x, y = batch((6,))
+    with pytest.raises(DecouplingError, match="called 'logits'"):
+        trainer.step(x, target=y)
 
 
 def test_several_kinds_come_in_order() -> None:

