@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
+import gc
 import json
 import math
 import multiprocessing
+import os
 import signal
 import statistics
 import sys
@@ -191,11 +194,12 @@ def train(
         nothing is predicted), ``test_accuracy`` (at the end), ``best_test_accuracy``, ``train_accuracy``, ``seconds``
         and ``processor_seconds`` (of steps, without measurements; the latter is the same beside other work),
         ``synthesizer_parameters``, ``updates`` by stage, ``diverged`` (the step at which a value was no longer finite
-        and the run ended, or None), ``batches`` (a checksum of those seen).
+        and the run ended, or None), ``batches`` (a checksum of those seen), ``memory`` (see :class:`Memory`, MiB).
     """
     steps, every = settings["steps"], settings["measure_every"]
     layout = torch.channels_last if settings["channels_last"] else torch.contiguous_format
     model.to(memory_format=layout).train()  # type: ignore[call-overload]
+    memory = Memory()
     trainer, optimizers, step = _stepper(model, cuts, data, settings, layout, seed, own_sources)
     rates = [(group, group["lr"]) for o in optimizers.values() for group in o.param_groups]
     mixing = [s for s in trainer.decoupled.sources.values() if hasattr(s, "share")] if trainer else []
@@ -218,7 +222,8 @@ def train(
         cosines = predicted_cosines(trainer, x, y) if measured else {}
         start, processor_start = time.perf_counter(), time.process_time()
         try:
-            step(x, y)
+            with memory:
+                step(x, y)
         except NonFiniteError:
             diverged = count
         seconds += time.perf_counter() - start
@@ -246,6 +251,7 @@ def train(
         "updates": updates,
         "diverged": diverged,
         "batches": f"{checksum:08x}",
+        "memory": memory.median(),
     }
 
 
@@ -342,6 +348,37 @@ def make_recurrent_trainer(model: nn.Module, loss: Callable[[Any, Any], Tensor],
         metrics_every=settings["measure_every"],
         **options,
     )
+
+
+class Memory:
+    """What steps need: the process's peak in each, above what it held at first.
+
+    ``with memory: step()``. What earlier runs in this process have left is given back first, so that runs compare.
+    """
+
+    def __init__(self) -> None:
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
+        self.before, self.peaks = self._read("VmRSS"), []
+
+    def __enter__(self) -> None:
+        if self.before is not None:
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak counts from now
+
+    def __exit__(self, *_: object) -> None:
+        if self.before is not None and (peak := self._read("VmHWM")) is not None:
+            self.peaks.append(peak - self.before)
+
+    def median(self) -> float | None:
+        """In MiB; None where the system does not tell."""
+        return statistics.median(self.peaks) if self.peaks else None
+
+    @staticmethod
+    def _read(name: str) -> float | None:
+        if not os.access("/proc/self/clear_refs", os.W_OK):
+            return None
+        return int(Path("/proc/self/status").read_text("utf-8").split(f"{name}:")[1].split()[0]) / 1024
 
 
 def _count_updates(optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[str, int]:

