@@ -10,6 +10,7 @@ images of the other classes by every source and control ("frozen": nothing but t
 from __future__ import annotations
 
 import argparse
+import pickle
 import statistics
 import sys
 from collections.abc import Sequence
@@ -69,7 +70,7 @@ def pretrain(data: Digits, settings: Settings, path: Path) -> None:
 
 
 def load_pretrained(path: Path, settings: Settings) -> tuple[nn.Sequential, float]:
-    """The net with a checkpoint's weights and a new head, and what it knew.
+    """The net with a checkpoint's weights and a new head, and its accuracy before, NaN in a plain ``state_dict``.
 
     Raises:
         DataError: the file is no checkpoint of this net.
@@ -77,8 +78,8 @@ def load_pretrained(path: Path, settings: Settings) -> tuple[nn.Sequential, floa
     model = resnet(settings["blocks"], settings["width"])
     try:
         saved: dict[str, Any] = torch.load(path, weights_only=True)
-        model.load_state_dict(saved["state"])
-    except (RuntimeError, KeyError, TypeError, AttributeError, OSError) as error:
+        model.load_state_dict(saved.get("state", saved))
+    except (RuntimeError, TypeError, AttributeError, OSError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{path} holds no checkpoint of this net ({reason}): delete it or name another") from error
     model.head[-1].reset_parameters()
@@ -100,6 +101,7 @@ def run_one(run: Record, data: tuple[Path, Digits], progress: Progress) -> Recor
 def load(args: argparse.Namespace) -> tuple[Path, Digits]:
     """The checkpoint, and the images to fine-tune on."""
     data = normalized(load_data("cifar10", args.data, args.limit))
+    load_pretrained(args.checkpoint, make_settings(args, "backprop"))  # an error before the first run
     return args.checkpoint, part(data, range(BEFORE, CLASSES), args.images)
 
 

@@ -32,6 +32,7 @@ def load(name: str) -> ModuleType:
 
 
 feedforward, sparse, deep = load("paper_feedforward"), load("paper_sparse_updates"), load("deep_cifar")
+vision = load("finetune_vision")
 experiment, data = sys.modules["experiment"], sys.modules["data"]  # as the experiments import them
 
 SMALL = ["--data-set", "digits", "--width", "16", "--batch", "32", "--steps", "4"]
@@ -54,8 +55,8 @@ def tiny(*_args: Any, **_options: Any) -> Any:
 
 
 def records_in(path: Path) -> list[Record]:
-    """The file's records without their times, which no two runs share."""
-    return [{k: v for k, v in r.items() if not k.endswith("seconds")} for r in json.loads(path.read_text())]
+    """The file's records without times and memory, which no two runs share."""
+    return [{k: v for k, v in r.items() if not k.endswith(("seconds", "memory"))} for r in json.loads(path.read_text())]
 
 
 def rows(output: str) -> list[dict[str, str]]:
@@ -453,6 +454,65 @@ def test_resnet_has_the_layers_it_is_named_for() -> None:
         stem = model.stem(torch.zeros(2, 3, 32, 32))
         assert stem.shape == (2, 16, 32, 32)
         assert model.layer3(model.layer2(model.layer1(stem))).shape == (2, 64, 8, 8)
+
+
+# ---- fine-tuning --------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_made_once_and_fine_tuned_on_the_other_classes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vision, "load_data", tiny)
+    out, methods = tmp_path / "runs.json", ("backprop", "frozen", "local", "delayed")
+    arguments = ["--width", "4", "--images", "30", "--steps", "6", "--pretraining", "4", "--batch", "8", "--seeds", "0"]
+    seen: dict[str, torch.nn.Module] = {}
+
+    def noted(model: torch.nn.Module, cuts: Any, given: Any, batches: Any, settings: Any, **options: Any) -> Record:
+        assert given.train_y.min() >= 5
+        assert given.test_y.min() >= 5
+        assert len(given.train_y) <= 30
+        record = vision_train(model, cuts, given, batches, settings, **options)
+        seen[settings["trained"] if settings["gradients"] is None else json.dumps(settings["gradients"])] = model
+        return record
+
+    vision_train = vision.train
+    assert vision.main([*arguments, "--methods", "backprop", "--steps", "1", "--out", str(out)]) == 0
+    saved = torch.load(out.with_suffix(".pt"), weights_only=True)["state"]
+    monkeypatch.setattr(vision, "train", noted)
+    assert vision.main([*arguments, "--methods", *methods, "--out", str(out)]) == 0
+    assert [row["method"] for row in rows(capsys.readouterr().out)][-4:] == list(methods)
+    assert len(seen) == 4
+    for name, model in seen.items():
+        changed = {n.split(".")[0] for n, p in model.named_parameters() if not torch.equal(p, saved[n])}
+        assert changed == ({"head"} if name == "head" else {"head", "layer1", "layer2", "layer3", "stem"})
+
+
+def test_another_nets_checkpoint_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vision, "load_data", tiny)
+    checkpoint = tmp_path / "other.pt"
+    torch.save(deep.resnet(1, 8).state_dict(), checkpoint)
+    arguments = ["--checkpoint", str(checkpoint), "--out", str(tmp_path / "runs.json"), "--seeds", "0", "1"]
+    for content in (None, b"not a checkpoint"):
+        if content is not None:
+            checkpoint.write_bytes(content)
+        assert vision.main(arguments) == 1
+        assert "other.pt holds no checkpoint of this net" in capsys.readouterr().err
+    assert not (tmp_path / "runs.json").exists()
+
+
+def test_memory_of_a_step() -> None:
+    memory = experiment.Memory()
+    if memory.median() is None and memory.before is None:
+        pytest.skip("this system does not tell a process's peak memory")
+    kept = []
+    for size in (64, 64, 256):
+        with memory:
+            kept = [torch.ones(size, 2**18)]  # MiB
+        kept.clear()
+    assert memory.median() == pytest.approx(64, abs=16)
+    assert max(memory.peaks) == pytest.approx(256, abs=16)
 
 
 def test_sparse_updates_on_mnist(
