@@ -1,4 +1,4 @@
-"""Reports, their verdicts, histories and pictures; and the page about sources of one's own, whose examples are run."""
+"""Reports, their verdicts, histories and pictures."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import doctest
 import itertools
 import json
 import math
-import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from dni_fx.diagnostics import Diagnosis, History, plot, summarize, write_tensor
 from dni_fx.errors import DecouplingError
 from dni_fx.reports import InterfaceReport, StepReport, compare
 
-PAGE = Path(__file__).parents[1] / "docs" / "writing-a-source.md"
 nan, inf = math.nan, math.inf
 
 
@@ -592,16 +590,3 @@ def test_plots_that_cannot_be(tmp_path: Path, history: History, monkeypatch: pyt
 def test_docstring_examples() -> None:
     for module in (diagnostics, reports):
         assert doctest.testmod(module).failed == 0
-
-
-def blocks(kind: str) -> list[str]:
-    return re.findall(rf"^```{kind}\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-
-
-def test_the_page_about_sources_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    """What its examples print stands under them."""
-    names: dict[str, Any] = {"__name__": "page"}
-    assert len(blocks("python")) >= 3
-    for index, block in enumerate(blocks("python")):
-        exec(compile(block, f"{PAGE.name}, block {index}", "exec"), names)
-    assert capsys.readouterr().out == "".join(blocks("text"))
