@@ -2,6 +2,7 @@
 #
 #   make demo                  backprop, exact mode, DNI, cDNI and both controls side by side, on real digits
 #   make test | lint           the tests | ruff and mypy
+#   make docs                  the pages of docs/ as a site in site/, links and anchors checked
 #   make zoo | zoo-random      about 430 models -> docs/coverage.md | 100,000 random graphs
 #   make bench | results       the benchmarks | the experiments of docs/results.md
 #   make parallel | soak       several processes against pipelines | kills, stalls, slow consumers -> docs/soak.md
@@ -24,9 +25,10 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 READY := $(VENV)/.ready
 ZOO_READY := $(VENV)/.zoo-ready
+DOCS_READY := $(VENV)/.docs-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint zoo zoo-random bench parallel soak results clean
+.PHONY: help setup demo test lint docs zoo zoo-random bench parallel soak results clean
 
 help:
 	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
@@ -48,6 +50,10 @@ $(ZOO_READY): $(READY)
 	$(PIP) install -e '.[zoo]' -c constraints.txt
 	@touch $@
 
+$(DOCS_READY): $(READY)
+	$(PIP) install -e '.[docs]' -c constraints.txt
+	@touch $@
+
 demo: $(READY)
 	$(PY) examples/digits.py $(DEMO_ARGS)
 
@@ -57,6 +63,10 @@ test: $(READY)
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m mypy -p dni_fx
+
+# Not --quiet: it would keep warnings from --strict, too.
+docs: $(DOCS_READY)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 zoo: $(ZOO_READY)
 	$(PY) benchmarks/zoo.py
@@ -83,5 +93,5 @@ results: $(READY)
 	$(PY) examples/cut_choice.py
 
 clean:
-	rm -rf $(VENV) build dist out *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist out site *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -12,6 +12,7 @@ import contextlib
 import importlib.util
 import io
 import itertools
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -25,6 +26,7 @@ from types import ModuleType
 import pytest
 from torch.distributed.run import get_args_parser
 
+import dni_fx
 from dni_fx import cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -310,3 +312,18 @@ def test_the_pictures_are_what_their_script_draws(tmp_path: Path) -> None:
     made = {p.name: p.read_text(encoding="utf-8") for p in tmp_path.iterdir()}
     assert sorted(made) == sorted(p.name for p in folder.iterdir())
     assert [n for n, text in made.items() if text != (folder / n).read_text(encoding="utf-8")] == []
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"(\S+\.md)$", text, re.M)) == sorted(p.name for p in PAGES if p.parent != ROOT)
+
+
+def test_the_reference_describes_what_there_is() -> None:
+    """Every name on the page exists, and what is public at the top level, a source or a schedule is on the page."""
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    named = [pkgutil.resolve_name(name) for name in re.findall(r"^::: (\S+)", text, re.M)]
+    named += [getattr(dni_fx.schedules, name) for name in re.findall(r"members: \[(.*)\]", text)[0].split(", ")]
+    public = [getattr(dni_fx, name) for name in dni_fx.__all__]
+    wanted = [*public, *dni_fx.sources.SOURCES.values(), *dni_fx.schedules.SCHEDULES.values()]
+    assert [thing.__name__ for thing in wanted if not any(thing is known for known in named)] == []
