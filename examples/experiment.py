@@ -360,7 +360,8 @@ class Memory:
         gc.collect()
         with contextlib.suppress(OSError, AttributeError):  # another C library
             ctypes.CDLL(None).malloc_trim(0)
-        self.before, self.peaks = self._read("VmRSS"), []
+        self.before = self._read("VmRSS")
+        self.peaks: list[float] = []
 
     def __enter__(self) -> None:
         if self.before is not None:

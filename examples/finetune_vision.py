@@ -82,7 +82,9 @@ def load_pretrained(path: Path, settings: Settings) -> tuple[nn.Sequential, floa
     except (RuntimeError, TypeError, AttributeError, OSError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{path} holds no checkpoint of this net ({reason}): delete it or name another") from error
-    model.head[-1].reset_parameters()
+    head = model.get_submodule("head.2")
+    assert isinstance(head, nn.Linear)
+    head.reset_parameters()
     return model, saved.get("accuracy", float("nan"))
 
 
