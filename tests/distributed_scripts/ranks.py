@@ -263,7 +263,7 @@ def free_running_with_schedules() -> None:
 def dropping() -> None:
     """A rank that sleeps now and then leaves out what it cannot take; one that stands still holds nobody back."""
     cases: list[tuple[str | None, int, list[int] | None]]
-    cases = [("mlp", 300, None), (None, 100, None), (None, 100, [0, 1, 0, 1]), ("mlp", 60, [1, 0, 0, 1])]
+    cases = [("mlp", 100, None), (None, 100, None), (None, 100, [0, 1, 0, 1]), ("mlp", 60, [1, 0, 0, 1])]
     store = dist.distributed_c10d._get_default_store()
     for inputs, steps, placement in cases:
         for gradients in ("linear", "critic") if inputs else ("linear", "delayed", "each:linear"):
