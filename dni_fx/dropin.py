@@ -133,7 +133,8 @@ class _State:
             return DropIn.forward(module, *args, **kwargs)
 
         body = {"forward": forward, "__new__": new, "__module__": base.__module__, "_dni_fx": self}
-        module: nn.Module = object.__new__(type(f"Decoupled{base.__name__}", (DropIn, base), body))
+        body["__qualname__"] = f"Decoupled{base.__qualname__}"  # the name is the model's: libraries save it and go by it
+        module: nn.Module = object.__new__(type(base.__name__, (DropIn, base), body))
         object.__setattr__(module, "__dict__", vars(model))  # parameters, modes and attributes are the model's
         return module
 
