@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -98,6 +99,19 @@ class DropIn(nn.Module):
             optimizer.load_state_dict(optimizer.state_dict())  # which puts its state where the parameters are
         return self
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """The table of attributes is the model's; a forward put in the place of this module's is not for the model."""
+        if name == "forward":
+            type(self).forward = staticmethod(value)  # type: ignore[method-assign]
+        else:
+            super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name == "forward" and isinstance(vars(type(self))[name], staticmethod):
+            type(self).forward = _forward_like(self._dni_fx.decoupled.model)  # type: ignore[method-assign]
+        else:
+            super().__delattr__(name)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return self._dni_fx.copy(memo).module
 
@@ -112,35 +126,29 @@ class _State:
     """What a drop-in module knows besides the model."""
 
     def __init__(
-        self, decoupled: Decoupled, make_optimizer: MakeOptimizer, target_of: Any, unit: float | Callable[[], float]
+        self,
+        decoupled: Decoupled,
+        make_optimizer: MakeOptimizer,
+        target_of: Any,
+        unit: float | Callable[[], float],
+        module: nn.Module | None = None,
     ) -> None:
         self.decoupled, self.make_optimizer, self.target_of, self.unit_of = decoupled, make_optimizer, target_of, unit
         self.optimizers: dict[str, torch.optim.Optimizer] | None = None
         self.target: Any = None
-        self.module = self._wrap()
-
-    def _wrap(self) -> nn.Module:
-        model = self.decoupled.model
-        base = type(model)
-        if "forward" in vars(model):
-            raise DecouplingError("forward was replaced in the model object itself: override it in a subclass instead")
-
-        def new(_: type, *args: Any, **kwargs: Any) -> nn.Module:  # as nn.Sequential's slices do
-            return base(*args, **kwargs)
-
-        @functools.wraps(base.forward)
-        def forward(module: DropIn, *args: Any, **kwargs: Any) -> Any:
-            return DropIn.forward(module, *args, **kwargs)
-
-        body = {"forward": forward, "__new__": new, "__module__": base.__module__, "_dni_fx": self}
-        body["__qualname__"] = f"Decoupled{base.__qualname__}"  # the name is the model's: libraries save it and go by it
-        module: nn.Module = object.__new__(type(base.__name__, (DropIn, base), body))
-        object.__setattr__(module, "__dict__", vars(model))  # parameters, modes and attributes are the model's
-        return module
+        self.module = _module_like(decoupled.model) if module is None else module
+        type(self.module)._dni_fx = self  # type: ignore[attr-defined]
+        object.__setattr__(self.module, "__dict__", vars(decoupled.model))  # parameters, modes, attributes: the model's
 
     def copy(self, memo: dict[int, Any]) -> _State:
         """Of model, sources and optimisers."""
-        other = _State(copy.deepcopy(self.decoupled, memo), self.make_optimizer, self.target_of, self.unit_of)
+        module = _module_like(self.decoupled.model)
+        memo[id(self.module)] = module  # before the model, whose attributes may refer to it
+        decoupled = copy.deepcopy(self.decoupled, memo)
+        other = _State(decoupled, self.make_optimizer, self.target_of, self.unit_of, module)
+        forward = vars(type(self.module))["forward"]
+        if isinstance(forward, staticmethod):
+            module.forward = copy.deepcopy(forward.__func__, memo)
         if self.optimizers is not None:
             for name, optimizer in other.optimizers_now().items():
                 optimizer.load_state_dict(copy.deepcopy(self.optimizers[name].state_dict()))
@@ -202,6 +210,33 @@ class _State:
                 parameter.grad = gradient
             self.optimizers_now()[group.name].step()
             self.optimizers_now()[group.name].zero_grad()
+
+
+def _module_like(model: nn.Module) -> nn.Module:
+    """An object of a new class, a subclass of the model's, without attributes yet."""
+    base = type(model)
+    if "forward" in vars(model):
+        raise DecouplingError("forward was replaced in the model object itself: override it in a subclass instead")
+
+    def new(_: type, *args: Any, **kwargs: Any) -> nn.Module:  # as nn.Sequential's slices do
+        return base(*args, **kwargs)
+
+    body = {"forward": _forward_like(model), "__new__": new, "__module__": base.__module__}
+    body["__qualname__"] = f"Decoupled{base.__qualname__}"  # the name is the model's: libraries save it and go by it
+    module: nn.Module = object.__new__(type(base.__name__, (DropIn, base), body))
+    return module
+
+
+def _forward_like(model: nn.Module) -> Callable[..., Any]:
+    """With the signature of the model's; ``__wrapped__``, too, would have libraries that unwrap undo the cuts."""
+
+    @functools.wraps(type(model).forward)
+    def forward(module: DropIn, *args: Any, **kwargs: Any) -> Any:
+        return DropIn.forward(module, *args, **kwargs)
+
+    forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
+    del forward.__wrapped__
+    return forward
 
 
 @dataclass

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -285,6 +286,36 @@ def test_class_signature_keys_and_parameters() -> None:
     other = Chain()
     m.load_state_dict(other.state_dict())
     assert torch.equal(model[3].weight, other[3].weight)
+
+
+def test_a_forward_put_in_its_place_is_not_the_models() -> None:
+    m, (x, y) = made("local"), batch(0)
+    plain = m._dni_fx.decoupled.model
+    calls: list[Any] = []
+
+    def wrapper(function: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+            calls.append(module)
+            return function(module, *args, **kwargs)
+
+        return forward
+
+    assert not hasattr(m.forward, "__wrapped__")  # libraries take off what they put on down to the first without it
+    m.before = m.forward  # as accelerate keeps it
+    m.forward = MethodType(wrapper(m.forward.__func__), m)
+    loop(m, 1)
+    assert calls == [m]
+    plain(x)
+    assert calls == [m]
+    c = copy.deepcopy(m)
+    assert c.before.__self__ is c
+    loop(c, 1)
+    assert calls == [m, c]
+    del m.forward
+    loop(m, 1, 1)
+    assert calls == [m, c]
+    with m.context(y):
+        assert "StageFunction" in _names(m(x))
 
 
 def test_a_piece_is_of_the_plain_class() -> None:
