@@ -16,6 +16,19 @@ TABLES = ("_parameters", "_buffers", "_modules")
 
 
 @contextlib.contextmanager
+def no_kept_casts() -> Iterator[None]:
+    """Autocast keeps cast weights until its outermost region ends: fake ones must not get out, nor real ones in."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
+        torch.clear_autocast_cache()  # regions inside may have switched it on
+
+
+@contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Put back attributes, parameter and buffer tables, modes and random states; buffers are clones meanwhile."""
     modules = list(model.modules())
@@ -29,7 +42,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
             if buffer is not None:
                 module._buffers[name] = clones.setdefault(id(buffer), buffer.clone())
     try:
-        yield
+        with no_kept_casts():
+            yield
     finally:
         put_back(saved)
         refill(containers)
@@ -97,7 +111,8 @@ def restored(model: nn.Module) -> Iterator[None]:
     containers = own_containers(list(model.modules()))
     rng = preserved_rng()
     try:
-        yield
+        with no_kept_casts():
+            yield
     finally:
         put_back(attributes)
         refill(containers)

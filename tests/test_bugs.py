@@ -399,6 +399,30 @@ def test_a_small_model_that_spares_fake_tensors_its_questions_is_looked_into() -
         torch.testing.assert_close(decoupled(x, mask), model(x, mask), rtol=0, atol=0)
 
 
+def test_weights_cast_while_tracing_are_not_kept() -> None:
+    """Autocast keeps cast weights: a run after a trace on fake tensors was given fake ones."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = torch.tanh(layer(x))
+            unpadded = not isinstance(mask, torch._subclasses.FakeTensor) and bool(mask.all())
+            return x if unpadded else x * mask
+
+    model, x, mask = Model(), torch.randn(3, 4), torch.tensor([1.0, 1.0, 1.0, 0.0])
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x, mask)
+        decoupled = dni_fx.decouple(model, ["layers.0", "layers.1"], example_inputs=(x, mask))
+        assert torch.is_autocast_cache_enabled()
+        found, wanted = (torch.autograd.grad(f(x, mask).sum(), list(model.parameters())) for f in (decoupled, model))
+    assert len(decoupled.stages) == 3
+    assert all(map(torch.equal, found, wanted))
+
+
 def test_a_value_in_a_formatted_string_is_read() -> None:
     """An expert chosen by ``f"expert_{index}"`` was the example's for every input."""
 
