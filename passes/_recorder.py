@@ -146,7 +146,10 @@ class Recorder(TorchFunctionMode):
             if stored:  # the top level cannot be opaque; what it only stores is not read again
                 self.notes += [f"forward stores a tensor in self.{name}; the stages do not" for name in changed]
             elif changed:
-                raise BakedInError(f"forward changes the module's own attribute '{next(iter(changed))}'")
+                raise BakedInError(
+                    f"forward changes the module's own attribute '{next(iter(changed))}': if only its first call does "
+                    "that, call the model once before"
+                )
         except Exception:
             if self.failed_at is None:
                 self.failed_at = path

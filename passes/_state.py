@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-TABLES = ("_parameters", "_buffers", "_modules")
+TABLES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict))
 
 
 @contextlib.contextmanager
@@ -30,9 +30,9 @@ def no_kept_casts() -> Iterator[None]:
 
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Put back attributes, parameter and buffer tables, modes and random states; buffers are clones meanwhile."""
+    """Put back attributes, tables (buffers, hooks, ...), modes and random states; buffers are clones meanwhile."""
     modules = list(model.modules())
-    saved = [(m, dict(vars(m)), {t: dict(vars(m)[t]) for t in TABLES}) for m in modules]
+    saved = [(m, dict(vars(m)), {t: dict(vars(m)[t]) for t in TABLES if t in vars(m)}) for m in modules]
     containers = own_containers(modules)
     parameters = [(p, p._version, p.detach().clone()) for p in model.parameters()]
     rng = preserved_rng()
@@ -107,7 +107,7 @@ def restored(model: nn.Module) -> Iterator[None]:
     """Put back buffers' contents, attributes and random states after a run."""
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     parameters = [(p, p._version, p.detach().clone()) for p in model.parameters()]
-    attributes = [(m, dict(vars(m)), {t: dict(vars(m)[t]) for t in TABLES}) for m in model.modules()]
+    attributes = [(m, dict(vars(m)), {t: dict(vars(m)[t]) for t in TABLES if t in vars(m)}) for m in model.modules()]
     containers = own_containers(list(model.modules()))
     rng = preserved_rng()
     try:

@@ -184,7 +184,11 @@ def find_cuts(flow: Flow, cuts: tuple[str, ...], lenient: bool = False) -> dict[
     for cut in cuts:
         position = names.get(cut)
         if position is None:
-            problems.append(f"{cut!r}: no module or node of this graph has that name{did_you_mean(cut, names)}")
+            inside = next((path for path in flow.trace.opaque if cut.startswith(f"{path}.")), None)
+            if inside is None:
+                problems.append(f"{cut!r}: no module or node of this graph has that name{did_you_mean(cut, names)}")
+            else:
+                problems.append(f"{cut!r}: lies in {inside!r}, which is one opaque node: {flow.trace.opaque[inside]}")
         elif position in found:
             problems.append(f"{cut!r}: is at the same place as {found[position]!r}")
         elif why := reason_against(flow, position):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dni_fx
+from dni_fx.errors import CutError
 
 from . import oracles
 from .models import BY_NAME
@@ -397,6 +398,38 @@ def test_a_small_model_that_spares_fake_tensors_its_questions_is_looked_into() -
     assert len(decoupled.stages) == 4
     for mask in (torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.ones(4)):
         torch.testing.assert_close(decoupled(x, mask), model(x, mask), rtol=0, atol=0)
+
+
+def test_hooks_that_a_first_call_installs_are_taken_off_again() -> None:
+    """A module that hooks itself up at its first call did so in every trial of the tracer, for good."""
+
+    class Collector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+            self.hooked = False
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found: list[torch.Tensor] = []
+            if not self.hooked:
+                for layer in self.layers:
+                    layer.register_forward_hook(lambda module, _, output: module.found.append(output))
+                self.hooked = True
+            for layer in self.layers:
+                object.__setattr__(layer, "found", found)
+                x = layer(x)
+            return torch.stack(found).sum(0)
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(Collector(), nn.Linear(4, 2))
+
+    x, cut, plain = torch.randn(3, 4), model(), model()
+    dni_fx.decouple(cut, ["0"], example_inputs=(x,))
+    assert not any(m._forward_hooks for m in cut.modules())
+    assert torch.equal(cut(x), plain(x))
+    with pytest.raises(CutError, match=r"'0\.layers\.1': lies in '0', which is one opaque node: .*call the model once"):
+        dni_fx.decouple(model(), ["0.layers.1"], example_inputs=(x,))
 
 
 def test_weights_cast_while_tracing_are_not_kept() -> None:
