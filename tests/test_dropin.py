@@ -6,6 +6,7 @@ import copy
 import gc
 import inspect
 import io
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -158,8 +159,11 @@ CASES = (
 )
 
 
-def compared(case: Case, gradients: Any, drop_in: bool, steps: int = 3, classes: int = 6, wrong: bool = False) -> Any:
+def compared(
+    case: Case, gradients: Any, drop_in: bool, steps: int = 3, classes: int = 6, wrong: bool = False, cast: bool = False
+) -> Any:
     """Outputs, losses, weights, buffers and sources of a few steps, the last one with a short batch."""
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=cast)
     args, kwargs, target = oracles.draw(case, 4, torch.float32, 0)
     decoupled = dni_fx.decouple(
         case.build(), list(case.cuts), example_inputs=args, example_kwargs=kwargs, gradients=gradients, check=False,
@@ -175,14 +179,16 @@ def compared(case: Case, gradients: Any, drop_in: bool, steps: int = 3, classes:
         args, kwargs, target = oracles.draw(case, 4 if step < steps - 1 else 3, torch.float32, step)
         models.seed_generator(step)
         if drop_in:
-            with m.context(target if classes else None):
+            with autocast, m.context(target if classes else None):
                 output = m(*args, **kwargs)
-            loss = case.loss(output, target)
+                loss = case.loss(output, target)
             optimizer.zero_grad()
-            loss.backward()
+            with autocast:  # as in a step of the trainer inside a region
+                loss.backward()
             optimizer.step()
         else:
-            report = trainer.step(*args, target=target, **kwargs)
+            with autocast:
+                report = trainer.step(*args, target=target, **kwargs)
             output, loss = report.outputs, report.loss
         record[f"{step}"] = {
             "output": oracles.frozen(output),
@@ -205,6 +211,16 @@ PAIRS = [
 def test_bits_of_the_trainer(case: Case, gradients: str) -> None:
     got, want = compared(case, gradients, True), compared(case, gradients, False)
     oracles.assert_bits_equal(got, want, f"{case.name}, {gradients}")
+
+
+@pytest.mark.parametrize("gradients", ["linear", "local", "stale"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_bits_of_the_trainer_under_autocast(case: Case, gradients: str) -> None:
+    got, want = compared(case, gradients, True, cast=True), compared(case, gradients, False, cast=True)
+    oracles.assert_bits_equal(got, want, f"{case.name}, {gradients}")
+    assert got["0"]["output"].dtype == torch.bfloat16
+    with pytest.raises(AssertionError, match="differ"):
+        oracles.assert_bits_equal(got["1"]["model"], compared(case, gradients, True)["1"]["model"], "not cast")
 
 
 def test_a_wrong_unit_is_noticed() -> None:
@@ -967,6 +983,63 @@ def test_activation_checkpointing_inside_a_stage() -> None:
 
 
 # --------------------------------------------------------------------------------------------------- copies and files
+
+
+def steps_of(case: Case, m: Any, optimizer: torch.optim.Optimizer, first: int, last: int) -> list[float]:
+    """Updates from two batches each, cast and clipped: everything that a loop does at once."""
+    losses = []
+    for step in range(first, last):
+        optimizer.zero_grad()
+        for part in range(2):
+            args, kwargs, target = oracles.draw(case, 4, torch.float32, 2 * step + part)
+            models.seed_generator(2 * step + part)
+            with torch.autocast("cpu", torch.bfloat16), m.context(target):
+                loss = case.loss(m(*args, **kwargs), target) / 2
+            loss.backward()
+            losses.append(2 * loss.item())
+        norm = nn.utils.clip_grad_norm_(m.parameters(), 0.05)
+        assert norm > 0.05
+        total = torch.stack([p.grad.norm() for p in m.parameters() if p.grad is not None]).norm()
+        assert total <= 0.05 * 1.001
+        optimizer.step()
+    return losses
+
+
+def module_of(case: Case) -> tuple[Any, torch.optim.Optimizer]:
+    args, kwargs, _ = oracles.draw(case, 4, torch.float32, 0)
+    decoupled = dni_fx.decouple(
+        case.build(), list(case.cuts), example_inputs=args, example_kwargs=kwargs, gradients="linear", check=False,
+        context=dni_fx.one_hot(6),
+    )  # fmt: skip
+    m = decoupled.as_module(unit=1 / 2)
+    return m, sgd(m.parameters())
+
+
+@pytest.mark.parametrize("case", CASES[:2], ids=lambda case: case.name)
+def test_a_convolutional_network_and_a_transformer_are_copied_saved_and_resumed(case: Case) -> None:
+    m, optimizer = module_of(case)
+    assert all(map(math.isfinite, steps_of(case, m, optimizer, 0, 3)))
+    copied = copy.deepcopy(m)
+    copied_optimizer = sgd(copied.parameters())
+    copied_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    file = io.BytesIO()
+    torch.save([m.state_dict(), m.synthesizer_state_dict(), optimizer.state_dict()], file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    loaded, loaded_optimizer = module_of(case)
+    before = state(m)
+    assert not same(state(loaded), before)
+    loaded.load_state_dict(saved[0])
+    loaded.load_synthesizer_state_dict(saved[1])
+    loaded_optimizer.load_state_dict(saved[2])
+    assert same(state(loaded), before)
+    wanted = steps_of(case, m, optimizer, 3, 5)
+    assert same(state(copied), before)
+    for other, its_optimizer in ((copied, copied_optimizer), (loaded, loaded_optimizer)):
+        assert steps_of(case, other, its_optimizer, 3, 5) == wanted
+        assert same(state(other), state(m))
+    plain = case.build()
+    plain.load_state_dict(saved[0])
 
 
 @pytest.mark.parametrize("gradients", ["linear", "local", "stale"])
