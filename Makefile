@@ -2,6 +2,7 @@
 #
 #   make demo                  backprop, exact mode, DNI, cDNI and both controls side by side, on real digits
 #   make test | lint           the tests | ruff and mypy
+#   make ecosystem             the tests that need transformers, accelerate, peft, Lightning or a browser
 #   make docs                  the pages of docs/ as a site in site/, links and anchors checked
 #   make zoo | zoo-random      about 430 models -> docs/coverage.md | 100,000 random graphs
 #   make bench | results       the benchmarks | the experiments of docs/results.md
@@ -25,10 +26,11 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 READY := $(VENV)/.ready
 ZOO_READY := $(VENV)/.zoo-ready
+ECOSYSTEM_READY := $(VENV)/.ecosystem-ready
 DOCS_READY := $(VENV)/.docs-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint docs zoo zoo-random bench parallel soak results clean
+.PHONY: help setup demo test ecosystem lint docs zoo zoo-random bench parallel soak results clean
 
 help:
 	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
@@ -50,6 +52,11 @@ $(ZOO_READY): $(READY)
 	$(PIP) install -e '.[zoo]' -c constraints.txt
 	@touch $@
 
+$(ECOSYSTEM_READY): $(READY)
+	$(PIP) install --no-deps torchvision==0.28.0 -c constraints.txt
+	$(PIP) install -e '.[ecosystem]' -c constraints.txt
+	@touch $@
+
 $(DOCS_READY): $(READY)
 	$(PIP) install -e '.[docs]' -c constraints.txt
 	@touch $@
@@ -59,6 +66,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+ecosystem: $(ECOSYSTEM_READY)
+	$(PY) -m pytest $(PYTEST_ARGS) tests/ecosystem
 
 lint: $(READY)
 	$(PY) -m ruff check .
