@@ -319,7 +319,13 @@ class Run:
                     "a source asks for the error of the model's output, which must be a tensor or have one called "
                     f"'logits', but is a {type(output).__name__}"
                 )
-            (self.error,) = torch.autograd.grad(loss, logits, retain_graph=True)
+            if logits.requires_grad:
+                (self.error,) = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)
+            if self.error is None:
+                raise DecouplingError(
+                    "a source asks for the error of the model's output, but the loss does not depend on that output "
+                    "or its 'logits': let the model return the logits that the loss is made of"
+                )
         tape.outputs["loss"] = loss
         self.loss, self.output = loss.detach(), detached(output)
 

@@ -233,6 +233,22 @@ def test_an_output_without_logits(message: str, monkeypatch: pytest.MonkeyPatch)
         trainer.step(x, target=y)
 
 
+@pytest.mark.parametrize("apart", [Tensor.clone, Tensor.detach])
+def test_logits_that_the_loss_is_not_made_of(apart: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Apart(nn.Sequential):
+        def forward(self, x: Tensor) -> Any:
+            found = super().forward(x)
+            return {"used": found, "logits": apart(found)}
+
+    monkeypatch.setitem(MODELS, "apart", (lambda: Apart(*mlp()), *MODELS["mlp"][1:]))
+    trainer = trainer_of(
+        partial(Spy, message="error"), "apart", loss=lambda output, y: F.cross_entropy(output["used"], y)
+    )
+    x, y = batch((6,))
+    with pytest.raises(DecouplingError, match="let the model return the logits that the loss is made of"):
+        trainer.step(x, target=y)
+
+
 def test_several_kinds_come_in_order() -> None:
     trainer = trainer_of(partial(Spy, message="gradient+loss+logits+error"))
     x, y = batch((6,))
