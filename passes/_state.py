@@ -32,7 +32,7 @@ def no_kept_casts() -> Iterator[None]:
 def untouched(model: nn.Module) -> Iterator[None]:
     """Put back attributes, tables (buffers, hooks, ...), modes and random states; buffers are clones meanwhile."""
     modules = list(model.modules())
-    saved = [(m, dict(vars(m)), {t: dict(vars(m)[t]) for t in TABLES if t in vars(m)}) for m in modules]
+    saved = remembered(modules)
     containers = own_containers(modules)
     parameters = [(p, p._version, p.detach().clone()) for p in model.parameters()]
     rng = preserved_rng()
@@ -73,8 +73,13 @@ def put_back_parameters(saved: list[tuple[nn.Parameter, int, torch.Tensor]]) -> 
                 parameter.copy_(content)
 
 
+def remembered(modules: list[nn.Module]) -> list[tuple[nn.Module, dict[str, Any], dict[str, dict[str, Any]]]]:
+    """Modules with their attributes and the contents of their tables."""
+    return [(m, dict(vars(m)), {t: dict(vars(m)[t]) for t in TABLES if t in vars(m)}) for m in modules]
+
+
 def put_back(saved: list[tuple[nn.Module, dict[str, Any], dict[str, dict[str, Any]]]]) -> None:
-    """Restore the attributes and tables of modules."""
+    """Restore what :func:`remembered` returned."""
     for module, attributes, contents in saved:
         for name in [k for k in vars(module) if k not in attributes]:
             del vars(module)[name]
@@ -107,14 +112,14 @@ def restored(model: nn.Module) -> Iterator[None]:
     """Put back buffers' contents, attributes and random states after a run."""
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     parameters = [(p, p._version, p.detach().clone()) for p in model.parameters()]
-    attributes = [(m, dict(vars(m)), {t: dict(vars(m)[t]) for t in TABLES if t in vars(m)}) for m in model.modules()]
-    containers = own_containers(list(model.modules()))
+    modules = list(model.modules())
+    saved, containers = remembered(modules), own_containers(modules)
     rng = preserved_rng()
     try:
         with no_kept_casts():
             yield
     finally:
-        put_back(attributes)
+        put_back(saved)
         refill(containers)
         put_back_parameters(parameters)
         with torch.no_grad():

@@ -247,7 +247,7 @@ def make_schedule(option: str | Schedule) -> Schedule:
     """A schedule by its name, with its defaults; schedules are passed on as they are.
 
     Args:
-        option: ``"sequential"``, ``"random"``, or a Schedule.
+        option: ``"sequential"``, ``"random"``, ``"threads"``, or a Schedule.
 
     Raises:
         DecouplingError: an unknown name, or something else.
