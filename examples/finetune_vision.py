@@ -73,8 +73,10 @@ def load_pretrained(path: Path, settings: Settings) -> tuple[nn.Sequential, floa
     """The net with a checkpoint's weights and a new head, and its accuracy before, NaN in a plain ``state_dict``.
 
     Raises:
-        DataError: the file is no checkpoint of this net.
+        DataError: the file is not there, or no checkpoint of this net.
     """
+    if not path.exists():
+        raise DataError(f"there is no checkpoint {path}")
     model = resnet(settings["blocks"], settings["width"])
     try:
         saved: dict[str, Any] = torch.load(path, weights_only=True)
@@ -157,9 +159,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_arguments(parser, (*METHODS, "frozen"), USUAL, "out/finetune_vision.json")
     args = parser.parse_args(arguments)
     check_arguments(parser, args, "blocks", "width", "images", "steps", "batch", "pretraining")
-    args.checkpoint = args.checkpoint or args.out.with_suffix(".pt")
+    own = args.checkpoint is None
+    args.checkpoint = args.out.with_suffix(".pt") if own else args.checkpoint
     try:
-        if not args.checkpoint.exists():
+        if own and not args.checkpoint.exists():
             torch.set_num_threads(1)
             data = normalized(load_data("cifar10", args.data, args.limit))
             pretrain(data, make_settings(args, "backprop"), args.checkpoint)

@@ -499,6 +499,10 @@ def test_another_nets_checkpoint_is_an_error(
             checkpoint.write_bytes(content)
         assert vision.main(arguments) == 1
         assert "other.pt holds no checkpoint of this net" in capsys.readouterr().err
+    checkpoint.unlink()
+    assert vision.main(arguments) == 1
+    assert "there is no checkpoint" in capsys.readouterr().err
+    assert not checkpoint.exists()  # nothing is made where one was named
     assert not (tmp_path / "runs.json").exists()
 
 
