@@ -6,7 +6,7 @@
 #   make docs                  the pages of docs/ as a site in site/, links and anchors checked
 #   make zoo | zoo-random      about 430 models -> docs/coverage.md | 100,000 random graphs
 #   make bench | results       the benchmarks | the experiments of docs/results.md
-#   make finetune              a pretrained ResNet and a pretrained MiniLM, fine-tuned by every source and control
+#   make finetune              a pretrained ResNet and a pretrained MiniLM, fine-tuned by all kinds of sources
 #   make parallel | soak       several processes against pipelines | kills, stalls, slow consumers -> docs/soak.md
 #
 # PyTorch's default wheels for Linux bring CUDA along. Where pip is not set up to prefer the CPU build, name its
