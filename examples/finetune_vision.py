@@ -13,6 +13,7 @@ import argparse
 import pickle
 import statistics
 import sys
+import zlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -46,6 +47,7 @@ from experiment import (
 BEFORE = 5  # classes of the pretraining; the others are learnt then
 RATE = 0.02
 SOURCES = ("linear", "conv", "local", "distill", "critic", "sobolev", "delayed", "corrected")
+MADE_BY = ("blocks", "width", "batch", "pretraining", "limit")  # the settings that decide a checkpoint made here
 USUAL = ("backprop", "frozen", "zero", "stale", *SOURCES)
 
 
@@ -67,28 +69,33 @@ def pretrain(data: Digits, settings: Settings, path: Path) -> None:
     with tqdm(total=steps, unit="step", desc="pretraining") as bar:
         found = train(model, CUTS, first, batches, settings, seed=0, progress=lambda steps, _: bar.update(steps))
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"state": model.state_dict(), "accuracy": found["test_accuracy"]}, path)
+    made = {key: settings[key] for key in MADE_BY}
+    torch.save({"state": model.state_dict(), "accuracy": found["test_accuracy"], "made": made}, path)
 
 
-def load_pretrained(path: Path, settings: Settings) -> tuple[nn.Sequential, float]:
-    """The net with a checkpoint's weights and a new head, and its accuracy before, NaN in a plain ``state_dict``.
+def load_pretrained(path: Path, settings: Settings) -> tuple[nn.Sequential, dict[str, Any]]:
+    """The net with a checkpoint's weights and a new head, and what the file holds besides its ``state``.
 
     Raises:
-        DataError: the file is not there, or no checkpoint of this net.
+        DataError: the file is not there, no checkpoint of this net, or made here by other settings.
     """
     if not path.exists():
         raise DataError(f"there is no checkpoint {path}")
     model = resnet(settings["blocks"], settings["width"])
     try:
         saved: dict[str, Any] = torch.load(path, weights_only=True)
-        model.load_state_dict(saved.get("state", saved))
+        saved = saved if "state" in saved else {"state": saved}
+        model.load_state_dict(saved["state"])
     except (RuntimeError, TypeError, AttributeError, OSError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{path} holds no checkpoint of this net ({reason}): delete it or name another") from error
+    wrong = [f"{k} {v}, here {settings[k]}" for k, v in saved.get("made", {}).items() if settings[k] != v]
+    if wrong and settings["checkpoint"] is None:
+        raise DataError(f"{path} was made with {'; '.join(wrong)}: delete it, or name it with --checkpoint")
     head = model.get_submodule("head.2")
     assert isinstance(head, nn.Linear)
     head.reset_parameters()
-    return model, saved.get("accuracy", float("nan"))
+    return model, saved
 
 
 def run_one(run: Record, data: tuple[Path, Digits], progress: Progress) -> Record:
@@ -125,22 +132,29 @@ def make_settings(args: argparse.Namespace, method: str) -> Settings:
         "images": args.images,
         "pretraining": args.pretraining,
         "limit": args.limit,
+        "checkpoint": None if args.own is None else checksum(args.own),
     }
+
+
+def checksum(path: Path) -> str:
+    """Of a file."""
+    return f"{zlib.crc32(path.read_bytes()) if path.exists() else 0:08x}"
 
 
 def report(records: list[Record], args: argparse.Namespace) -> None:
     """What the checkpoint knew, the table, and learning curves."""
-    _, accuracy = load_pretrained(args.checkpoint, records[0]["settings"])
-    print(f"ResNet-{6 * args.blocks + 2}, {accuracy:.2f} % right on the first {BEFORE} classes before\n")
+    _, saved = load_pretrained(args.checkpoint, records[0]["settings"])
+    known = f", {saved['accuracy']:.2f} % right on the first {BEFORE} classes before" if "accuracy" in saved else ""
+    print(f"ResNet-{6 * args.blocks + 2}{known}\n")
     names = ("test accuracy, %", "train, %", "CPU seconds a step", "memory, MiB", "synthesizer parameters")
     print(f"| method | {' | '.join(names)} |\n| --- |{' ---: |' * len(names)}")
     for (_, method), runs in groups(records).items():
-        known = [r["memory"] for r in runs if r["memory"] is not None]
+        memory = [r["memory"] for r in runs if r["memory"] is not None]
         columns = [
             spread([r["test_accuracy"] for r in runs], divergences(runs)),
             f"{statistics.mean(r['train_accuracy'] for r in runs):.2f}",
             f"{statistics.mean(r['processor_seconds'] / r['curve']['steps'][-1] for r in runs):.3f}",
-            f"{statistics.mean(known):.0f}" if known else mean_or_dash([]),
+            f"{statistics.mean(memory):.0f}" if memory else mean_or_dash([]),
             f"{runs[0]['synthesizer_parameters']:,}",
         ]
         print(f"| {method} | " + " | ".join(columns) + " |")
@@ -160,10 +174,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_arguments(parser, (*METHODS, "frozen"), USUAL, "out/finetune_vision.json")
     args = parser.parse_args(arguments)
     check_arguments(parser, args, "blocks", "width", "images", "steps", "batch", "pretraining")
-    own = args.checkpoint is None
-    args.checkpoint = args.out.with_suffix(".pt") if own else args.checkpoint
+    args.own, args.checkpoint = args.checkpoint, args.checkpoint or args.out.with_suffix(".pt")
     try:
-        if own and not args.checkpoint.exists():
+        if args.own is None and not args.checkpoint.exists():
             torch.set_num_threads(1)
             data = normalized(load_data("cifar10", args.data, args.limit))
             pretrain(data, make_settings(args, "backprop"), args.checkpoint)

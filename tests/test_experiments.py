@@ -481,10 +481,23 @@ def test_a_checkpoint_is_made_once_and_fine_tuned_on_the_other_classes(
     monkeypatch.setattr(vision, "train", noted)
     assert vision.main([*arguments, "--methods", *methods, "--out", str(out)]) == 0
     assert [row["method"] for row in rows(capsys.readouterr().out)][-4:] == list(methods)
+    assert vision.main([*arguments, "--pretraining", "5", "--out", str(out)]) == 1
+    assert "was made with pretraining 4, here 5: delete it, or name it" in capsys.readouterr().err
     assert len(seen) == 4
     for name, model in seen.items():
         changed = {n.split(".")[0] for n, p in model.named_parameters() if not torch.equal(p, saved[n])}
         assert changed == ({"head"} if name == "head" else {"head", "layer1", "layer2", "layer3", "stem"})
+
+
+def test_runs_from_another_checkpoint_are_other_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vision, "load_data", tiny)
+    checkpoint, out = tmp_path / "mine.pt", tmp_path / "runs.json"
+    arguments = ["--methods", "frozen", "--steps", "1", "--seeds", "0", "--checkpoint", str(checkpoint)]
+    for count, seed in ((1, 0), (1, 0), (2, 1)):
+        torch.manual_seed(seed)
+        torch.save(deep.resnet(1).state_dict(), checkpoint)
+        assert vision.main([*arguments, "--out", str(out)]) == 0
+        assert len(records_in(out)) == count
 
 
 def test_another_nets_checkpoint_is_an_error(
