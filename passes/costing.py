@@ -79,7 +79,7 @@ def measure_costs(
         flow: facts of a traced model.
         args: example positional inputs.
         kwargs: example keyword inputs.
-        sources: what :func:`measure_sources` found.
+        sources: what :func:`dni_fx.passes.pricing.measure_sources` found.
         repeats: how often each node runs; once where it takes long.
         watch: wraps the nodes, for a progress bar.
 
@@ -100,7 +100,7 @@ def estimate_costs(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], so
         flow: facts of a traced model.
         args: example positional inputs.
         kwargs: example keyword inputs.
-        sources: what :func:`estimate_sources` found.
+        sources: what :func:`dni_fx.passes.pricing.estimate_sources` found.
 
     Returns:
         Analytic costs, equal in every process and on every machine.
@@ -120,7 +120,7 @@ def given_costs(flow: Flow, seconds: Mapping[str, Seconds], sources: Mapping[str
         flow: facts of a traced model.
         seconds: by node name or module path: seconds of forward and backward together (a third is taken for forward),
             or a pair. A module's are spread evenly over its nodes; nodes that are not named cost nothing.
-        sources: what :func:`estimate_sources` found.
+        sources: what :func:`dni_fx.passes.pricing.estimate_sources` found.
 
     Returns:
         The costs; memory is what parameters and values take.

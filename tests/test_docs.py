@@ -8,8 +8,11 @@ what the Python block before it printed. Commands in ``sh`` blocks and in runnin
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import importlib
 import importlib.util
+import inspect
 import io
 import itertools
 import pkgutil
@@ -22,6 +25,7 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from torch.distributed.run import get_args_parser
@@ -327,3 +331,54 @@ def test_the_reference_describes_what_there_is() -> None:
     public = [getattr(dni_fx, name) for name in dni_fx.__all__]
     wanted = [*public, *dni_fx.sources.SOURCES.values(), *dni_fx.schedules.SCHEDULES.values()]
     assert [thing.__name__ for thing in wanted if not any(thing is known for known in named)] == []
+
+
+def unresolved(path: Path, module: str) -> list[str]:
+    """Names in a module's docstrings, as Sphinx's roles, that stand for nothing there."""
+    wrong = []
+
+    def known(name: str, places: list[Any]) -> bool:
+        first, *rest = name.split(".")
+        found: Any = next((getattr(p, first) for p in places if hasattr(p, first)), None)
+        found = dni_fx if found is None and first == "dni_fx" else found
+        for attribute in rest:
+            if not hasattr(found, attribute) and isinstance(found, ModuleType):
+                with contextlib.suppress(ImportError):
+                    importlib.import_module(f"{found.__name__}.{attribute}")
+            if isinstance(found, type) and not hasattr(found, attribute):  # set by its methods, or a field
+                return f"self.{attribute}" in inspect.getsource(found) or attribute in found.__annotations__
+            found = getattr(found, attribute, None)
+        return found is not None
+
+    def visit(node: Any, places: list[Any]) -> None:
+        inner = places
+        if isinstance(node, ast.ClassDef):
+            inner = [getattr(places[0], node.name, places[0]), *places]
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            for name in re.findall(r":(?:class|func|meth|attr|mod|data):`~?([\w.]+)`", ast.get_docstring(node) or ""):
+                if not known(name, inner):
+                    wrong.append(f"{path.name}:{getattr(node, 'lineno', 1)}: {name}")
+        for child in ast.iter_child_nodes(node):
+            visit(child, inner)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")), [importlib.import_module(module)])
+    return wrong
+
+
+def test_names_in_docstrings_stand_for_something() -> None:
+    found = [
+        name
+        for entry in pkgutil.walk_packages(dni_fx.__path__, "dni_fx.")
+        for name in unresolved(Path(inspect.getsourcefile(importlib.import_module(entry.name)) or ""), entry.name)
+    ]
+    assert found == []
+
+
+def test_a_name_that_stands_for_nothing_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = '"""See :func:`there`, :meth:`There.on`, :meth:`There.off` and :func:`gone`."""\n'
+    text += 'def there():\n    """:class:`There`"""\nclass There:\n    def on(self):\n        """:meth:`off`"""\n'
+    path = tmp_path / "page_of_names.py"
+    path.write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    where = "page_of_names.py"
+    assert unresolved(path, "page_of_names") == [f"{where}:1: There.off", f"{where}:1: gone", f"{where}:5: off"]
