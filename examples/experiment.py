@@ -699,6 +699,28 @@ def table(records: list[Record], *, errors: bool) -> str:
     return "\n".join(lines)
 
 
+def cost_table(records: list[Record], step_seconds: Callable[[Record], float]) -> str:
+    """Accuracies beside what a step costs, as markdown.
+
+    Args:
+        records: the runs.
+        step_seconds: a run's seconds of a processor for each step.
+    """
+    names = ("test accuracy, %", "train, %", "CPU seconds a step", "memory, MiB", "synthesizer parameters")
+    lines = [f"| method | {' | '.join(names)} |", f"| --- |{' ---: |' * len(names)}"]
+    for (_, method), runs in groups(records).items():
+        memory = [r["memory"] for r in runs if r["memory"] is not None]
+        columns = [
+            spread([r["test_accuracy"] for r in runs], divergences(runs)),
+            f"{statistics.mean(r['train_accuracy'] for r in runs):.2f}",
+            f"{statistics.mean(map(step_seconds, runs)):.3f}",
+            f"{statistics.mean(memory):.0f}" if memory else mean_or_dash([]),
+            f"{runs[0]['synthesizer_parameters']:,}",
+        ]
+        lines.append(f"| {method} | {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
 def divergences(runs: list[Record]) -> list[str]:
     """A mark behind each run that ended early."""
     return ["" if r["diverged"] is None else f", diverged at step {r['diverged']:,}" for r in runs]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import pickle
-import statistics
 import sys
 import zlib
 from collections.abc import Sequence
@@ -34,13 +33,10 @@ from experiment import (
     add_arguments,
     carry_out,
     check_arguments,
-    divergences,
+    cost_table,
     draw,
-    groups,
     load_data,
     make_run,
-    mean_or_dash,
-    spread,
     train,
 )
 
@@ -146,18 +142,7 @@ def report(records: list[Record], args: argparse.Namespace) -> None:
     _, saved = load_pretrained(args.checkpoint, records[0]["settings"])
     known = f", {saved['accuracy']:.2f} % right on the first {BEFORE} classes before" if "accuracy" in saved else ""
     print(f"ResNet-{6 * args.blocks + 2}{known}\n")
-    names = ("test accuracy, %", "train, %", "CPU seconds a step", "memory, MiB", "synthesizer parameters")
-    print(f"| method | {' | '.join(names)} |\n| --- |{' ---: |' * len(names)}")
-    for (_, method), runs in groups(records).items():
-        memory = [r["memory"] for r in runs if r["memory"] is not None]
-        columns = [
-            spread([r["test_accuracy"] for r in runs], divergences(runs)),
-            f"{statistics.mean(r['train_accuracy'] for r in runs):.2f}",
-            f"{statistics.mean(r['processor_seconds'] / r['curve']['steps'][-1] for r in runs):.3f}",
-            f"{statistics.mean(memory):.0f}" if memory else mean_or_dash([]),
-            f"{runs[0]['synthesizer_parameters']:,}",
-        ]
-        print(f"| {method} | " + " | ".join(columns) + " |")
+    print(cost_table(records, lambda record: record["processor_seconds"] / record["curve"]["steps"][-1]))
     draw(records, args.out.with_suffix(".png"), errors=False)
 
 
