@@ -6,7 +6,8 @@
 A step is ``zero_grad``, forward, loss and backward, in which sources also take a step of their own; the model's
 optimiser is left out. Networks: a residual network for images of 32 x 32 (six layers a unit of depth, and two), and a
 transformer encoder of 12 blocks. Stages are blocks in a row, divided by what autograd keeps of them, the same for
-checkpoints (every stage but the last is one, as in the drop-in) and for the drop-in.
+checkpoints (every stage but the last is one, as in the drop-in) and for the drop-in. Where transformers is installed, a
+BERT of MiniLM's shape is measured as well, with the two cuts of ``examples/finetune_pretrained.py``.
 
 Memory is counted, not sampled. A ``TorchDispatchMode`` sees every tensor that an operator returns, in forward and in
 backward; each new storage counts with its bytes from then until it is freed, which a weak reference tells. The figure
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,6 +37,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.checkpoint import checkpoint
 
 import dni_fx
+import torchvision_cpu  # noqa: F401  (before transformers looks for torchvision)
 from probe import capacity, describe_environment, interleave
 
 TARGET = 0.35
@@ -224,6 +227,40 @@ def transformer(blocks: int, width: int) -> Network:
     return Network([Attention(width, 4) for _ in range(blocks)], head)
 
 
+class MiniLM(nn.Module):
+    """A BERT classifier of MiniLM's shape, on texts without padding, with new weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import BertConfig, BertForSequenceClassification
+
+        shape = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+        self.bert = BertForSequenceClassification(BertConfig(num_labels=CLASSES, **shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(batch, time)`` tokens to logits."""
+        return self.bert(x).logits
+
+
+def minilm(x: Tensor, y: Tensor) -> dict[str, Variant]:
+    """Backprop, checkpoints (of each layer, as transformers makes them) and drop-ins with two cuts, by name."""
+
+    def fresh() -> MiniLM:
+        torch.manual_seed(0)
+        return MiniLM()
+
+    checkpoints = fresh()
+    checkpoints.bert.gradient_checkpointing_enable({"use_reentrant": False})
+    found = {"backprop": make_step(fresh(), x, y, False), "checkpoints": make_step(checkpoints, x, y, False)}
+    for name, (gradients, label) in SOURCES.items():
+        decoupled = dni_fx.decouple(
+            fresh(), [f"bert.bert.encoder.layer.{k}" for k in (1, 3)], example_inputs=(x,), gradients=gradients,
+            context=dni_fx.one_hot(CLASSES) if label else None, check=False,
+        )  # fmt: skip
+        found[f"drop-in {name}, 3 stages"] = make_step(decoupled.as_module(), x, y, label)
+    return found
+
+
 def ends(model: Network, x: Tensor, stages: int) -> list[int]:
     """Where stages end, so that autograd keeps equally much of each: numbers of blocks, without the last stage's."""
     kept: list[int] = []
@@ -322,7 +359,7 @@ def table(name: str, found: dict[str, Variant], rounds: int) -> list[str]:
 
 
 def main() -> None:
-    """Print both tables."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small batches, short and narrow sequences, two rounds")
     parser.add_argument("--rounds", type=int, default=5, help="turns that each variant gets")
@@ -344,6 +381,11 @@ def main() -> None:
         variants(lambda: transformer(12, width), sequences, y, arguments.stages),
         rounds,
     )
+    if importlib.util.find_spec("transformers") is None:
+        print("\nMiniLM: transformers is not installed")
+    else:
+        tokens = torch.randint(1000, (size, time), generator=generator)
+        table(f"BERT of MiniLM's shape, {time} tokens, batch {size}", minilm(tokens, y), rounds)
     print(f"\nat 8 stages, above {TARGET} of backprop's memory: {', '.join(missed) or 'none'}")
 
 

@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
-import gc
 import json
 import math
 import multiprocessing
-import os
 import signal
 import statistics
 import sys
@@ -194,12 +191,11 @@ def train(
         nothing is predicted), ``test_accuracy`` (at the end), ``best_test_accuracy``, ``train_accuracy``, ``seconds``
         and ``processor_seconds`` (of steps, without measurements; the latter is the same beside other work),
         ``synthesizer_parameters``, ``updates`` by stage, ``diverged`` (the step at which a value was no longer finite
-        and the run ended, or None), ``batches`` (a checksum of those seen), ``memory`` (see :class:`Memory`, MiB).
+        and the run ended, or None), ``batches`` (a checksum of those seen).
     """
     steps, every = settings["steps"], settings["measure_every"]
     layout = torch.channels_last if settings["channels_last"] else torch.contiguous_format
     model.to(memory_format=layout).train()  # type: ignore[call-overload]
-    memory = Memory()
     trainer, optimizers, step = _stepper(model, cuts, data, settings, layout, seed, own_sources)
     rates = [(group, group["lr"]) for o in optimizers.values() for group in o.param_groups]
     mixing = [s for s in trainer.decoupled.sources.values() if hasattr(s, "share")] if trainer else []
@@ -222,8 +218,7 @@ def train(
         cosines = predicted_cosines(trainer, x, y) if measured else {}
         start, processor_start = time.perf_counter(), time.process_time()
         try:
-            with memory:
-                step(x, y)
+            step(x, y)
         except NonFiniteError:
             diverged = count
         seconds += time.perf_counter() - start
@@ -251,7 +246,6 @@ def train(
         "updates": updates,
         "diverged": diverged,
         "batches": f"{checksum:08x}",
-        "memory": memory.median(),
     }
 
 
@@ -348,38 +342,6 @@ def make_recurrent_trainer(model: nn.Module, loss: Callable[[Any, Any], Tensor],
         metrics_every=settings["measure_every"],
         **options,
     )
-
-
-class Memory:
-    """What steps need: the process's peak in each, above what it held at first.
-
-    ``with memory: step()``. What earlier runs in this process have left is given back first, so that runs compare.
-    """
-
-    def __init__(self) -> None:
-        gc.collect()
-        with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
-            ctypes.CDLL(None).malloc_trim(0)
-        self.before = self._read("VmRSS")
-        self.peaks: list[float] = []
-
-    def __enter__(self) -> None:
-        if self.before is not None:
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak counts from now
-
-    def __exit__(self, *_: object) -> None:
-        if self.before is not None and (peak := self._read("VmHWM")) is not None:
-            self.peaks.append(peak - self.before)
-
-    def median(self) -> float | None:
-        """In MiB; None where the system does not tell."""
-        return statistics.median(self.peaks) if self.peaks else None
-
-    @staticmethod
-    def _read(name: str) -> float | None:
-        if not os.access("/proc/self/clear_refs", os.W_OK):
-            return None
-        return int(Path("/proc/self/status").read_text("utf-8").split(f"{name}:")[1].split()[0]) / 1024
 
 
 def _count_updates(optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[str, int]:
@@ -706,15 +668,13 @@ def cost_table(records: list[Record], step_seconds: Callable[[Record], float]) -
         records: the runs.
         step_seconds: a run's seconds of a processor for each step.
     """
-    names = ("test accuracy, %", "train, %", "CPU seconds a step", "memory, MiB", "synthesizer parameters")
+    names = ("test accuracy, %", "train, %", "CPU seconds a step", "synthesizer parameters")
     lines = [f"| method | {' | '.join(names)} |", f"| --- |{' ---: |' * len(names)}"]
     for (_, method), runs in groups(records).items():
-        memory = [r["memory"] for r in runs if r["memory"] is not None]
         columns = [
             spread([r["test_accuracy"] for r in runs], divergences(runs)),
             f"{statistics.mean(r['train_accuracy'] for r in runs):.2f}",
             f"{statistics.mean(map(step_seconds, runs)):.3f}",
-            f"{statistics.mean(memory):.0f}" if memory else mean_or_dash([]),
             f"{runs[0]['synthesizer_parameters']:,}",
         ]
         lines.append(f"| {method} | {' | '.join(columns)} |")

