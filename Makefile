@@ -55,7 +55,6 @@ $(ZOO_READY): $(READY)
 	@touch $@
 
 $(ECOSYSTEM_READY): $(READY)
-	$(PIP) install --no-deps torchvision==0.28.0 -c constraints.txt
 	$(PIP) install -e '.[ecosystem,pretrained]' -c constraints.txt
 	@touch $@
 

@@ -230,7 +230,11 @@ def make_step(
                 synthesizer_optimizer=synthesizer_optimizer,
                 metrics_every=settings["steps"],
             )
-            return trainer.optimizers, lambda batch, y: void(trainer.step(**batch, target=y)), decoupled
+
+            def trainer_step(batch: dict[str, Tensor], y: Tensor) -> None:
+                trainer.step(**batch, target=y)
+
+            return trainer.optimizers, trainer_step, decoupled
         called = decoupled.as_module(synthesizer_optimizer)
         around = called.context
     whole = optimizer([p for p in called.parameters() if p.requires_grad])
@@ -248,10 +252,6 @@ def make_step(
         whole.step()
 
     return {"model": whole}, step, decoupled
-
-
-def void(_: object) -> None:
-    """Nothing."""
 
 
 @torch.no_grad()

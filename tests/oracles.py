@@ -112,6 +112,17 @@ def state_of(model: nn.Module) -> Record:
     return {name: tensor.detach().clone() for name, tensor in tensors}
 
 
+def graph_of(output: Tensor) -> str:
+    """Names of all nodes that autograd would run."""
+    nodes, names = [output.grad_fn], []
+    while nodes:
+        node = nodes.pop()
+        if node is not None:
+            names.append(node.name())
+            nodes += [following for following, _ in node.next_functions]
+    return " ".join(names)
+
+
 def recording(factory: Optimizers, grads: Record) -> Optimizers:
     """The optimizer factory, made to note each parameter's gradient by name as it steps.
 

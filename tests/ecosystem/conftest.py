@@ -14,7 +14,7 @@ os.environ.update(
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1] / "benchmarks"))
 
-import torchvision_cpu  # noqa: E402, F401  (before anything imports torchvision)
+import torchvision_cpu  # noqa: E402, F401  (where it is installed, before anything imports it)
 
 THEIRS = (
     "ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated",

@@ -24,10 +24,6 @@ def folder_of(path: Path, name: str) -> Path:
     return path
 
 
-def weights(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {n: t.clone() for n, t in module.state_dict().items()}
-
-
 def learnt_sources(module: Any) -> int:
     """How many sources have learnt something."""
     return sum(bool(optimizer.state) for optimizer in module._dni_fx.optimizers.values())
@@ -87,11 +83,11 @@ def test_exact_gradients_are_the_plain_script(more: str, tmp_path: Path) -> None
     changes = {"use_cpu=True": f"{more}use_cpu=True", "num_train_epochs=4": "num_train_epochs=1"}
     plain = run_script("trainer_plain", folder_of(tmp_path, "plain"), changes=changes)
     exact = run_script("trainer_decoupled", folder_of(tmp_path, "exact"), changes=changes | EXACT)
-    want = weights(plain["model"])
-    oracles.assert_bits_equal(weights(exact["model"]), want, "exact")
+    want = oracles.state_of(plain["model"])
+    oracles.assert_bits_equal(oracles.state_of(exact["model"]), want, "exact")
     zero = run_script("trainer_decoupled", folder_of(tmp_path, "zero"), changes=changes | ZERO)
     with pytest.raises(AssertionError, match="differ"):
-        oracles.assert_bits_equal(weights(zero["model"]), want, "zero")
+        oracles.assert_bits_equal(oracles.state_of(zero["model"]), want, "zero")
 
 
 # ------------------------------------------------------------------------------------------------------- Lightning
@@ -121,10 +117,10 @@ def test_lightning_with_exact_gradients_is_the_plain_script(tmp_path: Path) -> N
     plain = run_script("lightning_plain", folder_of(tmp_path, "plain"), changes=changes)
     exact = run_script("lightning_decoupled", folder_of(tmp_path, "exact"), changes=changes | EXACT)
     zero = run_script("lightning_decoupled", folder_of(tmp_path, "zero"), changes=changes | ZERO)
-    want = weights(plain["model"])
-    oracles.assert_bits_equal(weights(exact["model"]), want, "exact")
+    want = oracles.state_of(plain["model"])
+    oracles.assert_bits_equal(oracles.state_of(exact["model"]), want, "exact")
     with pytest.raises(AssertionError, match="differ"):
-        oracles.assert_bits_equal(weights(zero["model"]), want, "zero")
+        oracles.assert_bits_equal(oracles.state_of(zero["model"]), want, "zero")
 
 
 def test_lightning_in_half_precision_with_clipping_and_accumulation(tmp_path: Path) -> None:
@@ -163,11 +159,12 @@ def test_lightning_resumes_where_it_was(hooks: bool, tmp_path: Path) -> None:
     resumed = changes | {"DataLoader(test, 128))": f"DataLoader(test, 128), ckpt_path={str(half / 'last.ckpt')!r})"}
     rest = run_script("lightning_decoupled", folder_of(tmp_path, "rest"), half, changes=resumed)
     assert len(rest["losses"]) == len(whole["losses"]) / 2
+    got, want = (oracles.state_of(run["model"]) for run in (rest, whole))
     if hooks:
-        oracles.assert_bits_equal(weights(rest["model"]), weights(whole["model"]), "resumed")
+        oracles.assert_bits_equal(got, want, "resumed")
     else:
         with pytest.raises(AssertionError, match="differ"):
-            oracles.assert_bits_equal(weights(rest["model"]), weights(whole["model"]), "without sources")
+            oracles.assert_bits_equal(got, want, "without sources")
 
 
 # ------------------------------------------------------------------------------------------------------- accelerate
@@ -190,10 +187,10 @@ def test_accelerate_with_exact_gradients_is_the_plain_script(precision: str, tmp
     plain = run_script("accelerate_plain", tmp_path, precision, changes)
     exact = run_script("accelerate_decoupled", tmp_path, precision, changes | EXACT)
     zero = run_script("accelerate_decoupled", tmp_path, precision, changes | {'gradients="local"': 'gradients="zero"'})
-    want = weights(plain["model"])
-    oracles.assert_bits_equal(weights(exact["model"]), want, "exact")
+    want = oracles.state_of(plain["model"])
+    oracles.assert_bits_equal(oracles.state_of(exact["model"]), want, "exact")
     with pytest.raises(AssertionError, match="differ"):
-        oracles.assert_bits_equal(weights(zero["model"]), want, "zero")
+        oracles.assert_bits_equal(oracles.state_of(zero["model"]), want, "zero")
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -205,17 +202,6 @@ def test_what_accelerate_unwraps_and_copies_is_still_cut(keep: bool, tmp_path: P
         with m.train().context(y):
             output = m(x)
         assert output.dtype == torch.float32
-        assert "StageFunctionBackward" in graph_of(output)
+        assert "StageFunctionBackward" in oracles.graph_of(output)
     plain = unwrapped._dni_fx.decoupled.model
-    assert "StageFunctionBackward" not in graph_of(plain.train()(x))  # whose forward nobody replaced
-
-
-def graph_of(output: torch.Tensor) -> str:
-    """Names of all that autograd would run."""
-    nodes, names = [output.grad_fn], []
-    while nodes:
-        node = nodes.pop()
-        if node is not None:
-            names.append(node.name())
-            nodes += [following for following, _ in node.next_functions]
-    return " ".join(names)
+    assert "StageFunctionBackward" not in oracles.graph_of(plain.train()(x))  # whose forward nobody replaced

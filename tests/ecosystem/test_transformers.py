@@ -74,10 +74,6 @@ def adam(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=2e-3)
 
 
-def weights(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {n: t.clone() for n, t in module.state_dict().items()}
-
-
 def trained_plainly(name: str, steps: int) -> Any:
     model = build(name).train()
     optimizer = sgd(model.parameters())
@@ -97,8 +93,8 @@ def test_exact_gradients_are_backpropagation(name: str) -> None:
         for step in range(4):
             torch.manual_seed(step)
             trainer.step(**example(name, step))
-        found[gradients] = weights(trainer.decoupled.model)
-    want = weights(trained_plainly(name, 4))
+        found[gradients] = oracles.state_of(trainer.decoupled.model)
+    want = oracles.state_of(trained_plainly(name, 4))
     oracles.assert_bits_equal(found["exact"], want, name)
     with pytest.raises(AssertionError, match="differ"):
         oracles.assert_bits_equal(found["zero"], want, "negative control")
@@ -112,7 +108,7 @@ def test_a_drop_in_trains(name: str) -> None:
     decoupled = cut(name, "local" if classes else "auto", check=False, **options)
     m: Any = decoupled.as_module(context=(lambda *_, labels, **__: labels) if classes else None)
     assert len(decoupled.stages) == 3
-    optimizer, before, losses = adam(m.parameters()), weights(m), []
+    optimizer, before, losses = adam(m.parameters()), oracles.state_of(m), []
     for step in range(60):
         output = m(**example(name, step % 4))
         assert isinstance(output, transformers.utils.ModelOutput)
@@ -121,7 +117,7 @@ def test_a_drop_in_trains(name: str) -> None:
         optimizer.step()
         losses.append(output.loss.item())
     assert sum(losses[-4:]) / 4 < sum(losses[:4]) / 4 - 0.4
-    after = weights(m)
+    after = oracles.state_of(m)
     for stage in decoupled.stages:
         assert any(not torch.equal(after[n], before[n]) for n, _ in stage.named_parameters()), stage.name
 
