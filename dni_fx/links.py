@@ -66,7 +66,8 @@ class _Outgoing:
         self.works: deque[tuple[Any, torch.Tensor]] = deque()
         self.changed = threading.Condition()
         self.closed = False
-        threading.Thread(target=self._reap, name=f"dni_fx to rank {rank}", daemon=True).start()
+        self.thread = threading.Thread(target=self._reap, name=f"dni_fx to rank {rank}", daemon=True)
+        self.thread.start()
 
     def send(self, letter: Any) -> None:
         buffer = pack(letter)
@@ -98,19 +99,17 @@ class _Outgoing:
                 with self.changed:
                     self.closed = True
                     self.works.clear()
-                    self.changed.notify_all()
                 return
             del _buffer
             with self.changed:
                 self.works.popleft()
-                self.changed.notify_all()
 
     def close(self, seconds: float) -> None:
         """Wait until everything has been taken."""
         with self.changed:
             self.closed = True
-            self.changed.notify_all()
-            self.changed.wait_for(lambda: not self.works, seconds)
+            self.changed.notify()
+        self.thread.join(seconds)
 
 
 class Links:

@@ -11,6 +11,7 @@ import copy
 import json
 import random
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -417,6 +418,10 @@ def after_the_end() -> None:
 
 def quiet_after_the_end() -> None:
     """What a closed trainer leaves behind neither works nor grows, whoever closes last."""
+
+    def threads() -> list[str]:
+        return sorted(path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm"))
+
     counts = []
     for _ in range(3):
         trainer = train(trainer_of(), 3)
@@ -424,13 +429,16 @@ def quiet_after_the_end() -> None:
             time.sleep(0.3)
         trainer.drain()
         trainer.close()
-        counts.append(len(list(Path("/proc/self/task").iterdir())))
+        left = [t.name for t in threading.enumerate() if t.name.startswith("dni_fx")]
+        assert not left, left
+        counts.append(len(threads()))
     dist.barrier()
     busy = time.process_time()
     time.sleep(1.0)
     busy = time.process_time() - busy
     assert busy < 0.5, f"{busy} s of work in 1 s of sleep"  # one that spins takes all of it, or its share of a core
-    assert counts[0] == counts[2], f"threads: {counts}"
+    # Now, not at close(): the system may count a thread for a moment after it has been joined.
+    assert len(threads()) <= counts[0], f"threads: {counts}, then {threads()}"
 
 
 def plans() -> None:
