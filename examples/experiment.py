@@ -55,7 +55,7 @@ SETTINGS: Settings = {  # plain data, so that records can be compared; experimen
     "label_smoothing": 0.0,  # of the cross entropy
     "gradients": None,  # None: backprop, without dni_fx; else a name or {"source": name, option: value, ...}
     "labels": False,  # whether sources see them
-    "inputs": None,  # synthetic inputs: a name
+    "inputs": None,  # synthetic inputs: a name or {"source": name, option: value, ...}
     "share_ramp": None,  # [from, to]: λ of sources that mix, over the run
     "schedule": None,  # None: sequential; else {"schedule": name of a class in dni_fx.schedules, option: value, ...}
     "clip_norm": None,
@@ -115,7 +115,7 @@ def make_run(method: str, setting: str, seed: int, settings: Settings) -> Record
 
 
 def make_source(spec: Any, own: Mapping[str, Any] | None = None) -> Any:
-    """A gradient source from plain data.
+    """A gradient source from plain data, or with ``own=dni_fx.sources.INPUTS`` a synthetic input.
 
     Args:
         spec: a name, or ``{"source": name, option: value, ...}``; an option called ``by`` is itself such a spec, passed
@@ -123,7 +123,7 @@ def make_source(spec: Any, own: Mapping[str, Any] | None = None) -> Any:
         own: classes of the experiment's own by name, looked up first.
 
     Returns:
-        What ``dni_fx.decouple(gradients=...)`` takes.
+        What ``dni_fx.decouple(gradients=...)`` takes, or ``inputs=``.
     """
     if isinstance(spec, str):
         return (own or {}).get(spec, spec)
@@ -278,7 +278,7 @@ def _stepper(
         return None, {"model": whole}, backprop
 
     options: dict[str, Any] = {"gradients": make_source(settings["gradients"], own_sources)}
-    options |= {"inputs": settings["inputs"]} if settings["inputs"] is not None else {}
+    options |= {"inputs": make_source(settings["inputs"], dni_fx.sources.INPUTS)} if settings["inputs"] is not None else {}
     options |= {"context": dni_fx.one_hot(CLASSES)} if settings["labels"] else {}
     example = data.train_x[: settings["batch"]].contiguous(memory_format=layout)
     decoupled = dni_fx.decouple(model, cuts=list(cuts), example_inputs=(example,), **options)

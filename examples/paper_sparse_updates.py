@@ -55,7 +55,8 @@ CDNI: Settings = {
     "labels": True,
     "synthesizer_optimizer": {"name": "adam", "lr": 3e-2},
 }
-INPUTS: Settings = {"inputs": "mlp", "input_lr": 3e-3}  # with them, the complete unlock
+# With them, the complete unlock. A second hidden layer, since all that precedes a late stage is to be predicted at once.
+INPUTS: Settings = {"inputs": {"source": "mlp", "hidden": 2}, "input_lr": 3e-3}
 METHODS: dict[str, Settings] = {
     "dni": DNI,
     "cdni": CDNI,

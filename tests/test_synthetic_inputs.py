@@ -311,7 +311,8 @@ def test_inputs_without_the_batch_are_left_out() -> None:
 
 @pytest.mark.parametrize("value", VALUES)
 def test_ids_are_embedded(value: str) -> None:
-    source = make_input("mlp", value_spec(value), (TensorSpec((4, 5), IDS),))
+    # Batch normalisation would let one sample's ids change all predictions.
+    source = make_input(partial(MLPInput, norm="none"), value_spec(value), (TensorSpec((4, 5), IDS),))
     x = torch.zeros(4, 5, dtype=IDS)
     other = x.clone()
     other[1] = 3
@@ -460,6 +461,25 @@ def test_autocast() -> None:
     assert prediction.value.dtype == FLOAT
 
 
+@pytest.mark.parametrize("norm", ["batch", "none"])
+@pytest.mark.parametrize(("value", "over"), [("vector", (0,)), ("sequence", (0, 1)), ("map2d", (0, 2, 3))])
+def test_hidden_layers_are_normalized(value: str, over: tuple[int, ...], norm: str) -> None:
+    maps = value == "map2d"
+    x = draw((4, 3, 4, 3) if maps else (4, *VALUES[value][0][1:-1], 3))
+    source = make_input(partial(InputRegression, norm=norm), value_spec(value, torch.float64), specs_of(x))
+    first, second = source.layers
+    seen: list[Tensor] = []
+    second.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    before: list[Tensor] = []
+    first.register_forward_hook(lambda module, args, output: before.append(output))
+    source((x,))
+    h = before[0]
+    if norm == "batch":
+        h = (h - h.mean(over, keepdim=True)) / (h.var(over, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(seen[0], h.relu())
+    assert len(list(source.norms.parameters())) == (2 if norm == "batch" else 0)
+
+
 def test_no_random_number_is_drawn() -> None:
     x, spec = draw((4, 5), IDS), value_spec("sequence")
     states = torch.get_rng_state(), random.getstate(), str(np.random.get_state())  # noqa: NPY002
@@ -483,7 +503,7 @@ def test_a_state_dict_is_the_whole_state() -> None:
     assert torch.equal(source((x,)).value, other((x,)).value)
     assert set(source.state_dict()) == {
         "scale", "count", "lineup.embeddings.0.weight", "layers.0.weight", "layers.0.bias", "layers.1.weight",
-        "layers.1.bias",
+        "layers.1.bias", "norms.0.weight", "norms.0.bias",
     }
 
 
@@ -551,6 +571,7 @@ SPEC, GIVEN = TensorSpec((4, 6), FLOAT), (TensorSpec((4, 3), FLOAT),)
         (partial(LinearInput, buckets=0), SPEC, GIVEN, "at least 1 bucket.*buckets=0"),
         (partial(MLPInput, hidden=-1), SPEC, GIVEN, "hidden=-1"),
         (partial(MLPInput, width=0), SPEC, GIVEN, "width=0"),
+        (partial(MLPInput, norm="layer"), SPEC, GIVEN, "unknown norm 'layer'"),
         ("auto", TensorSpec((12, 6), FLOAT), GIVEN, r"shape \(12, 6\): its first dimension.*shapes \(4, 3\)"),
         ("auto", TensorSpec((12, 6), FLOAT), GIVEN, "batch and time are merged.*leave this interface out of inputs"),
         ("auto", TensorSpec((), FLOAT), GIVEN, r"shape \(\)"),

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..errors import DecouplingError, did_you_mean
 from ..plan import TensorSpec
 from .lineup import Lineup, feature_count
-from .regression import WINDOW, Affine
+from .regression import WINDOW, Affine, make_norms
 
 
 @dataclass
@@ -85,14 +85,15 @@ class InputRegression(InputSource):
     equal values has no variance for a batch normalisation to divide by.
 
     Source:
-        Jaderberg et al. 2016, arXiv:1608.05343, complete unlock: loss :math:`\|\hat h - h\|^2`, one hidden layer. Its
-        batch normalisation is left out; the scale, embeddings and coordinates are ours.
+        Jaderberg et al. 2016, arXiv:1608.05343, complete unlock: loss :math:`\|\hat h - h\|^2`, one hidden layer with
+        batch normalisation. The scale, embeddings and coordinates are ours.
 
     Args:
         spec: the value.
         inputs: the model's inputs.
         hidden: number of hidden layers, with ReLUs.
         width: of each; by default the value's features, at least 64.
+        norm: of the hidden layers, ``"batch"`` (by the batch's own statistics, in any mode) or ``"none"``.
         kernel: odd: size of the convolutions over a map; 0: the same affine layers at every position; None: 3 for maps
             if an input has as many dimensions of positions, else 0.
         buckets: ids are taken modulo this.
@@ -112,6 +113,7 @@ class InputRegression(InputSource):
         *,
         hidden: int = 1,
         width: int | None = None,
+        norm: str = "batch",
         kernel: int | None = None,
         buckets: int = 4096,
     ) -> None:
@@ -145,6 +147,7 @@ class InputRegression(InputSource):
             else:
                 layers.append(Affine(a if i else local, 0 if i else shared, b, dtype))
         self.layers = nn.ModuleList(layers)
+        self.norms = make_norms(norm, sizes[1:-1], dtype)
         self.register_buffer("scale", torch.ones((), dtype=dtype))
         self.register_buffer("count", torch.zeros((), dtype=dtype))
         # Remembers the value's dtype; a buffer, so that casting the model casts it too.
@@ -165,7 +168,8 @@ class InputRegression(InputSource):
         elif shared is not None:
             shared = shared.view(shared.shape[0], *(1,) * (h.dim() - 2), -1)
         for i, layer in enumerate(self.layers):
-            h = F.relu(h) if i else h
+            if i:
+                h = F.relu(self.norms[i - 1](h, 1 if space else -1) if self.norms else h)
             h = layer(h) if self.kernel else layer(h, None if i else shared, space)
         output = h if h.dim() == len(self.spec.shape) else h.squeeze(1)
         return InputPrediction((output.detach().to(self.scale.dtype) * self.scale).to(self.kind.dtype), output)
@@ -208,9 +212,10 @@ class MLPInput(InputRegression):
         *,
         hidden: int = 1,
         width: int | None = None,
+        norm: str = "batch",
         buckets: int = 4096,
     ) -> None:
-        super().__init__(spec, inputs, hidden=hidden, width=width, kernel=0, buckets=buckets)
+        super().__init__(spec, inputs, hidden=hidden, width=width, norm=norm, kernel=0, buckets=buckets)
 
 
 class ConvInput(InputRegression):
@@ -224,9 +229,10 @@ class ConvInput(InputRegression):
         hidden: int = 1,
         kernel: int = 3,
         width: int | None = None,
+        norm: str = "batch",
         buckets: int = 4096,
     ) -> None:
-        super().__init__(spec, inputs, hidden=hidden, width=width, kernel=kernel, buckets=buckets)
+        super().__init__(spec, inputs, hidden=hidden, width=width, norm=norm, kernel=kernel, buckets=buckets)
 
 
 InputFactory = Callable[[TensorSpec, tuple[TensorSpec, ...]], InputSource]
