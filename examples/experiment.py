@@ -278,7 +278,8 @@ def _stepper(
         return None, {"model": whole}, backprop
 
     options: dict[str, Any] = {"gradients": make_source(settings["gradients"], own_sources)}
-    options |= {"inputs": make_source(settings["inputs"], dni_fx.sources.INPUTS)} if settings["inputs"] is not None else {}
+    if settings["inputs"] is not None:
+        options["inputs"] = make_source(settings["inputs"], dni_fx.sources.INPUTS)
     options |= {"context": dni_fx.one_hot(CLASSES)} if settings["labels"] else {}
     example = data.train_x[: settings["batch"]].contiguous(memory_format=layout)
     decoupled = dni_fx.decouple(model, cuts=list(cuts), example_inputs=(example,), **options)

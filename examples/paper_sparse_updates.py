@@ -55,7 +55,7 @@ CDNI: Settings = {
     "labels": True,
     "synthesizer_optimizer": {"name": "adam", "lr": 3e-2},
 }
-# With them, the complete unlock. A second hidden layer, since all that precedes a late stage is to be predicted at once.
+# With them, the complete unlock. A second hidden layer, since it predicts at once what several layers compute.
 INPUTS: Settings = {"inputs": {"source": "mlp", "hidden": 2}, "input_lr": 3e-3}
 METHODS: dict[str, Settings] = {
     "dni": DNI,
