@@ -51,12 +51,17 @@ NET: Settings = {
 
 # What each method changes in the above. Heads are two convolutions of stride 2, pooling and a linear layer.
 HEAD = {"hidden": 2, "stride": 2}
+LARGE_HEAD = {"hidden": 3, "stride": 2, "width": 128}
 ADAM = {"name": "adam", "lr": 1e-3}
 LOCAL: Settings = {"gradients": {"source": "local", **HEAD}, "labels": True}
 DISTILL: Settings = {"gradients": {"source": "distill", **HEAD}, "labels": True}
 CRITIC: Settings = {"gradients": {"source": "critic", **HEAD}, "labels": True}
 DELAYED: Settings = {"gradients": {"source": "delayed", "steps": 1}}
 CORRECTED: Settings = {"gradients": {"source": "corrected", "by": {"source": "local", **HEAD}}, "labels": True}
+CORRECTED_LARGE: Settings = {
+    "gradients": {"source": "corrected", "by": {"source": "local", **LARGE_HEAD}},
+    "labels": True,
+}
 
 METHODS: dict[str, Settings] = {
     "backprop": {"gradients": None},
@@ -65,6 +70,7 @@ METHODS: dict[str, Settings] = {
     "local": LOCAL,
     "local, wide head": {"gradients": {"source": "local", **HEAD, "width": 64}, "labels": True},
     "local, deep head": {"gradients": {"source": "local", **HEAD, "hidden": 3}, "labels": True},
+    "local, large head": {"gradients": {"source": "local", **LARGE_HEAD}, "labels": True},
     "distill": DISTILL,
     "critic": CRITIC,
     "sobolev": {"gradients": {"source": "sobolev", **HEAD}, "labels": True},
@@ -73,6 +79,7 @@ METHODS: dict[str, Settings] = {
     "delayed, no momentum": {**DELAYED, "optimizer": {**SGD, "lr": 0.2, "momentum": 0.0}},
     "shrink": {"gradients": {"source": "delayed", "steps": 1, "shrink": 0.7}},  # FDG's factor
     "corrected": CORRECTED,
+    "corrected, large head": CORRECTED_LARGE,
     "mix": {"gradients": {"source": "mix", "by": {"source": "local", **HEAD}, "share": 0.5}, "labels": True},
     # the same with a share of the true gradient that grows from 0 to 1
     "growing mix": {
@@ -99,6 +106,10 @@ METHODS: dict[str, Settings] = {
     "distill + warm-up": {**DISTILL, "schedule": {"schedule": "WarmUp", "steps": 0.1, "fade": 0.1}},
     "critic + warm-up": {**CRITIC, "schedule": {"schedule": "WarmUp", "steps": 0.1, "fade": 0.1}},
     "corrected + warm-up": {**CORRECTED, "schedule": {"schedule": "WarmUp", "steps": 0.1, "fade": 0}},
+    "corrected, large head + warm-up": {
+        **CORRECTED_LARGE,
+        "schedule": {"schedule": "WarmUp", "steps": 0.1, "fade": 0},
+    },
     "corrected + long tail": {**CORRECTED, "schedule": {"schedule": "Calibration", "every": None, "exact_from": 0.7}},
     "delayed + warm-up": {**DELAYED, "schedule": {"schedule": "WarmUp", "steps": 0.1, "fade": 0}},
     # every tenth step exact

@@ -81,6 +81,10 @@ METHODS: dict[tuple[str, str], Settings] = {
     ("cnn", "zero"): {"gradients": "zero"},
     ("cnn", "stale"): {"gradients": "stale"},
 }
+# True gradients in the first tenth of the steps, faded into the source's in the second; "zero" is the control of that.
+EXACT_START: Settings = {"schedule": {"schedule": "WarmUp", "steps": 0.1, "fade": 0.1}}
+STARTED = [f"{base} + exact start" for base in ("dni", "cdni", "zero")]
+METHODS |= {(net, name): {**METHODS[net, name.split()[0]], **EXACT_START} for net in NETS for name in STARTED}
 PAPER: dict[tuple[str, str, str], Any] = {  # appendix A.1, by net, data set and method
     ("fcn", "mnist", "dni"): {"source": "mlp", "hidden": 2, "times": 4, "norm": "batch"},
     ("fcn", "mnist", "cdni"): {"source": "linear"},
@@ -196,7 +200,7 @@ def make_settings(args: argparse.Namespace, method: str, layers: int) -> Setting
         settings["labels"] = base == "cdni"
     width = {"fcn": args.width, "cnn": args.filters}[args.net]
     if args.synthesizers == "paper":
-        settings["gradients"] = PAPER.get((args.net, args.data_set, base), settings["gradients"])
+        settings["gradients"] = PAPER.get((args.net, args.data_set, base.split()[0]), settings["gradients"])
     if isinstance(settings["gradients"], dict):
         source = dict(settings["gradients"])
         if ablated:
@@ -257,7 +261,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--decay", choices=("none", "cosine", "steps"), help="of all rates (default: as in the table)")
     parser.add_argument("--synthesizers", choices=("small", "paper"), default="small")
     parser.add_argument("--ablate", action="store_true", help="leave out parts of the recipe, one at a time")
-    names = list(dict.fromkeys([*USUAL, *VARIATIONS]))
+    names = list(dict.fromkeys([*USUAL, *STARTED, *VARIATIONS]))
     add_arguments(parser, names, USUAL, "out/paper_feedforward.json")
     args = parser.parse_args(arguments)
     check_arguments(parser, args, "steps", "batch", "width", "filters", "stride")
@@ -267,7 +271,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--layers must be at least 1")
     if args.ablate and args.methods == list(USUAL):
         args.methods = ["backprop", *VARIATIONS, "zero"]
-    if not args.ablate and (unknown := [m for m in args.methods if m not in USUAL]):
+    if not args.ablate and (unknown := [m for m in args.methods if m not in (*USUAL, *STARTED)]):
         parser.error(f"{', '.join(unknown)}: only with --ablate")
     return args
 
