@@ -38,6 +38,7 @@ TWO = [
     "repeats", "lengths", "free_running", "free_running_on_synthetic_inputs", "free_running_with_schedules",
     "dropping", "waiting_while_dropping", "whole_model", "evaluating_between_steps", "channels_last", "refused",
     "refused_buffers", "after_the_end", "quiet_after_the_end", "plans", "same_script",
+    "data_parallel_around_a_drop_in",
 ]  # fmt: skip
 FOUR = ["four_ranks_equal_one", "four_ranks_run_free", "four_ranks_need_four_stages"]
 FAILURES = [

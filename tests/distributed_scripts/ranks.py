@@ -7,6 +7,7 @@ A case is compared, in rank 0, with training in one process, which the other ran
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import random
@@ -440,6 +441,38 @@ def quiet_after_the_end() -> None:
     assert busy < 0.5, f"{busy} s of work in 1 s of sleep"  # one that spins takes all of it, or its share of a core
     # Now, not at close(): the system may count a thread for a moment after it has been joined.
     assert len(threads()) <= counts[0], f"threads: {counts}, then {threads()}"
+
+
+def data_parallel_around_a_drop_in() -> None:
+    """DistributedDataParallel takes the drop-in for a model; the sources of each rank are its own."""
+
+    def trained(gradients: str | None) -> Tensor:
+        model = built(Skips, torch.float32)
+        inner, context = model, lambda y: contextlib.nullcontext()
+        if gradients is not None:
+            inner = dni_fx.decouple(
+                model, CUTS, example_inputs=(batch(0)[0],), gradients=gradients, context=dni_fx.one_hot(5)
+            ).as_module(synthesizer_optimizer=lambda p: torch.optim.Adam(p, 1e-2))
+            context = inner.context
+        wrapped = nn.parallel.DistributedDataParallel(inner)
+        optimizer = torch.optim.SGD(wrapped.parameters(), 0.1)
+        for step in range(6):
+            x, y = batch(2 * step + dist.get_rank())
+            with context(y):
+                loss = F.cross_entropy(wrapped(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        found = nn.utils.parameters_to_vector(model.parameters()).detach()
+        every = [torch.empty_like(found) for _ in range(dist.get_world_size())]
+        dist.all_gather(every, found)
+        assert all(torch.equal(found, other) for other in every), gradients
+        return found
+
+    plain = trained(None)
+    assert torch.equal(trained("exact"), plain)
+    for gradients in ("linear", "local"):
+        assert (trained(gradients) - plain).abs().max() > 1e-3, gradients
 
 
 def plans() -> None:
