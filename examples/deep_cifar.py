@@ -58,10 +58,6 @@ DISTILL: Settings = {"gradients": {"source": "distill", **HEAD}, "labels": True}
 CRITIC: Settings = {"gradients": {"source": "critic", **HEAD}, "labels": True}
 DELAYED: Settings = {"gradients": {"source": "delayed", "steps": 1}}
 CORRECTED: Settings = {"gradients": {"source": "corrected", "by": {"source": "local", **HEAD}}, "labels": True}
-CORRECTED_LARGE: Settings = {
-    "gradients": {"source": "corrected", "by": {"source": "local", **LARGE_HEAD}},
-    "labels": True,
-}
 
 METHODS: dict[str, Settings] = {
     "backprop": {"gradients": None},
@@ -79,7 +75,6 @@ METHODS: dict[str, Settings] = {
     "delayed, no momentum": {**DELAYED, "optimizer": {**SGD, "lr": 0.2, "momentum": 0.0}},
     "shrink": {"gradients": {"source": "delayed", "steps": 1, "shrink": 0.7}},  # FDG's factor
     "corrected": CORRECTED,
-    "corrected, large head": CORRECTED_LARGE,
     "mix": {"gradients": {"source": "mix", "by": {"source": "local", **HEAD}, "share": 0.5}, "labels": True},
     # the same with a share of the true gradient that grows from 0 to 1
     "growing mix": {
@@ -107,7 +102,8 @@ METHODS: dict[str, Settings] = {
     "critic + warm-up": {**CRITIC, "schedule": {"schedule": "WarmUp", "steps": 0.1, "fade": 0.1}},
     "corrected + warm-up": {**CORRECTED, "schedule": {"schedule": "WarmUp", "steps": 0.1, "fade": 0}},
     "corrected, large head + warm-up": {
-        **CORRECTED_LARGE,
+        "gradients": {"source": "corrected", "by": {"source": "local", **LARGE_HEAD}},
+        "labels": True,
         "schedule": {"schedule": "WarmUp", "steps": 0.1, "fade": 0},
     },
     "corrected + long tail": {**CORRECTED, "schedule": {"schedule": "Calibration", "every": None, "exact_from": 0.7}},
