@@ -42,10 +42,12 @@ class Diagnosis(Mapping[str, InterfaceReport]):
         interfaces: the report of every interface, by name.
         controls: the same for controls on the same batch, by the control's name (``"stale"``: the gradient of another
             batch) and interface name. The control ``zero`` needs no row: it explains 0 % everywhere.
+        of: what the names are those of, ``"interface"``, or ``"stage"`` where gradients of parameters are compared.
     """
 
     interfaces: Mapping[str, InterfaceReport]
     controls: Mapping[str, Mapping[str, InterfaceReport]] = field(default_factory=dict)
+    of: str = "interface"
 
     @classmethod
     def measure(
@@ -106,7 +108,7 @@ class Diagnosis(Mapping[str, InterfaceReport]):
         return len(self.interfaces)
 
     def __str__(self) -> str:
-        return _described(self.interfaces, {n: self.verdict(n) for n in self.interfaces}, self.controls)
+        return _described(self.interfaces, {n: self.verdict(n) for n in self.interfaces}, self.controls, self.of)
 
 
 class History:
@@ -414,11 +416,12 @@ def _described(
     reports: Mapping[str, InterfaceReport],
     verdicts: Mapping[str, str],
     controls: Mapping[str, Mapping[str, InterfaceReport]],
+    of: str = "interface",
 ) -> str:
     """A table of numbers, and under it a line of words for every interface."""
     if not reports:
         return "nothing measured: no source predicted a gradient"
-    titles = ["interface", "cosine", "error", "size", "signs", "explained", *(f"{c}: cosine" for c in controls)]
+    titles = [of, "cosine", "error", "size", "signs", "explained", *(f"{c}: cosine" for c in controls)]
     rows = [[*titles, "reference", "step"]]
     for name, r in reports.items():
         others = [others[name].cosine if name in others else math.nan for others in controls.values()]

@@ -261,7 +261,7 @@ class Run:
         elif early:
             assert tape is not None
             given = {n: g for s in groups for n, g in zip(s.names, self._predicted(s), strict=True)}
-            complete = all(s.source.lag is None for s in groups)
+            complete = self.answers_at_once(index)
             self._pull_back(index, tape, given, retain=kept is None and not complete, complete=complete)
             if not complete:
                 self.tapes[index] = kept or tape
@@ -280,6 +280,11 @@ class Run:
         """Whether the stage pulls something back before any message is there."""
         at_once = all(s.source.lag is None or s.source.corrects for s in groups)
         return self.share == 0 and bool(groups) and at_once
+
+    def answers_at_once(self, index: int) -> bool:
+        """Whether all that a stage pulls back is predicted, and nothing comes late."""
+        groups = self.by_producer[index]
+        return bool(groups) and all(s.source.lag is None for s in groups)
 
     def _delays(self) -> dict[int, int]:
         """In how many steps each stage will have pulled back this batch."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -252,7 +253,7 @@ class Trainer:
         Returns:
             The gradient of the loss for each interface's value, by name; zeros where none arrives.
         """
-        return self._measure(args, kwargs, target, ask=False)[0]
+        return self._true_gradients(self._rehearse(Mode(1.0), args, kwargs, target, ask=False)[0])
 
     def diagnose(self, *args: Any, target: Any = None, **kwargs: Any) -> Diagnosis:
         """Compare what the sources predict with the true gradient, with nothing changed.
@@ -267,13 +268,41 @@ class Trainer:
         Returns:
             A report for every interface whose source predicts, with a verdict in words; prints as a table.
         """
-        true, guesses = self._measure(args, kwargs, target, ask=True)
-        return Diagnosis({n: compare(g, true[n], "true", self.steps) for n, g in guesses.items()})
+        run, _ = self._rehearse(Mode(1.0), args, kwargs, target, ask=True)
+        true = self._true_gradients(run)
+        return Diagnosis({n: compare(g, true[n], "true", self.steps) for n, g in run.guesses().items()})
 
-    def _measure(
-        self, args: Any, kwargs: Any, target: Any, ask: bool
-    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """True gradients, zeros where none arrives, and predictions, by interface."""
+    def diagnose_parameters(self, *args: Any, target: Any = None, **kwargs: Any) -> Diagnosis:
+        """Compare what the predictions make of the parameters' gradients with the true ones, with nothing changed.
+
+        That is nearer to what training does than :meth:`diagnose`. The gradient of a weight is a sum over samples and
+        positions in which much of the values' gradients cancels, but errors that samples have in common do not: a
+        prediction with a high cosine at the cut may still train the stage before it badly. Both depend on the batch;
+        compare means over several, or take a large one. Costs a step of backpropagation and a decoupled one.
+
+        Args:
+            *args: positional inputs of the model.
+            target: what the loss and the context take.
+            **kwargs: keyword inputs.
+
+        Returns:
+            A report by stage name, over all parameters that only this stage uses, for the stages all of whose sources
+            predict at once; prints as a table.
+        """
+        _, true = self._rehearse(Mode(1.0), args, kwargs, target, ask=False)
+        if self.decoupled.is_exact:
+            return Diagnosis({}, of="stage")
+        run, predicted = self._rehearse(Mode(0.0), args, kwargs, target, ask=True)
+        names = [s.name for s in self.decoupled.stages if run.answers_at_once(s.index) and s.name in true]
+        return Diagnosis({n: compare(predicted[n], true[n], "true", self.steps) for n in names}, of="stage")
+
+    def _rehearse(
+        self, mode: Mode, args: Any, kwargs: Any, target: Any, ask: bool
+    ) -> tuple[Run, dict[str, torch.Tensor]]:
+        """Run a batch up to its gradients and put everything back; also the gradients of each stage's own parameters.
+
+        They are flat and in one piece; stages without parameters of their own are left out.
+        """
         if self._crew is not None:
             self.drain()
         args, kwargs = map_tensors(torch.clone, (args, kwargs))
@@ -284,17 +313,33 @@ class Trainer:
             parameter.grad = None
         with restored(self.decoupled), keep_modes(), torch.enable_grad():
             try:
-                run = Run(self.decoupled, self.loss, Mode(1.0), ask=ask and not self.decoupled.is_exact)
+                run = Run(self.decoupled, self.loss, mode, ask=ask and not self.decoupled.is_exact)
                 run.begin(values, self._context(target) if ask else None, target)
                 run.advance(0)
+                found = self._own_gradients()
             finally:
                 for parameter, gradient in zip(parameters, before, strict=True):
                     parameter.grad = gradient
-        true = {
+        return run, found
+
+    def _own_gradients(self) -> dict[str, torch.Tensor]:
+        """Of the parameters that one stage alone uses, by stage, flat."""
+        users = Counter(p for stage in self.decoupled.stages for p in set(stage.parameters()))
+        found = {}
+        for stage in self.decoupled.stages:
+            own = [p for p in stage.parameters() if p.requires_grad and users[p] == 1]
+            parts = [(torch.zeros_like(p) if p.grad is None else p.grad.to_dense()).flatten() for p in own]
+            if parts:
+                found[stage.name] = torch.cat(parts)
+        return found
+
+    @staticmethod
+    def _true_gradients(run: Run) -> dict[str, torch.Tensor]:
+        """By interface, zeros where none arrives."""
+        return {
             n: g.detach() if (g := run.gradients.get(n)) is not None else torch.zeros_like(v)
             for n, v in run.sent.items()
         }
-        return true, run.guesses()
 
     def _context(self, target: Any) -> torch.Tensor | None:
         return None if self.decoupled.context is None or target is None else self.decoupled.context(target)

@@ -187,8 +187,9 @@ def train(
         own_sources: classes of gradient sources by the names that ``settings["gradients"]`` may use.
 
     Returns:
-        ``curve`` (steps and test accuracy in per cent at each; cosines with the true gradient by cut, None where
-        nothing is predicted), ``test_accuracy`` (at the end), ``best_test_accuracy``, ``train_accuracy``, ``seconds``
+        ``curve`` (steps and test accuracy in per cent at each; by cut the cosines with backprop's gradient of what is
+        predicted for its value, and of what that makes of the gradients of the parameters before it; None where nothing
+        is predicted), ``test_accuracy`` (at the end), ``best_test_accuracy``, ``train_accuracy``, ``seconds``
         and ``processor_seconds`` (of steps, without measurements; the latter is the same beside other work),
         ``synthesizer_parameters``, ``updates`` by stage, ``diverged`` (the step at which a value was no longer finite
         and the run ended, or None), ``batches`` (a checksum of those seen).
@@ -201,7 +202,9 @@ def train(
     mixing = [s for s in trainer.decoupled.sources.values() if hasattr(s, "share")] if trainer else []
     updates = _count_updates({n: o for n, o in optimizers.items() if not n.startswith("source of ")})
 
-    curve: Record = {"steps": [], "test_accuracy": [], "cosines": {cut: [] for cut in cuts}}
+    curve: Record = {"steps": [], "test_accuracy": [], "cosines": {}, "parameter_cosines": {}}
+    for cosines in (curve["cosines"], curve["parameter_cosines"]):
+        cosines.update({cut: [] for cut in cuts})
     checksum, seconds, processor_seconds, diverged, count = 0, 0.0, 0.0, None, 0
     for count, (images, y) in enumerate(batches, start=1):
         x = images.contiguous(memory_format=layout)
@@ -216,6 +219,7 @@ def train(
                 source.share = low + (high - low) * (count - 1) / max(steps - 1, 1)
         measured = count % every == 0 or count == steps
         cosines = predicted_cosines(trainer, x, y) if measured else {}
+        parameter_cosines = predicted_parameter_cosines(trainer, cuts, x, y) if measured else {}
         start, processor_start = time.perf_counter(), time.process_time()
         try:
             step(x, y)
@@ -229,6 +233,7 @@ def train(
             curve["test_accuracy"].append(accuracy(model, data.test_x, data.test_y, layout))
             for cut in cuts:
                 curve["cosines"][cut].append(cosines.get(cut))
+                curve["parameter_cosines"][cut].append(parameter_cosines.get(cut))
             note = f"{curve['test_accuracy'][-1]:.1f} %"
         progress(1, note)
         if diverged:
@@ -374,6 +379,18 @@ def predicted_cosines(trainer: dni_fx.Trainer | None, x: Tensor, y: Tensor) -> d
         return {}
     reports = trainer.diagnose(x, target=y)
     return {name: report.cosine for name, report in reports.items() if not math.isnan(report.cosine)}
+
+
+def predicted_parameter_cosines(
+    trainer: dni_fx.Trainer | None, cuts: Sequence[str], x: Tensor, y: Tensor
+) -> dict[str, float]:
+    """The same of the gradients of all parameters between a cut and the one before it, in nets that are chains."""
+    if trainer is None or trainer.decoupled.is_exact:
+        return {}
+    reports = trainer.diagnose_parameters(x, target=y)
+    stages = zip(cuts, trainer.decoupled.stages, strict=False)  # the last stage ends with no cut
+    found = {cut: reports[stage.name].cosine for cut, stage in stages if stage.name in reports}
+    return {cut: cosine for cut, cosine in found.items() if not math.isnan(cosine)}
 
 
 @torch.no_grad()
@@ -659,6 +676,26 @@ def table(records: list[Record], *, errors: bool) -> str:
             f"{statistics.mean(n for r in runs for n in r['updates'].values()):,.0f}",
         ]
         lines.append(f"| {setting} | {method} | " + " | ".join(columns) + " |")
+    return "\n".join(lines)
+
+
+def agreement_table(records: list[Record]) -> str:
+    """Cosines with backprop's gradients, means over the measurements and seeds, as markdown.
+
+    By cut, of the value that crosses it and, behind the stroke, of the parameters before it.
+    """
+    cuts = list(dict.fromkeys(cut for r in records for cut in r["curve"]["cosines"]))
+    lines = [f"| setting | method | {' | '.join(cuts)} |", f"| --- | --- |{' ---: |' * len(cuts)}"]
+    for (setting, method), runs in groups(records).items():
+        cells = []
+        for cut in cuts:
+            pair = [
+                mean_or_dash([c for r in runs for c in r["curve"][key].get(cut, []) if c is not None])
+                for key in ("cosines", "parameter_cosines")
+            ]
+            cells.append(" / ".join(pair))
+        if any(cell != "- / -" for cell in cells):
+            lines.append(f"| {setting} | {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

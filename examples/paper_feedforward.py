@@ -34,6 +34,7 @@ from experiment import (
     Record,
     Settings,
     add_arguments,
+    agreement_table,
     carry_out,
     check_arguments,
     draw,
@@ -49,6 +50,8 @@ NETS: dict[str, Settings] = {
     "fcn": {"batch": 256, "optimizer": {"name": "adam", "lr": 1e-3}, "decay": "cosine"},
     "cnn": {"batch": 128, "optimizer": {"name": "adam", "lr": 1e-3}, "decay": "cosine", "channels_last": True},
 }
+HEAD = {"hidden": 2, "stride": 2}
+HEADS: Settings = {"labels": True, "synthesizer_optimizer": {"name": "adam", "lr": 5e-3}}
 METHODS: dict[tuple[str, str], Settings] = {
     ("fcn", "backprop"): {"gradients": None},
     ("fcn", "dni"): {
@@ -68,8 +71,7 @@ METHODS: dict[tuple[str, str], Settings] = {
     ("cnn", "backprop"): {"gradients": None},
     ("cnn", "dni"): {
         "gradients": {"source": "conv", "hidden": 1, "kernel": 3, "times": 1, "norm": "batch"},
-        "optimizer": {"name": "adam", "lr": 1e-4},
-        "earlier_rate": 0.6,
+        "earlier_rate": 0.1,  # without labels they explain a hundredth of the gradient: early layers may hardly move
         "synthesizer_optimizer": {"name": "adam", "lr": 5e-3},
     },
     ("cnn", "cdni"): {
@@ -78,6 +80,8 @@ METHODS: dict[tuple[str, str], Settings] = {
         "earlier_rate": 0.6,
         "synthesizer_optimizer": {"name": "adam", "lr": 5e-3},
     },
+    ("cnn", "local"): {"gradients": {"source": "local", **HEAD}, **HEADS},
+    ("cnn", "distill"): {"gradients": {"source": "distill", **HEAD}, **HEADS},
     ("cnn", "zero"): {"gradients": "zero"},
     ("cnn", "stale"): {"gradients": "stale"},
 }
@@ -85,6 +89,11 @@ METHODS: dict[tuple[str, str], Settings] = {
 EXACT_START: Settings = {"schedule": {"schedule": "WarmUp", "steps": 0.1, "fade": 0.1}}
 STARTED = [f"{base} + exact start" for base in ("cdni", "zero")]
 METHODS |= {(net, name): {**METHODS[net, name.split()[0]], **EXACT_START} for net in NETS for name in STARTED}
+# Is it the size of the synthesizers' errors, or that they have a direction? This one's have none.
+METHODS["cnn", "cdni, random error"] = {
+    **METHODS["cnn", "cdni"],
+    "gradients": {"source": "random-error", "by": METHODS["cnn", "cdni"]["gradients"]},
+}
 PAPER: dict[tuple[str, str, str], Any] = {  # appendix A.1, by net, data set and method
     ("fcn", "mnist", "dni"): {"source": "mlp", "hidden": 2, "times": 4, "norm": "batch"},
     ("fcn", "mnist", "cdni"): {"source": "linear"},
@@ -107,6 +116,7 @@ ABLATIONS: dict[str, Settings] = {  # appended to "cdni" or "dni"; what each cha
     "-depth2": {"hidden": 2},
 }
 USUAL = ("backprop", "dni", "cdni", "zero", "stale")
+CONVOLUTIONAL = [name for net, name in METHODS if net == "cnn" and ("fcn", name) not in METHODS]
 VARIATIONS = [f"{base}{end}" for base in ("cdni", "dni") for end in ABLATIONS]  # "dni": "cdni" without labels
 
 
@@ -160,7 +170,23 @@ class VariedMLP(Variation, dni_fx.sources.MLP):
     """Fully connected layers with parts of the recipe left out; a linear source has no hidden ones."""
 
 
-OWN_SOURCES = {"varied-conv": VariedConv, "varied-mlp": VariedMLP}
+class RandomError(dni_fx.sources.Mix):
+    """The true gradient and a random error, as large as that of the source that is wrapped: a control, locked."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, share=1.0, **options)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def complete(self, prediction: Any, awaited: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What arrives, with the error added."""
+        found = []
+        for true, guess in zip(awaited, prediction.state.gradients, strict=True):
+            error = torch.randn(true.shape, generator=self.generator).to(true)
+            found.append(true + error * ((guess - true).norm() / error.norm()))
+        return tuple(found)
+
+
+OWN_SOURCES = {"random-error": RandomError, "varied-conv": VariedConv, "varied-mlp": VariedMLP}
 VARIED = {"conv": "varied-conv", "mlp": "varied-mlp", "linear": "varied-mlp"}
 
 
@@ -189,6 +215,14 @@ def cnn(shape: Sequence[int], layers: int, filters: int, stride: int) -> nn.Sequ
     return nn.Sequential(OrderedDict([*hidden, ("flatten", nn.Flatten()), ("head", head)]))
 
 
+def with_width(source: Settings, width: int) -> Settings:
+    """A source's options with the width of hidden layers in place of ``times``."""
+    options = {key: with_width(value, width) if key == "by" else value for key, value in source.items()}
+    if "times" in options:
+        options["width"] = round(options.pop("times") * width)
+    return options
+
+
 def make_settings(args: argparse.Namespace, method: str, layers: int) -> Settings:
     """Everything that decides a run, from the tables at the top and the command line."""
     ablated = args.ablate and method in VARIATIONS
@@ -206,9 +240,7 @@ def make_settings(args: argparse.Namespace, method: str, layers: int) -> Setting
         if ablated:
             source |= {"source": VARIED[source["source"]], **({"hidden": 0} if source["source"] == "linear" else {})}
             source |= ABLATIONS[f"-{end}" if end else ""]
-        if "times" in source:
-            source["width"] = round(source.pop("times") * width)
-        settings["gradients"] = source
+        settings["gradients"] = with_width(source, width)
     if args.lr is not None:
         settings["optimizer"] = {**settings["optimizer"], "lr": args.lr}
     if args.synthesizer_lr is not None:
@@ -261,7 +293,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--decay", choices=("none", "cosine", "steps"), help="of all rates (default: as in the table)")
     parser.add_argument("--synthesizers", choices=("small", "paper"), default="small")
     parser.add_argument("--ablate", action="store_true", help="leave out parts of the recipe, one at a time")
-    names = list(dict.fromkeys([*USUAL, *STARTED, *VARIATIONS]))
+    names = list(dict.fromkeys([*USUAL, *STARTED, *CONVOLUTIONAL, *VARIATIONS]))
     add_arguments(parser, names, USUAL, "out/paper_feedforward.json")
     args = parser.parse_args(arguments)
     check_arguments(parser, args, "steps", "batch", "width", "filters", "stride")
@@ -271,8 +303,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--layers must be at least 1")
     if args.ablate and args.methods == list(USUAL):
         args.methods = ["backprop", *VARIATIONS, "zero"]
-    if not args.ablate and (unknown := [m for m in args.methods if m not in (*USUAL, *STARTED)]):
-        parser.error(f"{', '.join(unknown)}: only with --ablate")
+    if unknown := [m for m in args.methods if (args.net, m) not in METHODS and not (args.ablate and m in VARIATIONS)]:
+        parser.error(f"{', '.join(unknown)}: only with {'--net cnn' if unknown[0] in CONVOLUTIONAL else '--ablate'}")
     return args
 
 
@@ -283,6 +315,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def report(records: list[Record]) -> None:
         errors = args.data_set != "cifar10"  # of the others they are small, and accuracies would look alike
         print(table(records, errors=errors))
+        print("\ncosine with backprop's gradient, of what is predicted at a cut / of the weights before it:")
+        print(agreement_table(records))
         picture: Path = args.out.with_suffix(".png")
         draw(records, picture, errors=errors)
         print(f"\nlearning curves: {picture}")

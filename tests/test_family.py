@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -677,11 +678,15 @@ def test_diagnosis_changes_nothing_and_says_something() -> None:
         torch.manual_seed(5)
         diagnosis = trainer.diagnose(x, target=y)
         assert str(diagnosis)
+        of_parameters = trainer.diagnose_parameters(x, target=y)
+        assert str(of_parameters)
         for each in (trainer, other):
             train(each, 2, first=4)
         oracles.assert_bits_equal(trainer.decoupled.state_dict(), other.decoupled.state_dict(), "after diagnose")
         names = {"0", "1", "2"} if gradients is not Delayed else set()
         assert set(diagnosis) == names
+        waits = isinstance(gradients, partial) or gradients is Delayed  # part of the gradient comes late
+        assert set(of_parameters) == (set() if waits else {"stage_0", "stage_1", "stage_2"})
         for report in diagnosis.values():
             assert report.reference == "true"
 
@@ -705,6 +710,35 @@ def test_a_source_of_true_gradients_is_found_perfect() -> None:
     knowing = trainer_of(Knows)
     answers[:] = [true[n] for n in ("0", "1", "2")]
     diagnosis = knowing.diagnose(x, target=y)
-    for report in diagnosis.values():
+    answers[:] = [true[n] for n in ("0", "1", "2")]
+    of_parameters = knowing.diagnose_parameters(x, target=y)
+    assert len(of_parameters) == 3
+    for report in (*diagnosis.values(), *of_parameters.values()):
         assert report.cosine == pytest.approx(1)
         assert report.explained == pytest.approx(1)
+
+
+@pytest.mark.parametrize("gradients", ["linear", "critic", "zero"])
+def test_what_predictions_make_of_the_parameters_gradients(gradients: str) -> None:
+    """Against autograd on the model itself; and the cosine at the cut is another number."""
+    trainer = trainer_of(gradients)
+    train(trainer, 6)
+    x, y = batch((6,), 7)
+    found, cuts = trainer.diagnose_parameters(x, target=y), trainer.diagnose(x, target=y)
+    model, sources, value = trainer.decoupled.model, trainer.decoupled.sources, x
+    parameters = [list(model[i].parameters()) for i in range(3)]
+    true = [torch.autograd.grad(F.cross_entropy(model(x), y), own) for own in parameters]
+    for i in range(3):
+        value = model[i](value.detach())
+        guess = sources[str(i)].predict((value.detach(),), dni_fx.one_hot(3)(y)).gradients
+        parts = torch.autograd.grad(value, parameters[i], guess)
+        predicted, reference = (torch.cat([g.flatten() for g in grads]) for grads in (parts, true[i]))
+        report = found[f"stage_{i}"]
+        size = float(predicted.norm() / reference.norm())
+        assert report.rms_ratio == pytest.approx(size, rel=1e-4, abs=1e-9)
+        if size:
+            assert report.cosine == pytest.approx(float(F.cosine_similarity(predicted, reference, 0)), abs=1e-4)
+            assert abs(report.cosine - cuts[str(i)].cosine) > 1e-3
+        else:
+            assert gradients == "zero"
+            assert math.isnan(report.cosine)
