@@ -50,7 +50,7 @@ NETS: dict[str, Settings] = {
     "fcn": {"batch": 256, "optimizer": {"name": "adam", "lr": 1e-3}, "decay": "cosine"},
     "cnn": {"batch": 128, "optimizer": {"name": "adam", "lr": 1e-3}, "decay": "cosine", "channels_last": True},
 }
-HEAD = {"hidden": 2, "stride": 2}
+HEAD, LARGE_HEAD = {"hidden": 2, "stride": 2}, {"hidden": 3, "stride": 2, "width": 128}
 HEADS: Settings = {"labels": True, "synthesizer_optimizer": {"name": "adam", "lr": 5e-3}}
 METHODS: dict[tuple[str, str], Settings] = {
     ("fcn", "backprop"): {"gradients": None},
@@ -82,6 +82,7 @@ METHODS: dict[tuple[str, str], Settings] = {
     },
     ("cnn", "local"): {"gradients": {"source": "local", **HEAD}, **HEADS},
     ("cnn", "distill"): {"gradients": {"source": "distill", **HEAD}, **HEADS},
+    ("cnn", "distill, large head"): {"gradients": {"source": "distill", **LARGE_HEAD}, **HEADS},
     ("cnn", "zero"): {"gradients": "zero"},
     ("cnn", "stale"): {"gradients": "stale"},
 }
@@ -89,6 +90,7 @@ METHODS: dict[tuple[str, str], Settings] = {
 EXACT_START: Settings = {"schedule": {"schedule": "WarmUp", "steps": 0.1, "fade": 0.1}}
 STARTED = [f"{base} + exact start" for base in ("cdni", "zero")]
 METHODS |= {(net, name): {**METHODS[net, name.split()[0]], **EXACT_START} for net in NETS for name in STARTED}
+METHODS["cnn", "distill + exact start"] = {**METHODS["cnn", "distill"], **EXACT_START}
 # Is it the size of the synthesizers' errors, or that they have a direction? This one's have none.
 METHODS["cnn", "cdni, random error"] = {
     **METHODS["cnn", "cdni"],
