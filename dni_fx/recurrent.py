@@ -431,7 +431,7 @@ class ThroughTime(Trainer):
             "gradients='exact' and compare, or read report.interfaces, which compares with the next window's target"
         )
 
-    diagnose = true_gradients  # type: ignore[assignment]
+    diagnose = diagnose_parameters = true_gradients  # type: ignore[assignment]
 
     # ---- parts ------------------------------------------------------------------------------------------------
 

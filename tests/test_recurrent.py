@@ -752,10 +752,9 @@ def test_nan_is_caught_before_anything_is_updated() -> None:
 
 def test_what_only_whole_sequences_tell_is_refused() -> None:
     made, x, y = ready()
-    with pytest.raises(DecouplingError, match="all windows after it"):
-        made.true_gradients(x, target=y)
-    with pytest.raises(DecouplingError, match="all windows after it"):
-        made.diagnose(x, target=y)
+    for tell in (made.true_gradients, made.diagnose, made.diagnose_parameters):
+        with pytest.raises(DecouplingError, match="all windows after it"):
+            tell(x, target=y)
 
 
 def test_nothing_of_a_window_outlives_the_next() -> None:
