@@ -275,7 +275,7 @@ class Trainer:
     def diagnose_parameters(self, *args: Any, target: Any = None, **kwargs: Any) -> Diagnosis:
         """Compare what the predictions make of the parameters' gradients with the true ones, with nothing changed.
 
-        That is nearer to what training does than :meth:`diagnose`. The gradient of a weight is a sum over samples and
+        That is nearer to what training does than ``diagnose``. The gradient of a weight is a sum over samples and
         positions in which much of the values' gradients cancels, but errors that samples have in common do not: a
         prediction with a high cosine at the cut may still train the stage before it badly. Both depend on the batch;
         compare means over several, or take a large one. Costs a step of backpropagation and a decoupled one.
