@@ -100,6 +100,8 @@ soak: $(READY)
 
 results: $(READY)
 	$(PY) examples/paper_feedforward.py $(RESULTS_ARGS)
+	$(PY) examples/paper_feedforward.py --net cnn --data-set cifar10 --layers 3 --filters 32 --out out/paper_cnn.json \
+		--methods backprop dni cdni distill "distill, large head" "distill + exact start" zero stale $(RESULTS_ARGS)
 	$(PY) examples/paper_sparse_updates.py $(RESULTS_ARGS)
 	$(PY) examples/deep_cifar.py $(RESULTS_ARGS)
 	$(PY) examples/paper_copy.py $(RESULTS_ARGS)

@@ -290,19 +290,21 @@ class Trainer:
             predict at once; prints as a table.
         """
         _, true = self._rehearse(Mode(1.0), args, kwargs, target, ask=False)
-        if self.decoupled.is_exact:
+        if self.decoupled.is_exact:  # nobody predicts
             return Diagnosis({}, of="stage")
         run, predicted = self._rehearse(Mode(0.0), args, kwargs, target, ask=True)
-        names = [s.name for s in self.decoupled.stages if run.answers_at_once(s.index) and s.name in true]
-        return Diagnosis({n: compare(predicted[n], true[n], "true", self.steps) for n in names}, of="stage")
+        users = Counter(p for stage in self.decoupled.stages for p in set(stage.parameters()))
+        found = {}
+        for stage in self.decoupled.stages:
+            own = [p for p in stage.parameters() if p.requires_grad and users[p] == 1]
+            if own and run.answers_at_once(stage.index):
+                found[stage.name] = compare(_joined(predicted, own), _joined(true, own), "true", self.steps)
+        return Diagnosis(found, of="stage")
 
     def _rehearse(
         self, mode: Mode, args: Any, kwargs: Any, target: Any, ask: bool
-    ) -> tuple[Run, dict[str, torch.Tensor]]:
-        """Run a batch up to its gradients and put everything back; also the gradients of each stage's own parameters.
-
-        They are flat and in one piece; stages without parameters of their own are left out.
-        """
+    ) -> tuple[Run, dict[nn.Parameter, torch.Tensor | None]]:
+        """Run a batch up to its gradients, and put everything back; also what the parameters' gradients were."""
         if self._crew is not None:
             self.drain()
         args, kwargs = map_tensors(torch.clone, (args, kwargs))
@@ -316,22 +318,11 @@ class Trainer:
                 run = Run(self.decoupled, self.loss, mode, ask=ask and not self.decoupled.is_exact)
                 run.begin(values, self._context(target) if ask else None, target)
                 run.advance(0)
-                found = self._own_gradients()
+                found = {p: p.grad for p in parameters}
             finally:
                 for parameter, gradient in zip(parameters, before, strict=True):
                     parameter.grad = gradient
         return run, found
-
-    def _own_gradients(self) -> dict[str, torch.Tensor]:
-        """Of the parameters that one stage alone uses, by stage, flat."""
-        users = Counter(p for stage in self.decoupled.stages for p in set(stage.parameters()))
-        found = {}
-        for stage in self.decoupled.stages:
-            own = [p for p in stage.parameters() if p.requires_grad and users[p] == 1]
-            parts = [(torch.zeros_like(p) if p.grad is None else p.grad.to_dense()).flatten() for p in own]
-            if parts:
-                found[stage.name] = torch.cat(parts)
-        return found
 
     @staticmethod
     def _true_gradients(run: Run) -> dict[str, torch.Tensor]:
@@ -544,6 +535,12 @@ def _made(optimizer: Any, name: str) -> torch.optim.Optimizer:
     if isinstance(optimizer, torch.optim.LBFGS):
         raise DecouplingError(f"{name}= returned LBFGS, which evaluates the loss several times a step; use another one")
     return optimizer
+
+
+def _joined(gradients: dict[nn.Parameter, torch.Tensor | None], parameters: list[nn.Parameter]) -> torch.Tensor:
+    """The gradients of some parameters in one flat piece, zeros where there is none."""
+    found = [(p, gradients[p]) for p in parameters]
+    return torch.cat([(torch.zeros_like(p) if g is None else g.to_dense()).flatten() for p, g in found])
 
 
 def _shape(shapes: dict[str, Any], name: str) -> str:

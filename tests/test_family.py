@@ -670,7 +670,7 @@ def test_accumulated_gradients_have_the_size_of_one_loss(name: str) -> None:
 
 
 def test_diagnosis_changes_nothing_and_says_something() -> None:
-    for gradients in ("linear", "critic", partial(Corrected, source="local"), Delayed, "zero"):
+    for gradients in ("linear", "critic", partial(Corrected, source="local"), Delayed, "zero", "exact"):
         trainer, other = trainer_of(gradients), trainer_of(gradients)
         for each in (trainer, other):
             train(each, 4)
@@ -683,10 +683,10 @@ def test_diagnosis_changes_nothing_and_says_something() -> None:
         for each in (trainer, other):
             train(each, 2, first=4)
         oracles.assert_bits_equal(trainer.decoupled.state_dict(), other.decoupled.state_dict(), "after diagnose")
-        names = {"0", "1", "2"} if gradients is not Delayed else set()
+        names = {"0", "1", "2"} if gradients not in (Delayed, "exact") else set()
         assert set(diagnosis) == names
-        waits = isinstance(gradients, partial) or gradients is Delayed  # part of the gradient comes late
-        assert set(of_parameters) == (set() if waits else {"stage_0", "stage_1", "stage_2"})
+        waits = isinstance(gradients, partial)  # part of the gradient comes late
+        assert set(of_parameters) == ({f"stage_{name}" for name in names} if not waits else set())
         for report in diagnosis.values():
             assert report.reference == "true"
 
