@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from data import Digits
 from experiment import (
     CLASSES,
+    HEAD,
+    LARGE_HEAD,
     SETTINGS,
     Progress,
     Record,
@@ -50,8 +52,6 @@ NET: Settings = {
 }
 
 # What each method changes in the above. Heads are two convolutions of stride 2, pooling and a linear layer.
-HEAD = {"hidden": 2, "stride": 2}
-LARGE_HEAD = {"hidden": 3, "stride": 2, "width": 128}
 ADAM = {"name": "adam", "lr": 1e-3}
 LOCAL: Settings = {"gradients": {"source": "local", **HEAD}, "labels": True}
 DISTILL: Settings = {"gradients": {"source": "distill", **HEAD}, "labels": True}

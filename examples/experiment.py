@@ -40,6 +40,7 @@ Progress = Callable[[int, str], None]  # steps made since the last call, and a n
 Work = Callable[[Record, Any, Progress], Record]
 
 CLASSES = 10
+HEAD, LARGE_HEAD = {"hidden": 2, "stride": 2}, {"hidden": 3, "stride": 2, "width": 128}  # options of loss heads
 TRAIN_IMAGES = 10_000  # of the training images, at most so many are classified for the training accuracy
 
 SETTINGS: Settings = {  # plain data, so that records can be compared; experiments add what else decides a run
@@ -682,7 +683,8 @@ def table(records: list[Record], *, errors: bool) -> str:
 def agreement_table(records: list[Record]) -> str:
     """Cosines with backprop's gradients, means over the measurements and seeds, as markdown.
 
-    By cut, of the value that crosses it and, behind the stroke, of the parameters before it.
+    By cut, of the value that crosses it and, behind the stroke, of the parameters before it; runs whose sources predict
+    nothing are left out.
     """
     cuts = list(dict.fromkeys(cut for r in records for cut in r["curve"]["cosines"]))
     lines = [f"| setting | method | {' | '.join(cuts)} |", f"| --- | --- |{' ---: |' * len(cuts)}"]
@@ -690,7 +692,7 @@ def agreement_table(records: list[Record]) -> str:
         cells = []
         for cut in cuts:
             pair = [
-                mean_or_dash([c for r in runs for c in r["curve"][key].get(cut, []) if c is not None])
+                mean_or_dash([c for r in runs for c in r["curve"].get(key, {}).get(cut, []) if c is not None])
                 for key in ("cosines", "parameter_cosines")
             ]
             cells.append(" / ".join(pair))

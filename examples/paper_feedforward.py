@@ -29,6 +29,8 @@ from data import Digits
 from digits import batches
 from experiment import (
     CLASSES,
+    HEAD,
+    LARGE_HEAD,
     SETTINGS,
     Progress,
     Record,
@@ -50,7 +52,6 @@ NETS: dict[str, Settings] = {
     "fcn": {"batch": 256, "optimizer": {"name": "adam", "lr": 1e-3}, "decay": "cosine"},
     "cnn": {"batch": 128, "optimizer": {"name": "adam", "lr": 1e-3}, "decay": "cosine", "channels_last": True},
 }
-HEAD, LARGE_HEAD = {"hidden": 2, "stride": 2}, {"hidden": 3, "stride": 2, "width": 128}
 HEADS: Settings = {"labels": True, "synthesizer_optimizer": {"name": "adam", "lr": 5e-3}}
 METHODS: dict[tuple[str, str], Settings] = {
     ("fcn", "backprop"): {"gradients": None},

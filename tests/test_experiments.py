@@ -267,6 +267,38 @@ def test_cosines_are_those_of_the_plain_model_and_leave_no_trace() -> None:
     assert of_parameters["layer2"] == pytest.approx(F.cosine_similarity(*flat, 0).item(), abs=1e-5)
 
 
+def test_random_errors_are_as_large_as_the_source_is_wrong() -> None:
+    specs = [dni_fx.plan.TensorSpec((64, 8), torch.float32)]
+    source = feedforward.RandomError(specs, source="linear")
+    value, true = torch.randn(64, 8), torch.randn(64, 8)
+    prediction = source((value,))
+    assert prediction.gradients is None  # locked: nothing goes ahead of the true gradient
+    (guess,) = prediction.state.gradients
+    errors = [source.complete(prediction, (true,))[0] - true for _ in range(2)]
+    for error in errors:
+        assert error.norm().item() == pytest.approx((guess - true).norm().item(), rel=1e-4)
+    assert abs(F.cosine_similarity(errors[0].flatten(), errors[1].flatten(), 0).item()) < 0.3  # no common direction
+    assert abs(F.cosine_similarity(errors[0].flatten(), true.flatten(), 0).item()) < 0.3
+
+
+def test_agreement_is_tabled_with_records_of_before() -> None:
+    curve = {"cosines": {"a": [0.5, 0.7], "b": [None, 0.9]}, "parameter_cosines": {"a": [0.1, 0.3], "b": [None, None]}}
+    none = {"cosines": {"a": [None], "b": [None]}}
+    made = {"new": curve, "old": {"cosines": curve["cosines"]}, "backprop": none}
+    records = [{"setting": "net", "method": method, "seed": 0, "curve": c} for method, c in made.items()]
+    assert rows(experiment.agreement_table(records)) == [
+        {"setting": "net", "method": "new", "a": "0.60 / 0.20", "b": "0.90 / -"},
+        {"setting": "net", "method": "old", "a": "0.60 / -", "b": "0.90 / -"},
+    ]
+
+
+def test_methods_of_the_other_net_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for method, hint in (("distill", "--net cnn"), ("cdni-raw", "--ablate")):
+        with pytest.raises(SystemExit):
+            feedforward.main(["--net", "fcn", "--methods", method])
+        assert f"{method}: only with {hint}" in capsys.readouterr().err
+
+
 def test_rates_follow_the_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
     used: dict[str, list[float]] = {"stage": [], "source": []}
     make = experiment.make_optimizer

@@ -718,17 +718,18 @@ def test_a_source_of_true_gradients_is_found_perfect() -> None:
         assert report.explained == pytest.approx(1)
 
 
+@pytest.mark.parametrize("name", ["mlp", "conv"])
 @pytest.mark.parametrize("gradients", ["linear", "critic", "zero"])
-def test_what_predictions_make_of_the_parameters_gradients(gradients: str) -> None:
+def test_what_predictions_make_of_the_parameters_gradients(gradients: str, name: str) -> None:
     """Against autograd on the model itself; and the cosine at the cut is another number."""
-    trainer = trainer_of(gradients)
-    train(trainer, 6)
-    x, y = batch((6,), 7)
+    trainer, stages = trainer_of(gradients, name), range(len(MODELS[name][1]))
+    train(trainer, 6, name)
+    x, y = batch(MODELS[name][2], 7)
     found, cuts = trainer.diagnose_parameters(x, target=y), trainer.diagnose(x, target=y)
     model, sources, value = trainer.decoupled.model, trainer.decoupled.sources, x
-    parameters = [list(model[i].parameters()) for i in range(3)]
+    parameters = [list(model[i].parameters()) for i in stages]
     true = [torch.autograd.grad(F.cross_entropy(model(x), y), own) for own in parameters]
-    for i in range(3):
+    for i in stages:
         value = model[i](value.detach())
         guess = sources[str(i)].predict((value.detach(),), dni_fx.one_hot(3)(y)).gradients
         parts = torch.autograd.grad(value, parameters[i], guess)
@@ -742,3 +743,19 @@ def test_what_predictions_make_of_the_parameters_gradients(gradients: str) -> No
         else:
             assert gradients == "zero"
             assert math.isnan(report.cosine)
+
+
+def test_parameters_of_several_stages_count_for_none() -> None:
+    class Tied(Skips):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.a(self.b(self.a(x)).relu()))
+
+    decoupled = dni_fx.decouple(
+        Tied(), ["b", "a"], example_inputs=(batch((6,))[0],), gradients="linear", context=dni_fx.one_hot(3)
+    )
+    trainer = dni_fx.Trainer(decoupled, F.cross_entropy, optimizer=sgd)
+    x, y = batch((6,))
+    found = trainer.diagnose_parameters(x, target=y)
+    alone = {s.name for s in decoupled.stages[:-1] if any(p is decoupled.model.b.weight for p in s.parameters())}
+    assert set(found) == alone
+    assert 0 < len(alone) < len(decoupled.stages) - 1
