@@ -1,19 +1,22 @@
-"""What a drop-in module saves: activation memory and time of a step, next to backprop and activation checkpoints.
+"""What a drop-in module saves: activation memory and time of a step, next to backprop and
+activation checkpoints.
 
     python benchmarks/dropin.py
     python benchmarks/dropin.py --quick
 
-A step is ``zero_grad``, forward, loss and backward, in which sources also take a step of their own; the model's
-optimiser is left out. Networks: a residual network for images of 32 x 32 (six layers a unit of depth, and two), and a
-transformer encoder of 12 blocks. Stages are blocks in a row, divided by what autograd keeps of them, the same for
-checkpoints (every stage but the last is one, as in the drop-in) and for the drop-in. Where transformers is installed, a
-BERT of MiniLM's shape is measured as well, with the two cuts of ``examples/finetune_pretrained.py``.
+A step is ``zero_grad``, forward, loss and backward, in which sources also take a step of their own;
+the model's optimiser is left out. Networks: a residual network for images of 32 x 32 (six layers a
+unit of depth, and two), and a transformer encoder of 12 blocks. Stages are blocks in a row, divided
+by what autograd keeps of them, the same for checkpoints (every stage but the last is one, as in the
+drop-in) and for the drop-in. Where transformers is installed, a BERT of MiniLM's shape is measured
+as well, with the two cuts of ``examples/finetune_pretrained.py``.
 
-Memory is counted, not sampled. A ``TorchDispatchMode`` sees every tensor that an operator returns, in forward and in
-backward; each new storage counts with its bytes from then until it is freed, which a weak reference tells. The figure
-is the largest sum in one step, without what was there before (parameters, inputs, optimisers' states) and without what
-is a parameter's gradient at the end; with these it is given, too, since the drop-in makes them in forward. What a
-kernel allocates for itself, and does not return, is not seen. Known sequences with known sums are checked first.
+Memory is counted, not sampled. A ``TorchDispatchMode`` sees every tensor that an operator returns,
+in forward and in backward; each new storage counts with its bytes from then until it is freed,
+which a weak reference tells. The figure is the largest sum in one step, without what was there
+before (parameters, inputs, optimisers' states) and without what is a parameter's gradient at the
+end; with these it is given, too, since the drop-in makes them in forward. What a kernel allocates
+for itself, and does not return, is not seen. Known sequences with known sums are checked first.
 
 Target: at 8 stages at most 0.35 of backprop's memory.
 """
@@ -50,7 +53,7 @@ SOURCES = {
 }
 
 
-# ---- memory -----------------------------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------
 
 
 class Storages(TorchDispatchMode):
@@ -63,7 +66,9 @@ class Storages(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {id(t.untyped_storage()) for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
+        before = {
+            id(t.untyped_storage()) for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)
+        }
         found = func(*args, **(kwargs or {}))
         for tensor in tree_iter(found):
             if isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in before:
@@ -75,7 +80,13 @@ class Storages(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if id(storage) in self.live:
             return
-        number, size, key, log, live = self.count, storage.nbytes(), id(storage), self.log, self.live
+        number, size, key, log, live = (
+            self.count,
+            storage.nbytes(),
+            id(storage),
+            self.log,
+            self.live,
+        )
 
         def gone(_: Any) -> None:
             log.append((number, -size))
@@ -135,7 +146,9 @@ def check() -> str:
 
     def trained() -> None:
         y = (w * x).sin().exp()  # w x is kept for sin, y for exp; sin's result goes: 2
-        y.backward(torch.ones(1000))  # ones, y' = y ones, cos(w x), and the product of the last two: 6
+        y.backward(
+            torch.ones(1000)
+        )  # ones, y' = y ones, cos(w x), and the product of the last two: 6
 
     for function, expected in ((plain, 12_000), (trained, 24_000)):
         found, _ = peak(function, [w])
@@ -144,7 +157,7 @@ def check() -> str:
     return "known sequences of 12,000 and 24,000 bytes are counted right"
 
 
-# ---- networks ---------------------------------------------------------------------------------------------------
+# ---- networks ------------------------------------------------------------------------------------
 
 
 class Residual(nn.Module):
@@ -155,7 +168,9 @@ class Residual(nn.Module):
         self.conv1 = nn.Conv2d(before, width, 3, stride, 1, bias=False)
         self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
         self.bn1, self.bn2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
-        self.shortcut = nn.Identity() if before == width else nn.Conv2d(before, width, 1, stride, bias=False)
+        self.shortcut = (
+            nn.Identity() if before == width else nn.Conv2d(before, width, 1, stride, bias=False)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """``(batch, before, h, w)`` to ``(batch, width, h / stride, w / stride)``."""
@@ -171,7 +186,9 @@ class Attention(nn.Module):
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """``(batch, time, width)`` to the same."""
@@ -234,7 +251,12 @@ class MiniLM(nn.Module):
         super().__init__()
         from transformers import BertConfig, BertForSequenceClassification
 
-        shape = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+        shape = {
+            "hidden_size": 384,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 12,
+            "intermediate_size": 1536,
+        }
         self.bert = BertForSequenceClassification(BertConfig(num_labels=CLASSES, **shape))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -243,7 +265,9 @@ class MiniLM(nn.Module):
 
 
 def minilm(x: Tensor, y: Tensor) -> dict[str, Variant]:
-    """Backprop, checkpoints (of each layer, as transformers makes them) and drop-ins with two cuts, by name."""
+    """Backprop, checkpoints (of each layer, as transformers makes them) and drop-ins with two cuts,
+    by name.
+    """
 
     def fresh() -> MiniLM:
         torch.manual_seed(0)
@@ -251,7 +275,10 @@ def minilm(x: Tensor, y: Tensor) -> dict[str, Variant]:
 
     checkpoints = fresh()
     checkpoints.bert.gradient_checkpointing_enable({"use_reentrant": False})
-    found = {"backprop": make_step(fresh(), x, y, False), "checkpoints": make_step(checkpoints, x, y, False)}
+    found = {
+        "backprop": make_step(fresh(), x, y, False),
+        "checkpoints": make_step(checkpoints, x, y, False),
+    }
     for name, (gradients, label) in SOURCES.items():
         decoupled = dni_fx.decouple(
             fresh(), [f"bert.bert.encoder.layer.{k}" for k in (1, 3)], example_inputs=(x,), gradients=gradients,
@@ -262,7 +289,9 @@ def minilm(x: Tensor, y: Tensor) -> dict[str, Variant]:
 
 
 def ends(model: Network, x: Tensor, stages: int) -> list[int]:
-    """Where stages end, so that autograd keeps equally much of each: numbers of blocks, without the last stage's."""
+    """Where stages end, so that autograd keeps equally much of each: numbers of blocks, without the
+    last stage's.
+    """
     kept: list[int] = []
     for block in model.blocks:
         seen: dict[int, int] = {}
@@ -277,10 +306,13 @@ def ends(model: Network, x: Tensor, stages: int) -> list[int]:
         kept.append(sum(seen.values()))
         x = y.detach()
     total, sums = sum(kept), [sum(kept[: k + 1]) for k in range(len(kept))]
-    return [min(range(len(sums)), key=lambda k: abs(sums[k] - total * s / stages)) + 1 for s in range(1, stages)]
+    return [
+        min(range(len(sums)), key=lambda k: abs(sums[k] - total * s / stages)) + 1
+        for s in range(1, stages)
+    ]
 
 
-# ---- the table --------------------------------------------------------------------------------------------------
+# ---- the table -----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -313,7 +345,9 @@ def _nothing() -> Iterator[None]:
     yield
 
 
-def variants(make: Callable[[], Network], x: Tensor, y: Tensor, stages: list[int]) -> dict[str, Variant]:
+def variants(
+    make: Callable[[], Network], x: Tensor, y: Tensor, stages: list[int]
+) -> dict[str, Variant]:
     """Backprop, checkpoints and drop-ins, by name."""
 
     def fresh() -> Network:
@@ -347,7 +381,10 @@ def table(name: str, found: dict[str, Variant], rounds: int) -> list[str]:
     timings = interleave({n: v.step for n, v in found.items()}, rounds=rounds)
     memory, everything = peaks["backprop"]
     best = timings["backprop"].best
-    print(f"\n{name}\n\n| step | peak, MB | x backprop | with gradients, MB | x backprop | min, ms | x backprop |")
+    print(
+        f"\n{name}\n\n| step | peak, MB | x backprop | with gradients, MB | x backprop | min, ms | "
+        "x backprop |"
+    )
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for n, (a, b) in peaks.items():
         t = timings[n].best
@@ -355,13 +392,21 @@ def table(name: str, found: dict[str, Variant], rounds: int) -> list[str]:
             f"| {n} | {a / 1e6:.2f} | {a / memory:.2f} | {b / 1e6:.2f} | {b / everything:.2f} "
             f"| {t * 1e3:.1f} | {t / best:.2f} |"
         )
-    return [f"{name}: {n}" for n, (a, _) in peaks.items() if "drop-in" in n and "8" in n and a > TARGET * memory]
+    return [
+        f"{name}: {n}"
+        for n, (a, _) in peaks.items()
+        if "drop-in" in n and "8" in n and a > TARGET * memory
+    ]
 
 
 def main() -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small batches, short and narrow sequences, two rounds")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="small batches, short and narrow sequences, two rounds"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="turns that each variant gets")
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 4, 8])
     arguments = parser.parse_args()
@@ -374,7 +419,9 @@ def main() -> None:
     images = torch.randn(size, 3, 32, 32, generator=generator)
     sequences = torch.randn(size, time, width, generator=generator)
     missed = table(
-        f"residual network of 50 layers, batch {size}", variants(lambda: resnet(8), images, y, arguments.stages), rounds
+        f"residual network of 50 layers, batch {size}",
+        variants(lambda: resnet(8), images, y, arguments.stages),
+        rounds,
     )
     missed += table(
         f"transformer of 12 blocks, width {width}, {time} tokens, batch {size}",

@@ -1,7 +1,7 @@
 """A small language model and real text for it, the same in every process that asks.
 
-A causal transformer on characters, of which any run of blocks can be a stage. The text is Python's own sources, which
-every machine with Python has, or a file.
+A causal transformer on characters, of which any run of blocks can be a stage. The text is Python's
+own sources, which every machine with Python has, or a file.
 """
 
 from __future__ import annotations
@@ -46,7 +46,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(batch, length, width)`` to the same."""
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = (
+            self.qkv(self.norm1(x))
+            .unflatten(-1, (3, self.heads, -1))
+            .permute(2, 0, 3, 1, 4)
+            .unbind(0)
+        )
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
@@ -70,14 +75,18 @@ class LanguageModel(nn.Module):
 
 
 def model(depth: int, width: int, heads: int, vocabulary: int, length: int) -> LanguageModel:
-    """The model with the weights of `SEED`: the same on every rank. The caller's random state is left alone."""
+    """The model with the weights of `SEED`: the same on every rank. The caller's random state is
+    left alone.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         return LanguageModel(depth, width, heads, vocabulary, length)
 
 
 def part(whole: LanguageModel, first: int, last: int) -> nn.Sequential:
-    """Blocks ``first`` to ``last - 1`` of a model, with what comes before the first or after the last; no copies."""
+    """Blocks ``first`` to ``last - 1`` of a model, with what comes before the first or after the
+    last; no copies.
+    """
     layers: list[nn.Module] = list(whole.blocks)[first:last]
     if first == 0:
         layers.insert(0, whole.embedding)
@@ -99,7 +108,9 @@ def adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Adam:
 def library_sources() -> bytes:
     """Python's own sources of `PACKAGES`, one after the other."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    return b"\n".join(path.read_bytes() for name in PACKAGES for path in sorted((root / name).rglob("*.py")))
+    return b"\n".join(
+        path.read_bytes() for name in PACKAGES for path in sorted((root / name).rglob("*.py"))
+    )
 
 
 @dataclass(frozen=True)
@@ -128,7 +139,9 @@ class Work:
         return model(self.depth, self.width, self.heads, VOCABULARY, self.length)
 
     def batch_at(self, step: int) -> tuple[Tensor, Tensor]:
-        """Tokens and next tokens of a step, ``(batch, length)`` each: the same whenever and wherever asked."""
+        """Tokens and next tokens of a step, ``(batch, length)`` each: the same whenever and
+        wherever asked.
+        """
         return self._draw(self.characters[: self._border], step)
 
     def held_out(self) -> list[tuple[Tensor, Tensor]]:

@@ -1,13 +1,16 @@
-"""Run a command as several ranks of one machine, each in a network namespace of its own, over slow links.
+"""Run a command as several ranks of one machine, each in a network namespace of its own, over slow
+links.
 
     python benchmarks/netns.py --delay 50ms --rate 100mbit -- python benchmarks/pipelines.py --check
 
-Delay and rate hold for all that a rank sends, whoever gets it: between two ranks a byte takes ``--delay`` one way and
-a round trip takes twice as long; each direction carries ``--rate``. Both are measured inside before the command runs.
+Delay and rate hold for all that a rank sends, whoever gets it: between two ranks a byte takes
+``--delay`` one way and a round trip takes twice as long; each direction carries ``--rate``. Both
+are measured inside before the command runs.
 
-Where the kernel has netem, the namespaces are joined by veth pairs and a bridge. Where it has not, they have TUN
-devices, and this program carries the packets, by the same rules: a packet leaves when its link is free, and arrives
-after the delay. That takes processor time, which is printed. Needs root and iproute2; without, it says so and exits 0.
+Where the kernel has netem, the namespaces are joined by veth pairs and a bridge. Where it has not,
+they have TUN devices, and this program carries the packets, by the same rules: a packet leaves when
+its link is free, and arrives after the delay. That takes processor time, which is printed. Needs
+root and iproute2; without, it says so and exits 0.
 """
 
 from __future__ import annotations
@@ -62,7 +65,9 @@ def call(line: str) -> str:
 
 
 def find_means(slow: bool = True) -> tuple[str | None, str]:
-    """How links can be made here, ``veth`` or ``relay``, or None and why they cannot; ``slow``: they need netem."""
+    """How links can be made here, ``veth`` or ``relay``, or None and why they cannot; ``slow``:
+    they need netem.
+    """
     if shutil.which("ip") is None:
         return None, "`ip` is not installed (package iproute2)"
     if os.geteuid() != 0:
@@ -77,7 +82,11 @@ def find_means(slow: bool = True) -> tuple[str | None, str]:
             call(f"ip netns exec {name} tc qdisc add dev lo root netem delay 1ms")
         return "veth", ""
     except subprocess.CalledProcessError as error:
-        return ("relay", "") if TUN.exists() else (None, f"neither netem nor {TUN}: {error.stderr.strip()}")
+        return (
+            ("relay", "")
+            if TUN.exists()
+            else (None, f"neither netem nor {TUN}: {error.stderr.strip()}")
+        )
     finally:
         call(f"ip netns del {name}")
 
@@ -100,7 +109,9 @@ class Relay(threading.Thread):
         self.used, self.ending = 0.0, False
 
     def run(self) -> None:
-        """Until `ending`; ahead of all ordinary processes where that is allowed, or packets would be late."""
+        """Until `ending`; ahead of all ordinary processes where that is allowed, or packets would
+        be late.
+        """
         with contextlib.suppress(OSError):
             os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
         free = dict.fromkeys(self.tuns, 0.0)  # when a link has sent all that it got
@@ -110,11 +121,15 @@ class Relay(threading.Thread):
             wait = under_way[0][0] - time.monotonic() if under_way else 0.1
             for tun in select.select(self.tuns, [], [], min(max(wait, 0.0), 0.1))[0]:
                 packet = os.read(tun, 1 << 16)
-                receiver = packet[19] - 1 if packet[0] >> 4 == 4 else -1  # neither IPv6 nor multicast goes anywhere
+                receiver = (
+                    packet[19] - 1 if packet[0] >> 4 == 4 else -1
+                )  # neither IPv6 nor multicast goes anywhere
                 if 0 <= receiver < len(self.tuns):
                     free[tun] = max(free[tun], time.monotonic()) + 8 * len(packet) / self.rate
                     order += 1
-                    heapq.heappush(under_way, (free[tun] + self.delay, order, self.tuns[receiver], packet))
+                    heapq.heappush(
+                        under_way, (free[tun] + self.delay, order, self.tuns[receiver], packet)
+                    )
             while under_way and under_way[0][0] <= time.monotonic():
                 with contextlib.suppress(OSError):  # a full queue drops, as anywhere
                     os.write(*heapq.heappop(under_way)[2:])
@@ -122,7 +137,9 @@ class Relay(threading.Thread):
 
 
 class Network:
-    """Namespaces with links; `close` removes them, as does the end of this process in any order but SIGKILL."""
+    """Namespaces with links; `close` removes them, as does the end of this process in any order but
+    SIGKILL.
+    """
 
     def __init__(self, ranks: int, delay: str | None = None, rate: str | None = None) -> None:
         self.ranks, self.delay, self.rate = ranks, delay, rate
@@ -150,18 +167,29 @@ class Network:
             outside = f"{self.base}v{rank}"
             call(f"ip netns add {name}")
             if self.means == "veth":
-                call(f"ip link add {outside} mtu {MTU} type veth peer name {DEVICE} netns {name} mtu {MTU}")
+                call(
+                    f"ip link add {outside} mtu {MTU} type veth peer name {DEVICE} netns {name} "
+                    f"mtu {MTU}"
+                )
                 call(f"ip link set {outside} master {self.base}-br up")
             else:
                 self.tuns.append(os.open(TUN, os.O_RDWR | os.O_CLOEXEC))
-                fcntl.ioctl(self.tuns[-1], TUNSETIFF, struct.pack("16sH22x", outside.encode(), IFF_TUN | IFF_NO_PI))
+                fcntl.ioctl(
+                    self.tuns[-1],
+                    TUNSETIFF,
+                    struct.pack("16sH22x", outside.encode(), IFF_TUN | IFF_NO_PI),
+                )
                 call(f"ip link set {outside} netns {name} name {DEVICE}")
             call(f"ip -n {name} address add {address(rank)}/24 dev {DEVICE}")
             call(f"ip -n {name} link set lo up")
             call(f"ip -n {name} link set {DEVICE} mtu {MTU} txqueuelen 10000 up")
             if self.means == "veth" and (self.delay or self.rate):
-                slow = (f" delay {self.delay}" if self.delay else "") + (f" rate {self.rate}" if self.rate else "")
-                call(f"ip netns exec {name} tc qdisc add dev {DEVICE} root netem{slow} limit 100000")
+                slow = (f" delay {self.delay}" if self.delay else "") + (
+                    f" rate {self.rate}" if self.rate else ""
+                )
+                call(
+                    f"ip netns exec {name} tc qdisc add dev {DEVICE} root netem{slow} limit 100000"
+                )
         if self.means == "relay":
             delay, rate = quantity(self.delay or "0s"), quantity(self.rate or "1000gbit")
             self.relay = Relay(self.tuns, delay, rate)
@@ -182,7 +210,10 @@ class Network:
     def inside(self, rank: int) -> Iterator[None]:
         """Sockets that this thread makes here belong to a rank's namespace, also later."""
         libc = ctypes.CDLL(None, use_errno=True)
-        with open("/proc/thread-self/ns/net") as ours, open(f"/var/run/netns/{self.names[rank]}") as theirs:
+        with (
+            open("/proc/thread-self/ns/net") as ours,
+            open(f"/var/run/netns/{self.names[rank]}") as theirs,
+        ):
             if libc.setns(theirs.fileno(), CLONE_NEWNET):
                 raise OSError(ctypes.get_errno(), "setns")
             try:
@@ -191,13 +222,17 @@ class Network:
                 libc.setns(ours.fileno(), CLONE_NEWNET)
 
     def ping(self, count: int = 5, burst: int = 20) -> tuple[float, float, float]:
-        """Seconds from rank 0 to rank 1 and there and back (medians), and bit/s of a burst of large packets."""
+        """Seconds from rank 0 to rank 1 and there and back (medians), and bit/s of a burst of large
+        packets.
+        """
         ends = []
         for rank in (0, 1):
             with self.inside(rank):
                 end = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
             end.bind((address(rank), PORT))
-            end.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 1 << 22)  # a burst on a fast link comes all at once
+            end.setsockopt(
+                socket.SOL_SOCKET, SO_RCVBUFFORCE, 1 << 22
+            )  # a burst on a fast link comes all at once
             end.settimeout(30)
             ends.append(end)
         one_way, both_ways = [], []
@@ -221,7 +256,9 @@ class Network:
         return statistics.median(one_way), statistics.median(both_ways), rate
 
     def run(self, command: Sequence[str]) -> int:
-        """Run ranks to their end; as soon as one fails, end the others. Returns 0 or the first failure's status."""
+        """Run ranks to their end; as soon as one fails, end the others. Returns 0 or the first
+        failure's status.
+        """
         common = {
             "MASTER_ADDR": address(0), "MASTER_PORT": str(PORT), "WORLD_SIZE": str(self.ranks),
             "GLOO_SOCKET_IFNAME": DEVICE, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
@@ -232,7 +269,11 @@ class Network:
                 own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 line = ["ip", "netns", "exec", name, *command]
                 # Sessions of their own: ctrl-C reaches this process alone, which then ends them.
-                processes.append(subprocess.Popen(line, env={**os.environ, **common, **own}, start_new_session=True))
+                processes.append(
+                    subprocess.Popen(
+                        line, env={**os.environ, **common, **own}, start_new_session=True
+                    )
+                )
             while True:
                 codes = [process.poll() for process in processes]
                 if failed := [code for code in codes if code]:
@@ -257,7 +298,9 @@ def remove(base: str) -> None:
         with contextlib.suppress(subprocess.CalledProcessError):
             call(f"ip netns del {name}")
     for link in re.findall(rf"^\d+: ({base}[-v]\w+)", call("ip -o link"), re.MULTILINE):
-        with contextlib.suppress(subprocess.CalledProcessError):  # one end of a pair takes the other along
+        with contextlib.suppress(
+            subprocess.CalledProcessError
+        ):  # one end of a pair takes the other along
             call(f"ip link del {link}")
 
 
@@ -270,7 +313,9 @@ def sweep() -> None:
 
 def main() -> None:
     """Make the network, measure it, run the command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--delay", help="one way, such as 50ms")
     parser.add_argument("--rate", help="each way, such as 100mbit")
@@ -298,7 +343,9 @@ def main() -> None:
         begin = time.monotonic()
         code = network.run(arguments.command)
         if relay is not None:
-            print(f"relay: {relay.used:.1f} s of processor time in {time.monotonic() - begin:.1f} s")
+            print(
+                f"relay: {relay.used:.1f} s of processor time in {time.monotonic() - begin:.1f} s"
+            )
     finally:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)  # nothing may stop the removal half way

@@ -4,8 +4,9 @@
     torchrun --standalone --nproc-per-node 2 benchmarks/parallel.py --train 600
     python benchmarks/netns.py --delay 50ms -- python benchmarks/parallel.py --micro 4 8 --chunks 3
 
-Same model, batch, optimiser and text for all; see `pipelines.py` for the locked methods. Prints the capacity probe,
-steps/s, what the slowest stage would do with nobody beside it, and with ``--train`` the time to equal held-out loss.
+Same model, batch, optimiser and text for all; see `pipelines.py` for the locked methods. Prints the
+capacity probe, steps/s, what the slowest stage would do with nobody beside it, and with ``--train``
+the time to equal held-out loss.
 """
 
 from __future__ import annotations
@@ -29,7 +30,20 @@ import dni_fx
 import pipelines
 from dni_fx import distributed, sources
 from language import VOCABULARY, Work, adam, loss_of
-from pipelines import Method, Point, best_counts, capacity, leave, make, make_all, measure, say, start, table, train
+from pipelines import (
+    Method,
+    Point,
+    best_counts,
+    capacity,
+    leave,
+    make,
+    make_all,
+    measure,
+    say,
+    start,
+    table,
+    train,
+)
 from probe import describe_environment, environment
 
 DNI = "dni_fx"
@@ -97,7 +111,9 @@ class Decoupled(Method):
 
     def warm_up(self) -> None:
         """See `Method.warm_up`; sources and optimisers are forgotten, too."""
-        before = {n: t.clone() for n, t in self.decoupled.state_dict().items() if isinstance(t, Tensor)}
+        before = {
+            n: t.clone() for n, t in self.decoupled.state_dict().items() if isinstance(t, Tensor)
+        }
         self.step(0)
         self.settle()
         self.trainer.close()
@@ -108,7 +124,9 @@ class Decoupled(Method):
 
 
 def alone(method: Decoupled, steps: int) -> list[float]:
-    """Steps/s of every stage with the other ranks at rest: forward, sources, backward, regression, updates."""
+    """Steps/s of every stage with the other ranks at rest: forward, sources, backward, regression,
+    updates.
+    """
     rates = []
     decoupled, (x, y) = method.decoupled, method.work.batch_at(0)
     values: dict[str, Any] = dict(decoupled.bind(x))
@@ -118,42 +136,64 @@ def alone(method: Decoupled, steps: int) -> list[float]:
         begin, inputs = time.perf_counter(), {n: values[n] for n in stage.inputs}
         if stage.index == dist.get_rank():
             optimizer = adam(stage.parameters())
-            learners = [p for _, s in decoupled.named_learners([stage.index]) for p in s.parameters()]
+            learners = [
+                p for _, s in decoupled.named_learners([stage.index]) for p in s.parameters()
+            ]
             second = torch.optim.Adam(learners) if learners else None
             for count in range(steps + 2):
                 begin = time.perf_counter() if count == 2 else begin
                 optimizer.zero_grad()
                 result = stage.step(inputs, context, loss_of, y)
-                targets = {n: torch.ones_like(v) for n, v in result.outputs.items() if n != "output"}
+                targets = {
+                    n: torch.ones_like(v) for n, v in result.outputs.items() if n != "output"
+                }
                 if second is not None:
                     second.zero_grad()
                     stage.fit(result.predictions, targets)
                     second.step()
                 optimizer.step()
-        rate = torch.tensor(steps / (time.perf_counter() - begin) if stage.index == dist.get_rank() else 0.0)
+        rate = torch.tensor(
+            steps / (time.perf_counter() - begin) if stage.index == dist.get_rank() else 0.0
+        )
         dist.all_reduce(rate)
         rates.append(float(rate))
         with torch.no_grad():
             found = stage.module(*inputs.values())
-        values |= dict(zip(stage.outputs, found if isinstance(found, tuple) else (found,), strict=True))
+        values |= dict(
+            zip(stage.outputs, found if isinstance(found, tuple) else (found,), strict=True)
+        )
     return rates
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sources", nargs="+", choices=SOURCES, default=["linear", "local", "delayed", "exact"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--sources", nargs="+", choices=SOURCES, default=["linear", "local", "delayed", "exact"]
+    )
     parser.add_argument("--methods", nargs="*", choices=pipelines.NAMES, default=pipelines.NAMES)
-    parser.add_argument("--micro", type=int, nargs="+", default=pipelines.COUNTS, help="micro-batches to try")
+    parser.add_argument(
+        "--micro", type=int, nargs="+", default=pipelines.COUNTS, help="micro-batches to try"
+    )
     parser.add_argument("--queue", type=int, default=4, help="how far a stage may run ahead")
-    parser.add_argument("--first", type=int, help="blocks on the first of two ranks; by default half")
+    parser.add_argument(
+        "--first", type=int, help="blocks on the first of two ranks; by default half"
+    )
     for name, value in (("depth", 8), ("width", 128), ("heads", 4), ("length", 32), ("batch", 32)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--steps", type=int, default=20, help="steps in one turn of a method")
     parser.add_argument("--chunks", type=int, default=5, help="turns of every method")
-    parser.add_argument("--train", type=int, default=0, help="then train each, at its best, for so many steps")
-    parser.add_argument("--evaluate-every", type=int, default=50, help="steps between held-out losses")
-    parser.add_argument("--late", action="store_true", help="pipelines post receives as late as the library does")
+    parser.add_argument(
+        "--train", type=int, default=0, help="then train each, at its best, for so many steps"
+    )
+    parser.add_argument(
+        "--evaluate-every", type=int, default=50, help="steps between held-out losses"
+    )
+    parser.add_argument(
+        "--late", action="store_true", help="pipelines post receives as late as the library does"
+    )
     parser.add_argument("--text", type=Path, help="a file to learn instead of Python's own sources")
     parser.add_argument("--json", type=Path, help="write all timings and curves here")
     return parser.parse_args()
@@ -163,11 +203,16 @@ def main() -> None:
     """Measure and print."""
     arguments = parse()
     start()
-    sizes = {name: getattr(arguments, name) for name in ("depth", "width", "heads", "length", "batch")}
+    sizes = {
+        name: getattr(arguments, name) for name in ("depth", "width", "heads", "length", "batch")
+    }
     work = Work(**sizes, characters=Work.read(arguments.text))
     count = sum(p.numel() for p in work.model().parameters())
     text = hashlib.sha256(bytes(work.characters.tolist())).hexdigest()[:12]
-    say(f"{describe_environment()}, {dist.get_world_size()} ranks; {sizes}, {count:,} parameters, text {text}")
+    say(
+        f"{describe_environment()}, {dist.get_world_size()} ranks; {sizes}, {count:,} parameters, "
+        f"text {text}"
+    )
     ours = [Decoupled(s, work, arguments.queue, arguments.first) for s in arguments.sources]
     locked = make_all(arguments.methods, work, arguments.micro, not arguments.late)
     before = capacity()
@@ -182,9 +227,15 @@ def main() -> None:
     for method in ours:
         rate = 1 / best[method.name][1].median
         parts = []
-        if method.source not in ("exact", "delayed", "delayed, recomputed") and "corrected" not in method.source:
+        if (
+            method.source not in ("exact", "delayed", "delayed, recomputed")
+            and "corrected" not in method.source
+        ):
             rates = alone(method, arguments.steps)
-            parts.append(f"{rate / min(rates):.2f} of what its slowest stage does alone ({min(rates):.2f} steps/s)")
+            parts.append(
+                f"{rate / min(rates):.2f} of what its slowest stage does alone ({min(rates):.2f} "
+                "steps/s)"
+            )
         if pipeline:
             name, timing = min(pipeline, key=lambda pair: pair[1].median)
             parts.append(f"{rate * timing.median:.2f} x the best pipeline schedule ({name})")
@@ -202,7 +253,10 @@ def main() -> None:
                 {"method": m.name, "micro": m.micro, "seconds a step": t.rounds}
                 for m, t in zip(methods, timings, strict=True)
             ],
-            "curves": {name: [dataclasses.asdict(point) for point in points] for name, points in curves.items()},
+            "curves": {
+                name: [dataclasses.asdict(point) for point in points]
+                for name, points in curves.items()
+            },
         }
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
@@ -211,13 +265,19 @@ def main() -> None:
     leave()
 
 
-def compare_learning(arguments: argparse.Namespace, work: Work, best: dict[str, Any]) -> dict[str, list[Point]]:
-    """Train every method for as many steps, and tell when each reached the losses that the worst of them ended at."""
+def compare_learning(
+    arguments: argparse.Namespace, work: Work, best: dict[str, Any]
+) -> dict[str, list[Point]]:
+    """Train every method for as many steps, and tell when each reached the losses that the worst of
+    them ended at.
+    """
     curves: dict[str, list[Point]] = {}
     makers: dict[str, Callable[[], Method]] = {}
     for name, (method, _) in best.items():
         if isinstance(method, Decoupled):
-            makers[name] = functools.partial(Decoupled, method.source, work, arguments.queue, arguments.first)
+            makers[name] = functools.partial(
+                Decoupled, method.source, work, arguments.queue, arguments.first
+            )
         else:
             makers[name] = functools.partial(make, name, work, method.micro, not arguments.late)
     for name, fresh in makers.items():
@@ -228,7 +288,9 @@ def compare_learning(arguments: argparse.Namespace, work: Work, best: dict[str, 
         end = curves[name][-1]
         say(f"{name}: {end.steps} steps in {end.seconds:.1f} s, held-out loss {end.loss:.4f}")
     finals = sorted(points[-1].loss for points in curves.values())
-    levels = [math.ceil(100 * finals[len(finals) // 2]) / 100 + extra for extra in (0.4, 0.2, 0.1, 0.0)]
+    levels = [
+        math.ceil(100 * finals[len(finals) // 2]) / 100 + extra for extra in (0.4, 0.2, 0.1, 0.0)
+    ]
     say("\n| seconds to held-out loss | " + " | ".join(f"{level:.2f}" for level in levels) + " |")
     say("| --- |" + " ---: |" * len(levels))
     for name, points in curves.items():

@@ -3,13 +3,14 @@
     torchrun --standalone --nproc-per-node 2 benchmarks/pipelines.py --check
     torchrun --standalone --nproc-per-node 2 benchmarks/pipelines.py --json out/pipelines.json
 
-A causal transformer on characters of real text, trained with Adam by one process alone, by the schedules of
-`torch.distributed.pipelining` and by data parallelism: equal seed, equal data, equal mathematics, so equal losses and
-gradients, which ``--check`` verifies. Gloo, one thread a process. Every method is measured with several numbers of
-micro-batches, in turns, by the same processes; each is then judged by the number that suits it best.
+A causal transformer on characters of real text, trained with Adam by one process alone, by the
+schedules of `torch.distributed.pipelining` and by data parallelism: equal seed, equal data, equal
+mathematics, so equal losses and gradients, which ``--check`` verifies. Gloo, one thread a process.
+Every method is measured with several numbers of micro-batches, in turns, by the same processes;
+each is then judged by the number that suits it best.
 
-One process and data parallelism accumulate gradients over micro-batches: small ones may be kinder to a cache, and that
-must not look like a gain of pipelines.
+One process and data parallelism accumulate gradients over micro-batches: small ones may be kinder
+to a cache, and that must not look like a gain of pipelines.
 """
 
 from __future__ import annotations
@@ -63,11 +64,12 @@ SCHEDULES: dict[str, tuple[type, str]] = {  # by name: its class and how stages 
 NAMES = (ONE, *SCHEDULES, DATA)
 
 
-# ---- methods ----------------------------------------------------------------------------------------------------
+# ---- methods -------------------------------------------------------------------------------------
 
 
 class Method(ABC):
-    """One way to train the model on all ranks; every rank makes it and calls its methods in the same order.
+    """One way to train the model on all ranks; every rank makes it and calls its methods in the
+    same order.
 
     Attributes:
         name: for tables.
@@ -87,7 +89,9 @@ class Method(ABC):
 
     @abstractmethod
     def step(self, t: int) -> Tensor | None:
-        """Train on batch ``t``: forward, backward, update. Returns the mean loss on ranks that know (a part of) it."""
+        """Train on batch ``t``: forward, backward, update. Returns the mean loss on ranks that know
+        (a part of) it.
+        """
 
     def settle(self) -> None:  # noqa: B027  (nothing is on its way after a locked step)
         """Wait for work of this rank that goes on after `step`, before a clock is stopped."""
@@ -103,7 +107,9 @@ class Method(ABC):
                 flat = torch.cat([parameter.flatten() for parameter in owned])
                 dist.broadcast(flat, rank)
                 if rank != dist.get_rank():
-                    for parameter, piece in zip(owned, flat.split([p.numel() for p in owned]), strict=True):
+                    for parameter, piece in zip(
+                        owned, flat.split([p.numel() for p in owned]), strict=True
+                    ):
                         parameter.copy_(piece.view_as(parameter))
         return self.whole
 
@@ -144,7 +150,9 @@ class DataParallel(Method):
     def __init__(self, work: Work, micro: int = 1) -> None:
         super().__init__(DATA, work, micro)
         if work.batch % (dist.get_world_size() * micro):
-            raise ValueError(f"{work.batch} sequences cannot be shared out in {micro} equal micro-batches a rank")
+            raise ValueError(
+                f"{work.batch} sequences cannot be shared out in {micro} equal micro-batches a rank"
+            )
         self.optimizer = adam(self.whole.parameters())
         self.wrapped = DistributedDataParallel(self.whole)
 
@@ -164,7 +172,8 @@ class DataParallel(Method):
 
 
 class Pipelined(Method):
-    """A schedule of `torch.distributed.pipelining`, its stages made by hand from equal numbers of blocks.
+    """A schedule of `torch.distributed.pipelining`, its stages made by hand from equal numbers of
+    blocks.
 
     ``early``: receives as in `EarlyStage`; else the library's own stages as they are.
     """
@@ -176,16 +185,24 @@ class Pipelined(Method):
         count = world if placement == "one" else 2 * world
         if micro < 2 or work.depth < count:
             raise ValueError(f"{name} wants 2 micro-batches and {count} blocks at least")
-        places = {"one": [*range(world)], "loop": [*range(world)] * 2, "V": [*range(world), *reversed(range(world))]}
+        places = {
+            "one": [*range(world)],
+            "loop": [*range(world)] * 2,
+            "V": [*range(world), *reversed(range(world))],
+        }
         borders = [work.depth * s // count for s in range(count + 1)]
         parts = [part(self.whole, *borders[s : s + 2]) for s in range(count)]
         names = {id(parameter): name for name, parameter in self.whole.named_parameters()}
-        self.owner = {names[id(p)]: places[placement][s] for s in range(count) for p in parts[s].parameters()}
+        self.owner = {
+            names[id(p)]: places[placement][s] for s in range(count) for p in parts[s].parameters()
+        }
         self.mine = [s for s in range(count) if places[placement][s] == rank]
         self.last = count - 1
         kind = EarlyStage if early else PipelineStage
         stages = [kind(parts[s], s, count, torch.device("cpu")) for s in self.mine]
-        self.schedule = schedule(stages[0] if placement == "one" else stages, micro, loss_fn=loss_of)
+        self.schedule = schedule(
+            stages[0] if placement == "one" else stages, micro, loss_fn=loss_of
+        )
         self.optimizer = adam(p for s in self.mine for p in parts[s].parameters())
 
     def step(self, t: int) -> Tensor | None:
@@ -220,7 +237,9 @@ def make(name: str, work: Work, micro: int, early: bool = True) -> Method:
     return DataParallel(work, micro) if name == DATA else Pipelined(name, work, micro, early)
 
 
-def make_all(names: Sequence[str], work: Work, counts: Sequence[int], early: bool = True) -> list[Method]:
+def make_all(
+    names: Sequence[str], work: Work, counts: Sequence[int], early: bool = True
+) -> list[Method]:
     """Every method with every number of micro-batches that it allows."""
     made = []
     for name in names:
@@ -232,7 +251,7 @@ def make_all(names: Sequence[str], work: Work, counts: Sequence[int], early: boo
     return made
 
 
-# ---- measuring --------------------------------------------------------------------------------------------------
+# ---- measuring -----------------------------------------------------------------------------------
 
 
 def start() -> None:
@@ -245,8 +264,9 @@ def start() -> None:
 def leave(code: int = 0) -> NoReturn:
     """End this rank, when all have come here.
 
-    Without destructors: that of a gloo group, which `DistributedDataParallel` keeps alive, waits for the group's
-    threads while it holds the interpreter's lock, for which such a thread may wait to free its last tensor.
+    Without destructors: that of a gloo group, which `DistributedDataParallel` keeps alive, waits
+    for the group's threads while it holds the interpreter's lock, for which such a thread may wait
+    to free its last tensor.
     """
     dist.barrier()
     sys.stdout.flush()
@@ -261,7 +281,8 @@ def say(text: str) -> None:
 
 
 def capacity(seconds: float = 0.5) -> tuple[float, float]:
-    """Matrix products per second of a rank that runs alone, and how many times as much all do together.
+    """Matrix products per second of a rank that runs alone, and how many times as much all do
+    together.
 
     The second number is what a perfect method could gain on this machine at this moment.
     """
@@ -293,7 +314,9 @@ def shared(loss: Tensor | None) -> float:
 
 
 def seconds_of(method: Method, first: int, steps: int) -> float:
-    """Seconds until the slowest rank has done steps ``first`` to ``first + steps - 1``, all starting together."""
+    """Seconds until the slowest rank has done steps ``first`` to ``first + steps - 1``, all
+    starting together.
+    """
     dist.barrier()
     begin = time.perf_counter()
     for t in range(first, first + steps):
@@ -305,7 +328,9 @@ def seconds_of(method: Method, first: int, steps: int) -> float:
 
 
 def measure(methods: Sequence[Method], steps: int, chunks: int, warmup: int = 2) -> list[Timing]:
-    """Seconds a step, ``chunks`` times over ``steps`` steps, of all methods in turns: slow moments hit them alike."""
+    """Seconds a step, ``chunks`` times over ``steps`` steps, of all methods in turns: slow moments
+    hit them alike.
+    """
     for method in methods:
         seconds_of(method, 0, warmup)
     rounds: list[list[float]] = [[] for _ in methods]
@@ -316,7 +341,9 @@ def measure(methods: Sequence[Method], steps: int, chunks: int, warmup: int = 2)
     return [Timing(tuple(times)) for times in rounds]
 
 
-def best_counts(methods: Sequence[Method], timings: Sequence[Timing]) -> dict[str, tuple[Method, Timing]]:
+def best_counts(
+    methods: Sequence[Method], timings: Sequence[Timing]
+) -> dict[str, tuple[Method, Timing]]:
     """Of each name, the method with the smallest median."""
     best: dict[str, tuple[Method, Timing]] = {}
     for method, timing in zip(methods, timings, strict=True):
@@ -337,7 +364,9 @@ def evaluate(method: Method) -> float:
 
 @dataclass(frozen=True)
 class Point:
-    """Of a curve: seconds and steps of training so far (evaluation not counted), and the held-out loss."""
+    """Of a curve: seconds and steps of training so far (evaluation not counted), and the held-out
+    loss.
+    """
 
     seconds: float
     steps: int
@@ -347,7 +376,9 @@ class Point:
 def train(
     method: Method, evaluate_every: int, *, seconds: float = math.inf, steps: float = math.inf
 ) -> Iterator[Point]:
-    """Train a fresh method until it has had so many seconds or steps; every rank iterates and gets the same points."""
+    """Train a fresh method until it has had so many seconds or steps; every rank iterates and gets
+    the same points.
+    """
     method.warm_up()
     point = Point(0.0, 0, evaluate(method))
     yield point
@@ -362,25 +393,34 @@ def seconds_to(points: Iterable[Point], loss: float) -> float | None:
     return next((point.seconds for point in points if point.loss <= loss), None)
 
 
-# ---- command ----------------------------------------------------------------------------------------------------
+# ---- command -------------------------------------------------------------------------------------
 
 
 def gradient_norm(method: Method) -> float:
     """Of the last step, over the parameters of all ranks."""
-    owned = [p for name, p in method.whole.named_parameters() if method.owner[name] == dist.get_rank()]
-    squares = torch.tensor(sum(float(p.grad.square().sum()) for p in owned if p.grad is not None), dtype=torch.float64)
+    owned = [
+        p for name, p in method.whole.named_parameters() if method.owner[name] == dist.get_rank()
+    ]
+    squares = torch.tensor(
+        sum(float(p.grad.square().sum()) for p in owned if p.grad is not None), dtype=torch.float64
+    )
     dist.all_reduce(squares)
     return math.sqrt(float(squares))
 
 
 def check(methods: Sequence[Method], steps: int = CHECKED_STEPS) -> bool:
-    """Whether every method has the losses of one process, in training and after it on held-out text; prints them.
+    """Whether every method has the losses of one process, in training and after it on held-out
+    text; prints them.
 
     Adam hides the scale of gradients from losses, so their norm is compared too.
     """
 
     def run(method: Method) -> list[float]:
-        return [*(shared(method.step(t)) for t in range(steps)), evaluate(method), gradient_norm(method)]
+        return [
+            *(shared(method.step(t)) for t in range(steps)),
+            evaluate(method),
+            gradient_norm(method),
+        ]
 
     wanted = run(Alone(methods[0].work))
     *losses, held_out, norm = (f"{number:.6f}" for number in wanted)
@@ -398,7 +438,9 @@ def check(methods: Sequence[Method], steps: int = CHECKED_STEPS) -> bool:
 def table(methods: Sequence[Method], timings: Sequence[Timing]) -> str:
     """Median steps/s by number of micro-batches, and the best of each method next to one process."""
     counts = sorted({method.micro for method in methods})
-    medians = {(m.name, m.micro): f"{1 / t.median:.2f}" for m, t in zip(methods, timings, strict=True)}
+    medians = {
+        (m.name, m.micro): f"{1 / t.median:.2f}" for m, t in zip(methods, timings, strict=True)
+    }
     best = best_counts(methods, timings)
     one = best[ONE][1].median if ONE in best else math.nan
     heads = " | ".join(f"median, m = {m}" for m in counts)
@@ -413,17 +455,29 @@ def table(methods: Sequence[Method], timings: Sequence[Timing]) -> str:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="compare losses with one process, and time nothing")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="compare losses with one process, and time nothing"
+    )
     parser.add_argument("--methods", nargs="+", choices=NAMES, default=NAMES)
-    parser.add_argument("--micro", type=int, nargs="+", default=COUNTS, help="numbers of micro-batches to try")
+    parser.add_argument(
+        "--micro", type=int, nargs="+", default=COUNTS, help="numbers of micro-batches to try"
+    )
     for name, value in (("depth", 8), ("width", 128), ("heads", 4), ("length", 64), ("batch", 32)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--steps", type=int, default=10, help="steps in one turn of a method")
     parser.add_argument("--chunks", type=int, default=5, help="turns of every method")
-    parser.add_argument("--train", type=int, default=0, help="then train each, at its best, for so many steps")
-    parser.add_argument("--evaluate-every", type=int, default=50, help="steps between held-out losses")
-    parser.add_argument("--late", action="store_true", help="pipelines post receives as late as the library does")
+    parser.add_argument(
+        "--train", type=int, default=0, help="then train each, at its best, for so many steps"
+    )
+    parser.add_argument(
+        "--evaluate-every", type=int, default=50, help="steps between held-out losses"
+    )
+    parser.add_argument(
+        "--late", action="store_true", help="pipelines post receives as late as the library does"
+    )
     parser.add_argument("--text", type=Path, help="a file to learn instead of Python's own sources")
     parser.add_argument("--json", type=Path, help="write all timings and curves here")
     return parser.parse_args()
@@ -433,7 +487,9 @@ def main() -> None:
     """Check, or measure and print."""
     arguments = parse()
     start()
-    sizes = {name: getattr(arguments, name) for name in ("depth", "width", "heads", "length", "batch")}
+    sizes = {
+        name: getattr(arguments, name) for name in ("depth", "width", "heads", "length", "batch")
+    }
     work = Work(**sizes, characters=Work.read(arguments.text))
     text = hashlib.sha256(bytes(work.characters.tolist())).hexdigest()[:12]
     count = sum(p.numel() for p in work.model().parameters())
@@ -447,14 +503,20 @@ def main() -> None:
     timings = measure(methods, arguments.steps, arguments.chunks)
     found.append(capacity())
     for when, (alone, together) in zip(("before", "after"), found, strict=True):
-        say(f"{when}: all ranks together do {together:.2f} x the work of one alone ({alone:.0f} products/s)")
+        say(
+            f"{when}: all ranks together do {together:.2f} x the work of one alone ({alone:.0f} "
+            "products/s)"
+        )
     say("\n" + table(methods, timings) + "\n")
     curves: dict[str, list[Point]] = {}
     for name, (method, _) in best_counts(methods, timings).items() if arguments.train else ():
         fresh = make(name, work, method.micro, not arguments.late)
         curves[name] = list(train(fresh, arguments.evaluate_every, steps=arguments.train))
         end = curves[name][-1]
-        say(f"{name}, m = {method.micro}: {end.steps} steps in {end.seconds:.1f} s, held-out loss {end.loss:.4f}")
+        say(
+            f"{name}, m = {method.micro}: {end.steps} steps in {end.seconds:.1f} s, held-out loss "
+            f"{end.loss:.4f}"
+        )
     if arguments.json and dist.get_rank() == 0:
         rows = [
             {"method": method.name, "micro": method.micro, "seconds a step": timing.rounds}
@@ -466,7 +528,10 @@ def main() -> None:
             "sizes": sizes | {"parameters": count, "steps": arguments.steps, "text": text},
             "capacity": [{"alone": alone, "together": together} for alone, together in found],
             "timings": rows,
-            "curves": {name: [dataclasses.asdict(point) for point in points] for name, points in curves.items()},
+            "curves": {
+                name: [dataclasses.asdict(point) for point in points]
+                for name, points in curves.items()
+            },
         }
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")

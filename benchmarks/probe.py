@@ -1,7 +1,8 @@
 """What this machine can do while a benchmark runs, and timing that survives a noisy one.
 
-A shared or throttled machine makes any single number meaningless, so every benchmark here prints the result of
-`capacity` beside its own, takes its variants in turn (`interleave`) and reports the least disturbed round.
+A shared or throttled machine makes any single number meaningless, so every benchmark here prints
+the result of `capacity` beside its own, takes its variants in turn (`interleave`) and reports the
+least disturbed round.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ class Capacity:
 
     @property
     def cores(self) -> float:
-        """Work of two processes at once over work of one alone: 2 means two free cores, 1 means one."""
+        """Work of two processes at once over work of one alone: 2 means two free cores, 1 means
+        one.
+        """
         return self.together / self.alone
 
     def __str__(self) -> str:
@@ -82,7 +85,9 @@ def capacity(seconds: float = SECONDS) -> Capacity:
 
 
 def environment() -> dict[str, str]:
-    """Versions and processor counts that a reader needs to repeat a measurement; names no path and no host."""
+    """Versions and processor counts that a reader needs to repeat a measurement; names no path and
+    no host.
+    """
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -1,5 +1,5 @@
-"""Prints what the README shows of ResNet-18: a plan, the emitted training function of the middle stage, and the cuts
-that the search finds with what they promise.
+"""Prints what the README shows of ResNet-18: a plan, the emitted training function of the middle
+stage, and the cuts that the search finds with what they promise.
 
     python benchmarks/resnet18.py
 """
@@ -26,7 +26,9 @@ def main() -> None:
     print()
     print(decoupled.stages[1].code)
     torch.set_num_threads(1)
-    plan = dni_fx.plan_cuts(model, (images,), stages=4, gradients="linear", context=dni_fx.one_hot(10))
+    plan = dni_fx.plan_cuts(
+        model, (images,), stages=4, gradients="linear", context=dni_fx.one_hot(10)
+    )
     print(plan)
     print()
     print(dni_fx.simulate(plan, micro_batches=8).sentence)

@@ -3,9 +3,9 @@
     python benchmarks/search.py
     python benchmarks/search.py --nodes 1000 10000 --stages 16
 
-Random chains with skips, costs and sizes are searched without a model (weighing and search); for ResNet-50 tracing,
-measuring and search are timed apart. The larger graphs have more places than can be weighed in pairs: they take the
-bisection, then the pairs of a thousand chosen places.
+Random chains with skips, costs and sizes are searched without a model (weighing and search); for
+ResNet-50 tracing, measuring and search are timed apart. The larger graphs have more places than can
+be weighed in pairs: they take the bisection, then the pairs of a thousand chosen places.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import torch
 
 import torchvision_cpu  # noqa: F401  (before torchvision)
 from dni_fx.compiler import _trace
-from dni_fx.passes import bounding, costing, frontiers, pricing, searching
-from dni_fx.passes.cutting import find_flow, legal_positions
+from dni_fx.passes.cut.cutting import find_flow, legal_positions
+from dni_fx.passes.search import bounding, costing, frontiers, searching, source_costs
 from probe import capacity, describe_environment
 
 
@@ -54,8 +54,12 @@ def timed(call: Callable[[], object]) -> tuple[float, object]:
 
 def main() -> None:
     """Print both tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nodes", type=int, nargs="*", default=[100, 1000, 10_000, 100_000, 1_000_000])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--nodes", type=int, nargs="*", default=[100, 1000, 10_000, 100_000, 1_000_000]
+    )
     parser.add_argument("--stages", type=int, default=16)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -65,16 +69,25 @@ def main() -> None:
     for nodes in arguments.nodes:
         loads = random_loads(nodes)
         wishes = searching.Wishes(arguments.stages, allowed=tuple(range(1, nodes)), polish=1.0)
-        seconds, answer = timed(lambda loads=loads, wishes=wishes: searching.best_positions(loads, wishes)[0])
+        seconds, answer = timed(
+            lambda loads=loads, wishes=wishes: searching.best_positions(loads, wishes)[0]
+        )
         bound = bounding.lower_bound(loads, (1.0,) * arguments.stages)
-        print(f"| {nodes:,} | {seconds:.3f} | {seconds / nodes * 1e6:.1f} | {answer.slowest / bound:.4f} |")  # type: ignore[attr-defined]
+        print(
+            f"| {nodes:,} | {seconds:.3f} | {seconds / nodes * 1e6:.1f} | "
+            f"{answer.slowest / bound:.4f} |"
+        )  # type: ignore[attr-defined]
 
     from torchvision.models import resnet50
 
     model, x = resnet50(weights=None), torch.randn(2, 3, 64, 64)
-    tracing, flow = min((timed(lambda: find_flow(_trace(model, (x,), {}))) for _ in range(3)), key=lambda t: t[0])
+    tracing, flow = min(
+        (timed(lambda: find_flow(_trace(model, (x,), {}))) for _ in range(3)), key=lambda t: t[0]
+    )
     weighing, costs = timed(
-        lambda: costing.measure_costs(flow, (x,), {}, pricing.measure_sources(flow, lambda _: "auto", None))  # type: ignore[arg-type]
+        lambda: costing.measure_costs(
+            flow, (x,), {}, source_costs.measure_sources(flow, lambda _: "auto", None)
+        )  # type: ignore[arg-type]
     )
     wishes = searching.Wishes(4, allowed=legal_positions(flow))  # type: ignore[arg-type]
     search, _ = min(

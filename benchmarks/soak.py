@@ -1,17 +1,20 @@
 """Long and rough runs of stages on several processes: kills, stalls, slow consumers, memory.
 
-    python benchmarks/soak.py                      # all of it, into docs/soak.md: about a quarter of an hour
-    python benchmarks/soak.py --only kills --kills 3
-    python benchmarks/soak.py --quick              # every part, shortened, in about two minutes; nothing is written
+    python benchmarks/soak.py                      # all of it, into docs/soak.md: about a quarter
+    of an hour python benchmarks/soak.py --only kills --kills 3 python benchmarks/soak.py --quick
+    # every part, shortened, in about two minutes; nothing is written
 
 Every part starts its own processes with torchrun, watches them from outside, and checks a claim:
 
-* ``kills``: kill -9 of each rank in turn at random moments; the run resumes by itself and ends with the weights of a
-  run that nobody killed, bit for bit;
-* ``saves``: killed while a checkpoint is being written; the one before still loads, and the end is the same;
-* ``stalls``: a stage that stalls at random for up to a second, queues that drop the oldest, synthetic inputs; the other
-  stages lose less than 5 % of their updates, and nothing waits for ever;
-* ``slow``: a consumer ten times slower than its producer, for both policies; the memory of no process grows.
+* ``kills``: kill -9 of each rank in turn at random moments; the run resumes by itself and ends with
+  the weights of a run that nobody killed, bit for bit;
+* ``saves``: killed while a checkpoint is being written; the one before still loads, and the end is
+  the same;
+* ``stalls``: a stage that stalls at random for up to a second, queues that drop the oldest,
+  synthetic inputs; the other stages lose less than 5 % of their updates, and nothing waits for
+  ever;
+* ``slow``: a consumer ten times slower than its producer, for both policies; the memory of no
+  process grows.
 """
 
 from __future__ import annotations
@@ -49,7 +52,10 @@ class Ladder(nn.Module):
     def __init__(self, slow: str = "", seconds: float = 0.0, at_random: bool = False) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.third, self.last = Dawdle(seconds, at_random) if slow else nn.Identity(), nn.Linear(2 * WIDTH, CLASSES)
+        self.third, self.last = (
+            Dawdle(seconds, at_random) if slow else nn.Identity(),
+            nn.Linear(2 * WIDTH, CLASSES),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """``(batch, WIDTH)`` to ``(batch, CLASSES)``."""
@@ -59,7 +65,9 @@ class Ladder(nn.Module):
 
 
 class Sleep(torch.autograd.Function):
-    """The value itself, after a while: an operator of its own, since one without any would not be in the graph."""
+    """The value itself, after a while: an operator of its own, since one without any would not be
+    in the graph.
+    """
 
     draw = random.Random(1)
 
@@ -97,17 +105,20 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     return x, x[:, :CLASSES].argmax(1)
 
 
-# ---- what runs under torchrun ----------------------------------------------------------------------------------------
+# ---- what runs under torchrun --------------------------------------------------------------------
 
 
 def work(options: dict[str, Any]) -> None:
     """One rank of a run, as the options say; rank 0 writes what came of it."""
     torch.set_num_threads(1)
-    # A rank may be killed before all have met; where none is, the slow ones come last to the end by far.
+    # A rank may be killed before all have met; where none is, the slow ones come last to the end by
+    # far.
     rank, folder = distributed.start(30 if "every" in options else 3600), Path(options["folder"])
     (folder / f"pid-{rank}").write_text(str(os.getpid()))
     torch.manual_seed(0)
-    model = Ladder(options.get("slow", ""), options.get("seconds", 0.0), options.get("at_random", False))
+    model = Ladder(
+        options.get("slow", ""), options.get("seconds", 0.0), options.get("at_random", False)
+    )
     decoupled = dni_fx.decouple(
         model,
         ["first", "second"],
@@ -162,7 +173,7 @@ def digest(state: dict[str, Tensor]) -> str:
     return found.hexdigest()[:16]
 
 
-# ---- what watches ----------------------------------------------------------------------------------------------------
+# ---- what watches --------------------------------------------------------------------------------
 
 
 class Watched:
@@ -200,11 +211,15 @@ class Watched:
             code = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
-            raise SystemExit(f"{self.folder}: did not end within {seconds:g} s; see its log") from None
+            raise SystemExit(
+                f"{self.folder}: did not end within {seconds:g} s; see its log"
+            ) from None
         finally:
             self.log.close()
         if code:
-            raise SystemExit(f"{self.folder}: ended with {code}:\n{(self.folder / 'log').read_text()[-3000:]}")
+            raise SystemExit(
+                f"{self.folder}: ended with {code}:\n{(self.folder / 'log').read_text()[-3000:]}"
+            )
         return dict(json.loads((self.folder / "result.json").read_text()))
 
 
@@ -216,9 +231,17 @@ def kills(folder: Path, quick: bool, count: int) -> list[str]:
     rough = Watched(folder / "rough", ranks, restarts=count + 5, **options)
     draw, done = random.Random(0), 0
     while done < count and rough.is_running:
-        pids = {(rough.folder / f"pid-{r}").read_text() for r in range(ranks) if (rough.folder / f"pid-{r}").exists()}
+        pids = {
+            (rough.folder / f"pid-{r}").read_text()
+            for r in range(ranks)
+            if (rough.folder / f"pid-{r}").exists()
+        }
         time.sleep(1.0 + 2.0 * draw.random())
-        now = {(rough.folder / f"pid-{r}").read_text() for r in range(ranks) if (rough.folder / f"pid-{r}").exists()}
+        now = {
+            (rough.folder / f"pid-{r}").read_text()
+            for r in range(ranks)
+            if (rough.folder / f"pid-{r}").exists()
+        }
         if len(now) == ranks and now == pids and rough.kill(done % ranks):
             done += 1
             deadline = time.monotonic() + 60
@@ -227,7 +250,10 @@ def kills(folder: Path, quick: bool, count: int) -> list[str]:
     found = rough.result(900)
     same = found["digest"] == calm["digest"]
     line = f"{done} kills of {count} asked, {ranks} ranks in turn, {steps} steps, a checkpoint every {every}: "
-    return [line + f"resumed {done} times; final weights {'bit-equal to' if same else 'DIFFER from'} an unkilled run's"]
+    return [
+        line
+        + f"resumed {done} times; final weights {'bit-equal to' if same else 'DIFFER from'} an unkilled run's"
+    ]
 
 
 def _newer(run: Watched, pattern: str) -> Path | None:
@@ -267,8 +293,9 @@ def saves(folder: Path, quick: bool, count: int) -> list[str]:
         found = rough.result(600)
         same = found["digest"] == calm["digest"]
         lines.append(
-            f"{name} saves: {done} kills while one was written, {broken} of which left it incomplete; final weights "
-            f"{'bit-equal to' if same else 'DIFFER from'} an unkilled run's"
+            f"{name} saves: {done} kills while one was written, {broken} of which left it "
+            f"incomplete; final weights {'bit-equal to' if same else 'DIFFER from'} an unkilled "
+            "run's"
         )
     return lines
 
@@ -290,14 +317,17 @@ def slow(folder: Path, quick: bool, count: int) -> list[str]:
     lines = []
     for policy in ("wait", "drop_oldest"):
         steps = (300 if policy == "wait" else 1000) if quick else 10_000
-        found = Watched(folder / policy, 3, steps=steps, policy=policy, slow="third", seconds=0.02).result(3600)
+        found = Watched(
+            folder / policy, 3, steps=steps, policy=policy, slow="third", seconds=0.02
+        ).result(3600)
         for row, rank in zip(found["rows"], found["ranks"], strict=True):
             memory = rank["memory"]
             fifth = max(len(memory) // 5, 1)
             early, late = max(memory[fifth : 2 * fifth]), max(memory[-fifth:])
             lines.append(
-                f"{policy}, {steps} steps, {row['stage']}: {row['updates']} updates, {row['missed']} left out, "
-                f"{early / 2**20:.1f} MiB in the second fifth of the run, {late / 2**20:.1f} MiB in the last"
+                f"{policy}, {steps} steps, {row['stage']}: {row['updates']} updates, "
+                f"{row['missed']} left out, {early / 2**20:.1f} MiB in the second fifth of the "
+                f"run, {late / 2**20:.1f} MiB in the last"
             )
     return lines
 
@@ -308,13 +338,17 @@ def write(path: Path, name: str, found: list[str]) -> None:
     parts = {text.split("\n", 1)[0]: text.split("\n", 1)[1].strip() for text in known}
     command = f"`python benchmarks/soak.py --only {name}`; {describe_environment()}"
     parts[name] = "\n".join([command, "", "```", *found, "```"])
-    head = "# Long and rough runs\n\nWhat each part does stands at the head of `benchmarks/soak.py`.\n"
+    head = (
+        "# Long and rough runs\n\nWhat each part does stands at the head of `benchmarks/soak.py`.\n"
+    )
     path.write_text(head + "".join(f"\n## {n}\n\n{parts[n]}\n" for n in PARTS if n in parts))
 
 
 def main() -> None:
     """Run the parts and write what they found."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS)
     parser.add_argument("--kills", type=int, default=20, help="how many (default: 20)")
     parser.add_argument("--quick", action="store_true", help="shorter; nothing is written")
@@ -328,7 +362,9 @@ def main() -> None:
     try:
         for name in options.only:
             start = time.perf_counter()
-            found = globals()[name](folder / name, options.quick, 3 if options.quick else options.kills)
+            found = globals()[name](
+                folder / name, options.quick, 3 if options.quick else options.kills
+            )
             print(f"{name} ({time.perf_counter() - start:.0f} s)", *found, sep="\n", flush=True)
             if not options.quick:
                 write(options.out, name, found)

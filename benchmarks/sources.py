@@ -1,13 +1,14 @@
-"""What a decoupled step costs with every gradient source, next to hand-written loops and to backprop.
+"""What a decoupled step costs with every gradient source, next to hand-written loops and to
+backprop.
 
     python benchmarks/sources.py
     python benchmarks/sources.py --networks conv --sources linear local
 
-Two networks with three cuts each: an MLP (784 inputs, four hidden layers of 256, 10 classes; batch 256) and a small
-convolutional one (four blocks of convolution, batch norm and ReLU on images of 32 x 32; batch 32). Sources see the
-labels; Adam everywhere, one thread. The loops for "linear" and "local" are what a careful person would write for these
-networks; they must end in the same weights, and every source must run once a cut and step: both is checked before
-anything is timed.
+Two networks with three cuts each: an MLP (784 inputs, four hidden layers of 256, 10 classes; batch
+256) and a small convolutional one (four blocks of convolution, batch norm and ReLU on images of 32
+x 32; batch 32). Sources see the labels; Adam everywhere, one thread. The loops for "linear" and
+"local" are what a careful person would write for these networks; they must end in the same weights,
+and every source must run once a cut and step: both is checked before anything is timed.
 """
 
 from __future__ import annotations
@@ -28,7 +29,17 @@ import dni_fx
 from dni_fx.errors import DecouplingError
 from dni_fx.sources import SOURCES
 from probe import capacity, describe_environment, interleave
-from step import CHECKED_STEPS, CLASSES, LEARNING_RATE, WINDOW, Backprop, Network, Step, batches, largest_difference
+from step import (
+    CHECKED_STEPS,
+    CLASSES,
+    LEARNING_RATE,
+    WINDOW,
+    Backprop,
+    Network,
+    Step,
+    batches,
+    largest_difference,
+)
 
 COUNTED_STEPS = 4
 BATCH, CHANNELS, SIZE = 32, 16, 32
@@ -44,7 +55,9 @@ class ConvNetwork(nn.Module):
         self.block2 = _block(CHANNELS, CHANNELS)
         self.block3 = _block(CHANNELS, 2 * CHANNELS, stride=2)
         self.block4 = _block(2 * CHANNELS, 2 * CHANNELS)
-        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * CHANNELS, CLASSES))
+        self.head = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * CHANNELS, CLASSES)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """``(batch, 3, 32, 32)`` to ``(batch, 10)`` logits."""
@@ -52,7 +65,9 @@ class ConvNetwork(nn.Module):
 
 
 def _block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
+    )
 
 
 @dataclass(frozen=True)
@@ -73,7 +88,10 @@ def images(count: int) -> Batches:
     """Random images and labels of one seed."""
     generator = torch.Generator().manual_seed(1)
     return [
-        (torch.randn(BATCH, 3, SIZE, SIZE, generator=generator), torch.randint(CLASSES, (BATCH,), generator=generator))
+        (
+            torch.randn(BATCH, 3, SIZE, SIZE, generator=generator),
+            torch.randint(CLASSES, (BATCH,), generator=generator),
+        )
         for _ in range(count)
     ]
 
@@ -85,7 +103,9 @@ CASES = {
 
 
 class LinearByHand:
-    """Linear synthesizers, as in ``step.py``, for vectors and for maps: at every pixel the same matrix."""
+    """Linear synthesizers, as in ``step.py``, for vectors and for maps: at every pixel the same
+    matrix.
+    """
 
     def __init__(self, case: Case, model: nn.Module) -> None:
         self.stages = case.stages(model)
@@ -118,7 +138,9 @@ class LinearByHand:
         targets.append(_gradient(received))
 
         self._update_scale(targets)
-        inverse = self.scale.reciprocal().nan_to_num(posinf=0.0).unbind()  # a zero scale means zero targets
+        inverse = (
+            self.scale.reciprocal().nan_to_num(posinf=0.0).unbind()
+        )  # a zero scale means zero targets
         for prediction, target, factor in zip(predictions, targets, inverse, strict=True):
             F.mse_loss(prediction, target * factor).backward()
         self.optimizer.step()
@@ -130,11 +152,16 @@ class LinearByHand:
         if value.dim() == 2:
             return layer(torch.cat((value, context), 1))
         weight, shift = layer.weight.split((self.features[index], CLASSES), 1)
-        return F.conv2d(value, weight[..., None, None], layer.bias) + F.linear(context, shift)[..., None, None]
+        return (
+            F.conv2d(value, weight[..., None, None], layer.bias)
+            + F.linear(context, shift)[..., None, None]
+        )
 
     @torch.no_grad()
     def _update_scale(self, targets: list[Tensor]) -> None:
-        square = torch.stack([torch.linalg.vector_norm(target).square() / target.numel() for target in targets])
+        square = torch.stack(
+            [torch.linalg.vector_norm(target).square() / target.numel() for target in targets]
+        )
         known = (square > 0) & square.isfinite()
         self.count.add_(known).clamp_(max=WINDOW)
         updated = self.scale.square().lerp(square, self.count.reciprocal()).sqrt()
@@ -142,7 +169,8 @@ class LinearByHand:
 
 
 class LocalByHand:
-    """Local losses: every stage is trained through a head of its own, in one backward pass for both.
+    """Local losses: every stage is trained through a head of its own, in one backward pass for
+    both.
 
     The heads are copies of the library's layers.
     """
@@ -201,7 +229,9 @@ class Library:
         def adam(parameters: Any) -> torch.optim.Optimizer:
             return torch.optim.Adam(parameters, LEARNING_RATE)
 
-        self.trainer = dni_fx.Trainer(self.decoupled, loss=F.cross_entropy, optimizer=adam, synthesizer_optimizer=adam)
+        self.trainer = dni_fx.Trainer(
+            self.decoupled, loss=F.cross_entropy, optimizer=adam, synthesizer_optimizer=adam
+        )
 
     def __call__(self, x: Tensor, labels: Tensor) -> object:
         """One step."""
@@ -209,11 +239,14 @@ class Library:
 
     def learnt(self) -> list[Tensor]:
         """The sources' parameters, cut after cut."""
-        return [p.detach() for source in self.decoupled.sources.values() for p in source.parameters()]
+        return [
+            p.detach() for source in self.decoupled.sources.values() for p in source.parameters()
+        ]
 
 
 def compare_weights(case: Case, start: nn.Module, source: str) -> str:
-    """Train by hand and by library from one start for ``CHECKED_STEPS`` and compare all weights, the sources' too.
+    """Train by hand and by library from one start for ``CHECKED_STEPS`` and compare all weights,
+    the sources' too.
 
     Raises:
         AssertionError: they differ by more than float32 rounding explains.
@@ -229,13 +262,19 @@ def compare_weights(case: Case, start: nn.Module, source: str) -> str:
     own = largest_difference(library.learnt(), list(learnt.parameters()))
     moved = largest_difference(list(by_hand.parameters()), list(start.parameters()))
     if model == own == 0.0:
-        return f"After {CHECKED_STEPS} steps with {source!r} both have the same weights, bit for bit."
+        return (
+            f"After {CHECKED_STEPS} steps with {source!r} both have the same weights, bit for bit."
+        )
     text = f"After {CHECKED_STEPS} steps with {source!r} weights differ by up to {model:.1e}, the sources' by {own:.1e}"
-    assert model < 0.02 * moved, f"{text}; training moved them by up to {moved:.1e}: this is not the same mathematics"
+    assert model < 0.02 * moved, (
+        f"{text}; training moved them by up to {moved:.1e}: this is not the same mathematics"
+    )
     return f"{text}; training moved them by up to {moved:.1e}."
 
 
-def make_by_hand(case: Case, model: nn.Module, source: str, library: Library) -> LinearByHand | LocalByHand:
+def make_by_hand(
+    case: Case, model: nn.Module, source: str, library: Library
+) -> LinearByHand | LocalByHand:
     """The loop for ``"linear"`` or ``"local"``, its sources with the library's initial weights."""
     return LinearByHand(case, model) if source == "linear" else LocalByHand(case, model, library)
 
@@ -250,15 +289,21 @@ def count_forwards(library: Library, data: Batches, exact: bool) -> int:
     handles = []
     for cut, source in library.decoupled.sources.items():
         for name, module in source.named_modules(prefix=cut):
-            handles.append(module.register_forward_hook(lambda *_, name=name: counts.update([name])))
+            handles.append(
+                module.register_forward_hook(lambda *_, name=name: counts.update([name]))
+            )
     for x, labels in data:
         library(x, labels)
     for handle in handles:
         handle.remove()
     expected = 0 if exact else 1
     for cut in library.decoupled.sources:
-        assert counts[cut] == expected * len(data), f"the source at {cut!r} ran {counts[cut]} x in {len(data)} steps"
-    assert max(counts.values(), default=0) <= len(data), f"parts of sources ran more than once a step: {counts}"
+        assert counts[cut] == expected * len(data), (
+            f"the source at {cut!r} ran {counts[cut]} x in {len(data)} steps"
+        )
+    assert max(counts.values(), default=0) <= len(data), (
+        f"parts of sources ran more than once a step: {counts}"
+    )
     return expected
 
 
@@ -288,16 +333,35 @@ def measure(name: str, wanted: Sequence[str], rounds: int, calls: int) -> None:
         data = itertools.cycle(case.batches(8))  # one batch alone would soon be learnt by heart
         return lambda: step(*next(data))
 
-    timings = interleave({n: turn(s) for n, s in steps.items()}, rounds=rounds, calls=calls, warmup=5)
+    timings = interleave(
+        {n: turn(s) for n, s in steps.items()}, rounds=rounds, calls=calls, warmup=5
+    )
     backprop = timings["backprop"]
-    titles = ["step", "min, ms", "median, ms", "x by hand (min)", "x by hand (median)", "x backprop (min)"]
+    titles = [
+        "step",
+        "min, ms",
+        "median, ms",
+        "x by hand (min)",
+        "x by hand (median)",
+        "x backprop (min)",
+    ]
     titles += ["x backprop (median)", "forwards"]
     print(f"\n| {' | '.join(titles)} |\n| --- {'| ---: ' * (len(titles) - 1)}|")
     for step, timing in timings.items():
         hand = timings.get(f"{step}, by hand")
-        ratios = ["", ""] if hand is None else [f"{timing.best / hand.best:.2f}", f"{timing.median / hand.median:.2f}"]
+        ratios = (
+            ["", ""]
+            if hand is None
+            else [f"{timing.best / hand.best:.2f}", f"{timing.median / hand.median:.2f}"]
+        )
         ratios += [f"{timing.best / backprop.best:.2f}", f"{timing.median / backprop.median:.2f}"]
-        cells = [step, f"{timing.best * 1e3:.2f}", f"{timing.median * 1e3:.2f}", *ratios, str(forwards.get(step, ""))]
+        cells = [
+            step,
+            f"{timing.best * 1e3:.2f}",
+            f"{timing.median * 1e3:.2f}",
+            *ratios,
+            str(forwards.get(step, "")),
+        ]
         print(f"| {' | '.join(cells)} |")
     print()
 
@@ -305,7 +369,9 @@ def measure(name: str, wanted: Sequence[str], rounds: int, calls: int) -> None:
 def main() -> None:
     """Print a table for every network."""
     known = [name for name in SOURCES if name != "auto"]  # which is one of the others
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--networks", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--sources", nargs="+", choices=known, default=known)
     parser.add_argument("--rounds", type=int, default=30, help="turns that each variant gets")
@@ -315,7 +381,10 @@ def main() -> None:
     print(f"{describe_environment()}\n")
     for name in arguments.networks:
         measure(name, arguments.sources, arguments.rounds, arguments.calls)
-    print("forwards: how often a source ran per cut and step, counted by hooks on it and on every part of it.")
+    print(
+        "forwards: how often a source ran per cut and step, counted by hooks on it and on every "
+        "part of it."
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""What one decoupled step costs, next to the loop that a careful person would write, and to backprop.
+"""What one decoupled step costs, next to the loop that a careful person would write, and to
+backprop.
 
     python benchmarks/step.py
     python benchmarks/step.py --profile
 
-The network is an MLP (784 inputs, four hidden layers of 256, 10 classes; batch 256) cut after its first three hidden
-layers, with linear synthesizers that see the labels, Adam everywhere and one thread. The hand-written loop does the
-same mathematics, so both must end in the same weights: that is checked before anything is timed.
+The network is an MLP (784 inputs, four hidden layers of 256, 10 classes; batch 256) cut after its
+first three hidden layers, with linear synthesizers that see the labels, Adam everywhere and one
+thread. The hand-written loop does the same mathematics, so both must end in the same weights: that
+is checked before anything is timed.
 """
 
 from __future__ import annotations
@@ -50,8 +52,9 @@ class Network(nn.Module):
 class HandWritten:
     """Decoupled training of `Network`, for this network and these cuts only.
 
-    Each synthesizer runs once a step; its output is kept for the regression, whose target is divided by the running
-    root mean square of the targets so far. All parameters are updated at the end of the step.
+    Each synthesizer runs once a step; its output is kept for the regression, whose target is
+    divided by the running root mean square of the targets so far. All parameters are updated at the
+    end of the step.
     """
 
     def __init__(self, model: Network) -> None:
@@ -77,7 +80,9 @@ class HandWritten:
         scales = self.scale.unbind()
         predictions, targets = [], []
         received = x
-        for index, (stage, synthesizer) in enumerate(zip(self.stages, self.synthesizers, strict=False)):
+        for index, (stage, synthesizer) in enumerate(
+            zip(self.stages, self.synthesizers, strict=False)
+        ):
             sent = stage(received)
             prediction = synthesizer(torch.cat((sent.detach(), context), 1))
             sent.backward(prediction.detach() * scales[index])
@@ -90,7 +95,9 @@ class HandWritten:
         targets.append(_gradient(received))
 
         self._update_scale(targets)
-        inverse = self.scale.reciprocal().nan_to_num(posinf=0.0).unbind()  # a zero scale means zero targets
+        inverse = (
+            self.scale.reciprocal().nan_to_num(posinf=0.0).unbind()
+        )  # a zero scale means zero targets
         for prediction, target, factor in zip(predictions, targets, inverse, strict=True):
             F.mse_loss(prediction, target * factor).backward()
         self.optimizer.step()
@@ -99,7 +106,9 @@ class HandWritten:
 
     @torch.no_grad()
     def _update_scale(self, targets: list[Tensor]) -> None:
-        square = torch.stack([torch.linalg.vector_norm(target).square() / target.numel() for target in targets])
+        square = torch.stack(
+            [torch.linalg.vector_norm(target).square() / target.numel() for target in targets]
+        )
         known = (square > 0) & square.isfinite()
         self.count.add_(known).clamp_(max=WINDOW)
         updated = self.scale.square().lerp(square, self.count.reciprocal()).sqrt()
@@ -129,7 +138,9 @@ class Library:
         def adam(parameters: object) -> torch.optim.Optimizer:
             return torch.optim.Adam(parameters, LEARNING_RATE)  # type: ignore[arg-type]
 
-        self.trainer = dni_fx.Trainer(self.decoupled, loss=F.cross_entropy, optimizer=adam, synthesizer_optimizer=adam)
+        self.trainer = dni_fx.Trainer(
+            self.decoupled, loss=F.cross_entropy, optimizer=adam, synthesizer_optimizer=adam
+        )
 
     def __call__(self, x: Tensor, labels: Tensor) -> object:
         """One step."""
@@ -156,14 +167,21 @@ def batches(count: int) -> list[tuple[Tensor, Tensor]]:
     """Random images and labels of one seed."""
     generator = torch.Generator().manual_seed(1)
     return [
-        (torch.rand(BATCH, INPUTS, generator=generator), torch.randint(CLASSES, (BATCH,), generator=generator))
+        (
+            torch.rand(BATCH, INPUTS, generator=generator),
+            torch.randint(CLASSES, (BATCH,), generator=generator),
+        )
         for _ in range(count)
     ]
 
 
 def largest_difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
-    """The largest absolute difference between two rows of parameters; 0.0 only where they are equal."""
-    return max(float((a.detach() - b.detach()).abs().max()) for a, b in zip(ours, theirs, strict=True))
+    """The largest absolute difference between two rows of parameters; 0.0 only where they are
+    equal.
+    """
+    return max(
+        float((a.detach() - b.detach()).abs().max()) for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 def compare_weights(start: Network) -> str:
@@ -185,7 +203,9 @@ def compare_weights(start: Network) -> str:
     if model == synthesizer == 0.0:
         return f"After {CHECKED_STEPS} steps dni_fx and the hand-written loop have the same weights, bit for bit."
     text = f"After {CHECKED_STEPS} steps weights differ by up to {model:.2e}, the synthesizers' by {synthesizer:.2e}"
-    assert model < 1e-3 * moved, f"{text}; training moved them by up to {moved:.2e}: this is not the same mathematics"
+    assert model < 1e-3 * moved, (
+        f"{text}; training moved them by up to {moved:.2e}: this is not the same mathematics"
+    )
     return f"{text}."
 
 
@@ -202,10 +222,14 @@ def profile(step: Step, steps: int) -> None:
 
 def main() -> None:
     """Check the weights, then print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=100, help="turns that each variant gets")
     parser.add_argument("--calls", type=int, default=10, help="steps in one turn")
-    parser.add_argument("--profile", action="store_true", help="print where the time goes, and no table")
+    parser.add_argument(
+        "--profile", action="store_true", help="print where the time goes, and no table"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -226,12 +250,16 @@ def main() -> None:
     variants = {name: (lambda step=step: step(x, labels)) for name, step in steps.items()}
     timings = interleave(variants, rounds=arguments.rounds, calls=arguments.calls, warmup=10)
     by_hand, backprop = timings["hand-written"], timings["backprop"]
-    print("| step | min, ms | median, ms | x hand-written (min) | x hand-written (median) | x backprop (min) |")
+    print(
+        "| step | min, ms | median, ms | x hand-written (min) | x hand-written (median) | x "
+        "backprop (min) |"
+    )
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for name, timing in timings.items():
         print(
-            f"| {name} | {timing.best * 1e3:.3f} | {timing.median * 1e3:.3f} | {timing.best / by_hand.best:.3f} "
-            f"| {timing.median / by_hand.median:.3f} | {timing.best / backprop.best:.2f} |"
+            f"| {name} | {timing.best * 1e3:.3f} | {timing.median * 1e3:.3f} | "
+            f"{timing.best / by_hand.best:.3f} | {timing.median / by_hand.median:.3f} | "
+            f"{timing.best / backprop.best:.2f} |"
         )
     print("\nGoal: dni_fx at most 1.1 x hand-written.")
 

@@ -1,9 +1,9 @@
 """Let the PyPI build of torchvision load next to the CPU build of torch.
 
-That build's compiled operators link against CUDA. Without CUDA they do not load, and ``import torchvision`` then stops
-where it registers fake kernels for two operators (``nms`` and ``qnms``) that nobody has declared. Declaring them is
-enough for every model that detects no boxes. Import this module before torchvision or timm; where the compiled
-operators do load it changes nothing.
+That build's compiled operators link against CUDA. Without CUDA they do not load, and ``import
+torchvision`` then stops where it registers fake kernels for two operators (``nms`` and ``qnms``)
+that nobody has declared. Declaring them is enough for every model that detects no boxes. Import
+this module before torchvision or timm; where the compiled operators do load it changes nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ def _compiled_operators_load() -> bool:
 
 
 def declare_missing_operators() -> torch.library.Library | None:
-    """Declare what torchvision's import needs; return the library that owns it, or None where nothing was missing."""
+    """Declare what torchvision's import needs; return the library that owns it, or None where
+    nothing was missing.
+    """
     if _compiled_operators_load():
         return None
     library = torch.library.Library("torchvision", "FRAGMENT")

@@ -1,10 +1,11 @@
-"""How long the transform takes (trace, split and emit), next to `torch.export.export` alone on the same model.
+"""How long the transform takes (trace, split and emit), next to `torch.export.export` alone on the
+same model.
 
     python benchmarks/transform.py
     python benchmarks/transform.py --nodes 100 1000 --export-limit 1000 --models resnet50
 
-The chains grow by powers of ten to show that time per node stays the same. The self-check runs the model and is left
-out (``check=False``); so is building the model.
+The chains grow by powers of ten to show that time per node stays the same. The self-check runs the
+model and is left out (``check=False``); so is building the model.
 """
 
 from __future__ import annotations
@@ -31,11 +32,15 @@ REPEATS = 3
 
 
 class Chain(nn.Module):
-    """``h -> relu(linear(h)) + (the value one block earlier)``: three nodes a block, two values at any cut."""
+    """``h -> relu(linear(h)) + (the value one block earlier)``: three nodes a block, two values at
+    any cut.
+    """
 
     def __init__(self, nodes: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(max(1, nodes // NODES_PER_BLOCK)))
+        self.layers = nn.ModuleList(
+            nn.Linear(WIDTH, WIDTH) for _ in range(max(1, nodes // NODES_PER_BLOCK))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """``(batch, 4)`` to ``(batch, 4)``."""
@@ -54,12 +59,16 @@ class Block(nn.Module):
         self.norm_attention, self.norm_mlp = nn.LayerNorm(features), nn.LayerNorm(features)
         self.query_key_value = nn.Linear(features, 3 * features)
         self.project = nn.Linear(features, features)
-        self.mlp = nn.Sequential(nn.Linear(features, 4 * features), nn.GELU(), nn.Linear(4 * features, features))
+        self.mlp = nn.Sequential(
+            nn.Linear(features, 4 * features), nn.GELU(), nn.Linear(4 * features, features)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Attention and MLP, each added to what came in."""
         batch, length, features = x.shape
-        parts = self.query_key_value(self.norm_attention(x)).view(batch, length, 3, self.heads, features // self.heads)
+        parts = self.query_key_value(self.norm_attention(x)).view(
+            batch, length, 3, self.heads, features // self.heads
+        )
         query, key, value = parts.permute(2, 0, 3, 1, 4).unbind(0)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.project(mixed.transpose(1, 2).reshape(batch, length, features))
@@ -69,7 +78,9 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Twelve layers between an embedding and a head."""
 
-    def __init__(self, layers: int = 12, features: int = 128, heads: int = 4, tokens: int = 100) -> None:
+    def __init__(
+        self, layers: int = 12, features: int = 128, heads: int = 4, tokens: int = 100
+    ) -> None:
         super().__init__()
         self.embed = nn.Embedding(tokens, features)
         self.blocks = nn.ModuleList(Block(features, heads) for _ in range(layers))
@@ -113,7 +124,9 @@ def image_model(name: str) -> Callable[[], tuple[nn.Module, Tensor]]:
 
 MODELS = {
     "resnet50": Case("ResNet-50", image_model("resnet50")),
-    "transformer": Case("transformer, 12 layers", lambda: (Transformer(), torch.randint(100, (2, 32)))),
+    "transformer": Case(
+        "transformer, 12 layers", lambda: (Transformer(), torch.randint(100, (2, 32)))
+    ),
     "densenet201": Case("DenseNet-201", image_model("densenet201")),
 }
 
@@ -128,8 +141,14 @@ def transform(model: nn.Module, x: Tensor, stages: int) -> int:
     """Trace, split and emit; return the nodes of the traced graph."""
     import dni_fx
 
-    layers = [name for name, module in model.named_modules() if name and list(module.parameters(recurse=False))]
-    cuts = [layers[k * len(layers) // stages] for k in range(1, stages)]  # named: the search has its own benchmark
+    layers = [
+        name
+        for name, module in model.named_modules()
+        if name and list(module.parameters(recurse=False))
+    ]
+    cuts = [
+        layers[k * len(layers) // stages] for k in range(1, stages)
+    ]  # named: the search has its own benchmark
     decoupled = dni_fx.decouple(model, cuts, example_inputs=(x,), check=False)
     report = decoupled.plan.report
     assert report is not None
@@ -137,11 +156,15 @@ def transform(model: nn.Module, x: Tensor, stages: int) -> int:
 
 
 def export(model: nn.Module, x: Tensor) -> int:
-    """`torch.export` with the same flag that the transform's ladder uses; return the nodes of its graph."""
+    """`torch.export` with the same flag that the transform's ladder uses; return the nodes of its
+    graph.
+    """
     return len(torch.export.export(model, (x,), strict=False).graph.nodes)
 
 
-def measure(build: Callable[[], tuple[nn.Module, Tensor]], run: Callable[[nn.Module, Tensor], int]) -> Cost:
+def measure(
+    build: Callable[[], tuple[nn.Module, Tensor]], run: Callable[[nn.Module, Tensor], int]
+) -> Cost:
     """Seconds of ``run`` on a fresh model, the least of a few where it is quick."""
     seconds: list[float] = []
     nodes = 0
@@ -158,7 +181,12 @@ def measure(build: Callable[[], tuple[nn.Module, Tensor]], run: Callable[[nn.Mod
 def row(case: Case, stages: int) -> str:
     """Measure one case and write it as a row of the table."""
     ours = measure(case.build, lambda model, x: transform(model, x, stages))
-    cells = [case.name, f"{ours.nodes}", f"{ours.seconds:.3f}", f"{ours.seconds / ours.nodes * 1e6:.0f}"]
+    cells = [
+        case.name,
+        f"{ours.nodes}",
+        f"{ours.seconds:.3f}",
+        f"{ours.seconds / ours.nodes * 1e6:.0f}",
+    ]
     if case.with_export:
         other = measure(case.build, export)
         cells += [f"{other.nodes}", f"{other.seconds:.3f}", f"{ours.seconds / other.seconds:.2f}"]
@@ -169,16 +197,27 @@ def row(case: Case, stages: int) -> str:
 
 def main() -> None:
     """Print the environment and the table, row by row as it is measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nodes", type=int, nargs="*", default=[100, 1000, 10_000, 100_000], help="of the chains")
-    parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS), help="real models")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--nodes", type=int, nargs="*", default=[100, 1000, 10_000, 100_000], help="of the chains"
+    )
+    parser.add_argument(
+        "--models", nargs="*", choices=list(MODELS), default=list(MODELS), help="real models"
+    )
     parser.add_argument("--stages", type=int, default=4)
-    parser.add_argument("--export-limit", type=int, default=10_000, help="largest chain that torch.export is given")
+    parser.add_argument(
+        "--export-limit", type=int, default=10_000, help="largest chain that torch.export is given"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     print(f"{describe_environment()}; {capacity()}; {arguments.stages} stages\n")
-    print("| graph | nodes | dni_fx, s | µs per node | nodes of export | export, s | dni_fx / export |")
+    print(
+        "| graph | nodes | dni_fx, s | µs per node | nodes of export | export, s | dni_fx / export "
+        "|"
+    )
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     warm_up = Case("warm-up", lambda: (Chain(10), torch.randn(2, WIDTH)))
     with contextlib.redirect_stdout(None):
@@ -188,7 +227,10 @@ def main() -> None:
         print(row(case, arguments.stages), flush=True)
     skipped = [nodes for nodes in arguments.nodes if nodes > arguments.export_limit]
     if skipped:
-        print(f"\ntorch.export was not given chains above {arguments.export_limit} nodes: it takes too long.")
+        print(
+            f"\ntorch.export was not given chains above {arguments.export_limit} nodes: it takes "
+            "too long."
+        )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
-"""Training through time: memory against the length of the sequence and of the window, and the cost of a window.
+"""Training through time: memory against the length of the sequence and of the window, and the cost
+of a window.
 
     python benchmarks/windows.py
     python benchmarks/windows.py --lengths 100 1000 --windows 10
 
-Memory: the peak of a fresh process beyond what it held after its first window, with one sequence of so many steps from
-start to end; ``exact`` is full backpropagation through time by the same code, which keeps every window. An embedding of
-64, LSTM 128 and head, batch 32, float32, one thread.
+Memory: the peak of a fresh process beyond what it held after its first window, with one sequence of
+so many steps from start to end; ``exact`` is full backpropagation through time by the same code,
+which keeps every window. An embedding of 64, LSTM 128 and head, batch 32, float32, one thread.
 
-Cost: a window of T steps of the same model, next to hand-written truncated backpropagation through time and a
-hand-written loop with a linear synthesizer. Both must give the same weights as the library: checked first.
+Cost: a window of T steps of the same model, next to hand-written truncated backpropagation through
+time and a hand-written loop with a linear synthesizer. Both must give the same weights as the
+library: checked first.
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ def library(model: nn.Module, window: int, gradients: str) -> ThroughTime:
     )  # fmt: skip
 
 
-# ---- memory -----------------------------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------
 
 
 def peak() -> float:
@@ -104,7 +106,9 @@ def memory(window: int, length: int, gradients: str) -> float:
 
 
 def kept(window: int, gradients: str) -> float:
-    """MB that autograd keeps for the backward passes of one window, parameters aside; every storage counts once."""
+    """MB that autograd keeps for the backward passes of one window, parameters aside; every storage
+    counts once.
+    """
     model = Network()
     made = library(model, window, gradients)
     x, y = draw(window)
@@ -122,13 +126,15 @@ def kept(window: int, gradients: str) -> float:
     return sum(t.untyped_storage().nbytes() for t in found.values()) / 1e6
 
 
-# ---- cost -------------------------------------------------------------------------------------------------------
+# ---- cost ----------------------------------------------------------------------------------------
 
 
 class ByHand:
-    """Truncated backpropagation through time as a careful person writes it; ``linear``: with a synthesizer.
+    """Truncated backpropagation through time as a careful person writes it; ``linear``: with a
+    synthesizer.
 
-    The synthesizer is the library's linear one written out: targets in units of their running size, start at zero.
+    The synthesizer is the library's linear one written out: targets in units of their running size,
+    start at zero.
     """
 
     def __init__(self, model: Network, linear: bool) -> None:
@@ -157,7 +163,9 @@ class ByHand:
         joined = torch.cat([s.detach()[0] for s in self.state], 1)
         guess = self.linear(joined)
         used = (guess.detach() * self.scale * FACTOR).split(WIDTH, 1)
-        torch.autograd.backward([*self.state, value], [*(g[None] for g in used), torch.ones_like(value)])
+        torch.autograd.backward(
+            [*self.state, value], [*(g[None] for g in used), torch.ones_like(value)]
+        )
         if self.guess is not None:
             target = torch.cat([s.grad[0] for s in state], 1)
             self.learn(target)
@@ -165,7 +173,8 @@ class ByHand:
         if self.guess is not None:
             self.learner.step()
             self.learner.zero_grad()
-        # Its weights move before its target comes, but an affine map needs only its input to be learnt from.
+        # Its weights move before its target comes, but an affine map needs only its input to be
+        # learnt from.
         self.guess = guess
 
     def learn(self, target: Tensor) -> None:
@@ -201,8 +210,12 @@ def check(start: Network, window: int) -> str:
             made.step(x, target=y)
         difference = largest_difference(made.model, by_hand.model)
         if difference > allowed:
-            raise SystemExit(f"{gradients}: weights differ by {difference:.2g} after {CHECKED} windows")
-        lines.append(f"{gradients} by hand and by dni_fx differ by {difference:.2g} after {CHECKED} windows")
+            raise SystemExit(
+                f"{gradients}: weights differ by {difference:.2g} after {CHECKED} windows"
+            )
+        lines.append(
+            f"{gradients} by hand and by dni_fx differ by {difference:.2g} after {CHECKED} windows"
+        )
     return "; ".join(lines)
 
 
@@ -219,8 +232,13 @@ def cost(window: int, rounds: int, calls: int) -> list[str]:
     for gradients in ("zero", "linear", "auto"):
         made = library(copy.deepcopy(start), window, gradients)
         steps[f"dni_fx, {gradients}"] = lambda x, y, made=made: made.step(x, target=y)
-    timings = interleave({n: partial(s, x, y) for n, s in steps.items()}, rounds=rounds, calls=calls, warmup=5)
-    bptt, linear = timings["truncated BPTT by hand"].best, timings["linear synthesizer by hand"].best
+    timings = interleave(
+        {n: partial(s, x, y) for n, s in steps.items()}, rounds=rounds, calls=calls, warmup=5
+    )
+    bptt, linear = (
+        timings["truncated BPTT by hand"].best,
+        timings["linear synthesizer by hand"].best,
+    )
     return [
         f"| {window} | {name} | {t.best * 1e3:.2f} | {t.best / bptt:.2f} | {t.best / linear:.2f} |"
         for name, t in timings.items()
@@ -229,8 +247,12 @@ def cost(window: int, rounds: int, calls: int) -> list[str]:
 
 def main() -> None:
     """Print both tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[100, 1000, 10_000, 100_000], help="steps in all")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[100, 1000, 10_000, 100_000], help="steps in all"
+    )
     parser.add_argument("--windows", type=int, nargs="+", default=[5, 20, 80], help="T")
     parser.add_argument("--rounds", type=int, default=30, help="turns that each variant gets")
     parser.add_argument("--calls", type=int, default=3, help="windows in one turn")
@@ -238,7 +260,10 @@ def main() -> None:
     torch.set_num_threads(1)
     print(f"{describe_environment()}; {capacity()}\n")
     window = arguments.windows[len(arguments.windows) // 2]
-    print(f"| steps in the sequence, T = {window} | DNI: peak grows by, MB | full BPTT: peak grows by, MB |")
+    print(
+        f"| steps in the sequence, T = {window} | DNI: peak grows by, MB | full BPTT: peak grows "
+        "by, MB |"
+    )
     print("| ---: | ---: | ---: |")
     for length in arguments.lengths:
         full = f"{memory(window, length, 'exact'):.1f}" if length <= LONGEST_EXACT else "-"
@@ -247,7 +272,11 @@ def main() -> None:
     for window in arguments.windows:
         print(f"| {window} | {kept(window, 'auto'):.2f} | {kept(window, 'zero'):.2f} |")
     print()
-    rows = [row for window in arguments.windows for row in cost(window, arguments.rounds, arguments.calls)]
+    rows = [
+        row
+        for window in arguments.windows
+        for row in cost(window, arguments.rounds, arguments.calls)
+    ]
     print("\n| T | window | min, ms | x truncated BPTT by hand | x linear by hand |")
     print("| ---: | --- | ---: | ---: | ---: |")
     print("\n".join(rows))

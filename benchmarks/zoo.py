@@ -1,16 +1,17 @@
-"""How many of the models that people use the transform covers, and whether exact mode equals backprop on them.
+"""How many of the models that people use the transform covers, and whether exact mode equals
+backprop on them.
 
-    python benchmarks/zoo.py                              all models, then docs/coverage.md
-    python benchmarks/zoo.py --group transformers         one group, then its part of docs/coverage.md
-    python benchmarks/zoo.py --only 'resnet|vit' --list   which models a pattern names
-    python benchmarks/zoo.py --resume out/zoo.jsonl       go on where a sweep stopped
-    python benchmarks/zoo.py --resume out/zoo.jsonl --retry   the same, and models that missed once more
+    python benchmarks/zoo.py                              all models, then docs/coverage.md python
+    benchmarks/zoo.py --group transformers         one group, then its part of docs/coverage.md
+    python benchmarks/zoo.py --only 'resnet|vit' --list   which models a pattern names python
+    benchmarks/zoo.py --resume out/zoo.jsonl       go on where a sweep stopped python
+    benchmarks/zoo.py --resume out/zoo.jsonl --retry   the same, and models that missed once more
 
-Every torchvision model for classification, segmentation and video, one timm model of each family, on small images, and
-the architectures of transformers that `zoo_transformers` lists:
-traced, cut into four stages at equal node counts, then compared with the model itself, bit for bit, on one thread. Then
-the search looks for four stages with measured costs, and its slowest stage is put beside the bound.
-Each model has a process of its own; results are written as they come.
+Every torchvision model for classification, segmentation and video, one timm model of each family,
+on small images, and the architectures of transformers that `zoo_transformers` lists: traced, cut
+into four stages at equal node counts, then compared with the model itself, bit for bit, on one
+thread. Then the search looks for four stages with measured costs, and its slowest stage is put
+beside the bound. Each model has a process of its own; results are written as they come.
 """
 
 from __future__ import annotations
@@ -54,11 +55,19 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]  # positional, by keyword
 
 # Image sizes other than the usual one: pattern of the model's name, pixels, why.
 SIZES = (
-    (r"torchvision/inception_v3", 299, "the auxiliary head convolves what is left of 17 x 17 with 5 x 5"),
+    (
+        r"torchvision/inception_v3",
+        299,
+        "the auxiliary head convolves what is left of 17 x 17 with 5 x 5",
+    ),
     (r"torchvision/vit_h_14", 70, "patches of 14"),
     (r"torchvision/maxvit_t", 224, "windows of 7 after five halvings"),
     (r"torchvision/s3d", 224, "a last pooling over 2 x 7 x 7; 16 frames"),
-    (r"timm/(eca_halonext|halonet|sehalonet|bat_resnext).*", 256, "blocks of 8 pixels after five halvings"),
+    (
+        r"timm/(eca_halonext|halonet|sehalonet|bat_resnext).*",
+        256,
+        "blocks of 8 pixels after five halvings",
+    ),
     (r"timm/(halo2|lamhalo)botnet.*", 128, "blocks of 8 pixels after four halvings"),
     (r"timm/haloregnetz.*", 224, "blocks of 7 pixels after five halvings"),
     (r"timm/crossvit.*", 240, "patches of 12 and of 16 pixels must tile the image in two scales"),
@@ -109,7 +118,8 @@ volo_d1_224 eca_vovnet39b ese_vovnet19b_slim_dw ese_vovnet39b_evos vovnet39a leg
 xcit_nano_12_p8_224
 """.split()  # noqa: SIM905
 
-# Words that tell families of one timm module apart: those that must be read with the next word, and architectures.
+# Words that tell families of one timm module apart: those that must be read with the next word, and
+# architectures.
 PREFIXES = frozenset(("bat", "dm", "eca", "ese", "gc", "lambda", "legacy", "nf", "tf", "wide"))
 ARCHITECTURES = """
 gn evos frn cc conv clip cls dagger distilled dist fl focus hybrid li lite mci minimal pcpvt svt rmlp rope rpn siglip
@@ -117,7 +127,7 @@ dinov2 dinov3 pe par deit3 eva02 blur xp bn bit mlp
 """.split()  # noqa: SIM905
 
 
-# --- the models ---------------------------------------------------------------------------------------------------
+# --- the models -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -146,16 +156,21 @@ class Entry:
         return get_model(name, weights=None, **self.options)
 
     def example(self, batch: int, seed: int, dtype: torch.dtype) -> Inputs:
-        """Random images ``(batch, 3, size, size)``, or clips ``(batch, 3, frames, size, size)``; or keyword inputs."""
+        """Random images ``(batch, 3, size, size)``, or clips ``(batch, 3, frames, size, size)``; or
+        keyword inputs.
+        """
         if self.group == "transformers":
             return (), zoo_transformers.example(self.name.partition("/")[2], batch, seed, dtype)
         frames = (self.frames,) if self.frames else ()
         generator = torch.Generator().manual_seed(seed)
-        return (torch.randn(batch, 3, *frames, self.image, self.image, generator=generator).to(dtype),), {}
+        return (
+            torch.randn(batch, 3, *frames, self.image, self.image, generator=generator).to(dtype),
+        ), {}
 
 
 def _small_mvit(name: str, image: int, frames: int) -> nn.Module:
-    # Its builder fixes the size of the clips, for which position embeddings are made; the class does not.
+    # Its builder fixes the size of the clips, for which position embeddings are made; the class
+    # does not.
     from unittest import mock
 
     from torchvision.models import get_model
@@ -189,7 +204,9 @@ def catalogue() -> list[Entry]:
     for name in TIMM:
         image = _image_size(f"timm/{name}", IMAGE)
         fixed = timm.get_pretrained_cfg_value(name, "fixed_input_size")
-        entries.append(Entry(f"timm/{name}", "timm", image, options={"img_size": image} if fixed else {}))
+        entries.append(
+            Entry(f"timm/{name}", "timm", image, options={"img_size": image} if fixed else {})
+        )
     for name in zoo_transformers.TABLE:
         entries.append(Entry(f"transformers/{name}", "transformers", 0))
     return entries
@@ -200,7 +217,9 @@ def _image_size(name: str, usual: int) -> int:
 
 
 def family(name: str) -> str:
-    """The family of a timm model: its module, its leading word without the size, and its architecture if named."""
+    """The family of a timm model: its module, its leading word without the size, and its
+    architecture if named.
+    """
     import timm
 
     words = name.split("_")
@@ -214,11 +233,15 @@ def family(name: str) -> str:
 
 
 def families_without_member() -> list[str]:
-    """Families of the installed timm that `TIMM` has no model of; its test miniatures (``test_*``) are no family."""
+    """Families of the installed timm that `TIMM` has no model of; its test miniatures (``test_*``)
+    are no family.
+    """
     import timm
 
     known = {family(name) for name in TIMM}
-    return sorted({family(name) for name in timm.list_models() if not name.startswith("test_")} - known)
+    return sorted(
+        {family(name) for name in timm.list_models() if not name.startswith("test_")} - known
+    )
 
 
 def parameter_count(entry: Entry) -> int:
@@ -234,17 +257,19 @@ def parameter_count(entry: Entry) -> int:
 def wake(model: nn.Module) -> None:
     """Add noise to every parameter that starts constant.
 
-    A branch or head that starts at zero would multiply all gradients behind it by zero, and comparing zeros with zeros
-    shows nothing.
+    A branch or head that starts at zero would multiply all gradients behind it by zero, and
+    comparing zeros with zeros shows nothing.
     """
     generator = torch.Generator().manual_seed(SEED)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.numel() and bool((parameter == parameter.flatten()[0]).all()):
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+                parameter.add_(
+                    0.05 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+                )
 
 
-# --- comparing ----------------------------------------------------------------------------------------------------
+# --- comparing ------------------------------------------------------------------------------------
 
 
 def tensors(output: Any) -> list[Tensor]:
@@ -253,10 +278,14 @@ def tensors(output: Any) -> list[Tensor]:
 
 
 def loss(output: Any, _target: object = None) -> Tensor:
-    """Weighted mean squares of every float tensor of the output; the weights differ per element, nothing is drawn."""
+    """Weighted mean squares of every float tensor of the output; the weights differ per element,
+    nothing is drawn.
+    """
     total = torch.zeros(())
     for index, value in enumerate(value for value in tensors(output) if value.is_floating_point()):
-        weight = torch.linspace(0.5, 1.5, max(1, value.numel()), dtype=value.dtype).view(value.shape)
+        weight = torch.linspace(0.5, 1.5, max(1, value.numel()), dtype=value.dtype).view(
+            value.shape
+        )
         total = total + (value * weight).square().mean() / (index + 1)
     return total
 
@@ -268,10 +297,14 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def snapshot(model: nn.Module, outputs: Any, gradients: dict[int, Tensor | None], parameters: bool) -> Snapshot:
+def snapshot(
+    model: nn.Module, outputs: Any, gradients: dict[int, Tensor | None], parameters: bool
+) -> Snapshot:
     """Copies of everything that must be equal after a step."""
     found: Snapshot = {f"output {index}": value for index, value in enumerate(tensors(outputs))}
-    found |= {f"gradient of {name}": gradients.get(id(value)) for name, value in model.named_parameters()}
+    found |= {
+        f"gradient of {name}": gradients.get(id(value)) for name, value in model.named_parameters()
+    }
     found |= {f"buffer {name}": value for name, value in model.named_buffers()}
     if parameters:
         found |= {f"parameter {name}": value for name, value in model.named_parameters()}
@@ -286,7 +319,9 @@ def difference(expected: Snapshot, got: Snapshot) -> str:
         have = got[key]
         if want is None or have is None:
             if want is not have:
-                return f"{key}: " + ("none in eager, one here" if want is None else "one in eager, none here")
+                return f"{key}: " + (
+                    "none in eager, one here" if want is None else "one in eager, none here"
+                )
         elif want.shape != have.shape or want.dtype != have.dtype:
             return f"{key}: {want.dtype} {tuple(want.shape)} in eager, {have.dtype} {tuple(have.shape)} here"
         elif not torch.equal(_bits(want), _bits(have)):
@@ -310,7 +345,7 @@ def first_difference(expected: Iterable[Snapshot], got: Iterable[Snapshot]) -> s
     return ""
 
 
-# --- one model ----------------------------------------------------------------------------------------------------
+# --- one model ------------------------------------------------------------------------------------
 
 
 class Subject:
@@ -331,7 +366,9 @@ class Subject:
         yield from self.model.named_buffers()
 
     def restore(self) -> None:
-        """Back to the start, without gradients; a buffer that the model has replaced by another size is put back."""
+        """Back to the start, without gradients; a buffer that the model has replaced by another
+        size is put back.
+        """
         with torch.no_grad():
             for name, value in list(self._state()):
                 if value.shape == self.start[name].shape:
@@ -349,7 +386,9 @@ class Subject:
         def note(optimizer: torch.optim.Optimizer, _args: object, _kwargs: object) -> None:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
-                    self.gradients[id(parameter)] = None if parameter.grad is None else parameter.grad.clone()
+                    self.gradients[id(parameter)] = (
+                        None if parameter.grad is None else parameter.grad.clone()
+                    )
 
         optimizer.register_step_pre_hook(note)
         return optimizer
@@ -387,7 +426,9 @@ class Subject:
         return self.run(lambda x: trainer.step(*x[0], **x[1]).outputs)
 
     def call(self, module: nn.Module, x: Inputs) -> tuple[Snapshot, Any]:
-        """Forward and backward of ``module`` from the start state; the structure of its outputs comes along."""
+        """Forward and backward of ``module`` from the start state; the structure of its outputs
+        comes along.
+        """
         self.restore()
         seed_everything(SEED + 100)
         outputs = module(*x[0], **x[1])
@@ -424,8 +465,15 @@ def equal_cuts(points: Any, stages: int) -> list[str]:
 
 
 def examine(entry: Entry, dtype: torch.dtype, check: bool, report: Callable[[Row], None]) -> None:
-    """Everything about one model; ``report`` is given the row again after every part, so that a crash loses little."""
-    row: Row = {"name": entry.name, "group": entry.group, "image": entry.image, "dtype": str(dtype).rpartition(".")[2]}
+    """Everything about one model; ``report`` is given the row again after every part, so that a
+    crash loses little.
+    """
+    row: Row = {
+        "name": entry.name,
+        "group": entry.group,
+        "image": entry.image,
+        "dtype": str(dtype).rpartition(".")[2],
+    }
 
     def guarded(part: str, action: Callable[[], None]) -> bool:
         row["status"] = part
@@ -435,7 +483,9 @@ def examine(entry: Entry, dtype: torch.dtype, check: bool, report: Callable[[Row
         except Exception as error:
             row["reason"] = f"{type(error).__name__}: {str(error).strip()}"[:2000]
             frames = traceback.extract_tb(error.__traceback__)[-8:]
-            row["where"] = [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames]
+            row["where"] = [
+                f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames
+            ]
             report(row)
             return False
         report(row)
@@ -453,8 +503,12 @@ def examine(entry: Entry, dtype: torch.dtype, check: bool, report: Callable[[Row
         reference.extend(subject.backprop())
         row["eager_seconds"] = min(subject.seconds)
         first = [value for key, value in reference[0].items() if key.startswith("gradient")]
-        row["live"] = sum(value is not None and bool(value.any()) for value in first) / max(1, len(first))
-        row["finite"] = all(value is None or bool(value.isfinite().all()) for value in reference[-1].values())
+        row["live"] = sum(value is not None and bool(value.any()) for value in first) / max(
+            1, len(first)
+        )
+        row["finite"] = all(
+            value is None or bool(value.isfinite().all()) for value in reference[-1].values()
+        )
         row["repeatable"] = verdict(first_difference(reference, subject.backprop()))
 
     def transform() -> None:
@@ -465,7 +519,12 @@ def examine(entry: Entry, dtype: torch.dtype, check: bool, report: Callable[[Row
         args, kwargs = subject.batches[0]
         cuts = equal_cuts(dni_fx.list_cut_points(subject.model, args, kwargs), STAGES)
         decoupled = dni_fx.decouple(
-            subject.model, cuts, gradients="exact", example_inputs=args, example_kwargs=kwargs, check=check
+            subject.model,
+            cuts,
+            gradients="exact",
+            example_inputs=args,
+            example_kwargs=kwargs,
+            check=check,
         )
         row["transform_seconds"] = time.perf_counter() - begin
         facts = decoupled.plan.report
@@ -501,8 +560,12 @@ def examine(entry: Entry, dtype: torch.dtype, check: bool, report: Callable[[Row
         assert found is not None
         row["slowest"], row["bound"], row["gap"] = found.slowest, found.bound, found.gap
         row["sure"], row["free"] = found.exact, bool(plan.assignment)
-        row["share"] = found.slowest / sum(stage.cost.seconds for stage in plan.stages if stage.cost is not None)
-        row["net"] = found.slowest / sum(s.cost.seconds - s.cost.sources for s in plan.stages if s.cost is not None)
+        row["share"] = found.slowest / sum(
+            stage.cost.seconds for stage in plan.stages if stage.cost is not None
+        )
+        row["net"] = found.slowest / sum(
+            s.cost.seconds - s.cost.sources for s in plan.stages if s.cost is not None
+        )
 
     found: list[Subject] = []
     reference: list[Snapshot] = []
@@ -527,7 +590,7 @@ def examine(entry: Entry, dtype: torch.dtype, check: bool, report: Callable[[Row
     report(row)
 
 
-# --- the sweep ----------------------------------------------------------------------------------------------------
+# --- the sweep ------------------------------------------------------------------------------------
 
 
 def _work(entry: Entry, dtype: torch.dtype, check: bool, memory: float, pipe: Connection) -> None:
@@ -547,7 +610,13 @@ class _Running:
 
 
 def sweep(
-    entries: list[Entry], *, dtype: torch.dtype, check: bool, workers: int, timeout: float, memory: float
+    entries: list[Entry],
+    *,
+    dtype: torch.dtype,
+    check: bool,
+    workers: int,
+    timeout: float,
+    memory: float,
 ) -> Iterator[Row]:
     """Rows as they are finished; a process that hangs or dies gives the row that it had come to.
 
@@ -559,7 +628,9 @@ def sweep(
         timeout: seconds for one model.
         memory: GiB of address space for one process.
     """
-    context = multiprocessing.get_context("fork")  # children share the imports; nothing has run here, so no threads
+    context = multiprocessing.get_context(
+        "fork"
+    )  # children share the imports; nothing has run here, so no threads
     queue, running = list(reversed(entries)), dict[Connection, _Running]()
     while queue or running:
         while queue and len(running) < workers:
@@ -603,7 +674,10 @@ def progress(row: Row) -> str:
     """One line about one row."""
     if row["status"] in ("build", "eager", "left out", "transform"):
         return f"{row['name']}: {row['status']}: {row.get('reason', '').splitlines()[0][:160]}"
-    parts = [f"{part} {'equal' if row.get(part) == EQUAL else 'NOT EQUAL'}" for part in ("train", "eval", "exact")]
+    parts = [
+        f"{part} {'equal' if row.get(part) == EQUAL else 'NOT EQUAL'}"
+        for part in ("train", "eval", "exact")
+    ]
     return f"{row['name']}: {row['rung']}, {row['nodes']} nodes, {row['transform_seconds']:.1f} s, {', '.join(parts)}"
 
 
@@ -613,10 +687,13 @@ def read_rows(path: Path) -> dict[str, Row]:
     return {row["name"]: row for row in rows}
 
 
-# --- the page -----------------------------------------------------------------------------------------------------
+# --- the page -------------------------------------------------------------------------------------
 
 # The parts of the page, each with a title of its own, and their groups.
-PARTS = {"# Coverage": ("classification", "segmentation", "video", "timm"), "# transformers": ("transformers",)}
+PARTS = {
+    "# Coverage": ("classification", "segmentation", "video", "timm"),
+    "# transformers": ("transformers",),
+}
 GROUPS = tuple(group for groups in PARTS.values() for group in groups)
 
 
@@ -635,7 +712,9 @@ def page(title: str, rows: list[Row], command: str) -> str:
     groups = PARTS[title] if len(PARTS[title]) > 1 else ()
     inputs, libraries = "", f"transformers {transformers.__version__}"
     if groups:
-        inputs = f", images of {IMAGE} and clips of {VIDEO_IMAGE} pixels unless the table says otherwise"
+        inputs = (
+            f", images of {IMAGE} and clips of {VIDEO_IMAGE} pixels unless the table says otherwise"
+        )
         libraries = f"torchvision {torchvision.__version__}, timm {timm.__version__}"
 
     asked = [row for row in rows if row["status"] not in ("build", "eager", "left out")]
@@ -643,23 +722,30 @@ def page(title: str, rows: list[Row], command: str) -> str:
     measures: dict[str, list[Row]] = {"models": asked, "traced and split": traced}
     for rung, _ in Counter(row["rung"] for row in traced).most_common():
         measures[f"by {rung}"] = [row for row in traced if row["rung"] == rung]
-    measures["exact mode equals backprop, bit for bit"] = [row for row in asked if row.get("exact") == EQUAL]
-    measures["composed stages equal the model, training"] = [row for row in asked if row.get("train") == EQUAL]
-    measures["composed stages equal the model, evaluation"] = [row for row in asked if row.get("eval") == EQUAL]
+    measures["exact mode equals backprop, bit for bit"] = [
+        row for row in asked if row.get("exact") == EQUAL
+    ]
+    measures["composed stages equal the model, training"] = [
+        row for row in asked if row.get("train") == EQUAL
+    ]
+    measures["composed stages equal the model, evaluation"] = [
+        row for row in asked if row.get("eval") == EQUAL
+    ]
     dtypes = sorted({row["dtype"] for row in asked if "dtype" in row})
     text = [
         title,
         "",
         f"Written by `{command}`. Do not edit.",
         "",
-        f"Each model is traced, cut into {STAGES} stages at equal node counts, and compared with itself: the composed "
-        "stages in training and in evaluation mode (outputs, every gradient, buffers; evaluation with another batch "
-        f"size than the example's), and {STEPS} steps of SGD with momentum in exact mode against backprop (outputs, "
-        "all gradients, buffers and, at the end, parameters). Equal means every bit. No trained weights; parameters "
-        "that start constant get noise, so that no branch is multiplied by zero.",
+        f"Each model is traced, cut into {STAGES} stages at equal node counts, and compared with "
+        "itself: the composed stages in training and in evaluation mode (outputs, every gradient, "
+        f"buffers; evaluation with another batch size than the example's), and {STEPS} steps of "
+        "SGD with momentum in exact mode against backprop (outputs, all gradients, buffers and, at "
+        "the end, parameters). Equal means every bit. No trained weights; parameters that start "
+        "constant get noise, so that no branch is multiplied by zero.",
         "",
-        f"Seed {SEED}, {', '.join(dtypes)}, batch {BATCH}{inputs}, one thread. Python {platform.python_version()}, "
-        f"torch {torch.__version__}, {libraries}.",
+        f"Seed {SEED}, {', '.join(dtypes)}, batch {BATCH}{inputs}, one thread. Python "
+        f"{platform.python_version()}, torch {torch.__version__}, {libraries}.",
         "",
         *([] if groups else [zoo_transformers.INTRODUCTION, ""]),
         " | ".join(["| | all", *groups]) + " |",
@@ -667,7 +753,10 @@ def page(title: str, rows: list[Row], command: str) -> str:
     ]
     for name, members in measures.items():
         counts = Counter(row["group"] for row in members)
-        text.append(" | ".join([f"| {name}", str(len(members)), *(str(counts[group]) for group in groups)]) + " |")
+        text.append(
+            " | ".join([f"| {name}", str(len(members)), *(str(counts[group]) for group in groups)])
+            + " |"
+        )
     text += _search_summary([row for row in asked if "gap" in row])
     misses = [row for row in rows if is_miss(row)]
     text += ["", f"## Misses: {len(misses)}", ""]
@@ -676,23 +765,47 @@ def page(title: str, rows: list[Row], command: str) -> str:
     for row in misses:
         reasons = {"traced and split": row["reason"]} if row["status"] == "transform" else {}
         reasons |= {"search": row["search"]} if "search" in row else {}
-        reasons |= {part: row[part] for part in ("train", "eval", "exact") if row.get(part, EQUAL) != EQUAL}
-        text += [f"| {row['name']} | {part} | {_cell(reason)} |" for part, reason in reasons.items()]
+        reasons |= {
+            part: row[part] for part in ("train", "eval", "exact") if row.get(part, EQUAL) != EQUAL
+        }
+        text += [
+            f"| {row['name']} | {part} | {_cell(reason)} |" for part, reason in reasons.items()
+        ]
     unsteady = [row for row in asked if row.get("repeatable", EQUAL) != EQUAL]
     if unsteady:
-        text += ["", "## Eager differs from itself", "", "Two runs of backprop from one seed are not equal:", ""]
+        text += [
+            "",
+            "## Eager differs from itself",
+            "",
+            "Two runs of backprop from one seed are not equal:",
+            "",
+        ]
         text += [f"* {row['name']}: {_cell(row['repeatable'])}" for row in unsteady]
     outside = [row for row in rows if row["status"] in ("build", "eager", "left out")]
     text += ["", f"## Not asked of the transform: {len(outside)}", ""]
-    text += [f"Over {LARGEST // 10**6} M parameters, or the model's own training step fails.", ""] if outside else []
-    text += [f"* {row['name']} ({row['status']}): {_cell(row.get('reason', ''))}" for row in outside]
+    text += (
+        [f"Over {LARGEST // 10**6} M parameters, or the model's own training step fails.", ""]
+        if outside
+        else []
+    )
+    text += [
+        f"* {row['name']} ({row['status']}): {_cell(row.get('reason', ''))}" for row in outside
+    ]
     if groups:
         text += ["", "## Image sizes", ""]
         text += [f"* {image} pixels for `{pattern}`: {reason}" for pattern, image, reason in SIZES]
     text += ["", "## Every model", ""]
-    titles = "model | pixels | nodes | rung | interfaces | implied | train | eval | exact | transform, s"
-    text += [f"| {titles} | slowest, ms | bound, ms | gap | of all | of the net | best of | notes |"]
-    text += ["| --- | ---: | ---: | --- | ---: | ---: | --- | --- | --- |" + " ---: |" * 6 + " --- | --- |"]
+    titles = (
+        "model | pixels | nodes | rung | interfaces | implied | train | eval | exact | transform, s"
+    )
+    text += [
+        f"| {titles} | slowest, ms | bound, ms | gap | of all | of the net | best of | notes |"
+    ]
+    text += [
+        "| --- | ---: | ---: | --- | ---: | ---: | --- | --- | --- |"
+        + " ---: |" * 6
+        + " --- | --- |"
+    ]
     text += [_table_row(row) for row in asked]
     return "\n".join(text) + "\n"
 
@@ -705,11 +818,11 @@ def _search_summary(rows: list[Row]) -> list[str]:
     sure = Counter(row["sure"] or "not sure" for row in rows)
     return [
         "", "## The cuts that the search finds", "",
-        f"{STAGES} stages with measured costs, the sources that `gradients=\"auto\"` puts there included. Over "
-        f"{len(rows)} models: median gap to the bound {median('gap'):.1%}, largest "
-        f"{max(row['gap'] for row in rows):.1%}; the slowest stage has {median('share'):.1%} of all work of the "
-        f"stages, sources included (median), or {median('net'):.0%} of what the network alone takes. The search was "
-        "exact over "
+        f"{STAGES} stages with measured costs, the sources that `gradients=\"auto\"` puts there "
+        f"included. Over {len(rows)} models: median gap to the bound {median('gap'):.1%}, largest "
+        f"{max(row['gap'] for row in rows):.1%}; the slowest stage has {median('share'):.1%} of "
+        f"all work of the stages, sources included (median), or {median('net'):.0%} of what the "
+        "network alone takes. The search was exact over "
         + ", ".join(f"{name} ({count} models)" for name, count in sure.most_common())
         + f". {sum(row['free'] for row in rows)} plans have stages that are not contiguous in program order. Tracing, "
         f"measuring and search take {median('plan_seconds'):.1f} s (median).",
@@ -718,7 +831,11 @@ def _search_summary(rows: list[Row]) -> list[str]:
 
 def _cell(text: str) -> str:
     first = text.strip().splitlines()[0] if text.strip() else ""
-    return re.sub(r"/[^\s'\"(]*/site-packages/", "", first).replace(f"{ROOT}/", "").replace("|", "\\|")[:300]
+    return (
+        re.sub(r"/[^\s'\"(]*/site-packages/", "", first)
+        .replace(f"{ROOT}/", "")
+        .replace("|", "\\|")[:300]
+    )
 
 
 def _summary(notes: list[str]) -> list[str]:
@@ -750,19 +867,38 @@ def _table_row(row: Row) -> str:
 
 def main() -> None:
     """Run what was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes at a time")
-    parser.add_argument("--only", default="", metavar="REGEX", help="models whose name contains a match")
+    parser.add_argument(
+        "--only", default="", metavar="REGEX", help="models whose name contains a match"
+    )
     parser.add_argument("--group", choices=GROUPS, help="models of one group")
-    parser.add_argument("--limit", type=int, help="at most so many models, evenly spread over the list")
+    parser.add_argument(
+        "--limit", type=int, help="at most so many models, evenly spread over the list"
+    )
     parser.add_argument("--list", action="store_true", help="print the models and stop")
     parser.add_argument("--float64", action="store_true", help="double precision instead of single")
-    parser.add_argument("--check", action="store_true", help="with the self-check, which may change the rung")
+    parser.add_argument(
+        "--check", action="store_true", help="with the self-check, which may change the rung"
+    )
     parser.add_argument("--timeout", type=float, default=180.0, help="seconds for one model")
-    parser.add_argument("--memory", type=float, default=12.0, help="GiB of address space for one process")
-    parser.add_argument("--resume", type=Path, metavar="FILE", help="keep the results in FILE and add what is missing")
-    parser.add_argument("--retry", action="store_true", help="with --resume: examine models that missed once more")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="default: docs/coverage.md, after a full sweep")
+    parser.add_argument(
+        "--memory", type=float, default=12.0, help="GiB of address space for one process"
+    )
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        metavar="FILE",
+        help="keep the results in FILE and add what is missing",
+    )
+    parser.add_argument(
+        "--retry", action="store_true", help="with --resume: examine models that missed once more"
+    )
+    parser.add_argument(
+        "--write", type=Path, metavar="PAGE", help="default: docs/coverage.md, after a full sweep"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
@@ -775,10 +911,15 @@ def main() -> None:
     if arguments.list:
         for entry in entries:
             print(f"{entry.name}  {entry.group}  {entry.image} px  {entry.options or ''}".rstrip())
-        print(f"{len(entries)} models; families of timm without one: {', '.join(families_without_member()) or 'none'}")
+        print(
+            f"{len(entries)} models; families of timm without one: "
+            f"{', '.join(families_without_member()) or 'none'}"
+        )
         return
 
-    path: Path = arguments.resume or ROOT / "out" / ("zoo64.jsonl" if arguments.float64 else "zoo.jsonl")
+    path: Path = arguments.resume or ROOT / "out" / (
+        "zoo64.jsonl" if arguments.float64 else "zoo.jsonl"
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     known = read_rows(path) if arguments.resume and path.exists() else {}
     if not arguments.resume:
@@ -805,10 +946,15 @@ def main() -> None:
     print(f"{len(ordered)} models, {misses} misses")
     target: Path = arguments.write or ROOT / "docs" / "coverage.md"
     target.parent.mkdir(parents=True, exist_ok=True)
-    flags = [flag for flag, on in (("--float64", arguments.float64), ("--check", arguments.check)) if on]
+    flags = [
+        flag for flag, on in (("--float64", arguments.float64), ("--check", arguments.check)) if on
+    ]
     for title, groups in PARTS.items():
         part = [row for row in ordered if row["group"] in groups]
-        whole = len(part) == sum(entry.group in groups for entry in everything) and not arguments.float64
+        whole = (
+            len(part) == sum(entry.group in groups for entry in everything)
+            and not arguments.float64
+        )
         if whole or (part and arguments.write):
             command = " ".join(["python benchmarks/zoo.py", *flags])
             before = target.read_text() if target.exists() else ""

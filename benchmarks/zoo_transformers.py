@@ -1,8 +1,9 @@
-"""The transformers architectures of the zoo: small, randomly initialised, called as a training loop calls them.
+"""The transformers architectures of the zoo: small, randomly initialised, called as a training loop
+calls them.
 
-A row of the table is a model type, the class that the library's ``Auto`` machinery is to build (``CausalLM`` stands for
-``AutoModelForCausalLM``, a name in full for itself) and what its configuration has besides `SMALL`. Dropout, LayerDrop
-and everything else is the family's default.
+A row of the table is a model type, the class that the library's ``Auto`` machinery is to build
+(``CausalLM`` stands for ``AutoModelForCausalLM``, a name in full for itself) and what its
+configuration has besides `SMALL`. Dropout, LayerDrop and everything else is the family's default.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 INTRODUCTION = (
-    "Small random configurations with the family's own dropout and LayerDrop, called by keyword: padded texts and "
-    "clips with their masks, labels for language models; the output is the family's `ModelOutput` with its loss. "
-    "SpecAugment is off, and experts are computed by `batched_mm`."
+    "Small random configurations with the family's own dropout and LayerDrop, called by keyword: "
+    "padded texts and clips with their masks, labels for language models; the output is the "
+    "family's `ModelOutput` with its loss. SpecAugment is off, and experts are computed by "
+    "`batched_mm`."
 )
 
 VOCABULARY, LENGTH, IMAGE, PATCH, CLIP = 100, 12, 32, 8, 2000
@@ -38,7 +40,14 @@ COUPLED = {
     "d_model": 32, "encoder_layers": 4, "decoder_layers": 4, "encoder_attention_heads": 4, "forced_eos_token_id": 2,
     "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 64,
 }  # fmt: skip
-T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 4, "num_heads": 4, "decoder_start_token_id": 0}
+T5 = {
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_layers": 4,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+}
 TOWERS = {
     "text_config": {**SMALL, "projection_dim": 16}, "vision_config": {**SMALL, "projection_dim": 16},
     "projection_dim": 16,
@@ -117,12 +126,16 @@ def build(name: str) -> nn.Module:
     config = transformers.AutoConfig.for_model(name, **_settings(kind, options))
     auto = getattr(transformers, f"AutoModelFor{kind}", None)
     if "num_experts_per_tok" in options:
-        config._experts_implementation = "batched_mm"  # the default, grouped_mm, is not faked in single precision
+        config._experts_implementation = (
+            "batched_mm"  # the default, grouped_mm, is not faked in single precision
+        )
     return auto.from_config(config) if auto else getattr(transformers, kind)(config)
 
 
 def example(name: str, batch: int, seed: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Keyword inputs: texts and clips of several lengths with their masks, labels where the model computes a loss."""
+    """Keyword inputs: texts and clips of several lengths with their masks, labels where the model
+    computes a loss.
+    """
     kind, options = TABLE[name]
     generator = torch.Generator().manual_seed(seed)
 
@@ -130,7 +143,9 @@ def example(name: str, batch: int, seed: int, dtype: torch.dtype) -> dict[str, A
         return torch.randn(shape, generator=generator).to(dtype)
 
     def mask(length: int) -> Tensor:
-        return (torch.arange(length) < length - torch.arange(batch).view(-1, 1) * (length // 5)).long()
+        return (
+            torch.arange(length) < length - torch.arange(batch).view(-1, 1) * (length // 5)
+        ).long()
 
     def tokens() -> Tensor:
         return torch.randint(3, VOCABULARY, (batch, LENGTH), generator=generator)
@@ -143,7 +158,11 @@ def example(name: str, batch: int, seed: int, dtype: torch.dtype) -> dict[str, A
     if name == "whisper":
         return {"input_features": draw(batch, 16, 60), "labels": tokens()}
     if name == "speech_to_text":
-        return {"input_features": draw(batch, 60, 16), "attention_mask": mask(60), "labels": tokens()}
+        return {
+            "input_features": draw(batch, 60, 16),
+            "attention_mask": mask(60),
+            "labels": tokens(),
+        }
     if kind == "AudioClassification":
         return {"input_values": draw(batch, 40, 16)}
     kept = mask(LENGTH)

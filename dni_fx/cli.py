@@ -45,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: what follows ``dni-fx``; ``sys.argv`` if None.
 
     Returns:
-        Exit code: 0, 1 for a ``DecouplingError``, 130 after an interrupt, 141 where nobody reads the output.
+        Exit code: 0, 1 for a ``DecouplingError``, 130 after an interrupt, 141 where nobody reads
+            the output.
 
     Raises:
         SystemExit: code 2 for wrong usage, 0 for ``--help`` and ``--version``.
@@ -53,7 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and options.run is not run_demo:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}; see dni-fx {options.command} --help")
+        parser.error(
+            f"unrecognized arguments: {' '.join(rest)}; see dni-fx {options.command} --help"
+        )
     try:
         code: int = options.run(options, rest)
         sys.stdout.flush()  # a closed pipe shows here rather than at exit
@@ -65,19 +68,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("dni-fx: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at exit
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # else Python complains at exit
         return 141
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Commands and options, each checked as far as its text goes."""
-    form: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    form: dict[str, Any] = {
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+        "allow_abbrev": False,
+    }
     parser = argparse.ArgumentParser("dni-fx", description=__doc__, epilog=EXAMPLES, **form)
-    parser.add_argument("--version", action="version", version=f"dni_fx {__version__}, torch {torch.__version__}")
+    parser.add_argument(
+        "--version", action="version", version=f"dni_fx {__version__}, torch {torch.__version__}"
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="{plan,points,demo}")
 
-    plan = commands.add_parser("plan", help="choose cuts; tell what they would bring", epilog=EXAMPLES, **form)
-    points = commands.add_parser("points", help="list where a model can be cut", epilog=EXAMPLES, **form)
+    plan = commands.add_parser(
+        "plan", help="choose cuts; tell what they would bring", epilog=EXAMPLES, **form
+    )
+    points = commands.add_parser(
+        "points", help="list where a model can be cut", epilog=EXAMPLES, **form
+    )
     for command, run in ((plan, run_plan), (points, run_points)):
         command.set_defaults(run=run)
         command.add_argument(
@@ -88,24 +102,68 @@ def make_parser() -> argparse.ArgumentParser:
             "--input", type=_input, action="append", required=True, metavar="SIZES[:DTYPE]",
             help="one positional input, such as 8x3x224x224 or 8x16:int64 (whole numbers are 0 or 1); once for each",
         )  # fmt: skip
-        command.add_argument("--seed", type=int, default=0, help="for parameters and inputs (default: 0)")
+        command.add_argument(
+            "--seed", type=int, default=0, help="for parameters and inputs (default: 0)"
+        )
     add = plan.add_argument
     add("--stages", type=_whole, metavar="N", help="how many stages (default: 4)")
     add("--objective", choices=("throughput", "memory", "traffic"), default="throughput",
         help="what to keep small: the slowest stage's time (the default), its memory, or the bytes that cross; "
         "learnability needs batches and a loss, so it is for dni_fx.plan_cuts only")  # fmt: skip
-    add("--costs", choices=("measured", "analytic"), default="measured", help="time the model, or estimate only")
-    add("--gradients", default="auto", metavar="SOURCE", help="auto, linear, mlp, conv, zero, ... (default: auto)")
-    add("--bandwidth", type=_positive, default=1e10, metavar="BYTES", help="of each link, a second (default: 1e10)")
-    add("--latency", type=_seconds, default=0.0, metavar="SECONDS", help="of each message (default: 0)")
-    add("--micro-batches", type=_whole, default=8, metavar="N", help="in pipelines to compare with (default: 8)")
+    add(
+        "--costs",
+        choices=("measured", "analytic"),
+        default="measured",
+        help="time the model, or estimate only",
+    )
+    add(
+        "--gradients",
+        default="auto",
+        metavar="SOURCE",
+        help="auto, linear, mlp, conv, zero, ... (default: auto)",
+    )
+    add(
+        "--bandwidth",
+        type=_positive,
+        default=1e10,
+        metavar="BYTES",
+        help="of each link, a second (default: 1e10)",
+    )
+    add(
+        "--latency",
+        type=_seconds,
+        default=0.0,
+        metavar="SECONDS",
+        help="of each message (default: 0)",
+    )
+    add(
+        "--micro-batches",
+        type=_whole,
+        default=8,
+        metavar="N",
+        help="in pipelines to compare with (default: 8)",
+    )
     add("--speeds", type=_speeds, metavar="A,B,...", help="relative speed of each stage's device")
     add("--memory-cap", type=_bytes, metavar="SIZE", help="of each stage, such as 2GiB")
-    add("--must-cut", action="append", default=[], metavar="NAME", help="a cut to make; may be repeated")
-    add("--never-cut", action="append", default=[], metavar="NAME", help="a cut not to make; may be repeated")
+    add(
+        "--must-cut",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a cut to make; may be repeated",
+    )
+    add(
+        "--never-cut",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a cut not to make; may be repeated",
+    )
     add("--keep-together", type=_names, action="append", default=[], metavar="A[,B,...]",
         help="a module, or several names, to keep in one stage; may be repeated")  # fmt: skip
-    add("--out", type=Path, metavar="PLAN.json", help="write the plan; an existing file is replaced")
+    add(
+        "--out", type=Path, metavar="PLAN.json", help="write the plan; an existing file is replaced"
+    )
     add("--draw", type=_drawing, metavar="PLAN.html", help="draw the plan, as .html or .svg")
     add("--quiet", action="store_true", help="no progress bar")
 
@@ -120,9 +178,15 @@ def make_parser() -> argparse.ArgumentParser:
 def run_plan(options: argparse.Namespace, _rest: list[str]) -> int:
     """Plan, write, draw, and compare schedules."""
     for path in (options.out, options.draw):
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):  # before minutes of measuring
-            what = "is a directory" if path.is_dir() else f"the directory {path.parent} does not exist"
-            raise DecouplingError(f"cannot write {path}: {what}; name a file in an existing directory")
+        if path is not None and (
+            path.is_dir() or not path.parent.is_dir()
+        ):  # before minutes of measuring
+            what = (
+                "is a directory" if path.is_dir() else f"the directory {path.parent} does not exist"
+            )
+            raise DecouplingError(
+                f"cannot write {path}: {what}; name a file in an existing directory"
+            )
     model, inputs = make_model(options)
     plan = plan_cuts(
         model, inputs, stages=options.stages, objective=options.objective, gradients=options.gradients,
@@ -183,8 +247,9 @@ def find_demo() -> Path:
         if script.is_file() and (folder / "dni_fx" / "cli.py").is_file():
             return script
     raise DecouplingError(
-        "the demo is examples/digits.py of dni_fx's source repository; the installed package does not hold it, and it "
-        f"is neither in {folders[0]} nor in {folders[1]}: run dni-fx demo, or make demo, in a checkout"
+        "the demo is examples/digits.py of dni_fx's source repository; the installed package does "
+        f"not hold it, and it is neither in {folders[0]} nor in {folders[1]}: run dni-fx demo, or "
+        "make demo, in a checkout"
     )
 
 
@@ -208,21 +273,31 @@ def make_model(options: argparse.Namespace) -> tuple[nn.Module, tuple[Tensor, ..
         found = getattr(found, part)
     if not isinstance(found, nn.Module):
         if not callable(found):
-            raise DecouplingError(f"{name}:{attribute} is of type {type(found).__name__}: expected {wanted}")
+            raise DecouplingError(
+                f"{name}:{attribute} is of type {type(found).__name__}: expected {wanted}"
+            )
         try:
             found = found()
         except (Exception, SystemExit) as error:
-            raise DecouplingError(f"{name}:{attribute} raised {_describe(error)}; expected {wanted}") from error
+            raise DecouplingError(
+                f"{name}:{attribute} raised {_describe(error)}; expected {wanted}"
+            ) from error
     if not isinstance(found, nn.Module):
-        raise DecouplingError(f"{name}:{attribute} returned a value of type {type(found).__name__}: expected {wanted}")
+        raise DecouplingError(
+            f"{name}:{attribute} returned a value of type {type(found).__name__}: expected {wanted}"
+        )
     device = next((t.device for t in [*found.parameters(), *found.buffers()]), torch.device("cpu"))
     generator = torch.Generator().manual_seed(options.seed)
-    return found, tuple(_random(sizes, dtype, generator).to(device) for sizes, dtype in options.input)
+    return found, tuple(
+        _random(sizes, dtype, generator).to(device) for sizes, dtype in options.input
+    )
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` that takes its place once it is complete; nothing is left of it after an error."""
+    """A file beside ``path`` that takes its place once it is complete; nothing is left of it after
+    an error.
+    """
     target = path.resolve()  # a link stays a link
     special = target.exists() and not target.is_file()  # such as /dev/null
     part = target if special else target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
@@ -233,7 +308,9 @@ def replacing(path: Path) -> Iterator[Path]:
                 shutil.copymode(target, part)
             part.replace(target)
     except OSError as error:
-        raise DecouplingError(f"cannot write {path}: {error.strerror or error}; name another file") from error
+        raise DecouplingError(
+            f"cannot write {path}: {error.strerror or error}; name another file"
+        ) from error
     finally:
         if not special:
             part.unlink(missing_ok=True)
@@ -245,36 +322,49 @@ def _import(name: str) -> Any:
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
             raise DecouplingError(
-                f"no module {name!r}, neither in {os.getcwd()} nor installed: run dni-fx in the directory that holds "
-                f"{name.split('.')[0]!r}, or install it"
+                f"no module {name!r}, neither in {os.getcwd()} nor installed: run dni-fx in the "
+                f"directory that holds {name.split('.')[0]!r}, or install it"
             ) from error
-        raise DecouplingError(f"importing {name!r} raised {_describe(error)}; it must import cleanly") from error
+        raise DecouplingError(
+            f"importing {name!r} raised {_describe(error)}; it must import cleanly"
+        ) from error
 
 
 def _describe(error: BaseException) -> str:
     """Type, message, and the last of the user's lines that it passed."""
-    lines = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__ and f.filename[0] != "<"]
+    lines = [
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if f.filename != __file__ and f.filename[0] != "<"
+    ]
     lines = [f for f in lines if "site-packages" not in f.filename] or lines
     place = f" ({lines[-1].filename}:{lines[-1].lineno})" if lines else ""
     return f"{type(error).__name__}: {error}{place}"
 
 
-def _random(sizes: tuple[int, ...], dtype: torch.dtype | None, generator: torch.Generator) -> Tensor:
+def _random(
+    sizes: tuple[int, ...], dtype: torch.dtype | None, generator: torch.Generator
+) -> Tensor:
     if dtype is None or dtype.is_floating_point:
         return torch.randn(sizes, generator=generator, dtype=dtype)
     return torch.randint(0, 2, sizes, generator=generator).to(dtype)
 
 
-# What an option's text must be: argparse prints the message after the option's name and exits with 2. ---------------
+# What an option's text must be: argparse prints the message after the option's name and exits with
+# 2. ---------------
 
 
 def _target(text: str) -> tuple[str, str]:
     name, _, attribute = text.partition(":")
     if name.endswith(".py") or "/" in name:
         hint = name.removesuffix(".py").strip("./").replace("/", ".")
-        raise argparse.ArgumentTypeError(f"{text!r} names a file: expected {hint}:{attribute or 'factory'}")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} names a file: expected {hint}:{attribute or 'factory'}"
+        )
     if not all(part.isidentifier() for part in [*name.split("."), *attribute.split(".")]):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected package.module:factory, such as mymodels:make_net")
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected package.module:factory, such as mymodels:make_net"
+        )
     return name, attribute
 
 
@@ -282,15 +372,20 @@ def _input(text: str) -> tuple[tuple[int, ...], torch.dtype | None]:
     sizes, colon, dtype = text.partition(":")
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes, re.ASCII):
         raise argparse.ArgumentTypeError(
-            f"{text!r}: expected sizes of 1 or more joined by x, batch first, such as 8x3x224x224; found {sizes!r}"
+            f"{text!r}: expected sizes of 1 or more joined by x, batch first, such as 8x3x224x224; "
+            f"found {sizes!r}"
         )
     if colon and dtype not in DTYPES:
         hint = did_you_mean(dtype, DTYPES)
-        raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(DTYPES)}, found {dtype!r}{hint}")
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected one of {', '.join(DTYPES)}, found {dtype!r}{hint}"
+        )
     return tuple(int(s) for s in sizes.split("x")), getattr(torch, dtype) if dtype else None
 
 
-def _number(kind: Callable[[str], Any], least: float, expected: str, *, above: bool = False) -> Callable[[str], Any]:
+def _number(
+    kind: Callable[[str], Any], least: float, expected: str, *, above: bool = False
+) -> Callable[[str], Any]:
     """A parser of numbers in a range, whose refusal says what was expected."""
 
     def parse(text: str) -> Any:
@@ -311,21 +406,30 @@ _positive = _number(float, 0, "bytes a second, more than 0, such as 1e10", above
 
 
 def _speeds(text: str) -> list[float]:
-    parse = _number(float, 0, "numbers above 0 joined by commas, one for each stage, such as 1,1,0.5", above=True)
+    parse = _number(
+        float,
+        0,
+        "numbers above 0 joined by commas, one for each stage, such as 1,1,0.5",
+        above=True,
+    )
     return [parse(part) for part in text.split(",")]
 
 
 def _bytes(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?) ?([a-zA-Z]*)", text, re.ASCII)
     if match is None or match[2] not in UNITS or not float(match[1]) * UNITS[match[2]] >= 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected bytes, such as 500000000, 500MB or 2GiB")
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected bytes, such as 500000000, 500MB or 2GiB"
+        )
     return int(float(match[1]) * UNITS[match[2]])
 
 
 def _names(text: str) -> str | tuple[str, ...]:
     names = tuple(part.strip() for part in text.split(","))
     if not all(names):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a name, or names joined by commas, such as embed,head")
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected a name, or names joined by commas, such as embed,head"
+        )
     return names if len(names) > 1 else names[0]
 
 

@@ -10,17 +10,17 @@ import torch
 from torch import nn
 
 from .errors import DecouplingError, PlanMismatchError
+from .graphs.nested import Structure, flatten
+from .graphs.variants import Passes, Variant
 from .plan import CutPlan, Interface
+from .runtime.emitted import keep_modes
 from .sources import GradientSource, InputSource, Served, message_kinds, serve
-from .stepping import keep_modes
-from .structures import Structure, flatten
-from .variants import Passes, Variant
 
 if TYPE_CHECKING:
     from torch import fx
 
-    from .passes.emission import StageFunctions
-    from .passes.splitting import StageGraph
+    from .passes.cut.emission import StageFunctions
+    from .passes.cut.splitting import StageGraph
     from .sources import Prediction
 
 
@@ -47,31 +47,38 @@ class Stage:
 
     @property
     def step(self) -> fx.GraphModule:
-        """The training function ``step(inputs, context=None, loss=None, target=None) -> StepResult``.
+        """The training function ``step(inputs, context=None, loss=None, target=None) ->
+        StepResult``.
 
-        ``inputs`` maps names to model inputs and to values that earlier stages sent; ``loss`` and ``target`` are for
-        the last stage. Gradients accumulate in the parameters' ``.grad``.
+        ``inputs`` maps names to model inputs and to values that earlier stages sent; ``loss`` and
+        ``target`` are for the last stage. Gradients accumulate in the parameters' ``.grad``.
 
         Raises:
-            DecouplingError: a source of the stage waits for a message; its halves are what to call then.
+            DecouplingError: a source of the stage waits for a message; its halves are what to call
+                then.
         """
         self._decoupled.served()  # raises where a source lacks one of its values
         waiting = [n for n, s in self.sources.items() if s.lag is not None]
         if waiting:
             raise DecouplingError(
-                f"the source at {waiting[0]!r} waits for a message from later stages, so {self.name} has no step in "
-                "one piece: train with dni_fx.Trainer, or call stage.forward and stage.backward apart"
+                f"the source at {waiting[0]!r} waits for a message from later stages, so "
+                f"{self.name} has no step in one piece: train with dni_fx.Trainer, or call "
+                "stage.forward and stage.backward apart"
             )
         return self._functions.step
 
     @property
     def forward(self) -> fx.GraphModule:
-        """First half of ``step``: ``inputs -> (outputs, leaves, entries)``, keeping the autograd graph."""
+        """First half of ``step``: ``inputs -> (outputs, leaves, entries)``, keeping the autograd
+        graph.
+        """
         return self._functions.forward
 
     @property
     def backward(self) -> fx.GraphModule:
-        """Second half: ``(outputs, leaves, entries, gradients, partials, retain_graph) -> input gradients``."""
+        """Second half: ``(outputs, leaves, entries, gradients, partials, retain_graph) -> input
+        gradients``.
+        """
         return self._functions.backward
 
     @property
@@ -98,7 +105,9 @@ class Stage:
         return {name: every[name] for name in self.outputs if name in every}
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The stage's parameters under the model's names; those shared with other stages appear in each."""
+        """The stage's parameters under the model's names; those shared with other stages appear in
+        each.
+        """
         used = self._decoupled.parameter_names(self.index)
         for name, parameter in self._decoupled.model.named_parameters():
             if name in used:
@@ -114,7 +123,8 @@ class Stage:
         targets: Mapping[str, torch.Tensor],
         **messages: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
-        """Train the stage's sources on what came back; gradients accumulate in the sources' parameters.
+        """Train the stage's sources on what came back; gradients accumulate in the sources'
+        parameters.
 
         Args:
             predictions: ``StepResult.predictions`` of this stage's step.
@@ -135,10 +145,16 @@ class Stage:
             kinds = message_kinds(group.source)
             missing = [k for k in kinds if k != "gradient" and k not in messages]
             if missing:
-                raise DecouplingError(f"the source at {group.name!r} asks for its message: pass {missing[0]}= to fit")
+                raise DecouplingError(
+                    f"the source at {group.name!r} asks for its message: pass {missing[0]}= to fit"
+                )
             message: list[torch.Tensor] = []
             for kind in kinds:
-                message += [targets[n] for n in group.names if n in targets] if kind == "gradient" else [messages[kind]]
+                message += (
+                    [targets[n] for n in group.names if n in targets]
+                    if kind == "gradient"
+                    else [messages[kind]]
+                )
             if "gradient" in kinds and any(n not in targets for n in group.names):
                 continue
             with torch.enable_grad():
@@ -165,16 +181,19 @@ class Stage:
 class Decoupled(nn.Module):
     """A model cut into stages; made by :func:`dni_fx.decouple`.
 
-    Calling it runs the stages one after the other with ordinary autograd: outputs and gradients equal the model's.
-    Decoupled training is :class:`dni_fx.Trainer` or ``stage.step``.
+    Calling it runs the stages one after the other with ordinary autograd: outputs and gradients
+    equal the model's. Decoupled training is :class:`dni_fx.Trainer` or ``stage.step``.
 
     Attributes:
         model: the user's module, trained in place.
-        synthesizers: the gradient sources by interface name (dots as slashes), synthetic inputs as ``name@input``.
+        synthesizers: the gradient sources by interface name (dots as slashes), synthetic inputs as
+            ``name@input``.
         context: turns a training target into what the sources see, or None.
     """
 
-    def __init__(self, model: nn.Module, passes: Passes, context: Callable[[Any], torch.Tensor] | None) -> None:
+    def __init__(
+        self, model: nn.Module, passes: Passes, context: Callable[[Any], torch.Tensor] | None
+    ) -> None:
         super().__init__()
         self.model = model
         self.synthesizers = nn.ModuleDict()
@@ -204,7 +223,8 @@ class Decoupled(nn.Module):
         """The cuts, stages and interfaces."""
         if self._plan is None:
             raise DecouplingError(
-                "the model is not traced yet: pass example_inputs= to decouple, or call it once, before asking for this"
+                "the model is not traced yet: pass example_inputs= to decouple, or call it once, "
+                "before asking for this"
             )
         return self._plan
 
@@ -221,7 +241,9 @@ class Decoupled(nn.Module):
 
     @property
     def sources(self) -> dict[str, GradientSource]:
-        """Gradient sources by interface name; one that serves a whole boundary stands at each of its interfaces."""
+        """Gradient sources by interface name; one that serves a whole boundary stands at each of
+        its interfaces.
+        """
         key = self._passes.key
         return {i.name: self.synthesizers[key(self._leads[i.name])] for i in self.plan.interfaces}  # type: ignore[misc]
 
@@ -232,17 +254,21 @@ class Decoupled(nn.Module):
         return {n: self.synthesizers[k] for n, k in keys.items() if k in self.synthesizers}  # type: ignore[misc]
 
     def named_learners(self, stages: Collection[int] | None = None) -> list[tuple[str, nn.Module]]:
-        """Gradient sources, once each, by the first interface that they serve; synthetic inputs as ``name@input``.
+        """Gradient sources, once each, by the first interface that they serve; synthetic inputs as
+        ``name@input``.
 
         Args:
-            stages: only the sources that these stages ask, and the synthetic inputs that they use; None: all.
+            stages: only the sources that these stages ask, and the synthetic inputs that they use;
+                None: all.
         """
         asked = range(len(self.stages)) if stages is None else stages
         users = {i.name: i.consumers for i in self.interfaces}
         groups: list[tuple[str, nn.Module]] = [
             (g.name, g.source) for g in serve(self.interfaces, self.sources) if g.producer in asked
         ]
-        return groups + [(f"{n}@input", s) for n, s in self.inputs.items() if any(c in asked for c in users[n])]
+        return groups + [
+            (f"{n}@input", s) for n, s in self.inputs.items() if any(c in asked for c in users[n])
+        ]
 
     @property
     def is_exact(self) -> bool:
@@ -256,15 +282,19 @@ class Decoupled(nn.Module):
             return self._passes.run(self._variant.split, values)
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Model inputs by name, as ``stage.step`` takes them; makes or finds the stages that fit the call.
+        """Model inputs by name, as ``stage.step`` takes them; makes or finds the stages that fit
+        the call.
 
         Raises:
-            PlanMismatchError: an empty batch, or stages for this kind of call cannot be cut by the plan.
+            PlanMismatchError: an empty batch, or stages for this kind of call cannot be cut by the
+                plan.
         """
         leaves, structure = flatten((args, kwargs))
         for name, leaf in enumerate(leaves):
             if leaf.dim() and leaf.shape[0] == 0:
-                raise PlanMismatchError(f"tensor input {name} has an empty batch: its shape is {tuple(leaf.shape)}")
+                raise PlanMismatchError(
+                    f"tensor input {name} has an empty batch: its shape is {tuple(leaf.shape)}"
+                )
         self._select(args, kwargs, structure, leaves)
         return dict(zip(self._variant.split.model_inputs, leaves, strict=True))
 
@@ -287,7 +317,9 @@ class Decoupled(nn.Module):
                     object.__setattr__(self, "_active", variant)
         return self._variant
 
-    def _select(self, args: Any, kwargs: Any, structure: Structure, leaves: list[torch.Tensor]) -> None:
+    def _select(
+        self, args: Any, kwargs: Any, structure: Structure, leaves: list[torch.Tensor]
+    ) -> None:
         guards_hold = self._passes.guards_hold
         if self._active is not None and self._active.accepts(structure, leaves, guards_hold):
             return
@@ -308,13 +340,19 @@ class Decoupled(nn.Module):
             for name, predicted in inputs.items():
                 self.synthesizers[f"{self._passes.key(name)}@input"] = predicted
             object.__setattr__(self, "_plan", plan)
-            object.__setattr__(self, "_stages", tuple(Stage(self, k) for k in range(len(variant.split.stages))))
+            object.__setattr__(
+                self, "_stages", tuple(Stage(self, k) for k in range(len(variant.split.stages)))
+            )
         for other in self._variants:
             if other.absorb(variant):
                 object.__setattr__(self, "_active", other)
                 return
         kept = [v for v in self._variants if not v.is_outdated()]
-        self._variants[:] = [*kept[:1], *kept[1:][-_MOST_VARIANTS:], variant]  # the first is what the plan was made for
+        self._variants[:] = [
+            *kept[:1],
+            *kept[1:][-_MOST_VARIANTS:],
+            variant,
+        ]  # the first is what the plan was made for
         object.__setattr__(self, "_active", variant)
 
     def parameter_names(self, stage: int) -> set[str]:
@@ -328,8 +366,9 @@ class Decoupled(nn.Module):
         if len(variant.cuts) < len(self.plan.cuts):
             missing = [c for c in self.plan.cuts if c not in variant.cuts]
             raise PlanMismatchError(
-                f"in this mode or for these inputs the model cannot be cut after {', '.join(map(repr, missing))}: it "
-                "can be evaluated but not trained; name cuts by modules that every mode runs"
+                "in this mode or for these inputs the model cannot be cut after "
+                f"{', '.join(map(repr, missing))}: it can be evaluated but not trained; name cuts "
+                "by modules that every mode runs"
             )
         if not variant.functions:
             variant.functions = self._passes.emit(variant.split, self.sources_by_name())
@@ -339,7 +378,8 @@ class Decoupled(nn.Module):
         """The source of every interface of the active graph.
 
         Raises:
-            PlanMismatchError: this graph, made for other inputs or another mode, needs a source that the plan lacks.
+            PlanMismatchError: this graph, made for other inputs or another mode, needs a source
+                that the plan lacks.
         """
         variant = self._variant
         if variant.sources is None:
@@ -352,20 +392,25 @@ class Decoupled(nn.Module):
         """The sources of the active graph, each with the interfaces that it serves.
 
         Raises:
-            PlanMismatchError: as for :meth:`sources_by_name`, or a boundary lacks a value that its source serves.
+            PlanMismatchError: as for :meth:`sources_by_name`, or a boundary lacks a value that its
+                source serves.
         """
         self.sources_by_name()
         for group in self._variant.served:
             if len(group.names) != len(group.source.specs):
                 raise PlanMismatchError(
-                    f"the source of {', '.join(map(repr, group.names))} serves {len(group.source.specs)} values, not "
-                    "all of which cross in this mode or for these inputs; use one source for each interface"
+                    f"the source of {', '.join(map(repr, group.names))} serves "
+                    f"{len(group.source.specs)} values, not all of which cross in this mode or for "
+                    "these inputs; use one source for each interface"
                 )
         return self._variant.served
 
     def find_inputs(self) -> dict[str, InputSource]:
         """The synthetic inputs of the active graph, by its own interface names."""
-        known, plan = self.inputs, {n: i.name for i in self.plan.interfaces for n in (*i.aliases, i.name)}
+        known, plan = (
+            self.inputs,
+            {n: i.name for i in self.plan.interfaces for n in (*i.aliases, i.name)},
+        )
         found = {}
         for interface in self._variant.split.interfaces if known else ():
             name = next((plan[n] for n in (interface.name, *interface.aliases) if n in plan), None)
@@ -374,7 +419,11 @@ class Decoupled(nn.Module):
         return found
 
     def _find_sources(self, variant: Variant) -> dict[str, GradientSource]:
-        known = {name: self.sources[i.name] for i in self.plan.interfaces for name in (*i.aliases, i.name)}
+        known = {
+            name: self.sources[i.name]
+            for i in self.plan.interfaces
+            for name in (*i.aliases, i.name)
+        }
         found: dict[str, GradientSource] = {}
         missing = []
         for interface in variant.split.interfaces:
@@ -385,8 +434,9 @@ class Decoupled(nn.Module):
                 missing.append(interface.name)
         if missing:
             raise PlanMismatchError(
-                f"gradients now cross at {', '.join(map(repr, missing))}, where the plan has no source (a parameter "
-                "was unfrozen, or the model takes another path for these inputs or in this mode); decouple again"
+                f"gradients now cross at {', '.join(map(repr, missing))}, where the plan has no "
+                "source (a parameter was unfrozen, or the model takes another path for these "
+                "inputs or in this mode); decouple again"
             )
         return found
 
@@ -398,45 +448,54 @@ class Decoupled(nn.Module):
     ) -> nn.Module:
         """The model as a module that trains decoupled in an ordinary loop.
 
-        ``loss = criterion(m(x), y); loss.backward(); optimizer.step()``. It is of a subclass of the model's class, with
-        its signature, its parameters (by reference) and its ``state_dict``. In evaluation mode and under ``no_grad`` it
-        is the model. The stages' activations are freed one stage after the other; the sources learn in ``backward``,
-        for which those that learn from gradients are asked again. A call's gradients are handed over once: losses are
-        added up before ``backward``. What is not finite teaches no source.
+        ``loss = criterion(m(x), y); loss.backward(); optimizer.step()``. It is of a subclass of the
+        model's class, with its signature, its parameters (by reference) and its ``state_dict``. In
+        evaluation mode and under ``no_grad`` it is the model. The stages' activations are freed one
+        stage after the other; the sources learn in ``backward``, for which those that learn from
+        gradients are asked again. A call's gradients are handed over once: losses are added up
+        before ``backward``. What is not finite teaches no source.
 
-        The unit rule: where the loss is not the mean loss itself but a multiple of it, as with a GradScaler
-        (``unit=scaler.get_scale``) or accumulation over n batches (``unit=1 / n``), ``unit`` says which. What the
-        sources predict is multiplied by it and what they learn from divided, so that all stages' gradients have one
-        scale. A source that learns from arriving gradients would find a constant factor by itself, others could not.
+        The unit rule: where the loss is not the mean loss itself but a multiple of it, as with a
+        GradScaler (``unit=scaler.get_scale``) or accumulation over n batches (``unit=1 / n``),
+        ``unit`` says which. What the sources predict is multiplied by it and what they learn from
+        divided, so that all stages' gradients have one scale. A source that learns from arriving
+        gradients would find a constant factor by itself, others could not.
 
         Args:
-            synthesizer_optimizer: makes an optimiser from a source's ``(name, parameter)`` pairs; it steps in
-                ``backward``.
-            context: takes the call's arguments and returns the training target that the sources may see, such as
-                ``lambda *, labels, **_: labels``; or use ``with m.context(y):``, which goes before it.
+            synthesizer_optimizer: makes an optimiser from a source's ``(name, parameter)`` pairs;
+                it steps in ``backward``.
+            context: takes the call's arguments and returns the training target that the sources may
+                see, such as ``lambda *, labels, **_: labels``; or use ``with m.context(y):``, which
+                goes before it.
             unit: the factor in front of the mean loss, or a function that returns it.
 
         Returns:
             The module.
 
         Raises:
-            DecouplingError: a source that waits, or learns from more than the sum of its gradients; synthetic inputs.
+            DecouplingError: a source that waits, or learns from more than the sum of its gradients;
+                synthetic inputs.
         """
-        from .dropin import make_module
+        from .runtime.module import make_module
 
         return make_module(self, synthesizer_optimizer, context, unit)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Decoupled:
         """A copy of model and sources under the same plan, traced anew at its first call."""
-        other = Decoupled(copy.deepcopy(self.model, memo), self._passes, copy.deepcopy(self.context, memo))
+        other = Decoupled(
+            copy.deepcopy(self.model, memo), self._passes, copy.deepcopy(self.context, memo)
+        )
         if self._plan is not None:
             other.synthesizers = copy.deepcopy(self.synthesizers, memo)
             object.__setattr__(other, "_plan", self._plan)
             object.__setattr__(other, "_leads", dict(self._leads))
-            object.__setattr__(other, "_stages", tuple(Stage(other, k) for k in range(len(self._stages))))
+            object.__setattr__(
+                other, "_stages", tuple(Stage(other, k) for k in range(len(self._stages)))
+            )
         return other
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
-            "a Decoupled object is not pickled: save its state_dict() and plan.to_json(), and decouple again"
+            "a Decoupled object is not pickled: save its state_dict() and plan.to_json(), and "
+            "decouple again"
         )

@@ -20,7 +20,8 @@ class TensorSpec:
     Attributes:
         shape: sizes of the example, batch dimension first unless ``batch_dim`` says otherwise.
         dtype: element type.
-        feature_dim: 1 for convolutional maps ``(batch, channels, *space)``, -1 for ``(batch, ..., features)``.
+        feature_dim: 1 for convolutional maps ``(batch, channels, *space)``, -1 for ``(batch, ...,
+            features)``.
         batch_dim: dimension of the batch in the state of a recurrent model; 0 for everything else.
     """
 
@@ -37,7 +38,8 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Interface:
-    """One float tensor on a trainable path that crosses from its producer stage to its consumer stages.
+    """One float tensor on a trainable path that crosses from its producer stage to its consumer
+    stages.
 
     Attributes:
         name: module path where the value is that module's output, else the node's name.
@@ -46,8 +48,8 @@ class Interface:
         consumers: indices of the stages that use it, ascending.
         implied: True where the value crosses a cut that was not named after it.
         aliases: other names of the same value, which mappings may use as well.
-        feeds: the model input that takes the value in the next window (the consumers are then stages of that one), or
-            ``"another network"``; None for what stays within one call.
+        feeds: the model input that takes the value in the next window (the consumers are then
+            stages of that one), or ``"another network"``; None for what stays within one call.
     """
 
     name: str
@@ -70,7 +72,8 @@ class CutPoint:
 
     Attributes:
         name: what to pass in ``cuts``.
-        shape: shape of the example value that the cut is named after (or of the last one that crosses).
+        shape: shape of the example value that the cut is named after (or of the last one that
+            crosses).
         nbytes: bytes that would cross, for the example batch.
         crossing: names of all values that would cross.
         interfaces: how many of them carry a gradient.
@@ -95,7 +98,8 @@ class StageCost:
         forward: seconds of the stage's own forward.
         backward: seconds of its backward, gradients of parameters included.
         update: seconds of its optimiser.
-        sources: seconds of the sources that it asks: prediction, and regression when the target arrives.
+        sources: seconds of the sources that it asks: prediction, and regression when the target
+            arrives.
         parameter_bytes: its parameters, their gradients and Adam's two moments.
         activation_bytes: what its forward keeps for its backward, received values included.
         source_bytes: its sources' parameters, gradients and moments, and what they keep.
@@ -166,11 +170,14 @@ class NodeReport:
 
     Attributes:
         name: the node's name; a model input's or the output's for those.
-        operator: class of the module or name of the function that it calls; ``"input"`` or ``"output"``.
-        scope: paths of the modules that it ran in, outermost first, its own path last where it is a module.
+        operator: class of the module or name of the function that it calls; ``"input"`` or
+            ``"output"``.
+        scope: paths of the modules that it ran in, outermost first, its own path last where it is a
+            module.
         inputs: names of the nodes whose values it uses.
         shape: shape of its value; empty where it is no tensor.
-        stage: index of its stage; None for inputs, the output, and nodes made again in every stage that needs them.
+        stage: index of its stage; None for inputs, the output, and nodes made again in every stage
+            that needs them.
         seconds: forward and backward; None where costs were not asked for.
     """
 
@@ -190,15 +197,17 @@ class SearchReport:
     Attributes:
         objective: ``"throughput"``, ``"memory"``, ``"traffic"``, ``"learnability"``.
         costs: ``"measured"``, ``"analytic"`` or ``"given"``.
-        slowest: seconds of the slowest stage: its work, its sources, and what it sends and receives (which
-            :func:`dni_fx.simulate` takes to overlap with the work).
+        slowest: seconds of the slowest stage: its work, its sources, and what it sends and receives
+            (which :func:`dni_fx.simulate` takes to overlap with the work).
         bound: no plan with as many stages can have a faster slowest stage; seconds.
         frontiers: number of places that were weighed.
-        exact: what the best was sought over without leaving any out: ``"all partitions"`` that keep units together,
-            ``"program order"`` where stages are contiguous in it, ``""`` where some were left out. The plan may be one
-            per cent slower than that best (5 for traffic and learnability).
+        exact: what the best was sought over without leaving any out: ``"all partitions"`` that keep
+            units together, ``"program order"`` where stages are contiguous in it, ``""`` where some
+            were left out. The plan may be one per cent slower than that best (5 for traffic and
+            learnability).
         reasons: why each cut is where it is, by its name.
-        explained: share of the true gradient that a quickly fitted source explained, by cut; learnability only.
+        explained: share of the true gradient that a quickly fitted source explained, by cut;
+            learnability only.
     """
 
     objective: str
@@ -227,7 +236,8 @@ class PlanReport:
         plain: other values that cross.
         sources: a row for each interface, by name.
         notes: opaque modules, ties, fewer stages than asked for, and the like.
-        exact: whether the self-check found the split model equal bit for bit; None where it was not run.
+        exact: whether the self-check found the split model equal bit for bit; None where it was not
+            run.
         nodes: the traced graph in program order, for drawing.
         kinds: class of every module that nodes ran in, by path.
         search: how the cuts were found; None where they were given.
@@ -254,7 +264,8 @@ class CutPlan:
         digest: hash of the traced graph's nodes, operators and edges.
         cuts: names of the cuts in program order; n cuts make n + 1 stages.
         gradients: source name by interface name (the name of the class for a factory).
-        assignment: the stage of every node by name, where stages are not contiguous in program order; else empty.
+        assignment: the stage of every node by name, where stages are not contiguous in program
+            order; else empty.
         inputs: name of the synthetic input by interface name, where one was asked for.
         report: what is known about the plan's graph; None for a plan read from JSON.
     """
@@ -280,7 +291,9 @@ class CutPlan:
     @property
     def _report(self) -> PlanReport:
         if self.report is None:
-            raise DecouplingError("this plan was read from JSON and holds names only; pass it to decouple(cuts=plan)")
+            raise DecouplingError(
+                "this plan was read from JSON and holds names only; pass it to decouple(cuts=plan)"
+            )
         return self.report
 
     def to_json(self) -> str:
@@ -296,7 +309,9 @@ class CutPlan:
         if self.inputs:
             content["inputs"] = dict(self.inputs)
         if self.assignment:
-            content["stages"] = [[n for n, k in self.assignment if k == s] for s in range(len(self.cuts) + 1)]
+            content["stages"] = [
+                [n for n, k in self.assignment if k == s] for s in range(len(self.cuts) + 1)
+            ]
         return json.dumps(content, indent=2) + "\n"
 
     @classmethod
@@ -311,10 +326,18 @@ class CutPlan:
         except (ValueError, TypeError) as error:
             raise DecouplingError(f"a cut plan must be JSON: {error}") from error
         if not isinstance(content, dict) or content.get("format") != "dni_fx cut plan":
-            raise DecouplingError("this JSON is no dni_fx cut plan: its 'format' is not 'dni_fx cut plan'")
+            raise DecouplingError(
+                "this JSON is no dni_fx cut plan: its 'format' is not 'dni_fx cut plan'"
+            )
         if content.get("version") != 1:
-            raise DecouplingError(f"this cut plan has version {content.get('version')!r}; this dni_fx reads version 1")
-        names, gradients, stages = content.get("cuts"), content.get("gradients", {}), content.get("stages", [])
+            raise DecouplingError(
+                f"this cut plan has version {content.get('version')!r}; this dni_fx reads version 1"
+            )
+        names, gradients, stages = (
+            content.get("cuts"),
+            content.get("gradients", {}),
+            content.get("stages", []),
+        )
         inputs = content.get("inputs", {})
         valid = (
             isinstance(content.get("model"), str)
@@ -331,18 +354,27 @@ class CutPlan:
         )
         if not valid:
             raise DecouplingError(
-                "a cut plan needs 'model' and 'digest' (text), 'cuts' (a list of names) and 'gradients' (name: "
-                "source); where they are there, 'inputs' (name: synthesizer) and 'stages' (node names for each)"
+                "a cut plan needs 'model' and 'digest' (text), 'cuts' (a list of names) and "
+                "'gradients' (name: source); where they are there, 'inputs' (name: synthesizer) "
+                "and 'stages' (node names for each)"
             )
         assignment = tuple((n, k) for k, stage in enumerate(stages) for n in stage)
         model, digest = content["model"], content["digest"]
-        return cls(model, digest, tuple(names or ()), tuple(gradients.items()), assignment, tuple(inputs.items()))
+        return cls(
+            model,
+            digest,
+            tuple(names or ()),
+            tuple(gradients.items()),
+            assignment,
+            tuple(inputs.items()),
+        )
 
     def draw(self, path: str | Path) -> Path:
         """Draw the graph: modules coloured by stage, cuts as thick labelled edges.
 
         Args:
-            path: file to write, ``.html`` (one page that needs nothing else, with tables) or ``.svg``.
+            path: file to write, ``.html`` (one page that needs nothing else, with tables) or
+                ``.svg``.
 
         Returns:
             The path.
@@ -373,7 +405,11 @@ def _stage_rows(report: PlanReport) -> list[tuple[str, ...]]:
     for stage in report.stages:
         share = [f"{stage.nodes / nodes:.0%}"]
         if (cost := stage.cost) is not None and measured:
-            share = [f"{cost.seconds / seconds:.0%}", f"{cost.seconds * 1e3:.2f}", f"{cost.nbytes / 1e6:.1f}"]
+            share = [
+                f"{cost.seconds / seconds:.0%}",
+                f"{cost.seconds * 1e3:.2f}",
+                f"{cost.nbytes / 1e6:.1f}",
+            ]
         rows.append(
             (
                 stage.name, str(stage.nodes), *share, f"{stage.parameters:,}", stage.cut or "(output)",
@@ -385,7 +421,18 @@ def _stage_rows(report: PlanReport) -> list[tuple[str, ...]]:
 
 def _interface_rows(report: PlanReport) -> list[tuple[str, ...]]:
     measured = any(s.seconds is not None for s in report.sources.values())
-    titles = ["interface", "shape", "MB", "from", "to", "source", "parameters", "MFLOP", "ms" if measured else "", ""]
+    titles = [
+        "interface",
+        "shape",
+        "MB",
+        "from",
+        "to",
+        "source",
+        "parameters",
+        "MFLOP",
+        "ms" if measured else "",
+        "",
+    ]
     rows = [tuple(titles)]
     for i in report.interfaces:
         source = report.sources.get(i.name, SourceReport("-", 0, 0))
@@ -412,15 +459,19 @@ def _notes(report: PlanReport) -> list[str]:
     if (search := report.search) is not None:
         sure = f"; exact over {search.exact}" if search.exact else ""
         notes.append(
-            f"found for {search.objective} with {search.costs} costs: slowest stage {search.slowest * 1e3:.2f} ms, "
-            f"sources and transfers included; bound {search.bound * 1e3:.2f} ms, gap {search.gap:.1%}{sure}"
+            f"found for {search.objective} with {search.costs} costs: slowest stage "
+            f"{search.slowest * 1e3:.2f} ms, sources and transfers included; bound "
+            f"{search.bound * 1e3:.2f} ms, gap {search.gap:.1%}{sure}"
         )
         notes += [f"cut after {name}: {why}" for name, why in search.reasons.items()]
     if report.plain:
         notes.append(f"crosses without a source: {', '.join(report.plain)}")
     notes += [f"traced by {report.rung}", *report.notes]
     if report.exact is not None:
-        notes.append("self-check: equal to the model" + (" bit for bit" if report.exact else " within rounding"))
+        notes.append(
+            "self-check: equal to the model"
+            + (" bit for bit" if report.exact else " within rounding")
+        )
     return notes
 
 
@@ -430,7 +481,12 @@ def _shortened(names: tuple[str, ...]) -> str:
     for name in names:
         stem, _, last = name.rpartition(".")
         before = groups[-1][-1].rpartition(".") if groups else ("", "", "")
-        if groups and last.isdigit() and before[2].isdigit() and (stem, int(last)) == (before[0], int(before[2]) + 1):
+        if (
+            groups
+            and last.isdigit()
+            and before[2].isdigit()
+            and (stem, int(last)) == (before[0], int(before[2]) + 1)
+        ):
             groups[-1].append(name)
         else:
             groups.append([name])
@@ -441,10 +497,15 @@ def _shortened(names: tuple[str, ...]) -> str:
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Rows as aligned text; a rule under the first; columns of numbers to the right."""
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    right = [all(r[i][:1].isdigit() or r[i] == "-" for r in rows[1:]) and len(rows) > 1 for i in range(len(widths))]
+    right = [
+        all(r[i][:1].isdigit() or r[i] == "-" for r in rows[1:]) and len(rows) > 1
+        for i in range(len(widths))
+    ]
     lines = []
     for row in rows:
-        cells = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)]
+        cells = [
+            c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)
+        ]
         lines.append("  ".join(cells).rstrip())
     return [lines[0], "  ".join("-" * w for w in widths if w), *lines[1:]]
 
@@ -455,7 +516,9 @@ class CutPointList(tuple[CutPoint, ...]):
     def __str__(self) -> str:
         rows = [("cut after", "shape", "MB", "interfaces", "crosses", "")]
         for p in self:
-            crossing = ", ".join(p.crossing[:3]) + (f" and {len(p.crossing) - 3} more" if len(p.crossing) > 3 else "")
+            crossing = ", ".join(p.crossing[:3]) + (
+                f" and {len(p.crossing) - 3} more" if len(p.crossing) > 3 else ""
+            )
             shape = " x ".join(str(n) for n in p.shape) or "-"
             note = "" if p.legal else f"illegal: {p.reason}"
             rows.append((p.name, shape, f"{p.nbytes / 1e6:.2f}", str(p.interfaces), crossing, note))

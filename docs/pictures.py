@@ -1,6 +1,7 @@
-"""Draws the pictures of the pages; they are kept beside it, and a test compares them with what it draws.
+"""Draws the pictures of the pages; they are kept beside it, and a test compares them with what it
+draws.
 
-    python docs/pictures.py [--out DIR]
+python docs/pictures.py [--out DIR]
 """
 
 from __future__ import annotations
@@ -15,7 +16,14 @@ from torch import Tensor, nn
 
 import dni_fx
 
-BLUE, ORANGE, GREEN, PURPLE, GREY, DARK = "#3b6ea8", "#c9701f", "#3f8f5c", "#7a55a5", "#8a8f98", "#22272e"
+BLUE, ORANGE, GREEN, PURPLE, GREY, DARK = (
+    "#3b6ea8",
+    "#c9701f",
+    "#3f8f5c",
+    "#7a55a5",
+    "#8a8f98",
+    "#22272e",
+)
 PALE = {BLUE: "#dce8f5", ORANGE: "#fbe6d2", GREEN: "#dcefe2", PURPLE: "#e9e0f3", GREY: "#eceef1"}
 
 
@@ -26,7 +34,9 @@ class Picture:
         self.width, self.height, self.title = width, height, title
         self.shapes: list[str] = []
 
-    def box(self, x: float, y: float, w: float, h: float, colour: str, *lines: str, round: float = 5) -> None:
+    def box(
+        self, x: float, y: float, w: float, h: float, colour: str, *lines: str, round: float = 5
+    ) -> None:
         """A rectangle with centred lines of text."""
         self.shapes.append(
             f'<rect x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" rx="{round:g}" fill="{PALE[colour]}" '
@@ -35,13 +45,23 @@ class Picture:
         for k, line in enumerate(lines):
             self.text(x + w / 2, y + h / 2 + 5 + 17 * (k - (len(lines) - 1) / 2), line, "middle")
 
-    def text(self, x: float, y: float, line: str, anchor: str = "start", colour: str = DARK, size: int = 13) -> None:
+    def text(
+        self,
+        x: float,
+        y: float,
+        line: str,
+        anchor: str = "start",
+        colour: str = DARK,
+        size: int = 13,
+    ) -> None:
         """One line of text on its base line."""
         self.shapes.append(
             f'<text x="{x:g}" y="{y:g}" font-size="{size}" text-anchor="{anchor}" fill="{colour}">{escape(line)}</text>'
         )
 
-    def arrow(self, points: Iterable[tuple[float, float]], colour: str, dashed: bool = False) -> None:
+    def arrow(
+        self, points: Iterable[tuple[float, float]], colour: str, dashed: bool = False
+    ) -> None:
         """A line through points with a head at its end."""
         places = list(points)
         (x0, y0), (x1, y1) = places[-2:]
@@ -57,7 +77,9 @@ class Picture:
 
     def line(self, x0: float, y0: float, x1: float, y1: float) -> None:
         """A thin grey line."""
-        self.shapes.append(f'<line x1="{x0:g}" y1="{y0:g}" x2="{x1:g}" y2="{y1:g}" stroke="{GREY}" stroke-width="1"/>')
+        self.shapes.append(
+            f'<line x1="{x0:g}" y1="{y0:g}" x2="{x1:g}" y2="{y1:g}" stroke="{GREY}" stroke-width="1"/>'
+        )
 
     def __str__(self) -> str:
         head = (
@@ -83,15 +105,27 @@ def draw_locks() -> Picture:
         return top + 40 * stage
 
     def bar(top: float, stage: int, start: float, length: float, batch: int, what: str) -> None:
-        picture.box(left + unit * start, row(top, stage), unit * length, high, colours[batch % 4], what, round=2)
+        picture.box(
+            left + unit * start,
+            row(top, stage),
+            unit * length,
+            high,
+            colours[batch % 4],
+            what,
+            round=2,
+        )
 
     def frame(top: float, title: str) -> None:
         picture.text(12, top - 14, title, size=14)
         for stage in range(3):
             picture.text(12, row(top, stage) + 20, f"stage_{stage}")
-            picture.line(left, row(top, stage) + high + 5, left + 16 * unit, row(top, stage) + high + 5)
+            picture.line(
+                left, row(top, stage) + high + 5, left + 16 * unit, row(top, stage) + high + 5
+            )
 
-    frame(46, "Backpropagation: a stage waits for the forward and the backward of all stages after it")
+    frame(
+        46, "Backpropagation: a stage waits for the forward and the backward of all stages after it"
+    )
     for batch, start in enumerate((0, 9)):
         for stage in range(3):
             if start + stage < 16:
@@ -99,7 +133,9 @@ def draw_locks() -> Picture:
             back = start + 3 + 2 * (2 - stage)
             if back + 2 <= 16:
                 bar(46, stage, back, 2, batch, "B")
-    frame(222, "Decoupled: it asks its source (S) for the gradient, updates, and takes the next batch")
+    frame(
+        222, "Decoupled: it asks its source (S) for the gradient, updates, and takes the next batch"
+    )
     for stage in range(3):
         for batch in range(4):
             start = stage + 3.6 * batch
@@ -143,7 +179,9 @@ def draw_interface() -> Picture:
 
 def draw_windows() -> Picture:
     """Two windows of a sequence."""
-    picture = Picture(760, 285, "Two windows of a recurrent model, with a source for the state between them")
+    picture = Picture(
+        760, 285, "Two windows of a recurrent model, with a source for the state between them"
+    )
     for k, (x, colour) in enumerate(((90, BLUE), (450, GREEN))):
         picture.box(x, 60, 220, 80, colour, f"window {k + 1}: T steps of the model")
         picture.arrow([(x + 110, 190), (x + 110, 140)], DARK)
@@ -186,10 +224,16 @@ class Net(nn.Module):
 def main() -> None:
     """Write every picture."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("pictures"), metavar="DIR")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).with_name("pictures"), metavar="DIR"
+    )
     folder = parser.parse_args().out
     folder.mkdir(parents=True, exist_ok=True)
-    for name, picture in (("locks", draw_locks()), ("interface", draw_interface()), ("windows", draw_windows())):
+    for name, picture in (
+        ("locks", draw_locks()),
+        ("interface", draw_interface()),
+        ("windows", draw_windows()),
+    ):
         (folder / f"{name}.svg").write_text(str(picture), encoding="utf-8")
     images = torch.zeros(8, 3, 32, 32)
     plan = dni_fx.plan_cuts(Net(), (images,), cuts=["down", "middle"], costs="analytic")

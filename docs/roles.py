@@ -1,4 +1,6 @@
-"""Sphinx's roles in docstrings, as the site's links and code; an extension of griffe, used by mkdocs.yml."""
+"""Sphinx's roles in docstrings, as the site's links and code; an extension of griffe, used by
+mkdocs.yml.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +28,19 @@ class Roles(griffe.Extension):
 
 def rewrite(text: str, where: griffe.Object) -> str:
     """One docstring."""
-    text = re.sub(r":(?:class|func|meth|attr|mod|data):`(~?)([\w.]+)`", lambda m: link(m[1], m[2], where), text)
+    text = re.sub(
+        r":(?:class|func|meth|attr|mod|data):`(~?)([\w.]+)`",
+        lambda m: link(m[1], m[2], where),
+        text,
+    )
     text = re.sub(r":math:`([^`]+)`", r"`\1`", text, flags=re.DOTALL)
     text = re.sub(r"^( *)\.\. math::\n((?:\1 +\S.*\n|\n)+)", formula, text, flags=re.MULTILINE)
-    text = re.sub(r"^( *Returns:\n[^\n]*?): ", r"\1&#58; ", text, flags=re.MULTILINE)  # else what is before is a type
-    text = re.sub(r"^( *)(=+(?: +=+)+)\n.*\n\1\2\n(?:.*\n)*?\1\2\n", table, text, flags=re.MULTILINE)
+    text = re.sub(
+        r"^( *Returns:\n[^\n]*?): ", r"\1&#58; ", text, flags=re.MULTILINE
+    )  # else what is before is a type
+    text = re.sub(
+        r"^( *)(=+(?: +=+)+)\n.*\n\1\2\n(?:.*\n)*?\1\2\n", table, text, flags=re.MULTILINE
+    )
     text = re.sub(r"^( *)>>> .*\n?(?:\1\S.*\n?)*", session, text, flags=re.MULTILINE)
     return re.sub(r"::$", ":", text, flags=re.MULTILINE)
 

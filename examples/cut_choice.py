@@ -1,12 +1,15 @@
-"""Does it pay to cut where gradients can be predicted? Balanced cuts against learnable ones, on CIFAR-10.
+"""Does it pay to cut where gradients can be predicted? Balanced cuts against learnable ones, on
+CIFAR-10.
 
-A convolutional net is cut into stages twice, by ``plan_cuts(objective="throughput")`` and by ``"learnability"``, within
-5 % of the best throughput, and trained with the same synthesizers from the same weights on the same batches; beside
-both are backprop and, at both kinds of cuts, no gradient at all (``zero``) and the last batch's (``stale``). Costs are
-analytic, so that the plans are the same on every machine. Finished runs are kept in a JSON file, so an interrupted
-experiment goes on where it was:
+A convolutional net is cut into stages twice, by ``plan_cuts(objective="throughput")`` and by
+``"learnability"``, within 5 % of the best throughput, and trained with the same synthesizers from
+the same weights on the same batches; beside both are backprop and, at both kinds of cuts, no
+gradient at all (``zero``) and the last batch's (``stale``). Costs are analytic, so that the plans
+are the same on every machine. Finished runs are kept in a JSON file, so an interrupted experiment
+goes on where it was:
 
-    python examples/cut_choice.py [--data DIR] [--seeds 0 1 2] [--steps 600] [--stages 4] [--out FILE]
+    python examples/cut_choice.py [--data DIR] [--seeds 0 1 2] [--steps 600] [--stages 4] [--out
+    FILE]
 """
 
 from __future__ import annotations
@@ -62,7 +65,13 @@ def run_one(objective: str, source: str, seed: int, data: Digits, settings: Reco
     torch.manual_seed(seed)
     model = network()
     start = {k: v.clone() for k, v in model.state_dict().items()}
-    record: Record = {"objective": objective, "source": source, "seed": seed, "settings": settings, "cuts": []}
+    record: Record = {
+        "objective": objective,
+        "source": source,
+        "seed": seed,
+        "settings": settings,
+        "cuts": [],
+    }
     steps = settings["steps"]
     if objective == "backprop":
         adam = torch.optim.Adam(model.parameters(), settings["lr"])
@@ -97,7 +106,12 @@ def run_one(objective: str, source: str, seed: int, data: Digits, settings: Reco
             trainer.step(x, target=y)
 
     begin = time.perf_counter()
-    for x, y in tqdm(batches(data, BATCH, steps, seed), total=steps, desc=f"{objective} {source} {seed}", leave=False):
+    for x, y in tqdm(
+        batches(data, BATCH, steps, seed),
+        total=steps,
+        desc=f"{objective} {source} {seed}",
+        leave=False,
+    ):
         step(x, y)
     record["seconds"] = time.perf_counter() - begin
     record["accuracy"] = 100 * accuracy(model, data.test_x, data.test_y)
@@ -123,14 +137,29 @@ def table(records: list[Record], steps: int) -> str:
 def main() -> int:
     """Train what is not finished, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, help="directory of CIFAR-10's binary files (default: found or downloaded)")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="directory of CIFAR-10's binary files (default: found or downloaded)",
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--stages", type=int, default=4)
-    parser.add_argument("--lr", type=float, default=1e-3, help="Adam's rate for the model (default: 1e-3)")
-    parser.add_argument("--synthesizer-lr", type=float, default=3e-3, help="and for the synthesizers (default: 3e-3)")
-    parser.add_argument("--limit", type=int, help="use only so many images of each part, for a quick try")
-    parser.add_argument("--out", type=Path, default=Path("out/cut_choice.json"), help="finished runs")
+    parser.add_argument(
+        "--lr", type=float, default=1e-3, help="Adam's rate for the model (default: 1e-3)"
+    )
+    parser.add_argument(
+        "--synthesizer-lr",
+        type=float,
+        default=3e-3,
+        help="and for the synthesizers (default: 3e-3)",
+    )
+    parser.add_argument(
+        "--limit", type=int, help="use only so many images of each part, for a quick try"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/cut_choice.json"), help="finished runs"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     settings = {k: getattr(args, k) for k in ("steps", "stages", "lr", "synthesizer_lr")}
@@ -141,11 +170,16 @@ def main() -> int:
         return 1
     data = Digits(whole.name, *(part[: args.limit] for part in whole[1:]))
     settings |= {} if args.limit is None else {"limit": args.limit}
-    runs = [("backprop", "true"), *((o, s) for o in ("throughput", "learnability") for s in SOURCES)]
+    runs = [
+        ("backprop", "true"),
+        *((o, s) for o in ("throughput", "learnability") for s in SOURCES),
+    ]
     wanted = []
     for (objective, source), seed in itertools.product(runs, args.seeds):
         key = (objective, source, seed, settings)
-        known = [r for r in records if (r["objective"], r["source"], r["seed"], r["settings"]) == key]
+        known = [
+            r for r in records if (r["objective"], r["source"], r["seed"], r["settings"]) == key
+        ]
         if not known:
             known = [run_one(objective, source, seed, data, settings)]
             records += known

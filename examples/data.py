@@ -1,8 +1,9 @@
-"""The data sets of the examples: real digits, checked before use, with no dependency on a fixed machine.
+"""The data sets of the examples: real digits, checked before use, with no dependency on a fixed
+machine.
 
-``digits`` comes with scikit-learn (8 x 8 pixels). ``mnist`` and ``cifar10`` are read from a directory, or downloaded
-once into the user's cache; either way SHA-256 sums are verified, so a broken file is one clear error and never bad
-training.
+``digits`` comes with scikit-learn (8 x 8 pixels). ``mnist`` and ``cifar10`` are read from a
+directory, or downloaded once into the user's cache; either way SHA-256 sums are verified, so a
+broken file is one clear error and never bad training.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ MNIST_HOMES = (
     "https://storage.googleapis.com/cvdf-datasets/mnist/",
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
 )
-CIFAR_FILES = {  # SHA-256 of the files as they are in the archive; the last one holds the test images
+# SHA-256 of the files as they are in the archive; the last one holds the test images
+CIFAR_FILES = {
     "data_batch_1.bin": "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
     "data_batch_2.bin": "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed",
     "data_batch_3.bin": "bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67",
@@ -59,7 +61,9 @@ class DataError(RuntimeError):
 
 
 class Digits(NamedTuple):
-    """Images ``(samples, channels, height, width)`` as float32 in [0, 1] and labels ``(samples,)`` as int64."""
+    """Images ``(samples, channels, height, width)`` as float32 in [0, 1] and labels ``(samples,)``
+    as int64.
+    """
 
     name: str
     train_x: Tensor
@@ -74,7 +78,9 @@ class Digits(NamedTuple):
 
 
 def digits() -> Digits:
-    """1,797 real handwritten digits of 8 x 8 pixels, a fifth of each class held out (always the same fifth)."""
+    """1,797 real handwritten digits of 8 x 8 pixels, a fifth of each class held out (always the
+    same fifth).
+    """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -90,9 +96,10 @@ def mnist(directory: str | Path | None = None) -> Digits:
     """MNIST: 60,000 training and 10,000 test digits of 28 x 28 pixels.
 
     Args:
-        directory: where the four original ``.gz`` files are, or the folder above their ``mnist`` folder. By default
-            the environment variable ``DNI_FX_DATA``, else ``../shared/data`` beside the repository where it exists,
-            else the user's cache, filled by a download from MNIST's public home.
+        directory: where the four original ``.gz`` files are, or the folder above their ``mnist``
+            folder. By default the environment variable ``DNI_FX_DATA``, else ``../shared/data``
+            beside the repository where it exists, else the user's cache, filled by a download from
+            MNIST's public home.
 
     Raises:
         DataError: a file is missing, damaged or cannot be downloaded.
@@ -102,7 +109,9 @@ def mnist(directory: str | Path | None = None) -> Digits:
     arrays = []
     for name, (_, header, shape) in MNIST_FILES.items():
         packed = read_verified(folder / name) if found else read_or_download(folder / name)
-        arrays.append(np.frombuffer(gzip.decompress(packed), np.uint8, offset=header).reshape(shape))
+        arrays.append(
+            np.frombuffer(gzip.decompress(packed), np.uint8, offset=header).reshape(shape)
+        )
     train_x, train_y, test_x, test_y = arrays
     return Digits(
         "mnist",
@@ -117,8 +126,9 @@ def cifar10(directory: str | Path | None = None) -> Digits:
     """CIFAR-10: 50,000 training and 10,000 test images of 32 x 32 pixels in three colours.
 
     Args:
-        directory: where the six binary files are, plain or packed (``.bin`` or ``.bin.xz``), or the folder above their
-            ``cifar10`` or ``cifar-10-batches-bin`` folder. By default as for :func:`mnist`.
+        directory: where the six binary files are, plain or packed (``.bin`` or ``.bin.xz``), or the
+            folder above their ``cifar10`` or ``cifar-10-batches-bin`` folder. By default as for
+            :func:`mnist`.
 
     Raises:
         DataError: a file is missing, damaged or cannot be downloaded.
@@ -128,7 +138,9 @@ def cifar10(directory: str | Path | None = None) -> Digits:
     for name in CIFAR_FILES:
         records = np.frombuffer(contents[name], np.uint8).reshape(-1, 3073)
         labels.append(torch.from_numpy(records[:, 0].astype(np.int64)))
-        images.append(torch.from_numpy(records[:, 1:].reshape(-1, 3, 32, 32).astype(np.float32) / 255.0))
+        images.append(
+            torch.from_numpy(records[:, 1:].reshape(-1, 3, 32, 32).astype(np.float32) / 255.0)
+        )
     return Digits("cifar10", torch.cat(images[:-1]), torch.cat(labels[:-1]), images[-1], labels[-1])
 
 
@@ -145,14 +157,16 @@ def _cifar_files(directory: str | Path | None) -> dict[str, bytes]:
                     _keep(cache, contents)  # unpacking takes some seconds a file
                 return contents
     if named:
-        raise DataError(f"no CIFAR-10 in {named}: expected {', '.join(CIFAR_FILES)} there, plain or as .xz")
+        raise DataError(
+            f"no CIFAR-10 in {named}: expected {', '.join(CIFAR_FILES)} there, plain or as .xz"
+        )
     try:
         with urllib.request.urlopen(CIFAR_HOME, timeout=60) as response:
             archive = response.read()
     except (OSError, HTTPException) as error:
         raise DataError(
-            f"cannot download {CIFAR_HOME}: {error}. Put CIFAR-10's binary files in a directory and name it in "
-            f"{DATA_VARIABLE}."
+            f"cannot download {CIFAR_HOME}: {error}. Put CIFAR-10's binary files in a directory "
+            f"and name it in {DATA_VARIABLE}."
         ) from error
     contents = {}
     with tarfile.open(fileobj=io.BytesIO(archive)) as opened:
@@ -171,7 +185,9 @@ def _unpacked(path: Path) -> bytes:
         content = lzma.decompress(content) if path.suffix == ".xz" else content
     except (OSError, lzma.LZMAError) as error:
         raise DataError(f"cannot read {path}: {error}") from error
-    check(path.name.removesuffix(".xz"), content, f"{path}: delete it or put the original file there")
+    check(
+        path.name.removesuffix(".xz"), content, f"{path}: delete it or put the original file there"
+    )
     return content
 
 
@@ -205,7 +221,9 @@ def find_mnist(directory: str | Path | None = None) -> Path | None:
                 return candidate
     if named:
         source = "" if directory else f" (from {DATA_VARIABLE})"
-        raise DataError(f"no MNIST in {named}{source}: expected {', '.join(MNIST_FILES)} there or in its mnist/")
+        raise DataError(
+            f"no MNIST in {named}{source}: expected {', '.join(MNIST_FILES)} there or in its mnist/"
+        )
     return None
 
 
@@ -247,7 +265,9 @@ def read_or_download(path: Path) -> bytes:
         partial.replace(path)  # at once, so that an interrupted download leaves no broken file
         return content
     raise DataError(
-        f"cannot download {path.name}:\n" + "\n".join(problems) + f"\nPut MNIST's four .gz files in a directory and "
+        f"cannot download {path.name}:\n"
+        + "\n".join(problems)
+        + f"\nPut MNIST's four .gz files in a directory and "
         f"name it in {DATA_VARIABLE}."
     )
 
@@ -257,4 +277,6 @@ def check(name: str, content: bytes, where: str) -> None:
     expected = CIFAR_FILES[name] if name in CIFAR_FILES else MNIST_FILES[name][0]
     found = hashlib.sha256(content).hexdigest()
     if found != expected:
-        raise DataError(f"{name} is damaged (SHA-256 {found[:12]}..., expected {expected[:12]}...) in {where}")
+        raise DataError(
+            f"{name} is damaged (SHA-256 {found[:12]}..., expected {expected[:12]}...) in {where}"
+        )

@@ -1,7 +1,7 @@
 """Backprop, exact mode, DNI, cDNI and both controls side by side, on real handwritten digits.
 
-One model, four hidden layers, a cut after each, so five stages. Prints a table and writes a picture of test accuracy
-and gradient cosine per step:
+One model, four hidden layers, a cut after each, so five stages. Prints a table and writes a picture
+of test accuracy and gradient cosine per step:
 
     python examples/digits.py [--data digits|mnist] [--steps N] [--seed N] [--out DIR]
 """
@@ -47,7 +47,9 @@ class Run:
     method: str
     steps: list[int] = field(default_factory=list)  # those measured, counted from 1
     accuracy: list[float] = field(default_factory=list)  # on the test set, after each of them
-    cosine: list[float] = field(default_factory=list)  # predicted against backprop's gradient at the first cut
+    cosine: list[float] = field(
+        default_factory=list
+    )  # predicted against backprop's gradient at the first cut
     train_accuracy: float = math.nan
     seconds: float = 0.0  # of training steps, without measurements
     synthesizer_parameters: int = 0
@@ -61,18 +63,24 @@ class Run:
 
 
 def mlp(pixels: int, width: int, norm: bool = True) -> nn.Sequential:
-    """Four hidden layers, each Linear, BatchNorm (unless told otherwise) and ReLU, and a linear head."""
+    """Four hidden layers, each Linear, BatchNorm (unless told otherwise) and ReLU, and a linear
+    head.
+    """
 
     def layer(inputs: int) -> nn.Sequential:
         normed = [nn.BatchNorm1d(width)] if norm else []
         return nn.Sequential(nn.Linear(inputs, width), *normed, nn.ReLU())
 
     hidden = [(name, layer(pixels if i == 0 else width)) for i, name in enumerate(CUTS)]
-    return nn.Sequential(OrderedDict([("flatten", nn.Flatten()), *hidden, ("head", nn.Linear(width, 10))]))
+    return nn.Sequential(
+        OrderedDict([("flatten", nn.Flatten()), *hidden, ("head", nn.Linear(width, 10))])
+    )
 
 
 def batches(data: Digits, size: int, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches in an order that depends on the seed alone; each sample once an epoch, short rests left out."""
+    """Batches in an order that depends on the seed alone; each sample once an epoch, short rests
+    left out.
+    """
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.long)
     for _ in range(steps):
@@ -105,7 +113,9 @@ def train(
     norm: bool = True,
     measure_every: int = 10,
 ) -> Run:
-    """Train a fresh model by one method, with a progress bar. Every method starts from the same weights and batches."""
+    """Train a fresh model by one method, with a progress bar. Every method starts from the same
+    weights and batches.
+    """
     torch.manual_seed(seed)
     model = mlp(data.pixels, width, norm)
     optimizer = partial(torch.optim.Adam, lr=lr)
@@ -121,7 +131,9 @@ def train(
             adam.step()
             adam.zero_grad()
     else:
-        decoupled = dni_fx.decouple(model, cuts=CUTS, example_inputs=(data.train_x[:batch],), **options)
+        decoupled = dni_fx.decouple(
+            model, cuts=CUTS, example_inputs=(data.train_x[:batch],), **options
+        )
         trainer = dni_fx.Trainer(
             decoupled,
             F.cross_entropy,
@@ -131,12 +143,20 @@ def train(
         run.synthesizer_parameters = sum(p.numel() for p in decoupled.synthesizers.parameters())
         if method != "exact":
             source = decoupled.synthesizers[CUTS[0]]
-            source.register_forward_hook(lambda _module, _args, prediction: predicted.append(prediction.gradients[0]))
+            source.register_forward_hook(
+                lambda _module, _args, prediction: predicted.append(prediction.gradients[0])
+            )
 
         def step(x: Tensor, y: Tensor) -> None:
             trainer.step(x, target=y)
 
-    bar = tqdm(batches(data, batch, steps, seed), total=steps, desc=f"{method:>8}", unit="step", dynamic_ncols=True)
+    bar = tqdm(
+        batches(data, batch, steps, seed),
+        total=steps,
+        desc=f"{method:>8}",
+        unit="step",
+        dynamic_ncols=True,
+    )
     for count, (x, y) in enumerate(bar, start=1):
         measured = count % measure_every == 0 or count == steps
         predicts = measured and options is not None and method != "exact"
@@ -164,7 +184,10 @@ def cosine(predicted: Tensor, true: Tensor) -> float:
 
 def print_table(runs: list[Run]) -> None:
     """One row per method, as markdown."""
-    print("\n| method | test accuracy | train accuracy | cosine at first cut | seconds | synthesizer parameters |")
+    print(
+        "\n| method | test accuracy | train accuracy | cosine at first cut | seconds | synthesizer "
+        "parameters |"
+    )
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for run in runs:
         if run.method in ("backprop", "exact"):
@@ -188,7 +211,9 @@ def draw(runs: list[Run], title: str, path: Path) -> None:
     for index, run in enumerate(runs):
         # Exact mode lies on backprop's curve: dashes let both be seen.
         style: dict[str, Any] = {"color": f"C{index}", "label": run.method}
-        left.plot(run.steps, run.accuracy, linestyle="--" if run.method == "exact" else "-", **style)
+        left.plot(
+            run.steps, run.accuracy, linestyle="--" if run.method == "exact" else "-", **style
+        )
         if not math.isnan(run.mean_cosine):
             right.plot(run.steps, run.cosine, **style)
     left.set(xlabel="step", ylabel="test accuracy", title=title)
@@ -209,7 +234,10 @@ def compare_exact(runs: list[Run]) -> bool:
     different = [name for name in backprop if not torch.equal(backprop[name], exact[name])]
     count = f"{len(backprop)} tensors after {runs[0].steps[-1]} steps"
     if different:
-        print(f"\nexact mode DIFFERS from backprop in {len(different)} of {count}: {', '.join(different)}")
+        print(
+            f"\nexact mode DIFFERS from backprop in {len(different)} of {count}: "
+            f"{', '.join(different)}"
+        )
     else:
         print(f"\nexact mode equals backprop bit for bit: {count}")
     return not different
@@ -218,10 +246,16 @@ def compare_exact(runs: list[Run]) -> bool:
 def main() -> int:
     """Run the demo; 1 where exact mode is not backprop."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", choices=("digits", "mnist"), default="digits", help="data set (default: digits)")
-    parser.add_argument("--steps", type=int, default=500, help="training steps of each method (default: 500)")
+    parser.add_argument(
+        "--data", choices=("digits", "mnist"), default="digits", help="data set (default: digits)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=500, help="training steps of each method (default: 500)"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("out"), help="where the picture goes (default: out)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out"), help="where the picture goes (default: out)"
+    )
     args = parser.parse_args()
     if args.steps < 1:
         parser.error("--steps must be at least 1")

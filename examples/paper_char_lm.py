@@ -1,12 +1,14 @@
-"""A character language model whose unroll is short: DNI through time at T = 8 against truncated BPTT at 8 and 40.
+"""A character language model whose unroll is short: DNI through time at T = 8 against truncated
+BPTT at 8 and 40.
 
-Bits per character of an LSTM on the Penn Treebank (Jaderberg et al. 2016, arXiv:1608.05343, section 3.2) or on any text
-file. The treebank may not be passed on, so it is not downloaded: name the directory of its three files with --data or
-DNI_FX_DATA. Training reads contiguous streams side by side, T characters of each at a time, and carries the state
-along; so does the evaluation. Test figures are those of the weights that were best in validation.
+Bits per character of an LSTM on the Penn Treebank (Jaderberg et al. 2016, arXiv:1608.05343, section
+3.2) or on any text file. The treebank may not be passed on, so it is not downloaded: name the
+directory of its three files with --data or DNI_FX_DATA. Training reads contiguous streams side by
+side, T characters of each at a time, and carries the state along; so does the evaluation. Test
+figures are those of the weights that were best in validation.
 
-``--steps`` gives all runs the same number of updates, ``--characters`` the same amount of text. Finished runs are kept
-in a JSON file beside the figure, so the same command goes on where it was:
+``--steps`` gives all runs the same number of updates, ``--characters`` the same amount of text.
+Finished runs are kept in a JSON file beside the figure, so the same command goes on where it was:
 
     python examples/paper_char_lm.py --steps 20000 --seeds 0 1 --jobs 2
     python examples/paper_char_lm.py --characters 10_000_000 --text some_book.txt
@@ -69,7 +71,7 @@ METHODS: dict[str, Settings] = {
 USUAL = ("bptt", "dni", "dni+aux")
 
 
-# ---- text -------------------------------------------------------------------------------------------------------
+# ---- text ----------------------------------------------------------------------------------------
 
 
 class Text(NamedTuple):
@@ -82,7 +84,8 @@ class Text(NamedTuple):
 
 
 def load_text(text: Path | None, directory: Path | None, limit: int | None = None) -> Text:
-    """A text file, or the Penn Treebank where none is given, cut to so many characters of each part.
+    """A text file, or the Penn Treebank where none is given, cut to so many characters of each
+    part.
 
     Raises:
         DataError: there is no such file, or too little in it.
@@ -93,7 +96,9 @@ def load_text(text: Path | None, directory: Path | None, limit: int | None = Non
         parts = [as_characters(part) for part in read_treebank(find_treebank(directory))]
     codes = {symbol: code for code, symbol in enumerate(sorted(set().union(*parts)))}
     # All parts count, so that no symbol is unknown.
-    train, valid, test = (torch.tensor([codes[c] for c in part[:limit]], dtype=torch.int64) for part in parts)
+    train, valid, test = (
+        torch.tensor([codes[c] for c in part[:limit]], dtype=torch.int64) for part in parts
+    )
     return Text(train, valid, test, len(codes))
 
 
@@ -104,7 +109,10 @@ def read_file(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path} as text: {error}") from error
     if len(content) < 100 * STREAMS:
-        raise DataError(f"{path} is too short: {len(content):,} characters, at least {100 * STREAMS:,} are needed")
+        raise DataError(
+            f"{path} is too short: {len(content):,} characters, at least {100 * STREAMS:,} are "
+            "needed"
+        )
     ends = [round(share * len(content)) for share in SHARES]
     return [content[: ends[0]], content[ends[0] : ends[1]], content[ends[1] :]]
 
@@ -118,8 +126,9 @@ def find_treebank(directory: Path | None) -> Path:
                 return candidate
     source = f" (from {DATA_VARIABLE})" if named and not directory else ""
     raise DataError(
-        f"no Penn Treebank in {named or 'the usual place'}{source}. Name the directory of {', '.join(TREEBANK)} with "
-        f"--data or in {DATA_VARIABLE}, or train on a text of your own with --text FILE."
+        f"no Penn Treebank in {named or 'the usual place'}{source}. Name the directory of "
+        f"{', '.join(TREEBANK)} with --data or in {DATA_VARIABLE}, or train on a text of your own "
+        "with --text FILE."
     )
 
 
@@ -138,12 +147,18 @@ def read_treebank(folder: Path) -> list[str]:
 
 
 def as_characters(words: str) -> str:
-    """The treebank's character level: blanks between words become underscores, those around lines vanish."""
-    return "".join("_".join(words_of_line.split()) + "\n" for words_of_line in words.split("\n")[:-1])
+    """The treebank's character level: blanks between words become underscores, those around lines
+    vanish.
+    """
+    return "".join(
+        "_".join(words_of_line.split()) + "\n" for words_of_line in words.split("\n")[:-1]
+    )
 
 
 def streams(text: Tensor, batch: int) -> Tensor:
-    """The text in so many contiguous parts of equal length, ``(time, batch)``; the rest is left out."""
+    """The text in so many contiguous parts of equal length, ``(time, batch)``; the rest is left
+    out.
+    """
     length = len(text) // batch
     return text[: length * batch].view(batch, length).t().contiguous()
 
@@ -156,7 +171,9 @@ def windows(text: Tensor, batch: int, window: int) -> Iterator[tuple[Tensor, Ten
     side_by_side = streams(text, batch)
     starts = range(0, len(side_by_side) - window, window)
     if not starts:
-        raise DataError(f"{len(text):,} characters are too few for {batch} streams and windows of {window}")
+        raise DataError(
+            f"{len(text):,} characters are too few for {batch} streams and windows of {window}"
+        )
     while True:
         for start in starts:
             x, y = (side_by_side[start + shift : start + shift + window] for shift in (0, 1))
@@ -201,17 +218,20 @@ def bits_per_character(model: CharacterModel, text: Tensor) -> float:
     return nats / y.numel() / math.log(2)
 
 
-# ---- runs -------------------------------------------------------------------------------------------------------
+# ---- runs ----------------------------------------------------------------------------------------
 
 
 def kept_for_backward(step: Callable[[], Any], lasting: Sequence[Tensor]) -> int:
-    """Bytes that autograd keeps between the forward and the backward passes of a step: its activation memory.
+    """Bytes that autograd keeps between the forward and the backward passes of a step: its
+    activation memory.
 
-    Every storage counts once; lasting ones, of parameters and of the text, do not. It is the part of a step's memory
-    that grows with the window.
+    Every storage counts once; lasting ones, of parameters and of the text, do not. It is the part
+    of a step's memory that grows with the window.
     """
     known = {p.untyped_storage().data_ptr() for p in lasting}
-    kept: dict[int, Tensor] = {}  # the tensors are held, so that no storage comes twice under one address
+    kept: dict[
+        int, Tensor
+    ] = {}  # the tensors are held, so that no storage comes twice under one address
 
     def pack(tensor: Tensor) -> Tensor:
         if (address := tensor.untyped_storage().data_ptr()) not in known:
@@ -227,14 +247,17 @@ def run_one(run: Record, data: Text, progress: Progress) -> Record:
     """Train a fresh model.
 
     Returns:
-        ``test`` (bits per character, of the weights with the best validation), ``valid`` (the best), ``curve`` (steps;
-        validation), ``characters`` (trained on), ``kept_bytes`` (see :func:`kept_for_backward`), ``seconds`` and
-        ``processor_seconds`` (of training steps), ``synthesizer_parameters``, ``diverged`` (the step at which a value
-        was no longer finite and the run ended, or None).
+        ``test`` (bits per character, of the weights with the best validation), ``valid`` (the
+        best), ``curve`` (steps; validation), ``characters`` (trained on), ``kept_bytes`` (see
+        :func:`kept_for_backward`), ``seconds`` and ``processor_seconds`` (of training steps),
+        ``synthesizer_parameters``, ``diverged`` (the step at which a value was no longer finite and
+        the run ended, or None).
     """
     settings = run["settings"]
     torch.manual_seed(run["seed"])
-    window, batch, every, steps = (settings[key] for key in ("window", "batch", "measure_every", "steps"))
+    window, batch, every, steps = (
+        settings[key] for key in ("window", "batch", "measure_every", "steps")
+    )
     model = CharacterModel(data.symbols, settings["width"], settings["embedding"])
     trainer = make_recurrent_trainer(model, cross_entropy, settings)
     curve: Record = {"steps": [], "valid": []}
@@ -309,18 +332,21 @@ def make_runs(args: argparse.Namespace) -> list[Record]:
     ]
 
 
-# ---- tables and figures -----------------------------------------------------------------------------------------
+# ---- tables and figures --------------------------------------------------------------------------
 
 
 def table(records: list[Record]) -> str:
     """Mean and each seed, as markdown."""
     lines = [
         "| setting | method | test, bits per character | validation | steps | characters, millions "
-        "| kept for the backward pass, MB | CPU microseconds per character | CPU seconds | synthesizer parameters |",
+        "| kept for the backward pass, MB | CPU microseconds per character | CPU seconds | "
+        "synthesizer parameters |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for (setting, method), runs in groups(records).items():
-        marks = ["" if r["diverged"] is None else f", diverged at step {r['diverged']:,}" for r in runs]
+        marks = [
+            "" if r["diverged"] is None else f", diverged at step {r['diverged']:,}" for r in runs
+        ]
         columns = [
             spread([r["test"] for r in runs], marks, digits=3),
             spread([r["valid"] for r in runs], digits=3),
@@ -343,32 +369,52 @@ def draw(records: list[Record], path: Path) -> None:
                 steps, bits = mean_curve(runs, errors=False, key="valid")
                 settings = runs[0]["settings"]
                 each = 1 if unit == "steps" else settings["window"] * settings["batch"] / 1e6
-                axes.plot([each * s for s in steps], bits, label=f"{method}, {setting}", **line(index))
+                axes.plot(
+                    [each * s for s in steps], bits, label=f"{method}, {setting}", **line(index)
+                )
             axes.set(xlabel=unit)
             finish_axes(axes, errors=False)
             axes.set_ylabel("validation, bits per character")
 
 
-# ---- command line -----------------------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--text", type=Path, help="a text file in place of the Penn Treebank, split 90 : 5 : 5")
-    parser.add_argument("--windows", nargs="+", type=int, default=[8], help="T of DNI and controls (default: 8)")
-    parser.add_argument("--bptt-windows", nargs="+", type=int, default=[8, 40], help="T of BPTT (default: 8 40)")
+    parser.add_argument(
+        "--text", type=Path, help="a text file in place of the Penn Treebank, split 90 : 5 : 5"
+    )
+    parser.add_argument(
+        "--windows", nargs="+", type=int, default=[8], help="T of DNI and controls (default: 8)"
+    )
+    parser.add_argument(
+        "--bptt-windows", nargs="+", type=int, default=[8, 40], help="T of BPTT (default: 8 40)"
+    )
     amount = parser.add_mutually_exclusive_group()
-    amount.add_argument("--steps", type=int, help="windows of each run: equal updates (default: 10000)")
-    amount.add_argument("--characters", type=int, help="of each run: equal text, fewer updates for longer windows")
+    amount.add_argument(
+        "--steps", type=int, help="windows of each run: equal updates (default: 10000)"
+    )
+    amount.add_argument(
+        "--characters", type=int, help="of each run: equal text, fewer updates for longer windows"
+    )
     parser.add_argument("--batch", type=int, default=32, help="streams side by side (default: 32)")
     parser.add_argument("--width", type=int, default=256, help="of the LSTM (default: 256)")
     parser.add_argument("--embedding", type=int, default=64, help="of a character (default: 64)")
     parser.add_argument("--lr", type=float, default=2e-3, help="of the model (default: 2e-3)")
-    parser.add_argument("--synthesizer-lr", type=float, help="of the synthesizers (default: as in the table)")
-    parser.add_argument("--factor", type=float, help="on synthetic gradients in use (default: as in the table)")
-    parser.add_argument("--auxiliary", type=float, help="weight of the auxiliary loss (default: as in the table)")
-    parser.add_argument("--clip-norm", type=float, default=1.0, help="of the model's gradient (default: 1)")
+    parser.add_argument(
+        "--synthesizer-lr", type=float, help="of the synthesizers (default: as in the table)"
+    )
+    parser.add_argument(
+        "--factor", type=float, help="on synthetic gradients in use (default: as in the table)"
+    )
+    parser.add_argument(
+        "--auxiliary", type=float, help="weight of the auxiliary loss (default: as in the table)"
+    )
+    parser.add_argument(
+        "--clip-norm", type=float, default=1.0, help="of the model's gradient (default: 1)"
+    )
     add_arguments(parser, METHODS, USUAL, "out/paper_char_lm.json", samples="characters")
     parser.set_defaults(seeds=[0, 1])
     args = parser.parse_args(arguments)
@@ -385,7 +431,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
 
     def report(records: list[Record]) -> None:
-        in_order = sorted(records, key=lambda r: (args.methods.index(r["method"]), r["settings"]["window"]))
+        in_order = sorted(
+            records, key=lambda r: (args.methods.index(r["method"]), r["settings"]["window"])
+        )
         equal = f"{args.steps:,} steps" if args.steps else f"{args.characters:,} characters"
         print(f"Every run: {equal}.\n")
         print(table(in_order))
@@ -393,7 +441,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         draw(in_order, picture)
         print(f"\nvalidation curves: {picture}")
 
-    return carry_out(args, make_runs(args), run_one, partial(load_text, args.text, args.data, args.limit), report)
+    return carry_out(
+        args, make_runs(args), run_one, partial(load_text, args.text, args.data, args.limit), report
+    )
 
 
 if __name__ == "__main__":

@@ -1,16 +1,19 @@
 """Copy and repeat copy over spans longer than the unroll: DNI through time against truncated BPTT.
 
-The copy and repeat-copy tasks of Jaderberg et al. 2016 (arXiv:1608.05343, section 3.2). Random patterns of eight bits
-are shown one after the other and must be reproduced from memory. Training sees T time steps at a time: truncated BPTT
-(``bptt``) learns nothing about what comes after them, DNI predicts the gradient of it, alone (``dni``) or with the
-auxiliary task of predicting the next boundary's prediction (``dni+aux``). ``stale``, the last boundary's true gradient,
-is a control; ``full``, BPTT over the whole sequence with one update for each, is the upper end where it is asked for.
+The copy and repeat-copy tasks of Jaderberg et al. 2016 (arXiv:1608.05343, section 3.2). Random
+patterns of eight bits are shown one after the other and must be reproduced from memory. Training
+sees T time steps at a time: truncated BPTT (``bptt``) learns nothing about what comes after them,
+DNI predicts the gradient of it, alone (``dni``) or with the auxiliary task of predicting the next
+boundary's prediction (``dni+aux``). ``stale``, the last boundary's true gradient, is a control;
+``full``, BPTT over the whole sequence with one update for each, is the upper end where it is asked
+for.
 
-One step is one window of T time steps, so methods of the same T are compared at equal windows, time steps and updates
-(``full`` makes fewer updates). The last window of a sequence may be shorter. Finished runs are kept in a JSON file
-beside the figure, so the same command goes on where it was:
+One step is one window of T time steps, so methods of the same T are compared at equal windows, time
+steps and updates (``full`` makes fewer updates). The last window of a sequence may be shorter.
+Finished runs are kept in a JSON file beside the figure, so the same command goes on where it was:
 
-    python examples/paper_copy.py --tasks copy repeat-copy --windows 2 3 4 5 --steps 100000 --seeds 0 1 --jobs 2
+    python examples/paper_copy.py --tasks copy repeat-copy --windows 2 3 4 5 --steps 100000 --seeds
+    0 1 --jobs 2
 """
 
 from __future__ import annotations
@@ -66,15 +69,15 @@ METHODS: dict[str, Settings] = {
 USUAL = ("bptt", "dni", "dni+aux", "stale")
 
 
-# ---- the tasks --------------------------------------------------------------------------------------------------
+# ---- the tasks -----------------------------------------------------------------------------------
 
 
 @dataclass
 class Curriculum:
     """What is to be learnt next: ``patterns`` in a sequence, ``repeats`` of them.
 
-    Copy goes from N patterns to N + 1. Repeat copy takes turns: another repeat where there are fewer of them than
-    patterns, else another pattern, so (1, 1), (2, 1), (2, 2), (3, 2), ...
+    Copy goes from N patterns to N + 1. Repeat copy takes turns: another repeat where there are
+    fewer of them than patterns, else another pattern, so (1, 1), (2, 1), (2, 2), (3, 2), ...
     """
 
     task: str
@@ -86,9 +89,9 @@ class Curriculum:
     def length(self) -> int:
         """How long the present sequences count as.
 
-        For copy the number of patterns. For repeat copy the time steps of the whole sequence, (repeats + 1) x patterns
-        + 3: of the usual ways to count it is the one that gives the lengths in the paper's table (5, 7, 19, 23, 33,
-        39, 59, 67).
+        For copy the number of patterns. For repeat copy the time steps of the whole sequence,
+        (repeats + 1) x patterns + 3: of the usual ways to count it is the one that gives the
+        lengths in the paper's table (5, 7, 19, 23, 33, 39, 59, 67).
         """
         return self.patterns if self.task == "copy" else (self.repeats + 1) * self.patterns + 3
 
@@ -109,13 +112,14 @@ def make_batch(
 ) -> tuple[Tensor, Tensor]:
     """A batch of sequences of equal length.
 
-    Copy: a start flag, the patterns, an end flag, then silence in which they are to be reproduced. Repeat copy: a start
-    flag, the patterns, the number of repeats in a channel of its own, silence, and at the end of it a marker to be
-    given by the net, in a ninth output, without which the number would not matter.
+    Copy: a start flag, the patterns, an end flag, then silence in which they are to be reproduced.
+    Repeat copy: a start flag, the patterns, the number of repeats in a channel of its own, silence,
+    and at the end of it a marker to be given by the net, in a ninth output, without which the
+    number would not matter.
 
     Returns:
-        Inputs ``(time, batch, bits + 2)`` and targets ``(time, batch, outputs)``, :data:`NOT_ASKED` where any answer
-        will do.
+        Inputs ``(time, batch, bits + 2)`` and targets ``(time, batch, outputs)``, :data:`NOT_ASKED`
+        where any answer will do.
     """
     bits = torch.randint(0, 2, (patterns, batch, BITS), generator=generator).float()
     marked = task == "repeat-copy"
@@ -133,7 +137,9 @@ def make_batch(
 
 
 def summed_error(output: Tensor, target: Tensor) -> Tensor:
-    """Sigmoid cross entropy in nats, summed over what is asked; where nothing is, a zero that has a graph."""
+    """Sigmoid cross entropy in nats, summed over what is asked; where nothing is, a zero that has a
+    graph.
+    """
     errors = F.binary_cross_entropy_with_logits(output, target.clamp(min=0.0), reduction="none")
     return (errors * (target != NOT_ASKED)).sum()
 
@@ -158,27 +164,31 @@ class Memory(nn.Module):
         return logits
 
 
-# ---- runs -------------------------------------------------------------------------------------------------------
+# ---- runs ----------------------------------------------------------------------------------------
 
 
 def run_one(run: Record, data: None, progress: Progress) -> Record:
     """Train a fresh net for so many windows.
 
     Returns:
-        ``solved`` (longest, as :attr:`Curriculum.length` counts, 0 for none), ``levels`` (step, patterns and repeats of
-        each length solved), ``curve`` (steps; solved; the mean error, in bits per bit, of the sequences that ended
-        since the last measurement, None without one), ``sequences`` (batches of them that ended), ``time_steps``,
-        ``seconds`` and ``processor_seconds`` (of training steps), ``synthesizer_parameters``, ``diverged`` (the step at
-        which a value was no longer finite and the run ended, or None).
+        ``solved`` (longest, as :attr:`Curriculum.length` counts, 0 for none), ``levels`` (step,
+        patterns and repeats of each length solved), ``curve`` (steps; solved; the mean error, in
+        bits per bit, of the sequences that ended since the last measurement, None without one),
+        ``sequences`` (batches of them that ended), ``time_steps``, ``seconds`` and
+        ``processor_seconds`` (of training steps), ``synthesizer_parameters``, ``diverged`` (the
+        step at which a value was no longer finite and the run ended, or None).
     """
     settings = run["settings"]
     torch.manual_seed(run["seed"])
     generator = torch.Generator().manual_seed(run["seed"])
-    window, batch, every, steps = (settings[key] for key in ("window", "batch", "measure_every", "steps"))
+    window, batch, every, steps = (
+        settings[key] for key in ("window", "batch", "measure_every", "steps")
+    )
     model = Memory(settings["width"], BITS + (settings["task"] == "repeat-copy"))
 
     def loss(output: Tensor, target: Tensor) -> Tensor:
-        # Every bit weighs the same, in a window that is full of them and in one that has only a few.
+        # Every bit weighs the same, in a window that is full of them and in one that has only a
+        # few.
         return summed_error(output, target) / (window * batch * BITS)
 
     trainer = make_recurrent_trainer(model, loss, settings)
@@ -191,8 +201,13 @@ def run_one(run: Record, data: None, progress: Progress) -> Record:
     seconds, processor_seconds, diverged, count = 0.0, 0.0, None, 0
     for count in range(1, steps + 1):
         if not left:
-            x, target = make_batch(settings["task"], curriculum.patterns, curriculum.repeats, batch, generator)
-            windows, left = zip(x.split(window), target.split(window), strict=True), math.ceil(len(x) / window)
+            x, target = make_batch(
+                settings["task"], curriculum.patterns, curriculum.repeats, batch, generator
+            )
+            windows, left = (
+                zip(x.split(window), target.split(window), strict=True),
+                math.ceil(len(x) / window),
+            )
             nats, asked = 0.0, bits_to_reproduce(target)
         x, target = next(windows)
         left -= 1
@@ -264,24 +279,38 @@ def make_runs(args: argparse.Namespace) -> list[Record]:
     ]
 
 
-# ---- tables and figures -----------------------------------------------------------------------------------------
+# ---- tables and figures --------------------------------------------------------------------------
 
 
 def table(records: list[Record]) -> str:
     """Mean and each seed, as markdown."""
     lines = [
-        "| setting | method | longest length solved | patterns x repeats | error of the next, bits per bit | windows "
-        "| time steps | batches of sequences | CPU seconds | synthesizer parameters |",
+        "| setting | method | longest length solved | patterns x repeats | error of the next, bits "
+        "per bit | windows | time steps | batches of sequences | CPU seconds | synthesizer "
+        "parameters |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for (setting, method), runs in groups(records).items():
-        marks = ["" if r["diverged"] is None else f", diverged at step {r['diverged']:,}" for r in runs]
+        marks = [
+            "" if r["diverged"] is None else f", diverged at step {r['diverged']:,}" for r in runs
+        ]
         columns = [
             spread([r["solved"] for r in runs], marks, digits=0),
-            ", ".join(f"{r['levels'][-1][1]} x {r['levels'][-1][2]}" if r["levels"] else "-" for r in runs),
-            mean_or_dash([known[-1] for r in runs if (known := [e for e in r["curve"]["error"] if e is not None])]),
+            ", ".join(
+                f"{r['levels'][-1][1]} x {r['levels'][-1][2]}" if r["levels"] else "-" for r in runs
+            ),
+            mean_or_dash(
+                [
+                    known[-1]
+                    for r in runs
+                    if (known := [e for e in r["curve"]["error"] if e is not None])
+                ]
+            ),
             f"{runs[0]['settings']['steps']:,}",
-            *(f"{statistics.mean(r[key] for r in runs):,.0f}" for key in ("time_steps", "sequences")),
+            *(
+                f"{statistics.mean(r[key] for r in runs):,.0f}"
+                for key in ("time_steps", "sequences")
+            ),
             f"{statistics.mean(r['processor_seconds'] for r in runs):.0f}",
             f"{runs[0]['synthesizer_parameters']:,}",
         ]
@@ -304,22 +333,34 @@ def draw(records: list[Record], path: Path) -> None:
             axes.set_ylabel("longest length solved")
 
 
-# ---- command line -----------------------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
-    parser.add_argument("--windows", nargs="+", type=int, default=[2, 3, 4, 5], help="T, in time steps (2 3 4 5)")
-    parser.add_argument("--steps", type=int, default=30_000, help="windows of each run (default: 30000)")
+    parser.add_argument(
+        "--windows", nargs="+", type=int, default=[2, 3, 4, 5], help="T, in time steps (2 3 4 5)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=30_000, help="windows of each run (default: 30000)"
+    )
     parser.add_argument("--batch", type=int, default=32, help="sequences at a time (default: 32)")
     parser.add_argument("--width", type=int, default=256, help="of the LSTM (default: 256)")
     parser.add_argument("--lr", type=float, default=1e-3, help="of the net (default: 1e-3)")
-    parser.add_argument("--synthesizer-lr", type=float, help="of the synthesizers (default: as in the table)")
-    parser.add_argument("--factor", type=float, help="on synthetic gradients in use (default: as in the table)")
-    parser.add_argument("--auxiliary", type=float, help="weight of the auxiliary loss (default: as in the table)")
-    parser.add_argument("--clip-norm", type=float, default=1.0, help="of the net's gradient (default: 1)")
+    parser.add_argument(
+        "--synthesizer-lr", type=float, help="of the synthesizers (default: as in the table)"
+    )
+    parser.add_argument(
+        "--factor", type=float, help="on synthetic gradients in use (default: as in the table)"
+    )
+    parser.add_argument(
+        "--auxiliary", type=float, help="weight of the auxiliary loss (default: as in the table)"
+    )
+    parser.add_argument(
+        "--clip-norm", type=float, default=1.0, help="of the net's gradient (default: 1)"
+    )
     add_arguments(parser, METHODS, USUAL, "out/paper_copy.json", samples=None)
     parser.set_defaults(seeds=[0, 1])
     args = parser.parse_args(arguments)
@@ -334,7 +375,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
 
     def report(records: list[Record]) -> None:
-        in_order = sorted(records, key=lambda r: (args.tasks.index(r["settings"]["task"]), r["settings"]["window"]))
+        in_order = sorted(
+            records,
+            key=lambda r: (args.tasks.index(r["settings"]["task"]), r["settings"]["window"]),
+        )
         print(table(in_order))
         picture: Path = args.out.with_suffix(".png")
         draw(in_order, picture)

@@ -1,13 +1,16 @@
-"""DNI at every layer of feed-forward nets of 3 to 6 layers: the table of Jaderberg et al. 2016, at fewer steps.
+"""DNI at every layer of feed-forward nets of 3 to 6 layers: the table of Jaderberg et al. 2016, at
+fewer steps.
 
-Fully connected or convolutional nets on MNIST or CIFAR-10 (arXiv:1608.05343, section 3.1 and appendix A.1), a cut after
-every hidden layer, trained by backprop, with synthetic gradients without labels (``dni``) and with them (``cdni``), and
-by both controls. ``--synthesizers paper`` takes the paper's synthesizers, scaled to the net, instead of the small ones.
-``--ablate`` leaves out one part of the recipe at a time. Finished runs are kept in a JSON file beside the figure, so
-the same command goes on where it was:
+Fully connected or convolutional nets on MNIST or CIFAR-10 (arXiv:1608.05343, section 3.1 and
+appendix A.1), a cut after every hidden layer, trained by backprop, with synthetic gradients without
+labels (``dni``) and with them (``cdni``), and by both controls. ``--synthesizers paper`` takes the
+paper's synthesizers, scaled to the net, instead of the small ones. ``--ablate`` leaves out one part
+of the recipe at a time. Finished runs are kept in a JSON file beside the figure, so the same
+command goes on where it was:
 
-    python examples/paper_feedforward.py --net fcn --data-set mnist --layers 3 4 5 6 --seeds 0 1 2 --jobs 2
-    python examples/paper_feedforward.py --net cnn --data-set cifar10 --layers 3 --filters 32 --ablate
+    python examples/paper_feedforward.py --net fcn --data-set mnist --layers 3 4 5 6 --seeds 0 1 2
+    --jobs 2 python examples/paper_feedforward.py --net cnn --data-set cifar10 --layers 3 --filters
+    32 --ablate
 """
 
 from __future__ import annotations
@@ -46,11 +49,16 @@ from experiment import (
     train,
 )
 
-# What a net trains with, and what each method changes. "times" is the width of a synthesizer's hidden layers over that
-# of the net's layers.
+# What a net trains with, and what each method changes. "times" is the width of a synthesizer's
+# hidden layers over that of the net's layers.
 NETS: dict[str, Settings] = {
     "fcn": {"batch": 256, "optimizer": {"name": "adam", "lr": 1e-3}, "decay": "cosine"},
-    "cnn": {"batch": 128, "optimizer": {"name": "adam", "lr": 1e-3}, "decay": "cosine", "channels_last": True},
+    "cnn": {
+        "batch": 128,
+        "optimizer": {"name": "adam", "lr": 1e-3},
+        "decay": "cosine",
+        "channels_last": True,
+    },
 }
 HEADS: Settings = {"labels": True, "synthesizer_optimizer": {"name": "adam", "lr": 5e-3}}
 METHODS: dict[tuple[str, str], Settings] = {
@@ -87,10 +95,15 @@ METHODS: dict[tuple[str, str], Settings] = {
     ("cnn", "zero"): {"gradients": "zero"},
     ("cnn", "stale"): {"gradients": "stale"},
 }
-# True gradients in the first tenth of the steps, faded into the source's in the second; "zero" is the control of that.
+# True gradients in the first tenth of the steps, faded into the source's in the second; "zero" is
+# the control of that.
 EXACT_START: Settings = {"schedule": {"schedule": "WarmUp", "steps": 0.1, "fade": 0.1}}
 STARTED = [f"{base} + exact start" for base in ("cdni", "zero")]
-METHODS |= {(net, name): {**METHODS[net, name.split()[0]], **EXACT_START} for net in NETS for name in STARTED}
+METHODS |= {
+    (net, name): {**METHODS[net, name.split()[0]], **EXACT_START}
+    for net in NETS
+    for name in STARTED
+}
 METHODS["cnn", "distill + exact start"] = {**METHODS["cnn", "distill"], **EXACT_START}
 # Is it the size of the synthesizers' errors, or that they have a direction? This one's have none.
 METHODS["cnn", "cdni, random error"] = {
@@ -102,12 +115,38 @@ PAPER: dict[tuple[str, str, str], Any] = {  # appendix A.1, by net, data set and
     ("fcn", "mnist", "cdni"): {"source": "linear"},
     ("fcn", "cifar10", "dni"): {"source": "mlp", "hidden": 1, "times": 4, "norm": "batch"},
     ("fcn", "cifar10", "cdni"): {"source": "linear"},
-    ("cnn", "mnist", "dni"): {"source": "conv", "hidden": 2, "kernel": 5, "times": 1, "norm": "batch"},
-    ("cnn", "mnist", "cdni"): {"source": "conv", "hidden": 2, "kernel": 5, "times": 1, "norm": "batch"},
-    ("cnn", "cifar10", "dni"): {"source": "conv", "hidden": 2, "kernel": 5, "times": 1, "norm": "batch"},
-    ("cnn", "cifar10", "cdni"): {"source": "conv", "hidden": 2, "kernel": 5, "times": 1, "norm": "batch"},
+    ("cnn", "mnist", "dni"): {
+        "source": "conv",
+        "hidden": 2,
+        "kernel": 5,
+        "times": 1,
+        "norm": "batch",
+    },
+    ("cnn", "mnist", "cdni"): {
+        "source": "conv",
+        "hidden": 2,
+        "kernel": 5,
+        "times": 1,
+        "norm": "batch",
+    },
+    ("cnn", "cifar10", "dni"): {
+        "source": "conv",
+        "hidden": 2,
+        "kernel": 5,
+        "times": 1,
+        "norm": "batch",
+    },
+    ("cnn", "cifar10", "cdni"): {
+        "source": "conv",
+        "hidden": 2,
+        "kernel": 5,
+        "times": 1,
+        "norm": "batch",
+    },
 }
-ABLATIONS: dict[str, Settings] = {  # appended to "cdni" or "dni"; what each changes in the source's options
+ABLATIONS: dict[
+    str, Settings
+] = {  # appended to "cdni" or "dni"; what each changes in the source's options
     "": {},
     "-raw": {"targets": "raw"},  # mean squared error of the gradients as they are
     "-raw-sum": {"targets": "raw sum"},  # the same, summed over a sample's features
@@ -120,7 +159,9 @@ ABLATIONS: dict[str, Settings] = {  # appended to "cdni" or "dni"; what each cha
 }
 USUAL = ("backprop", "dni", "cdni", "zero", "stale")
 CONVOLUTIONAL = [name for net, name in METHODS if net == "cnn" and ("fcn", name) not in METHODS]
-VARIATIONS = [f"{base}{end}" for base in ("cdni", "dni") for end in ABLATIONS]  # "dni": "cdni" without labels
+VARIATIONS = [
+    f"{base}{end}" for base in ("cdni", "dni") for end in ABLATIONS
+]  # "dni": "cdni" without labels
 
 
 class Variation(dni_fx.sources.Regression):
@@ -129,8 +170,8 @@ class Variation(dni_fx.sources.Regression):
     Args:
         specs: the values served.
         context: the context, or None.
-        targets: ``"unit"``: of unit size; ``"raw"``, ``"raw sum"``: as they are, the error a mean over everything, or a
-            sum over features and a mean over samples.
+        targets: ``"unit"``: of unit size; ``"raw"``, ``"raw sum"``: as they are, the error a mean
+            over everything, or a sum over features and a mean over samples.
         start: ``"zero"`` or ``"default"``, of the last layer.
         **options: as for the source that is varied.
     """
@@ -159,7 +200,9 @@ class Variation(dni_fx.sources.Regression):
         """The usual error, or that of raw targets."""
         if self.targets == "unit":
             return super().fit(prediction, message)
-        errors = [F.mse_loss(out, target) for out, target in zip(prediction.state, message, strict=True)]
+        errors = [
+            F.mse_loss(out, target) for out, target in zip(prediction.state, message, strict=True)
+        ]
         if self.targets == "raw sum":
             errors = [e * target[0].numel() for e, target in zip(errors, message, strict=True)]
         return torch.stack(errors).sum()
@@ -174,7 +217,9 @@ class VariedMLP(Variation, dni_fx.sources.MLP):
 
 
 class RandomError(dni_fx.sources.Mix):
-    """The true gradient and a random error, as large as that of the source that is wrapped: a control, locked."""
+    """The true gradient and a random error, as large as that of the source that is wrapped: a
+    control, locked.
+    """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, share=1.0, **options)
@@ -197,10 +242,15 @@ def fcn(shape: Sequence[int], layers: int, width: int) -> nn.Sequential:
     """Hidden layers of Linear, BatchNorm and ReLU, and a linear head."""
     sizes = [shape[0] * shape[1] * shape[2]] + [width] * layers
     hidden = [
-        (f"layer{i}", nn.Sequential(nn.Linear(sizes[i - 1], width), nn.BatchNorm1d(width), nn.ReLU()))
+        (
+            f"layer{i}",
+            nn.Sequential(nn.Linear(sizes[i - 1], width), nn.BatchNorm1d(width), nn.ReLU()),
+        )
         for i in range(1, layers + 1)
     ]
-    return nn.Sequential(OrderedDict([("flatten", nn.Flatten()), *hidden, ("head", nn.Linear(width, CLASSES))]))
+    return nn.Sequential(
+        OrderedDict([("flatten", nn.Flatten()), *hidden, ("head", nn.Linear(width, CLASSES))])
+    )
 
 
 def cnn(shape: Sequence[int], layers: int, filters: int, stride: int) -> nn.Sequential:
@@ -220,7 +270,9 @@ def cnn(shape: Sequence[int], layers: int, filters: int, stride: int) -> nn.Sequ
 
 def with_width(source: Settings, width: int) -> Settings:
     """A source's options with the width of hidden layers in place of ``times``."""
-    options = {key: with_width(value, width) if key == "by" else value for key, value in source.items()}
+    options = {
+        key: with_width(value, width) if key == "by" else value for key, value in source.items()
+    }
     if "times" in options:
         options["width"] = round(options.pop("times") * width)
     return options
@@ -237,21 +289,38 @@ def make_settings(args: argparse.Namespace, method: str, layers: int) -> Setting
         settings["labels"] = base == "cdni"
     width = {"fcn": args.width, "cnn": args.filters}[args.net]
     if args.synthesizers == "paper":
-        settings["gradients"] = PAPER.get((args.net, args.data_set, base.split()[0]), settings["gradients"])
+        settings["gradients"] = PAPER.get(
+            (args.net, args.data_set, base.split()[0]), settings["gradients"]
+        )
     if isinstance(settings["gradients"], dict):
         source = dict(settings["gradients"])
         if ablated:
-            source |= {"source": VARIED[source["source"]], **({"hidden": 0} if source["source"] == "linear" else {})}
+            source |= {
+                "source": VARIED[source["source"]],
+                **({"hidden": 0} if source["source"] == "linear" else {}),
+            }
             source |= ABLATIONS[f"-{end}" if end else ""]
         settings["gradients"] = with_width(source, width)
     if args.lr is not None:
         settings["optimizer"] = {**settings["optimizer"], "lr": args.lr}
     if args.synthesizer_lr is not None:
-        settings["synthesizer_optimizer"] = {**settings["synthesizer_optimizer"], "lr": args.synthesizer_lr}
+        settings["synthesizer_optimizer"] = {
+            **settings["synthesizer_optimizer"],
+            "lr": args.synthesizer_lr,
+        }
     settings["decay"] = args.decay or settings["decay"]
     settings["batch"] = args.batch or settings["batch"]
-    settings |= {"steps": args.steps, "measure_every": args.measure_every or max(args.steps // 10, 1)}
-    settings |= {"net": args.net, "data_set": args.data_set, "layers": layers, "width": width, "limit": args.limit}
+    settings |= {
+        "steps": args.steps,
+        "measure_every": args.measure_every or max(args.steps // 10, 1),
+    }
+    settings |= {
+        "net": args.net,
+        "data_set": args.data_set,
+        "layers": layers,
+        "width": width,
+        "limit": args.limit,
+    }
     settings |= {"stride": args.stride} if args.net == "cnn" else {}
     return settings
 
@@ -277,7 +346,9 @@ def run_one(run: Record, data: Digits, progress: Progress) -> Record:
         model = cnn(shape, settings["layers"], settings["width"], settings["stride"])
     cuts = [f"layer{i}" for i in range(1, settings["layers"] + 1)]
     drawn = batches(data, min(settings["batch"], len(data.train_x)), settings["steps"], seed)
-    return train(model, cuts, data, drawn, settings, seed=seed, progress=progress, own_sources=OWN_SOURCES)
+    return train(
+        model, cuts, data, drawn, settings, seed=seed, progress=progress, own_sources=OWN_SOURCES
+    )
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -285,17 +356,33 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--net", choices=("fcn", "cnn"), default="fcn")
     parser.add_argument("--data-set", choices=("mnist", "cifar10", "digits"), default="mnist")
-    parser.add_argument("--layers", nargs="+", type=int, help="hidden layers (default: 3 4 5 6; with --ablate: 3)")
-    parser.add_argument("--width", type=int, help="of layers of fcn (default: 256; for CIFAR-10: 1000)")
+    parser.add_argument(
+        "--layers", nargs="+", type=int, help="hidden layers (default: 3 4 5 6; with --ablate: 3)"
+    )
+    parser.add_argument(
+        "--width", type=int, help="of layers of fcn (default: 256; for CIFAR-10: 1000)"
+    )
     parser.add_argument("--filters", type=int, default=128, help="of layers of cnn (default: 128)")
     parser.add_argument("--stride", type=int, default=2, help="of poolings (default: 2)")
     parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, help="images in one (default: as in the table at the top)")
-    parser.add_argument("--lr", type=float, help="of the layers (default: as in the table at the top)")
-    parser.add_argument("--synthesizer-lr", type=float, help="of the synthesizers (default: as in the table)")
-    parser.add_argument("--decay", choices=("none", "cosine", "steps"), help="of all rates (default: as in the table)")
+    parser.add_argument(
+        "--batch", type=int, help="images in one (default: as in the table at the top)"
+    )
+    parser.add_argument(
+        "--lr", type=float, help="of the layers (default: as in the table at the top)"
+    )
+    parser.add_argument(
+        "--synthesizer-lr", type=float, help="of the synthesizers (default: as in the table)"
+    )
+    parser.add_argument(
+        "--decay",
+        choices=("none", "cosine", "steps"),
+        help="of all rates (default: as in the table)",
+    )
     parser.add_argument("--synthesizers", choices=("small", "paper"), default="small")
-    parser.add_argument("--ablate", action="store_true", help="leave out parts of the recipe, one at a time")
+    parser.add_argument(
+        "--ablate", action="store_true", help="leave out parts of the recipe, one at a time"
+    )
     names = list(dict.fromkeys([*USUAL, *STARTED, *CONVOLUTIONAL, *VARIATIONS]))
     add_arguments(parser, names, USUAL, "out/paper_feedforward.json")
     args = parser.parse_args(arguments)
@@ -306,8 +393,15 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--layers must be at least 1")
     if args.ablate and args.methods == list(USUAL):
         args.methods = ["backprop", *VARIATIONS, "zero"]
-    if unknown := [m for m in args.methods if (args.net, m) not in METHODS and not (args.ablate and m in VARIATIONS)]:
-        parser.error(f"{', '.join(unknown)}: only with {'--net cnn' if unknown[0] in CONVOLUTIONAL else '--ablate'}")
+    if unknown := [
+        m
+        for m in args.methods
+        if (args.net, m) not in METHODS and not (args.ablate and m in VARIATIONS)
+    ]:
+        parser.error(
+            f"{', '.join(unknown)}: only with "
+            f"{'--net cnn' if unknown[0] in CONVOLUTIONAL else '--ablate'}"
+        )
     return args
 
 
@@ -316,9 +410,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
 
     def report(records: list[Record]) -> None:
-        errors = args.data_set != "cifar10"  # of the others they are small, and accuracies would look alike
+        errors = (
+            args.data_set != "cifar10"
+        )  # of the others they are small, and accuracies would look alike
         print(table(records, errors=errors))
-        print("\ncosine with backprop's gradient, of what is predicted at a cut / of the weights before it:")
+        print(
+            "\ncosine with backprop's gradient, of what is predicted at a cut / of the weights "
+            "before it:"
+        )
         print(agreement_table(records))
         picture: Path = args.out.with_suffix(".png")
         draw(records, picture, errors=errors)

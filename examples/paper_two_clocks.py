@@ -1,17 +1,19 @@
-"""Two networks with clocks of their own: DNI on the message between them against locking the fast to the slow one.
+"""Two networks with clocks of their own: DNI on the message between them against locking the fast
+to the slow one.
 
-The system of Jaderberg et al. 2016 (arXiv:1608.05343, section 3.3). Network A sees a digit at every tick, and says
-every T ticks how many of the last T were odd; then it sends a message to network B, which ticks once in T ticks and
-says after T messages how many of the T x T digits were threes. A never hears of threes but through the gradient of its
-messages. ``locked`` waits for that, so both networks update every T x T ticks, with true gradients. With a source on
-the message A updates every T ticks: ``dni`` predicts the gradient from the message alone, ``cdni`` also sees how many
-threes there were. Controls: ``zero`` (no gradient), ``stale`` (that of the messages before).
+The system of Jaderberg et al. 2016 (arXiv:1608.05343, section 3.3). Network A sees a digit at every
+tick, and says every T ticks how many of the last T were odd; then it sends a message to network B,
+which ticks once in T ticks and says after T messages how many of the T x T digits were threes. A
+never hears of threes but through the gradient of its messages. ``locked`` waits for that, so both
+networks update every T x T ticks, with true gradients. With a source on the message A updates every
+T ticks: ``dni`` predicts the gradient from the message alone, ``cdni`` also sees how many threes
+there were. Controls: ``zero`` (no gradient), ``stale`` (that of the messages before).
 
-Sequences are T x T ticks long, with digits drawn anew. Both reports are classifications (0 to T, 0 to T x T) and are
-trained by cross entropy; what is measured is how often they are wrong. Between its windows A's state is carried, but no
-gradient: truncated BPTT, the same for all methods. One step is one sequence for every network, so methods are compared
-at equal ticks; updates are counted. Finished runs are kept in a JSON file beside the figure, so the same command goes
-on where it was:
+Sequences are T x T ticks long, with digits drawn anew. Both reports are classifications (0 to T, 0
+to T x T) and are trained by cross entropy; what is measured is how often they are wrong. Between
+its windows A's state is carried, but no gradient: truncated BPTT, the same for all methods. One
+step is one sequence for every network, so methods are compared at equal ticks; updates are counted.
+Finished runs are kept in a JSON file beside the figure, so the same command goes on where it was:
 
     python examples/paper_two_clocks.py --steps 3000 --seeds 0 1 2 --jobs 2
 """
@@ -72,14 +74,14 @@ METHODS: dict[str, Settings] = {
 USUAL = ("locked", "dni", "cdni", "zero", "stale")
 
 
-# ---- the task ---------------------------------------------------------------------------------------------------
+# ---- the task ------------------------------------------------------------------------------------
 
 
 class Sequences(NamedTuple):
     """A batch of sequences: ``x`` ``(T * T, batch, pixels)``, and the numbers to be told.
 
-    ``odd`` and ``threes_of_each`` count the digits of each window of T ticks, ``(T, batch)``; ``threes`` those of the
-    whole sequence, ``(batch,)``.
+    ``odd`` and ``threes_of_each`` count the digits of each window of T ticks, ``(T, batch)``;
+    ``threes`` those of the whole sequence, ``(batch,)``.
     """
 
     x: Tensor
@@ -126,7 +128,9 @@ class Fast(nn.Module):
         self.message = nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width))
 
     def forward(self, x: Tensor, state: Any) -> tuple[dict[str, Tensor], Any]:
-        """From a window ``(T, batch, pixels)``: logits ``(batch, T + 1)`` and message ``(batch, width)`` at its end."""
+        """From a window ``(T, batch, pixels)``: logits ``(batch, T + 1)`` and message ``(batch,
+        width)`` at its end.
+        """
         seen = self.front(x.flatten(0, 1)).unflatten(0, x.shape[:2])
         hidden, state = self.core(seen, state)
         return {"odd": self.count(hidden[-1]), "message": self.message(hidden[-1])}, state
@@ -165,21 +169,29 @@ def measure(fast: nn.Module, slow: nn.Module, sequences: Sequences, ticks: int) 
     truth = {"odd": sequences.odd.flatten(), "threes": sequences.threes}
     fast.train()
     slow.train()
-    errors = {name: 100.0 * (logits[name].argmax(1) != truth[name]).double().mean().item() for name in REPORTS}
-    return errors | {f"{name}_loss": F.cross_entropy(logits[name], truth[name]).item() for name in REPORTS}
+    errors = {
+        name: 100.0 * (logits[name].argmax(1) != truth[name]).double().mean().item()
+        for name in REPORTS
+    }
+    return errors | {
+        f"{name}_loss": F.cross_entropy(logits[name], truth[name]).item() for name in REPORTS
+    }
 
 
-# ---- runs -------------------------------------------------------------------------------------------------------
+# ---- runs ----------------------------------------------------------------------------------------
 
 
-def make_collection(fast: nn.Module, slow: nn.Module, settings: Settings, updates: dict[str, int]) -> Collection:
+def make_collection(
+    fast: nn.Module, slow: nn.Module, settings: Settings, updates: dict[str, int]
+) -> Collection:
     """Both networks with their trainers, A sending to B.
 
     Args:
         fast: as :class:`Fast`.
         slow: as :class:`Slow`.
-        settings: ``ticks``, ``optimizer``, ``clip_norm``, ``gradients`` of the message, and where its source takes
-            them ``factor``, ``labels`` (which of A's two counts it sees) and ``synthesizer_optimizer``.
+        settings: ``ticks``, ``optimizer``, ``clip_norm``, ``gradients`` of the message, and where
+            its source takes them ``factor``, ``labels`` (which of A's two counts it sees) and
+            ``synthesizer_optimizer``.
         updates: where those of A and B are counted.
     """
     ticks = settings["ticks"]
@@ -188,15 +200,21 @@ def make_collection(fast: nn.Module, slow: nn.Module, settings: Settings, update
         made = make_optimizer(settings["optimizer"], parameters)
         updates[name] = 0
 
-        def count(*_: Any) -> None:  # answers to messages that have their gradients already make steps without any
-            updates[name] += any(p.grad is not None for group in made.param_groups for p in group["params"])
+        def count(
+            *_: Any,
+        ) -> None:  # answers to messages that have their gradients already make steps without any
+            updates[name] += any(
+                p.grad is not None for group in made.param_groups for p in group["params"]
+            )
 
         made.register_step_post_hook(count)
         return made
 
     options: dict[str, Any] = {}
     if "synthesizer_optimizer" in settings:
-        options["synthesizer_optimizer"] = partial(make_optimizer, settings["synthesizer_optimizer"])
+        options["synthesizer_optimizer"] = partial(
+            make_optimizer, settings["synthesizer_optimizer"]
+        )
     if "labels" in settings:
         encode = dni_fx.one_hot(ticks + 1)
         options["context"] = lambda target: encode(target[settings["labels"]])
@@ -209,7 +227,11 @@ def make_collection(fast: nn.Module, slow: nn.Module, settings: Settings, update
         ticks,
         loss=count_odd,
         optimizer=partial(optimizer, "A"),
-        gradients={"message": make_source(settings["gradients"]), "next_0": "zero", "next_1": "zero"},
+        gradients={
+            "message": make_source(settings["gradients"]),
+            "next_0": "zero",
+            "next_1": "zero",
+        },
         messages=("message",),
         message_factor=settings.get("factor", 1.0),
         clip_norm=settings["clip_norm"],
@@ -232,13 +254,16 @@ def train_on(collection: Collection, sequences: Sequences, ticks: int) -> float 
     """Train on a batch of sequences, tick by tick.
 
     Returns:
-        Cosine of the message's gradient with its target, as last measured; None where nothing is predicted.
+        Cosine of the message's gradient with its target, as last measured; None where nothing is
+        predicted.
     """
     cosine = None
     for t, x in enumerate(sequences.x):
         window = t // ticks
         target = {"odd": sequences.odd[window], "threes": sequences.threes_of_each[window]}
-        reports = collection.tick({"A": x}, {"A": target, "B": sequences.threes}, done=t + 1 == len(sequences.x))
+        reports = collection.tick(
+            {"A": x}, {"A": target, "B": sequences.threes}, done=t + 1 == len(sequences.x)
+        )
         if "A" in reports and "message" in reports["A"].interfaces:
             cosine = reports["A"].interfaces["message"].cosine
     return None if cosine is None or cosine != cosine else cosine
@@ -248,10 +273,11 @@ def run_one(run: Record, data: Digits, progress: Progress) -> Record:
     """Train two fresh networks on so many batches of sequences.
 
     Returns:
-        ``curve`` (steps; ``ticks`` of each sequence of the batch, all in all; test error in per cent of ``odd`` and
-        ``threes``, and their losses; ``cosine`` of the message's gradient), ``odd`` and ``threes`` (errors at the end),
-        ``updates`` of A and B, ``seconds`` and ``processor_seconds`` (of training), ``synthesizer_parameters``,
-        ``diverged`` (the step at which a value was no longer finite and the run ended, or None).
+        ``curve`` (steps; ``ticks`` of each sequence of the batch, all in all; test error in per
+        cent of ``odd`` and ``threes``, and their losses; ``cosine`` of the message's gradient),
+        ``odd`` and ``threes`` (errors at the end), ``updates`` of A and B, ``seconds`` and
+        ``processor_seconds`` (of training), ``synthesizer_parameters``, ``diverged`` (the step at
+        which a value was no longer finite and the run ended, or None).
     """
     settings = run["settings"]
     ticks, every, steps = settings["ticks"], settings["measure_every"], settings["steps"]
@@ -292,7 +318,9 @@ def run_one(run: Record, data: Digits, progress: Progress) -> Record:
         "seconds": seconds,
         "processor_seconds": processor_seconds,
         "synthesizer_parameters": sum(
-            p.numel() for member in collection.members.values() for p in member.trainer.synthesizers.parameters()
+            p.numel()
+            for member in collection.members.values()
+            for p in member.trainer.synthesizers.parameters()
         ),
         "diverged": diverged,
     }
@@ -319,14 +347,19 @@ def make_settings(args: argparse.Namespace, method: str, rate: float) -> Setting
 def make_runs(args: argparse.Namespace) -> list[Record]:
     """All runs asked for, seed by seed, so that an early look at the table compares all methods."""
     return [
-        make_run(method, f"T = {args.ticks}, learning rate {rate:g}", seed, make_settings(args, method, rate))
+        make_run(
+            method,
+            f"T = {args.ticks}, learning rate {rate:g}",
+            seed,
+            make_settings(args, method, rate),
+        )
         for seed in args.seeds
         for rate in args.lr
         for method in args.methods
     ]
 
 
-# ---- tables and figures -----------------------------------------------------------------------------------------
+# ---- tables and figures --------------------------------------------------------------------------
 
 
 def ticks_until(record: Record, name: str, error: float) -> int | None:
@@ -339,11 +372,14 @@ def table(records: list[Record]) -> str:
     """Mean and each seed, as markdown."""
     lines = [
         "| setting | method | threes (B): error, % | loss | odd digits (A): error, % | loss "
-        f"| ticks to {SOON:g} % error on threes | ticks | updates of A | of B | CPU seconds | synthesizer parameters |",
+        f"| ticks to {SOON:g} % error on threes | ticks | updates of A | of B | CPU seconds | "
+        "synthesizer parameters |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for (setting, method), runs in groups(records).items():
-        marks = ["" if r["diverged"] is None else f", diverged at step {r['diverged']:,}" for r in runs]
+        marks = [
+            "" if r["diverged"] is None else f", diverged at step {r['diverged']:,}" for r in runs
+        ]
         soon = [ticks_until(r, "threes", SOON) for r in runs]
         columns = [
             spread([r["threes"] for r in runs], marks),
@@ -361,10 +397,17 @@ def table(records: list[Record]) -> str:
 
 
 def draw(records: list[Record], path: Path) -> None:
-    """Errors of both reports against ticks and against A's updates, for each setting: the mean over seeds."""
+    """Errors of both reports against ticks and against A's updates, for each setting: the mean over
+    seeds.
+    """
     settings = list(dict.fromkeys(record["setting"] for record in records))
     methods = list(dict.fromkeys(record["method"] for record in records))
-    panels = [(setting, name, unit) for setting in settings for unit in ("ticks", "updates of A") for name in REPORTS]
+    panels = [
+        (setting, name, unit)
+        for setting in settings
+        for unit in ("ticks", "updates of A")
+        for name in REPORTS
+    ]
     with figure(path, len(panels)) as all_axes:
         for axes, (setting, name, unit) in zip(all_axes, panels, strict=True):
             for (at, method), runs in groups(records).items():
@@ -372,28 +415,48 @@ def draw(records: list[Record], path: Path) -> None:
                     continue
                 steps, errors = mean_curve(runs, errors=False, key=name)
                 last = runs[0]["curve"]["steps"][-1]
-                whole = runs[0]["curve"]["ticks"][-1] if unit == "ticks" else runs[0]["updates"]["A"]
+                whole = (
+                    runs[0]["curve"]["ticks"][-1] if unit == "ticks" else runs[0]["updates"]["A"]
+                )
                 style = line(methods.index(method))
-                axes.plot([whole / last * s for s in steps], errors, label=method, marker=".", **style)
+                axes.plot(
+                    [whole / last * s for s in steps], errors, label=method, marker=".", **style
+                )
             axes.set(xlabel=unit, title=f"{REPORTS[name]}, {setting}")
             finish_axes(axes, errors=True)
 
 
-# ---- command line -----------------------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ticks", type=int, default=4, help="T: ticks of A for one of B (default: 4)")
-    parser.add_argument("--steps", type=int, default=3000, help="batches of sequences (default: 3000)")
+    parser.add_argument(
+        "--ticks", type=int, default=4, help="T: ticks of A for one of B (default: 4)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=3000, help="batches of sequences (default: 3000)"
+    )
     parser.add_argument("--batch", type=int, default=64, help="sequences at a time (default: 64)")
-    parser.add_argument("--width", type=int, default=128, help="of layers, LSTMs and message (default: 128)")
+    parser.add_argument(
+        "--width", type=int, default=128, help="of layers, LSTMs and message (default: 128)"
+    )
     parser.add_argument("--data-set", choices=("mnist", "digits"), default="mnist")
-    parser.add_argument("--lr", nargs="+", type=float, default=[3e-4], help="of both networks (default: 3e-4)")
-    parser.add_argument("--synthesizer-lr", type=float, help="of the synthesizer (default: as in the table at the top)")
-    parser.add_argument("--factor", type=float, help="on predicted gradients in use (default: as in the table)")
-    parser.add_argument("--clip-norm", type=float, help="largest norm of a network's gradient (default: none)")
+    parser.add_argument(
+        "--lr", nargs="+", type=float, default=[3e-4], help="of both networks (default: 3e-4)"
+    )
+    parser.add_argument(
+        "--synthesizer-lr",
+        type=float,
+        help="of the synthesizer (default: as in the table at the top)",
+    )
+    parser.add_argument(
+        "--factor", type=float, help="on predicted gradients in use (default: as in the table)"
+    )
+    parser.add_argument(
+        "--clip-norm", type=float, help="largest norm of a network's gradient (default: none)"
+    )
     add_arguments(parser, METHODS, USUAL, "out/paper_two_clocks.json")
     args = parser.parse_args(arguments)
     check_arguments(parser, args, "ticks", "steps", "batch", "width")
@@ -410,7 +473,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         draw(records, picture)
         print(f"\nerrors over ticks and updates: {picture}")
 
-    return carry_out(args, make_runs(args), run_one, partial(load_data, args.data_set, args.data, args.limit), report)
+    return carry_out(
+        args,
+        make_runs(args),
+        run_one,
+        partial(load_data, args.data_set, args.data, args.limit),
+        report,
+    )
 
 
 if __name__ == "__main__":

@@ -45,7 +45,10 @@ def main() -> None:
         chosen = torch.randint(len(data.train_x), (64,))
         report = trainer.step(data.train_x[chosen], target=data.train_y[chosen])
         if step % 50 == 0:  # when predictions are measured; the first is zero and has no direction
-            print(f"step {step:4}  loss {report.loss:.3f}  cosine at layer2 {report.interfaces['layer2'].cosine:.2f}")
+            print(
+                f"step {step:4}  loss {report.loss:.3f}  cosine at layer2 "
+                f"{report.interfaces['layer2'].cosine:.2f}"
+            )
 
     model.eval()  # the user's own model was trained in place
     with torch.no_grad():

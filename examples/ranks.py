@@ -1,6 +1,8 @@
-"""What the distributed examples share: their options, the process group, and what they print and save.
+"""What the distributed examples share: their options, the process group, and what they print and
+save.
 
-A script runs on the processes that torchrun starts, or in one process alone; nothing else in it depends on that.
+A script runs on the processes that torchrun starts, or in one process alone; nothing else in it
+depends on that.
 """
 
 from __future__ import annotations
@@ -17,8 +19,11 @@ import torch.distributed as dist
 
 from dni_fx import distributed
 
-CONTROLS = ("zero", "stale", "exact")  # no gradient crosses a cut; the last batch's; backpropagation, locked
-
+CONTROLS = (
+    "zero",
+    "stale",
+    "exact",
+)  # no gradient crosses a cut; the last batch's; backpropagation, locked
 
 
 def options(
@@ -34,20 +39,44 @@ def options(
     parser = argparse.ArgumentParser(description=text.splitlines()[0])
     parser.add_argument("--steps", type=int, default=steps, help=f"(default: {steps})")
     parser.add_argument("--batch", type=int, default=batch, help=f"(default: {batch})")
-    parser.add_argument("--source", default=source, help=f"of gradients, see the README (default: {source})")
-    parser.add_argument("--compare", action="store_true", help=f"train with {', '.join(CONTROLS)} as well")
+    parser.add_argument(
+        "--source", default=source, help=f"of gradients, see the README (default: {source})"
+    )
+    parser.add_argument(
+        "--compare", action="store_true", help=f"train with {', '.join(CONTROLS)} as well"
+    )
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     number = f"(2 to {most}; default: {stages}, or as many as processes)"
     parser.add_argument(
-        "--stages", type=int, choices=range(2, most + 1), default=max(stages, processes), metavar="N", help=number
+        "--stages",
+        type=int,
+        choices=range(2, most + 1),
+        default=max(stages, processes),
+        metavar="N",
+        help=number,
     )
-    parser.add_argument("--staleness", type=int, help="steps until answers are learnt from (default: as they come)")
-    parser.add_argument("--policy", choices=("wait", "drop_oldest"), default="wait", help="at a full queue")
-    parser.add_argument("--queue", type=int, default=4, help="values under way between two stages (default: 4)")
+    parser.add_argument(
+        "--staleness", type=int, help="steps until answers are learnt from (default: as they come)"
+    )
+    parser.add_argument(
+        "--policy", choices=("wait", "drop_oldest"), default="wait", help="at a full queue"
+    )
+    parser.add_argument(
+        "--queue", type=int, default=4, help="values under way between two stages (default: 4)"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="save there, and go on from there")
-    parser.add_argument("--every", type=int, default=every, help=f"steps between measurements (default: {every})")
-    parser.add_argument("--timeline", type=Path, metavar="FILE", help="what every stage did when, for chrome://tracing")
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="save there, and go on from there"
+    )
+    parser.add_argument(
+        "--every", type=int, default=every, help=f"steps between measurements (default: {every})"
+    )
+    parser.add_argument(
+        "--timeline",
+        type=Path,
+        metavar="FILE",
+        help="what every stage did when, for chrome://tracing",
+    )
     return parser
 
 
@@ -62,7 +91,9 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 @contextlib.contextmanager
 def processes() -> Iterator[int]:
-    """The process group where torchrun has started this process, else none. Gives the number of processes."""
+    """The process group where torchrun has started this process, else none. Gives the number of
+    processes.
+    """
     torch.set_num_threads(1)  # as many processes as cores
     distributed.start()
     if not dist.is_initialized():

@@ -1,14 +1,17 @@
-"""One trunk that serves three clients, each with a head, images and a question of its own; one of them is slow.
+"""One trunk that serves three clients, each with a head, images and a question of its own; one of
+them is slow.
 
     python examples/shared_trunk.py                                         # stages on threads
     torchrun --standalone --nproc-per-node 4 examples/shared_trunk.py       # on processes, 4 or 5
 
-Every client learns from its own loss, in its own stage. What the trunk learns from is predicted, by one source for each
-client, which is corrected whenever that client's gradient comes. So nobody waits for the slow one: it leaves out what
-it has no time for. Trains for --seconds, with all clients equally fast and with one 10 times slower; prints the updates
-of every stage in that time and what each client has learnt, beside a trunk that does not learn (zero).
+Every client learns from its own loss, in its own stage. What the trunk learns from is predicted, by
+one source for each client, which is corrected whenever that client's gradient comes. So nobody
+waits for the slow one: it leaves out what it has no time for. Trains for --seconds, with all
+clients equally fast and with one 10 times slower; prints the updates of every stage in that time
+and what each client has learnt, beside a trunk that does not learn (zero).
 
-Three clients and a trunk at work need more cores than most machines have; here their work is mostly a pause (--work).
+Three clients and a trunk at work need more cores than most machines have; here their work is mostly
+a pause (--work).
 """
 
 from __future__ import annotations
@@ -34,10 +37,16 @@ from dni_fx import distributed
 from dni_fx.schedules import Threads
 from dni_fx.sources import GradientSource, Prediction
 
-CLIENTS = {"digit": 10, "parity": 2, "large": 2}  # number of answers: which digit, odd or even, above 4 or not
+CLIENTS = {
+    "digit": 10,
+    "parity": 2,
+    "large": 2,
+}  # number of answers: which digit, odd or even, above 4 or not
 SLOW = "large"
 ENDS = list(itertools.accumulate(CLIENTS.values(), initial=0))
-COLUMNS = {name: slice(*ENDS[k : k + 2]) for k, name in enumerate(CLIENTS)}  # of outputs, and of labels as context
+COLUMNS = {
+    name: slice(*ENDS[k : k + 2]) for k, name in enumerate(CLIENTS)
+}  # of outputs, and of labels as context
 
 Batch = tuple[dict[str, Tensor], dict[str, Tensor]]  # images and labels of each client
 
@@ -69,7 +78,9 @@ class Service(nn.Module):
         self.seconds = seconds
         hidden = [nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU()]
         self.trunk = nn.Sequential(nn.Flatten(2), *hidden, nn.Linear(64, 16), nn.Tanh())
-        self.heads = nn.ModuleDict({name: nn.Linear(16, answers) for name, answers in CLIENTS.items()})
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(16, answers) for name, answers in CLIENTS.items()}
+        )
 
     def forward(self, images: dict[str, Tensor]) -> Tensor:
         """Images ``(batch, 1, 8, 8)`` of each client to the answers of all, side by side."""
@@ -82,7 +93,9 @@ class Service(nn.Module):
 
 
 class Labels:
-    """What the sources see: whose image it is and what its label is, one of 14 numbers, ``(batch, client, 14)``."""
+    """What the sources see: whose image it is and what its label is, one of 14 numbers, ``(batch,
+    client, 14)``.
+    """
 
     features, positions = ENDS[-1], 1
 
@@ -130,12 +143,15 @@ def batches(data: Digits, size: int, seed: int) -> Iterator[Batch]:
     generator = torch.Generator().manual_seed(seed)
     share = len(data.train_x) // len(CLIENTS)
     while True:
-        chosen = {n: torch.randint(share, (size,), generator=generator) + k * share for k, n in enumerate(CLIENTS)}
+        chosen = {
+            n: torch.randint(share, (size,), generator=generator) + k * share
+            for k, n in enumerate(CLIENTS)
+        }
         images = {name: data.train_x[rows] for name, rows in chosen.items()}
         yield images, {name: labels_of(data.train_y[rows])[name] for name, rows in chosen.items()}
 
 
-# ---- one run --------------------------------------------------------------------------------------------------------
+# ---- one run -------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -162,7 +178,9 @@ class Updates:
         self.count[name] += time.perf_counter() < self.end
 
 
-def make(args: argparse.Namespace, source: str, slow: float, example: Batch) -> tuple[nn.Module, dict[str, Any]]:
+def make(
+    args: argparse.Namespace, source: str, slow: float, example: Batch
+) -> tuple[nn.Module, dict[str, Any]]:
     """A fresh model, and the trainer's arguments."""
     seconds = dict.fromkeys(["trunk", *CLIENTS], args.work / 1000)
     seconds[SLOW] *= slow
@@ -201,17 +219,24 @@ def run_threads(args: argparse.Namespace, data: Digits, source: str, slow: float
         return Run(updates.count, accuracies(model.eval(), data))
 
 
-def run_processes(args: argparse.Namespace, data: Digits, source: str, slow: float, name: str) -> Run:
+def run_processes(
+    args: argparse.Namespace, data: Digits, source: str, slow: float, name: str
+) -> Run:
     """Every stage on a process; all make as many steps as the trunk has had time for.
 
-    The process of the trunk says which batch is the last before it sends that batch, so that the others know in time.
+    The process of the trunk says which batch is the last before it sends that batch, so that the
+    others know in time.
     """
     stream = batches(data, args.batch, args.seed)
     model, options = make(args, source, slow, next(stream))
     last = dist.get_world_size() - 1
-    placement = [min(k, last) for k in range(len(CLIENTS) + 2)]  # the last process is the slow client's
+    placement = [
+        min(k, last) for k in range(len(CLIENTS) + 2)
+    ]  # the last process is the slow client's
     store = dist.PrefixStore(name, ranks.common_store())
-    with distributed.Trainer(**options, placement=placement, queue=args.queue, policy=args.policy) as trainer:
+    with distributed.Trainer(
+        **options, placement=placement, queue=args.queue, policy=args.policy
+    ) as trainer:
         images, labels = next(stream)
         trainer.step(images, target=labels)  # connects
         trainer.drain()
@@ -239,29 +264,47 @@ def accuracies(model: Callable[..., Tensor | None], data: Digits) -> dict[str, f
     if answers is None:
         return dict.fromkeys(CLIENTS, float("nan"))
     right = labels_of(data.test_y)
-    return {n: float((answers[:, COLUMNS[n]].argmax(1) == right[n]).float().mean()) for n in CLIENTS}
+    return {
+        n: float((answers[:, COLUMNS[n]].argmax(1) == right[n]).float().mean()) for n in CLIENTS
+    }
 
 
-# ---- all of them ----------------------------------------------------------------------------------------------------
+# ---- all of them ---------------------------------------------------------------------------------
 
 
 def main() -> None:
-    """Train with and without a slow client, and with a trunk that does not learn; print what became of all."""
+    """Train with and without a slow client, and with a trunk that does not learn; print what became
+    of all.
+    """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=20.0, help="of each run (default: 20)")
-    parser.add_argument("--work", type=float, default=20.0, help="of each stage, milliseconds a batch (default: 20)")
-    parser.add_argument("--slow", type=float, default=10.0, help="how much slower one client is (default: 10)")
-    parser.add_argument("--source", default="each:mlp", help="of the trunk's gradients (default: each:mlp)")
-    parser.add_argument("--policy", choices=("drop_oldest", "wait"), default="drop_oldest", help="at a full queue")
-    parser.add_argument("--queue", type=int, default=4, help="values under way between two stages (default: 4)")
+    parser.add_argument(
+        "--work", type=float, default=20.0, help="of each stage, milliseconds a batch (default: 20)"
+    )
+    parser.add_argument(
+        "--slow", type=float, default=10.0, help="how much slower one client is (default: 10)"
+    )
+    parser.add_argument(
+        "--source", default="each:mlp", help="of the trunk's gradients (default: each:mlp)"
+    )
+    parser.add_argument(
+        "--policy", choices=("drop_oldest", "wait"), default="drop_oldest", help="at a full queue"
+    )
+    parser.add_argument(
+        "--queue", type=int, default=4, help="values under way between two stages (default: 4)"
+    )
     parser.add_argument("--batch", type=int, default=64, help="images of each client (default: 64)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--status", action="store_true", help="print what every stage did (with processes)")
+    parser.add_argument(
+        "--status", action="store_true", help="print what every stage did (with processes)"
+    )
     args = parser.parse_args()
     data = digits()
     with ranks.processes() as count:
         if count not in (1, 4, 5):
-            parser.error(f"the trunk and three clients need 4 or 5 processes, or threads in one, not {count}")
+            parser.error(
+                f"the trunk and three clients need 4 or 5 processes, or threads in one, not {count}"
+            )
 
         def run(name: str, source: str, slow: float) -> Run:
             if count == 1:
@@ -269,10 +312,16 @@ def main() -> None:
             return run_processes(args, data, source, slow, name)
 
         kind = "threads" if count == 1 else f"{count} processes"
-        ranks.say(f"{args.seconds:g} s a run on {kind}, {args.policy}; the trunk learns from {args.source!r}")
+        ranks.say(
+            f"{args.seconds:g} s a run on {kind}, {args.policy}; the trunk learns from "
+            f"{args.source!r}"
+        )
         alike, slow = run("alike", args.source, 1.0), run("slow", args.source, args.slow)
         frozen = run("zero", "zero", args.slow)
-        ranks.say(f"\n| updates | all alike | {SLOW!r} {args.slow:g} x slower | change |\n| --- | ---: | ---: | ---: |")
+        ranks.say(
+            f"\n| updates | all alike | {SLOW!r} {args.slow:g} x slower | change |\n| --- | ---: | "
+            "---: | ---: |"
+        )
         for name in alike.updates:
             before, after = alike.updates[name], slow.updates[name]
             ranks.say(f"| {name} | {before} | {after} | {after / max(before, 1) - 1:+.1%} |")

@@ -1,4 +1,6 @@
-"""What every test starts from: one thread, a fixed seed, and the torch version in the report's header."""
+"""What every test starts from: one thread, a fixed seed, and the torch version in the report's
+header.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The zoo: small models, written as users write them, that nobody prepared for a graph transform.
 
-Each ``Case`` holds one model, its inputs and the cuts to try. Inputs and parameters are drawn from the global
-generator, so that whoever seeds it decides on them. The oracles (``tests/oracles.py``) do the checking.
+Each ``Case`` holds one model, its inputs and the cuts to try. Inputs and parameters are drawn from
+the global generator, so that whoever seeds it decides on them. The oracles (``tests/oracles.py``)
+do the checking.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ Loss = Callable[[Any, Any], Tensor]
 
 
 def named_leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested containers (dicts, sequences, named tuples, dataclasses) with their paths, in order."""
+    """The leaves of nested containers (dicts, sequences, named tuples, dataclasses) with their
+    paths, in order.
+    """
     if isinstance(value, dict):
         for key in value:
             yield from named_leaves(value[key], f"{prefix}[{key!r}]")
@@ -36,9 +39,17 @@ def named_leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def squares(output: Any, target: Any = None) -> Tensor:
-    """The default loss: a weighted mean of squares over all float outputs. Each has its own weight and offset."""
-    floats = [leaf for _, leaf in named_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    terms = [(tensor - 0.1 * rank).square().mean() * (1 + rank) for rank, tensor in enumerate(floats)]
+    """The default loss: a weighted mean of squares over all float outputs. Each has its own weight
+    and offset.
+    """
+    floats = [
+        leaf
+        for _, leaf in named_leaves(output)
+        if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    ]
+    terms = [
+        (tensor - 0.1 * rank).square().mean() * (1 + rank) for rank, tensor in enumerate(floats)
+    ]
     return torch.stack(terms).sum()
 
 
@@ -48,7 +59,9 @@ def classify(output: Tensor, target: Tensor) -> Tensor:
 
 
 def seed_generator(seed: int) -> None:
-    """Seed the CPU's generator alone: ``torch.manual_seed`` also takes a stack trace for CUDA, which costs more."""
+    """Seed the CPU's generator alone: ``torch.manual_seed`` also takes a stack trace for CUDA,
+    which costs more.
+    """
     torch.default_generator.manual_seed(seed)
 
 
@@ -56,7 +69,8 @@ def seed_generator(seed: int) -> None:
 class Case:
     """One model of the zoo.
 
-    ``inputs(batch, dtype)`` gives positional and keyword arguments, ``target(batch, dtype)`` the target, if any.
+    ``inputs(batch, dtype)`` gives positional and keyword arguments, ``target(batch, dtype)`` the
+    target, if any.
     """
 
     name: str
@@ -88,12 +102,19 @@ def labels(classes: int, *shape: int) -> Callable[[int, torch.dtype], Tensor]:
     return lambda batch, dtype: torch.randint(0, classes, (batch, *shape))
 
 
-# Chains ---------------------------------------------------------------------------------------------------------------
+# Chains
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def mlp_chain() -> nn.Module:
     return nn.Sequential(
-        nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)
+        nn.Linear(6, 8),
+        nn.ReLU(),
+        nn.Linear(8, 8),
+        nn.Tanh(),
+        nn.Linear(8, 8),
+        nn.ReLU(),
+        nn.Linear(8, 3),
     )
 
 
@@ -113,7 +134,11 @@ def norm_dropout_chain() -> nn.Module:
 
 def inplace_chain() -> nn.Module:
     return nn.Sequential(
-        nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Linear(8, 3)
+        nn.Linear(6, 8),
+        nn.ReLU(inplace=True),
+        nn.Linear(8, 8),
+        nn.ReLU(inplace=True),
+        nn.Linear(8, 3),
     )
 
 
@@ -134,7 +159,8 @@ class ConvNet(nn.Module):
         return self.fc(torch.flatten(self.pool(x), 1))
 
 
-# Skips ----------------------------------------------------------------------------------------------------------------
+# Skips
+# ----------------------------------------------------------------------------------------------------------------
 
 
 class ResidualBlock(nn.Module):
@@ -256,13 +282,17 @@ class FanOut(nn.Module):
 
 
 class Inception(nn.Module):
-    """An auxiliary head in training only, so that the two modes give different graphs and different outputs."""
+    """An auxiliary head in training only, so that the two modes give different graphs and different
+    outputs.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(2, 4, 3, padding=1)
         self.branch1 = nn.Conv2d(4, 2, 1)
-        self.branch3 = nn.Sequential(nn.Conv2d(4, 3, 1), nn.ReLU(True), nn.Conv2d(3, 3, 3, padding=1))
+        self.branch3 = nn.Sequential(
+            nn.Conv2d(4, 3, 1), nn.ReLU(True), nn.Conv2d(3, 3, 3, padding=1)
+        )
         self.branch_pool = nn.Sequential(nn.MaxPool2d(3, 1, 1), nn.Conv2d(4, 3, 1))
         self.aux = nn.Linear(8, 3)
         self.last = nn.Conv2d(8, 6, 3, padding=1)
@@ -280,7 +310,8 @@ class Inception(nn.Module):
         return result
 
 
-# Shared parameters ----------------------------------------------------------------------------------------------------
+# Shared parameters
+# ----------------------------------------------------------------------------------------------------
 
 
 class TiedLanguageModel(nn.Module):
@@ -346,7 +377,8 @@ class TiedAutoencoder(nn.Module):
         return F.linear(code, self.encoder.weight.t(), self.bias)
 
 
-# Views and mutation ---------------------------------------------------------------------------------------------------
+# Views and mutation
+# ---------------------------------------------------------------------------------------------------
 
 
 class Views(nn.Module):
@@ -400,7 +432,9 @@ class SetitemAfterCut(nn.Module):
 
 
 class ReadAfterMutation(nn.Module):
-    """``v`` changes in the second stage; the third reads ``v`` and the mutation's result, the same memory."""
+    """``v`` changes in the second stage; the third reads ``v`` and the mutation's result, the same
+    memory.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -418,7 +452,9 @@ class ReadAfterMutation(nn.Module):
 
 
 class MutateThroughView(nn.Module):
-    """After ``b``, two names of memory written to later would cross, which is refused; after ``c`` it is fine."""
+    """After ``b``, two names of memory written to later would cross, which is refused; after ``c``
+    it is fine.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -452,7 +488,8 @@ class SqueezeEinsum(nn.Module):
         return out * torch.sigmoid(scores)
 
 
-# Sequences ------------------------------------------------------------------------------------------------------------
+# Sequences
+# ------------------------------------------------------------------------------------------------------------
 
 
 class LSTMModel(nn.Module):
@@ -486,7 +523,8 @@ class TransformerModel(nn.Module):
         super().__init__()
         self.embed = nn.Linear(5, 8)
         self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(8, 2, dim_feedforward=12, dropout=0.1, batch_first=True) for _ in range(2)
+            nn.TransformerEncoderLayer(8, 2, dim_feedforward=12, dropout=0.1, batch_first=True)
+            for _ in range(2)
         )
         self.head = nn.Linear(8, 3)
 
@@ -564,7 +602,9 @@ class RotaryAttention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = (p(x).unflatten(-1, (2, 4)).transpose(1, 2) for p in (self.q, self.k, self.v))
-        y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
+        y = F.scaled_dot_product_attention(
+            rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True
+        )
         return x + y.transpose(1, 2).flatten(2)
 
 
@@ -574,13 +614,17 @@ class RotaryModel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Linear(5, 8)
-        self.register_buffer("inv_freq", 1.0 / (100.0 ** (torch.arange(0, 4, 2).float() / 4)), persistent=False)
+        self.register_buffer(
+            "inv_freq", 1.0 / (100.0 ** (torch.arange(0, 4, 2).float() / 4)), persistent=False
+        )
         self.layers = nn.ModuleList(RotaryAttention() for _ in range(3))
         self.head = nn.Linear(8, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
-            freqs = torch.outer(torch.arange(x.size(1), device=x.device).to(self.inv_freq), self.inv_freq)
+            freqs = torch.outer(
+                torch.arange(x.size(1), device=x.device).to(self.inv_freq), self.inv_freq
+            )
             angles = torch.cat((freqs, freqs), dim=-1)
             cos, sin = angles.cos(), angles.sin()
         h = self.embed(x)
@@ -636,7 +680,8 @@ class UnbindLoop(nn.Module):
         return self.head(torch.stack(outputs, dim=1))
 
 
-# Autograd and global state --------------------------------------------------------------------------------------------
+# Autograd and global state
+# --------------------------------------------------------------------------------------------
 
 
 class CheckpointedBlock(nn.Module):
@@ -651,7 +696,10 @@ class CheckpointedBlock(nn.Module):
 
 def checkpointed_chain(use_reentrant: bool) -> Callable[[], nn.Module]:
     return lambda: nn.Sequential(
-        nn.Linear(6, 8), CheckpointedBlock(use_reentrant), CheckpointedBlock(use_reentrant), nn.Linear(8, 3)
+        nn.Linear(6, 8),
+        CheckpointedBlock(use_reentrant),
+        CheckpointedBlock(use_reentrant),
+        nn.Linear(8, 3),
     )
 
 
@@ -742,7 +790,8 @@ class AutocastInside(nn.Module):
         return self.head(h)
 
 
-# Structures -----------------------------------------------------------------------------------------------------------
+# Structures
+# -----------------------------------------------------------------------------------------------------------
 
 
 class DictOutput(nn.Module):
@@ -756,7 +805,12 @@ class DictOutput(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Any]:
         h = torch.relu(self.trunk(x))
         y = torch.relu(self.mid(h))
-        return {"boxes": self.boxes(y), "scores": [self.scores(y), self.scores(h)], "size": x.shape[1], "extra": None}
+        return {
+            "boxes": self.boxes(y),
+            "scores": [self.scores(y), self.scores(h)],
+            "size": x.shape[1],
+            "extra": None,
+        }
 
 
 @dataclass
@@ -817,7 +871,10 @@ class NestedInput(nn.Module):
 
 def nested_input(batch: int, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
     kinds = [torch.randint(0, 5, (batch,)), torch.randint(0, 5, (batch,))]
-    nested = {"image": {"pixels": torch.randn(batch, 6, dtype=dtype), "id": "photo"}, "kinds": kinds}
+    nested = {
+        "image": {"pixels": torch.randn(batch, 6, dtype=dtype), "id": "photo"},
+        "kinds": kinds,
+    }
     return (nested,), {"weights": torch.rand(batch, 1, dtype=dtype)}
 
 
@@ -828,7 +885,9 @@ class OptionalArguments(nn.Module):
         self.fc2 = nn.Linear(8, 8)
         self.fc3 = nn.Linear(8, 3)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, bias: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, bias: Tensor | None = None, scale: float = 1.0
+    ) -> Tensor:
         h = torch.relu(self.fc1(x))
         if mask is not None:
             h = h * mask
@@ -889,12 +948,15 @@ class OpenArguments(nn.Module):
         return -self.fc3(h) if options.get("negate", False) else self.fc3(h)
 
 
-# Frozen parts ---------------------------------------------------------------------------------------------------------
+# Frozen parts
+# ---------------------------------------------------------------------------------------------------------
 
 
 def frozen_chain(*frozen: int) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
-        model = nn.Sequential(*(nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Tanh()) for _ in range(5)))
+        model = nn.Sequential(
+            *(nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Tanh()) for _ in range(5))
+        )
         for index in frozen:
             model[index].requires_grad_(False)
         return model
@@ -910,7 +972,8 @@ def frozen_norm_chain() -> nn.Module:
     return model
 
 
-# Randomness and state -------------------------------------------------------------------------------------------------
+# Randomness and state
+# -------------------------------------------------------------------------------------------------
 
 
 class RandomDepthBlock(nn.Module):
@@ -997,14 +1060,19 @@ class Rebinding(nn.Module):
 
 
 def buffer_chain() -> nn.Module:
-    return nn.Sequential(nn.Linear(6, 8), RunningMean(8), nn.ReLU(), nn.Linear(8, 8), RunningMean(8), nn.Linear(8, 3))
+    return nn.Sequential(
+        nn.Linear(6, 8), RunningMean(8), nn.ReLU(), nn.Linear(8, 8), RunningMean(8), nn.Linear(8, 3)
+    )
 
 
 def rebinding_chain() -> nn.Module:
-    return nn.Sequential(nn.Linear(6, 8), Rebinding(8), nn.ReLU(), nn.Linear(8, 8), Rebinding(8), nn.Linear(8, 3))
+    return nn.Sequential(
+        nn.Linear(6, 8), Rebinding(8), nn.ReLU(), nn.Linear(8, 8), Rebinding(8), nn.Linear(8, 3)
+    )
 
 
-# Control flow and odds and ends ---------------------------------------------------------------------------------------
+# Control flow and odds and ends
+# ---------------------------------------------------------------------------------------
 
 
 class ShapeControl(nn.Module):
@@ -1043,7 +1111,13 @@ class TrainingControl(nn.Module):
 
 def normed_chain(norm: Callable[[nn.Module], nn.Module]) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
-        return nn.Sequential(norm(nn.Linear(6, 8)), nn.ReLU(), norm(nn.Linear(8, 8)), nn.ReLU(), norm(nn.Linear(8, 3)))
+        return nn.Sequential(
+            norm(nn.Linear(6, 8)),
+            nn.ReLU(),
+            norm(nn.Linear(8, 8)),
+            nn.ReLU(),
+            norm(nn.Linear(8, 3)),
+        )
 
     return make
 
@@ -1144,7 +1218,11 @@ class Factories(nn.Module):
         carry = torch.zeros(b, t, 8, dtype=x.dtype)
         carry[:, 0] = 1
         h = torch.relu(h) * torch.exp(-decay / t)[None, :, None] + carry
-        h = self.mid(h) * x.new_full((b, 1, 1), 0.5) + torch.linspace(0, 1, 8).to(h) + torch.ones_like(h)
+        h = (
+            self.mid(h) * x.new_full((b, 1, 1), 0.5)
+            + torch.linspace(0, 1, 8).to(h)
+            + torch.ones_like(h)
+        )
         return self.head(h).sum(1) / torch.tensor(float(t), dtype=x.dtype)
 
 
@@ -1153,12 +1231,17 @@ def channels_last_convnet() -> nn.Module:
 
 
 def channels_last_rows(batch: int, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return (torch.randn(batch, 3, 8, 8, dtype=dtype).contiguous(memory_format=torch.channels_last),), {}
+    return (
+        torch.randn(batch, 3, 8, 8, dtype=dtype).contiguous(memory_format=torch.channels_last),
+    ), {}
 
 
 def floats(*shapes: tuple[int, ...]) -> Inputs:
     """Several float inputs, each of shape (batch, *shape)."""
-    return lambda batch, dtype: (tuple(torch.randn(batch, *shape, dtype=dtype) for shape in shapes), {})
+    return lambda batch, dtype: (
+        tuple(torch.randn(batch, *shape, dtype=dtype) for shape in shapes),
+        {},
+    )
 
 
 def gated(batch: int, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -1167,7 +1250,9 @@ def gated(batch: int, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, An
 
 
 def with_keyword(name: str, width: int, extra: int = 0, **constants: Any) -> Inputs:
-    """(batch, 6) positional inputs, ``extra`` more of (batch, 8), and one keyword tensor of (batch, width)."""
+    """(batch, 6) positional inputs, ``extra`` more of (batch, 8), and one keyword tensor of (batch,
+    width).
+    """
 
     def inputs(batch: int, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
         args = tuple(torch.randn(batch, width, dtype=dtype) for width in (6, *(8,) * extra))
@@ -1183,21 +1268,64 @@ _spectral_norm = nn.utils.parametrizations.spectral_norm
 ZOO: tuple[Case, ...] = (
     Case("mlp_chain", mlp_chain, rows(6), ("1", "3", "5"), labels(3), classify),
     Case("norm_dropout_chain", norm_dropout_chain, rows(6), ("3", "6"), labels(3), classify),
-    Case("inplace_chain", inplace_chain, rows(6), ("0", "2"), notes="in-place ReLU right after each cut"),
+    Case(
+        "inplace_chain",
+        inplace_chain,
+        rows(6),
+        ("0", "2"),
+        notes="in-place ReLU right after each cut",
+    ),
     Case("conv_norm_chain", ConvNet, _image, ("bn1", "conv2"), labels(4), classify),
-    Case("channels_last", channels_last_convnet, channels_last_rows, ("conv1", "bn2"), labels(4), classify),
+    Case(
+        "channels_last",
+        channels_last_convnet,
+        channels_last_rows,
+        ("conv1", "bn2"),
+        labels(4),
+        classify,
+    ),
     Case("residual", ResidualNet, rows(6), ("stem", "blocks.0", "blocks.1.fc1")),
-    Case("preactivation_inplace", PreActivationNet, _image, ("stem", "layer1", "layer2.conv1", "layer2")),
+    Case(
+        "preactivation_inplace",
+        PreActivationNet,
+        _image,
+        ("stem", "layer1", "layer2.conv1", "layer2"),
+    ),
     Case("dense", DenseNet, rows(6), ("layers.0", "layers.1", "layers.2")),
     Case("unet", UNet, rows(2, 8, 8), ("down2", "middle", "up2")),
     Case("two_towers", TwoTowers, floats((6,), (5,)), ("left.1", "left", "right.1", "right")),
-    Case("fan_out", FanOut, rows(6), ("stem", "a", "b", "c"), notes="one value with uses in four stages"),
+    Case(
+        "fan_out",
+        FanOut,
+        rows(6),
+        ("stem", "a", "b", "c"),
+        notes="one value with uses in four stages",
+    ),
     Case("inception", Inception, rows(2, 6, 6), ("stem", "branch3", "last")),
-    Case("tied_language_model", TiedLanguageModel, tokens(5, 11), ("embed", "block1"), labels(11, 5), classify),
+    Case(
+        "tied_language_model",
+        TiedLanguageModel,
+        tokens(5, 11),
+        ("embed", "block1"),
+        labels(11, 5),
+        classify,
+    ),
     Case("reused_in_two", ReusedTwice, rows(6), ("norm",)),
     Case("reused_in_three", ReusedThrice, rows(8), ("norm1", "norm2")),
-    Case("siamese", Siamese, floats((6,), (6,)), ("tower.1",), notes="the cut falls inside the tower's second use"),
-    Case("tied_autoencoder", TiedAutoencoder, rows(6), ("code",), notes="a weight read as an attribute, transposed"),
+    Case(
+        "siamese",
+        Siamese,
+        floats((6,), (6,)),
+        ("tower.1",),
+        notes="the cut falls inside the tower's second use",
+    ),
+    Case(
+        "tied_autoencoder",
+        TiedAutoencoder,
+        rows(6),
+        ("code",),
+        notes="a weight read as an attribute, transposed",
+    ),
     Case("views", Views, rows(6), ("inp", "mid", "late")),
     Case("inplace_after_cut", InplaceAfterCut, rows(6), ("a", "b")),
     Case("setitem_after_cut", SetitemAfterCut, rows(6), ("a", "b")),
@@ -1207,7 +1335,14 @@ ZOO: tuple[Case, ...] = (
     Case("lstm", LSTMModel, tokens(4, 9), ("embed", "lstm", "norm"), labels(9, 4), classify),
     Case("gru", GRUModel, rows(4, 4), ("inp", "gru")),
     Case("transformer", TransformerModel, rows(4, 5), ("embed", "layers.0", "layers.1")),
-    Case("gpt", GPT, tokens(5, 11), ("blocks.0", "blocks.1.attn.qkv", "blocks.1"), labels(11, 5), classify),
+    Case(
+        "gpt",
+        GPT,
+        tokens(5, 11),
+        ("blocks.0", "blocks.1.attn.qkv", "blocks.1"),
+        labels(11, 5),
+        classify,
+    ),
     Case("rotary", RotaryModel, rows(4, 5), ("embed", "layers.0", "layers.1")),
     Case("cross_attention", CrossAttention, floats((3, 5), (4, 4)), ("memory", "attn")),
     Case("time_loop", TimeLoop, rows(3, 4), ("embed", "cell")),
@@ -1226,14 +1361,45 @@ ZOO: tuple[Case, ...] = (
     Case("optional_given", OptionalArguments, with_keyword("bias", 8, scale=0.5), ("fc1", "fc2")),
     Case("several_inputs", SeveralInputs, gated, ("a", "c")),
     Case("early_outputs", EarlyOutputs, rows(6), ("exit1", "exit2")),
-    Case("open_arguments", OpenArguments, with_keyword("shift", 8, extra=1, negate=True), ("fc1", "fc2")),
+    Case(
+        "open_arguments",
+        OpenArguments,
+        with_keyword("shift", 8, extra=1, negate=True),
+        ("fc1", "fc2"),
+    ),
     Case("frozen_first_half", frozen_chain(0, 1), rows(6), ("2", "3")),
-    Case("frozen_middle", frozen_chain(2), rows(6), ("1", "2"), notes="the middle stage has nothing to train"),
-    Case("frozen_norm", frozen_norm_chain, rows(6), ("1", "4"), notes="BatchNorm in eval mode while training"),
-    Case("stochastic_depth", stochastic_depth_chain, rows(6), ("1", "3"), notes="`if torch.rand([]) < p`"),
+    Case(
+        "frozen_middle",
+        frozen_chain(2),
+        rows(6),
+        ("1", "2"),
+        notes="the middle stage has nothing to train",
+    ),
+    Case(
+        "frozen_norm",
+        frozen_norm_chain,
+        rows(6),
+        ("1", "4"),
+        notes="BatchNorm in eval mode while training",
+    ),
+    Case(
+        "stochastic_depth",
+        stochastic_depth_chain,
+        rows(6),
+        ("1", "3"),
+        notes="`if torch.rand([]) < p`",
+    ),
     Case("row_drop", RowDropNet, rows(6), ("layers.0", "layers.1")),
-    Case("running_mean", buffer_chain, rows(6), ("1", "3"), notes="buffers updated in place in forward"),
-    Case("rebound_buffer", rebinding_chain, rows(6), ("1", "3"), notes="buffers replaced in forward"),
+    Case(
+        "running_mean",
+        buffer_chain,
+        rows(6),
+        ("1", "3"),
+        notes="buffers updated in place in forward",
+    ),
+    Case(
+        "rebound_buffer", rebinding_chain, rows(6), ("1", "3"), notes="buffers replaced in forward"
+    ),
     Case("shape_control", ShapeControl, rows(6), ("fc1", "fc2")),
     Case("training_control", TrainingControl, rows(6), ("fc1", "fc2")),
     Case("weight_norm", normed_chain(_weight_norm), rows(6), ("1", "3")),
@@ -1244,7 +1410,13 @@ ZOO: tuple[Case, ...] = (
     Case("group_norm", GroupNormNet, rows(2, 7), ("gn1", "conv2")),
     Case("routing", Routing, rows(6), ("inp", "norm"), notes="integer and boolean tensors cross"),
     Case("tensor_attribute", TensorAttribute, rows(6), ("fc1", "fc2")),
-    Case("hooks", hooked_chain, rows(6), ("1", "3"), notes="a forward hook and a forward pre-hook on leaves"),
+    Case(
+        "hooks",
+        hooked_chain,
+        rows(6),
+        ("1", "3"),
+        notes="a forward hook and a forward pre-hook on leaves",
+    ),
     Case("factories", Factories, rows(3, 4), ("inp", "mid")),
 )
 BY_NAME = {case.name: case for case in ZOO}

@@ -1,8 +1,9 @@
 """The oracles: what must hold of any decoupled model (docs/design.md, correctness).
 
-A run is recorded as nested dictionaries of tensors, so that comparing two runs is comparing two structures bit by bit.
-Both sides build their own model from the same seed, since some models (old-style weight norm) cannot be deep-copied.
-Everything assumes one thread: with several, eager PyTorch differs from itself.
+A run is recorded as nested dictionaries of tensors, so that comparing two runs is comparing two
+structures bit by bit. Both sides build their own model from the same seed, since some models
+(old-style weight norm) cannot be deep-copied. Everything assumes one thread: with several, eager
+PyTorch differs from itself.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def one_thread() -> Iterator[None]:
 
 
 def same_bits(a: Any, b: Any) -> bool:
-    """Whether two leaves are equal: tensors in dtype, shape and every bit (nan equals itself, 0.0 is not -0.0)."""
+    """Whether two leaves are equal: tensors in dtype, shape and every bit (nan equals itself, 0.0
+    is not -0.0).
+    """
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return type(a) is type(b) and bool(a == b)
     if a.dtype != b.dtype or a.shape != b.shape:
@@ -55,7 +58,9 @@ def same_bits(a: Any, b: Any) -> bool:
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
-    flat = torch.empty(tensor.numel(), dtype=tensor.dtype)  # in memory of its own, whatever the tensor's strides
+    flat = torch.empty(
+        tensor.numel(), dtype=tensor.dtype
+    )  # in memory of its own, whatever the tensor's strides
     return flat.copy_(tensor.detach().reshape(-1)).view(torch.uint8)
 
 
@@ -66,7 +71,9 @@ def describe(a: Any, b: Any) -> str:
             return f"{a.dtype} {tuple(a.shape)} against {b.dtype} {tuple(b.shape)}"
         difference = (a.detach().double() - b.detach().double()).abs().max().item()
         return f"largest difference {difference:.3g}, largest value {b.detach().double().abs().max().item():.3g}"
-    return " against ".join(f"tensor {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x) for x in (a, b))
+    return " against ".join(
+        f"tensor {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x) for x in (a, b)
+    )
 
 
 def assert_bits_equal(a: Any, b: Any, what: str) -> None:
@@ -76,7 +83,10 @@ def assert_bits_equal(a: Any, b: Any, what: str) -> None:
         AssertionError: naming ``what`` and every leaf that differs.
     """
     left, right = dict(named_leaves(a)), dict(named_leaves(b))
-    extra, missing = [path for path in left if path not in right], [path for path in right if path not in left]
+    extra, missing = (
+        [path for path in left if path not in right],
+        [path for path in right if path not in left],
+    )
     if extra or missing:
         raise AssertionError(f"{what}: unexpected {extra[:12]}, missing {missing[:12]}")
     wrong = [f"{path or 'value'}: {describe(left[path], right[path])}" for path in left
@@ -86,7 +96,11 @@ def assert_bits_equal(a: Any, b: Any, what: str) -> None:
 
 def frozen(value: Any) -> Any:
     """A detached copy of nested tensors, in the same containers."""
-    memo = {id(leaf): leaf.detach().clone() for _, leaf in named_leaves(value) if isinstance(leaf, Tensor)}
+    memo = {
+        id(leaf): leaf.detach().clone()
+        for _, leaf in named_leaves(value)
+        if isinstance(leaf, Tensor)
+    }
     return copy.deepcopy(value, memo)
 
 
@@ -99,7 +113,9 @@ def containers(value: Any) -> Any:
     return type(value)
 
 
-def draw(case: Case, batch: int, dtype: torch.dtype, seed: int) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+def draw(
+    case: Case, batch: int, dtype: torch.dtype, seed: int
+) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     """Positional inputs, keyword inputs and the target of one step."""
     seed_generator(10_000 + seed)
     args, kwargs = case.inputs(batch, dtype)
@@ -126,7 +142,8 @@ def graph_of(output: Tensor) -> str:
 def recording(factory: Optimizers, grads: Record) -> Optimizers:
     """The optimizer factory, made to note each parameter's gradient by name as it steps.
 
-    A parameter that steps twice in one step of training is an error; one that has no gradient is noted as None.
+    A parameter that steps twice in one step of training is an error; one that has no gradient is
+    noted as None.
     """
 
     def make(params: Any) -> torch.optim.Optimizer:
@@ -146,7 +163,13 @@ def recording(factory: Optimizers, grads: Record) -> Optimizers:
 
 
 def backprop_run(
-    case: Case, dtype: torch.dtype, optimizer: Optimizers, *, steps: int = 3, batch: int = 4, seed: int = 0
+    case: Case,
+    dtype: torch.dtype,
+    optimizer: Optimizers,
+    *,
+    steps: int = 3,
+    batch: int = 4,
+    seed: int = 0,
 ) -> Record:
     """Train the case's model with a plain eager loop.
 
@@ -183,7 +206,9 @@ def _noted(outputs: Any, loss: Tensor, grads: Record, model: nn.Module) -> Recor
 
 
 class Replay(GradientSource):
-    """A source that gives what it was handed: with true gradients, the decoupled step must equal backprop."""
+    """A source that gives what it was handed: with true gradients, the decoupled step must equal
+    backprop.
+    """
 
     message: ClassVar[Literal["gradient", "loss", "none"]] = "none"
 
@@ -225,7 +250,8 @@ def decoupled_run(
     """Train the case's model decoupled and record what :func:`backprop_run` records.
 
     Args:
-        before_step: called before each step with the decoupled model, the trainer, the step's arguments and target.
+        before_step: called before each step with the decoupled model, the trainer, the step's
+            arguments and target.
         prepare: called once with the decoupled model; negative controls break it there.
         schedule: the trainer's.
     """
@@ -234,7 +260,9 @@ def decoupled_run(
     if prepare is not None:
         prepare(decoupled)
     grads: Record = {}
-    trainer = dni_fx.Trainer(decoupled, case.loss, optimizer=recording(optimizer, grads), schedule=schedule)
+    trainer = dni_fx.Trainer(
+        decoupled, case.loss, optimizer=recording(optimizer, grads), schedule=schedule
+    )
     record: Record = {}
     for step in range(steps):
         args, kwargs, target = draw(case, batch, dtype, seed + step)
@@ -250,13 +278,24 @@ def decoupled_run(
 
 
 def transform(
-    case: Case, dtype: torch.dtype, gradients: Any, *, batch: int = 4, seed: int = 0, check: bool = False
+    case: Case,
+    dtype: torch.dtype,
+    gradients: Any,
+    *,
+    batch: int = 4,
+    seed: int = 0,
+    check: bool = False,
 ) -> dni_fx.Decoupled:
     """Decouple a fresh model of the case at its cuts."""
     model = case.build(dtype, seed)
     args, kwargs, _ = draw(case, batch, dtype, seed)
     return dni_fx.decouple(
-        model, cuts=list(case.cuts), example_inputs=args, example_kwargs=kwargs, gradients=gradients, check=check
+        model,
+        cuts=list(case.cuts),
+        example_inputs=args,
+        example_kwargs=kwargs,
+        gradients=gradients,
+        check=check,
     )
 
 
@@ -268,32 +307,49 @@ def exact_run(case: Case, dtype: torch.dtype, optimizer: Optimizers, **options: 
 def hand_over_true_gradients(
     decoupled: dni_fx.Decoupled, trainer: dni_fx.Trainer, args: Any, kwargs: Any, target: Any
 ) -> None:
-    """Record backprop's gradient at every interface and hand it to the replay sources. Nothing else may change."""
+    """Record backprop's gradient at every interface and hand it to the replay sources. Nothing else
+    may change.
+    """
     random, state = torch.get_rng_state(), state_of(decoupled.model)
     true = trainer.true_gradients(*args, target=target, **kwargs)
     assert_bits_equal(torch.get_rng_state(), random, "random state after true_gradients")
     assert_bits_equal(state_of(decoupled.model), state, "state after true_gradients")
     names = [interface.name for interface in decoupled.interfaces]
-    assert sorted(true) == sorted(names), f"true gradients of {sorted(true)}, interfaces {sorted(names)}"
+    assert sorted(true) == sorted(names), (
+        f"true gradients of {sorted(true)}, interfaces {sorted(names)}"
+    )
     for name in names:
         source_of(decoupled, name).gradients = (true[name].detach(),)
 
 
 def replay_run(case: Case, dtype: torch.dtype, optimizer: Optimizers, **options: Any) -> Record:
-    """Train by the decoupled step with recorded true gradients as sources. Must equal :func:`backprop_run`."""
+    """Train by the decoupled step with recorded true gradients as sources. Must equal
+    :func:`backprop_run`.
+    """
     options.setdefault("before_step", hand_over_true_gradients)
     return decoupled_run(case, dtype, optimizer, gradients=Replay, **options)
 
 
 def derivatives(
-    model: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any, seed: int, *, of_inputs: bool
+    model: nn.Module,
+    call: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    seed: int,
+    *,
+    of_inputs: bool,
 ) -> Record:
-    """Outputs, and gradients of every parameter (and float input) under random cotangents, and the state afterwards.
+    """Outputs, and gradients of every parameter (and float input) under random cotangents, and the
+    state afterwards.
 
     ``backward`` and not ``autograd.grad``, which reentrant checkpoints refuse.
     """
     args, kwargs = frozen(args), frozen(kwargs)
-    inputs = [leaf for _, leaf in named_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    inputs = [
+        leaf
+        for _, leaf in named_leaves((args, kwargs))
+        if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    ]
     for tensor in inputs:
         tensor.requires_grad_(of_inputs)
     for parameter in model.parameters():
@@ -301,11 +357,18 @@ def derivatives(
     seed_generator(seed)
     outputs = call(*args, **kwargs)
     noted = frozen(outputs)
-    roots = [leaf for _, leaf in named_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    roots = [
+        leaf for _, leaf in named_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad
+    ]
     generator = torch.Generator().manual_seed(seed)
-    cotangents = [torch.randn(root.shape, generator=generator, dtype=torch.float64).to(root.dtype) for root in roots]
+    cotangents = [
+        torch.randn(root.shape, generator=generator, dtype=torch.float64).to(root.dtype)
+        for root in roots
+    ]
     torch.autograd.backward(roots, cotangents)
-    grads = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+    grads = {
+        name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()
+    }
     for parameter in model.parameters():
         parameter.grad = None
     requires = [leaf.requires_grad for _, leaf in named_leaves(outputs) if isinstance(leaf, Tensor)]
@@ -328,10 +391,11 @@ def composed_check(
     modes: Sequence[str] = ("train", "eval"),
     seed: int = 0,
 ) -> int:
-    """Assert that the composed stages equal the model: outputs, gradients, buffers; train and eval; several batches.
+    """Assert that the composed stages equal the model: outputs, gradients, buffers; train and eval;
+    several batches.
 
-    A batch size that the model itself refuses (BatchNorm with one sample) is left out. Inputs require a gradient, too,
-    in all batches but the first.
+    A batch size that the model itself refuses (BatchNorm with one sample) is left out. Inputs
+    require a gradient, too, in all batches but the first.
 
     Args:
         decoupled: a decoupled model of the case, trained or not; a new one by default.
@@ -356,17 +420,24 @@ def composed_check(
                 for name, buffer in model.named_buffers():
                     buffer.copy_(before[name])
                 continue
-            got = derivatives(decoupled.model, decoupled, args, kwargs, seed, of_inputs=batch != batches[0])
-            assert_bits_equal(got, want, f"{case.name}: composed stages, {mode} mode, batch {batch}")
+            got = derivatives(
+                decoupled.model, decoupled, args, kwargs, seed, of_inputs=batch != batches[0]
+            )
+            assert_bits_equal(
+                got, want, f"{case.name}: composed stages, {mode} mode, batch {batch}"
+            )
             compared += 1
     return compared
 
 
-def nothing_crosses(case: Case, dtype: torch.dtype, *, gradients: Any = "auto", seed: int = 0) -> int:
+def nothing_crosses(
+    case: Case, dtype: torch.dtype, *, gradients: Any = "auto", seed: int = 0
+) -> int:
     """Assert that before any ``fit`` no stage's gradient depends on a parameter of a later stage.
 
-    Sources start at zero, so one step after perturbing the parameters that only stages from k on hold must give the
-    stages before k the same gradients, bit for bit. Tied weights belong to several stages and are left out.
+    Sources start at zero, so one step after perturbing the parameters that only stages from k on
+    hold must give the stages before k the same gradients, bit for bit. Tied weights belong to
+    several stages and are left out.
 
     Returns:
         How many gradients were compared.
@@ -389,12 +460,16 @@ def nothing_crosses(case: Case, dtype: torch.dtype, *, gradients: Any = "auto", 
         moved = _first_gradients(case, dtype, decoupled, seed)
         upstream = {name for name, owners in stages.items() if max(owners) < boundary}
         left, right = ({name: g[name] for name in upstream if name in g} for g in (clean, moved))
-        assert_bits_equal(right, left, f"{case.name}: gradients before stage {boundary}, perturbed from it on")
+        assert_bits_equal(
+            right, left, f"{case.name}: gradients before stage {boundary}, perturbed from it on"
+        )
         compared += len(left)
     return compared
 
 
-def _first_gradients(case: Case, dtype: torch.dtype, decoupled: dni_fx.Decoupled, seed: int) -> Record:
+def _first_gradients(
+    case: Case, dtype: torch.dtype, decoupled: dni_fx.Decoupled, seed: int
+) -> Record:
     grads: Record = {}
     trainer = dni_fx.Trainer(decoupled, case.loss, optimizer=recording(sgd, grads))
     args, kwargs, target = draw(case, 4, dtype, seed)

@@ -1,9 +1,10 @@
-"""Random models for hypothesis: a program of a few raw instructions becomes a module with a readable ``forward``.
+"""Random models for hypothesis: a program of a few raw instructions becomes a module with a
+readable ``forward``.
 
-An instruction is a name and three small integers, which pick operands among the values that fit, so that nearly every
-program is valid. The builder keeps track of what autograd would refuse (writing to memory that a backward needs, to
-one of several views made at once, ...) and turns such a write into its out-of-place form. It knows aliases in eval mode
-too, where dropout returns its own input.
+An instruction is a name and three small integers, which pick operands among the values that fit, so
+that nearly every program is valid. The builder keeps track of what autograd would refuse (writing
+to memory that a backward needs, to one of several views made at once, ...) and turns such a write
+into its out-of-place form. It knows aliases in eval mode too, where dropout returns its own input.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ class Program:
 
 @dataclass
 class Value:
-    """What the builder knows of a variable: its shape per sample, its memory (shared by aliases), what may be done."""
+    """What the builder knows of a variable: its shape per sample, its memory (shared by aliases),
+    what may be done.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -57,7 +60,9 @@ class Builder:
     lines: list[str] = field(default_factory=list)
     values: list[Value] = field(default_factory=list)
     masks: list[Value] = field(default_factory=list)
-    needed: set[int] = field(default_factory=set)  # memories whose content a backward needs, or that are the user's
+    needed: set[int] = field(
+        default_factory=set
+    )  # memories whose content a backward needs, or that are the user's
     memories: int = 0
 
     def new(self, code: str, shape: tuple[int, ...], grad: bool = True, **options: Any) -> Value:
@@ -65,7 +70,9 @@ class Builder:
         self.memories += 1
         return self.alias(code, Value("", shape, self.memories, grad), **options)
 
-    def alias(self, code: str, of: Value, shape: tuple[int, ...] | None = None, **options: Any) -> Value:
+    def alias(
+        self, code: str, of: Value, shape: tuple[int, ...] | None = None, **options: Any
+    ) -> Value:
         """A value in the memory of another, computed by ``code``."""
         name = f"v{len(self.values)}"
         facts = {"grad": of.grad, "writable": of.writable, "contiguous": of.contiguous, **options}
@@ -93,7 +100,11 @@ class Builder:
 
     def like_linear(self, width: int) -> list[tuple[str, nn.Linear]]:
         """Earlier linear modules of this width, with their names."""
-        return [(k, m) for k, m in self.modules.items() if isinstance(m, nn.Linear) and m.in_features == width]
+        return [
+            (k, m)
+            for k, m in self.modules.items()
+            if isinstance(m, nn.Linear) and m.in_features == width
+        ]
 
     # One method for each instruction; ``a`` is its first operand, ``i`` and ``j`` choose the rest.
 
@@ -129,9 +140,14 @@ class Builder:
         self.new(code.format(a.name, name), a.shape, a.grad or owner.weight.requires_grad)
 
     def activation(self, a: Value, i: int, j: int) -> None:
-        kind = ("torch.relu({})", "{}.tanh()", "F.gelu({})", "torch.sigmoid({})", "{}.softmax(-1)", "F.relu({}, {})")[
-            i % 6
-        ]
+        kind = (
+            "torch.relu({})",
+            "{}.tanh()",
+            "F.gelu({})",
+            "torch.sigmoid({})",
+            "{}.softmax(-1)",
+            "F.relu({}, {})",
+        )[i % 6]
         if "{}, {}" in kind and self.may_write(a):
             self.alias(f"F.relu({a.name}, inplace=True)", a)
             self.needs(a)
@@ -173,16 +189,28 @@ class Builder:
             return
         parts = (1, width - 1) if i % 2 else (width // 2, width - width // 2)
         name = f"p{len(self.values)}"
-        code = f"{a.name}.split([{parts[0]}, {parts[1]}], dim=-1)" if parts[0] != parts[1] else f"{a.name}.chunk(2, -1)"
+        code = (
+            f"{a.name}.split([{parts[0]}, {parts[1]}], dim=-1)"
+            if parts[0] != parts[1]
+            else f"{a.name}.chunk(2, -1)"
+        )
         self.lines.append(f"{name} = {code}")
         for index, part in enumerate(parts):
-            self.alias(f"{name}[{index}]", a, (*a.shape[:-1], part), writable=False, contiguous=False)
-        self.needs(a)  # one of several views made at once: neither they nor their base may be written to
+            self.alias(
+                f"{name}[{index}]", a, (*a.shape[:-1], part), writable=False, contiguous=False
+            )
+        self.needs(
+            a
+        )  # one of several views made at once: neither they nor their base may be written to
 
     def slice(self, a: Value, i: int, j: int) -> None:
         width = a.shape[-1]
         half = max(1, width // 2)
-        code = (f"[..., :{half}]", f"[..., {width - half}:]", f".narrow(-1, {width - half}, {half})")[i % 3]
+        code = (
+            f"[..., :{half}]",
+            f"[..., {width - half}:]",
+            f".narrow(-1, {width - half}, {half})",
+        )[i % 3]
         self.alias(a.name + code, a, (*a.shape[:-1], half), contiguous=False)
 
     def reshape(self, a: Value, i: int, j: int) -> None:
@@ -264,7 +292,9 @@ class Builder:
             self.new(f"{a.name}.tanh() * {b.name} + 1", a.shape, False)
             self.lines[at] = "    " + self.lines.pop()
         else:
-            self.new(f"self.{self.module(nn.Linear(a.shape[-1], a.shape[-1]))}({a.name})", a.shape, False)
+            self.new(
+                f"self.{self.module(nn.Linear(a.shape[-1], a.shape[-1]))}({a.name})", a.shape, False
+            )
             self.lines[at] = "    " + self.lines.pop()
 
     def buffer(self, a: Value, i: int, j: int) -> None:
@@ -276,7 +306,11 @@ class Builder:
 
     def factory(self, a: Value, i: int, j: int) -> None:
         width, options = f"{a.name}.shape[-1]", f"dtype={a.name}.dtype"
-        code = (f"torch.arange({width}, {options})", f"torch.zeros({a.name}.shape, {options})", "self.constant")[i % 3]
+        code = (
+            f"torch.arange({width}, {options})",
+            f"torch.zeros({a.name}.shape, {options})",
+            "self.constant",
+        )[i % 3]
         if code == "self.constant":
             self.buffers.setdefault("constant", torch.full((1,), 0.5))
         self.new(f"{a.name} + {code}", a.shape, a.grad)
@@ -297,8 +331,31 @@ class Builder:
 
 
 INSTRUCTIONS = (
-    *("linear", "linear", "shared", "tied", "activation", "relu_module", "add", "multiply", "concatenate", "chunk"),
-    *("slice", "reshape", "transpose", "write", "write", "write", "dropout", "norm", "detach", "no_grad", "buffer"),
+    *(
+        "linear",
+        "linear",
+        "shared",
+        "tied",
+        "activation",
+        "relu_module",
+        "add",
+        "multiply",
+        "concatenate",
+        "chunk",
+    ),
+    *(
+        "slice",
+        "reshape",
+        "transpose",
+        "write",
+        "write",
+        "write",
+        "dropout",
+        "norm",
+        "detach",
+        "no_grad",
+        "buffer",
+    ),
     *("factory", "mask", "where"),
 )
 
@@ -320,7 +377,10 @@ class RandomModel(nn.Module):
         head = build.module(nn.Linear(last.shape[-1], 2))
         text = "\n".join(build.lines) + last.name
         loose = [v for v in build.values if v.grad and len(re.findall(rf"\b{v.name}\b", text)) == 1]
-        chosen = [(loose[number % len(loose)] if loose else build.pick(number)).name for number in program.outputs]
+        chosen = [
+            (loose[number % len(loose)] if loose else build.pick(number)).name
+            for number in program.outputs
+        ]
         result = f"self.{head}({last.name})"
         if chosen and program.structure == "dict":
             extra = ", ".join(f"'e{number}': {name}" for number, name in enumerate(chosen))

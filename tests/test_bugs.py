@@ -12,6 +12,7 @@ from torch import nn
 
 import dni_fx
 from dni_fx.errors import CutError
+from dni_fx.runtime.emitted import Leaf
 
 from . import oracles
 from .models import BY_NAME
@@ -39,8 +40,12 @@ def test_masked_logits_may_cross_a_cut() -> None:
             logits = self.a(x).masked_fill(torch.eye(4, dtype=torch.bool), float("-inf"))
             return self.b(logits.softmax(-1))
 
-    decoupled = dni_fx.decouple(Masked(), ["masked_fill"], example_inputs=(torch.randn(4, 4),), gradients="exact")
-    trainer = dni_fx.Trainer(decoupled, F.cross_entropy, optimizer=lambda p: torch.optim.SGD(p, 0.1))
+    decoupled = dni_fx.decouple(
+        Masked(), ["masked_fill"], example_inputs=(torch.randn(4, 4),), gradients="exact"
+    )
+    trainer = dni_fx.Trainer(
+        decoupled, F.cross_entropy, optimizer=lambda p: torch.optim.SGD(p, 0.1)
+    )
     assert trainer.step(torch.randn(4, 4), target=torch.tensor([0, 1, 1, 0])).loss.isfinite()
 
 
@@ -49,13 +54,17 @@ def test_cuts_that_coincide_in_evaluation_mode() -> None:
     case = BY_NAME["row_drop"]
     model = case.build(torch.float32)
     args, kwargs, _ = oracles.draw(case, 4, torch.float32, 0)
-    decoupled = dni_fx.decouple(model, ["relu", "drop@0"], example_inputs=args, example_kwargs=kwargs)
+    decoupled = dni_fx.decouple(
+        model, ["relu", "drop@0"], example_inputs=args, example_kwargs=kwargs
+    )
     decoupled.eval()
     torch.testing.assert_close(decoupled(*args, **kwargs), model(*args, **kwargs))
 
 
 def test_a_source_that_cannot_run_without_data() -> None:
-    """The plan asks for a source's cost on the meta device; a source of the user's own may not run there."""
+    """The plan asks for a source's cost on the meta device; a source of the user's own may not run
+    there.
+    """
 
     class Stubborn(dni_fx.GradientSource):
         def predict(self, values, context=None):  # type: ignore[no-untyped-def]
@@ -64,13 +73,17 @@ def test_a_source_that_cannot_run_without_data() -> None:
             return Prediction((torch.full_like(values[0], float(values[0].sum()) * 0.0),))
 
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
-    decoupled = dni_fx.decouple(model, ["1"], example_inputs=(torch.randn(3, 4),), gradients=Stubborn)
+    decoupled = dni_fx.decouple(
+        model, ["1"], example_inputs=(torch.randn(3, 4),), gradients=Stubborn
+    )
     assert "?" in str(decoupled.plan)
 
 
 def test_gradients_keep_their_layout() -> None:
-    """``.grad`` takes its tensor's strides; later sums then run in another order than backpropagation's."""
-    leaf = dni_fx.stepping.Leaf(torch.randn(3, 4).t(), keep_layout=True)
+    """``.grad`` takes its tensor's strides; later sums then run in another order than
+    backpropagation's.
+    """
+    leaf = Leaf(torch.randn(3, 4).t(), keep_layout=True)
     gradient = torch.randn(4, 3)
     leaf.view().backward(gradient)
     found = leaf.gradient()
@@ -102,7 +115,9 @@ def test_parameters_of_every_mode_are_trained() -> None:
     decoupled = dni_fx.decouple(model, ["a"], example_inputs=(x,))
     decoupled.eval()(x)
     decoupled.train()
-    trainer = dni_fx.Trainer(decoupled, F.cross_entropy, optimizer=lambda p: torch.optim.SGD(p, 0.1))
+    trainer = dni_fx.Trainer(
+        decoupled, F.cross_entropy, optimizer=lambda p: torch.optim.SGD(p, 0.1)
+    )
     owned = {p for o in trainer.optimizers.values() for g in o.param_groups for p in g["params"]}
     assert owned == set(model.parameters())
 
@@ -123,7 +138,9 @@ def test_a_value_named_loss() -> None:
     F.cross_entropy(model(x), y).backward()
     want = [p.grad for p in model.parameters()]
     decoupled = dni_fx.decouple(model, ["relu", "loss"], example_inputs=(x,), gradients="exact")
-    trainer = dni_fx.Trainer(decoupled, F.cross_entropy, optimizer=lambda p: torch.optim.SGD(p, 0.0))
+    trainer = dni_fx.Trainer(
+        decoupled, F.cross_entropy, optimizer=lambda p: torch.optim.SGD(p, 0.0)
+    )
     trainer.step(x, target=y)
     oracles.assert_bits_equal([p.grad for p in model.parameters()], want, "exact")
 
@@ -165,7 +182,9 @@ def test_a_function_named_like_a_module() -> None:
 
 
 def test_autocast_is_as_before_after_a_failure_inside_a_region() -> None:
-    """A stage that failed within its own autocast region left it open, and stale casts in the cache."""
+    """A stage that failed within its own autocast region left it open, and stale casts in the
+    cache.
+    """
 
     class Failing(nn.Module):
         def __init__(self) -> None:
@@ -207,21 +226,31 @@ def test_caches_are_emptied_after_tracing() -> None:
 
 
 def test_a_frozen_module_used_twice_before_a_later_stage() -> None:
-    """The pull-back that is repeated for shared parameters asked autograd for the gradient of a frozen one."""
+    """The pull-back that is repeated for shared parameters asked autograd for the gradient of a
+    frozen one.
+    """
 
     class Frozen(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.shared, self.b = nn.Linear(4, 4), nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 4)
+            self.a, self.shared, self.b = (
+                nn.Linear(4, 4),
+                nn.Linear(4, 4).requires_grad_(False),
+                nn.Linear(4, 4),
+            )
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             h = self.b(self.shared(self.shared(self.a(x))))
             return self.shared(h)
 
     model = Frozen()
-    decoupled = dni_fx.decouple(model, ["b"], example_inputs=(torch.randn(3, 4),), gradients="linear")
+    decoupled = dni_fx.decouple(
+        model, ["b"], example_inputs=(torch.randn(3, 4),), gradients="linear"
+    )
     assert decoupled._variant.split.reused
-    trainer = dni_fx.Trainer(decoupled, F.cross_entropy, optimizer=lambda p: torch.optim.SGD(p, 0.1))
+    trainer = dni_fx.Trainer(
+        decoupled, F.cross_entropy, optimizer=lambda p: torch.optim.SGD(p, 0.1)
+    )
     for _ in range(2):
         trainer.step(torch.randn(3, 4), target=torch.tensor([0, 1, 3]))
     assert all(p.grad is None for p in model.shared.parameters())
@@ -229,7 +258,9 @@ def test_a_frozen_module_used_twice_before_a_later_stage() -> None:
 
 
 def test_views_whose_history_a_write_rebuilt_cross_no_cut_together() -> None:
-    """Autograd rebuilds a view's history after a write: three partial gradients then add up in another order."""
+    """Autograd rebuilds a view's history after a write: three partial gradients then add up in
+    another order.
+    """
 
     class Rebuilt(nn.Module):
         def __init__(self) -> None:
@@ -248,7 +279,9 @@ def test_views_whose_history_a_write_rebuilt_cross_no_cut_together() -> None:
 
 
 def test_a_value_that_only_dead_code_uses_is_no_interface() -> None:
-    """Its source sent zeros where backpropagation sends nothing, and the sum had another memory layout."""
+    """Its source sent zeros where backpropagation sends nothing, and the sum had another memory
+    layout.
+    """
 
     class Dead(nn.Module):
         def __init__(self) -> None:
@@ -264,19 +297,25 @@ def test_a_value_that_only_dead_code_uses_is_no_interface() -> None:
             self.c(third), self.c(second)
             return self.head(torch.cat([second, first, third.detach().mean() + second[:, :0]], -1))
 
-    decoupled = dni_fx.decouple(Dead(), ["b"], example_inputs=(torch.randn(3, 4),), gradients="stale")
+    decoupled = dni_fx.decouple(
+        Dead(), ["b"], example_inputs=(torch.randn(3, 4),), gradients="stale"
+    )
     assert [i.name for i in decoupled.interfaces] == ["a", "norm"]
     assert decoupled.plan.report is not None
     assert decoupled.plan.report.plain == ("b",)
     result = decoupled.stages[0].step(decoupled.bind(torch.randn(3, 4)))
     assert not result.outputs["b"].requires_grad
-    trainer = dni_fx.Trainer(decoupled, F.cross_entropy, optimizer=lambda p: torch.optim.SGD(p, 0.1))
+    trainer = dni_fx.Trainer(
+        decoupled, F.cross_entropy, optimizer=lambda p: torch.optim.SGD(p, 0.1)
+    )
     trainer.step(torch.randn(3, 4), target=torch.tensor([0, 1, 1]))
     assert decoupled.model.get_parameter("b.weight").grad is None
 
 
 def test_writes_through_a_view_of_a_value_with_other_uses() -> None:
-    """Autograd adds three partial gradients at the base; a cut between them would add two of them first."""
+    """Autograd adds three partial gradients at the base; a cut between them would add two of them
+    first.
+    """
 
     class ThroughView(nn.Module):
         def __init__(self) -> None:
@@ -317,16 +356,22 @@ def test_a_value_without_gradient_that_a_later_write_gives_one() -> None:
             square = value * value
             return self.head(value.add_(h)), square
 
-    decoupled = dni_fx.decouple(Late(), ["frozen"], example_inputs=(torch.randn(3, 4),), gradients="exact")
+    decoupled = dni_fx.decouple(
+        Late(), ["frozen"], example_inputs=(torch.randn(3, 4),), gradients="exact"
+    )
     assert [i.name for i in decoupled.interfaces] == ["a"]
     trainer = dni_fx.Trainer(
-        decoupled, lambda out, _: out[0].sum() + out[1].sum(), optimizer=lambda p: torch.optim.SGD(p, 0.1)
+        decoupled,
+        lambda out, _: out[0].sum() + out[1].sum(),
+        optimizer=lambda p: torch.optim.SGD(p, 0.1),
     )
     trainer.step(torch.randn(3, 4))
 
 
 def test_two_writes_through_a_view_behind_a_cut() -> None:
-    """The later stage writes to a copy, which is no view: no history is rebuilt, and sums run in another order."""
+    """The later stage writes to a copy, which is no view: no history is rebuilt, and sums run in
+    another order.
+    """
 
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -368,7 +413,8 @@ def test_another_number_of_parts_is_another_graph(take: Any) -> None:
 
 
 def test_a_small_model_that_spares_fake_tensors_its_questions_is_looked_into() -> None:
-    """Attention masks are skipped if nothing is padded, which only real tensors are asked; those came first and last.
+    """Attention masks are skipped if nothing is padded, which only real tensors are asked; those
+    came first and last.
 
     Small models are run on real tensors, and the whole encoder became one opaque node.
     """
@@ -401,7 +447,9 @@ def test_a_small_model_that_spares_fake_tensors_its_questions_is_looked_into() -
 
 
 def test_hooks_that_a_first_call_installs_are_taken_off_again() -> None:
-    """A module that hooks itself up at its first call did so in every trial of the tracer, for good."""
+    """A module that hooks itself up at its first call did so in every trial of the tracer, for
+    good.
+    """
 
     class Collector(nn.Module):
         def __init__(self) -> None:
@@ -413,7 +461,9 @@ def test_hooks_that_a_first_call_installs_are_taken_off_again() -> None:
             found: list[torch.Tensor] = []
             if not self.hooked:
                 for layer in self.layers:
-                    layer.register_forward_hook(lambda module, _, output: module.found.append(output))
+                    layer.register_forward_hook(
+                        lambda module, _, output: module.found.append(output)
+                    )
                 self.hooked = True
             for layer in self.layers:
                 object.__setattr__(layer, "found", found)
@@ -428,7 +478,10 @@ def test_hooks_that_a_first_call_installs_are_taken_off_again() -> None:
     dni_fx.decouple(cut, ["0"], example_inputs=(x,))
     assert not any(m._forward_hooks for m in cut.modules())
     assert torch.equal(cut(x), plain(x))
-    with pytest.raises(CutError, match=r"'0\.layers\.1': lies in '0', which is one opaque node: .*call the model once"):
+    with pytest.raises(
+        CutError,
+        match=r"'0\.layers\.1': lies in '0', which is one opaque node: .*call the model once",
+    ):
         dni_fx.decouple(model(), ["0.layers.1"], example_inputs=(x,))
 
 
@@ -451,7 +504,10 @@ def test_weights_cast_while_tracing_are_not_kept() -> None:
         model(x, mask)
         decoupled = dni_fx.decouple(model, ["layers.0", "layers.1"], example_inputs=(x, mask))
         assert torch.is_autocast_cache_enabled()
-        found, wanted = (torch.autograd.grad(f(x, mask).sum(), list(model.parameters())) for f in (decoupled, model))
+        found, wanted = (
+            torch.autograd.grad(f(x, mask).sum(), list(model.parameters()))
+            for f in (decoupled, model)
+        )
     assert len(decoupled.stages) == 3
     assert all(map(torch.equal, found, wanted))
 

@@ -1,4 +1,6 @@
-"""The command line as a shell user meets it: what it prints, writes and returns, and how it refuses."""
+"""The command line as a shell user meets it: what it prints, writes and returns, and how it
+refuses.
+"""
 
 from __future__ import annotations
 
@@ -67,11 +69,17 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def run(*arguments: str, cwd: Path, module: bool = True) -> subprocess.CompletedProcess[str]:
     """In a process of its own: ``python -m dni_fx.cli``, or as the installed script starts it."""
-    start = ["-m", "dni_fx.cli"] if module else ["-c", "import sys; from dni_fx.cli import main; sys.exit(main())"]
+    start = (
+        ["-m", "dni_fx.cli"]
+        if module
+        else ["-c", "import sys; from dni_fx.cli import main; sys.exit(main())"]
+    )
     # Safe path: an installed script has no current directory on its path either.
     command = [sys.executable, *([] if module else ["-P"]), *start, *arguments]
     settings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=cwd, env=settings, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(
+        command, cwd=cwd, env=settings, capture_output=True, text=True, check=False, timeout=300
+    )
 
 
 CHAIN = ("plan", "models_here:chain", "--input", "4x6", "--costs", "analytic", "--quiet")
@@ -84,7 +92,9 @@ class Recorder:
         self.options: dict[str, Any] = {}
         self.inputs: tuple[torch.Tensor, ...] = ()
 
-    def __call__(self, model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], **options: Any) -> CutPlan:
+    def __call__(
+        self, model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], **options: Any
+    ) -> CutPlan:
         self.inputs, self.options = inputs, options
         return make_plan(balanced(4, parameter_bytes=8))
 
@@ -97,7 +107,8 @@ def recorder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Recorder:
     return made
 
 
-# What it does. ------------------------------------------------------------------------------------------------------
+# What it does.
+# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("module", [True, False], ids=["python -m", "script"])
@@ -128,11 +139,14 @@ def test_quiet_analytic_plan_is_silent_on_stderr_and_repeats_itself(
     assert outputs[0].out.splitlines()[0] == outputs[1].out.splitlines()[0]
 
 
-def test_every_option_reaches_the_search(recorder: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_option_reaches_the_search(
+    recorder: Recorder, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = (
-        "plan models_here:chain --input 4x6 --stages 4 --objective memory --costs analytic --gradients linear "
-        "--bandwidth 1e9 --speeds 1,1,2,1 --memory-cap 2GiB --must-cut 1 --must-cut 3 --never-cut 2 "
-        "--keep-together 0.weight,5.weight --keep-together 4 --latency 0.5 --micro-batches 2 --quiet"
+        "plan models_here:chain --input 4x6 --stages 4 --objective memory --costs analytic "
+        "--gradients linear --bandwidth 1e9 --speeds 1,1,2,1 --memory-cap 2GiB --must-cut 1 "
+        "--must-cut 3 --never-cut 2 --keep-together 0.weight,5.weight --keep-together 4 --latency "
+        "0.5 --micro-batches 2 --quiet"
     )
     assert cli.main(words.split()) == 0
     assert recorder.options == {
@@ -141,7 +155,11 @@ def test_every_option_reaches_the_search(recorder: Recorder, capsys: pytest.Capt
         "never_cut": ["2"], "must_cut": ["1", "3"], "progress": False,
     }  # fmt: skip
     told = dni_fx.simulate(
-        make_plan(balanced(4, parameter_bytes=8)), micro_batches=2, latency=0.5, bandwidth=1e9, speeds=[1, 1, 2, 1]
+        make_plan(balanced(4, parameter_bytes=8)),
+        micro_batches=2,
+        latency=0.5,
+        bandwidth=1e9,
+        speeds=[1, 1, 2, 1],
     )
     assert capsys.readouterr().out.endswith(f"\n\n{told}\n")
 
@@ -157,10 +175,10 @@ def test_defaults_are_those_of_plan_cuts(recorder: Recorder) -> None:
     }
 
 
-def test_options_that_plan_cuts_understands_end_to_end(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = (
-        "--stages 3 --must-cut 1 --never-cut 2 --keep-together 4,5 --memory-cap 1MB --speeds 1,1,2 --bandwidth 1e6"
-    )
+def test_options_that_plan_cuts_understands_end_to_end(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = "--stages 3 --must-cut 1 --never-cut 2 --keep-together 4,5 --memory-cap 1MB --speeds 1,1,2 --bandwidth 1e6"
     assert cli.main([*CHAIN, *options.split(), "--objective", "traffic", "--out", "p.json"]) == 0
     cuts = CutPlan.from_json((folder / "p.json").read_text()).cuts
     assert "1" in cuts
@@ -203,13 +221,18 @@ def test_the_seed_decides_inputs(recorder: Recorder) -> None:
 
 def test_a_module_itself_will_do(folder: Path) -> None:
     assert cli.main(["points", "models_here:ready", "--input", "4x6"]) == 0
-    assert cli.main(["plan", "torch.nn:Flatten", "--input", "4x6"]) == 1  # nothing to train: said by dni_fx
+    assert (
+        cli.main(["plan", "torch.nn:Flatten", "--input", "4x6"]) == 1
+    )  # nothing to train: said by dni_fx
 
 
-# What it writes. ----------------------------------------------------------------------------------------------------
+# What it writes.
+# ----------------------------------------------------------------------------------------------------
 
 
-def test_an_existing_file_is_replaced_with_its_mode_and_through_links(recorder: Recorder, folder: Path) -> None:
+def test_an_existing_file_is_replaced_with_its_mode_and_through_links(
+    recorder: Recorder, folder: Path
+) -> None:
     real, link = folder / "real.json", folder / "link.json"
     real.write_text("old" * 1000)
     real.chmod(0o640)
@@ -222,7 +245,9 @@ def test_an_existing_file_is_replaced_with_its_mode_and_through_links(recorder: 
     assert list(folder.glob(".*")) == []
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "^C"])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "^C"]
+)
 def test_a_file_is_never_half_written(
     recorder: Recorder, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     error: BaseException,
@@ -240,7 +265,10 @@ def test_a_file_is_never_half_written(
     assert (folder / "plan.json").read_text() == "old"
     assert [p for p in folder.iterdir() if p.name.startswith(".")] == []
     if isinstance(error, OSError):
-        assert capsys.readouterr().err == "dni-fx: cannot write plan.json: No space left on device; name another file\n"
+        assert (
+            capsys.readouterr().err
+            == "dni-fx: cannot write plan.json: No space left on device; name another file\n"
+        )
 
 
 def test_what_is_no_file_is_written_to_but_not_replaced(recorder: Recorder, folder: Path) -> None:
@@ -256,23 +284,31 @@ def test_what_is_no_file_is_written_to_but_not_replaced(recorder: Recorder, fold
 
 
 def test_drawing_goes_through_the_same_door(
-    recorder: Recorder, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    recorder: Recorder,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(CutPlan, "draw", lambda _plan, path: Path(path).write_text(Path(path).suffix), raising=False)
+    monkeypatch.setattr(
+        CutPlan, "draw", lambda _plan, path: Path(path).write_text(Path(path).suffix), raising=False
+    )
     assert cli.main([*CHAIN, "--draw", "plan.svg"]) == 0
     assert (folder / "plan.svg").read_text() == ".svg"
     assert "plan drawn in plan.svg" in capsys.readouterr().out
     assert [p for p in folder.iterdir() if p.name.startswith(".")] == []
 
 
-@pytest.mark.skipif(importlib.util.find_spec("dni_fx.drawing") is None, reason="plans cannot be drawn yet")
+@pytest.mark.skipif(
+    importlib.util.find_spec("dni_fx.drawing") is None, reason="plans cannot be drawn yet"
+)
 @pytest.mark.parametrize("suffix", ["html", "svg"])
 def test_a_real_drawing(folder: Path, suffix: str) -> None:
     assert cli.main([*CHAIN, "--draw", f"plan.{suffix}"]) == 0
     assert f"<{suffix}" in (folder / f"plan.{suffix}").read_text(encoding="utf-8")
 
 
-# How it refuses. ----------------------------------------------------------------------------------------------------
+# How it refuses.
+# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -307,15 +343,21 @@ def test_a_target_that_cannot_be_used(
     assert not missing, f"{missing} not in: {said.err}"
 
 
-@pytest.mark.parametrize("option", [["--must-cut", "nowhere"], ["--stages", "2", "--speeds", "1,2,3"]], ids=str)
-def test_what_the_search_refuses(folder: Path, capsys: pytest.CaptureFixture[str], option: list[str]) -> None:
+@pytest.mark.parametrize(
+    "option", [["--must-cut", "nowhere"], ["--stages", "2", "--speeds", "1,2,3"]], ids=str
+)
+def test_what_the_search_refuses(
+    folder: Path, capsys: pytest.CaptureFixture[str], option: list[str]
+) -> None:
     assert cli.main([*CHAIN, *option]) == 1
     said = capsys.readouterr()
     assert said.err.startswith("dni-fx: ")
     assert option[-2].strip("-").split("-")[0] in said.err
 
 
-def test_where_no_file_can_be_is_said_before_the_work(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_where_no_file_can_be_is_said_before_the_work(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (folder / "made.html").mkdir()
     for option, path, words in (
         ("--out", "gone/plan.json", "the directory gone does not exist"),
@@ -333,16 +375,40 @@ def test_where_no_file_can_be_is_said_before_the_work(folder: Path, capsys: pyte
         (["fly"], "invalid choice: 'fly'"),
         (["plan"], "required: package.module:factory, --input"),
         (["points", "models_here:chain"], "required: --input"),
-        (["points", "models_here:chain", "--input", "4x6", "--stages", "2"], "unrecognized arguments: --stages 2"),
-        (["plan", "models_here", "--input", "4x6"], "'models_here': expected package.module:factory"),
+        (
+            ["points", "models_here:chain", "--input", "4x6", "--stages", "2"],
+            "unrecognized arguments: --stages 2",
+        ),
+        (
+            ["plan", "models_here", "--input", "4x6"],
+            "'models_here': expected package.module:factory",
+        ),
         (["plan", "models_here:", "--input", "4x6"], "expected package.module:factory"),
-        (["plan", "models_here.py:chain", "--input", "4x6"], "names a file: expected models_here:chain"),
+        (
+            ["plan", "models_here.py:chain", "--input", "4x6"],
+            "names a file: expected models_here:chain",
+        ),
         (["plan", "nets/small.py", "--input", "4x6"], "names a file: expected nets.small:factory"),
     ]
     + [
-        (["plan", "models_here:chain", "--input", "4x6", option, value], f"argument {option}: {value!r}: expected")
+        (
+            ["plan", "models_here:chain", "--input", "4x6", option, value],
+            f"argument {option}: {value!r}: expected",
+        )
         for option, values in {
-            "--input": ["", "4x", "x4", "4,6", "0x6", "4x-1", "4x6.0", "٤x6", "4x6:", "4x6:int", "4x6:int64:bool"],
+            "--input": [
+                "",
+                "4x",
+                "x4",
+                "4,6",
+                "0x6",
+                "4x-1",
+                "4x6.0",
+                "٤x6",
+                "4x6:",
+                "4x6:int",
+                "4x6:int64:bool",
+            ],
             "--stages": ["0", "2.0", "four"],
             "--micro-batches": ["0", "x"],
             "--latency": ["-1", "inf", "nan", "fast"],
@@ -354,7 +420,10 @@ def test_where_no_file_can_be_is_said_before_the_work(folder: Path, capsys: pyte
         for value in values
     ]
     + [
-        (["plan", "models_here:chain", "--input", "4x6", "--speeds", v], "expected numbers above 0 joined by commas")
+        (
+            ["plan", "models_here:chain", "--input", "4x6", "--speeds", v],
+            "expected numbers above 0 joined by commas",
+        )
         for v in ("1,", "0,1", "a", "1;2")
     ]
     + [
@@ -376,7 +445,8 @@ def test_a_wrong_dtype_names_close_ones(capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize(
-    ("text", "count"), [("1", 1), ("1e3", 1000), ("1.5kB", 1500), ("2 MiB", 2 << 20), ("1TB", 10**12)]
+    ("text", "count"),
+    [("1", 1), ("1e3", 1000), ("1.5kB", 1500), ("2 MiB", 2 << 20), ("1TB", 10**12)],
 )
 def test_sizes_in_bytes(text: str, count: int) -> None:
     assert cli._bytes(text) == count
@@ -412,15 +482,22 @@ def test_a_fault_of_ours_is_not_hidden(recorder: Recorder, monkeypatch: pytest.M
         cli.main(CHAIN)
 
 
-# Help, version, packaging. ------------------------------------------------------------------------------------------
+# Help, version, packaging.
+# ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("command", [[], ["plan"], ["points"], ["demo"]], ids=str)
-def test_help_has_examples_that_parse(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
+def test_help_has_examples_that_parse(
+    capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main([*command, "--help"])
     assert caught.value.code == 0
-    lines = [line.split()[1:] for line in capsys.readouterr().out.splitlines() if line.startswith("  dni-fx ")]
+    lines = [
+        line.split()[1:]
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("  dni-fx ")
+    ]
     assert [line[0] for line in lines] == ["points", "plan", "plan", "demo"]
     for line in lines:
         options, rest = cli.make_parser().parse_known_args(line)
@@ -436,11 +513,14 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_pyproject_names_the_script() -> None:
-    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+        "scripts"
+    ]
     assert scripts == {"dni-fx": f"{cli.main.__module__}:{cli.main.__name__}"}
 
 
-# The demo. ----------------------------------------------------------------------------------------------------------
+# The demo.
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_demo_runs_from_anywhere_with_a_checkout(folder: Path) -> None:
@@ -474,7 +554,10 @@ def test_demo_in_a_checkout_beside_an_installation(
     for name, text in (
         ("dni_fx/cli.py", ""),
         ("examples/beside_here.py", "VALUE = 3"),
-        ("examples/digits.py", "import sys, beside_here; print(sys.argv[1:]); sys.exit(beside_here.VALUE)"),
+        (
+            "examples/digits.py",
+            "import sys, beside_here; print(sys.argv[1:]); sys.exit(beside_here.VALUE)",
+        ),
     ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
@@ -484,7 +567,9 @@ def test_demo_in_a_checkout_beside_an_installation(
     assert (sys.argv, sys.path) == before
 
 
-def test_demo_names_missing_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_names_missing_packages(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     assert cli.main(["demo"]) == 1
     assert "needs matplotlib and sklearn: pip install 'dni_fx[demo]'" in capsys.readouterr().err

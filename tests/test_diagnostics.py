@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dni_fx
-from dni_fx import diagnostics, reports
+from dni_fx import diagnostics
 from dni_fx.diagnostics import Diagnosis, History, plot, summarize, write_tensorboard
 from dni_fx.errors import DecouplingError
 from dni_fx.reports import InterfaceReport, StepReport, compare
+from dni_fx.reports import steps as reports
 
 nan, inf = math.nan, math.inf
 
@@ -43,7 +44,9 @@ def assert_is(report: InterfaceReport, expected: dict[str, float], rel: float = 
         assert getattr(report, name) == pytest.approx(value, rel=rel, nan_ok=True), name
 
 
-def pair(*shape: int, dtype: torch.dtype = torch.float32, noise: float = 1.0) -> tuple[Tensor, Tensor]:
+def pair(
+    *shape: int, dtype: torch.dtype = torch.float32, noise: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """A prediction and a reference that resemble each other, with zeros in both."""
     reference = torch.randn(shape) * 1e-5
     prediction = reference + noise * torch.randn(shape) * 1e-5
@@ -53,7 +56,8 @@ def pair(*shape: int, dtype: torch.dtype = torch.float32, noise: float = 1.0) ->
     return prediction.to(dtype), reference.to(dtype)
 
 
-# compare. ----------------------------------------------------------------------------------------------------------
+# compare.
+# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -67,7 +71,9 @@ def test_compare_equals_its_definition(shape: tuple[int, ...], dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("elements", [1, 2, 5, 24, 119, 120, 121])
-@pytest.mark.parametrize("layout", ["plain", "channels_last", "mixed", "transposed", "expanded", "strided"])
+@pytest.mark.parametrize(
+    "layout", ["plain", "channels_last", "mixed", "transposed", "expanded", "strided"]
+)
 def test_compare_in_parts(monkeypatch: pytest.MonkeyPatch, layout: str, elements: int) -> None:
     monkeypatch.setattr(reports, "ELEMENTS", elements)
     a, b = pair(2, 3, 4, 5)
@@ -88,9 +94,13 @@ def test_compare_large_maps_without_copies() -> None:
     largest: list[int] = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             result = func(*args, **(kwargs or {}))
-            fresh = isinstance(result, Tensor) and not func.is_view and result.dtype is torch.float64
+            fresh = (
+                isinstance(result, Tensor) and not func.is_view and result.dtype is torch.float64
+            )
             largest.extend([result.untyped_storage().nbytes()] if fresh else [])
             return result
 
@@ -102,9 +112,15 @@ def test_compare_large_maps_without_copies() -> None:
 
 def test_half_precision_neither_vanishes_nor_overflows() -> None:
     tiny = torch.full((300, 300), 6e-8, dtype=torch.float16)  # its square is zero in float16
-    assert_is(compare(tiny, tiny, "true", 0), {"cosine": 1, "relative_error": 0, "rms_ratio": 1, "sign_agreement": 1})
+    assert_is(
+        compare(tiny, tiny, "true", 0),
+        {"cosine": 1, "relative_error": 0, "rms_ratio": 1, "sign_agreement": 1},
+    )
     large = torch.full((300, 300), 6e4, dtype=torch.float16)
-    assert_is(compare(-large, large, "true", 0), {"cosine": -1, "relative_error": 2, "rms_ratio": 1, "explained": -3})
+    assert_is(
+        compare(-large, large, "true", 0),
+        {"cosine": -1, "relative_error": 2, "rms_ratio": 1, "explained": -3},
+    )
     mixed = compare(tiny, tiny.double() * 2, "true", 0)  # dtypes may differ
     assert_is(mixed, {"rms_ratio": 0.5, "cosine": 1})
 
@@ -120,11 +136,23 @@ def test_zeros_and_empty_tensors() -> None:
     _, b = pair(4, 5)
     zero = torch.zeros(4, 5)
     nothing = compare(zero, b, "true", 0)
-    assert_is(nothing, {"cosine": nan, "relative_error": 1, "rms_ratio": 0, "sign_agreement": 0, "explained": 0})
+    assert_is(
+        nothing,
+        {"cosine": nan, "relative_error": 1, "rms_ratio": 0, "sign_agreement": 0, "explained": 0},
+    )
     assert nothing.aligned == 0.0
-    for a, reference in ((b, zero), (zero, zero), (torch.zeros(0, 3), torch.zeros(0, 3)), (b * nan, zero)):
+    for a, reference in (
+        (b, zero),
+        (zero, zero),
+        (torch.zeros(0, 3), torch.zeros(0, 3)),
+        (b * nan, zero),
+    ):
         report = compare(a, reference, "true", 0)
-        assert all(math.isnan(getattr(report, name)) for name in (*diagnostics.METRICS, "aligned") if name != "cosine")
+        assert all(
+            math.isnan(getattr(report, name))
+            for name in (*diagnostics.METRICS, "aligned")
+            if name != "cosine"
+        )
         assert math.isnan(report.cosine)
 
 
@@ -178,7 +206,8 @@ def test_explained_and_aligned() -> None:
     assert rescaled.explained == pytest.approx(best.aligned)
 
 
-# Verdicts. ---------------------------------------------------------------------------------------------------------
+# Verdicts.
+# ---------------------------------------------------------------------------------------------------------
 
 
 def made(cosine: float, size: float, reference: str = "true") -> InterfaceReport:
@@ -195,16 +224,22 @@ def made(cosine: float, size: float, reference: str = "true") -> InterfaceReport
         (made(0.3, 0.3), "explains 9 % of the gradient (cosine 0.30, size 0.30 x)"),
         (
             made(0.8, 12.3),
-            "right direction, wrong size: cosine 0.80, size 12 x; rescaled it would explain 64 % of the gradient",
+            "right direction, wrong size: cosine 0.80, size 12 x; rescaled it would explain 64 % "
+            "of the gradient",
         ),
         (
             made(0.8, 0.00031),
-            "right direction, wrong size: cosine 0.80, size 0.00031 x; rescaled it would explain 64 % of the gradient",
+            "right direction, wrong size: cosine 0.80, size 0.00031 x; rescaled it would explain "
+            "64 % of the gradient",
         ),
-        (made(-0.02, 1.0), "explains nothing: the frozen control (`zero`) would do as well (cosine -0.02)"),
+        (
+            made(-0.02, 1.0),
+            "explains nothing: the frozen control (`zero`) would do as well (cosine -0.02)",
+        ),
         (
             made(-0.4, 260.0),
-            "points away from the gradient: the frozen control (`zero`) would do better (cosine -0.40, size 260 x)",
+            "points away from the gradient: the frozen control (`zero`) would do better (cosine "
+            "-0.40, size 260 x)",
         ),
         (InterfaceReport(nan, 1.0, 0.0, "true", 0), "predicts nothing yet"),
         (InterfaceReport(nan, nan, nan, "true", 0), "no gradient arrives"),
@@ -214,12 +249,13 @@ def made(cosine: float, size: float, reference: str = "true") -> InterfaceReport
         ),
         (
             made(0.85, 0.98, "bootstrapped"),
-            "explains 71 % of the target that the next stage's predictions gave (cosine 0.85, size 0.98 x)",
+            "explains 71 % of the target that the next stage's predictions gave (cosine 0.85, size "
+            "0.98 x)",
         ),
         (
             made(0.05, 0.9, "bootstrapped"),
-            "explains nothing of the target that the next stage's predictions gave: the frozen control (`zero`) would "
-            "do as well (cosine 0.05)",
+            "explains nothing of the target that the next stage's predictions gave: the frozen "
+            "control (`zero`) would do as well (cosine 0.05)",
         ),
     ],
 )
@@ -228,7 +264,10 @@ def test_verdicts(report: InterfaceReport, verdict: str) -> None:
 
 
 def test_every_report_has_a_verdict() -> None:
-    cosines, sizes = (-1.0, -0.1, 0.0, 0.0999, 0.1, 0.5, 1.0, nan), (0.0, 1e-300, 1e-3, 1.0, 1e7, 1e300, nan, inf)
+    cosines, sizes = (
+        (-1.0, -0.1, 0.0, 0.0999, 0.1, 0.5, 1.0, nan),
+        (0.0, 1e-300, 1e-3, 1.0, 1e7, 1e300, nan, inf),
+    )
     for cosine, error, ratio in itertools.product(cosines, sizes, sizes):
         report = InterfaceReport(cosine, error, ratio, "other", 0)
         assert report.verdict
@@ -236,11 +275,15 @@ def test_every_report_has_a_verdict() -> None:
         assert summarize({"cut": report}).endswith(f"cut  {report.verdict}")
 
 
-# Diagnosis. --------------------------------------------------------------------------------------------------------
+# Diagnosis.
+# --------------------------------------------------------------------------------------------------------
 
 
 def diagnosis(stale: float) -> Diagnosis:
-    return Diagnosis({"a": made(0.6, 0.6), "b": made(0.01, 1.0)}, {"stale": {"a": made(stale, 1.0), "b": made(0.5, 1)}})
+    return Diagnosis(
+        {"a": made(0.6, 0.6), "b": made(0.01, 1.0)},
+        {"stale": {"a": made(stale, 1.0), "b": made(0.5, 1)}},
+    )
 
 
 def test_a_diagnosis_is_a_mapping() -> None:
@@ -264,25 +307,31 @@ def test_a_diagnosis_is_a_mapping() -> None:
 def test_a_verdict_beside_the_stale_control(stale: float, words: str) -> None:
     found = diagnosis(stale)
     assert found.verdict("a") == found["a"].verdict + words
-    assert found.verdict("b").endswith("(cosine 0.01); the stale control would do better (cosine 0.50)")
+    assert found.verdict("b").endswith(
+        "(cosine 0.01); the stale control would do better (cosine 0.50)"
+    )
     assert Diagnosis(found.interfaces).verdict("a") == found["a"].verdict
     assert Diagnosis(found.interfaces, {"stale": {}}).verdict("a") == found["a"].verdict
 
 
 def test_a_diagnosis_prints_as_a_table() -> None:
-    longer = {"a longer name": InterfaceReport(nan, nan, nan, "bootstrapped", 120), **diagnosis(0.1)}
+    longer = {
+        "a longer name": InterfaceReport(nan, nan, nan, "bootstrapped", 120),
+        **diagnosis(0.1),
+    }
     text = str(Diagnosis(longer, {"stale": {"a": made(0.1, 1.0)}}))
     assert text == (
-        "interface      cosine  error    size  signs  explained  stale: cosine  reference     step\n"
-        "-------------  ------  -----  ------  -----  ---------  -------------  ------------  ----\n"
-        "a longer name       -      -       -      -          -              -  bootstrapped   120\n"
-        "a                0.60   0.80  0.60 x      -       36 %           0.10  true             0\n"
-        "b                0.01   1.41  1.00 x      -      -98 %              -  true             0\n"
-        "\n"
-        "a longer name  no gradient arrives: the target that the next stage's predictions gave is zero\n"
-        "a              explains 36 % of the gradient (cosine 0.60, size 0.60 x); better than the stale control "
-        "(cosine 0.10)\n"
-        "b              explains nothing: the frozen control (`zero`) would do as well (cosine 0.01)"
+        "interface      cosine  error    size  signs  explained  stale: cosine  reference     "
+        "step\n-------------  ------  -----  ------  -----  ---------  -------------  ------------ "
+        " ----\na longer name       -      -       -      -          -              -  "
+        "bootstrapped   120\na                0.60   0.80  0.60 x      -       36 %           0.10 "
+        " true             0\nb                0.01   1.41  1.00 x      -      -98 %              "
+        "-  true             0\n\n"
+        "a longer name  no gradient arrives: the target that the next stage's predictions gave is "
+        "zero\na              explains 36 % of the gradient (cosine 0.60, size 0.60 x); better "
+        "than the stale control (cosine 0.10)\n"
+        "b              explains nothing: the frozen control (`zero`) would do as well (cosine "
+        "0.01)"
     )
     assert "stale" not in summarize(dict(longer))
     assert summarize({}) == str(Diagnosis({})) == "nothing measured: no source predicted a gradient"
@@ -291,18 +340,24 @@ def test_a_diagnosis_prints_as_a_table() -> None:
 def test_measuring_a_diagnosis() -> None:
     a, b = pair(8, 4)
     found = Diagnosis.measure(
-        {"x": a, "waits": None}, {"x": b, "waits": b, "more": b}, step=7, controls={"stale": {"x": b, "waits": a}}
+        {"x": a, "waits": None},
+        {"x": b, "waits": b, "more": b},
+        step=7,
+        controls={"stale": {"x": b, "waits": a}},
     )
     assert list(found) == ["x"]
     assert found["x"] == compare(a, b, "true", 7)
     assert found.controls == {"stale": {"x": compare(b, b, "true", 7)}}
-    short = Diagnosis.measure({"x": a}, {"x": b}, step=7, controls={"stale": {"x": b[:3]}, "none": {"x": None}})
+    short = Diagnosis.measure(
+        {"x": a}, {"x": b}, step=7, controls={"stale": {"x": b[:3]}, "none": {"x": None}}
+    )
     assert short.controls == {}  # a batch of another size, or none before
     with pytest.raises(DecouplingError, match="no reference for interface 'y'"):
         Diagnosis.measure({"y": a}, {"x": b}, step=0)
 
 
-# A run, for what follows. ------------------------------------------------------------------------------------------
+# A run, for what follows.
+# ------------------------------------------------------------------------------------------
 
 
 def chain() -> nn.Module:
@@ -318,20 +373,25 @@ def trainer_of(gradients: Any = "linear", **options: Any) -> dni_fx.Trainer:
         chain(), ["layer1", "layer2"], example_inputs=(torch.randn(4, 6),), gradients=gradients,
         context=dni_fx.one_hot(3),
     )  # fmt: skip
-    return dni_fx.Trainer(decoupled, F.cross_entropy, optimizer=lambda p: torch.optim.SGD(p, 0.1), **options)
+    return dni_fx.Trainer(
+        decoupled, F.cross_entropy, optimizer=lambda p: torch.optim.SGD(p, 0.1), **options
+    )
 
 
 def batches(count: int) -> list[tuple[Tensor, Tensor]]:
     return [(torch.randn(4, 6), torch.randint(3, (4,))) for _ in range(count)]
 
 
-def step_report(step: int, loss: float | Tensor = 1.0, measured: int | None = None, cosine: float = 0.5) -> StepReport:
+def step_report(
+    step: int, loss: float | Tensor = 1.0, measured: int | None = None, cosine: float = 0.5
+) -> StepReport:
     at = step - 1 if measured is None else measured
     report = InterfaceReport(cosine, 0.5, 0.25, "true", at, 0.75)
     return StepReport(torch.as_tensor(loss), torch.zeros(3), {"cut": report}, step)
 
 
-# History. ----------------------------------------------------------------------------------------------------------
+# History.
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_history_keeps_every_measurement_once() -> None:
@@ -346,7 +406,9 @@ def test_history_keeps_every_measurement_once() -> None:
     assert list(history.interfaces) == ["layer1", "layer2"]
     for name, series in history.interfaces.items():
         assert [r.step for r in series] == [0, 3, 6]
-        assert series == [seen[i].interfaces[name] for i in (0, 3, 6)] or math.isnan(series[0].cosine)
+        assert series == [seen[i].interfaces[name] for i in (0, 3, 6)] or math.isnan(
+            series[0].cosine
+        )
         assert history.last[name] is series[-1]
     text = history.table()
     assert text.startswith(f"loss {float(seen[-1].loss):.4g} after 8 steps\n")
@@ -425,7 +487,11 @@ def test_a_run_that_goes_on_from_an_earlier_state(most: int | None) -> None:
 
 def test_history_as_json() -> None:
     history = History(5)
-    history.add(StepReport(torch.tensor(1.5), None, {"a.b": InterfaceReport(nan, inf, 0.0, "bootstrapped", 0)}, 1))
+    history.add(
+        StepReport(
+            torch.tensor(1.5), None, {"a.b": InterfaceReport(nan, inf, 0.0, "bootstrapped", 0)}, 1
+        )
+    )
     for step in range(2, 10):
         history.add(step_report(step, 1 / step, cosine=1 / step))
     text = history.to_json()
@@ -474,7 +540,8 @@ def test_text_that_is_no_history(text: Any) -> None:
         History.from_json(text)
 
 
-# TensorBoard. ------------------------------------------------------------------------------------------------------
+# TensorBoard.
+# ------------------------------------------------------------------------------------------------------
 
 
 class Writer:
@@ -492,7 +559,9 @@ def test_write_tensorboard() -> None:
         write_tensorboard(writer, trainer.step(x, target=target))
     assert [s for t, _, s in writer.scalars if t == "dni/loss"] == [0, 1, 2]
     assert not any(math.isnan(v) for _, v, _ in writer.scalars)
-    assert [s for t, _, s in writer.scalars if t == "dni/layer2/cosine"] == [2]  # nan in step 0, where it says nothing
+    assert [s for t, _, s in writer.scalars if t == "dni/layer2/cosine"] == [
+        2
+    ]  # nan in step 0, where it says nothing
     assert [s for t, _, s in writer.scalars if t == "dni/layer2/relative_error"] == [0, 2]
     tags = {t for t, _, _ in writer.scalars}
     metrics = ("cosine", "relative_error", "rms_ratio", "sign_agreement", "explained")
@@ -518,7 +587,9 @@ def test_with_the_real_tensorboard(tmp_path: Path) -> None:
 
         writer = SummaryWriter(str(tmp_path))
         for step in range(1, 4):
-            write_tensorboard(writer, step_report(step, float(step), cosine=nan if step == 2 else 0.5))
+            write_tensorboard(
+                writer, step_report(step, float(step), cosine=nan if step == 2 else 0.5)
+            )
         writer.close()
         events = EventAccumulator(str(tmp_path))
         events.Reload()
@@ -526,7 +597,8 @@ def test_with_the_real_tensorboard(tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in events.Scalars("dni/cut/cosine")] == [(0, 0.5), (2, 0.5)]
 
 
-# Pictures. ---------------------------------------------------------------------------------------------------------
+# Pictures.
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -556,11 +628,15 @@ def test_plots_of_little(tmp_path: Path) -> None:
     plot(history, tmp_path / "empty.png")
     history.add(StepReport(torch.tensor(1.0), None, {}, 1))
     plot(history, tmp_path / "exact.png")
-    history.add(StepReport(torch.tensor(1.0), None, {"cut": InterfaceReport(nan, nan, nan, "true", 1)}, 2))
+    history.add(
+        StepReport(torch.tensor(1.0), None, {"cut": InterfaceReport(nan, nan, nan, "true", 1)}, 2)
+    )
     plot(history, tmp_path / "nothing.png")
 
 
-def test_plots_that_cannot_be(tmp_path: Path, history: History, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plots_that_cannot_be(
+    tmp_path: Path, history: History, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("matplotlib")
     with pytest.raises(DecouplingError, match=r"must end in one of \..*\.png"):
         plot(history, tmp_path / "history.docx")
@@ -584,7 +660,8 @@ def test_plots_that_cannot_be(tmp_path: Path, history: History, monkeypatch: pyt
         plot(history, tmp_path / "history.png")
 
 
-# Documentation. ----------------------------------------------------------------------------------------------------
+# Documentation.
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_docstring_examples() -> None:

@@ -1,4 +1,6 @@
-"""Stages on several processes: started by torchrun, compared with one process, killed, stopped, and closed."""
+"""Stages on several processes: started by torchrun, compared with one process, killed, stopped, and
+closed.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,10 @@ from torch import Tensor
 import dni_fx
 from dni_fx import distributed
 from dni_fx.errors import DecouplingError
-from dni_fx.mail import Address, Letter
-from dni_fx.places import Places, join, place_stages
-from dni_fx.structures import flatten
-from dni_fx.wire import ALIGNMENT, pack, unpack
+from dni_fx.graphs.nested import flatten
+from dni_fx.parallel.mailbox import Address, Letter
+from dni_fx.parallel.placement import Places, join, place_stages
+from dni_fx.parallel.serialization import ALIGNMENT, pack, unpack
 
 from . import oracles
 from .distributed_scripts import ranks
@@ -52,7 +54,11 @@ def start(command: list[str], folder: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     with (folder / "output.txt").open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, *command], stdout=output, stderr=output, env=environment, start_new_session=True
+            [sys.executable, *command],
+            stdout=output,
+            stderr=output,
+            env=environment,
+            start_new_session=True,
         )
         try:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -128,7 +134,10 @@ def test_four_ranks(case: str, started: Any) -> None:
 @pytest.mark.parametrize("name", ["two", "four", "failures"])
 def test_processes_end_by_themselves(name: str, started: Any) -> None:
     folder = started(name)
-    ended, output = json.loads((folder / "ended.json").read_text()), (folder / "output.txt").read_text()
+    ended, output = (
+        json.loads((folder / "ended.json").read_text()),
+        (folder / "output.txt").read_text(),
+    )
     assert ended == {"code": 0, "left": 0}, output
 
 
@@ -140,7 +149,7 @@ def test_a_script_is_the_same_without_a_process_group(started: Any) -> None:
     oracles.assert_bits_equal(torch.load(started("two") / "weights.pt"), alone, "two processes")
 
 
-# ----------------------------------------------------------------------------------------------------------- failures
+# --------------------------------------------------------------------------------------------------
 
 
 def failure(started: Any, case: str) -> tuple[list[Any], list[str]]:
@@ -167,8 +176,12 @@ def test_a_rank_that_raises_ends_all(case: str, started: Any) -> None:
 def test_what_is_not_finite_ends_all(started: Any) -> None:
     codes, outputs = failure(started, "not_finite-0")
     assert codes == [1, 1], outputs
-    assert re.match(r"NonFiniteError: stage_\d, step 11: .* is NaN; this stage was not updated", outputs[0])
-    assert re.match(r"(NonFiniteError: stage_\d|ParallelError: rank 0 failed: NonFiniteError)", outputs[1])
+    assert re.match(
+        r"NonFiniteError: stage_\d, step 11: .* is NaN; this stage was not updated", outputs[0]
+    )
+    assert re.match(
+        r"(NonFiniteError: stage_\d|ParallelError: rank 0 failed: NonFiniteError)", outputs[1]
+    )
 
 
 def test_a_rank_that_makes_fewer_steps_is_noticed(started: Any) -> None:
@@ -197,7 +210,7 @@ def test_a_rank_that_is_stopped_is_named(case: str, started: Any) -> None:
     assert f"rank {who} " in outputs[1 - who], outputs
 
 
-# ------------------------------------------------------------------------------------------------------------ letters
+# --------------------------------------------------------------------------------------------------
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.int64, torch.int32, torch.int8,
@@ -230,7 +243,11 @@ def tensors(draw: st.DrawFn) -> Tensor:
 CONSTANTS = st.none() | st.integers() | st.text(max_size=5) | st.floats(allow_nan=False)
 NESTED = st.recursive(
     tensors() | CONSTANTS,
-    lambda inner: st.lists(inner, max_size=3) | st.tuples(inner, inner) | st.dictionaries(st.text(max_size=3), inner),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.tuples(inner, inner)
+        | st.dictionaries(st.text(max_size=3), inner)
+    ),
     max_leaves=6,
 )
 
@@ -241,7 +258,9 @@ def test_letters_arrive_as_they_were(value: Any) -> None:
     buffer = pack(value)
     assert buffer.dtype == torch.uint8
     assert buffer.numel() % ALIGNMENT == 0
-    longer = torch.cat([buffer, torch.full((1000,), 255, dtype=torch.uint8)])  # a posted receive may be longer
+    longer = torch.cat(
+        [buffer, torch.full((1000,), 255, dtype=torch.uint8)]
+    )  # a posted receive may be longer
     for arrived in (unpack(buffer), unpack(longer)):
         left, structure = flatten(value)
         right, other = flatten(arrived)
@@ -268,14 +287,17 @@ def test_letters_keep_the_order_of_memory_and_share_none() -> None:
     assert torch.equal(back["image"], before)
 
 
-# ------------------------------------------------------------------------------------------------------------- places
+# --------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_rows_are_divided_and_put_together(data: st.DataObject) -> None:
     """Whoever sends and takes: each taker gets its own rows, once, in order."""
-    groups = [data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=5, unique=True)) for _ in range(2)]
+    groups = [
+        data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=5, unique=True))
+        for _ in range(2)
+    ]
     size = data.draw(st.integers(max(map(len, groups)), 12))
     places = Places(tuple(map(tuple, groups)), {7: size})
     whole = torch.arange(size * 2.0).view(size, 2)
@@ -302,7 +324,7 @@ def test_by_default_every_rank_has_as_many_stages() -> None:
     assert place_stages([0, [1, 0], 1, 1, 0, 0, (0, 1)], names, 2).divided == [1, 6]
 
 
-# --------------------------------------------------------------------------------------------- in one process, no group
+# --------------------------------------------------------------------------------------------- in o
 
 
 def alone(**options: Any) -> Any:

@@ -1,4 +1,6 @@
-"""The distributed examples run under torchrun and in one process, with the same numbers, and go on after a crash."""
+"""The distributed examples run under torchrun and in one process, with the same numbers, and go on
+after a crash.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,32 @@ from .test_experiments import load
 
 text = load("distributed_text")
 
-MNIST = ["distributed_mnist.py", "--data", "digits", "--width", "16", "--batch", "16", "--steps", "20", "--every", "10"]
-TEXT = ["distributed_text.py", "--width", "16", "--length", "8", "--batch", "4", "--steps", "6", "--every", "3"]
+MNIST = [
+    "distributed_mnist.py",
+    "--data",
+    "digits",
+    "--width",
+    "16",
+    "--batch",
+    "16",
+    "--steps",
+    "20",
+    "--every",
+    "10",
+]
+TEXT = [
+    "distributed_text.py",
+    "--width",
+    "16",
+    "--length",
+    "8",
+    "--batch",
+    "4",
+    "--steps",
+    "6",
+    "--every",
+    "3",
+]
 TRUNK = ["shared_trunk.py", "--seconds", "1", "--work", "10", "--slow", "5"]
 
 
@@ -25,7 +51,13 @@ def run(script: str, *arguments: str, cwd: Path, processes: int = 1, restarts: i
     """What an example prints, on so many processes; none is left."""
     command = [sys.executable]
     if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command += [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(processes),
+        ]
         command += ["--max-restarts", str(restarts)]
     settings = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -51,7 +83,9 @@ def curve(output: str) -> list[str]:
     [(MNIST, ["linear"]), ([*TEXT, "--compare"], ["linear", "zero", "stale", "exact"])],
     ids=["mnist", "text"],
 )
-def test_two_processes_print_what_one_does(tmp_path: Path, example: list[str], methods: list[str]) -> None:
+def test_two_processes_print_what_one_does(
+    tmp_path: Path, example: list[str], methods: list[str]
+) -> None:
     options = ["--staleness", "1", "--source", "linear"]
     one = run(*example, *options, cwd=tmp_path)
     two = run(*example, *options, "--timeline", "spans.json", cwd=tmp_path, processes=2)
@@ -59,16 +93,24 @@ def test_two_processes_print_what_one_does(tmp_path: Path, example: list[str], m
     assert "2 processes\n" in two
     assert [line.split()[0] for line in curve(one)[1::2]] == methods
     assert curve(one) == curve(two)
-    assert {line.split()[1] for line in two.splitlines() if line.startswith("stage_")} == {"0", "1"}  # ranks
+    assert {line.split()[1] for line in two.splitlines() if line.startswith("stage_")} == {
+        "0",
+        "1",
+    }  # ranks
     for file in [f"spans-{m}.json" for m in methods] if len(methods) > 1 else ["spans.json"]:
-        assert {event["pid"] for event in json.loads((tmp_path / file).read_text())["traceEvents"]} == {0, 1}
+        assert {
+            event["pid"] for event in json.loads((tmp_path / file).read_text())["traceEvents"]
+        } == {0, 1}
 
 
 def test_a_file_may_be_the_text(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("to be or not to be, " * 49 + "that is ünheard")
     symbols, held_out = text.read(tmp_path / "text")
     assert len(symbols) == 896
-    assert bytes(torch.cat([symbols, held_out]).tolist()) == b"to be or not to be, " * 49 + b"that is \x7f\x7fnheard"
+    assert (
+        bytes(torch.cat([symbols, held_out]).tolist())
+        == b"to be or not to be, " * 49 + b"that is \x7f\x7fnheard"
+    )
     library, rest = text.read(None)
     assert len(library) > 8 * len(rest) > 100_000
 
@@ -103,6 +145,12 @@ distributed_text.main()
 def test_a_slow_client_holds_nobody_up(tmp_path: Path, processes: int) -> None:
     updates = rows(run(*TRUNK, cwd=tmp_path, processes=processes).split("\n\n")[1])
     assert list(updates) == ["trunk", "digit", "parity", "large"]
-    assert int(updates["large"][1]) < 0.7 * min(int(updates[name][1]) for name in ("digit", "parity"))
-    for name in ("trunk", "digit", "parity"):  # results come from longer runs on a machine that is not busy
+    assert int(updates["large"][1]) < 0.7 * min(
+        int(updates[name][1]) for name in ("digit", "parity")
+    )
+    for name in (
+        "trunk",
+        "digit",
+        "parity",
+    ):  # results come from longer runs on a machine that is not busy
         assert int(updates[name][1]) > 0.6 * int(updates[name][0])

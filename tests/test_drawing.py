@@ -99,7 +99,9 @@ def plan_of(name: str, stages: int = 4) -> CutPlan:
     """A plan of a model of the zoo."""
     case = next(c for c in ZOO if c.name == name)
     args, kwargs = case.inputs(4, torch.float32)
-    return dni_fx.plan_cuts(case.build(), args, example_kwargs=kwargs, stages=stages, costs="analytic")
+    return dni_fx.plan_cuts(
+        case.build(), args, example_kwargs=kwargs, stages=stages, costs="analytic"
+    )
 
 
 def unet_plan() -> CutPlan:
@@ -109,22 +111,31 @@ def unet_plan() -> CutPlan:
 
 
 def encoder_plan() -> CutPlan:
-    return dni_fx.plan_cuts(Encoder(), (torch.zeros(2, 6, dtype=torch.long),), stages=4, costs="analytic")
+    return dni_fx.plan_cuts(
+        Encoder(), (torch.zeros(2, 6, dtype=torch.long),), stages=4, costs="analytic"
+    )
 
 
 def chain_plan(
-    count: int, stages: int = 4, scope: Callable[[int], tuple[str, ...]] = lambda k: (str(k),), model: str = "Chain"
+    count: int,
+    stages: int = 4,
+    scope: Callable[[int], tuple[str, ...]] = lambda k: (str(k),),
+    model: str = "Chain",
 ) -> CutPlan:
     """A plan of a chain of linear layers, made by hand."""
     share = -(-count // stages)
     spec = TensorSpec((2, 4), torch.float32)
     nodes = [NodeReport("x", "input", (), (), (2, 4), None)]
     for k in range(count):
-        nodes.append(NodeReport(f"n{k}", "Linear", scope(k), (nodes[-1].name,), (2, 4), k // share, 1e-3))
+        nodes.append(
+            NodeReport(f"n{k}", "Linear", scope(k), (nodes[-1].name,), (2, 4), k // share, 1e-3)
+        )
     nodes.append(NodeReport("output", "output", (), (nodes[-1].name,), (), None))
     ends = [min((s + 1) * share, count) - 1 for s in range(stages)]
     names = [scope(k)[-1] if scope(k) else f"n{k}" for k in ends[:-1]]
-    interfaces = tuple(Interface(n, spec, s, (s + 1,), aliases=(f"n{ends[s]}",)) for s, n in enumerate(names))
+    interfaces = tuple(
+        Interface(n, spec, s, (s + 1,), aliases=(f"n{ends[s]}",)) for s, n in enumerate(names)
+    )
     rows = tuple(StageReport(f"stage_{s}", share, 20, c) for s, c in enumerate([*names, None]))
     sources = {n: SourceReport("linear", 20, None) for n in names}
     report = PlanReport("calls", rows, interfaces, sources=sources, nodes=tuple(nodes))
@@ -190,8 +201,12 @@ class Page(HTMLParser):
 # what is in a drawing
 
 
-@pytest.mark.parametrize("make", [unet_plan, encoder_plan, lambda: plan_of("two_towers"), lambda: plan_of("residual")])
-def test_a_picture_names_every_stage_interface_and_source(make: Callable[[], CutPlan], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "make", [unet_plan, encoder_plan, lambda: plan_of("two_towers"), lambda: plan_of("residual")]
+)
+def test_a_picture_names_every_stage_interface_and_source(
+    make: Callable[[], CutPlan], tmp_path: Path
+) -> None:
     plan = make()
     svg = draw(plan, tmp_path / "plan.svg")
     read = texts(svg)
@@ -201,7 +216,9 @@ def test_a_picture_names_every_stage_interface_and_source(make: Callable[[], Cut
     for interface in plan.interfaces:
         shape = "×".join(map(str, interface.spec.shape))
         assert interface.name in read
-        assert any(line.startswith(f"{shape} · ") and line.endswith((" MB", " kB", " B")) for line in read)
+        assert any(
+            line.startswith(f"{shape} · ") and line.endswith((" MB", " kB", " B")) for line in read
+        )
         assert f"source: {plan.report.sources[interface.name].kind}" in read
     assert "output" in read
     assert any(line.endswith("%") for line in read)
@@ -211,14 +228,18 @@ def test_the_colour_of_a_stage_is_that_of_its_boxes_and_interfaces(tmp_path: Pat
     plan = unet_plan()
     root = ET.fromstring(draw(plan, tmp_path / "plan.svg"))
     thick = [p.get("stroke") for p in root.iter(f"{SVG}path") if p.get("class") == "link"]
-    assert thick[1:] == [colour_of(i.producer) for i in plan.interfaces], "the first one is the legend's"
+    assert thick[1:] == [colour_of(i.producer) for i in plan.interfaces], (
+        "the first one is the legend's"
+    )
     assert len({colour_of(s) for s in range(4)}) == 4
 
 
 def test_the_head_tells_objective_slowest_stage_bound_and_gap(tmp_path: Path) -> None:
     plan = chain_plan(8)
     assert plan.report is not None
-    search = SearchReport("throughput", "measured", 0.0125, 0.0100, 7, "program order", {"n1": "half of the work"})
+    search = SearchReport(
+        "throughput", "measured", 0.0125, 0.0100, 7, "program order", {"n1": "half of the work"}
+    )
     found = replace(plan, report=replace(plan.report, search=search))
     line = texts(draw(found, tmp_path / "plan.svg"))[1]
     for word in ("throughput", "measured", "12.5 ms", "10 ms", "25.0%"):
@@ -240,7 +261,9 @@ def test_a_page_has_a_table_of_stages_and_one_of_interfaces(tmp_path: Path) -> N
 
 
 def test_a_single_stage_and_plans_without_costs_can_be_drawn(tmp_path: Path) -> None:
-    plan = dni_fx.decouple(UNet(), [], example_inputs=(torch.randn(2, 2, 16, 16),), check=False).plan
+    plan = dni_fx.decouple(
+        UNet(), [], example_inputs=(torch.randn(2, 2, 16, 16),), check=False
+    ).plan
     for suffix in ("svg", "html"):
         assert "1 stage, 0 cuts" in draw(plan, tmp_path / f"plan.{suffix}")
     assert not any(t.endswith("%") for t in texts(text_of(tmp_path / "plan.svg")))
@@ -282,8 +305,12 @@ def test_a_module_is_called_by_its_class_where_that_is_known(tmp_path: Path) -> 
     assert known.count("Layer") == 12
     assert not any(line.startswith("Linear, ") for line in known)
     assert plan.report is not None
-    unknown = texts(draw(replace(plan, report=replace(plan.report, kinds={})), tmp_path / "plan.svg"))
-    assert any(line.startswith("Linear, ") for line in unknown), "else by the functions and modules in it"
+    unknown = texts(
+        draw(replace(plan, report=replace(plan.report, kinds={})), tmp_path / "plan.svg")
+    )
+    assert any(line.startswith("Linear, ") for line in unknown), (
+        "else by the functions and modules in it"
+    )
 
 
 def test_assertions_and_sizes_are_not_drawn(tmp_path: Path) -> None:
@@ -315,7 +342,9 @@ def test_many_interfaces_of_a_stage_are_put_together_and_all_named(tmp_path: Pat
 @pytest.mark.parametrize("suffix", ["svg", "html"])
 def test_names_are_escaped(suffix: str, tmp_path: Path) -> None:
     bad = '<img src=x onerror="alert(1)">&\'</title></text><script>alert(2)</script>'
-    plan = chain_plan(200, scope=lambda k: (f"a{k // 10}{bad}", f"a{k // 10}{bad}.b{k}"), model=f"M{bad}")
+    plan = chain_plan(
+        200, scope=lambda k: (f"a{k // 10}{bad}", f"a{k // 10}{bad}.b{k}"), model=f"M{bad}"
+    )
     text = draw(plan, tmp_path / f"plan.{suffix}")
     assert "&lt;img src=x onerror=" in text
     page = Page(text)
@@ -328,7 +357,9 @@ def test_names_are_escaped(suffix: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["svg", "html"])
 def test_a_drawing_needs_no_network(suffix: str, tmp_path: Path) -> None:
-    text = draw(encoder_plan(), tmp_path / f"plan.{suffix}").replace('xmlns="http://www.w3.org/2000/svg"', "")
+    text = draw(encoder_plan(), tmp_path / f"plan.{suffix}").replace(
+        'xmlns="http://www.w3.org/2000/svg"', ""
+    )
     assert "//" not in text
     page = Page(text)
     assert not page.attributes & {"src", "srcset", "action", "xlink:href"}
@@ -343,8 +374,14 @@ def test_equal_plans_give_equal_bytes_in_every_process(tmp_path: Path) -> None:
         "import sys; from tests.test_drawing import encoder_plan; plan = encoder_plan();"
         "[plan.draw(f'{sys.argv[1]}.{suffix}') for suffix in ('svg', 'html')]"
     )
-    environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    subprocess.run([sys.executable, "-c", code, tmp_path / "other"], env=environment, check=True, timeout=300)
+    environment = {
+        **os.environ,
+        "PYTHONHASHSEED": "7",
+        "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+    }
+    subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "other"], env=environment, check=True, timeout=300
+    )
     for suffix in ("svg", "html"):
         here = draw(encoder_plan(), tmp_path / f"here.{suffix}")
         assert draw(encoder_plan(), tmp_path / f"again.{suffix}") == here
@@ -357,7 +394,11 @@ def test_equal_plans_give_equal_bytes_in_every_process(tmp_path: Path) -> None:
 def rectangles(picture: Picture) -> list[tuple[str, float, float, float, float]]:
     """Boxes, pills and labels."""
     found = [(b["item"].title, b["x"], b["y"], b["w"], b["h"]) for b in picture.items]
-    found += [(link["link"].name, link["x"], link["y"], *CHIP) for link in picture.links if link["link"].label]
+    found += [
+        (link["link"].name, link["x"], link["y"], *CHIP)
+        for link in picture.links
+        if link["link"].label
+    ]
     return found
 
 
@@ -367,7 +408,9 @@ def segments(path: str) -> list[tuple[float, float, float, float]]:
     for command, numbers in re.findall(r"([MLQ])([-\d. ]+)", path):
         to = tuple(float(n) for n in numbers.split()[-2:])
         if command == "L":
-            pieces.append((min(at[0], to[0]), min(at[1], to[1]), max(at[0], to[0]), max(at[1], to[1])))
+            pieces.append(
+                (min(at[0], to[0]), min(at[1], to[1]), max(at[0], to[0]), max(at[1], to[1]))
+            )
         at = to
     return pieces
 
@@ -379,7 +422,9 @@ def test_boxes_labels_and_thick_lines_keep_clear_of_each_other(name: str) -> Non
     check_clear(plan.report)
 
 
-@pytest.mark.parametrize("cuts", [["layers.6"], ["layers.1", "layers.3", "layers.5"], ["layers.10", "layers.12"]])
+@pytest.mark.parametrize(
+    "cuts", [["layers.6"], ["layers.1", "layers.3", "layers.5"], ["layers.10", "layers.12"]]
+)
 def test_many_interfaces_are_clear_too(cuts: list[str]) -> None:
     report = dni_fx.plan_cuts(Dense(), (torch.randn(2, 4),), cuts=cuts, costs="analytic").report
     assert report is not None
@@ -387,7 +432,9 @@ def test_many_interfaces_are_clear_too(cuts: list[str]) -> None:
 
 
 def test_a_long_model_with_eight_stages_is_clear_too() -> None:
-    plan = dni_fx.plan_cuts(Encoder(), (torch.zeros(2, 6, dtype=torch.long),), stages=8, costs="analytic")
+    plan = dni_fx.plan_cuts(
+        Encoder(), (torch.zeros(2, 6, dtype=torch.long),), stages=8, costs="analytic"
+    )
     assert plan.report is not None
     check_clear(plan.report)
 
@@ -397,7 +444,9 @@ def check_clear(report: PlanReport) -> None:
     picture = route(whole.panels, whole.links)
     boxes = rectangles(picture)
     for (name, x, y, w, h), (other, x2, y2, w2, h2) in itertools.combinations(boxes, 2):
-        assert x + w <= x2 or x2 + w2 <= x or y + h <= y2 or y2 + h2 <= y, f"{name} lies over {other}"
+        assert x + w <= x2 or x2 + w2 <= x or y + h <= y2 or y2 + h2 <= y, (
+            f"{name} lies over {other}"
+        )
     for name, x, y, w, h in boxes:
         assert x >= 0, name
         assert y >= 0, name
@@ -417,17 +466,23 @@ def check_clear(report: PlanReport) -> None:
 def test_lanes_keep_clear_of_boxes_in_random_graphs(seed: int) -> None:
     draw = random.Random(seed)
     count = draw.randint(2, 30)
-    edges = [(a, b) for a, b in itertools.combinations(range(count), 2) if draw.random() < 3 / count]
+    edges = [
+        (a, b) for a, b in itertools.combinations(range(count), 2) if draw.random() < 3 / count
+    ]
     sizes = {k: draw.choice([(220.0, 46.0), (180.0, 24.0)]) for k in range(count)}
     layout = lay_out(sizes, edges)
-    boxes = {k: (x - sizes[k][0] / 2, y, x + sizes[k][0] / 2) for k, (x, y) in layout.centres.items()}
+    boxes = {
+        k: (x - sizes[k][0] / 2, y, x + sizes[k][0] / 2) for k, (x, y) in layout.centres.items()
+    }
     for (a, (left, y, right)), (b, (left2, y2, right2)) in itertools.combinations(boxes.items(), 2):
         assert layout.layer[a] != layout.layer[b] or right <= left2 or right2 <= left
         assert (layout.layer[a] < layout.layer[b]) == (y < y2) or layout.layer[a] == layout.layer[b]
     assert all(layout.layer[a] < layout.layer[b] for a, b in edges)
     assert {a: len(ends) for a, (_, ends) in layout.lines.items()} == Counter(a for a, _ in edges)
     for x0, top, x1, bottom in (piece for pieces, _ in layout.lines.values() for piece in pieces):
-        passed = [k for k, (left, y, right) in boxes.items() if top < y < bottom and left < x0 < right]
+        passed = [
+            k for k, (left, y, right) in boxes.items() if top < y < bottom and left < x0 < right
+        ]
         assert x0 != x1 or not passed
 
 
@@ -462,11 +517,16 @@ def all_boxes(views: Views, box: Box) -> list[Box]:
     if len(box.nodes) == 1:
         return [box]
     return [b for _, part in views.inside(box).folded for b in all_boxes(views, part)] + [
-        Box(i.title, box.stage, (), 0) for p in views.inside(box).panels for i in p.items if i.nodes == 1
+        Box(i.title, box.stage, (), 0)
+        for p in views.inside(box).panels
+        for i in p.items
+        if i.nodes == 1
     ]
 
 
-@pytest.mark.parametrize("make", [unet_plan, encoder_plan, lambda: chain_plan(1000), lambda: plan_of("inception")])
+@pytest.mark.parametrize(
+    "make", [unet_plan, encoder_plan, lambda: chain_plan(1000), lambda: plan_of("inception")]
+)
 def test_whatever_is_folded_opens_down_to_every_node(make: Callable[[], CutPlan]) -> None:
     report = make().report
     assert report is not None
@@ -474,13 +534,18 @@ def test_whatever_is_folded_opens_down_to_every_node(make: Callable[[], CutPlan]
     whole = views.whole()
     boxes = [i for p in whole.panels for i in p.items if i.nodes]
     assert len(boxes) <= MOST_BOXES
-    leaves = sum(i.nodes == 1 for i in boxes) + sum(len(all_boxes(views, box)) for _, box in whole.folded)
+    leaves = sum(i.nodes == 1 for i in boxes) + sum(
+        len(all_boxes(views, box)) for _, box in whole.folded
+    )
     assert leaves == sum(len(nodes) for nodes in views.nodes.drawn.values())
 
 
 def test_a_module_of_one_stage_is_one_box_and_one_that_is_cut_is_opened(tmp_path: Path) -> None:
     plan = dni_fx.plan_cuts(
-        Encoder(), (torch.zeros(2, 6, dtype=torch.long),), cuts=["layers.3", "layers.7.mlp.0"], costs="analytic"
+        Encoder(),
+        (torch.zeros(2, 6, dtype=torch.long),),
+        cuts=["layers.3", "layers.7.mlp.0"],
+        costs="analytic",
     )
     read = texts(draw(plan, tmp_path / "plan.svg"))
     assert {f"layers.{k}" for k in range(12) if k != 7} <= set(read)
@@ -507,7 +572,9 @@ def test_every_folded_box_leads_to_its_own_details(tmp_path: Path) -> None:
     [lambda k: (str(k),), lambda k: (f"b.{k // 100}", f"b.{k // 100}.{k % 100}"), lambda k: ()],
     ids=["flat", "blocks", "functions"],
 )
-def test_ten_thousand_nodes_are_drawn_in_seconds(scope: Callable[[int], tuple[str, ...]], tmp_path: Path) -> None:
+def test_ten_thousand_nodes_are_drawn_in_seconds(
+    scope: Callable[[int], tuple[str, ...]], tmp_path: Path
+) -> None:
     plan = chain_plan(10_000, scope=scope)
     begin = time.perf_counter()
     page = draw(plan, tmp_path / "plan.html")
@@ -522,7 +589,10 @@ def test_stages_that_alternate_do_not_break_the_limit() -> None:
     report = chain_plan(1000, 2).report
     assert report is not None
     nodes = [n for n in report.nodes if n.operator == "Linear"]
-    towers = [replace(n, inputs=() if k < 2 else (nodes[k - 2].name,), stage=k % 2) for k, n in enumerate(nodes)]
+    towers = [
+        replace(n, inputs=() if k < 2 else (nodes[k - 2].name,), stage=k % 2)
+        for k, n in enumerate(nodes)
+    ]
     views = Views(replace(report, nodes=tuple(towers), interfaces=()))
     boxes = [i for p in views.whole().panels for i in p.items if i.nodes]
     assert len(boxes) <= MOST_BOXES
@@ -554,14 +624,18 @@ def test_a_missing_folder_and_a_folder_of_that_name_are_refused(tmp_path: Path) 
     assert [p.name for p in tmp_path.iterdir()] == ["plan.svg"]
 
 
-def test_without_jinja_the_error_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_jinja_the_error_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(DecouplingError, match=r"pip install 'dni_fx\[draw\]'"):
         draw_plan(chain_plan(8), tmp_path / "plan.svg")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failure_half_way_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_half_way_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(**facts: Any) -> Any:
         yield from itertools.islice(render(**facts), 5)
         raise RuntimeError("half-way")

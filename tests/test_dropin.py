@@ -1,4 +1,6 @@
-"""A decoupled model in an ordinary loop: the trainer's bits, and everything that users do with a module."""
+"""A decoupled model in an ordinary loop: the trainer's bits, and everything that users do with a
+module.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,18 @@ from dni_fx.sources import Corrected, GradientSource, Mix, Prediction
 from . import models, oracles
 from .models import Case
 
-SOURCES = ("linear", "mlp", "conv", "auto", "local", "zero", "stale", "each:linear", "joint:local", "joint:linear")
+SOURCES = (
+    "linear",
+    "mlp",
+    "conv",
+    "auto",
+    "local",
+    "zero",
+    "stale",
+    "each:linear",
+    "joint:local",
+    "joint:linear",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +56,11 @@ class Block(nn.Module):
 
     def __init__(self, width: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.linear, self.norm, self.dropout = nn.Linear(width, width), nn.BatchNorm1d(width), nn.Dropout(dropout)
+        self.linear, self.norm, self.dropout = (
+            nn.Linear(width, width),
+            nn.BatchNorm1d(width),
+            nn.Dropout(dropout),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.dropout(F.relu(self.norm(self.linear(x))))
@@ -66,11 +83,20 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
 
 
-def decoupled_chain(gradients: Any = "linear", dropout: float = 0.0, **options: Any) -> dni_fx.Decoupled:
+def decoupled_chain(
+    gradients: Any = "linear", dropout: float = 0.0, **options: Any
+) -> dni_fx.Decoupled:
     torch.manual_seed(0)
-    options = {"example_inputs": (batch(0)[0],), "context": dni_fx.one_hot(3), "check": False} | options
+    options = {
+        "example_inputs": (batch(0)[0],),
+        "context": dni_fx.one_hot(3),
+        "check": False,
+    } | options
     return dni_fx.decouple(
-        options.pop("model", None) or Chain(dropout), ["0", "1", "2"], gradients=gradients, **options
+        options.pop("model", None) or Chain(dropout),
+        ["0", "1", "2"],
+        gradients=gradients,
+        **options,
     )
 
 
@@ -78,7 +104,9 @@ def made(gradients: Any = "linear", dropout: float = 0.0, **options: Any) -> Any
     return decoupled_chain(gradients, dropout).as_module(**options)
 
 
-def loop(m: Any, steps: int, first: int = 0, optimizer: Any = None, size: int = 8) -> torch.optim.Optimizer:
+def loop(
+    m: Any, steps: int, first: int = 0, optimizer: Any = None, size: int = 8
+) -> torch.optim.Optimizer:
     optimizer = optimizer or sgd(m.parameters())
     for step in range(first, first + steps):
         torch.manual_seed(step)
@@ -95,7 +123,11 @@ def state(m: Any) -> dict[str, Tensor]:
     """Of the model and its sources."""
     return {
         **{n: t.clone() for n, t in m.state_dict().items()},
-        **{f"sources.{n}": t.clone() for n, t in sources(m).state_dict().items() if isinstance(t, Tensor)},
+        **{
+            f"sources.{n}": t.clone()
+            for n, t in sources(m).state_dict().items()
+            if isinstance(t, Tensor)
+        },
     }
 
 
@@ -112,7 +144,7 @@ def gradients_of(m: nn.Module) -> dict[str, Tensor | None]:
     return {n: None if p.grad is None else p.grad.clone() for n, p in m.named_parameters()}
 
 
-# ------------------------------------------------------------------------------------------- bit for bit the trainer
+# ------------------------------------------------------------------------------------------- bit fo
 
 
 class Skips(nn.Module):
@@ -136,7 +168,9 @@ class Encoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(11, 8)
-        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16, 0.1, batch_first=True) for _ in range(3))
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(8, 2, 16, 0.1, batch_first=True) for _ in range(3)
+        )
         self.head = nn.Linear(8, 6)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -148,21 +182,46 @@ class Encoder(nn.Module):
 
 class Convolutions(nn.Sequential):
     def __init__(self) -> None:
-        blocks = [nn.Sequential(nn.Conv2d(c, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()) for c in (3, 4, 4)]
+        blocks = [
+            nn.Sequential(nn.Conv2d(c, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+            for c in (3, 4, 4)
+        ]
         super().__init__(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 6))
 
 
 CASES = (
-    Case("convolutions", Convolutions, models.rows(3, 6, 6), ("0", "1", "2"), models.labels(6), F.cross_entropy),
-    Case("encoder", Encoder, models.tokens(5, 11), ("layers.0", "layers.1"), models.labels(6), F.cross_entropy),
+    Case(
+        "convolutions",
+        Convolutions,
+        models.rows(3, 6, 6),
+        ("0", "1", "2"),
+        models.labels(6),
+        F.cross_entropy,
+    ),
+    Case(
+        "encoder",
+        Encoder,
+        models.tokens(5, 11),
+        ("layers.0", "layers.1"),
+        models.labels(6),
+        F.cross_entropy,
+    ),
     Case("skips", Skips, models.rows(6), ("a", "b", "c"), models.labels(6), F.cross_entropy),
 )
 
 
 def compared(
-    case: Case, gradients: Any, drop_in: bool, steps: int = 3, classes: int = 6, wrong: bool = False, cast: bool = False
+    case: Case,
+    gradients: Any,
+    drop_in: bool,
+    steps: int = 3,
+    classes: int = 6,
+    wrong: bool = False,
+    cast: bool = False,
 ) -> Any:
-    """Outputs, losses, weights, buffers and sources of a few steps, the last one with a short batch."""
+    """Outputs, losses, weights, buffers and sources of a few steps, the last one with a short
+    batch.
+    """
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=cast)
     args, kwargs, target = oracles.draw(case, 4, torch.float32, 0)
     decoupled = dni_fx.decouple(
@@ -203,7 +262,8 @@ PAIRS = [
     (case, gradients)
     for case in CASES
     for gradients in SOURCES
-    if (gradients, case.name) not in {("each:linear", "skips"), ("conv", "skips"), ("conv", "encoder")}
+    if (gradients, case.name)
+    not in {("each:linear", "skips"), ("conv", "skips"), ("conv", "encoder")}
 ]
 
 
@@ -216,11 +276,16 @@ def test_bits_of_the_trainer(case: Case, gradients: str) -> None:
 @pytest.mark.parametrize("gradients", ["linear", "local", "stale"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_bits_of_the_trainer_under_autocast(case: Case, gradients: str) -> None:
-    got, want = compared(case, gradients, True, cast=True), compared(case, gradients, False, cast=True)
+    got, want = (
+        compared(case, gradients, True, cast=True),
+        compared(case, gradients, False, cast=True),
+    )
     oracles.assert_bits_equal(got, want, f"{case.name}, {gradients}")
     assert got["0"]["output"].dtype == torch.bfloat16
     with pytest.raises(AssertionError, match="differ"):
-        oracles.assert_bits_equal(got["1"]["model"], compared(case, gradients, True)["1"]["model"], "not cast")
+        oracles.assert_bits_equal(
+            got["1"]["model"], compared(case, gradients, True)["1"]["model"], "not cast"
+        )
 
 
 def test_a_wrong_unit_is_noticed() -> None:
@@ -230,16 +295,29 @@ def test_a_wrong_unit_is_noticed() -> None:
 
 
 REFUSED = "checkpoint_reentrant"
-LAST_BITS = {"dense", "fan_out", "reused_in_three"}  # values with three consumers: autograd adds up last stage first
+LAST_BITS = {
+    "dense",
+    "fan_out",
+    "reused_in_three",
+}  # values with three consumers: autograd adds up last stage first
 
 
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
-@pytest.mark.parametrize("case", [c for c in models.ZOO if c.name != REFUSED], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [c for c in models.ZOO if c.name != REFUSED], ids=lambda case: case.name
+)
 def test_bits_of_the_trainer_for_every_kind_of_model(case: Case) -> None:
-    got, want = compared(case, "linear", True, classes=0), compared(case, "linear", False, classes=0)
+    got, want = (
+        compared(case, "linear", True, classes=0),
+        compared(case, "linear", False, classes=0),
+    )
     if case.name in LAST_BITS:
-        for (name, a), (_, b) in zip(models.named_leaves(got), models.named_leaves(want), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        for (name, a), (_, b) in zip(
+            models.named_leaves(got), models.named_leaves(want), strict=True
+        ):
+            torch.testing.assert_close(
+                a, b, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+            )
         got, want = ({k: {**v, "sources": None} for k, v in r.items()} for r in (got, want))
     oracles.assert_bits_equal(got, want, case.name)
 
@@ -284,7 +362,7 @@ def test_a_source_of_ones_own() -> None:
     oracles.assert_bits_equal(compared(case, Mean, True), compared(case, Mean, False), "own source")
 
 
-# ------------------------------------------------------------------------------------------------- it is the module
+# -------------------------------------------------------------------------------------------------
 
 
 def test_class_signature_keys_and_parameters() -> None:
@@ -316,7 +394,9 @@ def test_a_forward_put_in_its_place_is_not_the_models() -> None:
 
         return forward
 
-    assert not hasattr(m.forward, "__wrapped__")  # libraries take off what they put on down to the first without it
+    assert not hasattr(
+        m.forward, "__wrapped__"
+    )  # libraries take off what they put on down to the first without it
     m.before = m.forward  # as accelerate keeps it
     m.forward = MethodType(wrapper(m.forward.__func__), m)
     loop(m, 1)
@@ -336,7 +416,9 @@ def test_a_forward_put_in_its_place_is_not_the_models() -> None:
 
 def test_a_piece_is_of_the_plain_class() -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
-    m: Any = dni_fx.decouple(model, ["0"], example_inputs=(batch(0)[0],), gradients="zero").as_module()
+    m: Any = dni_fx.decouple(
+        model, ["0"], example_inputs=(batch(0)[0],), gradients="zero"
+    ).as_module()
     assert type(m[:2]) is nn.Sequential
     assert m[:2](batch(0)[0]).shape == (8, 6)
 
@@ -346,12 +428,22 @@ class Keywords(nn.Module):
         super().__init__()
         self.first, self.second, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
 
-    def forward(self, x: Tensor, scale: Tensor | None = None, *, labels: Tensor | None = None, by: float = 1.0) -> Any:
+    def forward(
+        self,
+        x: Tensor,
+        scale: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        by: float = 1.0,
+    ) -> Any:
         h = F.relu(self.first(x))
         if scale is not None:
             h = h * scale
         logits = self.last(F.relu(self.second(h)) * by)
-        return {"logits": logits, "loss": None if labels is None else F.cross_entropy(logits, labels)}
+        return {
+            "logits": logits,
+            "loss": None if labels is None else F.cross_entropy(logits, labels),
+        }
 
 
 def test_keyword_inputs_dict_outputs_and_a_context_from_the_arguments() -> None:
@@ -375,7 +467,10 @@ def test_keyword_inputs_dict_outputs_and_a_context_from_the_arguments() -> None:
         report = trainer.step(x, labels=y, by=2.0, target=y)
         assert torch.equal(output["logits"], report.outputs["logits"])
     x, y = batch(9)
-    assert m(x, torch.ones(8, 6), labels=y, by=2.0)["logits"].shape == (8, 3)  # another kind of call
+    assert m(x, torch.ones(8, 6), labels=y, by=2.0)["logits"].shape == (
+        8,
+        3,
+    )  # another kind of call
     with m.context(1 - y.clamp(max=1)):  # goes before the argument
         m(x, labels=y, by=2.0)["loss"].backward()
 
@@ -432,7 +527,6 @@ def test_evaluation_and_no_grad_are_the_plain_model() -> None:
             torch.manual_seed(3)
             assert torch.equal(a, plain(x))
     assert torch.equal(m[0].norm.running_mean, plain[0].norm.running_mean)
-
 
 
 def test_modes_of_nested_modules() -> None:
@@ -515,7 +609,7 @@ def test_on_a_gpu(gradients: str) -> None:
     assert all(not torch.equal(now[n], before[n]) for n in now if n.endswith("linear.weight"))
 
 
-# ---------------------------------------------------------------------------------------- the order of what users do
+# ---------------------------------------------------------------------------------------- the order
 
 
 def test_zero_grad_anywhere() -> None:
@@ -557,7 +651,9 @@ def test_two_forwards_before_a_backward(gradients: str) -> None:
     start = state(other)
     other.zero_grad()
     for inputs, labels in ((x, y), (v, w)):  # each from the same sources
-        sources(other).load_state_dict({n[8:]: t for n, t in start.items() if n.startswith("sources.")})
+        sources(other).load_state_dict(
+            {n[8:]: t for n, t in start.items() if n.startswith("sources.")}
+        )
         with other.context(labels):
             F.cross_entropy(other(inputs), labels).backward()
     total = {n: g for n, g in gradients_of(other).items() if g is not None}
@@ -672,14 +768,16 @@ def test_hooks_of_the_module_run_once() -> None:
     assert calls == [1, 1]
 
 
-# ---------------------------------------------------------------------------------------------- units and precision
+# ---------------------------------------------------------------------------------------------- uni
 
 
 def test_accumulation_with_a_unit() -> None:
     def run(parts: int, unit: float) -> dict[str, Tensor]:
         """One update of a chain without batch norm, from a batch in so many parts."""
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+        model = nn.Sequential(
+            nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)
+        ).double()
         m: Any = dni_fx.decouple(
             model, ["1", "3"], example_inputs=(batch(0, dtype=torch.float64)[0],), gradients=NoNorm, check=False,
             context=dni_fx.one_hot(3),
@@ -777,13 +875,19 @@ def test_a_scaler_that_skips() -> None:
     scaler.update()
     assert scaler.get_scale() == 2.0**3
     now = state(m)
-    assert all(torch.equal(now[n], t) for n, t in loop_state.items() if "running" not in n and "tracked" not in n)
+    assert all(
+        torch.equal(now[n], t)
+        for n, t in loop_state.items()
+        if "running" not in n and "tracked" not in n
+    )
 
 
 @pytest.mark.parametrize("gradients", ["linear", "mlp", "local", "stale"])
 def test_autocast(gradients: str) -> None:
     decoupled = decoupled_chain(gradients)
-    trainer = dni_fx.Trainer(decoupled, lambda out, y: F.cross_entropy(out.float(), y), optimizer=sgd)
+    trainer = dni_fx.Trainer(
+        decoupled, lambda out, y: F.cross_entropy(out.float(), y), optimizer=sgd
+    )
     m = made(gradients)
     optimizer = sgd(m.parameters())
     for step in range(4):
@@ -822,7 +926,9 @@ def test_backward_inside_autocast() -> None:
             optimizer.step()
         found.append(state(m))
     for name, value in found[0].items():
-        torch.testing.assert_close(found[1][name], value, rtol=2e-2, atol=2e-2, msg=lambda s, n=name: f"{n}: {s}")
+        torch.testing.assert_close(
+            found[1][name], value, rtol=2e-2, atol=2e-2, msg=lambda s, n=name: f"{n}: {s}"
+        )
 
 
 def test_clipping_and_a_scheduler() -> None:
@@ -843,7 +949,7 @@ def test_clipping_and_a_scheduler() -> None:
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0125)
 
 
-# ------------------------------------------------------------------------------------------------------- batches
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gradients", ["linear", "local", "stale", "mlp", "zero"])
@@ -861,7 +967,12 @@ def test_a_batch_of_one(gradients: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
     m: Any = dni_fx.decouple(
-        model, ["1", "3"], example_inputs=(batch(0)[0],), gradients=gradients, check=False, context=dni_fx.one_hot(3)
+        model,
+        ["1", "3"],
+        example_inputs=(batch(0)[0],),
+        gradients=gradients,
+        check=False,
+        context=dni_fx.one_hot(3),
     ).as_module()
     loop(m, 2)
     loop(m, 1, size=1)
@@ -916,11 +1027,13 @@ def test_learning_is_worth_it() -> None:
     assert losses[-1] < 0.3 * losses[0]
 
 
-# -------------------------------------------------------------------------------------------- part of something larger
+# -------------------------------------------------------------------------------------------- part
 
 
 def test_inputs_that_need_gradients() -> None:
-    """What the module sends back before itself is what the first source says, and what the last stage knows."""
+    """What the module sends back before itself is what the first source says, and what the last
+    stage knows.
+    """
     torch.manual_seed(0)
     first = nn.Linear(6, 6)
     m, (x, y) = made("local"), batch(0)
@@ -964,7 +1077,10 @@ def test_activation_checkpointing_inside_a_stage() -> None:
     for memory in (False, True):
         torch.manual_seed(0)
         model = nn.Sequential(
-            *(Wrapped(nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Dropout(0.2)), memory) for _ in range(3)),
+            *(
+                Wrapped(nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Dropout(0.2)), memory)
+                for _ in range(3)
+            ),
             nn.Linear(6, 3),
         )
         m: Any = decoupled_chain("local", model=model).as_module()
@@ -973,10 +1089,12 @@ def test_activation_checkpointing_inside_a_stage() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-# --------------------------------------------------------------------------------------------------- copies and files
+# --------------------------------------------------------------------------------------------------
 
 
-def steps_of(case: Case, m: Any, optimizer: torch.optim.Optimizer, first: int, last: int) -> list[float]:
+def steps_of(
+    case: Case, m: Any, optimizer: torch.optim.Optimizer, first: int, last: int
+) -> list[float]:
     """Updates from two batches each, cast and clipped: everything that a loop does at once."""
     losses = []
     for step in range(first, last):
@@ -1087,7 +1205,12 @@ def test_sources_of_another_plan_are_refused() -> None:
     before = state(m)
     torch.manual_seed(0)
     fewer: Any = dni_fx.decouple(
-        Chain(), ["1"], example_inputs=(batch(0)[0],), gradients="linear", context=dni_fx.one_hot(3), check=False
+        Chain(),
+        ["1"],
+        example_inputs=(batch(0)[0],),
+        gradients="linear",
+        context=dni_fx.one_hot(3),
+        check=False,
     ).as_module()
     with pytest.raises(DecouplingError, match="decouple with the same plan"):
         m.load_synthesizer_state_dict(fewer.synthesizer_state_dict())
@@ -1102,7 +1225,7 @@ def test_a_module_is_not_pickled() -> None:
     torch.save(made()._dni_fx.decoupled.model, io.BytesIO())  # the plain model is
 
 
-# ---------------------------------------------------------------------------------------------------------- refusals
+# --------------------------------------------------------------------------------------------------
 
 
 class Listens(Mean):
@@ -1135,7 +1258,9 @@ def test_other_refusals() -> None:
     with pytest.raises(DecouplingError, match="leave out inputs="):
         decoupled_chain("linear", inputs="linear").as_module()
     torch.manual_seed(0)
-    shared = dni_fx.decouple(Skips(), ["a", "b", "c"], example_inputs=(batch(0)[0],), gradients="each:linear")
+    shared = dni_fx.decouple(
+        Skips(), ["a", "b", "c"], example_inputs=(batch(0)[0],), gradients="each:linear"
+    )
     with pytest.raises(DecouplingError, match="for each of 2 consumers"):
         shared.as_module()
     for unit in (0, -1.0, float("nan"), "1", lambda: None):
@@ -1159,7 +1284,8 @@ def test_a_context_that_is_missing(gradients: str) -> None:
         m(batch(0)[0])
     assert torch.is_grad_enabled()
     assert same(
-        {n: t for n, t in state(m).items() if "norm" not in n}, {n: t for n, t in before.items() if "norm" not in n}
+        {n: t for n, t in state(m).items() if "norm" not in n},
+        {n: t for n, t in before.items() if "norm" not in n},
     )
     loop(m, 1)
     with pytest.raises(ValueError, match="inside"), m.context(batch(0)[1]):
@@ -1188,7 +1314,7 @@ def test_a_trainer_before_leaves_no_unit() -> None:
     assert same(state(m), state(other))
 
 
-# ------------------------------------------------------------------------------------------------------------ memory
+# --------------------------------------------------------------------------------------------------
 
 
 class Probe(GradientSource):

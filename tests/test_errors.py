@@ -1,4 +1,6 @@
-"""Bad input: one clear error that names place, expected and found, and the next step; and nothing has changed."""
+"""Bad input: one clear error that names place, expected and found, and the next step; and nothing
+has changed.
+"""
 
 from __future__ import annotations
 
@@ -33,13 +35,19 @@ def _quiet() -> Iterator[None]:
 
 
 def everything(trainer: dni_fx.Trainer) -> dict[str, Any]:
-    """Parameters, buffers, ``.grad``, sources with their extra state, optimisers, random states, modes, steps."""
+    """Parameters, buffers, ``.grad``, sources with their extra state, optimisers, random states,
+    modes, steps.
+    """
     decoupled = trainer.decoupled
     optimizers = [*trainer.optimizers.values(), *trainer.synthesizer_optimizers.values()]
     return {
         "state": state_of(decoupled),
-        "whole state": {k: v.clone() if isinstance(v, Tensor) else v for k, v in decoupled.state_dict().items()},
-        "gradients": {n: None if p.grad is None else p.grad.clone() for n, p in decoupled.named_parameters()},
+        "whole state": {
+            k: v.clone() if isinstance(v, Tensor) else v for k, v in decoupled.state_dict().items()
+        },
+        "gradients": {
+            n: None if p.grad is None else p.grad.clone() for n, p in decoupled.named_parameters()
+        },
         "optimizers": [_copied(o.state_dict()) for o in optimizers],
         "random": [torch.get_rng_state(), list(random.getstate()[1])],
         "modes": [m.training for m in decoupled.modules()],
@@ -67,7 +75,9 @@ def refused(error: type[BaseException], call: Callable[[], Any], *words: str) ->
     return text
 
 
-def refused_step(error: type[BaseException], trainer: dni_fx.Trainer, call: Callable[[], Any], *words: str) -> str:
+def refused_step(
+    error: type[BaseException], trainer: dni_fx.Trainer, call: Callable[[], Any], *words: str
+) -> str:
     """The same, and the trainer, its model, sources, optimisers and random states keep every bit.
 
     Only gradients of a finished update may be gone, as after ``zero_grad``: all of them, or none.
@@ -75,15 +85,21 @@ def refused_step(error: type[BaseException], trainer: dni_fx.Trainer, call: Call
     before = everything(trainer)
     text = refused(error, call, *words)
     after = everything(trainer)
-    if trainer.steps % trainer.accumulate == 0 and not any(g is not None for g in after["gradients"].values()):
+    if trainer.steps % trainer.accumulate == 0 and not any(
+        g is not None for g in after["gradients"].values()
+    ):
         before["gradients"] = dict.fromkeys(before["gradients"])
     assert_bits_equal(after, before, "state after the error")
     return text
 
 
-def decouple(cuts: Any = ("1", "3"), model: nn.Module | None = None, **options: Any) -> dni_fx.Decoupled:
+def decouple(
+    cuts: Any = ("1", "3"), model: nn.Module | None = None, **options: Any
+) -> dni_fx.Decoupled:
     options.setdefault("example_inputs", (X,))
-    return dni_fx.decouple(model if model is not None else mlp_chain(), cuts, check=False, **options)
+    return dni_fx.decouple(
+        model if model is not None else mlp_chain(), cuts, check=False, **options
+    )
 
 
 def make_trainer(
@@ -96,7 +112,8 @@ def make_trainer(
     return trainer
 
 
-# Where to cut. -----------------------------------------------------------------------------------------------------
+# Where to cut.
+# -----------------------------------------------------------------------------------------------------
 
 
 class Named(nn.Module):
@@ -160,7 +177,9 @@ def test_the_last_node_is_not_listed_as_a_legal_cut() -> None:
 
 
 class TornViews(nn.Module):
-    """Two halves of one tensor, one written to while the other waits: a cut between tears them apart."""
+    """Two halves of one tensor, one written to while the other waits: a cut between tears them
+    apart.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -179,7 +198,12 @@ def test_a_cut_that_tears_views_apart_is_illegal_with_the_reason() -> None:
     points = dni_fx.list_cut_points(TornViews(), (X,))
     illegal = [p for p in points if not p.legal]
     assert illegal
-    text = refused(CutError, lambda: decouple([illegal[0].name], TornViews()), repr(illegal[0].name), illegal[0].reason)
+    text = refused(
+        CutError,
+        lambda: decouple([illegal[0].name], TornViews()),
+        repr(illegal[0].name),
+        illegal[0].reason,
+    )
     assert any(word in text for word in ("view", "memory", "in place", "written"))
     for point in points:  # all others may be cut, and the split model is the model
         if point.legal:
@@ -209,7 +233,8 @@ def test_nothing_to_train(make: Callable[[], nn.Module], cuts: Any) -> None:
     refused(CutError, lambda: decouple(cuts, make()), "trainable")
 
 
-# Which model. ------------------------------------------------------------------------------------------------------
+# Which model.
+# ------------------------------------------------------------------------------------------------------
 
 
 class Hidden(nn.Module):
@@ -253,10 +278,14 @@ def test_models_that_are_not_taken(make: Callable[[], Any], words: list[str]) ->
 
 
 def test_a_model_wrapped_for_data_parallel_training(tmp_path: Any) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
     try:
         wrapped = nn.parallel.DistributedDataParallel(mlp_chain())
-        refused(DecouplingError, lambda: decouple(["1"], wrapped), "DistributedDataParallel", ".module")
+        refused(
+            DecouplingError, lambda: decouple(["1"], wrapped), "DistributedDataParallel", ".module"
+        )
     finally:
         torch.distributed.destroy_process_group()
 
@@ -275,7 +304,8 @@ def test_errors_leave_the_model_as_it_was() -> None:
     assert all(m.training for m in model.modules())
 
 
-# Inputs. -----------------------------------------------------------------------------------------------------------
+# Inputs.
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -292,10 +322,23 @@ def test_errors_leave_the_model_as_it_was() -> None:
         ({"example_kwargs": {"nothing": X}}, ["nothing"]),
         ({"inputs": "liner"}, ["liner", "linear"]),
     ],
-    ids=["tensor", "empty batch", "none", "two", "features", "dtype", "no tensor", "kwargs", "keyword", "inputs"],
+    ids=[
+        "tensor",
+        "empty batch",
+        "none",
+        "two",
+        "features",
+        "dtype",
+        "no tensor",
+        "kwargs",
+        "keyword",
+        "inputs",
+    ],
 )
 @pytest.mark.parametrize("check", [True, False])
-def test_examples_that_the_model_refuses(options: dict[str, Any], words: list[str], check: bool) -> None:
+def test_examples_that_the_model_refuses(
+    options: dict[str, Any], words: list[str], check: bool
+) -> None:
     call = {"cuts": ["1"], "example_inputs": (X,), "check": check, **options}
     refused(DecouplingError, lambda: dni_fx.decouple(mlp_chain(), **call), *words)
 
@@ -314,11 +357,27 @@ def test_examples_that_the_model_refuses(options: dict[str, Any], words: list[st
         (([1.0],), {}, "list"),
         ((X[:0],), {}, "empty batch"),
     ],
-    ids=["double", "integer", "features", "rank", "none", "two", "keyword", "None", "list", "empty batch"],
+    ids=[
+        "double",
+        "integer",
+        "features",
+        "rank",
+        "none",
+        "two",
+        "keyword",
+        "None",
+        "list",
+        "empty batch",
+    ],
 )
 def test_a_step_on_inputs_that_do_not_fit(args: Any, kwargs: Any, word: str) -> None:
     trainer = make_trainer()
-    refused_step(DecouplingError, trainer, lambda: trainer.step(*args, target=torch.zeros(4, 3), **kwargs), word)
+    refused_step(
+        DecouplingError,
+        trainer,
+        lambda: trainer.step(*args, target=torch.zeros(4, 3), **kwargs),
+        word,
+    )
     trainer.step(X, target=torch.zeros(4, 3))  # and it goes on
 
 
@@ -326,26 +385,38 @@ def test_inputs_that_the_model_takes_but_the_sources_cannot_serve() -> None:
     trainer = dni_fx.Trainer(decouple(), F.mse_loss, optimizer=sgd)
     assert trainer.decoupled(X[None]).shape == (1, 4, 3)  # evaluated on a graph of its own
     refused_step(
-        DecouplingError, trainer, lambda: trainer.step(X[None], target=torch.zeros(1, 4, 3)), "(4, 8)", "(1, 4, 8)"
+        DecouplingError,
+        trainer,
+        lambda: trainer.step(X[None], target=torch.zeros(1, 4, 3)),
+        "(4, 8)",
+        "(1, 4, 8)",
     )
 
 
 def test_the_plan_before_tracing() -> None:
     decoupled = dni_fx.decouple(mlp_chain(), CUTS)
     for ask in ("plan", "stages", "interfaces", "sources"):
-        refused(DecouplingError, lambda ask=ask: getattr(decoupled, ask), "not traced yet", "example_inputs=")
+        refused(
+            DecouplingError,
+            lambda ask=ask: getattr(decoupled, ask),
+            "not traced yet",
+            "example_inputs=",
+        )
     trainer = dni_fx.Trainer(decoupled, F.cross_entropy, optimizer=sgd)
     refused(DecouplingError, lambda: trainer.load_state_dict({}), "not traced yet")
     trainer.step(X, target=Y)
     assert decoupled.plan.cuts == ("1", "3")
 
 
-# Plans. ------------------------------------------------------------------------------------------------------------
+# Plans.
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_plan_for_another_graph() -> None:
     plan = decouple(["encoder"], Named()).plan
-    refused(PlanMismatchError, lambda: decouple(plan), "Named", "Sequential", plan.digest, "plan_cuts")
+    refused(
+        PlanMismatchError, lambda: decouple(plan), "Named", "Sequential", plan.digest, "plan_cuts"
+    )
     refused(PlanMismatchError, lambda: dni_fx.decouple(mlp_chain(), plan)(X), plan.digest)
 
 
@@ -376,7 +447,11 @@ def test_a_plan_from_json_has_no_report() -> None:
     ids=str,
 )
 def test_broken_plans(change: Any, words: list[str]) -> None:
-    text = change if isinstance(change, str) else json.dumps({**json.loads(decouple().plan.to_json()), **change})
+    text = (
+        change
+        if isinstance(change, str)
+        else json.dumps({**json.loads(decouple().plan.to_json()), **change})
+    )
     refused(DecouplingError, lambda: dni_fx.CutPlan.from_json(text), *words)
 
 
@@ -396,11 +471,17 @@ def test_a_plan_made_with_a_factory_asks_for_it() -> None:
         pass
 
     plan = decouple(gradients=Own).plan
-    refused(DecouplingError, lambda: decouple(dni_fx.CutPlan.from_json(plan.to_json())), "Own", "gradients=")
+    refused(
+        DecouplingError,
+        lambda: decouple(dni_fx.CutPlan.from_json(plan.to_json())),
+        "Own",
+        "gradients=",
+    )
     assert isinstance(decouple(plan, gradients=Own).sources["1"], Own)
 
 
-# Sources. ----------------------------------------------------------------------------------------------------------
+# Sources.
+# ----------------------------------------------------------------------------------------------------------
 
 
 class WrongShape(GradientSource):
@@ -423,7 +504,7 @@ class WrongShape(GradientSource):
         (lambda specs: None, ["interface '1'"]),
         (nn.Linear(2, 2), ["interface '1'"]),
     ],
-    ids=["close name", "no interface", "name in mapping", "exact for one", "exact for all by name", "conv", "None", "int",  # noqa: E501
+    ids=["close name", "no interface", "name in mapping", "exact for one", "exact for all by name", "conv", "None", "int",
          "wrong factory", "wrong signature", "module"],
 )  # fmt: skip
 def test_gradients_that_cannot_be_had(gradients: Any, words: list[str]) -> None:
@@ -431,12 +512,20 @@ def test_gradients_that_cannot_be_had(gradients: Any, words: list[str]) -> None:
 
 
 def test_a_source_object_instead_of_a_factory() -> None:
-    refused(DecouplingError, lambda: decouple(gradients=decouple().sources["1"]), "each interface makes its own")
+    refused(
+        DecouplingError,
+        lambda: decouple(gradients=decouple().sources["1"]),
+        "each interface makes its own",
+    )
 
 
 def test_a_prediction_of_the_wrong_shape() -> None:
-    trainer = dni_fx.Trainer(decouple(gradients={"1": WrongShape, "3": "zero"}), F.cross_entropy, optimizer=sgd)
-    refused_step(DecouplingError, trainer, lambda: trainer.step(X, target=Y), "'1'", "(4, 8)", "(3,)")
+    trainer = dni_fx.Trainer(
+        decouple(gradients={"1": WrongShape, "3": "zero"}), F.cross_entropy, optimizer=sgd
+    )
+    refused_step(
+        DecouplingError, trainer, lambda: trainer.step(X, target=Y), "'1'", "(4, 8)", "(3,)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -454,18 +543,31 @@ def test_contexts_that_cannot_be_had(context: Any, words: list[str]) -> None:
 
 
 def test_contexts_at_a_step() -> None:
-    trainer = dni_fx.Trainer(decouple(context=dni_fx.one_hot(3), gradients="linear"), F.cross_entropy, optimizer=sgd)
+    trainer = dni_fx.Trainer(
+        decouple(context=dni_fx.one_hot(3), gradients="linear"), F.cross_entropy, optimizer=sgd
+    )
     trainer.step(X, target=Y)
-    refused_step(DecouplingError, trainer, lambda: trainer.step(X, target=Y + 1), "one_hot(3)", "label 3")
-    refused_step(DecouplingError, trainer, lambda: trainer.step(X, target=Y.float()), "one_hot(3)", "integer labels")
-    refused_step(DecouplingError, trainer, lambda: trainer.step(X, target=Y[:3]), "(3, 3)", "(4, 8)")
+    refused_step(
+        DecouplingError, trainer, lambda: trainer.step(X, target=Y + 1), "one_hot(3)", "label 3"
+    )
+    refused_step(
+        DecouplingError,
+        trainer,
+        lambda: trainer.step(X, target=Y.float()),
+        "one_hot(3)",
+        "integer labels",
+    )
+    refused_step(
+        DecouplingError, trainer, lambda: trainer.step(X, target=Y[:3]), "(3, 3)", "(4, 8)"
+    )
     trainer.loss = lambda output, target: output.sum()
     refused_step(DecouplingError, trainer, lambda: trainer.step(X), "target=")
     trainer.decoupled.context = lambda target: torch.zeros(len(target), 5)
     refused_step(DecouplingError, trainer, lambda: trainer.step(X, target=Y), "3 features", "5")
 
 
-# The trainer. ------------------------------------------------------------------------------------------------------
+# The trainer.
+# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -481,7 +583,17 @@ def test_contexts_at_a_step() -> None:
         ({"optimizer": lambda params: None}, ["optimizer=", "NoneType"]),
         ({"loss": None}, ["loss"]),
     ],
-    ids=["schedule", "accumulate 0", "accumulate 1.5", "metrics", "clip -1", "clip text", "made", "none made", "loss"],
+    ids=[
+        "schedule",
+        "accumulate 0",
+        "accumulate 1.5",
+        "metrics",
+        "clip -1",
+        "clip text",
+        "made",
+        "none made",
+        "loss",
+    ],
 )
 def test_trainer_arguments(options: dict[str, Any], words: list[str]) -> None:
     call = {"loss": F.cross_entropy, "optimizer": sgd, **options}
@@ -491,7 +603,10 @@ def test_trainer_arguments(options: dict[str, Any], words: list[str]) -> None:
 
 def test_trainer_takes_decoupled_models_only() -> None:
     refused(
-        DecouplingError, lambda: dni_fx.Trainer(mlp_chain(), F.cross_entropy, optimizer=sgd), "decouple", "Sequential"
+        DecouplingError,
+        lambda: dni_fx.Trainer(mlp_chain(), F.cross_entropy, optimizer=sgd),
+        "decouple",
+        "Sequential",
     )
 
 
@@ -539,26 +654,37 @@ def test_a_stage_without_its_loss() -> None:
 
 def test_a_state_of_other_stages() -> None:
     trainer, other = make_trainer(), dni_fx.Trainer(decouple(["1"]), F.mse_loss, optimizer=adam)
-    refused_step(DecouplingError, other, lambda: other.load_state_dict(trainer.state_dict()), "plan")
+    refused_step(
+        DecouplingError, other, lambda: other.load_state_dict(trainer.state_dict()), "plan"
+    )
     refused_step(DecouplingError, other, lambda: other.load_state_dict({}), "optimizers")
     refused_step(DecouplingError, other, lambda: other.load_state_dict(None), "state")
     whole = other.state_dict()
     for key in whole:
         partial = {k: v for k, v in whole.items() if k != key}
-        refused_step(DecouplingError, other, lambda partial=partial: other.load_state_dict(partial), key)
+        refused_step(
+            DecouplingError, other, lambda partial=partial: other.load_state_dict(partial), key
+        )
     same_stages = make_trainer("mlp", warm=1)
-    refused_step(DecouplingError, same_stages, lambda: same_stages.load_state_dict(trainer.state_dict()))
+    refused_step(
+        DecouplingError, same_stages, lambda: same_stages.load_state_dict(trainer.state_dict())
+    )
 
 
 def test_batches_of_the_wrong_kind() -> None:
     trainer = make_trainer()
     for batch in ([X], X, {"input": X}, (X,)):
         refused_step(
-            DecouplingError, trainer, lambda batch=batch: trainer.fit([batch], progress=False), "batch", "unpack="
+            DecouplingError,
+            trainer,
+            lambda batch=batch: trainer.fit([batch], progress=False),
+            "batch",
+            "unpack=",
         )
 
 
-# NaN and infinity. -------------------------------------------------------------------------------------------------
+# NaN and infinity.
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -571,19 +697,34 @@ def test_non_finite_values_are_named_and_change_nothing(gradients: str, accumula
         broken, wrong = X.clone(), target.clone()
         broken[0, 0] = wrong[1, 2] = bad
         refused_step(
-            NonFiniteError, trainer, lambda wrong=wrong: trainer.step(X, target=wrong), "step 4", "the loss", kind
+            NonFiniteError,
+            trainer,
+            lambda wrong=wrong: trainer.step(X, target=wrong),
+            "step 4",
+            "the loss",
+            kind,
         )
         refused_step(
-            NonFiniteError, trainer, lambda broken=broken: trainer.step(broken, target=target), "step 4", "'2'"
+            NonFiniteError,
+            trainer,
+            lambda broken=broken: trainer.step(broken, target=target),
+            "step 4",
+            "'2'",
         )
         for layer, place in ((0, "interface '2'"), (4, "interface '5'"), (8, "loss")):
             weight = trainer.decoupled.model[layer].weight.data
             kept = weight.clone()
             weight[0, 0] = bad
-            refused_step(NonFiniteError, trainer, lambda: trainer.step(X, target=target), "step 4", place)
+            refused_step(
+                NonFiniteError, trainer, lambda: trainer.step(X, target=target), "step 4", place
+            )
             weight.copy_(kept)
-    trainer.loss = lambda output, _: (output - output.detach()).abs().sqrt().sum()  # finite, but not its gradient
-    refused_step(NonFiniteError, trainer, lambda: trainer.step(X, target=target), "step 4", "gradient")
+    trainer.loss = lambda output, _: (
+        (output - output.detach()).abs().sqrt().sum()
+    )  # finite, but not its gradient
+    refused_step(
+        NonFiniteError, trainer, lambda: trainer.step(X, target=target), "step 4", "gradient"
+    )
     trainer.loss = F.mse_loss
     assert trainer.step(X, target=target).loss.isfinite()
 
@@ -594,7 +735,13 @@ def test_non_finite_sources_are_named(where: str) -> None:
     source = trainer.decoupled.sources["5"]
     tensor = source.scale if where == "scale" else next(source.parameters()).data
     tensor.fill_(float("nan"))
-    refused_step(NonFiniteError, trainer, lambda: trainer.step(X, target=torch.zeros(4, 3)), "step 4", "interface '5'")
+    refused_step(
+        NonFiniteError,
+        trainer,
+        lambda: trainer.step(X, target=torch.zeros(4, 3)),
+        "step 4",
+        "interface '5'",
+    )
 
 
 class BadFit(Linear):
@@ -606,7 +753,13 @@ class BadFit(Linear):
 
 def test_a_regression_that_is_not_finite_is_named_before_anything_is_updated() -> None:
     trainer = make_trainer({"2": "stale", "5": BadFit}, warm=0)
-    refused_step(NonFiniteError, trainer, lambda: trainer.step(X, target=torch.zeros(4, 3)), "step 1", "interface '5'")
+    refused_step(
+        NonFiniteError,
+        trainer,
+        lambda: trainer.step(X, target=torch.zeros(4, 3)),
+        "step 1",
+        "interface '5'",
+    )
 
 
 class FailingFit(Linear):

@@ -1,4 +1,6 @@
-"""The examples run from another directory, say what they should, and their data is checked before it is used."""
+"""The examples run from another directory, say what they should, and their data is checked before
+it is used.
+"""
 
 from __future__ import annotations
 
@@ -34,12 +36,16 @@ def load_example(name: str) -> ModuleType:
 data = load_example("data")
 
 
-def run_example(name: str, *arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_example(
+    name: str, *arguments: str, cwd: Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run a script as a user does; warnings are errors there too."""
     command = [sys.executable, "-W", "error", str(EXAMPLES / f"{name}.py"), *arguments]
     package = str(EXAMPLES.parent)  # works without an installation too
     settings = {**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(command, cwd=cwd, env=settings, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(
+        command, cwd=cwd, env=settings, capture_output=True, text=True, check=False, timeout=300
+    )
 
 
 def rows(output: str) -> dict[str, list[str]]:
@@ -57,7 +63,9 @@ def mnist_folder() -> Path:
     except data.DataError as error:
         pytest.skip(f"MNIST is not on this machine: {error}")
     if folder is None:
-        pytest.skip(f"MNIST is not on this machine: neither {data.DATA_VARIABLE} nor ../shared/data")
+        pytest.skip(
+            f"MNIST is not on this machine: neither {data.DATA_VARIABLE} nor ../shared/data"
+        )
     return folder
 
 
@@ -94,13 +102,18 @@ def test_demo_repeats_itself_for_one_seed(tmp_path: Path) -> None:
     assert accuracies[0] == accuracies[1] != accuracies[2]
 
 
-def test_demo_fails_loudly_where_exact_mode_is_not_backprop(capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_fails_loudly_where_exact_mode_is_not_backprop(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     sys.path.insert(0, str(EXAMPLES))
     try:
         digits = load_example("digits")
     finally:
         sys.path.remove(str(EXAMPLES))
-    runs = [digits.Run(method, steps=[1], state={"w": torch.ones(2)}) for method in ("backprop", "exact")]
+    runs = [
+        digits.Run(method, steps=[1], state={"w": torch.ones(2)})
+        for method in ("backprop", "exact")
+    ]
     assert digits.compare_exact(runs)
     runs[1].state["w"] = torch.ones(2).nextafter(torch.full((2,), 2.0))
     assert not digits.compare_exact(runs)
@@ -165,7 +178,9 @@ class Home:
                 (home / name).write_bytes(content)
         monkeypatch.setattr(data, "MNIST_FILES", files)
         monkeypatch.setattr(data, "NEIGHBOUR", folder / "nowhere")
-        monkeypatch.setattr(data, "MNIST_HOMES", tuple(f"{home.as_uri()}/" for home in (self.broken, self.good)))
+        monkeypatch.setattr(
+            data, "MNIST_HOMES", tuple(f"{home.as_uri()}/" for home in (self.broken, self.good))
+        )
         monkeypatch.delenv(data.DATA_VARIABLE, raising=False)
         monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
 
@@ -205,7 +220,11 @@ class CifarHome:
     """A small stand-in for CIFAR-10: two images a file, packed as on the web, or file by file."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.folder, self.cache, archive = folder / "files", folder / "cache" / "dni_fx" / "cifar10", folder / "all.tgz"
+        self.folder, self.cache, archive = (
+            folder / "files",
+            folder / "cache" / "dni_fx" / "cifar10",
+            folder / "all.tgz",
+        )
         self.folder.mkdir()
         sums = {}
         with tarfile.open(archive, "w:gz") as packed:
@@ -253,10 +272,25 @@ def test_damaged_cifar10_is_an_error(cifar_home: CifarHome, tmp_path: Path) -> N
 def test_the_choice_of_cuts_runs_and_goes_on(cifar_home: CifarHome, tmp_path: Path) -> None:
     """On the real images where they are; the script itself reads no other data."""
     neighbour = EXAMPLES.parents[1] / "shared" / "data"
-    folder = os.environ.get(data.DATA_VARIABLE) or (neighbour if (neighbour / "cifar10").exists() else None)
+    folder = os.environ.get(data.DATA_VARIABLE) or (
+        neighbour if (neighbour / "cifar10").exists() else None
+    )
     if folder is None:
-        pytest.skip(f"CIFAR-10 is not on this machine: neither {data.DATA_VARIABLE} nor ../shared/data")
-    arguments = ["--steps", "2", "--stages", "2", "--seeds", "0", "--limit", "512", "--data", str(folder)]
+        pytest.skip(
+            f"CIFAR-10 is not on this machine: neither {data.DATA_VARIABLE} nor ../shared/data"
+        )
+    arguments = [
+        "--steps",
+        "2",
+        "--stages",
+        "2",
+        "--seeds",
+        "0",
+        "--limit",
+        "512",
+        "--data",
+        str(folder),
+    ]
     first = run_example("cut_choice", *arguments, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     table = [line for line in first.stdout.splitlines() if line.startswith("|")]

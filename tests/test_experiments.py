@@ -1,4 +1,6 @@
-"""The experiments' machinery: runs go on, repeat themselves, compare like with like, and say when they fail."""
+"""The experiments' machinery: runs go on, repeat themselves, compare like with like, and say when
+they fail.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +33,16 @@ def load(name: str) -> ModuleType:
         sys.path.remove(str(EXAMPLES))
 
 
-feedforward, sparse, deep = load("paper_feedforward"), load("paper_sparse_updates"), load("deep_cifar")
+feedforward, sparse, deep = (
+    load("paper_feedforward"),
+    load("paper_sparse_updates"),
+    load("deep_cifar"),
+)
 vision, pretrained = load("finetune_vision"), load("finetune_pretrained")
 experiment, data = sys.modules["experiment"], sys.modules["data"]  # as the experiments import them
 
-# Of residual nets. Not narrower: without AVX-512, PyTorch 2.13 corrupts memory in the backward pass of a strided 1 x 1
-# convolution of 4 channels in channels-last order.
+# Of residual nets. Not narrower: without AVX-512, PyTorch 2.13 corrupts memory in the backward pass
+# of a strided 1 x 1 convolution of 4 channels in channels-last order.
 NARROW = ["--width", "8"]
 SMALL = ["--data-set", "digits", "--width", "16", "--batch", "32", "--steps", "4"]
 
@@ -59,7 +65,10 @@ def tiny(*_args: Any, **_options: Any) -> Any:
 
 def records_in(path: Path) -> list[Record]:
     """The file's records without their times, which no two runs share."""
-    return [{k: v for k, v in r.items() if not k.endswith("seconds")} for r in json.loads(path.read_text())]
+    return [
+        {k: v for k, v in r.items() if not k.endswith("seconds")}
+        for r in json.loads(path.read_text())
+    ]
 
 
 def rows(output: str) -> list[dict[str, str]]:
@@ -69,7 +78,7 @@ def rows(output: str) -> list[dict[str, str]]:
     return [dict(zip(cells[0], row, strict=True)) for row in cells[2:] if len(row) == len(cells[0])]
 
 
-# ---- going on -----------------------------------------------------------------------------------------------------
+# ---- going on ------------------------------------------------------------------------------------
 
 
 def interrupted(run_one: Callable[..., Record], at_run: int, at_step: int) -> Callable[..., Record]:
@@ -96,12 +105,26 @@ def interrupted(run_one: Callable[..., Record], at_run: int, at_step: int) -> Ca
 def test_an_interrupted_experiment_goes_on_to_the_same_records(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [*SMALL, "--layers", "2", "--seeds", "0", "1", "--methods", "backprop", "dni", "cdni", "stale"]
+    arguments = [
+        *SMALL,
+        "--layers",
+        "2",
+        "--seeds",
+        "0",
+        "1",
+        "--methods",
+        "backprop",
+        "dni",
+        "cdni",
+        "stale",
+    ]
     whole, parts = tmp_path / "whole.json", tmp_path / "parts.json"
     assert feedforward.main([*arguments, "--out", str(whole)]) == 0
     expected = capsys.readouterr().out
     with monkeypatch.context() as patched:
-        patched.setattr(feedforward, "run_one", interrupted(feedforward.run_one, at_run=3, at_step=2))
+        patched.setattr(
+            feedforward, "run_one", interrupted(feedforward.run_one, at_run=3, at_step=2)
+        )
         assert feedforward.main([*arguments, "--out", str(parts)]) == 130
     assert "the same command goes on" in capsys.readouterr().err
     assert records_in(parts) == records_in(whole)[:2]
@@ -111,14 +134,27 @@ def test_an_interrupted_experiment_goes_on_to_the_same_records(
     assert records_in(parts) == records_in(whole)
     assert len(records_in(whole)) == 8
     without_times = [{k: v for k, v in row.items() if k != "CPU seconds"} for row in rows(expected)]
-    again = [{k: v for k, v in row.items() if k != "CPU seconds"} for row in rows(capsys.readouterr().out)]
+    again = [
+        {k: v for k, v in row.items() if k != "CPU seconds"}
+        for row in rows(capsys.readouterr().out)
+    ]
     assert again == without_times
 
 
 def test_finished_runs_need_no_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [*SMALL, "--layers", "1", "--seeds", "0", "--methods", "zero", "--out", str(tmp_path / "runs.json")]
+    arguments = [
+        *SMALL,
+        "--layers",
+        "1",
+        "--seeds",
+        "0",
+        "--methods",
+        "zero",
+        "--out",
+        str(tmp_path / "runs.json"),
+    ]
     assert feedforward.main(arguments) == 0
     first = capsys.readouterr().out
     monkeypatch.setattr(feedforward, "load_data", pytest.fail)
@@ -128,16 +164,39 @@ def test_finished_runs_need_no_data(
 
 
 def test_other_settings_are_other_runs(tmp_path: Path) -> None:
-    arguments = [*SMALL, "--layers", "1", "--seeds", "0", "--methods", "cdni", "--out", str(tmp_path / "runs.json")]
+    arguments = [
+        *SMALL,
+        "--layers",
+        "1",
+        "--seeds",
+        "0",
+        "--methods",
+        "cdni",
+        "--out",
+        str(tmp_path / "runs.json"),
+    ]
     assert feedforward.main(arguments) == 0
     assert feedforward.main([*arguments, "--synthesizer-lr", "0.5"]) == 0
-    rates = [r["settings"]["synthesizer_optimizer"]["lr"] for r in records_in(tmp_path / "runs.json")]
+    rates = [
+        r["settings"]["synthesizer_optimizer"]["lr"] for r in records_in(tmp_path / "runs.json")
+    ]
     assert len(rates) == 2
     assert rates[1] == 0.5 != rates[0]
 
 
 def test_several_processes_make_the_same_records(tmp_path: Path) -> None:
-    arguments = [*SMALL, "--layers", "1", "2", "--seeds", "0", "--methods", "backprop", "cdni", "--out"]
+    arguments = [
+        *SMALL,
+        "--layers",
+        "1",
+        "2",
+        "--seeds",
+        "0",
+        "--methods",
+        "backprop",
+        "cdni",
+        "--out",
+    ]
     assert feedforward.main([*arguments, str(tmp_path / "here.json")]) == 0
     done = run_example("paper_feedforward", *arguments, "apart.json", "--jobs", "2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -184,12 +243,25 @@ def test_a_run_that_fails_leaves_the_others_alone(
     assert [row["method"] for row in rows(printed.out)] == ["zero"]
 
 
-# ---- what is measured -----------------------------------------------------------------------------------------------
+# ---- what is measured ----------------------------------------------------------------------------
 
 
-def test_the_table_says_what_the_records_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_says_what_the_records_hold(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "runs.json"
-    arguments = [*SMALL, "--layers", "2", "--seeds", "3", "5", "--methods", "backprop", "cdni", "zero"]
+    arguments = [
+        *SMALL,
+        "--layers",
+        "2",
+        "--seeds",
+        "3",
+        "5",
+        "--methods",
+        "backprop",
+        "cdni",
+        "zero",
+    ]
     assert feedforward.main([*arguments, "--measure-every", "2", "--out", str(out)]) == 0
     printed = rows(capsys.readouterr().out)
     assert [(row["setting"], row["method"]) for row in printed] == [
@@ -211,22 +283,47 @@ def test_the_table_says_what_the_records_hold(tmp_path: Path, capsys: pytest.Cap
     by_method = {row["method"]: row for row in printed}
     # Labels are 10 more inputs: (16 + 10) x 16 weights and 16 biases at each of two cuts.
     assert by_method["cdni"]["synthesizer parameters"] == "864"
-    assert by_method["backprop"]["synthesizer parameters"] == by_method["zero"]["synthesizer parameters"] == "0"
-    assert by_method["backprop"]["cosine at first cut"] == by_method["zero"]["cosine at first cut"] == "-"
+    assert (
+        by_method["backprop"]["synthesizer parameters"]
+        == by_method["zero"]["synthesizer parameters"]
+        == "0"
+    )
+    assert (
+        by_method["backprop"]["cosine at first cut"]
+        == by_method["zero"]["cosine at first cut"]
+        == "-"
+    )
     assert -1 <= float(by_method["cdni"]["cosine at first cut"]) <= 1
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("method", ["backprop", "cdni"])
-def test_a_run_that_diverges_is_kept_as_such(tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_diverges_is_kept_as_such(
+    tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "runs.json"
-    arguments = [*SMALL, "--layers", "1", "--seeds", "0", "--methods", method, "--lr", "3e37", "--decay", "none"]
+    arguments = [
+        *SMALL,
+        "--layers",
+        "1",
+        "--seeds",
+        "0",
+        "--methods",
+        method,
+        "--lr",
+        "3e37",
+        "--decay",
+        "none",
+    ]
     assert feedforward.main([*arguments, "--out", str(out)]) == 0
     (record,) = json.loads(out.read_text())
     assert 1 < record["diverged"] <= 4
     assert record["curve"]["steps"][-1] == record["diverged"]
     assert 0 <= record["test_accuracy"] <= 100
-    assert f"diverged at step {record['diverged']}" in rows(capsys.readouterr().out)[0]["test error, %"]
+    assert (
+        f"diverged at step {record['diverged']}"
+        in rows(capsys.readouterr().out)[0]["test error, %"]
+    )
 
 
 def test_cosines_are_those_of_the_plain_model_and_leave_no_trace() -> None:
@@ -234,12 +331,18 @@ def test_cosines_are_those_of_the_plain_model_and_leave_no_trace() -> None:
     cuts, images = ["layer1", "layer2"], tiny()
     x, y = images.train_x[:16], images.train_y[:16]
     decoupled = dni_fx.decouple(
-        model, cuts, example_inputs=(x,), gradients=feedforward.VariedConv, context=dni_fx.one_hot(10)
+        model,
+        cuts,
+        example_inputs=(x,),
+        gradients=feedforward.VariedConv,
+        context=dni_fx.one_hot(10),
     )
     trainer = dni_fx.Trainer(decoupled, F.cross_entropy, optimizer=torch.optim.Adam)
     for _ in range(3):
         trainer.step(x, target=y)
-    before = {k: v.clone() for k, v in decoupled.state_dict().items() if isinstance(v, torch.Tensor)}
+    before = {
+        k: v.clone() for k, v in decoupled.state_dict().items() if isinstance(v, torch.Tensor)
+    }
     found = experiment.predicted_cosines(trainer, x, y)
     after = decoupled.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before)
@@ -247,7 +350,9 @@ def test_cosines_are_those_of_the_plain_model_and_leave_no_trace() -> None:
     plain = copy.deepcopy(model)  # backprop by hand
     values = {}
     for cut in cuts:
-        plain.get_submodule(cut).register_forward_hook(lambda _m, _a, out, cut=cut: values.update({cut: out}))
+        plain.get_submodule(cut).register_forward_hook(
+            lambda _m, _a, out, cut=cut: values.update({cut: out})
+        )
     loss = F.cross_entropy(plain(x), y)
     true = dict(zip(cuts, torch.autograd.grad(loss, [values[cut] for cut in cuts]), strict=True))
     for cut in cuts:
@@ -260,7 +365,9 @@ def test_cosines_are_those_of_the_plain_model_and_leave_no_trace() -> None:
     loss = F.cross_entropy(plain(x), y)
     weights = list(plain.layer2.parameters())
     true_ones = torch.autograd.grad(loss, weights, retain_graph=True)
-    guess = decoupled.sources["layer2"]((values["layer2"].detach(),), dni_fx.one_hot(10)(y)).gradients[0]
+    guess = decoupled.sources["layer2"](
+        (values["layer2"].detach(),), dni_fx.one_hot(10)(y)
+    ).gradients[0]
     guessed_ones = torch.autograd.grad(values["layer2"], weights, guess)
     flat = [torch.cat([g.flatten() for g in gradients]) for gradients in (guessed_ones, true_ones)]
     of_parameters = experiment.predicted_parameter_cosines(trainer, cuts, x, y)
@@ -277,15 +384,22 @@ def test_random_errors_are_as_large_as_the_source_is_wrong() -> None:
     errors = [source.complete(prediction, (true,))[0] - true for _ in range(2)]
     for error in errors:
         assert error.norm().item() == pytest.approx((guess - true).norm().item(), rel=1e-4)
-    assert abs(F.cosine_similarity(errors[0].flatten(), errors[1].flatten(), 0).item()) < 0.3  # no common direction
+    assert (
+        abs(F.cosine_similarity(errors[0].flatten(), errors[1].flatten(), 0).item()) < 0.3
+    )  # no common direction
     assert abs(F.cosine_similarity(errors[0].flatten(), true.flatten(), 0).item()) < 0.3
 
 
 def test_agreement_is_tabled_with_records_of_before() -> None:
-    curve = {"cosines": {"a": [0.5, 0.7], "b": [None, 0.9]}, "parameter_cosines": {"a": [0.1, 0.3], "b": [None, None]}}
+    curve = {
+        "cosines": {"a": [0.5, 0.7], "b": [None, 0.9]},
+        "parameter_cosines": {"a": [0.1, 0.3], "b": [None, None]},
+    }
     none = {"cosines": {"a": [None], "b": [None]}}
     made = {"new": curve, "old": {"cosines": curve["cosines"]}, "backprop": none}
-    records = [{"setting": "net", "method": method, "seed": 0, "curve": c} for method, c in made.items()]
+    records = [
+        {"setting": "net", "method": method, "seed": 0, "curve": c} for method, c in made.items()
+    ]
     assert rows(experiment.agreement_table(records)) == [
         {"setting": "net", "method": "new", "a": "0.60 / 0.20", "b": "0.90 / -"},
         {"setting": "net", "method": "old", "a": "0.60 / -", "b": "0.90 / -"},
@@ -318,23 +432,40 @@ def test_rates_follow_the_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
     images = tiny()
     model = feedforward.fcn((3, 16, 16), 1, 8)
     drawn = [(images.train_x[:8], images.train_y[:8])] * 4
-    record = experiment.train(model, ["layer1"], images, drawn, settings, seed=0, progress=lambda *_: None)
+    record = experiment.train(
+        model, ["layer1"], images, drawn, settings, seed=0, progress=lambda *_: None
+    )
     shape = [0.5, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2]
     assert used["source"] == pytest.approx([0.02 * s for s in shape])
     assert used["stage"] == pytest.approx([rate * s for s in shape for rate in (0.05, 0.1)])
     assert record["updates"] == {"stage_0": 4, "stage_1": 4}
 
 
-# ---- each experiment ------------------------------------------------------------------------------------------------
+# ---- each experiment -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("net", ["fcn", "cnn"])
 @pytest.mark.parametrize("synthesizers", ["small", "paper"])
 def test_the_paper_nets_train_by_every_method(
-    tmp_path: Path, net: str, synthesizers: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    net: str,
+    synthesizers: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(feedforward, "load_data", tiny)
-    arguments = ["--net", net, "--data-set", "cifar10", "--width", "8", "--filters", "4", "--layers", "2"]
+    arguments = [
+        "--net",
+        net,
+        "--data-set",
+        "cifar10",
+        "--width",
+        "8",
+        "--filters",
+        "4",
+        "--layers",
+        "2",
+    ]
     arguments += ["--steps", "2", "--batch", "16", "--seeds", "0", "--synthesizers", synthesizers]
     assert feedforward.main([*arguments, "--out", str(tmp_path / "runs.json")]) == 0
     printed = rows(capsys.readouterr().out)
@@ -347,7 +478,19 @@ def test_ablations_change_one_thing_at_a_time(
 ) -> None:
     monkeypatch.setattr(feedforward, "load_data", tiny)
     out = tmp_path / "runs.json"
-    arguments = ["--ablate", "--net", "cnn", "--data-set", "cifar10", "--filters", "4", "--layers", "2", "--seeds", "0"]
+    arguments = [
+        "--ablate",
+        "--net",
+        "cnn",
+        "--data-set",
+        "cifar10",
+        "--filters",
+        "4",
+        "--layers",
+        "2",
+        "--seeds",
+        "0",
+    ]
     assert feedforward.main([*arguments, "--steps", "2", "--batch", "16", "--out", str(out)]) == 0
     printed = {row["method"]: row for row in rows(capsys.readouterr().out)}
     assert list(printed) == ["backprop", *feedforward.VARIATIONS, "zero"]
@@ -375,7 +518,9 @@ def test_variations_are_what_they_are_called() -> None:
     usual = feedforward.VariedConv([spec])
     plain = dni_fx.sources.Conv([spec])
     plain.load_state_dict(usual.state_dict())
-    raw, summed = (feedforward.VariedConv([spec], targets=targets) for targets in ("raw", "raw sum"))
+    raw, summed = (
+        feedforward.VariedConv([spec], targets=targets) for targets in ("raw", "raw sum")
+    )
     started = feedforward.VariedConv([spec], start="default", targets="raw")
     losses = {}
     for source in (usual, plain, raw, summed, started):
@@ -408,11 +553,33 @@ def test_layers_update_equally_often_whatever_the_probability() -> None:
             assert settings["schedule"]["probability"] == settings["probability"]
 
 
-def test_sparse_updates_are_as_many_as_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sparse_updates_are_as_many_as_planned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("dni_fx.schedules", reason="schedules came after the first version")
     out = tmp_path / "runs.json"
-    arguments = ["--data-set", "digits", "--width", "16", "--seeds", "0", "--updates", "30", "--limit", "256"]
-    arguments += ["--probabilities", "0.25", "1", "--methods", "cdni", "cdni + inputs", "backprop", "zero"]
+    arguments = [
+        "--data-set",
+        "digits",
+        "--width",
+        "16",
+        "--seeds",
+        "0",
+        "--updates",
+        "30",
+        "--limit",
+        "256",
+    ]
+    arguments += [
+        "--probabilities",
+        "0.25",
+        "1",
+        "--methods",
+        "cdni",
+        "cdni + inputs",
+        "backprop",
+        "zero",
+    ]
     assert sparse.main([*arguments, "--out", str(out)]) == 0
     printed = [(row["setting"], row["method"]) for row in rows(capsys.readouterr().out)]
     assert printed == [
@@ -431,7 +598,9 @@ def test_sparse_updates_are_as_many_as_planned(tmp_path: Path, capsys: pytest.Ca
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def small_deep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, list[Record]]:
+def small_deep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str
+) -> tuple[int, list[Record]]:
     """The deep experiment on random images with a narrow net."""
     monkeypatch.setattr(deep, "load_data", tiny)
     out = tmp_path / "runs.json"
@@ -453,15 +622,22 @@ def test_every_deep_method_trains_on_the_same_batches(
     assert len({r["batches"] for r in records}) == 1
     assert all(r["diverged"] is None for r in records)
     cosines = {r["method"]: r["curve"]["cosines"]["layer2"][-1] for r in records}
-    assert all(cosines[name] is not None for name in ("linear", "conv", "local", "corrected", "stale"))
+    assert all(
+        cosines[name] is not None for name in ("linear", "conv", "local", "corrected", "stale")
+    )
     assert all(cosines[name] is None for name in ("backprop", "delayed", "feedback", "zero"))
     of_parameters = {r["method"]: r["curve"]["parameter_cosines"]["layer2"][-1] for r in records}
     assert all(of_parameters[name] is not None for name in ("linear", "conv", "local", "stale"))
-    assert all(of_parameters[name] is None for name in ("backprop", "delayed", "feedback", "zero", "corrected"))
+    assert all(
+        of_parameters[name] is None
+        for name in ("backprop", "delayed", "feedback", "zero", "corrected")
+    )
 
 
 def test_batches_depend_on_the_seed_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    status, records = small_deep(tmp_path, monkeypatch, "--seeds", "0", "1", "--methods", "backprop", "linear", "zero")
+    status, records = small_deep(
+        tmp_path, monkeypatch, "--seeds", "0", "1", "--methods", "backprop", "linear", "zero"
+    )
     assert status == 0
     seen = {(r["seed"], r["batches"]) for r in records}
     assert len(seen) == 2
@@ -471,7 +647,9 @@ def test_batches_depend_on_the_seed_alone(tmp_path: Path, monkeypatch: pytest.Mo
 def test_augmentation_moves_and_flips_whole_images() -> None:
     images = tiny()
     plain = list(deep.augmented_batches(images, 40, 2, 7, "none"))
-    assert sorted(y.item() for _, part in plain for y in part) == sorted(images.train_y.tolist())  # one epoch
+    assert sorted(y.item() for _, part in plain for y in part) == sorted(
+        images.train_y.tolist()
+    )  # one epoch
     flips = list(deep.augmented_batches(images, 40, 2, 7, "flip"))
     crops = list(deep.augmented_batches(images, 40, 2, 7, "crop+flip"))
     kinds = set()
@@ -492,14 +670,17 @@ def test_resnet_has_the_layers_it_is_named_for() -> None:
     for blocks in (1, 3):
         model = deep.resnet(blocks)
         weights = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
-        assert len([m for m in weights if getattr(m, "kernel_size", (3, 3)) != (1, 1)]) == 6 * blocks + 2
+        assert (
+            len([m for m in weights if getattr(m, "kernel_size", (3, 3)) != (1, 1)])
+            == 6 * blocks + 2
+        )
         model.eval()
         stem = model.stem(torch.zeros(2, 3, 32, 32))
         assert stem.shape == (2, 16, 32, 32)
         assert model.layer3(model.layer2(model.layer1(stem))).shape == (2, 64, 8, 8)
 
 
-# ---- fine-tuning --------------------------------------------------------------------------------------------------
+# ---- fine-tuning ---------------------------------------------------------------------------------
 
 
 def test_a_checkpoint_is_made_once_and_fine_tuned_on_the_other_classes(
@@ -507,19 +688,39 @@ def test_a_checkpoint_is_made_once_and_fine_tuned_on_the_other_classes(
 ) -> None:
     monkeypatch.setattr(vision, "load_data", tiny)
     out, methods = tmp_path / "runs.json", ("backprop", "frozen", "local", "delayed")
-    arguments = [*NARROW, "--images", "30", "--steps", "6", "--pretraining", "4", "--batch", "8", "--seeds", "0"]
+    arguments = [
+        *NARROW,
+        "--images",
+        "30",
+        "--steps",
+        "6",
+        "--pretraining",
+        "4",
+        "--batch",
+        "8",
+        "--seeds",
+        "0",
+    ]
     seen: dict[str, torch.nn.Module] = {}
 
-    def noted(model: torch.nn.Module, cuts: Any, given: Any, batches: Any, settings: Any, **options: Any) -> Record:
+    def noted(
+        model: torch.nn.Module, cuts: Any, given: Any, batches: Any, settings: Any, **options: Any
+    ) -> Record:
         assert given.train_y.min() >= 5
         assert given.test_y.min() >= 5
         assert len(given.train_y) <= 30
         record = vision_train(model, cuts, given, batches, settings, **options)
-        seen[settings["trained"] if settings["gradients"] is None else json.dumps(settings["gradients"])] = model
+        seen[
+            settings["trained"]
+            if settings["gradients"] is None
+            else json.dumps(settings["gradients"])
+        ] = model
         return record
 
     vision_train = vision.train
-    assert vision.main([*arguments, "--methods", "backprop", "--steps", "1", "--out", str(out)]) == 0
+    assert (
+        vision.main([*arguments, "--methods", "backprop", "--steps", "1", "--out", str(out)]) == 0
+    )
     saved = torch.load(out.with_suffix(".pt"), weights_only=True)["state"]
     monkeypatch.setattr(vision, "train", noted)
     assert vision.main([*arguments, "--methods", *methods, "--out", str(out)]) == 0
@@ -528,14 +729,29 @@ def test_a_checkpoint_is_made_once_and_fine_tuned_on_the_other_classes(
     assert "was made with pretraining 4, here 5: delete it, or name it" in capsys.readouterr().err
     assert len(seen) == 4
     for name, model in seen.items():
-        changed = {n.split(".")[0] for n, p in model.named_parameters() if not torch.equal(p, saved[n])}
-        assert changed == ({"head"} if name == "head" else {"head", "layer1", "layer2", "layer3", "stem"})
+        changed = {
+            n.split(".")[0] for n, p in model.named_parameters() if not torch.equal(p, saved[n])
+        }
+        assert changed == (
+            {"head"} if name == "head" else {"head", "layer1", "layer2", "layer3", "stem"}
+        )
 
 
-def test_runs_from_another_checkpoint_are_other_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_from_another_checkpoint_are_other_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(vision, "load_data", tiny)
     checkpoint, out = tmp_path / "mine.pt", tmp_path / "runs.json"
-    arguments = ["--methods", "frozen", "--steps", "1", "--seeds", "0", "--checkpoint", str(checkpoint)]
+    arguments = [
+        "--methods",
+        "frozen",
+        "--steps",
+        "1",
+        "--seeds",
+        "0",
+        "--checkpoint",
+        str(checkpoint),
+    ]
     for count, seed in ((1, 0), (1, 0), (2, 1)):
         torch.manual_seed(seed)
         torch.save(deep.resnet(1).state_dict(), checkpoint)
@@ -549,7 +765,15 @@ def test_another_nets_checkpoint_is_an_error(
     monkeypatch.setattr(vision, "load_data", tiny)
     checkpoint = tmp_path / "other.pt"
     torch.save(deep.resnet(1, 8).state_dict(), checkpoint)
-    arguments = ["--checkpoint", str(checkpoint), "--out", str(tmp_path / "runs.json"), "--seeds", "0", "1"]
+    arguments = [
+        "--checkpoint",
+        str(checkpoint),
+        "--out",
+        str(tmp_path / "runs.json"),
+        "--seeds",
+        "0",
+        "1",
+    ]
     for content in (None, b"not a checkpoint"):
         if content is not None:
             checkpoint.write_bytes(content)
@@ -583,7 +807,9 @@ def test_a_batch_is_as_long_as_its_longest_text() -> None:
     assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
 
 
-def test_without_the_pretrained_model(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_pretrained_model(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pretrained, "PRETRAINED", "no_such_package")
     monkeypatch.setattr(sys, "argv", ["finetune_pretrained.py"])
     assert pretrained.main() == 1
@@ -596,16 +822,36 @@ def test_sparse_updates_on_mnist(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "runs.json"
-    arguments = ["--updates", "3", "--probabilities", "1", "--methods", "backprop", "zero", "--seeds", "0"]
-    assert sparse.main([*arguments, "--limit", "512", "--data", str(mnist_folder), "--out", str(out)]) == 0
+    arguments = [
+        "--updates",
+        "3",
+        "--probabilities",
+        "1",
+        "--methods",
+        "backprop",
+        "zero",
+        "--seeds",
+        "0",
+    ]
+    assert (
+        sparse.main([*arguments, "--limit", "512", "--data", str(mnist_folder), "--out", str(out)])
+        == 0
+    )
     assert [row["method"] for row in rows(capsys.readouterr().out)] == ["backprop", "zero"]
     assert out.with_suffix(".png").exists()
 
 
-def test_the_deep_experiment_reads_cifar10(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_deep_experiment_reads_cifar10(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     neighbour = EXAMPLES.parents[1] / "shared" / "data"
     if data.DATA_VARIABLE not in os.environ and not (neighbour / "cifar10").exists():
-        pytest.skip(f"CIFAR-10 is not on this machine: neither {data.DATA_VARIABLE} nor ../shared/data")
+        pytest.skip(
+            f"CIFAR-10 is not on this machine: neither {data.DATA_VARIABLE} nor ../shared/data"
+        )
     arguments = ["--methods", "backprop", "zero", "--steps", "2", "--limit", "256", "--seeds", "0"]
     assert deep.main([*arguments, "--out", str(tmp_path / "runs.json")]) == 0
-    assert [row["setting"].split(",")[0] for row in rows(capsys.readouterr().out)] == ["ResNet-8", "ResNet-8"]
+    assert [row["setting"].split(",")[0] for row in rows(capsys.readouterr().out)] == [
+        "ResNet-8",
+        "ResNet-8",
+    ]

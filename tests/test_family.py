@@ -1,4 +1,6 @@
-"""Every kind of source inside the trainer: messages, whole boundaries, synthetic inputs and schedules."""
+"""Every kind of source inside the trainer: messages, whole boundaries, synthetic inputs and
+schedules.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,19 @@ from torch import Tensor, nn
 
 import dni_fx
 from dni_fx.errors import DecouplingError
-from dni_fx.messages import sample_losses
 from dni_fx.plan import CutPlan
+from dni_fx.runtime.answers import sample_losses
 from dni_fx.schedules import Calibration, Mode, RandomUpdates, Schedule, WarmUp
-from dni_fx.sources import SOURCES, Corrected, Critic, Delayed, GradientSource, InputSource, Joint, Prediction
+from dni_fx.sources import (
+    SOURCES,
+    Corrected,
+    Critic,
+    Delayed,
+    GradientSource,
+    InputSource,
+    Joint,
+    Prediction,
+)
 from dni_fx.sources.inputs import InputPrediction
 
 from . import oracles
@@ -59,7 +70,10 @@ class Skips(nn.Module):
 
 def conv() -> nn.Sequential:
     torch.manual_seed(0)
-    blocks = [nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU()) for a, b in ((3, 4), (4, 6))]
+    blocks = [
+        nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU())
+        for a, b in ((3, 4), (4, 6))
+    ]
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
 
 
@@ -72,7 +86,9 @@ MODELS: dict[str, tuple[Any, list[str], tuple[int, ...]]] = {
 
 def batch(shape: tuple[int, ...], step: int = 0, size: int = 12) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(step)
-    return torch.randn(size, *shape, generator=generator), torch.randint(3, (size,), generator=generator)
+    return torch.randn(size, *shape, generator=generator), torch.randint(
+        3, (size,), generator=generator
+    )
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:
@@ -100,7 +116,9 @@ def noted(trainer: dni_fx.Trainer, stage: int, seen: dict[str, Tensor]) -> None:
     """Keep the gradients that a stage steps with."""
     module = trainer.decoupled.model[stage]
     trainer.optimizers[f"stage_{stage}"].register_step_pre_hook(
-        lambda *_: seen.update({n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None})
+        lambda *_: seen.update(
+            {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+        )
     )
 
 
@@ -108,14 +126,18 @@ def state(trainer: dni_fx.Trainer) -> dict[str, Tensor]:
     return {n: t.clone() for n, t in trainer.decoupled.model.state_dict().items()}
 
 
-# ---------------------------------------------------------------------------------------------------- every source
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("inputs", [None, "auto"])
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("name", NAMES)
-def test_every_source_trains_every_stage_on_every_graph(name: str, model: str, inputs: str | None) -> None:
-    trainer = trainer_of(name, model, inputs=inputs, synthesizer_optimizer=partial(torch.optim.Adam, lr=1e-2))
+def test_every_source_trains_every_stage_on_every_graph(
+    name: str, model: str, inputs: str | None
+) -> None:
+    trainer = trainer_of(
+        name, model, inputs=inputs, synthesizer_optimizer=partial(torch.optim.Adam, lr=1e-2)
+    )
     before, sources = state(trainer), copy.deepcopy(trainer.decoupled.synthesizers.state_dict())
     train(trainer, 6, model)
     trainer.drain()
@@ -130,7 +152,9 @@ def test_every_source_trains_every_stage_on_every_graph(name: str, model: str, i
     assert not trainer._under_way
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("zero", "stale", "delayed", "mix", "feedback")])
+@pytest.mark.parametrize(
+    "name", [n for n in NAMES if n not in ("zero", "stale", "delayed", "mix", "feedback")]
+)
 def test_one_forward_of_each_source_a_step(name: str) -> None:
     trainer = trainer_of(name, "skips")
     calls: list[int] = []
@@ -156,13 +180,15 @@ def test_sources_predict_before_the_stages_behind_have_run(name: str) -> None:
     oracles.assert_bits_equal(grads[0], grads[1], name)
 
 
-# ------------------------------------------------------------------------------------------------------- messages
+# --------------------------------------------------------------------------------------------------
 
 
 class Spy(GradientSource):
     """Predicts zeros, an estimate of loss and logits, and remembers what came back."""
 
-    def __init__(self, specs: Sequence[Any], context: Any = None, message: str = "loss", estimate: Any = None) -> None:
+    def __init__(
+        self, specs: Sequence[Any], context: Any = None, message: str = "loss", estimate: Any = None
+    ) -> None:
         super().__init__(specs, context)
         self.message, self.estimate, self.heard = message, estimate, []
 
@@ -178,7 +204,9 @@ class Spy(GradientSource):
 
 @pytest.mark.parametrize("kind", ["loss", "logits"])
 def test_estimates_come_from_the_next_source_that_makes_them(kind: str) -> None:
-    trainer = trainer_of({"0": partial(Spy, message=kind), "1": "zero", "2": partial(Spy, message=kind, estimate=7)})
+    trainer = trainer_of(
+        {"0": partial(Spy, message=kind), "1": "zero", "2": partial(Spy, message=kind, estimate=7)}
+    )
     x, y = batch((6,))
     output = trainer.step(x, target=y).outputs
     first, last = (trainer.decoupled.sources[n].heard[0][0] for n in ("0", "2"))
@@ -199,15 +227,23 @@ torch.utils._pytree.register_dataclass(Answer)
 
 
 @pytest.mark.parametrize("kind", ["attribute", "key"])
-def test_logits_and_error_of_an_output_that_names_its_logits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_and_error_of_an_output_that_names_its_logits(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Named(nn.Sequential):
         def forward(self, x: Tensor) -> Any:
             hidden = self[2](self[1](self[0](x)))
             logits = self[3](hidden)
-            return Answer(hidden, logits) if kind == "attribute" else {"hidden": hidden, "logits": logits}
+            return (
+                Answer(hidden, logits)
+                if kind == "attribute"
+                else {"hidden": hidden, "logits": logits}
+            )
 
     def loss(output: Any, y: Tensor, reduction: str = "mean") -> Tensor:
-        return F.cross_entropy(output.logits if kind == "attribute" else output["logits"], y, reduction=reduction)
+        return F.cross_entropy(
+            output.logits if kind == "attribute" else output["logits"], y, reduction=reduction
+        )
 
     spy = partial(Spy, message="loss+logits+error")
     x, y = batch((6,))
@@ -215,7 +251,9 @@ def test_logits_and_error_of_an_output_that_names_its_logits(kind: str, monkeypa
     plain, named = trainer_of(spy), trainer_of(spy, "named", loss=loss)
     for trainer in (plain, named):
         trainer.step(x, target=y)
-    for mine, theirs in zip(*(t.decoupled.sources["2"].heard[0] for t in (plain, named)), strict=True):
+    for mine, theirs in zip(
+        *(t.decoupled.sources["2"].heard[0] for t in (plain, named)), strict=True
+    ):
         assert torch.equal(mine, theirs)
 
 
@@ -227,7 +265,9 @@ def test_an_output_without_logits(message: str, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setitem(MODELS, "two", (lambda: Two(*mlp()), *MODELS["mlp"][1:]))
     trainer = trainer_of(
-        partial(Spy, message=message), "two", loss=lambda output, y: F.cross_entropy(output["answer"], y)
+        partial(Spy, message=message),
+        "two",
+        loss=lambda output, y: F.cross_entropy(output["answer"], y),
     )
     x, y = batch((6,))
     with pytest.raises(DecouplingError, match="called 'logits'"):
@@ -243,10 +283,14 @@ def test_logits_that_the_loss_is_not_made_of(apart: Any, monkeypatch: pytest.Mon
 
     monkeypatch.setitem(MODELS, "apart", (lambda: Apart(*mlp()), *MODELS["mlp"][1:]))
     trainer = trainer_of(
-        partial(Spy, message="error"), "apart", loss=lambda output, y: F.cross_entropy(output["used"], y)
+        partial(Spy, message="error"),
+        "apart",
+        loss=lambda output, y: F.cross_entropy(output["used"], y),
     )
     x, y = batch((6,))
-    with pytest.raises(DecouplingError, match="let the model return the logits that the loss is made of"):
+    with pytest.raises(
+        DecouplingError, match="let the model return the logits that the loss is made of"
+    ):
         trainer.step(x, target=y)
 
 
@@ -316,12 +360,22 @@ class Wrong(GradientSource):
         ((Prediction(()), None), None, "must return a Prediction"),
         ((Prediction(None), None), None, "must return a Prediction"),
         ((Prediction((torch.zeros(12, 6),) * 2), None), None, "2 of them"),
-        ((Prediction((torch.zeros(12, 6),)), torch.zeros(2)), None, "must return a scalar with its graph"),
-        ((Prediction((torch.zeros(12, 6),)), torch.zeros(())), None, "must return a scalar with its graph"),
+        (
+            (Prediction((torch.zeros(12, 6),)), torch.zeros(2)),
+            None,
+            "must return a scalar with its graph",
+        ),
+        (
+            (Prediction((torch.zeros(12, 6),)), torch.zeros(())),
+            None,
+            "must return a scalar with its graph",
+        ),
         ((Prediction(None), None), 0, "complete must return a tuple of 1"),
     ],
 )
-def test_a_source_that_answers_wrongly_is_told_what_was_expected(answers: Any, lag: int | None, words: str) -> None:
+def test_a_source_that_answers_wrongly_is_told_what_was_expected(
+    answers: Any, lag: int | None, words: str
+) -> None:
     trainer = trainer_of(type("Own", (Wrong,), {"answers": answers, "lag": lag}))
     with pytest.raises(DecouplingError, match=words):
         train(trainer, 1)
@@ -343,7 +397,11 @@ def test_labels_per_token(name: str) -> None:
     model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 5))
     tokens, labels = torch.randint(9, (4, 6)), torch.randint(5, (4, 6))
     decoupled = dni_fx.decouple(
-        model, ["0", "2"], example_inputs=(tokens,), gradients=name, context=dni_fx.one_hot(5, positions=1)
+        model,
+        ["0", "2"],
+        example_inputs=(tokens,),
+        gradients=name,
+        context=dni_fx.one_hot(5, positions=1),
     )
 
     def loss(output: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
@@ -374,10 +432,12 @@ def test_batches_are_freed_without_the_collector(name: str) -> None:
         gc.enable()
 
 
-# ------------------------------------------------------------------------------------------------ whole boundaries
+# ------------------------------------------------------------------------------------------------ w
 
 
-@pytest.mark.parametrize("option", ["joint:critic", Joint(Critic), "joint:linear", "joint:corrected"])
+@pytest.mark.parametrize(
+    "option", ["joint:critic", Joint(Critic), "joint:linear", "joint:corrected"]
+)
 def test_one_source_for_a_boundary(option: Any) -> None:
     trainer = trainer_of(option, "skips")
     decoupled = trainer.decoupled
@@ -389,7 +449,9 @@ def test_one_source_for_a_boundary(option: Any) -> None:
     assert sum(1 / n for n in sizes) == len(by_stage)
     assert len(trainer.synthesizer_optimizers) == len(by_stage)
     train(trainer, 3, "skips")
-    assert set(trainer.diagnose(*batch((6,))[:1], target=batch((6,))[1])) == {i.name for i in decoupled.interfaces}
+    assert set(trainer.diagnose(*batch((6,))[:1], target=batch((6,))[1])) == {
+        i.name for i in decoupled.interfaces
+    }
 
 
 def test_a_joint_linear_source_is_two_alone() -> None:
@@ -405,11 +467,13 @@ def test_a_plan_keeps_joint_sources_and_inputs() -> None:
     trainer = trainer_of("joint:critic", "skips", inputs="linear")
     plan = CutPlan.from_json(trainer.decoupled.plan.to_json())
     assert plan == trainer.decoupled.plan
-    again = dni_fx.decouple(Skips(), plan, example_inputs=(batch((6,))[0],), context=dni_fx.one_hot(3))
+    again = dni_fx.decouple(
+        Skips(), plan, example_inputs=(batch((6,))[0],), context=dni_fx.one_hot(3)
+    )
     assert again.state_dict().keys() == trainer.decoupled.state_dict().keys()
 
 
-# ------------------------------------------------------------------------------------------------ synthetic inputs
+# ------------------------------------------------------------------------------------------------ s
 
 
 class Seer(InputSource):
@@ -470,7 +534,9 @@ def test_no_stage_waits_for_the_forward_of_another(inputs: str | None) -> None:
 
 
 def test_synthetic_inputs_come_near_the_real_ones() -> None:
-    trainer = trainer_of("linear", inputs="mlp", synthesizer_optimizer=partial(torch.optim.Adam, lr=1e-2))
+    trainer = trainer_of(
+        "linear", inputs="mlp", synthesizer_optimizer=partial(torch.optim.Adam, lr=1e-2)
+    )
     source = trainer.decoupled.inputs["0"]
     errors = []
     for step in range(400):
@@ -482,13 +548,27 @@ def test_synthetic_inputs_come_near_the_real_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    "case", ["fan_out", "several_inputs", "unet", "two_towers", "transformer", "gpt", "nested_input", "views"]
+    "case",
+    [
+        "fan_out",
+        "several_inputs",
+        "unet",
+        "two_towers",
+        "transformer",
+        "gpt",
+        "nested_input",
+        "views",
+    ],
 )
 def test_inputs_on_zoo_models(case: str) -> None:
     chosen = BY_NAME[case]
     args, kwargs, target = oracles.draw(chosen, 4, torch.float32, 0)
     decoupled = dni_fx.decouple(
-        chosen.build(torch.float32, 0), list(chosen.cuts), example_inputs=args, example_kwargs=kwargs, inputs="auto"
+        chosen.build(torch.float32, 0),
+        list(chosen.cuts),
+        example_inputs=args,
+        example_kwargs=kwargs,
+        inputs="auto",
     )
     trainer = dni_fx.Trainer(decoupled, chosen.loss, optimizer=sgd)
     for _ in range(3):
@@ -501,7 +581,11 @@ def test_a_value_without_a_batch_dimension_is_named() -> None:
     args, kwargs, _ = oracles.draw(case, 4, torch.float32, 0)
     with pytest.raises(DecouplingError, match=r"interface '.*leave this interface out"):
         dni_fx.decouple(
-            case.build(torch.float32, 0), list(case.cuts), example_inputs=args, example_kwargs=kwargs, inputs="auto"
+            case.build(torch.float32, 0),
+            list(case.cuts),
+            example_inputs=args,
+            example_kwargs=kwargs,
+            inputs="auto",
         )
 
 
@@ -530,7 +614,7 @@ def test_evaluation_uses_the_real_chain() -> None:
     oracles.assert_bits_equal(trainer.decoupled(x), trainer.decoupled.model(x), "evaluation")
 
 
-# ------------------------------------------------------------------------------------------------------- schedules
+# --------------------------------------------------------------------------------------------------
 
 
 class Fixed(Schedule):
@@ -548,11 +632,18 @@ def test_only_active_stages_move(gradients: str, inputs: str | None) -> None:
         trainer = trainer_of(gradients, schedule=Fixed(Mode(0.0, active)), inputs=inputs)
         train_before = state(trainer)
         report = trainer.step(batch((6,))[0], target=batch((6,))[1])
-        weights = [n for n, _ in trainer.decoupled.model.named_parameters() if n.endswith("0.weight")]
+        weights = [
+            n for n, _ in trainer.decoupled.model.named_parameters() if n.endswith("0.weight")
+        ]
         for name in weights:
             stage = int(name[0])
-            expected = stage in active and (stage == 3 or gradients != "linear")  # linear starts at zero
-            assert (not torch.equal(state(trainer)[name], train_before[name])) == expected, (active, name)
+            expected = stage in active and (
+                stage == 3 or gradients != "linear"
+            )  # linear starts at zero
+            assert (not torch.equal(state(trainer)[name], train_before[name])) == expected, (
+                active,
+                name,
+            )
         ran = 3 in active or gradients == "exact"
         assert bool(report.loss.isnan()) != ran
 
@@ -568,11 +659,15 @@ def test_stages_that_nobody_needs_are_not_run() -> None:
 
 
 def test_updates_are_as_frequent_as_asked() -> None:
-    trainer = trainer_of("local", schedule=RandomUpdates({"stage_0": 0.25, "stage_1": 0.75}, seed=1))
+    trainer = trainer_of(
+        "local", schedule=RandomUpdates({"stage_0": 0.25, "stage_1": 0.75}, seed=1)
+    )
     counts = dict.fromkeys(trainer.optimizers, 0)
     for name, optimizer in trainer.optimizers.items():
         optimizer.register_step_pre_hook(
-            lambda opt, *_, n=name: counts.update({n: counts[n] + (opt.param_groups[0]["params"][0].grad is not None)})
+            lambda opt, *_, n=name: counts.update(
+                {n: counts[n] + (opt.param_groups[0]["params"][0].grad is not None)}
+            )
         )
     train(trainer, 200)
     assert 30 < counts["stage_0"] < 70 < 130 < counts["stage_1"] < 170
@@ -580,7 +675,9 @@ def test_updates_are_as_frequent_as_asked() -> None:
 
 
 def test_sources_of_left_out_stages_learn_beside_waiting_ones() -> None:
-    trainer = trainer_of({"0": "linear", "1": "feedback", "2": "local"}, schedule=RandomUpdates({0: 0.0}))
+    trainer = trainer_of(
+        {"0": "linear", "1": "feedback", "2": "local"}, schedule=RandomUpdates({0: 0.0})
+    )
     train(trainer, 3)
     assert trainer.decoupled.sources["0"].scale.item() > 0
 
@@ -596,7 +693,11 @@ def test_sources_learn_whenever_their_target_comes(inputs: str | None) -> None:
         trainer.decoupled.sources["2"].scale.fill_(1.0)
     train(trainer, 3)
     now = trainer.decoupled.synthesizers.state_dict()
-    learnt = {key.split(".")[0] for key in now if "weight" in key and not torch.equal(now[key], trainer_zero[key])}
+    learnt = {
+        key.split(".")[0]
+        for key in now
+        if "weight" in key and not torch.equal(now[key], trainer_zero[key])
+    }
     assert learnt - {"2"} == ({"1", "2@input"} if inputs else {"1"})
 
 
@@ -618,7 +719,9 @@ def test_fading_mixes() -> None:
     true = zero.true_gradients(x, target=y)
     seen: dict[str, Tensor] = {}
     half.optimizers["stage_2"].register_step_pre_hook(
-        lambda *_: seen.update({n: p.grad.clone() for n, p in half.decoupled.model[2].named_parameters()})
+        lambda *_: seen.update(
+            {n: p.grad.clone() for n, p in half.decoupled.model[2].named_parameters()}
+        )
     )
     half.step(x, target=y)
     model = mlp()
@@ -645,10 +748,12 @@ def test_a_resumed_run_goes_on_alike_under_every_schedule(gradients: str) -> Non
     resumed = trainer_of(gradients, schedule=schedule, inputs="linear")
     resumed.load_state_dict(saved)
     train(resumed, 6, first=5)
-    oracles.assert_bits_equal(resumed.decoupled.state_dict(), whole.decoupled.state_dict(), "resumed")
+    oracles.assert_bits_equal(
+        resumed.decoupled.state_dict(), whole.decoupled.state_dict(), "resumed"
+    )
 
 
-# ------------------------------------------------------------------------------------------------------- accumulate
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["local", "feedback", "critic"])
@@ -656,7 +761,9 @@ def test_accumulated_gradients_have_the_size_of_one_loss(name: str) -> None:
     """Two equal batches, each counting half, make the update of one."""
     found = []
     for accumulate in (1, 2):
-        trainer = trainer_of(name, accumulate=accumulate, synthesizer_optimizer=partial(torch.optim.SGD, lr=0.0))
+        trainer = trainer_of(
+            name, accumulate=accumulate, synthesizer_optimizer=partial(torch.optim.SGD, lr=0.0)
+        )
         seen: dict[str, Tensor] = {}
         noted(trainer, 2, seen)
         for _ in range(accumulate):
@@ -666,11 +773,18 @@ def test_accumulated_gradients_have_the_size_of_one_loss(name: str) -> None:
         torch.testing.assert_close(found[1][key], value, rtol=1e-4, atol=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------------- diagnosis
+# --------------------------------------------------------------------------------------------------
 
 
 def test_diagnosis_changes_nothing_and_says_something() -> None:
-    for gradients in ("linear", "critic", partial(Corrected, source="local"), Delayed, "zero", "exact"):
+    for gradients in (
+        "linear",
+        "critic",
+        partial(Corrected, source="local"),
+        Delayed,
+        "zero",
+        "exact",
+    ):
         trainer, other = trainer_of(gradients), trainer_of(gradients)
         for each in (trainer, other):
             train(each, 4)
@@ -682,7 +796,9 @@ def test_diagnosis_changes_nothing_and_says_something() -> None:
         assert str(of_parameters)
         for each in (trainer, other):
             train(each, 2, first=4)
-        oracles.assert_bits_equal(trainer.decoupled.state_dict(), other.decoupled.state_dict(), "after diagnose")
+        oracles.assert_bits_equal(
+            trainer.decoupled.state_dict(), other.decoupled.state_dict(), "after diagnose"
+        )
         names = {"0", "1", "2"} if gradients not in (Delayed, "exact") else set()
         assert set(diagnosis) == names
         waits = isinstance(gradients, partial)  # part of the gradient comes late
@@ -733,12 +849,16 @@ def test_what_predictions_make_of_the_parameters_gradients(gradients: str, name:
         value = model[i](value.detach())
         guess = sources[str(i)].predict((value.detach(),), dni_fx.one_hot(3)(y)).gradients
         parts = torch.autograd.grad(value, parameters[i], guess)
-        predicted, reference = (torch.cat([g.flatten() for g in grads]) for grads in (parts, true[i]))
+        predicted, reference = (
+            torch.cat([g.flatten() for g in grads]) for grads in (parts, true[i])
+        )
         report = found[f"stage_{i}"]
         size = float(predicted.norm() / reference.norm())
         assert report.rms_ratio == pytest.approx(size, rel=1e-4, abs=1e-9)
         if size:
-            assert report.cosine == pytest.approx(float(F.cosine_similarity(predicted, reference, 0)), abs=1e-4)
+            assert report.cosine == pytest.approx(
+                float(F.cosine_similarity(predicted, reference, 0)), abs=1e-4
+            )
             assert abs(report.cosine - cuts[str(i)].cosine) > 1e-3
         else:
             assert gradients == "zero"
@@ -751,11 +871,19 @@ def test_parameters_of_several_stages_count_for_none() -> None:
             return self.head(self.a(self.b(self.a(x)).relu()))
 
     decoupled = dni_fx.decouple(
-        Tied(), ["b", "a"], example_inputs=(batch((6,))[0],), gradients="linear", context=dni_fx.one_hot(3)
+        Tied(),
+        ["b", "a"],
+        example_inputs=(batch((6,))[0],),
+        gradients="linear",
+        context=dni_fx.one_hot(3),
     )
     trainer = dni_fx.Trainer(decoupled, F.cross_entropy, optimizer=sgd)
     x, y = batch((6,))
     found = trainer.diagnose_parameters(x, target=y)
-    alone = {s.name for s in decoupled.stages[:-1] if any(p is decoupled.model.b.weight for p in s.parameters())}
+    alone = {
+        s.name
+        for s in decoupled.stages[:-1]
+        if any(p is decoupled.model.b.weight for p in s.parameters())
+    }
     assert set(found) == alone
     assert 0 < len(alone) < len(decoupled.stages) - 1

@@ -1,4 +1,6 @@
-"""Loss heads: their gradients against autograd of the same mathematics written out, what each learns, and refusals."""
+"""Loss heads: their gradients against autograd of the same mathematics written out, what each
+learns, and refusals.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def spec_of(kind: str, dtype: torch.dtype = torch.float64) -> TensorSpec:
 
 
 def random_tensor(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
@@ -69,12 +73,15 @@ def train(head: LossHead, values, context, message, steps: int, lr: float = 0.01
     return losses
 
 
-# ------------------------------------------------------------------------------------------ gradients of the values
+# ------------------------------------------------------------------------------------------ gradien
 
 
 def written_out(head: LossHead, value: Tensor) -> Tensor:
     """The logits of a head of the default size for labels per sample, from its parameters alone."""
-    p = {name.removeprefix("encoders.0.blocks."): parameter.detach() for name, parameter in head.named_parameters()}
+    p = {
+        name.removeprefix("encoders.0.blocks."): parameter.detach()
+        for name, parameter in head.named_parameters()
+    }
     h = value if value.dim() > 1 else value.unsqueeze(1)
     if "1.weight" in p:  # a map
         space = h.dim() - 2
@@ -82,7 +89,9 @@ def written_out(head: LossHead, value: Tensor) -> Tensor:
             h = (F.conv1d, F.conv2d, F.conv3d)[space - 1](h, p[f"{i}.weight"], stride=2, padding=1)
             axes = (0, *range(2, h.dim()))
             if h.numel() > h.shape[1]:
-                h = (h - h.mean(axes, keepdim=True)) / (h.var(axes, keepdim=True, correction=0) + 1e-5).sqrt()
+                h = (h - h.mean(axes, keepdim=True)) / (
+                    h.var(axes, keepdim=True, correction=0) + 1e-5
+                ).sqrt()
             shape = (1, -1) + (1,) * space
             h = (h * p[f"{i + 1}.weight"].view(shape) + p[f"{i + 1}.bias"].view(shape)).relu()
         h = h.mean(tuple(range(2, h.dim())))
@@ -115,7 +124,9 @@ def test_gradient_is_that_of_the_loss_written_out(kind: str, loss: str) -> None:
     torch.testing.assert_close(prediction.gradients[0], 0.125 * gradient, rtol=1e-9, atol=1e-14)
     torch.testing.assert_close(prediction.loss, expected.detach(), rtol=1e-9, atol=0)
     torch.testing.assert_close(prediction.logits, logits.detach(), rtol=1e-9, atol=1e-12)
-    assert not any(t.requires_grad for t in (*prediction.gradients, prediction.loss, prediction.logits))
+    assert not any(
+        t.requires_grad for t in (*prediction.gradients, prediction.loss, prediction.logits)
+    )
 
     other = head((value.detach(),), one_hot(3)((Y + 1) % 3)).gradients[0]  # the label decides
     assert cosine(other, gradient) < 0.9
@@ -128,14 +139,20 @@ def test_heads_of_any_depth_and_width() -> None:
         (("hidden", 0),): [],
         (): [(12, 6, 3, 3), (24, 12, 3, 3)],
         (("stride", 1),): [(6, 6, 3, 3), (6, 6, 3, 3)],
-        (("hidden", 3), ("stride", 2), ("width", 100)): [(100, 6, 3, 3), (200, 100, 3, 3), (256, 200, 3, 3)],
+        (("hidden", 3), ("stride", 2), ("width", 100)): [
+            (100, 6, 3, 3),
+            (200, 100, 3, 3),
+            (256, 200, 3, 3),
+        ],
         (("hidden", 1), ("width", 5), ("norm", "none")): [(5, 6, 3, 3)],
     }
     for options, expected in shapes.items():
         head = Local([spec], LABELS, **dict(options))
         assert [tuple(p.shape) for p in head.parameters() if p.dim() == 4] == expected
         assert head((value,), one_hot(3)(Y)).gradients[0].abs().sum() > 0
-    assert not any("bias" in n and "blocks.0" in n for n, _ in Local([spec], LABELS).named_parameters())  # before norm
+    assert not any(
+        "bias" in n and "blocks.0" in n for n, _ in Local([spec], LABELS).named_parameters()
+    )  # before norm
     with pytest.raises(DecouplingError, match=r"unknown norm 'layer'; known: 'batch', 'none'"):
         Local([spec], LABELS, norm="layer")
 
@@ -148,7 +165,9 @@ def test_two_values_are_one_head() -> None:
     assert [g.shape for g in gradients] == [v.shape for v in values]
     assert all(g.abs().sum() > 0 for g in gradients)
     changed = head((values[0] + 1, values[1] * 3, values[2]), one_hot(3)(Y)).gradients
-    assert not torch.allclose(changed[2], gradients[2])  # jointly: the third one's gradient depends on the others
+    assert not torch.allclose(
+        changed[2], gradients[2]
+    )  # jointly: the third one's gradient depends on the others
 
     alone = Local([spec_of("tokens")], LABELS)
     alone.encoders[0].load_state_dict(head.encoders[2].state_dict())
@@ -163,11 +182,13 @@ def test_two_values_are_one_head() -> None:
     )
 
 
-# ---------------------------------------------------------------------------------------- positions, ignored labels
+# ---------------------------------------------------------------------------------------- positions
 
 
 @pytest.mark.parametrize("ignored", [False, True])
-@pytest.mark.parametrize(("kind", "lead"), [("tokens", (4, 5)), ("map1d", (4, 5)), ("map2d", (4, 5, 3))])
+@pytest.mark.parametrize(
+    ("kind", "lead"), [("tokens", (4, 5)), ("map1d", (4, 5)), ("map2d", (4, 5, 3))]
+)
 def test_context_per_position(kind: str, lead: tuple[int, ...], ignored: bool) -> None:
     labels = torch.arange(torch.Size(lead).numel()).reshape(lead) % 3
     if ignored:
@@ -181,7 +202,9 @@ def test_context_per_position(kind: str, lead: tuple[int, ...], ignored: bool) -
     evaluation = prediction.state
     reference = F.cross_entropy(evaluation.logits.movedim(-1, 1), labels, ignore_index=-1)
     torch.testing.assert_close(evaluation.mean, reference)
-    each = F.cross_entropy(prediction.logits.movedim(-1, 1), labels, ignore_index=-1, reduction="none").flatten(1)
+    each = F.cross_entropy(
+        prediction.logits.movedim(-1, 1), labels, ignore_index=-1, reduction="none"
+    ).flatten(1)
     counts = (labels >= 0).flatten(1).sum(1)
     torch.testing.assert_close(prediction.loss, each.sum(1) / counts.clamp(min=1))
     if ignored:  # not the mean of the samples' means: a sample with fewer labels counts less
@@ -213,19 +236,25 @@ def test_values_without_the_contexts_positions_or_batch() -> None:
     assert prediction.logits.shape == (4, 5, 3)
     assert [g.shape for g in prediction.gradients] == [v.shape for v in values]
     rows = Local([spec_of("map2d")], TensorSpec((4, 5, 1, 3), torch.float32))
-    prediction = rows((values[0].movedim(1, 2)[..., None].expand(4, 6, 5, 3),), torch.ones(4, 5, 1, 3) / 3)
+    prediction = rows(
+        (values[0].movedim(1, 2)[..., None].expand(4, 6, 5, 3),), torch.ones(4, 5, 1, 3) / 3
+    )
     assert prediction.logits.shape == (4, 5, 1, 3)
     table = Local(specs[2:], LABELS)  # one for the whole batch
     assert table(values[2:], one_hot(3)(Y)).loss.shape == (4,)
 
 
-# --------------------------------------------------------------------------------------------- what each head learns
+# --------------------------------------------------------------------------------------------- what
 
 
 def problem(kind: str = "vector", batch: int = 32) -> tuple[TensorSpec, Tensor, Tensor]:
     shape = (batch, *KINDS[kind][0][1:])
     value = random_tensor(*shape, seed=3)
-    return TensorSpec(shape, torch.float64, KINDS[kind][1]), value, one_hot(3)(torch.arange(batch) % 3)
+    return (
+        TensorSpec(shape, torch.float64, KINDS[kind][1]),
+        value,
+        one_hot(3)(torch.arange(batch) % 3),
+    )
 
 
 @pytest.mark.parametrize("kind", ["vector", "map2d", "tokens"])
@@ -252,7 +281,9 @@ def test_critic_learns_losses_that_are_a_heads(distance: str) -> None:
     after = critic((value,), labels)
     measure = F.l1_loss if distance == "l1" else F.mse_loss
     assert measure(before.loss, known.loss).item() == pytest.approx(losses[0])
-    assert cosine(after.gradients[0], known.gradients[0]) > max(0.8, cosine(before.gradients[0], known.gradients[0]))
+    assert cosine(after.gradients[0], known.gradients[0]) > max(
+        0.8, cosine(before.gradients[0], known.gradients[0])
+    )
 
     wrong = Critic([spec], context, distance=distance)  # control: the losses of other samples
     train(wrong, (value,), labels, (known.loss.roll(1),), 300)
@@ -266,7 +297,10 @@ def test_sobolev_also_learns_gradients() -> None:
     context = TensorSpec(labels.shape, labels.dtype)
     torch.manual_seed(7)
     known = Local([spec], context, hidden=0)((value,), labels)
-    message = (known.gradients[0] / 8, known.loss.roll(1))  # losses that say nothing; gradients of accumulated steps
+    message = (
+        known.gradients[0] / 8,
+        known.loss.roll(1),
+    )  # losses that say nothing; gradients of accumulated steps
     found = {}
     for weight in (0.0, 10.0):
         torch.manual_seed(0)
@@ -294,7 +328,9 @@ def test_sobolev_differentiates_twice(kinds: tuple[str, ...]) -> None:
     head.unit = 0.5
     message = message_for(head, values)
     labels = one_hot(3)(Y)
-    head.fit(head(values, labels), message)  # makes the scale known: it stays then, as the target does
+    head.fit(
+        head(values, labels), message
+    )  # makes the scale known: it stays then, as the target does
 
     def loss() -> Tensor:
         return head.fit(head(values, labels), message)
@@ -337,7 +373,9 @@ def test_distill_learns_logits(labels: float, loss: str) -> None:
     gaps = [(p.logits - known.logits).log_softmax(1).std().item() for p in (first, last)]
     if loss == "mse":
         gaps = [F.mse_loss(p.logits, known.logits).item() for p in (first, last)]
-    assert gaps[1] < 0.1 * gaps[0] if labels == 0 else gaps[1] > 0.1 * gaps[0]  # control: labels pull elsewhere
+    assert (
+        gaps[1] < 0.1 * gaps[0] if labels == 0 else gaps[1] > 0.1 * gaps[0]
+    )  # control: labels pull elsewhere
 
     expected = F.mse_loss(last.logits, known.logits)
     if loss == "cross_entropy":
@@ -352,11 +390,13 @@ def test_distill_takes_features_last_or_second() -> None:
     head = Distill([spec], TensorSpec(context.shape, context.dtype))
     prediction = head((random_tensor(4, 5, 6),), context)
     logits = random_tensor(4, 5, 3, seed=2)
-    torch.testing.assert_close(head.fit(prediction, (logits,)), head.fit(prediction, (logits.movedim(-1, 1),)))
+    torch.testing.assert_close(
+        head.fit(prediction, (logits,)), head.fit(prediction, (logits.movedim(-1, 1),))
+    )
     assert head.fit(prediction, (logits,)) != head.fit(prediction, (logits.roll(1, 1),))
 
 
-# ------------------------------------------------------------------------------------------------- the contract
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -388,7 +428,9 @@ def test_contract(make: type[LossHead], kind: str) -> None:
     again = make_source(make, [spec_of(kind)], LABELS)
     again.load_state_dict(head.state_dict())
     for model in (head.train(), again.eval()):  # no mode
-        assert torch.equal(model((value,), one_hot(3)(Y)).gradients[0], head((value,), one_hot(3)(Y)).gradients[0])
+        assert torch.equal(
+            model((value,), one_hot(3)(Y)).gradients[0], head((value,), one_hot(3)(Y)).gradients[0]
+        )
 
 
 @pytest.mark.parametrize("kind", ["vector", "tokens", "map2d"])
@@ -432,18 +474,23 @@ def test_memory_format_follows_the_value() -> None:
     assert prediction.gradients[0].stride() == value.stride()
 
 
-# ------------------------------------------------------------------------------------------------------ refusals
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", HEADS)
 def test_heads_need_labels_and_a_batch(make: type[LossHead]) -> None:
-    with pytest.raises(DecouplingError, match=r"has no context\. Pass context=dni_fx\.one_hot.*'linear' or 'delayed'"):
+    with pytest.raises(
+        DecouplingError,
+        match=r"has no context\. Pass context=dni_fx\.one_hot.*'linear' or 'delayed'",
+    ):
         make_source(make, [spec_of("vector")])
     with pytest.raises(DecouplingError, match=r"serves a scalar.*'linear' or 'delayed'"):
         make([spec_of("vector"), TensorSpec((), torch.float32)], LABELS)
     with pytest.raises(DecouplingError, match=r"unknown loss 'nll'"):
         make([spec_of("vector")], LABELS, loss="nll")
-    with pytest.raises(DecouplingError, match=r"\(4, 3\) does not line up with a value of shape \(8, 5, 6\)"):
+    with pytest.raises(
+        DecouplingError, match=r"\(4, 3\) does not line up with a value of shape \(8, 5, 6\)"
+    ):
         make([TensorSpec((8, 5, 6), torch.float32)], LABELS)
     with pytest.raises(DecouplingError, match="more than 3 spatial dimensions"):
         make([TensorSpec((4, 6, 1, 1, 1, 1), torch.float32, 1)], LABELS)
@@ -453,15 +500,27 @@ def test_other_values_and_contexts_than_the_head_was_made_for() -> None:
     head = Local([spec_of("map2d")], LABELS)
     value = random_tensor(4, 6, 5, 3)
     for context in (None, torch.ones(4, 2), torch.ones(4, 5, 3)):
-        with pytest.raises(DecouplingError, match=r"made for a context like \(4, 3\), but got .*target="):
+        with pytest.raises(
+            DecouplingError, match=r"made for a context like \(4, 3\), but got .*target="
+        ):
             head((value,), context)
     for wrong in (value[:, :2], value[0]):
-        with pytest.raises(DecouplingError, match=r"made for values like \(4, 6, 5, 3\) .*Decouple again"):
+        with pytest.raises(
+            DecouplingError, match=r"made for values like \(4, 6, 5, 3\) .*Decouple again"
+        ):
             head((wrong,), one_hot(3)(Y))
-    with pytest.raises(DecouplingError, match=r"\(2, 3\) does not line up with a value of shape \(4, 6, 5, 3\)"):
+    with pytest.raises(
+        DecouplingError, match=r"\(2, 3\) does not line up with a value of shape \(4, 6, 5, 3\)"
+    ):
         head((value,), one_hot(3)(Y[:2]))
-    odd = Local([spec_of("tokens")], TensorSpec((4, 5, 3), torch.float32), loss=lambda logits, c: logits.sum((0, 2)))
-    with pytest.raises(DecouplingError, match=r"shape \(5,\) for .* \(4, 5, 3\).* \(4, 5\), or per sample, \(4,\)"):
+    odd = Local(
+        [spec_of("tokens")],
+        TensorSpec((4, 5, 3), torch.float32),
+        loss=lambda logits, c: logits.sum((0, 2)),
+    )
+    with pytest.raises(
+        DecouplingError, match=r"shape \(5,\) for .* \(4, 5, 3\).* \(4, 5\), or per sample, \(4,\)"
+    ):
         odd((random_tensor(4, 5, 6),), torch.ones(4, 5, 3))
 
 
@@ -476,4 +535,8 @@ def test_messages_that_do_not_fit() -> None:
     refused(Critic, (torch.ones(()),), r"shape \(\) .* own have shape \(4,\)")
     refused(Sobolev, (torch.ones(4, 6), torch.ones(3)), r"shape \(3,\) .* own have shape \(4,\)")
     refused(Sobolev, (torch.ones(4, 5), torch.ones(4)), r"\[\(4, 5\)\] came back .* \[\(4, 6\)\]")
-    refused(partial(Distill, labels=0.0), (torch.ones(4, 5),), r"\(4, 5\) .* \(4, 3\).*as many features as the context")
+    refused(
+        partial(Distill, labels=0.0),
+        (torch.ones(4, 5),),
+        r"\(4, 5\) .* \(4, 3\).*as many features as the context",
+    )

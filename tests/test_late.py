@@ -1,4 +1,6 @@
-"""Sources that wait: late gradients against loops written by hand, corrections, feedback, and batches under way."""
+"""Sources that wait: late gradients against loops written by hand, corrections, feedback, and
+batches under way.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,11 @@ class Block(nn.Module):
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
-        self.linear, self.norm, self.dropout = nn.Linear(width, width), nn.BatchNorm1d(width), nn.Dropout(dropout)
+        self.linear, self.norm, self.dropout = (
+            nn.Linear(width, width),
+            nn.BatchNorm1d(width),
+            nn.Dropout(dropout),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.dropout(F.relu(self.norm(self.linear(x))))
@@ -75,14 +81,17 @@ def state(trainer: dni_fx.Trainer) -> dict[str, Tensor]:
     return {n: t.clone() for n, t in trainer.decoupled.model.state_dict().items()}
 
 
-# ---------------------------------------------------------------------------------------------- against hand loops
+# ---------------------------------------------------------------------------------------------- aga
 
 
-def late_by_hand(steps: int, *, replay: bool, shrink: float = 1.0, dropout: float = 0.0) -> dict[str, Tensor]:
+def late_by_hand(
+    steps: int, *, replay: bool, shrink: float = 1.0, dropout: float = 0.0
+) -> dict[str, Tensor]:
     """Late true gradients without dni_fx: stage k of four is 3 - k steps behind.
 
-    DDG: gradients of the whole model as it was when it saw the batch. Features Replay: every stage again, on the input
-    that it had then, with its weights of now, and the gradient that the stage behind found one step earlier.
+    DDG: gradients of the whole model as it was when it saw the batch. Features Replay: every stage
+    again, on the input that it had then, with its weights of now, and the gradient that the stage
+    behind found one step earlier.
     """
     model = chain(dropout)
     optimizers = [sgd(stage.named_parameters()) for stage in model]
@@ -129,15 +138,21 @@ def test_late_gradients_equal_a_loop_by_hand(replay: bool, shrink: float, dropou
     train(trainer, 7)
     got, want = state(trainer), late_by_hand(7, replay=replay, shrink=shrink, dropout=dropout)
     for name, tensor in want.items():
-        torch.testing.assert_close(got[name], tensor, rtol=1e-12, atol=1e-14, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            got[name], tensor, rtol=1e-12, atol=1e-14, msg=lambda m, n=name: f"{n}: {m}"
+        )
     other = late_by_hand(7, replay=not replay, shrink=shrink, dropout=dropout)
-    assert not torch.allclose(got["0.linear.weight"], other["0.linear.weight"], rtol=1e-9)  # the oracle can tell
+    assert not torch.allclose(
+        got["0.linear.weight"], other["0.linear.weight"], rtol=1e-9
+    )  # the oracle can tell
 
 
 def test_nothing_arrives_before_its_time() -> None:
     trainer = trainer_of("delayed")
     start = state(trainer)
-    for step, learnt in enumerate(("3.weight", "2.linear.weight", "1.linear.weight", "0.linear.weight")):
+    for step, learnt in enumerate(
+        ("3.weight", "2.linear.weight", "1.linear.weight", "0.linear.weight")
+    ):
         train(trainer, 1, step)
         now = state(trainer)
         assert not torch.equal(now[learnt], start[learnt])
@@ -154,7 +169,7 @@ def test_more_steps_of_lag_add_up() -> None:
     assert not torch.equal(state(trainer)["0.linear.weight"], start["0.linear.weight"])
 
 
-# ------------------------------------------------------------------------------------------------------ corrections
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("recompute", [True, False], ids=["replay", "stash"])
@@ -174,7 +189,9 @@ class Fixed(GradientSource):
 
     def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
         generator = torch.Generator().manual_seed(1)
-        return Prediction(tuple(0.01 * torch.randn(v.shape, generator=generator, dtype=v.dtype) for v in values))
+        return Prediction(
+            tuple(0.01 * torch.randn(v.shape, generator=generator, dtype=v.dtype) for v in values)
+        )
 
 
 @pytest.mark.parametrize("recompute", [True, False], ids=["replay", "stash"])
@@ -196,7 +213,10 @@ def test_corrections_sum_to_the_true_gradient(recompute: bool) -> None:
 
     x, y = batch(0)
     decoupled = dni_fx.decouple(
-        chain(), CUTS, example_inputs=(x,), gradients=partial(Corrected, source=Fixed, recompute=recompute)
+        chain(),
+        CUTS,
+        example_inputs=(x,),
+        gradients=partial(Corrected, source=Fixed, recompute=recompute),
     )
     trainer = dni_fx.Trainer(decoupled, F.cross_entropy, optimizer=tiny)
     trainer.step(x, target=y)
@@ -209,7 +229,7 @@ def test_corrections_sum_to_the_true_gradient(recompute: bool) -> None:
     assert not torch.allclose(early["0.linear.weight"], total["0.linear.weight"], rtol=1e-3)
 
 
-# -------------------------------------------------------------------------------------------- mixing and feedback
+# -------------------------------------------------------------------------------------------- mixin
 
 
 def test_a_share_of_none_is_the_source_alone() -> None:
@@ -224,7 +244,9 @@ def test_a_share_of_none_is_the_source_alone() -> None:
 @pytest.mark.parametrize("recompute", [True, False], ids=["replay", "stash"])
 def test_a_late_share_of_one_is_being_late(recompute: bool, at_once: bool) -> None:
     late = trainer_of(partial(Delayed, recompute=recompute))
-    mixed = trainer_of(partial(Mix, source="linear", share=1.0, steps=1, at_once=at_once, recompute=recompute))
+    mixed = trainer_of(
+        partial(Mix, source="linear", share=1.0, steps=1, at_once=at_once, recompute=recompute)
+    )
     for trainer in (late, mixed):
         train(trainer, 6)
     for name, tensor in state(late).items():
@@ -239,7 +261,9 @@ def test_half_of_nothing_is_half_of_the_gradient() -> None:
     seen = {}
 
     class Probe(Mix):
-        def complete(self, prediction: Prediction, message: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        def complete(
+            self, prediction: Prediction, message: tuple[Tensor, ...]
+        ) -> tuple[Tensor, ...]:
             seen[len(seen)] = super().complete(prediction, message)[0]
             return (seen[len(seen) - 1],)
 
@@ -262,20 +286,24 @@ def test_feedback_projects_the_error_of_the_output() -> None:
     hidden[1].backward(given.double())
     grads: dict[str, Tensor] = {}
     trainer.optimizers["stage_0"].register_step_pre_hook(
-        lambda *_: grads.update({n: p.grad.clone() for n, p in trainer.decoupled.model[0].named_parameters()})
+        lambda *_: grads.update(
+            {n: p.grad.clone() for n, p in trainer.decoupled.model[0].named_parameters()}
+        )
     )
     trainer.step(x, target=y)
     for name, parameter in model[0].named_parameters():
         torch.testing.assert_close(grads[name], parameter.grad)
 
 
-# ------------------------------------------------------------------------------------------------ batches under way
+# ------------------------------------------------------------------------------------------------ b
 
 
 CORRECTED = partial(Corrected, source="linear")
 
 
-@pytest.mark.parametrize("gradients", ["delayed", STASH, CORRECTED, partial(CORRECTED, recompute=False)])
+@pytest.mark.parametrize(
+    "gradients", ["delayed", STASH, CORRECTED, partial(CORRECTED, recompute=False)]
+)
 def test_a_failed_step_leaves_what_is_under_way(gradients: Any) -> None:
     undisturbed, disturbed = trainer_of(gradients), trainer_of(gradients)
     train(undisturbed, 6)
@@ -338,7 +366,9 @@ def test_the_model_equals_itself_when_all_is_late_by_nothing_new() -> None:
     trainer.step(x, target=y)
     F.cross_entropy(model(x), y).backward()
     sgd(model[3].named_parameters()).step()
-    oracles.assert_bits_equal(trainer.decoupled.model[3].state_dict(), model[3].state_dict(), "last stage")
+    oracles.assert_bits_equal(
+        trainer.decoupled.model[3].state_dict(), model[3].state_dict(), "last stage"
+    )
 
 
 class Sizes(nn.Module):
@@ -356,7 +386,9 @@ class Sizes(nn.Module):
         return self.c(v * u) + self.c(u) if len(x) > 4 else self.c(v + u)
 
 
-def summed(gradients: Any, cuts: list[str], make: Any, sizes: tuple[int, ...]) -> tuple[dict[str, Tensor], Any]:
+def summed(
+    gradients: Any, cuts: list[str], make: Any, sizes: tuple[int, ...]
+) -> tuple[dict[str, Tensor], Any]:
     """All gradients of a run whose weights stay, and the trainer."""
     total: dict[str, Tensor] = {}
 
@@ -364,12 +396,16 @@ def summed(gradients: Any, cuts: list[str], make: Any, sizes: tuple[int, ...]) -
         pairs = list(parameters)
         optimizer = torch.optim.SGD(pairs, lr=0.0)
         optimizer.register_step_pre_hook(
-            lambda *_: total.update({n: total.get(n, 0) + p.grad for n, p in pairs if p.grad is not None})
+            lambda *_: total.update(
+                {n: total.get(n, 0) + p.grad for n, p in pairs if p.grad is not None}
+            )
         )
         return optimizer
 
     model = make().double()
-    decoupled = dni_fx.decouple(model, cuts, example_inputs=(batch(0)[0],), gradients=gradients, check=False)
+    decoupled = dni_fx.decouple(
+        model, cuts, example_inputs=(batch(0)[0],), gradients=gradients, check=False
+    )
     trainer = dni_fx.Trainer(decoupled, F.cross_entropy, optimizer=still)
     for step, size in enumerate(sizes):
         x, y = batch(step, size)
@@ -409,9 +445,13 @@ class TwoAtOnce(nn.Module):
         return self.c(self.b(u).tanh() + u)
 
 
-@pytest.mark.parametrize("other", ["delayed", "corrected", partial(Mix, share=1.0), partial(Mix, share=1.0, steps=1)])
+@pytest.mark.parametrize(
+    "other", ["delayed", "corrected", partial(Mix, share=1.0), partial(Mix, share=1.0, steps=1)]
+)
 def test_corrections_beside_other_waiting_sources(other: Any) -> None:
-    total, _ = summed({"tanh": partial(Corrected, source=Fixed), "b": other}, ["b"], TwoAtOnce, (8, 8))
+    total, _ = summed(
+        {"tanh": partial(Corrected, source=Fixed), "b": other}, ["b"], TwoAtOnce, (8, 8)
+    )
     want = true_sum(TwoAtOnce, (8, 8))
     for name, parameter in want.named_parameters():
         torch.testing.assert_close(total[name], parameter.grad, rtol=1e-9, atol=1e-12)
@@ -425,11 +465,15 @@ def test_draining_in_an_unfinished_update_loses_nothing() -> None:
         optimizer = torch.optim.SGD(pairs, lr=0.0)
         name = pairs[-1][0]
         optimizer.register_step_pre_hook(
-            lambda *_: seen.setdefault(name, []).append(0 if pairs[-1][1].grad is None else pairs[-1][1].grad.clone())
+            lambda *_: seen.setdefault(name, []).append(
+                0 if pairs[-1][1].grad is None else pairs[-1][1].grad.clone()
+            )
         )
         return optimizer
 
-    decoupled = dni_fx.decouple(chain(), CUTS, example_inputs=(batch(0)[0],), gradients="delayed", check=False)
+    decoupled = dni_fx.decouple(
+        chain(), CUTS, example_inputs=(batch(0)[0],), gradients="delayed", check=False
+    )
     trainer = dni_fx.Trainer(decoupled, F.cross_entropy, optimizer=noting, accumulate=2)
     trainer.step(batch(0)[0], target=batch(0)[1])
     trainer.drain()
@@ -438,7 +482,9 @@ def test_draining_in_an_unfinished_update_loses_nothing() -> None:
     model = chain()
     F.cross_entropy(model(batch(0)[0]), batch(0)[1]).backward()
     for name, gradients in seen.items():
-        torch.testing.assert_close(sum(gradients), model.get_parameter(name).grad, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            sum(gradients), model.get_parameter(name).grad, rtol=1e-9, atol=1e-12
+        )
 
 
 def test_a_late_batch_that_is_not_finite_stops_training_once() -> None:
@@ -447,8 +493,12 @@ def test_a_late_batch_that_is_not_finite_stops_training_once() -> None:
             return x.abs().sqrt()
 
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Sequential(nn.Linear(6, 6, bias=False), Root()), nn.Linear(6, 6), nn.Linear(6, 3)).double()
-    decoupled = dni_fx.decouple(model, ["0", "1"], example_inputs=(batch(0)[0],), gradients=STASH, check=False)
+    model = nn.Sequential(
+        nn.Sequential(nn.Linear(6, 6, bias=False), Root()), nn.Linear(6, 6), nn.Linear(6, 3)
+    ).double()
+    decoupled = dni_fx.decouple(
+        model, ["0", "1"], example_inputs=(batch(0)[0],), gradients=STASH, check=False
+    )
     trainer = dni_fx.Trainer(decoupled, F.cross_entropy, optimizer=sgd)
     failures = []
     for step in range(8):
@@ -491,7 +541,11 @@ def test_a_late_forward_is_as_the_first_one_was() -> None:
     for finish_in_eval in (False, True):
         x, y = batch(0)
         decoupled = dni_fx.decouple(
-            chain(dropout=0.3).float(), CUTS, example_inputs=(x.float(),), gradients="delayed", check=False
+            chain(dropout=0.3).float(),
+            CUTS,
+            example_inputs=(x.float(),),
+            gradients="delayed",
+            check=False,
         )
         trainer = dni_fx.Trainer(decoupled, F.cross_entropy, optimizer=sgd)
         torch.manual_seed(1)
@@ -504,7 +558,7 @@ def test_a_late_forward_is_as_the_first_one_was() -> None:
     oracles.assert_bits_equal(losses[1], losses[0], "drained in evaluation mode")
 
 
-# ------------------------------------------------------------------------------------------------------- bad input
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""The packaging: what pyproject names is what the tree holds, and the wheel brings dni_fx and nothing else."""
+"""The packaging: what pyproject names is what the tree holds, and the wheel brings dni_fx and
+nothing else.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +27,27 @@ def project() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Names in a wheel built without network from a copy, so that the tree stays clean and ignored files stay out."""
+    """Names in a wheel built without network from a copy, so that the tree stays clean and ignored
+    files stay out.
+    """
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for path in sources():
         copy = source / path
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes((ROOT / path).read_bytes())
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
-    built = subprocess.run([*command, "-w", target, source], capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "--quiet",
+    ]
+    built = subprocess.run(
+        [*command, "-w", target, source], capture_output=True, text=True, check=False
+    )
     assert built.returncode == 0, built.stdout + built.stderr
     (archive,) = target.glob("*.whl")
     with zipfile.ZipFile(archive) as opened:
@@ -40,7 +55,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def sources() -> list[Path]:
-    """Every file that a wheel could pick up, relative to the root; without the link, as on systems that have none."""
+    """Every file that a wheel could pick up, relative to the root; without the link, as on systems
+    that have none.
+    """
     folders = [ROOT / name for name in ("dni_fx", "passes", "tests", "examples", "benchmarks")]
     files = [path for folder in folders for path in walk(folder) if "__pycache__" not in path.parts]
     files += [ROOT / name for name in ("pyproject.toml", "README.md", "LICENSE")]
@@ -59,7 +76,11 @@ def walk(folder: Path) -> list[Path]:
 
 
 def test_pyproject_names_every_package_of_the_tree(project: dict[str, Any]) -> None:
-    modules = {path.parent for path in sources() if path.suffix == ".py" and path.parts[0] in ("dni_fx", "passes")}
+    modules = {
+        path.parent
+        for path in sources()
+        if path.suffix == ".py" and path.parts[0] in ("dni_fx", "passes")
+    }
     expected = {package_of(folder): folder.as_posix() for folder in modules}
     settings = project["tool"]["setuptools"]
     assert sorted(settings["packages"]) == sorted(expected)
@@ -72,8 +93,14 @@ def package_of(folder: Path) -> str:
 
 
 def test_every_package_folder_has_an_init() -> None:
-    folders = {path.parent for path in sources() if path.suffix == ".py" and path.parts[0] in ("dni_fx", "passes")}
-    assert [folder for folder in sorted(folders) if not (ROOT / folder / "__init__.py").exists()] == []
+    folders = {
+        path.parent
+        for path in sources()
+        if path.suffix == ".py" and path.parts[0] in ("dni_fx", "passes")
+    }
+    assert [
+        folder for folder in sorted(folders) if not (ROOT / folder / "__init__.py").exists()
+    ] == []
 
 
 def test_passes_is_a_link_to_the_top_level_folder() -> None:
@@ -90,8 +117,12 @@ def test_wheel_contains_dni_fx_and_nothing_else(wheel: list[str]) -> None:
 
 
 def test_wheel_contains_every_module_and_the_typing_marker(wheel: list[str]) -> None:
-    modules = [path for path in sources() if path.suffix == ".py" and path.parts[0] in ("dni_fx", "passes")]
-    expected = {(path if path.parts[0] == "dni_fx" else "dni_fx" / path).as_posix() for path in modules}
+    modules = [
+        path for path in sources() if path.suffix == ".py" and path.parts[0] in ("dni_fx", "passes")
+    ]
+    expected = {
+        (path if path.parts[0] == "dni_fx" else "dni_fx" / path).as_posix() for path in modules
+    }
     assert {"dni_fx/passes/__init__.py", "dni_fx/sources/__init__.py"} <= expected
     assert {name for name in wheel if name.startswith("dni_fx/")} == expected | {"dni_fx/py.typed"}
 
@@ -102,7 +133,9 @@ def test_wheel_carries_the_licence(wheel: list[str]) -> None:
 
 def dni_version() -> str:
     """The version in pyproject.toml."""
-    version: str = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    version: str = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+        "version"
+    ]
     return version
 
 
@@ -114,7 +147,9 @@ def test_modules_come_from_this_tree() -> None:
 
 def test_passes_is_not_importable_by_itself() -> None:
     code = "import passes"
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert run.returncode != 0
     assert "ImportError" in run.stderr
     assert "dni_fx.passes" in run.stderr
@@ -127,5 +162,7 @@ def test_only_passes_build_or_edit_graphs() -> None:
         if path.suffix == ".py" and path.parts[0] == "dni_fx":
             text = (ROOT / path).read_text(encoding="utf-8")
             names = re.findall(r"\bfx\.(?!GraphModule\b)\w+|from torch\.fx.*", text)
-            found += [f"{path}: {name}" for name in names if not name.endswith("import GraphModule")]
+            found += [
+                f"{path}: {name}" for name in names if not name.endswith("import GraphModule")
+            ]
     assert found == []

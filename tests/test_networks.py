@@ -1,4 +1,6 @@
-"""Collections of networks: with exact messages they equal backpropagation through all of them, and each waits alone."""
+"""Collections of networks: with exact messages they equal backpropagation through all of them, and
+each waits alone.
+"""
 
 from __future__ import annotations
 
@@ -75,16 +77,22 @@ def loss_of(output: Any, target: Tensor) -> Tensor:
     return F.mse_loss(output["y"] if isinstance(output, dict) else output, target)
 
 
-def trainer_of(model: nn.Module, window: int, gradients: Any = "exact", **options: Any) -> ThroughTime:
+def trainer_of(
+    model: nn.Module, window: int, gradients: Any = "exact", **options: Any
+) -> ThroughTime:
     options = {"loss": loss_of, "optimizer": adam, **options}
     return decouple_through_time(model, window, gradients=gradients, **options)
 
 
-def eye_trainer(eye: nn.Module, window: int = 2, gradients: Any = "exact", **options: Any) -> ThroughTime:
+def eye_trainer(
+    eye: nn.Module, window: int = 2, gradients: Any = "exact", **options: Any
+) -> ThroughTime:
     return trainer_of(eye, window, gradients, messages=("message",), **options)
 
 
-def judge_trainer(judge: nn.Module, window: int = 2, gradients: Any = "exact", **options: Any) -> ThroughTime:
+def judge_trainer(
+    judge: nn.Module, window: int = 2, gradients: Any = "exact", **options: Any
+) -> ThroughTime:
     return trainer_of(judge, window, gradients, input_gradients=True, **options)
 
 
@@ -97,7 +105,10 @@ def pair(gradients: Any = "exact", **options: Any) -> tuple[Eye, Judge, Collecti
     """An eye with windows of 2, and a judge that ticks and updates half as often."""
     eye, judge = Eye(), Judge()
     collection = Collection(
-        {"eye": eye_trainer(eye, gradients=gradients, **options), "judge": Member(judge_trainer(judge), every=2)},
+        {
+            "eye": eye_trainer(eye, gradients=gradients, **options),
+            "judge": Member(judge_trainer(judge), every=2),
+        },
         [Link("eye", "message", "judge")],
     )
     return eye, judge, collection
@@ -112,7 +123,10 @@ def episode(seed: int, length: int = LENGTH) -> tuple[Tensor, Tensor, Tensor]:
 def play(collection: Collection, seed: int, length: int = LENGTH) -> list[dict[str, Any]]:
     """One sequence."""
     x, y, z = episode(seed, length)
-    return [collection.tick({"eye": x[t]}, {"eye": y[t], "judge": z[t]}, done=t + 1 == length) for t in range(length)]
+    return [
+        collection.tick({"eye": x[t]}, {"eye": y[t], "judge": z[t]}, done=t + 1 == length)
+        for t in range(length)
+    ]
 
 
 def twins(*models: nn.Module) -> tuple[list[Any], torch.optim.Optimizer]:
@@ -144,7 +158,7 @@ def cut(state: Any, zero: bool) -> Any:
     return tuple(s.detach() for s in state) if zero and state is not None else state
 
 
-# ---- exact messages are backpropagation ---------------------------------------------------------------------------
+# ---- exact messages are backpropagation ----------------------------------------------------------
 
 
 def joint_loss(eye: Any, judge: Any, seed: int, zero_state: bool) -> Tensor:
@@ -163,7 +177,9 @@ def joint_loss(eye: Any, judge: Any, seed: int, zero_state: bool) -> Tensor:
 
 @pytest.mark.parametrize("state", ["exact", "zero"])
 def test_exact_messages_equal_backprop_through_both_networks(state: str) -> None:
-    """With a state that is exact, too, the sequence makes one update; else the eye is cut between its windows."""
+    """With a state that is exact, too, the sequence makes one update; else the eye is cut between
+    its windows.
+    """
     eye, judge, collection = pair(mixed("exact", state))
     copies, optimizer = twins(eye, judge)
     for seed in range(3):
@@ -205,15 +221,22 @@ def test_weights_wait_for_exact_messages_and_no_longer() -> None:
     for t in range(LENGTH):
         before = copy.deepcopy(eye)
         reports = collection.tick({"eye": x[t]}, {"eye": y[t], "judge": z[t]})
-        assert set(reports) == {n for n, ticks in (("eye", 2), ("judge", 4)) if t % ticks == ticks - 1}
+        assert set(reports) == {
+            n for n, ticks in (("eye", 2), ("judge", 4)) if t % ticks == ticks - 1
+        }
         changed.append(not same([eye], [before]))
     assert changed == [t % 4 == 3 for t in range(LENGTH)]
 
 
 def test_networks_of_all_kinds_equal_backprop() -> None:
-    """One message to two receivers, one of them without a state; another receiver takes two messages and an input."""
+    """One message to two receivers, one of them without a state; another receiver takes two
+    messages and an input.
+    """
     eye, other = Eye(), Eye()
-    judge, critic = Judge(2 * MESSAGE + 2), nn.Sequential(nn.Linear(MESSAGE, 5), nn.Tanh(), nn.Linear(5, 2))
+    judge, critic = (
+        Judge(2 * MESSAGE + 2),
+        nn.Sequential(nn.Linear(MESSAGE, 5), nn.Tanh(), nn.Linear(5, 2)),
+    )
 
     def combine(x: Tensor, messages: dict[str, Tensor]) -> Tensor:
         return torch.cat((x, messages["message"], 2 * messages["other"]), 1)
@@ -233,7 +256,9 @@ def test_networks_of_all_kinds_equal_backprop() -> None:
     )
     copies, optimizer = twins(eye, other, judge, critic)
     for seed in range(3):
-        x, y, z = episode(seed, length=4)  # one window of the judge: the critic updates at the end of each of its own
+        x, y, z = episode(
+            seed, length=4
+        )  # one window of the judge: the critic updates at the end of each of its own
         for t in range(4):
             inputs = {"eye": x[t], "other": x[t].flip(1), "judge": z[t] ** 2}
             targets = {"eye": y[t], "other": y[t].flip(1), "judge": z[t], "critic": z[t]}
@@ -260,7 +285,8 @@ def test_several_inputs_are_a_dict() -> None:
 
     eye, both = Eye(), Both()
     collection = Collection(
-        {"eye": eye_trainer(eye), "both": Member(judge_trainer(both), every=2)}, [Link("eye", "message", "both")]
+        {"eye": eye_trainer(eye), "both": Member(judge_trainer(both), every=2)},
+        [Link("eye", "message", "both")],
     )
     copies, optimizer = twins(eye, both)
     x, y, z = episode(0, length=4)
@@ -271,15 +297,22 @@ def test_several_inputs_are_a_dict() -> None:
     first, state = copies[0](x[:2], None)
     second, _ = copies[0](x[2:], state)
     window = {"message": torch.stack((first["message"], second["message"])), "input": extra[1::2]}
-    learn(optimizer, loss_of(first, y[1]) + loss_of(second, y[3]) + loss_of(copies[1](window, None)[0], z[3]))
+    learn(
+        optimizer,
+        loss_of(first, y[1]) + loss_of(second, y[3]) + loss_of(copies[1](window, None)[0], z[3]),
+    )
     assert_close([eye, both], copies)
 
 
-# ---- clocks -------------------------------------------------------------------------------------------------------
+# ---- clocks --------------------------------------------------------------------------------------
 
 
-def run_latest(eye_every: int, judge_every: int, seed: int, judge_first: bool = False) -> tuple[list[Any], list[Any]]:
-    """A sequence of messages of single ticks, the judge taking the latest one, against the same by hand."""
+def run_latest(
+    eye_every: int, judge_every: int, seed: int, judge_first: bool = False
+) -> tuple[list[Any], list[Any]]:
+    """A sequence of messages of single ticks, the judge taking the latest one, against the same by
+    hand.
+    """
     eye, judge = Eye(), Judge()
     members = {
         "eye": Member(eye_trainer(eye, window=1), every=eye_every),
@@ -287,7 +320,9 @@ def run_latest(eye_every: int, judge_every: int, seed: int, judge_first: bool = 
     }
     order = ("judge", "eye") if judge_first else ("eye", "judge")
     start = torch.full((BATCH, MESSAGE), 0.5)
-    collection = Collection({n: members[n] for n in order}, [Link("eye", "message", "judge", initial=start)])
+    collection = Collection(
+        {n: members[n] for n in order}, [Link("eye", "message", "judge", initial=start)]
+    )
     copies, optimizer = twins(eye, judge)
     x, y, z = episode(seed)
     total, states, latest, taken = torch.zeros(()), [None, None], start, []
@@ -310,14 +345,19 @@ def run_latest(eye_every: int, judge_every: int, seed: int, judge_first: bool = 
 @pytest.mark.parametrize("judge_first", [False, True])
 @pytest.mark.parametrize("clocks", [(1, 2), (2, 1), (3, 1), (2, 3), (3, 2), (1, 1)])
 def test_a_receiver_takes_the_latest_message(clocks: tuple[int, int], judge_first: bool) -> None:
-    """Messages that are replaced before it ticks get no gradient; those that it takes again get the sum."""
+    """Messages that are replaced before it ticks get no gradient; those that it takes again get the
+    sum.
+    """
     assert_close(*run_latest(*clocks, seed=1, judge_first=judge_first))
 
 
 def test_messages_that_are_never_taken_have_no_gradient() -> None:
     eye, judge = Eye(), Judge()
     collection = Collection(
-        {"eye": eye_trainer(eye, window=1), "judge": Member(judge_trainer(judge, window=1), every=4)},
+        {
+            "eye": eye_trainer(eye, window=1),
+            "judge": Member(judge_trainer(judge, window=1), every=4),
+        },
         [Link("eye", "message", "judge")],
     )
     answered: dict[int, float] = {}
@@ -329,7 +369,9 @@ def test_messages_that_are_never_taken_have_no_gradient() -> None:
 
     collection.members["eye"].trainer.answer = watched  # type: ignore[method-assign]
     play(collection, 0)
-    assert {step: gradient > 0 for step, gradient in answered.items()} == {k: k in (4, 8) for k in range(1, 9)}
+    assert {step: gradient > 0 for step, gradient in answered.items()} == {
+        k: k in (4, 8) for k in range(1, 9)
+    }
 
 
 def test_windows_that_a_sequence_cuts_short() -> None:
@@ -346,13 +388,17 @@ def test_windows_that_a_sequence_cuts_short() -> None:
         total = total + loss_of(output, y[t])
         messages.append(output["message"])
     first, states[1] = copies[1](torch.stack(messages[:2]), None)
-    second, _ = copies[1](torch.stack(messages[2:3]), states[1])  # the last message comes after the judge's last tick
+    second, _ = copies[1](
+        torch.stack(messages[2:3]), states[1]
+    )  # the last message comes after the judge's last tick
     learn(optimizer, total + loss_of(first, z[3]) + loss_of(second, z[6]))
     assert_close([eye, judge], copies)
 
 
 def test_a_sequence_that_ends_between_the_windows_of_a_member() -> None:
-    """The judge's window is full after 4 ticks; at the end, after 5, it has nothing to update with, and begins anew."""
+    """The judge's window is full after 4 ticks; at the end, after 5, it has nothing to update with,
+    and begins anew.
+    """
     _, _, collection = pair(mixed("linear"))
     trainer = collection.members["judge"].trainer
     reports = play(collection, 0, length=5)
@@ -380,21 +426,25 @@ def test_targets_of_each_tick() -> None:
     assert_close([steps], copied)
 
 
-# ---- circles ------------------------------------------------------------------------------------------------------
+# ---- circles -------------------------------------------------------------------------------------
 
 
 def circle(forward: Any, back: Any, initial: Tensor | None) -> tuple[Eye, Speaker, Collection]:
     """Two networks that listen to each other, every tick."""
     eye, judge = Eye(FEATURES + MESSAGE), Speaker()
     there = trainer_of(eye, 1, mixed(forward), messages=("message",), input_gradients=True)
-    here = trainer_of(judge, 1, {"back": back, "next_0": "zero"}, messages=("back",), input_gradients=True)
+    here = trainer_of(
+        judge, 1, {"back": back, "next_0": "zero"}, messages=("back",), input_gradients=True
+    )
     listening = Member(there, combine=lambda x, messages: torch.cat((x, messages["back"]), 1))
     links = [Link("eye", "message", "judge"), Link("judge", "back", "eye", initial=initial)]
     return eye, judge, Collection({"eye": listening, "judge": here}, links)
 
 
 def test_networks_that_listen_to_each_other() -> None:
-    """The eye waits for the judge's exact gradient, the judge for none: what comes back is the last tick's word."""
+    """The eye waits for the judge's exact gradient, the judge for none: what comes back is the last
+    tick's word.
+    """
     start = torch.ones(BATCH, MESSAGE)
     eye, judge, collection = circle("exact", "zero", start)
     (a, b), _ = twins(eye, judge)
@@ -427,7 +477,9 @@ def test_a_source_in_a_circle_hears_of_each_tick() -> None:
 def test_a_network_that_hears_itself() -> None:
     eye = Eye(MESSAGE)
     trainer = trainer_of(eye, 1, mixed("linear"), messages=("message",), input_gradients=True)
-    collection = Collection({"eye": trainer}, [Link("eye", "message", "eye", initial=torch.ones(BATCH, MESSAGE))])
+    collection = Collection(
+        {"eye": trainer}, [Link("eye", "message", "eye", initial=torch.ones(BATCH, MESSAGE))]
+    )
     for t in range(3):
         reports = collection.tick({}, {"eye": torch.zeros(BATCH, 2)}, done=t == 2)
         assert set(reports) == {"eye"}
@@ -435,11 +487,13 @@ def test_a_network_that_hears_itself() -> None:
 
 def test_exact_circles_are_refused() -> None:
     _, _, collection = circle("exact", "exact", torch.ones(BATCH, MESSAGE))
-    with pytest.raises(DecouplingError, match=r"'eye' -> 'judge' -> \.\.\. wait for each other's exact gradients"):
+    with pytest.raises(
+        DecouplingError, match=r"'eye' -> 'judge' -> \.\.\. wait for each other's exact gradients"
+    ):
         play(collection, 0)
 
 
-# ---- messages that are not exact ----------------------------------------------------------------------------------
+# ---- messages that are not exact -----------------------------------------------------------------
 
 
 def test_with_zero_messages_the_sender_learns_from_its_own_loss_only() -> None:
@@ -459,7 +513,9 @@ def test_with_zero_messages_the_sender_learns_from_its_own_loss_only() -> None:
 
 
 def test_the_target_of_a_source_is_the_exact_gradient() -> None:
-    """With models that stand still a linear source with a bias is fitted until it tells the gradient."""
+    """With models that stand still a linear source with a bias is fitted until it tells the
+    gradient.
+    """
 
     def still(parameters: Any) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, lr=0.0)
@@ -467,21 +523,35 @@ def test_the_target_of_a_source_is_the_exact_gradient() -> None:
     eye, judge = Eye(), nn.Linear(MESSAGE, 2)
     sources = lambda p: torch.optim.Adam(p, 0.03)  # noqa: E731
     trainer = eye_trainer(
-        eye, window=1, gradients=mixed("linear"), optimizer=still, synthesizer_optimizer=sources, metrics_every=1
+        eye,
+        window=1,
+        gradients=mixed("linear"),
+        optimizer=still,
+        synthesizer_optimizer=sources,
+        metrics_every=1,
     )
     collection = Collection(
-        {"eye": trainer, "judge": judge_trainer(judge, window=1, optimizer=still)}, [Link("eye", "message", "judge")]
+        {"eye": trainer, "judge": judge_trainer(judge, window=1, optimizer=still)},
+        [Link("eye", "message", "judge")],
     )
     for _ in range(40):
         play(collection, 0, length=2)
-    early = collection.tick({"eye": episode(0)[0][0]}, {"eye": torch.ones(BATCH, 2), "judge": torch.ones(BATCH, 2)})
+    early = collection.tick(
+        {"eye": episode(0)[0][0]}, {"eye": torch.ones(BATCH, 2), "judge": torch.ones(BATCH, 2)}
+    )
     assert early["eye"].interfaces["message"].cosine > 0
     # The gradient of a squared error is linear in the message where the target is the same for all.
     x = episode(0)[0]
     for _ in range(400):
         for t in range(2):
-            collection.tick({"eye": x[t]}, {"eye": torch.ones(BATCH, 2), "judge": torch.ones(BATCH, 2)}, done=t == 1)
-    reports = collection.tick({"eye": x[0]}, {"eye": torch.ones(BATCH, 2), "judge": torch.ones(BATCH, 2)})
+            collection.tick(
+                {"eye": x[t]},
+                {"eye": torch.ones(BATCH, 2), "judge": torch.ones(BATCH, 2)},
+                done=t == 1,
+            )
+    reports = collection.tick(
+        {"eye": x[0]}, {"eye": torch.ones(BATCH, 2), "judge": torch.ones(BATCH, 2)}
+    )
     report = reports["eye"].interfaces["message"]
     assert report.explained > 0.99
     assert report.reference == "bootstrapped"
@@ -491,28 +561,37 @@ def test_the_target_of_a_source_is_the_exact_gradient() -> None:
 def test_senders_do_not_wait(source: str) -> None:
     _, judge, collection = pair(mixed(source))
     reports = [set(r) for seed in range(2) for r in play(collection, seed)]
-    assert reports == [{n for n, k in (("eye", 2), ("judge", 4)) if t % k == 0} for t in range(1, 9)] * 2
+    assert (
+        reports
+        == [{n for n, k in (("eye", 2), ("judge", 4)) if t % k == 0} for t in range(1, 9)] * 2
+    )
     assert collection.members["eye"].trainer.drain() == 0  # everything was answered
     assert all(p.grad is not None for p in judge.parameters())
 
 
 def test_gradients_count_as_the_receivers_mean_loss_does() -> None:
-    """A receiver that accumulates sends the gradient of its loss; a sender that does takes its share."""
+    """A receiver that accumulates sends the gradient of its loss; a sender that does takes its
+    share.
+    """
     found = []
     for accumulate in (1, 2):
         torch.manual_seed(0)
         eye, judge = Eye(), Judge()
         sgd = lambda p: torch.optim.SGD(p, 0.0)  # noqa: E731
-        trainer = eye_trainer(eye, window=1, gradients=mixed("linear"), accumulate=accumulate, optimizer=sgd)
+        trainer = eye_trainer(
+            eye, window=1, gradients=mixed("linear"), accumulate=accumulate, optimizer=sgd
+        )
         receiver = judge_trainer(judge, window=1, accumulate=2, optimizer=sgd)
-        collection = Collection({"eye": trainer, "judge": receiver}, [Link("eye", "message", "judge")])
+        collection = Collection(
+            {"eye": trainer, "judge": receiver}, [Link("eye", "message", "judge")]
+        )
         play(collection, 0, length=2)
         found.append(trainer.sources["message"].source.scale.item())  # type: ignore[union-attr,operator]
     assert found[0] == pytest.approx(2 * found[1], rel=1e-12)
     assert found[0] > 0
 
 
-# ---- what members may be ------------------------------------------------------------------------------------------
+# ---- what members may be -------------------------------------------------------------------------
 
 
 class Looking(nn.Module):
@@ -531,7 +610,9 @@ def test_members_may_hold_decoupled_models() -> None:
     front = nn.Sequential(nn.Linear(FEATURES, 5), nn.Tanh(), nn.Linear(5, FEATURES))
     plain, start = Looking(front), Judge()
     holding = copy.deepcopy(plain)
-    inner = dni_fx.decouple(holding.front, cuts=["1"], example_inputs=(torch.randn(2, BATCH, FEATURES),))
+    inner = dni_fx.decouple(
+        holding.front, cuts=["1"], example_inputs=(torch.randn(2, BATCH, FEATURES),)
+    )
     holding.front = inner
     found = []
     for model in (plain, holding):
@@ -593,7 +674,11 @@ def test_networks_without_any_state() -> None:
     class Plain(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.body, self.head, self.say = nn.Linear(FEATURES, 5), nn.Linear(5, 2), nn.Linear(5, MESSAGE)
+            self.body, self.head, self.say = (
+                nn.Linear(FEATURES, 5),
+                nn.Linear(5, 2),
+                nn.Linear(5, MESSAGE),
+            )
 
         def forward(self, x: Tensor) -> dict[str, Tensor]:
             hidden = torch.tanh(self.body(x))
@@ -602,7 +687,8 @@ def test_networks_without_any_state() -> None:
     eye, judge = Plain(), nn.Linear(MESSAGE, 2)
     copies, optimizer = twins(eye, judge)
     collection = Collection(
-        {"eye": eye_trainer(eye, window=1), "judge": judge_trainer(judge, window=1)}, [Link("eye", "message", "judge")]
+        {"eye": eye_trainer(eye, window=1), "judge": judge_trainer(judge, window=1)},
+        [Link("eye", "message", "judge")],
     )
     x, y, z = episode(0)
     for t in range(LENGTH):
@@ -644,33 +730,47 @@ def test_reset_begins_anew() -> None:
     play(collection, 1)
 
 
-# ---- errors -------------------------------------------------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------------------
 
 
 def test_errors_of_the_making() -> None:
     eye, judge = eye_trainer(Eye()), judge_trainer(Judge())
     members = {"eye": eye, "judge": judge}
-    with pytest.raises(DecouplingError, match=r"there is no member 'juge', only 'eye', 'judge'; did you mean 'judge'"):
+    with pytest.raises(
+        DecouplingError,
+        match=r"there is no member 'juge', only 'eye', 'judge'; did you mean 'judge'",
+    ):
         Collection(members, [Link("eye", "message", "juge")])
-    with pytest.raises(DecouplingError, match=r"link 'judge' -> 'eye' \('x'\).*input_gradients=True"):
+    with pytest.raises(
+        DecouplingError, match=r"link 'judge' -> 'eye' \('x'\).*input_gradients=True"
+    ):
         Collection(members, [Link("judge", "x", "eye")])
-    with pytest.raises(DecouplingError, match=r"has another input 'message'; name this one by into="):
+    with pytest.raises(
+        DecouplingError, match=r"has another input 'message'; name this one by into="
+    ):
         Collection(members, [Link("eye", "message", "judge")] * 2)
     with pytest.raises(DecouplingError, match=r"has another input 'input'; name this one by into="):
         Collection(members, [Link("eye", "message", "judge", into="input")])
     for every in (0, 1.5, True):
-        with pytest.raises(DecouplingError, match=r"member 'judge': every=.*expected a number of ticks"):
+        with pytest.raises(
+            DecouplingError, match=r"member 'judge': every=.*expected a number of ticks"
+        ):
             Collection({**members, "judge": Member(judge, every=every)})  # type: ignore[arg-type]
-    with pytest.raises(DecouplingError, match=r"member 'eye': expected what decouple_through_time returns.*not Eye"):
+    with pytest.raises(
+        DecouplingError, match=r"member 'eye': expected what decouple_through_time returns.*not Eye"
+    ):
         Collection({"eye": Eye()})  # type: ignore[dict-item]
     with pytest.raises(DecouplingError, match="takes single steps"):
         eye_trainer(nn.LSTMCell(FEATURES, 5))
     with pytest.raises(
-        DecouplingError, match=r"link 'eye' -> 'judge' \('mesage'\): the sender sends no such.*'message'"
+        DecouplingError,
+        match=r"link 'eye' -> 'judge' \('mesage'\): the sender sends no such.*'message'",
     ):
         Collection(members, [Link("eye", "mesage", "judge")])
     without_state = judge_trainer(nn.Linear(MESSAGE, 2), window=2)
-    with pytest.raises(DecouplingError, match=r"member 'judge': its model has no state.*window=2: use window=1"):
+    with pytest.raises(
+        DecouplingError, match=r"member 'judge': its model has no state.*window=2: use window=1"
+    ):
         Collection({"judge": without_state})
 
 
@@ -682,11 +782,15 @@ def test_errors_of_a_tick() -> None:
         collection.tick({"ear": x[0]}, targets)
     with pytest.raises(DecouplingError, match=r"done=tensor.*expected True or False"):
         collection.tick({"eye": x[0]}, targets, done=torch.zeros(BATCH, dtype=torch.bool))  # type: ignore[arg-type]
-    with pytest.raises(DecouplingError, match=r"member 'eye': tick 1: it ticks, but inputs= has nothing"):
+    with pytest.raises(
+        DecouplingError, match=r"member 'eye': tick 1: it ticks, but inputs= has nothing"
+    ):
         collection.tick({}, targets)
     collection.reset()
     collection.tick({"eye": x[0]}, targets)
-    with pytest.raises(DecouplingError, match=r"member 'eye': the inputs of one window must be alike"):
+    with pytest.raises(
+        DecouplingError, match=r"member 'eye': the inputs of one window must be alike"
+    ):
         collection.tick({"eye": x[1, :2]}, targets)
     collection.reset()
     with pytest.raises(DecouplingError, match=r"this state is of members \['eye'\]"):
@@ -695,9 +799,12 @@ def test_errors_of_a_tick() -> None:
 
 def test_a_receiver_before_the_first_message() -> None:
     collection = Collection(
-        {"eye": eye_trainer(Eye()), "judge": judge_trainer(Judge())}, [Link("eye", "message", "judge")]
+        {"eye": eye_trainer(Eye()), "judge": judge_trainer(Judge())},
+        [Link("eye", "message", "judge")],
     )
-    with pytest.raises(DecouplingError, match=r"nothing has come by 'eye' -> 'judge' \('message'\) yet.*initial="):
+    with pytest.raises(
+        DecouplingError, match=r"nothing has come by 'eye' -> 'judge' \('message'\) yet.*initial="
+    ):
         play(collection, 0)
 
 
@@ -706,7 +813,9 @@ def test_what_is_not_finite_names_the_member() -> None:
     x, y, z = episode(0)
     before = copy.deepcopy(eye)
     collection.tick({"eye": x[0]})
-    with pytest.raises(NonFiniteError, match="member 'eye': step 1: the value of interface 'next_0' is NaN"):
+    with pytest.raises(
+        NonFiniteError, match="member 'eye': step 1: the value of interface 'next_0' is NaN"
+    ):
         collection.tick({"eye": x[1] * torch.nan}, {"eye": y[1], "judge": z[1]})
     assert same([eye], [before])
     collection.reset()

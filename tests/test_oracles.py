@@ -17,17 +17,21 @@ import torch
 from torch import nn
 
 import dni_fx
-from dni_fx.passes import emission
+from dni_fx.passes.cut import emission
+from dni_fx.runtime.emitted import pull_back
 from dni_fx.schedules import WarmUp
 from dni_fx.sources import Mix
-from dni_fx.stepping import pull_back
 
 from . import oracles
 from .models import BY_NAME, ZOO, Case, ResidualNet, rows
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning"
+)
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64], ids=["float32", "float64"]
+)
 OPTIMIZERS = pytest.mark.parametrize("optimizer", [oracles.sgd, oracles.adam], ids=["sgd", "adam"])
 EVERY_CASE = pytest.mark.parametrize("case", ZOO, ids=lambda case: case.name)
 
@@ -46,9 +50,13 @@ def backprop(name: str, dtype: torch.dtype, optimizer: oracles.Optimizers) -> or
 @DTYPES
 @OPTIMIZERS
 @EVERY_CASE
-def test_exact_equals_backprop(case: Case, optimizer: oracles.Optimizers, dtype: torch.dtype) -> None:
+def test_exact_equals_backprop(
+    case: Case, optimizer: oracles.Optimizers, dtype: torch.dtype
+) -> None:
     got = oracles.exact_run(case, dtype, optimizer)
-    oracles.assert_bits_equal(got, backprop(case.name, dtype, optimizer), f"{case.name}: exact mode")
+    oracles.assert_bits_equal(
+        got, backprop(case.name, dtype, optimizer), f"{case.name}: exact mode"
+    )
 
 
 @OPTIMIZERS
@@ -59,19 +67,26 @@ def test_a_share_of_one_equals_backprop(case: Case, optimizer: oracles.Optimizer
     mix = functools.partial(Mix, source="mlp", share=1.0)
     got = oracles.decoupled_run(case, torch.float32, optimizer, gradients=mix)
     oracles.assert_bits_equal(got, want, f"{case.name}: mix")
-    got = oracles.decoupled_run(case, torch.float32, optimizer, gradients="mlp", schedule=WarmUp(steps=100))
+    got = oracles.decoupled_run(
+        case, torch.float32, optimizer, gradients="mlp", schedule=WarmUp(steps=100)
+    )
     oracles.assert_bits_equal(got, want, f"{case.name}: shadow mode")
 
 
 def test_the_oracle_sees_a_share_of_less_than_one() -> None:
     mix = functools.partial(Mix, source="mlp", share=1 - 1e-6)
-    must_fail(lambda: compare(oracles.decoupled_run(FAN, torch.float32, oracles.sgd, gradients=mix)), says="weight")
+    must_fail(
+        lambda: compare(oracles.decoupled_run(FAN, torch.float32, oracles.sgd, gradients=mix)),
+        says="weight",
+    )
 
 
 @DTYPES
 @OPTIMIZERS
 @EVERY_CASE
-def test_replay_equals_backprop(case: Case, optimizer: oracles.Optimizers, dtype: torch.dtype) -> None:
+def test_replay_equals_backprop(
+    case: Case, optimizer: oracles.Optimizers, dtype: torch.dtype
+) -> None:
     got = oracles.replay_run(case, dtype, optimizer)
     oracles.assert_bits_equal(got, backprop(case.name, dtype, optimizer), f"{case.name}: replay")
 
@@ -93,12 +108,16 @@ def test_cut_at_every_legal_place_at_once(case: Case) -> None:
     model = case.build()
     args, kwargs, _ = oracles.draw(case, 4, torch.float32, 0)
     points = dni_fx.list_cut_points(model, args, example_kwargs=kwargs)
-    places = {point.crossing: point.name for point in points if point.legal}  # one name for each place
+    places = {
+        point.crossing: point.name for point in points if point.legal
+    }  # one name for each place
     everywhere = dataclasses.replace(case, cuts=tuple(places.values()))
     want = oracles.backprop_run(case, torch.float32, oracles.sgd, steps=2)
     for run in (oracles.exact_run, oracles.replay_run):
         oracles.assert_bits_equal(
-            run(everywhere, torch.float32, oracles.sgd, steps=2), want, f"{case.name}: {run.__name__}"
+            run(everywhere, torch.float32, oracles.sgd, steps=2),
+            want,
+            f"{case.name}: {run.__name__}",
         )
 
 
@@ -131,9 +150,16 @@ def test_plans_do_not_depend_on_the_hash_seed() -> None:
     root = Path(__file__).parent.parent
     started = []
     for seed in ("0", "1", "2"):
-        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+        environment = {
+            **os.environ,
+            "PYTHONHASHSEED": seed,
+            "PYTHONPATH": str(root),
+            "OMP_NUM_THREADS": "1",
+        }
         command = [sys.executable, "-c", PRINT_PLANS]
-        started.append(subprocess.Popen(command, env=environment, cwd=root, stdout=subprocess.PIPE, text=True))
+        started.append(
+            subprocess.Popen(command, env=environment, cwd=root, stdout=subprocess.PIPE, text=True)
+        )
     printed = [process.communicate(timeout=120)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0, 0]
     assert len(printed[0]) > 1000
@@ -142,20 +168,27 @@ def test_plans_do_not_depend_on_the_hash_seed() -> None:
 
 @EVERY_CASE
 def test_the_self_check_passes(case: Case) -> None:
-    """The check that users get by default finds nothing wrong, and leaves model and generator as they were."""
+    """The check that users get by default finds nothing wrong, and leaves model and generator as
+    they were.
+    """
     model = case.build()
     args, kwargs, _ = oracles.draw(case, 4, torch.float32, 0)
     state, names, random = oracles.state_of(model), list(model.state_dict()), torch.get_rng_state()
     modes = [module.training for module in model.modules()]
     dni_fx.decouple(model, list(case.cuts), example_inputs=args, example_kwargs=kwargs)
-    oracles.assert_bits_equal(oracles.state_of(model), state, f"{case.name}: state after decoupling")
-    oracles.assert_bits_equal(torch.get_rng_state(), random, f"{case.name}: generator after decoupling")
+    oracles.assert_bits_equal(
+        oracles.state_of(model), state, f"{case.name}: state after decoupling"
+    )
+    oracles.assert_bits_equal(
+        torch.get_rng_state(), random, f"{case.name}: generator after decoupling"
+    )
     assert list(model.state_dict()) == names
     assert [module.training for module in model.modules()] == modes
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-# Negative controls: what is broken must be seen to be broken. ---------------------------------------------------------
+# Negative controls: what is broken must be seen to be broken.
+# ---------------------------------------------------------
 
 
 def must_fail(run: Callable[[], Any], *, says: str) -> None:
@@ -173,8 +206,13 @@ def compare(got: oracles.Record, case: Case = FAN) -> None:
 
 def test_bitwise_comparison_sees_a_bit() -> None:
     zero, other = torch.zeros(3), torch.tensor([0.0, -0.0, 0.0])
-    oracles.assert_bits_equal({"a": [torch.tensor(float("nan"))]}, {"a": [torch.tensor(float("nan"))]}, "nan")
-    must_fail(lambda: oracles.assert_bits_equal({"a": zero}, {"a": other}, "sign"), says=r"sign.*\n.*\['a'\]")
+    oracles.assert_bits_equal(
+        {"a": [torch.tensor(float("nan"))]}, {"a": [torch.tensor(float("nan"))]}, "nan"
+    )
+    must_fail(
+        lambda: oracles.assert_bits_equal({"a": zero}, {"a": other}, "sign"),
+        says=r"sign.*\n.*\['a'\]",
+    )
     must_fail(lambda: oracles.assert_bits_equal([zero], [zero.double()], "dtype"), says="float64")
     must_fail(lambda: oracles.assert_bits_equal([zero], [None], "none"), says="None")
     must_fail(lambda: oracles.assert_bits_equal([zero], [zero, zero], "length"), says="length")
@@ -187,7 +225,10 @@ def test_replay_oracle_sees_a_slightly_wrong_gradient(factor: float) -> None:
         source = oracles.source_of(decoupled, "a")
         source.gradients = tuple(gradient * factor for gradient in source.gradients)
 
-    must_fail(lambda: compare(oracles.replay_run(FAN, torch.float32, oracles.sgd, before_step=wrong)), says="a.weight")
+    must_fail(
+        lambda: compare(oracles.replay_run(FAN, torch.float32, oracles.sgd, before_step=wrong)),
+        says="a.weight",
+    )
 
 
 def drop_one(roots: Any, gradients: Any, retain_graph: bool = False) -> None:
@@ -203,7 +244,9 @@ def one_by_one(roots: Any, gradients: Any, retain_graph: bool = False) -> None:
 
 
 @pytest.mark.parametrize("broken", [drop_one, one_by_one], ids=lambda function: function.__name__)
-def test_exact_oracle_sees_a_broken_pull_back(broken: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exact_oracle_sees_a_broken_pull_back(
+    broken: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(emission, "pull_back", broken)
     must_fail(lambda: compare(oracles.exact_run(FAN, torch.float32, oracles.sgd)), says="weight")
 
@@ -214,7 +257,9 @@ def test_composed_oracle_sees_another_operator() -> None:
     (node,) = [node for node in graph.graph.nodes if node.name == "tanh"]
     node.op, node.target = "call_function", torch.sin
     graph.recompile()
-    must_fail(lambda: oracles.composed_check(FAN, torch.float32, decoupled=decoupled), says="outputs")
+    must_fail(
+        lambda: oracles.composed_check(FAN, torch.float32, decoupled=decoupled), says="outputs"
+    )
 
 
 def test_composed_oracle_sees_a_lost_update_of_buffers() -> None:
@@ -222,11 +267,16 @@ def test_composed_oracle_sees_a_lost_update_of_buffers() -> None:
     decoupled = oracles.transform(case, torch.float32, "zero")
     norm: Any = decoupled.model.get_submodule("1")
     norm.momentum = 0.2
-    must_fail(lambda: oracles.composed_check(case, torch.float32, decoupled=decoupled), says="running_mean")
+    must_fail(
+        lambda: oracles.composed_check(case, torch.float32, decoupled=decoupled),
+        says="running_mean",
+    )
 
 
 def test_crossing_oracle_sees_true_gradients() -> None:
-    must_fail(lambda: oracles.nothing_crosses(FAN, torch.float32, gradients="exact"), says="stem.weight")
+    must_fail(
+        lambda: oracles.nothing_crosses(FAN, torch.float32, gradients="exact"), says="stem.weight"
+    )
 
 
 def test_plan_comparison_sees_another_graph() -> None:

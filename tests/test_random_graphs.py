@@ -1,7 +1,8 @@
-"""Random models, cut at random legal places: exact mode, replay and composed stages against eager PyTorch, bit for bit.
+"""Random models, cut at random legal places: exact mode, replay and composed stages against eager
+PyTorch, bit for bit.
 
-``DNI_FX_RANDOM_GRAPHS`` sets the number of models (2,000 by default); they run in shards of up to 1,000, each from its
-own seed.
+``DNI_FX_RANDOM_GRAPHS`` sets the number of models (2,000 by default); they run in shards of up to
+1,000, each from its own seed.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def _one_thread() -> Iterator[None]:
 
 
 def case_of(program: Program) -> Case:
-    """The program's model, cut at legal places that its numbers pick; without cuts where no place is legal."""
+    """The program's model, cut at legal places that its numbers pick; without cuts where no place
+    is legal.
+    """
     inputs = functools.partial(_inputs, program)
     whole = Case("random", lambda: RandomModel(program), inputs, ())
     model: Any = whole.build(DTYPE)
@@ -47,26 +50,36 @@ def case_of(program: Program) -> Case:
     chosen = {number % len(legal) for number in program.cuts} if legal else set()
     cuts = tuple(legal[index] for index in sorted(chosen))
     note(f"cuts: {cuts}")
-    by_mode = "self.training" in model.code or any(isinstance(m, nn.Dropout | nn.BatchNorm1d) for m in model.modules())
+    by_mode = "self.training" in model.code or any(
+        isinstance(m, nn.Dropout | nn.BatchNorm1d) for m in model.modules()
+    )
     return Case("random", whole.make, inputs, cuts, notes=BY_MODE if by_mode else "")
 
 
 def agree(got: oracles.Record, want: oracles.Record, what: str) -> None:
-    """Equal bit for bit. Where backprop leaves a parameter without gradient, a replayed one may be zero in every bit.
+    """Equal bit for bit. Where backprop leaves a parameter without gradient, a replayed one may be
+    zero in every bit.
 
-    (The value crosses a cut, but nothing that the loss depends on: a source has to say something, and says zero.)
+    (The value crosses a cut, but nothing that the loss depends on: a source has to say something,
+    and says zero.)
     """
     for path, gradient in got["step 0"]["gradients"].items():
         if path not in want["step 0"]["gradients"]:
             oracles.assert_bits_equal(
                 gradient, torch.zeros_like(gradient), f"{what}: {path}, without gradient in eager"
             )
-    known = {name: g for name, g in got["step 0"]["gradients"].items() if name in want["step 0"]["gradients"]}
+    known = {
+        name: g
+        for name, g in got["step 0"]["gradients"].items()
+        if name in want["step 0"]["gradients"]
+    }
     oracles.assert_bits_equal({**got["step 0"], "gradients": known}, want["step 0"], what)
 
 
 def check(case: Case, replay: Callable[..., oracles.Record] = oracles.replay_run) -> None:
-    """All oracles on one model, one optimiser step. It is decoupled once: its sources play exact mode first."""
+    """All oracles on one model, one optimiser step. It is decoupled once: its sources play exact
+    mode first.
+    """
     options: dict[str, Any] = {"steps": 1, "batch": 3}
     want = oracles.backprop_run(case, DTYPE, oracles.sgd, **options)
     decoupled = oracles.transform(case, DTYPE, oracles.Replay, batch=3)
@@ -94,15 +107,20 @@ def runs(program: Program) -> bool:
     return True
 
 
-def _inputs(program: Program, batch: int, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _inputs(
+    program: Program, batch: int, dtype: torch.dtype
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return tuple(torch.randn(batch, 4, dtype=dtype) for _ in range(program.inputs)), {}
 
 
-def run(count: int, replay: Callable[..., oracles.Record] = oracles.replay_run, number: int = 0) -> Counter[str]:
+def run(
+    count: int, replay: Callable[..., oracles.Record] = oracles.replay_run, number: int = 0
+) -> Counter[str]:
     """Check ``count`` random models; stops at the first mismatch, shrunk.
 
     Returns:
-        How many ran, how many of them no cut was legal in, stages and interfaces in all, and mismatches.
+        How many ran, how many of them no cut was legal in, stages and interfaces in all, and
+        mismatches.
     """
     seen: Counter[str] = Counter()
 

@@ -1,4 +1,6 @@
-"""Through time: exact windows equal full backpropagation through time, zero ones truncated, and what lies between."""
+"""Through time: exact windows equal full backpropagation through time, zero ones truncated, and
+what lies between.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,9 @@ from torch import Tensor, nn
 
 import dni_fx
 from dni_fx.errors import DecouplingError, NonFiniteError
+from dni_fx.graphs.nested import flatten, map_tensors
 from dni_fx.recurrent import ThroughTime, decouple_through_time
 from dni_fx.sources import AcrossTime, Linear, Prediction, Traces
-from dni_fx.structures import flatten, map_tensors
 
 WINDOW, BATCH, LENGTH = 3, 4, 8  # the last window is shorter
 
@@ -37,17 +39,27 @@ class LSTMStep(nn.Module):
 
 
 class Nested(nn.Module):
-    """A cell of one's own with a nested state, an integer in it, and recurrent weights used twice a step."""
+    """A cell of one's own with a nested state, an integer in it, and recurrent weights used twice a
+    step.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner, self.outer, self.norm = nn.Linear(3, 4), nn.Linear(4, 4, bias=False), nn.LayerNorm(4)
+        self.inner, self.outer, self.norm = (
+            nn.Linear(3, 4),
+            nn.Linear(4, 4, bias=False),
+            nn.LayerNorm(4),
+        )
         self.head = nn.Linear(4, 2)
 
     def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         hidden = torch.tanh(self.inner(x) + self.norm(self.outer(self.outer(state["hidden"]))))
         slow = 0.9 * state["slow"][0] + 0.1 * hidden * hidden
-        return self.head(hidden + slow), {"hidden": hidden, "slow": [slow], "time": state["time"] + 1}
+        return self.head(hidden + slow), {
+            "hidden": hidden,
+            "slow": [slow],
+            "time": state["time"] + 1,
+        }
 
 
 def nested_start(batch: int) -> Any:
@@ -116,7 +128,13 @@ CASES = [
     Case("gru cell", lambda: nn.GRUCell(3, 2), by_steps),
     Case("rnn cell", lambda: nn.RNNCell(3, 2), by_steps),
     Case("a step with dropout", LSTMStep, by_steps),
-    Case("nested state", Nested, by_steps, options={"initial_state": nested_start}, start=nested_start),
+    Case(
+        "nested state",
+        Nested,
+        by_steps,
+        options={"initial_state": nested_start},
+        start=nested_start,
+    ),
     Case("lstm", lambda: nn.LSTM(3, 2), directly, fused=True),
     Case("stacked gru", lambda: nn.GRU(3, 2, 2), directly, fused=True),
     Case("whole lstm", lambda: Whole(stacked(nn.LSTM, 1)), inside, fused=True),
@@ -160,7 +178,9 @@ def windows(x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 def trainer(model: nn.Module, notes: dict[str, Tensor], **options: Any) -> ThroughTime:
     options.setdefault("loss", F.mse_loss)
-    return decouple_through_time(model, WINDOW, optimizer=lambda params: Noting(params, notes), **options)
+    return decouple_through_time(
+        model, WINDOW, optimizer=lambda params: Noting(params, notes), **options
+    )
 
 
 def train_windows(made: ThroughTime, x: Tensor, y: Tensor) -> list[Any]:
@@ -233,7 +253,10 @@ def test_zero_windows_equal_truncated_backpropagation_through_time(case: Case) -
         torch.manual_seed(update)
         train_windows(made, x, y)
         assert same(notes, want)
-        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), reference.parameters(), strict=True))
+        assert all(
+            torch.equal(p, q)
+            for p, q in zip(model.parameters(), reference.parameters(), strict=True)
+        )
 
 
 def test_the_oracles_see_a_lost_gradient_between_windows() -> None:
@@ -243,7 +266,11 @@ def test_the_oracles_see_a_lost_gradient_between_windows() -> None:
     model = case.build().double()
     want, notes = full(case, copy.deepcopy(model), x, y, lr=0.0), {}
     made = decouple_through_time(
-        copy.deepcopy(model), WINDOW, loss=F.mse_loss, optimizer=lambda p: Noting(p, notes, 0.0), gradients="zero"
+        copy.deepcopy(model),
+        WINDOW,
+        loss=F.mse_loss,
+        optimizer=lambda p: Noting(p, notes, 0.0),
+        gradients="zero",
     )
     total: dict[str, Tensor] = {}
     for k, (a, b) in enumerate(windows(x, y)):
@@ -275,7 +302,9 @@ def boundary_gradients(model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
     state: Any = tuple(torch.zeros(BATCH, 2, dtype=torch.float64) for _ in range(2))
     passed = []
     for a, b in windows(x, y):
-        start = tuple(s.detach().requires_grad_() for s in state)  # the cell is upstream of the hidden state
+        start = tuple(
+            s.detach().requires_grad_() for s in state
+        )  # the cell is upstream of the hidden state
         out, state = by_steps(model, a, start)
         passed.append((start, state, F.mse_loss(out, b)))
     found = [torch.zeros(BATCH, 4, dtype=torch.float64)]
@@ -298,7 +327,12 @@ def test_the_true_gradient_as_a_prediction_gives_full_gradients_and_is_its_own_t
     true = boundary_gradients(model, x, y)
     want, notes = full(CASES[0], copy.deepcopy(model), x, y), {}
     made = decouple_through_time(
-        model, WINDOW, loss=F.mse_loss, optimizer=lambda p: Noting(p, notes, 0.0), gradients=Told, factor=1.0
+        model,
+        WINDOW,
+        loss=F.mse_loss,
+        optimizer=lambda p: Noting(p, notes, 0.0),
+        gradients=Told,
+        factor=1.0,
     )
     total: dict[str, Tensor] = {}
     for k, (a, b) in enumerate(windows(x, y)):
@@ -358,7 +392,9 @@ def test_samples_end_one_by_one() -> None:
 
 
 def test_gradients_of_ended_samples_do_not_cross() -> None:
-    """With exact gradients the two halves of a batch are two sequences for one sample and one for the other."""
+    """With exact gradients the two halves of a batch are two sequences for one sample and one for
+    the other.
+    """
     torch.manual_seed(0)
     x, y = sequence(length=6)
     model, notes = nn.GRUCell(3, 2).double(), {}
@@ -375,7 +411,7 @@ def test_gradients_of_ended_samples_do_not_cross() -> None:
     assert same(notes, {n: p.grad for n, p in reference.named_parameters() if p.grad is not None})
 
 
-# ---- sources -----------------------------------------------------------------------------------------------------
+# ---- sources -------------------------------------------------------------------------------------
 
 
 def test_one_source_serves_all_tensors_of_a_state() -> None:
@@ -409,7 +445,9 @@ def test_windows_are_learnt_from(gradients: Any, auxiliary: bool) -> None:
 
 
 def test_the_source_learns_the_boundary_gradient_of_a_fixed_model() -> None:
-    """Under a frozen model the prediction approaches the true gradient (one window ahead, factor 0)."""
+    """Under a frozen model the prediction approaches the true gradient (one window ahead, factor
+    0).
+    """
     torch.manual_seed(0)
     model, (x, y) = nn.LSTMCell(3, 2).double(), sequence(length=6)
     made = decouple_through_time(
@@ -462,7 +500,9 @@ def test_traces_equal_the_weighted_regression_done_offline(decay: float) -> None
         out, after = by_steps(model, a, tuple(leaf.split(2, 1)))
         joined = torch.cat(after, 1)
         (own,) = torch.autograd.grad(F.mse_loss(out, b), leaf, retain_graph=True)
-        rows = [torch.autograd.grad(joined[:, i].sum(), leaf, retain_graph=True)[0] for i in range(4)]
+        rows = [
+            torch.autograd.grad(joined[:, i].sum(), leaf, retain_graph=True)[0] for i in range(4)
+        ]
         jacobians.append(torch.stack(rows, 1))
         locals_.append(own)
         states.append(joined.detach())
@@ -489,7 +529,7 @@ def test_traces_refuse_what_would_not_fit_in_memory() -> None:
         made.step(torch.randn(2, 4, 3))
 
 
-# ---- the state ---------------------------------------------------------------------------------------------------
+# ---- the state -----------------------------------------------------------------------------------
 
 
 def test_the_state_is_carried_reported_and_taken() -> None:
@@ -499,7 +539,11 @@ def test_the_state_is_carried_reported_and_taken() -> None:
         model = case.build().double().eval()
         reference = copy.deepcopy(model)
         made = decouple_through_time(
-            model, WINDOW, loss=F.mse_loss, optimizer=lambda p: torch.optim.SGD(p, 0.0), **case.options
+            model,
+            WINDOW,
+            loss=F.mse_loss,
+            optimizer=lambda p: torch.optim.SGD(p, 0.0),
+            **case.options,
         )
         state: Any = case.start(BATCH) if case.start else None
         for a, b in windows(x, y):
@@ -509,7 +553,9 @@ def test_the_state_is_carried_reported_and_taken() -> None:
             left, right = flatten(report.state), flatten(map_tensors(torch.detach, state))
             assert left[1] == right[1], case.name
             assert all(torch.equal(s, t) for s, t in zip(left[0], right[0], strict=True)), case.name
-        again = made.step(x[:3], report.state, target=y[:3])  # the carried state itself: the sequence goes on
+        again = made.step(
+            x[:3], report.state, target=y[:3]
+        )  # the carried state itself: the sequence goes on
         assert torch.equal(again.outputs, case.run(reference, x[:3], state)[0])
         start = case.start(BATCH) if case.start else map_tensors(torch.zeros_like, state)
         other = made.step(x[:3], start, target=y[:3])  # another one: a new sequence
@@ -606,7 +652,9 @@ def test_layers_follow_the_mode_and_share_the_weights() -> None:
     x, y = sequence()
     train_windows(made, x, y)
     assert list(model.state_dict()) == list(before)
-    assert [n for s in made.stages for n, _ in s.named_parameters()] == [n for n, _ in model.named_parameters()]
+    assert [n for s in made.stages for n, _ in s.named_parameters()] == [
+        n for n, _ in model.named_parameters()
+    ]
     model.eval()
     first = made.step(x[:3], target=y[:3], done=True).loss
     for group in (g for o in made.optimizers.values() for g in o.param_groups):
@@ -617,7 +665,7 @@ def test_layers_follow_the_mode_and_share_the_weights() -> None:
     assert first.isfinite()
 
 
-# ---- bad input ---------------------------------------------------------------------------------------------------
+# ---- bad input -----------------------------------------------------------------------------------
 
 
 def ready(**options: Any) -> tuple[ThroughTime, Tensor, Tensor]:
@@ -628,7 +676,9 @@ def ready(**options: Any) -> tuple[ThroughTime, Tensor, Tensor]:
     return made, x, y
 
 
-def unchanged(made: ThroughTime, call: Callable[[], Any], match: str, error: type[Exception] = DecouplingError) -> None:
+def unchanged(
+    made: ThroughTime, call: Callable[[], Any], match: str, error: type[Exception] = DecouplingError
+) -> None:
     before = {n: t.clone() for n, t in made.decoupled.state_dict().items() if isinstance(t, Tensor)}
     steps = made.steps
     with pytest.raises(error, match=match):
@@ -641,7 +691,11 @@ def unchanged(made: ThroughTime, call: Callable[[], Any], match: str, error: typ
 def test_bad_windows() -> None:
     made, x, y = ready()
     unchanged(made, lambda: made.step(x[:5], target=y[:5]), "5 time steps.*window=3")
-    unchanged(made, lambda: made.step(x[:3, :2], target=y[:3, :2]), r"batch of 2|batch 2 needs \(1, 2, 2\)")
+    unchanged(
+        made,
+        lambda: made.step(x[:3, :2], target=y[:3, :2]),
+        r"batch of 2|batch 2 needs \(1, 2, 2\)",
+    )
     unchanged(made, lambda: made.step(x[:0], target=y[:0]), "is empty")
     unchanged(made, lambda: made.step(x[0, 0], target=y[0, 0]), "must be a tensor")
     unchanged(made, lambda: made.step("x"), "must be a tensor")
@@ -652,17 +706,30 @@ def test_bad_windows() -> None:
 
 
 @pytest.mark.parametrize(
-    "done", [torch.zeros(3, dtype=torch.bool), torch.zeros(4, 1, dtype=torch.bool), torch.zeros(4), [True] * 4, 1]
+    "done",
+    [
+        torch.zeros(3, dtype=torch.bool),
+        torch.zeros(4, 1, dtype=torch.bool),
+        torch.zeros(4),
+        [True] * 4,
+        1,
+    ],
 )
 def test_bad_done(done: Any) -> None:
     made, x, y = ready()
-    unchanged(made, lambda: made.step(x[:3], target=y[:3], done=done), r"done must be .* shape \(4,\)")
+    unchanged(
+        made, lambda: made.step(x[:3], target=y[:3], done=done), r"done must be .* shape \(4,\)"
+    )
 
 
 def test_bad_states() -> None:
     made, x, y = ready()
     good = made.state
-    unchanged(made, lambda: made.step(x[:3], (good, good), target=y[:3]), "state of a GRU must be one tensor")
+    unchanged(
+        made,
+        lambda: made.step(x[:3], (good, good), target=y[:3]),
+        "state of a GRU must be one tensor",
+    )
     unchanged(made, lambda: made.step(x[:3], good[:, :2], target=y[:3]), r"needs \(1, 4, 2\)")
     unchanged(made, lambda: made.step(x[:3], good.float(), target=y[:3]), "float32")
 
@@ -736,7 +803,12 @@ def test_models_whose_start_is_unknown() -> None:
     ],
 )
 def test_bad_options(options: dict[str, Any], match: str) -> None:
-    options = {"window": 3, "loss": F.mse_loss, "optimizer": lambda p: torch.optim.SGD(p, 0.1), **options}
+    options = {
+        "window": 3,
+        "loss": F.mse_loss,
+        "optimizer": lambda p: torch.optim.SGD(p, 0.1),
+        **options,
+    }
     x, y = sequence()
     with pytest.raises(DecouplingError, match=match):
         decouple_through_time(nn.GRU(3, 2, 2).double(), **options).step(x[:3], target=y[:3])
@@ -764,7 +836,9 @@ def test_nothing_of_a_window_outlives_the_next() -> None:
         gc.collect()
         return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
 
-    made = trainer(nn.LSTM(3, 2), {})  # the source's hidden layer is what once kept its own graph alive
+    made = trainer(
+        nn.LSTM(3, 2), {}
+    )  # the source's hidden layer is what once kept its own graph alive
     x, y = (t.float() for t in sequence(length=3))
     for _ in range(5):
         made.step(x, target=y)
@@ -774,12 +848,14 @@ def test_nothing_of_a_window_outlives_the_next() -> None:
     assert alive() <= before
 
 
-# ---- found by review ---------------------------------------------------------------------------------------------
+# ---- found by review -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cuts", [[], ["layer_0"]])
 @pytest.mark.parametrize("pass_on", [lambda s: s, lambda s: map_tensors(torch.detach, s)])
-def test_a_state_that_is_passed_on_is_the_carried_one(cuts: list[str], pass_on: Callable[[Any], Any]) -> None:
+def test_a_state_that_is_passed_on_is_the_carried_one(
+    cuts: list[str], pass_on: Callable[[Any], Any]
+) -> None:
     x, y = sequence(length=9)
     found = []
     for passes in (False, True):
@@ -790,7 +866,9 @@ def test_a_state_that_is_passed_on_is_the_carried_one(cuts: list[str], pass_on: 
             report = made.step(a, state, target=b)
             state = pass_on(report.state) if passes else None
         found.append([p.clone() for p in made.decoupled.parameters()])
-        assert not math.isnan(report.interfaces[made.plan.interfaces[0].name].relative_error)  # some gradient came back
+        assert not math.isnan(
+            report.interfaces[made.plan.interfaces[0].name].relative_error
+        )  # some gradient came back
     assert all(torch.equal(p, q) for p, q in zip(*found, strict=True))
 
 
@@ -837,13 +915,20 @@ def hooked() -> nn.Module:
         (lambda: Ends(nn.GRU), "core.layer_0"),
         (lambda: Whole(lambda: Twice(4, 5, 2)), "core.layer_0"),
         (hooked, "core.layer_0"),
-        (lambda: nn.utils.parametrizations.weight_norm(nn.LSTM(3, 2, 2), "weight_hh_l0"), "layer_0"),
+        (
+            lambda: nn.utils.parametrizations.weight_norm(nn.LSTM(3, 2, 2), "weight_hh_l0"),
+            "layer_0",
+        ),
     ],
 )
-def test_layers_that_would_compute_something_else_are_refused(build: Callable[[], nn.Module], cut: str) -> None:
+def test_layers_that_would_compute_something_else_are_refused(
+    build: Callable[[], nn.Module], cut: str
+) -> None:
     x, y = sequence()
     with pytest.raises(DecouplingError, match=r"does not compute what it did|re-made weights"):
-        trainer(build().double(), {}, cuts=[cut], loss=lambda out, y: out.sum()).step(x[:3], target=y[:3])
+        trainer(build().double(), {}, cuts=[cut], loss=lambda out, y: out.sum()).step(
+            x[:3], target=y[:3]
+        )
 
 
 def test_a_new_sequence_ends_the_exact_one_before() -> None:
@@ -920,7 +1005,9 @@ def test_learnt_starts_are_refused() -> None:
             self.start = nn.Parameter(torch.zeros(1, 1, 5))
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.core(self.embed(x), self.start.expand(1, x.shape[1], 5).contiguous())[0])
+            return self.head(
+                self.core(self.embed(x), self.start.expand(1, x.shape[1], 5).contiguous())[0]
+            )
 
     x, y = sequence()
     with pytest.raises(DecouplingError, match="learnt or not zero"):

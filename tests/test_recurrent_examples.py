@@ -1,4 +1,6 @@
-"""The recurrent experiments: their tasks ask what they should, lengths grow as they are solved, tables say it all."""
+"""The recurrent experiments: their tasks ask what they should, lengths grow as they are solved,
+tables say it all.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ copying, language = load("paper_copy"), load("paper_char_lm")
 experiment, data = sys.modules["experiment"], sys.modules["data"]  # as the experiments import them
 
 through_time = pytest.mark.skipif(
-    importlib.util.find_spec("dni_fx.recurrent") is None, reason="recurrent models came after the first version"
+    importlib.util.find_spec("dni_fx.recurrent") is None,
+    reason="recurrent models came after the first version",
 )
 SMALL_COPY = ["--width", "8", "--batch", "4", "--steps", "6", "--seeds", "0"]
 SMALL_TEXT = ["--width", "8", "--embedding", "4", "--batch", "4", "--steps", "6", "--seeds", "0"]
@@ -46,7 +49,7 @@ def book(tmp_path: Path) -> Path:
     return path
 
 
-# ---- copy and repeat copy -------------------------------------------------------------------------------------------
+# ---- copy and repeat copy ------------------------------------------------------------------------
 
 
 def test_copy_asks_for_the_patterns_after_the_end_flag() -> None:
@@ -82,7 +85,8 @@ def test_repeat_copy_asks_for_all_repeats_and_a_marker() -> None:
 
 def test_batches_follow_from_the_generator() -> None:
     one, again, other = (
-        copying.make_batch("copy", 4, 1, 2, torch.Generator().manual_seed(seed))[0] for seed in (0, 0, 1)
+        copying.make_batch("copy", 4, 1, 2, torch.Generator().manual_seed(seed))[0]
+        for seed in (0, 0, 1)
     )
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
@@ -96,7 +100,9 @@ def test_a_perfect_answer_has_no_error_and_a_coin_one_bit(task: str) -> None:
     perfect[target == copying.NOT_ASKED] = 123.0  # of no interest
     assert copying.summed_error(perfect, target).item() == 0.0
     coin = copying.summed_error(torch.zeros_like(target), target).item() / scale
-    markers = (target[..., 8:] != copying.NOT_ASKED).sum().item()  # 9 of 64 bits for these 8 patterns
+    markers = (
+        (target[..., 8:] != copying.NOT_ASKED).sum().item()
+    )  # 9 of 64 bits for these 8 patterns
     assert coin == pytest.approx(1.0 + markers / copying.bits_to_reproduce(target))
     assert (markers == 0) == (task == "copy")
 
@@ -135,12 +141,16 @@ def test_the_curriculum_goes_through_the_lengths_of_the_paper() -> None:
 
 
 def test_methods_differ_in_nothing_but_the_source_of_the_gradient() -> None:
-    args = copying.parse_arguments(["--methods", *copying.METHODS, "--synthesizer-lr", "0.5", "--factor", "0.3"])
+    args = copying.parse_arguments(
+        ["--methods", *copying.METHODS, "--synthesizer-lr", "0.5", "--factor", "0.3"]
+    )
     runs = copying.make_runs(args)
     assert len(runs) == 2 * 2 * 4 * len(copying.METHODS)
     of_method = {r["method"]: r["settings"] for r in runs if r["setting"] == "copy, T = 3"}
     changed = {"gradients", "auxiliary", "factor", "synthesizer_optimizer"}
-    common = [{k: v for k, v in settings.items() if k not in changed} for settings in of_method.values()]
+    common = [
+        {k: v for k, v in settings.items() if k not in changed} for settings in of_method.values()
+    ]
     assert all(settings == common[0] for settings in common)
     assert {m: s["gradients"] for m, s in of_method.items()} == {
         "bptt": "zero", "dni": "auto", "dni+aux": "auto", "stale": "stale", "full": "exact",
@@ -159,7 +169,9 @@ def test_methods_differ_in_nothing_but_the_source_of_the_gradient() -> None:
         (["--data", "somewhere"], "unrecognized arguments"),
     ],
 )
-def test_bad_arguments_are_errors(arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_arguments_are_errors(
+    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         copying.parse_arguments(arguments)
     assert complaint in capsys.readouterr().err
@@ -209,10 +221,29 @@ def test_a_length_is_solved_when_a_batch_is(
 
 @through_time
 def test_dni_learns_across_a_boundary_where_truncation_cannot(tmp_path: Path) -> None:
-    """The flag to answer one pattern comes a window after it: without a gradient from there, nothing is remembered."""
+    """The flag to answer one pattern comes a window after it: without a gradient from there,
+    nothing is remembered.
+    """
     out = tmp_path / "runs.json"
-    arguments = ["--tasks", "copy", "--windows", "2", "--methods", "bptt", "dni", "--width", "64", "--batch", "16"]
-    assert copying.main([*arguments, "--steps", "1500", "--seeds", "0", "--lr", "3e-3", "--out", str(out)]) == 0
+    arguments = [
+        "--tasks",
+        "copy",
+        "--windows",
+        "2",
+        "--methods",
+        "bptt",
+        "dni",
+        "--width",
+        "64",
+        "--batch",
+        "16",
+    ]
+    assert (
+        copying.main(
+            [*arguments, "--steps", "1500", "--seeds", "0", "--lr", "3e-3", "--out", str(out)]
+        )
+        == 0
+    )
     errors = {r["method"]: r["curve"]["error"][-1] for r in json.loads(out.read_text())}
     assert errors["dni"] < errors["bptt"] - 0.1
 
@@ -221,7 +252,17 @@ def test_dni_learns_across_a_boundary_where_truncation_cannot(tmp_path: Path) ->
 def test_an_interrupted_experiment_goes_on_to_the_same_records(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [*SMALL_COPY, "--tasks", "copy", "--windows", "2", "--methods", "bptt", "dni", "dni+aux"]
+    arguments = [
+        *SMALL_COPY,
+        "--tasks",
+        "copy",
+        "--windows",
+        "2",
+        "--methods",
+        "bptt",
+        "dni",
+        "dni+aux",
+    ]
     whole, parts = tmp_path / "whole.json", tmp_path / "parts.json"
     assert copying.main([*arguments, "--out", str(whole)]) == 0
     with monkeypatch.context() as patched:
@@ -239,9 +280,22 @@ def test_an_interrupted_experiment_goes_on_to_the_same_records(
 
 
 @through_time
-def test_a_run_that_diverges_is_kept_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_diverges_is_kept_as_such(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "runs.json"
-    arguments = ["--tasks", "copy", "--windows", "2", "--methods", "bptt", "--lr", "3e37", "--out", str(out)]
+    arguments = [
+        "--tasks",
+        "copy",
+        "--windows",
+        "2",
+        "--methods",
+        "bptt",
+        "--lr",
+        "3e37",
+        "--out",
+        str(out),
+    ]
     assert copying.main([*SMALL_COPY, *arguments]) == 0
     (record,) = json.loads(out.read_text())
     assert 1 < record["diverged"] <= 6
@@ -249,7 +303,7 @@ def test_a_run_that_diverges_is_kept_as_such(tmp_path: Path, capsys: pytest.Capt
     assert f"diverged at step {record['diverged']}" in row["longest length solved"]
 
 
-# ---- characters -----------------------------------------------------------------------------------------------------
+# ---- characters ----------------------------------------------------------------------------------
 
 
 def test_streams_are_contiguous_and_windows_follow_each_other() -> None:
@@ -259,7 +313,12 @@ def test_streams_are_contiguous_and_windows_follow_each_other() -> None:
     drawn = language.windows(text, 4, 3)
     seen = [next(drawn) for _ in range(7)]
     assert [ends for _, _, ends in seen] == [False, False, True] * 2 + [False]
-    assert [x[:, 1].tolist() for x, _, _ in seen[:4]] == [[10, 11, 12], [13, 14, 15], [16, 17, 18], [10, 11, 12]]
+    assert [x[:, 1].tolist() for x, _, _ in seen[:4]] == [
+        [10, 11, 12],
+        [13, 14, 15],
+        [16, 17, 18],
+        [10, 11, 12],
+    ]
     assert all(torch.equal(y, x + 1) for x, y, _ in seen)
     with pytest.raises(data.DataError, match="too few for 4 streams and windows of 10"):
         next(language.windows(text, 4, 10))
@@ -301,17 +360,24 @@ def test_the_treebank_has_the_published_size() -> None:
     try:
         folder = language.find_treebank(None)
     except data.DataError:
-        pytest.skip(f"the Penn Treebank is not on this machine: neither {data.DATA_VARIABLE} nor ../shared/data")
+        pytest.skip(
+            f"the Penn Treebank is not on this machine: neither {data.DATA_VARIABLE} nor "
+            "../shared/data"
+        )
     text = language.load_text(None, folder)
     assert [len(part) for part in text[:3]] == [5_017_482, 393_042, 442_423]
     assert text.symbols == 50
 
 
-def test_a_missing_text_is_an_error_that_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_text_is_an_error_that_says_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = ["--out", str(tmp_path / "runs.json")]
     assert language.main(["--data", str(tmp_path), *out]) == 1
     assert f"no Penn Treebank in {tmp_path}." in (said := capsys.readouterr().err)
-    assert all(part in said for part in ("ptb.train.txt", "--data", data.DATA_VARIABLE, "--text FILE"))
+    assert all(
+        part in said for part in ("ptb.train.txt", "--data", data.DATA_VARIABLE, "--text FILE")
+    )
     (tmp_path / "ptb.train.txt").write_text("something else\n")
     assert language.main(["--data", str(tmp_path), *out]) == 1
     assert "ptb.train.txt is not the published file" in capsys.readouterr().err
@@ -332,12 +398,20 @@ def test_environment_names_the_treebank(tmp_path: Path) -> None:
 def test_equal_steps_or_equal_characters() -> None:
     by_window = {}
     for arguments in (["--steps", "1000"], ["--characters", "256000"], []):
-        runs = language.make_runs(language.parse_arguments([*arguments, "--batch", "16", "--seeds", "0"]))
+        runs = language.make_runs(
+            language.parse_arguments([*arguments, "--batch", "16", "--seeds", "0"])
+        )
         assert [(r["method"], r["setting"]) for r in runs] == [
             ("bptt", "T = 8"), ("bptt", "T = 40"), ("dni", "T = 8"), ("dni+aux", "T = 8"),
         ]  # fmt: skip
-        by_window[tuple(arguments)] = {r["settings"]["window"]: r["settings"]["steps"] for r in runs}
-    assert list(by_window.values()) == [{8: 1000, 40: 1000}, {8: 2000, 40: 400}, {8: 10_000, 40: 10_000}]
+        by_window[tuple(arguments)] = {
+            r["settings"]["window"]: r["settings"]["steps"] for r in runs
+        }
+    assert list(by_window.values()) == [
+        {8: 1000, 40: 1000},
+        {8: 2000, 40: 400},
+        {8: 10_000, 40: 10_000},
+    ]
     with pytest.raises(SystemExit):
         language.parse_arguments(["--steps", "10", "--characters", "10"])
 
@@ -353,7 +427,9 @@ def test_memory_kept_for_the_backward_pass_grows_with_the_window() -> None:
 
     weight = torch.randn(100, 100, requires_grad=True)
     value = torch.randn(100, 7)
-    once = language.kept_for_backward(lambda: (weight @ value + weight @ value).sum().backward(), [weight])
+    once = language.kept_for_backward(
+        lambda: (weight @ value + weight @ value).sum().backward(), [weight]
+    )
     assert once == value.numel() * 4  # once, and the weight not at all
     at = {window: kept(window) for window in (8, 16, 32)}
     assert at[32] - at[16] == pytest.approx(2 * (at[16] - at[8]), rel=0.05)
@@ -395,7 +471,17 @@ def test_test_figures_are_those_of_the_best_validation(
         return [0.5, 0.25, 0.75, measure(model, text)][min(len(seen) - 1, 3)]
 
     monkeypatch.setattr(language, "bits_per_character", measuring)
-    arguments = [*SMALL_TEXT, "--text", str(book), "--methods", "bptt", "--bptt-windows", "8", "--measure-every", "2"]
+    arguments = [
+        *SMALL_TEXT,
+        "--text",
+        str(book),
+        "--methods",
+        "bptt",
+        "--bptt-windows",
+        "8",
+        "--measure-every",
+        "2",
+    ]
     assert language.main([*arguments, "--out", str(tmp_path / "runs.json")]) == 0
     assert len(seen) == 4
     assert all(torch.equal(value, seen[1][name]) for name, value in seen[3].items())
@@ -405,12 +491,27 @@ def test_test_figures_are_those_of_the_best_validation(
 @through_time
 def test_a_language_model_learns_from_a_text(tmp_path: Path, book: Path) -> None:
     out = tmp_path / "runs.json"
-    arguments = ["--text", str(book), "--width", "32", "--batch", "8", "--lr", "1e-2", "--steps", "150", "--seeds", "0"]
+    arguments = [
+        "--text",
+        str(book),
+        "--width",
+        "32",
+        "--batch",
+        "8",
+        "--lr",
+        "1e-2",
+        "--steps",
+        "150",
+        "--seeds",
+        "0",
+    ]
     arguments += ["--methods", "dni", "--windows", "4"]
     assert language.main([*arguments, "--out", str(out)]) == 0
     (record,) = json.loads(out.read_text())
     assert record["test"] < 0.7  # the text repeats itself
     assert record["curve"]["valid"][0] > 2 * record["test"]
-    done = run_example("paper_char_lm", *arguments, "--out", str(out), cwd=tmp_path, **dict(os.environ))
+    done = run_example(
+        "paper_char_lm", *arguments, "--out", str(out), cwd=tmp_path, **dict(os.environ)
+    )
     assert done.returncode == 0, done.stderr  # finished runs need no text
     assert EXAMPLES.exists()

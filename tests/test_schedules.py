@@ -1,4 +1,6 @@
-"""Schedules: what every step does, the statistics of random updates, and that a mode hangs on the step alone."""
+"""Schedules: what every step does, the statistics of random updates, and that a mode hangs on the
+step alone.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ def draws(schedule: Schedule, steps: int, stages: int) -> torch.Tensor:
 
 
 def largest_deviation(drawn: torch.Tensor, p: float, lags: int = 5) -> float:
-    """In standard deviations: of frequencies, and of correlations between any two stages up to some steps apart."""
+    """In standard deviations: of frequencies, and of correlations between any two stages up to some
+    steps apart.
+    """
     x = (drawn - p) / math.sqrt(p * (1 - p))
     frequencies = x.sum(0) / math.sqrt(len(x))
     found = [frequencies.abs().max()]
@@ -57,7 +61,7 @@ def largest_deviation(drawn: torch.Tensor, p: float, lags: int = 5) -> float:
     return float(max(found))
 
 
-# --------------------------------------------------------------------------------------------------- random updates
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("p", "seed"), [(0.2, 0), (0.2, 1), (0.5, 0), (0.05, 7), (0.9, -1)])
@@ -96,7 +100,9 @@ def test_seeds_and_stages_draw_apart() -> None:
     agreement = (first == second).double().mean(0)
     assert ((agreement - 0.5).abs() < 4.5 * 0.5 / math.sqrt(4000)).all()
     more_stages = draws(RandomUpdates(0.5, 0), 100, 5)
-    assert torch.equal(more_stages[:, :2], first[:100])  # a stage's draws do not hang on how many follow it
+    assert torch.equal(
+        more_stages[:, :2], first[:100]
+    )  # a stage's draws do not hang on how many follow it
 
 
 def test_probabilities_by_stage() -> None:
@@ -118,7 +124,7 @@ def test_certain_updates() -> None:
     assert RandomUpdates(0.0).mode(0, 3) == Mode(active=())
 
 
-# ------------------------------------------------------------------------------------------------------------ purity
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("schedule", EVERY_KIND, ids=str)
@@ -128,7 +134,9 @@ def test_a_mode_depends_on_the_step_alone(schedule: Schedule) -> None:
         random.seed(5)
         torch.manual_seed(5)
         assert [other.mode(step, 4) for step in reversed(range(60))] == modes[::-1]
-    assert modes[17:] == [copy.copy(schedule).mode(step, 4) for step in range(17, 60)]  # a resumed run
+    assert modes[17:] == [
+        copy.copy(schedule).mode(step, 4) for step in range(17, 60)
+    ]  # a resumed run
 
 
 def test_global_random_numbers_are_left_alone() -> None:
@@ -138,7 +146,7 @@ def test_global_random_numbers_are_left_alone() -> None:
     assert torch.equal(torch.get_rng_state(), torch_before)
 
 
-# --------------------------------------------------------------------------------------------- exact steps and mixing
+# --------------------------------------------------------------------------------------------- exac
 
 
 def test_sequential_is_all_stages_decoupled() -> None:
@@ -171,7 +179,7 @@ def test_schedules_compose_by_the_number_of_the_step() -> None:
     assert all(modes[step].active is None for step in (0, 1, 2, 3, 7))
 
 
-# --------------------------------------------------------------------------------------------------- making, errors
+# --------------------------------------------------------------------------------------------------
 
 
 def test_schedules_by_name() -> None:
@@ -198,12 +206,18 @@ def test_schedules_are_frozen_hashable_and_print_how_they_are_made() -> None:
 
 
 BAD = [
-    (lambda: make_schedule("sequental"), "unknown schedule 'sequental'; did you mean 'sequential'?"),
+    (
+        lambda: make_schedule("sequental"),
+        "unknown schedule 'sequental'; did you mean 'sequential'?",
+    ),
     (
         lambda: make_schedule("calibration"),
         r"Known: 'sequential', 'random', 'threads', or a Schedule object, such as Calibration",
     ),
-    (lambda: make_schedule(WarmUp), r"got the class WarmUp as schedule; pass an object, WarmUp\(\.\.\.\)"),
+    (
+        lambda: make_schedule(WarmUp),
+        r"got the class WarmUp as schedule; pass an object, WarmUp\(\.\.\.\)",
+    ),
     (lambda: make_schedule(3), "a schedule is a name or a Schedule, but got 3"),
     (lambda: make_schedule([]), r"a schedule is a name or a Schedule, but got \[\]"),
     (lambda: WarmUp(3, then="nothing"), "unknown schedule 'nothing'"),
@@ -213,14 +227,23 @@ BAD = [
     (lambda: RandomUpdates(math.nan), "from 0 to 1, but got nan"),
     (lambda: RandomUpdates("often"), "from 0 to 1, but got 'often'"),
     (lambda: RandomUpdates(True), "from 0 to 1, but got True"),
-    (lambda: RandomUpdates({1: 2.0}), "the probability of stage 1 must be a number from 0 to 1, but got 2.0"),
-    (lambda: RandomUpdates({"stage_x": 0.5}), "needs stages as keys, such as 0 or 'stage_0', but got 'stage_x'"),
+    (
+        lambda: RandomUpdates({1: 2.0}),
+        "the probability of stage 1 must be a number from 0 to 1, but got 2.0",
+    ),
+    (
+        lambda: RandomUpdates({"stage_x": 0.5}),
+        "needs stages as keys, such as 0 or 'stage_0', but got 'stage_x'",
+    ),
     (lambda: RandomUpdates({-1: 0.5}), "but got -1"),
     (lambda: RandomUpdates({1: 0.5, "stage_1": 0.5}), "stage 1 twice"),
     (lambda: RandomUpdates(0.5, seed=0.5), "a seed must be a whole number, but got 0.5"),
     (lambda: Calibration(every=0), "every must be a whole number, 1 or more, but got 0"),
     (lambda: Calibration(every=2.5), "every must be a whole number, 1 or more, but got 2.5"),
-    (lambda: Calibration(exact_from=-1), "exact_from must be a whole number, 0 or more, but got -1"),
+    (
+        lambda: Calibration(exact_from=-1),
+        "exact_from must be a whole number, 0 or more, but got -1",
+    ),
     (lambda: Calibration(every=None), "no exact steps"),
     (lambda: WarmUp(-1), "steps must be a whole number, 0 or more, but got -1"),
     (lambda: WarmUp(True), "steps must be a whole number"),

@@ -1,4 +1,6 @@
-"""The search against brute force: all sets of positions, all acyclic partitions, with costs reckoned another way."""
+"""The search against brute force: all sets of positions, all acyclic partitions, with costs
+reckoned another way.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +21,15 @@ from torch import nn
 
 import dni_fx
 from dni_fx.errors import CutError, DecouplingError
-from dni_fx.passes import bounding, costing, frontiers, pricing, scanning, searching
-from dni_fx.passes.cutting import find_flow
-from dni_fx.passes.tracing import trace_calls
+from dni_fx.passes.cut.cutting import find_flow
+from dni_fx.passes.search import bounding, costing, frontiers, large_graphs, searching, source_costs
+from dni_fx.passes.trace.tracing import trace_calls
 from dni_fx.plan import CutPlan
 
 from . import oracles
 from .models import BY_NAME, ZOO, Case
 
-# ---- a graph of numbers, and what its stages cost, from the definitions --------------------------------------------
+# ---- a graph of numbers, and what its stages cost, from the definitions --------------------------
 
 
 @dataclass
@@ -105,7 +107,12 @@ def wishes_for(rng: random.Random, graph: Graph) -> searching.Wishes:
     speeds = tuple(rng.choice([0.5, 1.0, 2.0]) for _ in range(stages)) if rng.random() < 0.4 else ()
     cap = float(rng.randint(5, 60)) if rng.random() < 0.4 else math.inf
     return searching.Wishes(
-        stages, allowed=tuple(positions), required=required, speeds=speeds, memory_cap=cap, polish=1.0
+        stages,
+        allowed=tuple(positions),
+        required=required,
+        speeds=speeds,
+        memory_cap=cap,
+        polish=1.0,
     )
 
 
@@ -119,7 +126,9 @@ def chains(graph: Graph, wishes: searching.Wishes) -> Iterator[list[set[int]]]:
 
 
 def partitions(graph: Graph, stages: int) -> Iterator[list[set[int]]]:
-    """Every partition into ordered stages, none empty, whose edges all go forwards; the output is in the last one."""
+    """Every partition into ordered stages, none empty, whose edges all go forwards; the output is
+    in the last one.
+    """
     for labels in itertools.product(range(stages), repeat=graph.count):
         if set(labels) != set(range(stages)):
             continue
@@ -131,10 +140,16 @@ def partitions(graph: Graph, stages: int) -> Iterator[list[set[int]]]:
 def judge(graph: Graph, stages: list[set[int]], speeds: Sequence[float]) -> tuple[float, int, int]:
     costs = [graph.stage(s) for s in stages]
     speeds = speeds or (1.0,) * len(stages)
-    return max(c[0] / s for c, s in zip(costs, speeds, strict=True)), max(c[1] for c in costs), sum(c[2] for c in costs)
+    return (
+        max(c[0] / s for c, s in zip(costs, speeds, strict=True)),
+        max(c[1] for c in costs),
+        sum(c[2] for c in costs),
+    )
 
 
-def brute(graph: Graph, choices: Iterator[list[set[int]]], wishes: searching.Wishes) -> tuple[float, int] | None:
+def brute(
+    graph: Graph, choices: Iterator[list[set[int]]], wishes: searching.Wishes
+) -> tuple[float, int] | None:
     """Slowest stage of the best choice within the cap, and fewest bytes among those."""
     fits = [j for c in choices if (j := judge(graph, c, wishes.speeds))[1] <= wishes.memory_cap]
     if not fits:
@@ -143,10 +158,12 @@ def brute(graph: Graph, choices: Iterator[list[set[int]]], wishes: searching.Wis
     return best, min(j[2] for j in fits if j[0] <= best)
 
 
-# ---- exactness -----------------------------------------------------------------------------------------------------
+# ---- exactness -----------------------------------------------------------------------------------
 
 
-def mismatches(rng: random.Random, solve: Callable[..., Any] = searching._solve, graphs: int = 100) -> int:
+def mismatches(
+    rng: random.Random, solve: Callable[..., Any] = searching._solve, graphs: int = 100
+) -> int:
     wrong = 0
     for _ in range(graphs):
         graph = random_graph(rng, 14)
@@ -177,13 +194,20 @@ def test_closed_sets_hold_the_best_of_all_partitions(rng: random.Random) -> None
         stages = rng.randint(1, min(3, graph.count))
         wishes = searching.Wishes(stages, polish=1.0)
         loads = graph.loads()
-        before = [sum(1 << v for v in range(graph.count) if u in graph.users[v]) for u in range(graph.count)]
+        before = [
+            sum(1 << v for v in range(graph.count) if u in graph.users[v])
+            for u in range(graph.count)
+        ]
         after = [tuple(u for u in graph.users[v] if u < graph.count) for v in range(graph.count)]
-        units = frontiers.Units(tuple(1 << v for v in range(graph.count)), tuple(before), tuple(after))
+        units = frontiers.Units(
+            tuple(1 << v for v in range(graph.count)), tuple(before), tuple(after)
+        )
         sets = frontiers.closed_sets(units, 10_000)
         assert sets is not None
         masks = [frontiers.nodes_of(units, s) for s in sets]
-        answer = searching._solve(loads, frontiers.from_masks(loads, masks, (1 << graph.count) - 1), wishes)
+        answer = searching._solve(
+            loads, frontiers.from_masks(loads, masks, (1 << graph.count) - 1), wishes
+        )
         expected = brute(graph, partitions(graph, stages), wishes)
         assert answer is not None
         assert (answer.slowest, answer.traffic) == expected
@@ -209,16 +233,24 @@ def test_bisection_is_exact_for_costs_in_two_parts(rng: random.Random) -> None:
         wishes = replace(wishes_for(rng, graph), memory_cap=math.inf)
         assert wishes.stages is not None
         speeds = wishes.speeds or (1.0,) * wishes.stages
-        found = scanning.bisect_positions(graph.loads(), wishes.allowed, wishes.required, speeds)
+        found = large_graphs.bisect_positions(
+            graph.loads(), wishes.allowed, wishes.required, speeds
+        )
 
-        def slowest(cuts: Sequence[int], graph: Graph = graph, speeds: Sequence[float] = speeds) -> float:
+        def slowest(
+            cuts: Sequence[int], graph: Graph = graph, speeds: Sequence[float] = speeds
+        ) -> float:
             ends = [0, *cuts, graph.count + 1]
             across = lambda p: [v for v in range(graph.count) if v < p <= max(graph.users[v])]  # noqa: E731
             return max(
                 math.ceil(
                     (
                         sum(graph.compute[a:b])
-                        + (sum(graph.source[v] + graph.transfer[v] for v in across(b)) if b <= graph.count else 0)
+                        + (
+                            sum(graph.source[v] + graph.transfer[v] for v in across(b))
+                            if b <= graph.count
+                            else 0
+                        )
                         + sum(graph.transfer[v] for v in across(a))
                     )
                     / s
@@ -227,12 +259,14 @@ def test_bisection_is_exact_for_costs_in_two_parts(rng: random.Random) -> None:
             )
 
         choices = [
-            c for c in itertools.combinations(wishes.allowed, wishes.stages - 1) if set(wishes.required) <= set(c)
+            c
+            for c in itertools.combinations(wishes.allowed, wishes.stages - 1)
+            if set(wishes.required) <= set(c)
         ]
         assert slowest(found) == min(map(slowest, choices))
 
 
-# ---- plans ---------------------------------------------------------------------------------------------------------
+# ---- plans ---------------------------------------------------------------------------------------
 
 
 class Towers(nn.Module):
@@ -294,7 +328,9 @@ def test_equal_layers_are_cut_equally(stages: int) -> None:
 
 
 def test_the_cost_of_sources_moves_the_cuts() -> None:
-    model = nn.Sequential(nn.Linear(8, 512), nn.ReLU(), nn.Linear(512, 8), nn.Linear(8, 512), nn.Linear(512, 8))
+    model = nn.Sequential(
+        nn.Linear(8, 512), nn.ReLU(), nn.Linear(512, 8), nn.Linear(8, 512), nn.Linear(512, 8)
+    )
     free = plan(model, torch.randn(256, 8), stages=2, gradients="zero")
     paid = plan(model, torch.randn(256, 8), stages=2, gradients="mlp")
     assert paid.cuts == ("2",)  # the narrow value, whose synthesizer is cheap
@@ -319,15 +355,21 @@ def test_memory_and_the_fewest_stages_under_a_cap() -> None:
     assert len(few.stages) == 3
     capped = plan(model, x, stages=4, gradients="zero", memory_cap=0.4 * whole.nbytes)
     assert all(s.cost is not None and s.cost.nbytes <= 0.4 * whole.nbytes for s in capped.stages)
-    with pytest.raises(CutError, match=r"memory_cap=.* cannot be kept with 2 stages: the stage from .* too many"):
+    with pytest.raises(
+        CutError, match=r"memory_cap=.* cannot be kept with 2 stages: the stage from .* too many"
+    ):
         plan(model, x, stages=2, gradients="zero", memory_cap=0.3 * whole.nbytes)
 
 
 def test_traffic_takes_the_narrow_place() -> None:
-    model = nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise([8, 8, 8, 8, 2, 8, 8, 8, 8])))
+    model = nn.Sequential(
+        *(nn.Linear(a, b) for a, b in itertools.pairwise([8, 8, 8, 8, 2, 8, 8, 8, 8]))
+    )
     costs = {str(i): 1.0 if i not in (3, 4) else 0.98 for i in range(8)}
     costs["3"] = 1.05
-    found = plan(model, stages=2, costs=costs, gradients="zero", objective="traffic", bandwidth=1e12)
+    found = plan(
+        model, stages=2, costs=costs, gradients="zero", objective="traffic", bandwidth=1e12
+    )
     assert found.cuts == ("3",)
 
 
@@ -396,11 +438,13 @@ def test_parameters_used_in_two_places_can_be_kept_together() -> None:
 
     found = plan(Tied(), stages=2, keep_together=["first.weight"])
     assert found.cuts[0] not in ("first", "middle.0", "middle.1", "middle.2")
-    with pytest.raises(CutError, match=r"must_cut: 'middle.1' lies between nodes that keep_together"):
+    with pytest.raises(
+        CutError, match=r"must_cut: 'middle.1' lies between nodes that keep_together"
+    ):
         plan(Tied(), stages=2, keep_together=["first.weight"], must_cut=["middle.1"])
 
 
-# ---- off the program order -----------------------------------------------------------------------------------------
+# ---- off the program order -----------------------------------------------------------------------
 
 
 def free_plan() -> tuple[Mixed, CutPlan]:
@@ -428,10 +472,14 @@ def test_a_free_plan_trains_like_backpropagation() -> None:
     assert stored == found
     decoupled = dni_fx.decouple(model, stored, example_inputs=(x,), gradients="exact")
     assert len(decoupled.stages) == 2
-    assert not set(decoupled.stages[0].module.graph.nodes) & set(decoupled.stages[1].module.graph.nodes)
+    assert not set(decoupled.stages[0].module.graph.nodes) & set(
+        decoupled.stages[1].module.graph.nodes
+    )
     torch.testing.assert_close(decoupled(x), model(x), rtol=0, atol=1e-12)
     wanted = torch.autograd.grad(F.cross_entropy(model(x), target), list(model.parameters()))
-    trainer = dni_fx.Trainer(decoupled, F.cross_entropy, optimizer=lambda p: torch.optim.SGD(p, 0.0))
+    trainer = dni_fx.Trainer(
+        decoupled, F.cross_entropy, optimizer=lambda p: torch.optim.SGD(p, 0.0)
+    )
     trainer.step(x, target=target)
     for expected, parameter in zip(wanted, model.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, expected, rtol=0, atol=1e-12)
@@ -452,7 +500,12 @@ def test_nodes_that_must_not_be_parted_are_one_unit() -> None:
     class Writes(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.b, self.rnn, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.GRU(4, 4), nn.Linear(4, 2)
+            self.a, self.b, self.rnn, self.head = (
+                nn.Linear(4, 4),
+                nn.Linear(4, 4),
+                nn.GRU(4, 4),
+                nn.Linear(4, 2),
+            )
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             h = self.a(x)
@@ -473,7 +526,7 @@ def test_nodes_that_must_not_be_parted_are_one_unit() -> None:
     assert units.before[drawn[1]] >> drawn[0] & 1  # random numbers are drawn in program order
 
 
-# ---- costs ---------------------------------------------------------------------------------------------------------
+# ---- costs ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of weight_norm's old form
@@ -497,7 +550,9 @@ def test_every_model_of_the_zoo_can_be_weighed(case: Case) -> None:
 
 
 def test_measured_costs_know_the_dear_layer() -> None:
-    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 2048), nn.Linear(2048, 2048), nn.Linear(2048, 16))
+    model = nn.Sequential(
+        nn.Linear(16, 16), nn.Linear(16, 2048), nn.Linear(2048, 2048), nn.Linear(2048, 16)
+    )
     x = torch.randn(64, 16)
     flow = find_flow(trace_calls(model, (x,), {}))
     costs = costing.measure_costs(flow, (x,), {}, {})
@@ -525,18 +580,25 @@ def test_analytic_costs_count_attention() -> None:
     costs = costing.estimate_costs(flow, (x,), {}, {})
     attention = next(n.name for n in flow.nodes if "attention" in n.name)
     flops = 2 * 2 * 2 * 4 * 512 * 512 * 64
-    assert costs.forward[attention] == pytest.approx(flops / costing.FLOPS_PER_SECOND * 1e9, rel=0.01)
+    assert costs.forward[attention] == pytest.approx(
+        flops / costing.FLOPS_PER_SECOND * 1e9, rel=0.01
+    )
     assert costs.backward[attention] > 2 * costs.forward[attention]
 
 
 def test_analytic_plans_are_equal_in_every_process() -> None:
     code = (
         "import torch, dni_fx; from tests.test_searching import Towers, X; torch.manual_seed(3);"
-        "print(dni_fx.plan_cuts(Towers(), (torch.randn(6, 8),), stages=3, costs='analytic').to_json())"
+        "print(dni_fx.plan_cuts(Towers(), (torch.randn(6, 8),), stages=3, "
+        "costs='analytic').to_json())"
     )
     texts = {
         subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": seed}
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={"PYTHONHASHSEED": seed},
         ).stdout
         for seed in ("0", "1", "2")
     }
@@ -544,17 +606,24 @@ def test_analytic_plans_are_equal_in_every_process() -> None:
 
 
 def test_given_costs_of_a_module_are_spread_over_its_nodes() -> None:
-    found = plan(Towers(), stages=2, costs={"left": 4.0, "right": 4.0}, gradients="zero", bandwidth=1e12)
-    assert [round(s.cost.forward + s.cost.backward, 3) for s in found.stages if s.cost] == [4.0, 4.0]
+    found = plan(
+        Towers(), stages=2, costs={"left": 4.0, "right": 4.0}, gradients="zero", bandwidth=1e12
+    )
+    assert [round(s.cost.forward + s.cost.backward, 3) for s in found.stages if s.cost] == [
+        4.0,
+        4.0,
+    ]
     pairs = plan(chain(2), stages=2, costs={"0": (1.0, 2.0), "1": (1.0, 2.0)}, gradients="zero")
     assert [(s.cost.forward, s.cost.backward) for s in pairs.stages if s.cost] == [(1.0, 2.0)] * 2
 
 
-# ---- learnability --------------------------------------------------------------------------------------------------
+# ---- learnability --------------------------------------------------------------------------------
 
 
 def test_learnability_sees_where_gradients_can_be_explained() -> None:
-    """Before the head a linear source with labels explains nearly all; through random signs it cannot."""
+    """Before the head a linear source with labels explains nearly all; through random signs it
+    cannot.
+    """
 
     class Scrambled(nn.Module):
         def __init__(self) -> None:
@@ -589,7 +658,7 @@ def test_learnability_needs_batches_to_judge_by() -> None:
         plan(chain(), stages=2, objective="learnability", batches=[(X, X)], loss=F.mse_loss)
 
 
-# ---- what is found is trained exactly --------------------------------------------------------------------------------
+# ---- what is found is trained exactly ------------------------------------------------------------
 
 
 def assert_close(got: Any, wanted: Any, tolerance: float) -> None:
@@ -600,21 +669,32 @@ def assert_close(got: Any, wanted: Any, tolerance: float) -> None:
         found = left[path]
         if isinstance(expected, torch.Tensor) and expected.is_floating_point() and expected.numel():
             scale = max(1.0, float(expected.abs().nan_to_num().max()))
-            torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * scale, equal_nan=True, msg=path)
+            torch.testing.assert_close(
+                found, expected, rtol=0, atol=tolerance * scale, equal_nan=True, msg=path
+            )
         elif isinstance(expected, torch.Tensor):
             assert torch.equal(found, expected), path
 
 
 def runs_of(case: Case, found: CutPlan | None) -> tuple[Any, Any]:
-    """One step in exact mode under a plan, and the same by backprop; the case itself where there is no plan."""
+    """One step in exact mode under a plan, and the same by backprop; the case itself where there is
+    no plan.
+    """
     options: dict[str, Any] = {"steps": 1, "batch": 3}
     wanted = oracles.backprop_run(case, torch.float64, oracles.sgd, **options)
     model: Any = case.build(torch.float64)
     args, kwargs, _ = oracles.draw(case, 3, torch.float64, 0)
     decoupled = dni_fx.decouple(
-        model, found or list(case.cuts), example_inputs=args, example_kwargs=kwargs, gradients="exact", check=False
+        model,
+        found or list(case.cuts),
+        example_inputs=args,
+        example_kwargs=kwargs,
+        gradients="exact",
+        check=False,
     )
-    return oracles.exact_run(case, torch.float64, oracles.sgd, decoupled=decoupled, **options), wanted
+    return oracles.exact_run(
+        case, torch.float64, oracles.sgd, decoupled=decoupled, **options
+    ), wanted
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -624,7 +704,12 @@ def test_found_cuts_train_as_backpropagation_does(case: Case) -> None:
     with oracles.one_thread():
         args, kwargs, _ = oracles.draw(case, 3, torch.float64, 0)
         found = dni_fx.plan_cuts(
-            case.build(torch.float64), args, example_kwargs=kwargs, stages=3, costs="analytic", gradients="zero"
+            case.build(torch.float64),
+            args,
+            example_kwargs=kwargs,
+            stages=3,
+            costs="analytic",
+            gradients="zero",
         )
         got, wanted = runs_of(case, replace(found, gradients=()))
         if found.assignment:
@@ -643,15 +728,25 @@ def random_assignment(model: nn.Module, args: Any, kwargs: Any, rng: random.Rand
         ready = [u for u, b in enumerate(units.before) if not done >> u & 1 and not b & ~done]
         done |= 1 << rng.choice(ready)
     inside = frontiers.nodes_of(units, done)
-    stages = [(n.name, 1 - (inside >> p & 1)) for p, n in enumerate(flow.nodes) if flow.is_computed(n)]
-    return CutPlan(type(model).__name__, trace.digest, ("anywhere",), (), tuple(sorted(stages, key=lambda s: s[1])))
+    stages = [
+        (n.name, 1 - (inside >> p & 1)) for p, n in enumerate(flow.nodes) if flow.is_computed(n)
+    ]
+    return CutPlan(
+        type(model).__name__,
+        trace.digest,
+        ("anywhere",),
+        (),
+        tuple(sorted(stages, key=lambda s: s[1])),
+    )
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("case", ZOO, ids=lambda case: case.name)
 def test_any_closed_set_of_units_may_be_cut(case: Case, seed: int) -> None:
-    """Interleaved stages: outputs, gradients, buffers and weights agree with backpropagation to 1e-12 in float64."""
+    """Interleaved stages: outputs, gradients, buffers and weights agree with backpropagation to
+    1e-12 in float64.
+    """
     with oracles.one_thread():
         args, kwargs, _ = oracles.draw(case, 3, torch.float64, 0)
         found = random_assignment(case.build(torch.float64), args, kwargs, random.Random(seed))
@@ -660,17 +755,23 @@ def test_any_closed_set_of_units_may_be_cut(case: Case, seed: int) -> None:
 
 
 def test_sets_that_part_written_memory_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Negative control: every node a unit of its own, so that a write and a reader of the same memory are parted."""
+    """Negative control: every node a unit of its own, so that a write and a reader of the same
+    memory are parted.
+    """
 
     def careless(flow: Any) -> frontiers.Units:
         nodes = [n for n in flow.nodes if flow.is_computed(n)]
         number = {n: i for i, n in enumerate(nodes)}
-        before = tuple(sum(1 << number[i] for i in set(n.all_input_nodes) if i in number) for n in nodes)
+        before = tuple(
+            sum(1 << number[i] for i in set(n.all_input_nodes) if i in number) for n in nodes
+        )
         return frontiers.Units(tuple(1 << flow.index[n] for n in nodes), before, ())
 
     monkeypatch.setattr(frontiers, "find_units", careless)
     wrong = 0
-    for name, seed in itertools.product(("read_after_mutation", "mutate_through_view", "setitem_after_cut"), range(8)):
+    for name, seed in itertools.product(
+        ("read_after_mutation", "mutate_through_view", "setitem_after_cut"), range(8)
+    ):
         case = BY_NAME[name]
         args, kwargs, _ = oracles.draw(case, 3, torch.float64, 0)
         found = random_assignment(case.build(torch.float64), args, kwargs, random.Random(seed))
@@ -693,6 +794,6 @@ def test_a_value_that_its_source_cannot_take_costs_too_much_to_cut_at() -> None:
     assert plan(model, stages=2, costs="measured", gradients=Picky).cuts == ("0",)
     flow = find_flow(trace_calls(model, (X,), {}))
     names = [n.name for n in flow.nodes if flow.is_computed(n)]
-    prices = pricing.measure_sources(flow, lambda _: Picky, None)
-    assert prices[names[0]][0] < pricing.UNSERVED
-    assert prices[names[1]][0] == pricing.UNSERVED
+    prices = source_costs.measure_sources(flow, lambda _: Picky, None)
+    assert prices[names[0]][0] < source_costs.UNSERVED
+    assert prices[names[1]][0] == source_costs.UNSERVED

@@ -23,15 +23,23 @@ PIPELINES = ("GPipe", "1F1B", "zero-bubble")
 Links = dict[tuple[int, int], int]  # bytes by (producer, consumer)
 
 
-def make_plan(costs: list[StageCost], links: Links | None = None, parameters: Sequence[int] = (10,)) -> CutPlan:
+def make_plan(
+    costs: list[StageCost], links: Links | None = None, parameters: Sequence[int] = (10,)
+) -> CutPlan:
     """A plan with these costs; a chain without bytes where no links are given."""
     links = {(k, k + 1): 0 for k in range(len(costs) - 1)} if links is None else links
-    stages = [StageReport(f"stage_{k}", 1, parameters[k % len(parameters)], None, cost=c) for k, c in enumerate(costs)]
+    stages = [
+        StageReport(f"stage_{k}", 1, parameters[k % len(parameters)], None, cost=c)
+        for k, c in enumerate(costs)
+    ]
     interfaces = [
-        Interface(f"v{k}_{to}", TensorSpec((size,), torch.uint8), k, (to,)) for (k, to), size in links.items()
+        Interface(f"v{k}_{to}", TensorSpec((size,), torch.uint8), k, (to,))
+        for (k, to), size in links.items()
     ]
     cuts = tuple(f"layer{k}" for k in range(len(costs) - 1))
-    return CutPlan("Net", "0" * 16, cuts, report=PlanReport("trace", tuple(stages), tuple(interfaces)))
+    return CutPlan(
+        "Net", "0" * 16, cuts, report=PlanReport("trace", tuple(stages), tuple(interfaces))
+    )
 
 
 def random_costs(rng: random.Random, count: int, spread: float = 20.0) -> list[StageCost]:
@@ -40,14 +48,19 @@ def random_costs(rng: random.Random, count: int, spread: float = 20.0) -> list[S
     def seconds() -> float:
         return spread ** rng.random()
 
-    return [StageCost(seconds(), seconds(), rng.uniform(0, 5), rng.uniform(0, 5)) for _ in range(count)]
+    return [
+        StageCost(seconds(), seconds(), rng.uniform(0, 5), rng.uniform(0, 5)) for _ in range(count)
+    ]
 
 
-def balanced(count: int, forward: float = 1.0, backward: float = 2.0, **rest: Any) -> list[StageCost]:
+def balanced(
+    count: int, forward: float = 1.0, backward: float = 2.0, **rest: Any
+) -> list[StageCost]:
     return [StageCost(forward, backward, **rest)] * count
 
 
-# The oracle: a device does its list in order, an action waits for its messages, a link is a device too. --------------
+# The oracle: a device does its list in order, an action waits for its messages, a link is a device
+# too. --------------
 
 
 class Events:
@@ -56,7 +69,9 @@ class Events:
     def __init__(self) -> None:
         self.order: dict[Any, list[Any]] = defaultdict(list)  # actions by device
         self.seconds: dict[Any, float] = {}
-        self.waits: dict[Any, list[tuple[Any, float]]] = defaultdict(list)  # (action, delay after its end)
+        self.waits: dict[Any, list[tuple[Any, float]]] = defaultdict(
+            list
+        )  # (action, delay after its end)
 
     def add(self, device: Any, action: Any, seconds: float, *waits: tuple[Any, float]) -> None:
         self.order[device].append(action)
@@ -96,7 +111,9 @@ def run_pipeline(
     plan: CutPlan, schedule: str, m: int, latency: float = 0.0, bandwidth: float = math.inf, speeds: Any = None,
     order: Callable[[str, int, int, int], list[tuple[str, int]]] = turns,
 ) -> float:  # fmt: skip
-    """Seconds from the first forward to the last update; every message goes straight to the stage that uses it."""
+    """Seconds from the first forward to the last update; every message goes straight to the stage
+    that uses it.
+    """
     events, links = Events(), {(i.producer, i.consumers[0]): i.spec.nbytes for i in plan.interfaces}
     depth: dict[int, int] = {}
     for k in range(len(plan.stages)):
@@ -110,20 +127,29 @@ def run_pipeline(
         for kind, j in order(schedule, depth[k], deep, m):
             waits = {
                 "F": [(("down", u, k, j), latency) for u, to in links if to == k],
-                "I": [(("F", k, j), 0.0), *((("up", k, to, j), latency) for u, to in links if u == k)],
+                "I": [
+                    (("F", k, j), 0.0),
+                    *((("up", k, to, j), latency) for u, to in links if u == k),
+                ],
                 "W": [(("I", k, j), 0.0)],
             }[kind]
             events.add(k, (kind, k, j), takes[kind] / speed / m, *waits)
         events.add(k, ("update", k), cost.update / speed)
     for (u, to), size in links.items():
         for j in range(m):
-            events.add(("down", u, to), ("down", u, to, j), size / bandwidth / m, (("F", u, j), 0.0))
+            events.add(
+                ("down", u, to), ("down", u, to, j), size / bandwidth / m, (("F", u, j), 0.0)
+            )
             events.add(("up", u, to), ("up", u, to, j), size / bandwidth / m, (("I", to, j), 0.0))
     return max(events.run().values())
 
 
-def run_decoupled(plan: CutPlan, batches: int, latency: float = 0.0, bandwidth: float = math.inf) -> float:
-    """Seconds for so many batches: a stage waits for its inputs only, and trains without asking anyone."""
+def run_decoupled(
+    plan: CutPlan, batches: int, latency: float = 0.0, bandwidth: float = math.inf
+) -> float:
+    """Seconds for so many batches: a stage waits for its inputs only, and trains without asking
+    anyone.
+    """
     events, links = Events(), {(i.producer, i.consumers[0]): i.spec.nbytes for i in plan.interfaces}
     for k, stage in enumerate(plan.stages):
         cost = stage.cost
@@ -134,7 +160,12 @@ def run_decoupled(plan: CutPlan, batches: int, latency: float = 0.0, bandwidth: 
             events.add(k, ("rest", k, n), cost.backward + cost.update + cost.sources)
             for u, to in links:
                 if u == k:
-                    events.add(("down", u, to), ("down", u, to, n), links[u, to] / bandwidth, (("F", k, n), 0.0))
+                    events.add(
+                        ("down", u, to),
+                        ("down", u, to, n),
+                        links[u, to] / bandwidth,
+                        (("F", k, n), 0.0),
+                    )
     return max(events.run().values())
 
 
@@ -147,7 +178,8 @@ def random_graph(rng: random.Random, count: int) -> Links:
     return links
 
 
-# Pipelines. ---------------------------------------------------------------------------------------------------------
+# Pipelines.
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -161,8 +193,12 @@ def test_pipelines_of_unequal_stages_are_exact(name: str, seed: int) -> None:
     speeds = [rng.uniform(0.5, 2) for _ in costs]
     for latency in (0.0, rng.uniform(0, 4)):
         for bandwidth in (math.inf, rng.uniform(20, 2000)):
-            told = simulate(plan, micro_batches=m, latency=latency, bandwidth=bandwidth, speeds=speeds)[name].seconds
-            assert told == pytest.approx(run_pipeline(plan, name, m, latency, bandwidth, speeds), rel=1e-9)
+            told = simulate(
+                plan, micro_batches=m, latency=latency, bandwidth=bandwidth, speeds=speeds
+            )[name].seconds
+            assert told == pytest.approx(
+                run_pipeline(plan, name, m, latency, bandwidth, speeds), rel=1e-9
+            )
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -170,7 +206,9 @@ def test_pipelines_of_unequal_stages_are_exact(name: str, seed: int) -> None:
 def test_pipelines_of_other_graphs_are_never_too_fast(name: str, seed: int) -> None:
     rng = random.Random(seed)
     count, m = rng.randint(3, 9), rng.randint(1, 10)
-    plan = make_plan(random_costs(rng, count, 3.0), random_graph(rng, count), rng.choices([0, 5], k=count))
+    plan = make_plan(
+        random_costs(rng, count, 3.0), random_graph(rng, count), rng.choices([0, 5], k=count)
+    )
     for latency, bandwidth in ((0.0, math.inf), (0.3, 500.0), (0.0, 50.0)):
         told = simulate(plan, micro_batches=m, latency=latency, bandwidth=bandwidth)[name]
         found = run_pipeline(plan, name, m, latency, bandwidth)
@@ -203,7 +241,9 @@ def test_textbook_forms_of_balanced_stages(p: int, m: int) -> None:
     assert told["GPipe"].seconds == pytest.approx((m + p - 1) * (f + b) + u)
     assert told["1F1B"].seconds == pytest.approx((m + p - 1) * (f + b) + u)
     # Qi et al. 2023, table 1: a bubble of (p - 1)(F + B - W), their B without the weight part.
-    assert told["zero-bubble"].seconds == pytest.approx(m * (f + b) + (p - 1) * (f + b / 2 - b / 2) + u)
+    assert told["zero-bubble"].seconds == pytest.approx(
+        m * (f + b) + (p - 1) * (f + b / 2 - b / 2) + u
+    )
     assert told["decoupled"].seconds == pytest.approx(m * (f + b) + u)
     assert told["one process"].seconds == pytest.approx(p * (m * (f + b) + u))
 
@@ -215,7 +255,8 @@ def test_four_equal_stages_and_eight_micro_batches() -> None:
 
 
 def test_strict_1f1b_suffers_where_forward_and_backward_are_unequal_at_different_stages() -> None:
-    # The usual estimate, sum + (m - 1) max, is far too fast here, so it is not what simulate may return.
+    # The usual estimate, sum + (m - 1) max, is far too fast here, so it is not what simulate may
+    # return.
     costs = [StageCost(160.0, 16.0), StageCost(16.0, 160.0), *balanced(8, 1.0, 1.0)]
     m, plan = 16, make_plan(costs)
     estimate = sum(c.forward + c.backward for c in costs) / m + (m - 1) * 11.0
@@ -226,21 +267,27 @@ def test_strict_1f1b_suffers_where_forward_and_backward_are_unequal_at_different
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_the_oracle_tells_schedules_apart(name: str) -> None:
-    # Negative control: another order of the same work, or one stage 1 % slower, is not taken for the right one.
+    # Negative control: another order of the same work, or one stage 1 % slower, is not taken for
+    # the right one.
     costs = random_costs(random.Random(3), 5)
     links = {(k, k + 1): 100 for k in range(4)}
-    told = simulate(make_plan(costs, links), micro_batches=7, latency=0.5, bandwidth=200.0)[name].seconds
+    told = simulate(make_plan(costs, links), micro_batches=7, latency=0.5, bandwidth=200.0)[
+        name
+    ].seconds
 
     def other(schedule: str, depth: int, deep: int, m: int) -> list[tuple[str, int]]:
         return turns("GPipe" if schedule != "GPipe" else "1F1B", depth, deep, m)
 
-    slower = [dataclasses.replace(c, forward=c.forward * 1.01, backward=c.backward * 1.01) for c in costs]
+    slower = [
+        dataclasses.replace(c, forward=c.forward * 1.01, backward=c.backward * 1.01) for c in costs
+    ]
     for plan, order in ((make_plan(costs, links), other), (make_plan(slower, links), turns)):
         found = run_pipeline(plan, name, 7, 0.5, 200.0, order=order)
         assert found != pytest.approx(told, rel=1e-4)
 
 
-# Decoupled training. ------------------------------------------------------------------------------------------------
+# Decoupled training.
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -248,7 +295,9 @@ def test_decoupled_step_is_the_slope_and_fill_the_offset(seed: int) -> None:
     rng = random.Random(seed)
     count, batches = rng.randint(1, 8), 30
     links = (
-        random_graph(rng, count) if rng.random() < 0.5 else {(k, k + 1): rng.randrange(999) for k in range(count - 1)}
+        random_graph(rng, count)
+        if rng.random() < 0.5
+        else {(k, k + 1): rng.randrange(999) for k in range(count - 1)}
     )
     plan = make_plan(random_costs(rng, count), links)
     latency, bandwidth = rng.choice([(0.0, math.inf), (rng.uniform(0, 90), rng.uniform(20, 2000))])
@@ -257,14 +306,18 @@ def test_decoupled_step_is_the_slope_and_fill_the_offset(seed: int) -> None:
     short, long = (run_decoupled(plan, n, latency, bandwidth) for n in (batches, 2 * batches))
     assert long - short <= batches * step * (1 + 1e-9)
     assert batches * step <= long * (1 + 1e-9)
-    assert long <= (told.fill + 2 * batches * step + max(links.values(), default=0) / bandwidth) * (1 + 1e-9)
+    assert long <= (told.fill + 2 * batches * step + max(links.values(), default=0) / bandwidth) * (
+        1 + 1e-9
+    )
     # Once the slowest has caught up with all before it, the slope is the step itself.
     far = [run_decoupled(plan, n, latency, bandwidth) for n in (200, 201)]
     assert far[1] - far[0] == pytest.approx(step)
 
 
 def test_fill_of_equal_stages_is_paid_once() -> None:
-    plan = make_plan(balanced(4, 1.0, 2.0, update=0.5, sources=0.5), {(k, k + 1): 10 for k in range(3)})
+    plan = make_plan(
+        balanced(4, 1.0, 2.0, update=0.5, sources=0.5), {(k, k + 1): 10 for k in range(3)}
+    )
     told = simulate(plan, latency=0.25, bandwidth=40.0)
     assert told["decoupled"].seconds == 4.0
     assert told.fill == 3 * (1.0 + 0.25 + 0.25)
@@ -291,10 +344,14 @@ def test_a_narrow_link_bounds_the_decoupled_step() -> None:
     assert "the link from stage_1 to stage_2 takes longer still" in told.sentence
     # Two values between the same stages share their link.
     both = dataclasses.replace(plan.report, interfaces=(*plan.interfaces, plan.interfaces[1]))
-    assert simulate(dataclasses.replace(plan, report=both), bandwidth=100.0)["decoupled"].seconds == 12.0
+    assert (
+        simulate(dataclasses.replace(plan, report=both), bandwidth=100.0)["decoupled"].seconds
+        == 12.0
+    )
 
 
-# Devices. -----------------------------------------------------------------------------------------------------------
+# Devices.
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_speeds_divide_each_stage_and_one_process_has_the_fastest_device() -> None:
@@ -329,7 +386,9 @@ def test_peak_memory_of_each_schedule() -> None:
     assert simulate(make_plan(costs), micro_batches=3)["1F1B"].memory == (1800, 1800, 1534, 1267)
 
 
-@pytest.mark.parametrize(("name", "p", "m"), [(n, p, m) for n in PIPELINES for p, m in ((4, 8), (5, 3), (3, 3))])
+@pytest.mark.parametrize(
+    ("name", "p", "m"), [(n, p, m) for n in PIPELINES for p, m in ((4, 8), (5, 3), (3, 3))]
+)
 def test_micro_batches_held_are_those_of_the_order(name: str, p: int, m: int) -> None:
     costs = balanced(p, activation_bytes=m)
     for depth, said in enumerate(simulate(make_plan(costs), micro_batches=m)[name].memory):
@@ -340,14 +399,20 @@ def test_micro_batches_held_are_those_of_the_order(name: str, p: int, m: int) ->
         assert said == most
 
 
-# What it says. ------------------------------------------------------------------------------------------------------
+# What it says.
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_the_sentence_where_cutting_pays() -> None:
     costs = [StageCost(1.0, 2.0, sources=0.3)] * 3 + [StageCost(1.0, 2.3)]
     text = simulate(make_plan(costs)).sentence
-    assert text.startswith("4 equal devices: decoupled 3.7 x one device; 1F1B with 8 micro-batches 2.8 x. ")
-    assert "slowest stage is stage_0: 3,300.00 ms of work; the whole model on one device takes 12,300.00 ms." in text
+    assert text.startswith(
+        "4 equal devices: decoupled 3.7 x one device; 1F1B with 8 micro-batches 2.8 x. "
+    )
+    assert (
+        "slowest stage is stage_0: 3,300.00 ms of work; the whole model on one device takes "
+        "12,300.00 ms." in text
+    )
     assert text.endswith("compare time to loss, not steps.")
     assert "does not pay" not in text
     assert "its gradients are true" not in text
@@ -358,20 +423,26 @@ def test_the_sentence_where_cutting_does_not_pay() -> None:
     told = simulate(make_plan(heavy, {(0, 1): 1000}), bandwidth=500.0, latency=1e-3)
     assert told["decoupled"].speedup < 1
     assert all(told[n].speedup < 1 for n in PIPELINES)
-    assert told.sentence.startswith("cutting does not pay here: on 2 equal devices, decoupled 0.99 x one device; ")
+    assert told.sentence.startswith(
+        "cutting does not pay here: on 2 equal devices, decoupled 0.99 x one device; "
+    )
     assert "slowest stage is stage_1" in told.sentence
 
 
 def test_the_sentence_where_only_true_gradients_pay() -> None:
     told = simulate(make_plan(balanced(4, sources=12.0)), micro_batches=16)
-    assert told.sentence.startswith("decoupling does not pay here: on 4 equal devices, decoupled 0.80 x one device; ")
+    assert told.sentence.startswith(
+        "decoupling does not pay here: on 4 equal devices, decoupled 0.80 x one device; "
+    )
     assert "zero-bubble is as fast or faster (3.8 x) and its gradients are true." in told.sentence
 
 
 def test_one_stage_and_one_micro_batch() -> None:
     told = simulate(make_plan([StageCost(1.0, 2.0)]), micro_batches=1)
     assert [r.seconds for r in told.schedules] == [3.0] * 5
-    assert told.sentence.startswith("cutting does not pay here: on 1 device, decoupled 1.00 x one device; 1F1B with 1 ")
+    assert told.sentence.startswith(
+        "cutting does not pay here: on 1 device, decoupled 1.00 x one device; 1F1B with 1 "
+    )
     assert "1 micro-batch 1.00 x" in told.sentence
 
 
@@ -379,9 +450,17 @@ def test_prints_an_aligned_table_and_the_sentence() -> None:
     told = simulate(make_plan([StageCost(1e-5, 2e-5), StageCost(0.5, 1.0)]), micro_batches=4)
     table, _, sentence = str(told).partition("\n\n")
     lines = table.splitlines()
-    assert [line.split("  ")[0] for line in lines[2:]] == ["one process", "GPipe", "1F1B", "zero-bubble", "decoupled"]
+    assert [line.split("  ")[0] for line in lines[2:]] == [
+        "one process",
+        "GPipe",
+        "1F1B",
+        "zero-bubble",
+        "decoupled",
+    ]
     assert set(lines[1]) == {"-", " "}
-    assert len({line.find(" ", line.find(".") + 1) for line in lines[2:]}) == 1  # milliseconds end in one column
+    assert (
+        len({line.find(" ", line.find(".") + 1) for line in lines[2:]}) == 1
+    )  # milliseconds end in one column
     assert sentence == told.sentence
     with pytest.raises(KeyError, match="no schedule 'PipeDream'; there are one process, GPipe"):
         told["PipeDream"]
@@ -422,10 +501,13 @@ def test_many_stages_take_near_linear_time() -> None:
             best = min(best, time.process_time() - start)
         taken[count] = best
         assert all(math.isfinite(r.seconds) for r in told.schedules)
-    assert taken[10_000] < 25 * taken[1_000] + 0.5  # ten times as many; the rest is room for a busy machine
+    assert (
+        taken[10_000] < 25 * taken[1_000] + 0.5
+    )  # ten times as many; the rest is room for a busy machine
 
 
-# What it refuses. ---------------------------------------------------------------------------------------------------
+# What it refuses.
+# ---------------------------------------------------------------------------------------------------
 
 
 def refused(call: Callable[[], Any], *words: str) -> None:
@@ -442,9 +524,15 @@ def test_plans_without_costs_name_the_next_step() -> None:
     refused(lambda: simulate(CutPlan.from_json(plan.to_json())), "read from JSON", again)
     bare = [dataclasses.replace(s, cost=None) for s in plan.stages]
     report = dataclasses.replace(plan.report, stages=tuple(bare))
-    refused(lambda: simulate(dataclasses.replace(plan, report=report)), "have no costs (all of them)", again)
+    refused(
+        lambda: simulate(dataclasses.replace(plan, report=report)),
+        "have no costs (all of them)",
+        again,
+    )
     report = dataclasses.replace(plan.report, stages=(*plan.stages[:5], bare[5]))
-    refused(lambda: simulate(dataclasses.replace(plan, report=report)), "have no costs (stage_5)", again)
+    refused(
+        lambda: simulate(dataclasses.replace(plan, report=report)), "have no costs (stage_5)", again
+    )
     free = CutPlan(
         "Net", "0" * 16, ("a", "b"), assignment=(("x", 0), ("y", 1), ("z", 2))
     )  # names of cuts do not make it
@@ -460,7 +548,9 @@ def test_bad_costs_name_their_stage(where: str, wrong: Any) -> None:
 
 
 def test_nothing_to_compare() -> None:
-    refused(lambda: simulate(make_plan([StageCost(0.0, 0.0)] * 2)), "all are 0 seconds", "plan_cuts")
+    refused(
+        lambda: simulate(make_plan([StageCost(0.0, 0.0)] * 2)), "all are 0 seconds", "plan_cuts"
+    )
 
 
 @pytest.mark.parametrize(
@@ -468,15 +558,35 @@ def test_nothing_to_compare() -> None:
     [("micro_batches", v) for v in (0, -1, 2.0, True, "8", None)]
     + [("latency", v) for v in (-1e-9, math.nan, math.inf, "0", None)]
     + [("bandwidth", v) for v in (0, -1.0, math.nan, "1e10", None)]
-    + [("speeds", v) for v in ([1.0, 0.0], [1, -1], [1, math.nan], [1, math.inf], ["1", "2"], "12", 1.0, [True, 1])],
+    + [
+        ("speeds", v)
+        for v in (
+            [1.0, 0.0],
+            [1, -1],
+            [1, math.nan],
+            [1, math.inf],
+            ["1", "2"],
+            "12",
+            1.0,
+            [True, 1],
+        )
+    ],
 )
 def test_bad_numbers(option: str, wrong: Any) -> None:
-    refused(lambda: simulate(make_plan(balanced(2)), **{option: wrong}), f"{option}={wrong!r}", "expected")
+    refused(
+        lambda: simulate(make_plan(balanced(2)), **{option: wrong}),
+        f"{option}={wrong!r}",
+        "expected",
+    )
 
 
 @pytest.mark.parametrize("speeds", [[], [1.0], [1, 1, 1]])
 def test_speeds_of_the_wrong_length(speeds: list[float]) -> None:
-    refused(lambda: simulate(make_plan(balanced(2)), speeds=speeds), f"has {len(speeds)} numbers", "2 stages")
+    refused(
+        lambda: simulate(make_plan(balanced(2)), speeds=speeds),
+        f"has {len(speeds)} numbers",
+        "2 stages",
+    )
 
 
 def test_sources_that_wait_are_said_to() -> None:
@@ -484,7 +594,9 @@ def test_sources_that_wait_are_said_to() -> None:
     rows = {}
     for kind in ("linear", "mix", "joint:feedback", "delayed"):
         chosen = tuple((i.name, kind) for i in plan.interfaces)
-        rows[kind] = simulate(dataclasses.replace(plan, gradients=chosen), bandwidth=math.inf)["decoupled"]
+        rows[kind] = simulate(dataclasses.replace(plan, gradients=chosen), bandwidth=math.inf)[
+            "decoupled"
+        ]
     assert "as mix do" in rows["mix"].note
     assert "as feedback do" in rows["joint:feedback"].note
     assert "do not wait" not in rows["linear"].note

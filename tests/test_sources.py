@@ -1,4 +1,6 @@
-"""Gradient sources: the mathematics of the regression, contexts of every rank, the controls, making them by name."""
+"""Gradient sources: the mathematics of the regression, contexts of every rank, the controls, making
+them by name.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ KINDS = {
 }
 MAPS = ["map1d", "map2d", "map3d"]
 LABELS = torch.tensor([0, 2, 1, 2])
-CASES = [(name, kind) for name in ("linear", "mlp", "auto") for kind in KINDS] + [("conv", kind) for kind in MAPS]
+CASES = [(name, kind) for name in ("linear", "mlp", "auto") for kind in KINDS] + [
+    ("conv", kind) for kind in MAPS
+]
 
 
 def spec_of(kind: str, dtype: torch.dtype = torch.float32) -> TensorSpec:
@@ -52,10 +56,14 @@ def spec_of(kind: str, dtype: torch.dtype = torch.float32) -> TensorSpec:
 
 
 def random_tensor(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
-def train(source: GradientSource, values, labels, targets, steps: int = 3, lr: float = 0.1) -> list[float]:
+def train(
+    source: GradientSource, values, labels, targets, steps: int = 3, lr: float = 0.1
+) -> list[float]:
     optimizer = torch.optim.SGD(source.parameters(), lr=lr)
     losses = []
     for _ in range(steps):
@@ -67,7 +75,7 @@ def train(source: GradientSource, values, labels, targets, steps: int = 3, lr: f
     return losses
 
 
-# ------------------------------------------------------------------------------------------------- regression
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("with_context", [False, True])
@@ -87,7 +95,9 @@ def test_starts_at_zero_then_learns(name: str, kind: str, with_context: bool) ->
 
     losses = train(source, (value,), labels, (target,), steps=20)
     assert losses[-1] < losses[0]
-    assert losses[0] == pytest.approx(1.0, rel=1e-5)  # unit scale: the mean square of the target over itself
+    assert losses[0] == pytest.approx(
+        1.0, rel=1e-5
+    )  # unit scale: the mean square of the target over itself
     assert torch.count_nonzero(source((value,), labels).gradients[0]) > 0
     assert {key: tuple(tensor.shape) for key, tensor in source.state_dict().items()} == keys
 
@@ -112,8 +122,14 @@ def test_only_fit_reaches_the_synthesizer_and_only_the_synthesizer(name: str) ->
 
 
 @pytest.mark.parametrize("with_labels", [True, False])
-def test_linear_with_labels_is_exact_under_a_linear_head_and_squared_error(with_labels: bool) -> None:
-    h, head, y = random_tensor(64, 6), random_tensor(3, 6, seed=1), one_hot(3)(torch.arange(64) % 3).double()
+def test_linear_with_labels_is_exact_under_a_linear_head_and_squared_error(
+    with_labels: bool,
+) -> None:
+    h, head, y = (
+        random_tensor(64, 6),
+        random_tensor(3, 6, seed=1),
+        one_hot(3)(torch.arange(64) % 3).double(),
+    )
     leaf = h.clone().requires_grad_()
     F.mse_loss(leaf @ head.T, y).backward()
     spec = TensorSpec(h.shape, h.dtype)
@@ -123,7 +139,9 @@ def test_linear_with_labels_is_exact_under_a_linear_head_and_squared_error(with_
     assert error < 1e-6 if with_labels else error > 0.1  # without labels it cannot be
 
 
-@pytest.mark.parametrize(("name", "kind"), [("linear", "vector"), ("mlp", "tokens"), ("conv", "map2d")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("linear", "vector"), ("mlp", "tokens"), ("conv", "map2d")]
+)
 def test_size_of_the_target_does_not_matter(name: str, kind: str) -> None:
     spec = spec_of(kind)
     value, target = (random_tensor(*spec.shape, seed=seed, dtype=spec.dtype) for seed in (1, 2))
@@ -133,7 +151,9 @@ def test_size_of_the_target_does_not_matter(name: str, kind: str) -> None:
         source = make_source(name, [spec])
         losses.append(train(source, (value,), None, (target * factor,), steps=5))
         predictions.append(source((value,), None).gradients[0] / factor)
-    torch.testing.assert_close(torch.tensor(losses[1:]), torch.tensor([losses[0]] * 2), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        torch.tensor(losses[1:]), torch.tensor([losses[0]] * 2), rtol=1e-4, atol=0
+    )
     for prediction in predictions[1:]:
         torch.testing.assert_close(prediction, predictions[0], rtol=1e-3, atol=1e-6)
 
@@ -162,7 +182,8 @@ def test_scale_is_the_running_root_mean_square_of_informative_targets() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("name", "kind"), [("linear", "vector"), ("mlp", "tokens"), ("conv", "map2d"), ("stale", "vector")]
+    ("name", "kind"),
+    [("linear", "vector"), ("mlp", "tokens"), ("conv", "map2d"), ("stale", "vector")],
 )
 def test_dtypes(name: str, kind: str, dtype: torch.dtype) -> None:
     spec = spec_of(kind, dtype)
@@ -180,7 +201,8 @@ def test_dtypes(name: str, kind: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("linear", "vector"), ("mlp", "map2d"), ("linear", "tokens"), ("conv", "map2d")]
+    ("name", "kind"),
+    [("linear", "vector"), ("mlp", "map2d"), ("linear", "tokens"), ("conv", "map2d")],
 )
 def test_autocast_and_a_changed_dtype(name: str, kind: str) -> None:
     spec = spec_of(kind)
@@ -205,7 +227,10 @@ def test_memory_format_follows_the_value() -> None:
             assert prediction.gradients[0].stride() == value.stride(), name
             source.fit(prediction, (value.contiguous(),))
     transposed = random_tensor(6, 4, dtype=torch.float32).T
-    assert make_source("linear", [spec_of("vector")])((transposed,)).gradients[0].stride() == transposed.stride()
+    assert (
+        make_source("linear", [spec_of("vector")])((transposed,)).gradients[0].stride()
+        == transposed.stride()
+    )
 
 
 @pytest.mark.parametrize(("name", "kind"), [case for case in CASES if case[1] != "scalar"])
@@ -226,11 +251,17 @@ def test_a_boundary_of_several_values() -> None:
     first, *_, last = train(source, values, one_hot(3)(LABELS), targets, steps=10)
     assert (first, last < first) == (pytest.approx(2.0, rel=1e-5), True)
     assert source.scale[1] / source.scale[0] > 1e3
-    assert [g.dtype for g in source(values, one_hot(3)(LABELS)).gradients] == [torch.float32, torch.float64]
+    assert [g.dtype for g in source(values, one_hot(3)(LABELS)).gradients] == [
+        torch.float32,
+        torch.float64,
+    ]
 
 
 def test_size_options() -> None:
-    count = {p.shape for p in make_source(partial(MLP, hidden=2, width=8), [spec_of("vector")]).parameters()}
+    count = {
+        p.shape
+        for p in make_source(partial(MLP, hidden=2, width=8), [spec_of("vector")]).parameters()
+    }
     assert torch.Size((8, 8)) in count
     source = make_source(partial(Conv, hidden=2, kernel=5, width=8), [spec_of("map2d")])
     assert source((torch.zeros(4, 6, 5, 3),)).gradients[0].shape == (4, 6, 5, 3)
@@ -238,14 +269,18 @@ def test_size_options() -> None:
         make_source(partial(Conv, kernel=4), [spec_of("map2d")])
 
 
-# ---------------------------------------------------------------------------------------------------- context
+# --------------------------------------------------------------------------------------------------
 
 
 def test_one_hot() -> None:
     assert torch.equal(one_hot(3)(LABELS), F.one_hot(LABELS, 3).float())
     assert one_hot(3)(torch.zeros(2, 5, dtype=torch.int32)).shape == (2, 5, 3)
     assert one_hot(3)(torch.tensor([-100, 1])).tolist() == [[0, 0, 0], [0, 1, 0]]
-    assert (repr(one_hot(3)), one_hot(3).features, one_hot(3) == one_hot(3)) == ("one_hot(3)", 3, True)
+    assert (repr(one_hot(3)), one_hot(3).features, one_hot(3) == one_hot(3)) == (
+        "one_hot(3)",
+        3,
+        True,
+    )
     with pytest.raises(DecouplingError, match=r"label 3.*one_hot\(4\)"):
         one_hot(3)(torch.tensor([0, 3]))
     with pytest.raises(DecouplingError, match="integer labels"):
@@ -271,7 +306,9 @@ def test_linear_equals_an_affine_map_of_the_concatenation(kind: str, lead: str) 
 
     expanded = c.view(*sizes, *(1,) * (rows.dim() - 1 - len(sizes)), 3).expand(*rows.shape[:-1], 3)
     expected = 0.5 * F.linear(torch.cat((rows, expanded), -1), layer.weight, layer.bias)
-    torch.testing.assert_close(source((value,), c).gradients[0], expected.movedim(-1, spec.feature_dim))
+    torch.testing.assert_close(
+        source((value,), c).gradients[0], expected.movedim(-1, spec.feature_dim)
+    )
 
 
 @pytest.mark.parametrize("kind", MAPS)
@@ -304,15 +341,19 @@ def test_contexts_that_do_not_fit() -> None:
     with pytest.raises(DecouplingError, match="targets of shapes"):
         source.fit(source((value,), torch.zeros(4, 3)), (torch.zeros(2, 6),))
     # A source made without a context ignores every one.
-    assert make_source("linear", [spec_of("vector")])((value,), torch.zeros(9, 9)).gradients[0].shape == (4, 6)
+    assert make_source("linear", [spec_of("vector")])((value,), torch.zeros(9, 9)).gradients[
+        0
+    ].shape == (4, 6)
 
 
-# --------------------------------------------------------------------------------------------------- controls
+# --------------------------------------------------------------------------------------------------
 
 
 def test_zero_and_exact() -> None:
     value = torch.ones(4, 6)
-    assert torch.equal(make_source("zero", [spec_of("vector")])((value,)).gradients[0], torch.zeros(4, 6))
+    assert torch.equal(
+        make_source("zero", [spec_of("vector")])((value,)).gradients[0], torch.zeros(4, 6)
+    )
     exact = make_source("exact", [spec_of("vector")])
     assert exact.exact
     with pytest.raises(DecouplingError, match=r"Trainer\.step"):
@@ -345,7 +386,7 @@ def test_stale_is_the_last_message() -> None:
     assert torch.equal(longer, torch.cat((kept, torch.zeros(2, 6))).double())
 
 
-# ----------------------------------------------------------------------------------------------------- making
+# --------------------------------------------------------------------------------------------------
 
 
 def test_names_are_checked_and_close_ones_suggested() -> None:
@@ -371,7 +412,8 @@ def test_auto() -> None:
     names = {kind: (auto_name(spec_of(kind), labels), auto_name(spec_of(kind))) for kind in KINDS}
     expected = dict.fromkeys(KINDS, ("linear", "mlp")) | dict.fromkeys(MAPS, ("conv", "conv"))
     assert names == expected | {"scalar": ("mlp", "mlp")}
-    # A position table has no batch to line labels up with: auto leaves them out, a name is taken at its word.
+    # A position table has no batch to line labels up with: auto leaves them out, a name is taken at
+    # its word.
     table = TensorSpec((1, 5, 6), torch.float32)
     prediction = make_source("auto", [table], labels)((torch.zeros(1, 5, 6),), torch.zeros(4, 3))
     assert prediction.gradients[0].shape == (1, 5, 6)
@@ -411,19 +453,28 @@ def test_global_random_state_stays(name: str) -> None:
     state = torch.get_rng_state()
     source = make_source(name, [spec_of("map2d")], TensorSpec((4, 3), torch.float32))
     value = torch.ones(4, 6, 5, 3)
-    parts = {"gradient": value, "loss": torch.ones(4), "logits": torch.ones(4, 3), "error": torch.ones(4, 3)}
+    parts = {
+        "gradient": value,
+        "loss": torch.ones(4),
+        "logits": torch.ones(4, 3),
+        "error": torch.ones(4, 3),
+    }
     if not source.exact:
         message = tuple(parts[kind] for kind in message_kinds(source))
         source.fit(source((value,), one_hot(3)(LABELS)), message)
     assert torch.equal(torch.get_rng_state(), state)
     again = make_source(name, [spec_of("map2d")], TensorSpec((4, 3), torch.float32))
-    assert all(torch.equal(a, b) for a, b in zip(source.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(source.parameters(), again.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("with_context", [False, True])
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_flops_formula(name: str, kind: str, with_context: bool) -> None:
-    source = make_source(name, [spec_of(kind)], TensorSpec((4, 3), torch.float32) if with_context else None)
+    source = make_source(
+        name, [spec_of(kind)], TensorSpec((4, 3), torch.float32) if with_context else None
+    )
     with FlopCounterMode(display=False) as counter:
         source((torch.zeros(spec_of(kind).shape),), one_hot(3)(LABELS))
     assert source.flops() == counter.get_total_flops() > 0
@@ -431,8 +482,14 @@ def test_flops_formula(name: str, kind: str, with_context: bool) -> None:
 
 
 def test_state_resumes_bit_for_bit() -> None:
-    values, labels, targets = (torch.ones(4, 6),), one_hot(3)(LABELS), (random_tensor(4, 6, dtype=torch.float32),)
-    source, other = (make_source("mlp", [spec_of("vector")], TensorSpec((4, 3), torch.float32)) for _ in range(2))
+    values, labels, targets = (
+        (torch.ones(4, 6),),
+        one_hot(3)(LABELS),
+        (random_tensor(4, 6, dtype=torch.float32),),
+    )
+    source, other = (
+        make_source("mlp", [spec_of("vector")], TensorSpec((4, 3), torch.float32)) for _ in range(2)
+    )
     train(source, values, labels, targets)
     other.load_state_dict(source.state_dict())
     assert train(source, values, labels, targets) == train(other, values, labels, targets)

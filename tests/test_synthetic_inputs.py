@@ -1,4 +1,6 @@
-"""Synthetic inputs: the regression, how inputs of every kind are lined up with values of every kind, making them."""
+"""Synthetic inputs: the regression, how inputs of every kind are lined up with values of every
+kind, making them.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from dni_fx.errors import DecouplingError
 from dni_fx.plan import TensorSpec
+from dni_fx.sources.align_inputs import Lineup
 from dni_fx.sources.inputs import (
     INPUTS,
     ConvInput,
@@ -24,7 +27,6 @@ from dni_fx.sources.inputs import (
     MLPInput,
     make_input,
 )
-from dni_fx.sources.lineup import Lineup
 
 VALUES = {
     "vector": ((4, 6), -1),
@@ -35,7 +37,8 @@ VALUES = {
     "map2d": ((4, 6, 4, 3), 1),
     "map3d": ((4, 6, 2, 2, 2), 1),
 }
-# Shape, feature dimension as a traced model's spec has it, dtype, dimensions that may change besides the batch.
+# Shape, feature dimension as a traced model's spec has it, dtype, dimensions that may change
+# besides the batch.
 FLOAT, IDS = torch.float32, torch.int64
 MODEL_INPUTS = {
     "vector": ((4, 3), -1, FLOAT, ()),
@@ -80,9 +83,15 @@ DOUBLED = {
     ("map3d", "volume"): (2, 2, 2),
 }
 PAIRS = [(value, given) for value in VALUES for given in MODEL_INPUTS]
-# Where a dimension of features would be doubled: without it (a signal lies in the last dimension, for a vector unseen).
-FIXED = [("vector", "signal"), ("one feature", "signal"), ("channels last", "signal"), ("map2d", "signal"),
-         ("map3d", "signal")]
+# Where a dimension of features would be doubled: without it (a signal lies in the last dimension,
+# for a vector unseen).
+FIXED = [
+    ("vector", "signal"),
+    ("one feature", "signal"),
+    ("channels last", "signal"),
+    ("map2d", "signal"),
+    ("map3d", "signal"),
+]
 
 
 def value_spec(kind: str, dtype: torch.dtype = FLOAT) -> TensorSpec:
@@ -106,7 +115,9 @@ def specs_of(*tensors: Tensor) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(tuple(x.shape), x.dtype, 1 if x.dim() > 3 else -1) for x in tensors)
 
 
-def train(source: InputSource, inputs, real: Tensor, steps: int = 10, rate: float = 0.01) -> list[float]:
+def train(
+    source: InputSource, inputs, real: Tensor, steps: int = 10, rate: float = 0.01
+) -> list[float]:
     optimizer = torch.optim.Adam(source.parameters(), rate)
     losses = []
     for _ in range(steps):
@@ -121,7 +132,11 @@ def train(source: InputSource, inputs, real: Tensor, steps: int = 10, rate: floa
 def solve(source: InputSource, inputs, real: Tensor) -> float:
     """The loss that a second-order method gets to."""
     optimizer = torch.optim.LBFGS(
-        source.parameters(), max_iter=1000, tolerance_grad=1e-14, tolerance_change=0, line_search_fn="strong_wolfe"
+        source.parameters(),
+        max_iter=1000,
+        tolerance_grad=1e-14,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
     )
 
     def closure() -> Tensor:
@@ -134,7 +149,7 @@ def solve(source: InputSource, inputs, real: Tensor) -> float:
     return source.fit(source.predict(inputs), real).item()
 
 
-# ---------------------------------------------------------------------------------------------- shapes of every kind
+# ---------------------------------------------------------------------------------------------- sha
 
 
 @pytest.mark.parametrize("name", ["auto", "linear", "mlp"])
@@ -179,7 +194,9 @@ def test_convolutions_over_maps_from_every_input(value: str, given: str) -> None
 def test_all_inputs_at_once(value: str) -> None:
     spec = value_spec(value)
     source = make_input("auto", spec, tuple(map(input_spec, MODEL_INPUTS)))
-    inputs = tuple(draw(shape, dtype, seed=i) for i, (shape, _, dtype, _) in enumerate(MODEL_INPUTS.values()))
+    inputs = tuple(
+        draw(shape, dtype, seed=i) for i, (shape, _, dtype, _) in enumerate(MODEL_INPUTS.values())
+    )
     first = source(inputs).value
     assert first.shape == spec.shape
     for i, x in enumerate(inputs):  # each of them matters
@@ -191,9 +208,19 @@ def test_all_inputs_at_once(value: str) -> None:
     ("given", "value", "now", "expected"),
     [
         ((2, 3, 32, 32), (2, 8, 8, 8), (5, 3, 64, 48), (5, 8, 16, 12)),
-        ((2, 3, 32, 32), (2, 8, 16, 16), (2, 3, 33, 31), (2, 8, 17, 16)),  # as stride 2 with padding
+        (
+            (2, 3, 32, 32),
+            (2, 8, 16, 16),
+            (2, 3, 33, 31),
+            (2, 8, 17, 16),
+        ),  # as stride 2 with padding
         ((2, 3, 224, 224), (2, 8, 7, 7), (2, 3, 224, 224), (2, 8, 7, 7)),
-        ((2, 3, 223, 221), (2, 8, 7, 7), (2, 3, 223, 221), (2, 8, 7, 7)),  # exact in the example whatever the ratio
+        (
+            (2, 3, 223, 221),
+            (2, 8, 7, 7),
+            (2, 3, 223, 221),
+            (2, 8, 7, 7),
+        ),  # exact in the example whatever the ratio
         ((2, 3, 8, 8), (2, 8, 4, 4), (2, 3, 1, 1), (2, 8, 1, 1)),
         ((2, 3, 4, 4), (2, 8, 16, 16), (2, 3, 6, 5), (2, 8, 24, 20)),
     ],
@@ -209,7 +236,7 @@ def test_a_decoder_takes_its_own_length() -> None:
     assert source((draw((2, 11), IDS), draw((2, 4), IDS))).value.shape == (2, 4, 8)
 
 
-# -------------------------------------------------------------------------------------------------- what is lined up
+# --------------------------------------------------------------------------------------------------
 
 
 def lined_up(value: TensorSpec, *inputs: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -228,7 +255,9 @@ def test_large_images_are_pooled_before_they_are_flattened() -> None:
     local, _ = lined_up(TensorSpec((2, 6), torch.float64), x)
     assert torch.equal(local, F.adaptive_avg_pool2d(x, (36, 36)).flatten(1))
     assert 3 * 36 * 36 <= 4096 < 3 * 37 * 37
-    source = make_input("mlp", TensorSpec((2, 2048), FLOAT), (TensorSpec((2, 3, 224, 224), FLOAT, 1),))
+    source = make_input(
+        "mlp", TensorSpec((2, 2048), FLOAT), (TensorSpec((2, 3, 224, 224), FLOAT, 1),)
+    )
     assert sum(p.numel() for p in source.parameters()) < 2e7
 
 
@@ -249,7 +278,12 @@ def test_sequences_get_patches_of_images() -> None:
 
 
 def test_positions_in_time_keep_their_coordinate_when_sequences_get_longer() -> None:
-    lineup = Lineup(TensorSpec((2, 5, 8), torch.float64), (TensorSpec((2, 5, 3), torch.float64),), 8, torch.float64)
+    lineup = Lineup(
+        TensorSpec((2, 5, 8), torch.float64),
+        (TensorSpec((2, 5, 3), torch.float64),),
+        8,
+        torch.float64,
+    )
     short, long = (lineup((draw((2, n, 3)),), torch.float64)[0][0, 0] for n in (5, 9))
     assert torch.equal(short, long[:5])
 
@@ -280,12 +314,16 @@ def test_which_dimensions_are_positions(value, value_dim, given, given_dim, posi
 
 
 def test_vectors_beside_maps_are_no_signals() -> None:
-    lineup = Lineup(TensorSpec((2, 8, 4), FLOAT, 1), specs_of(draw((2, 3, 8)), draw((2, 9))), 8, FLOAT)
+    lineup = Lineup(
+        TensorSpec((2, 8, 4), FLOAT, 1), specs_of(draw((2, 3, 8)), draw((2, 9))), 8, FLOAT
+    )
     assert [route.kept for route in lineup.routes] == [True, False]
 
 
 def test_masks_change_their_length_with_the_tokens() -> None:
-    source = make_input("auto", TensorSpec((2, 6), FLOAT), (TensorSpec((2, 5), IDS), TensorSpec((2, 5), torch.bool)))
+    source = make_input(
+        "auto", TensorSpec((2, 6), FLOAT), (TensorSpec((2, 5), IDS), TensorSpec((2, 5), torch.bool))
+    )
     assert source((draw((3, 9), IDS), draw((3, 9), torch.bool))).value.shape == (3, 6)
 
 
@@ -302,17 +340,21 @@ def test_inputs_without_the_batch_are_left_out() -> None:
     assert torch.equal(source((mask + 1, x, scalar - 3)).value, value)
     assert not torch.equal(source((mask, x + 1, scalar)).value, value)
     assert source((mask, draw((2, 5, 6)), scalar)).value.shape == (2, 5, 6)
-    with_complex = make_input("linear", TensorSpec((4, 6), FLOAT), specs_of(x.to(torch.complex64), x))
+    with_complex = make_input(
+        "linear", TensorSpec((4, 6), FLOAT), specs_of(x.to(torch.complex64), x)
+    )
     assert with_complex((x.to(torch.complex64), x)).value.shape == (4, 6)
 
 
-# ---------------------------------------------------------------------------------------------------------------- ids
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", VALUES)
 def test_ids_are_embedded(value: str) -> None:
     # Batch normalisation would let one sample's ids change all predictions.
-    source = make_input(partial(MLPInput, norm="none"), value_spec(value), (TensorSpec((4, 5), IDS),))
+    source = make_input(
+        partial(MLPInput, norm="none"), value_spec(value), (TensorSpec((4, 5), IDS),)
+    )
     x = torch.zeros(4, 5, dtype=IDS)
     other = x.clone()
     other[1] = 3
@@ -343,7 +385,7 @@ def test_order_matters_to_sequences_and_not_to_vectors() -> None:
     assert not torch.allclose(sequence((x,)).value, sequence((x.flip(1),)).value)
 
 
-# --------------------------------------------------------------------------------------------------------- regression
+# --------------------------------------------------------------------------------------------------
 
 
 def linear_case(kind: str) -> tuple[tuple[Tensor, ...], Tensor, int]:
@@ -368,7 +410,9 @@ def test_linear_reaches_zero_error_on_a_linear_value(kind: str) -> None:
     spec = TensorSpec(tuple(value.shape), value.dtype, feature_dim)
     option = partial(LinearInput, buckets=16) if kind == "tokens" else "linear"
     assert solve(make_input(option, spec, specs_of(*inputs)), inputs, value) < 1e-12
-    beyond = solve(make_input(option, spec, specs_of(*inputs)), inputs, value + draw(value.shape, seed=9))
+    beyond = solve(
+        make_input(option, spec, specs_of(*inputs)), inputs, value + draw(value.shape, seed=9)
+    )
     assert beyond > 1e-3  # what is not a function of the inputs cannot be predicted
 
 
@@ -376,7 +420,10 @@ def test_a_hidden_layer_predicts_what_linear_cannot() -> None:
     x = draw((64, 2))
     value = (x[:, :1] * x[:, 1:]).expand(-1, 3)
     spec = TensorSpec((64, 3), torch.float64)
-    linear, mlp = (train(make_input(name, spec, specs_of(x)), (x,), value, 400)[-1] for name in ("linear", "mlp"))
+    linear, mlp = (
+        train(make_input(name, spec, specs_of(x)), (x,), value, 400)[-1]
+        for name in ("linear", "mlp")
+    )
     assert mlp < 0.1 < 0.5 < linear
 
 
@@ -384,7 +431,9 @@ def test_convolutions_see_neighbours_and_the_rest_does_not() -> None:
     x = draw((16, 1, 8, 8))
     value = F.conv2d(x, draw((2, 1, 3, 3), seed=1), padding=1)
     spec = TensorSpec((16, 2, 8, 8), torch.float64, 1)
-    linear, conv = (train(make_input(name, spec, specs_of(x)), (x,), value, 300)[-1] for name in ("mlp", "conv"))
+    linear, conv = (
+        train(make_input(name, spec, specs_of(x)), (x,), value, 300)[-1] for name in ("mlp", "conv")
+    )
     assert conv < 0.1 < 0.5 < linear
 
 
@@ -444,7 +493,9 @@ def test_predictions_have_the_dtype_of_the_value(dtype: torch.dtype) -> None:
     x, real = draw((4, 3), dtype), draw((4, 6), dtype, seed=1)
     source = make_input("mlp", TensorSpec((4, 6), dtype), specs_of(x))
     assert source((x,)).value.dtype == dtype
-    assert {p.dtype for p in source.parameters()} == {torch.float64 if dtype == torch.float64 else torch.float32}
+    assert {p.dtype for p in source.parameters()} == {
+        torch.float64 if dtype == torch.float64 else torch.float32
+    }
     losses = train(source, (x,), real)
     assert losses[-1] < losses[0]
     assert source.double()((x.double(),)).value.dtype == torch.float64  # along with the model
@@ -462,11 +513,15 @@ def test_autocast() -> None:
 
 
 @pytest.mark.parametrize("norm", ["batch", "none"])
-@pytest.mark.parametrize(("value", "over"), [("vector", (0,)), ("sequence", (0, 1)), ("map2d", (0, 2, 3))])
+@pytest.mark.parametrize(
+    ("value", "over"), [("vector", (0,)), ("sequence", (0, 1)), ("map2d", (0, 2, 3))]
+)
 def test_hidden_layers_are_normalized(value: str, over: tuple[int, ...], norm: str) -> None:
     maps = value == "map2d"
     x = draw((4, 3, 4, 3) if maps else (4, *VALUES[value][0][1:-1], 3))
-    source = make_input(partial(InputRegression, norm=norm), value_spec(value, torch.float64), specs_of(x))
+    source = make_input(
+        partial(InputRegression, norm=norm), value_spec(value, torch.float64), specs_of(x)
+    )
     first, second = source.layers
     seen: list[Tensor] = []
     second.register_forward_hook(lambda module, args, output: seen.append(args[0]))
@@ -475,7 +530,9 @@ def test_hidden_layers_are_normalized(value: str, over: tuple[int, ...], norm: s
     source((x,))
     h = before[0]
     if norm == "batch":
-        h = (h - h.mean(over, keepdim=True)) / (h.var(over, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        h = (h - h.mean(over, keepdim=True)) / (
+            h.var(over, unbiased=False, keepdim=True) + 1e-5
+        ).sqrt()
     torch.testing.assert_close(seen[0], h.relu())
     assert len(list(source.norms.parameters())) == (2 if norm == "batch" else 0)
 
@@ -491,7 +548,9 @@ def test_no_random_number_is_drawn() -> None:
     first = make_input("auto", spec, specs_of(x)).state_dict()
     torch.manual_seed(1)
     second = make_input("auto", spec, specs_of(x)).state_dict()
-    assert not torch.equal(first["layers.0.weight"], second["layers.0.weight"])  # weights follow the seed
+    assert not torch.equal(
+        first["layers.0.weight"], second["layers.0.weight"]
+    )  # weights follow the seed
 
 
 def test_a_state_dict_is_the_whole_state() -> None:
@@ -502,8 +561,15 @@ def test_a_state_dict_is_the_whole_state() -> None:
     other.load_state_dict(source.state_dict())
     assert torch.equal(source((x,)).value, other((x,)).value)
     assert set(source.state_dict()) == {
-        "scale", "count", "lineup.embeddings.0.weight", "layers.0.weight", "layers.0.bias", "layers.1.weight",
-        "layers.1.bias", "norms.0.weight", "norms.0.bias",
+        "scale",
+        "count",
+        "lineup.embeddings.0.weight",
+        "layers.0.weight",
+        "layers.0.bias",
+        "layers.1.weight",
+        "layers.1.bias",
+        "norms.0.weight",
+        "norms.0.bias",
     }
 
 
@@ -515,7 +581,7 @@ def test_flops_are_counted_for_the_example() -> None:
     assert {p.device.type for p in maps.parameters()} == {"cpu"}
 
 
-# ------------------------------------------------------------------------------------------------------ making, errors
+# --------------------------------------------------------------------------------------------------
 
 
 def test_auto_takes_convolutions_for_maps_that_an_input_lines_up_with() -> None:
@@ -523,7 +589,13 @@ def test_auto_takes_convolutions_for_maps_that_an_input_lines_up_with() -> None:
         return make_input("auto", value_spec(value), (input_spec(given),)).kernel
 
     assert [kernel("map2d", "image"), kernel("map1d", "tokens")] == [3, 3]
-    others = [("map2d", "vector"), ("map1d", "image"), ("sequence", "image"), ("vector", "image"), ("vector", "class")]
+    others = [
+        ("map2d", "vector"),
+        ("map1d", "image"),
+        ("sequence", "image"),
+        ("vector", "image"),
+        ("vector", "class"),
+    ]
     assert [kernel(*pair) for pair in others] == [0] * 5
 
 
@@ -546,7 +618,9 @@ def test_sources_of_ones_own() -> None:
     assert source.flops() == 0
     wide = make_input(partial(MLPInput, hidden=2, width=10), spec, specs_of(x))
     assert [layer.weight.shape for layer in wide.layers] == [(10, 3), (10, 10), (6, 10)]
-    assert isinstance(make_input(lambda spec, inputs: LinearInput(spec, inputs), spec, specs_of(x)), LinearInput)
+    assert isinstance(
+        make_input(lambda spec, inputs: LinearInput(spec, inputs), spec, specs_of(x)), LinearInput
+    )
     assert set(INPUTS) == {"auto", "linear", "mlp", "conv"}
 
     with pytest.raises(NotImplementedError, match="must implement predict"):
@@ -561,23 +635,58 @@ SPEC, GIVEN = TensorSpec((4, 6), FLOAT), (TensorSpec((4, 3), FLOAT),)
 @pytest.mark.parametrize(
     ("option", "spec", "inputs", "message"),
     [
-        ("liner", SPEC, GIVEN, "unknown synthetic input 'liner'; did you mean 'linear'.*Known: 'auto', 'linear'"),
+        (
+            "liner",
+            SPEC,
+            GIVEN,
+            "unknown synthetic input 'liner'; did you mean 'linear'.*Known: 'auto', 'linear'",
+        ),
         (3, SPEC, GIVEN, "a name or a callable .*, but got 3"),
         (lambda spec: None, SPEC, GIVEN, r"must take \(spec, inputs\): too many"),
-        (lambda spec, inputs: nn.Identity(), SPEC, GIVEN, "returned Identity, expected an InputSource"),
-        (InputRegression(SPEC, GIVEN), SPEC, GIVEN, "got a InputRegression object.*each interface makes its own"),
+        (
+            lambda spec, inputs: nn.Identity(),
+            SPEC,
+            GIVEN,
+            "returned Identity, expected an InputSource",
+        ),
+        (
+            InputRegression(SPEC, GIVEN),
+            SPEC,
+            GIVEN,
+            "got a InputRegression object.*each interface makes its own",
+        ),
         ("conv", SPEC, GIVEN, "'conv' needs maps .* shape .4, 6. .* Use 'linear' or 'mlp'"),
         (partial(ConvInput, kernel=4), value_spec("map2d"), GIVEN, "odd kernel.*kernel=4"),
         (partial(LinearInput, buckets=0), SPEC, GIVEN, "at least 1 bucket.*buckets=0"),
         (partial(MLPInput, hidden=-1), SPEC, GIVEN, "hidden=-1"),
         (partial(MLPInput, width=0), SPEC, GIVEN, "width=0"),
         (partial(MLPInput, norm="layer"), SPEC, GIVEN, "unknown norm 'layer'"),
-        ("auto", TensorSpec((12, 6), FLOAT), GIVEN, r"shape \(12, 6\): its first dimension.*shapes \(4, 3\)"),
-        ("auto", TensorSpec((12, 6), FLOAT), GIVEN, "batch and time are merged.*leave this interface out of inputs"),
+        (
+            "auto",
+            TensorSpec((12, 6), FLOAT),
+            GIVEN,
+            r"shape \(12, 6\): its first dimension.*shapes \(4, 3\)",
+        ),
+        (
+            "auto",
+            TensorSpec((12, 6), FLOAT),
+            GIVEN,
+            "batch and time are merged.*leave this interface out of inputs",
+        ),
         ("auto", TensorSpec((), FLOAT), GIVEN, r"shape \(\)"),
         ("auto", SPEC, (), "shapes none"),
-        ("auto", SPEC, (TensorSpec((), FLOAT), TensorSpec((4, 2), torch.complex64)), r"shapes \(\), \(4, 2\)"),
-        ("auto", TensorSpec((4, 6, 1, 2, 3, 4), FLOAT, 1), GIVEN, "more than 3 dimensions of time or space"),
+        (
+            "auto",
+            SPEC,
+            (TensorSpec((), FLOAT), TensorSpec((4, 2), torch.complex64)),
+            r"shapes \(\), \(4, 2\)",
+        ),
+        (
+            "auto",
+            TensorSpec((4, 6, 1, 2, 3, 4), FLOAT, 1),
+            GIVEN,
+            "more than 3 dimensions of time or space",
+        ),
     ],
 )
 def test_errors_when_made(option, spec: TensorSpec, inputs, message: str) -> None:
@@ -616,11 +725,15 @@ def test_errors_of_sizes() -> None:
 
     source = make_input("auto", TensorSpec((4, 17, 6), FLOAT), specs_of(draw((4, 16, 3))))
     prediction = source((draw((4, 32, 3), FLOAT),))
-    with pytest.raises(DecouplingError, match=r"shape \(4, 34, 6\) for a real value of shape \(4, 33, 6\)"):
+    with pytest.raises(
+        DecouplingError, match=r"shape \(4, 34, 6\) for a real value of shape \(4, 33, 6\)"
+    ):
         source.fit(prediction, draw((4, 33, 6), FLOAT))
 
     many = draw((2, 1, 3, 3, 3, 3), FLOAT)
     source = make_input("auto", TensorSpec((2, 6), FLOAT), specs_of(many))
     assert source((many,)).value.shape == (2, 6)
-    with pytest.raises(DecouplingError, match=r"sizes \(3, 3, 3, 4\): made for \(3, 3, 3, 3\) only"):
+    with pytest.raises(
+        DecouplingError, match=r"sizes \(3, 3, 3, 4\): made for \(3, 3, 3, 3\) only"
+    ):
         source((draw((2, 1, 3, 3, 3, 4), FLOAT),))

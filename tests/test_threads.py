@@ -1,4 +1,6 @@
-"""Stages on threads: against the sequential trainer and backprop, bounds, failures; one source for each consumer."""
+"""Stages on threads: against the sequential trainer and backprop, bounds, failures; one source for
+each consumer.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 import dni_fx
 from dni_fx import CutPlan
 from dni_fx.errors import DecouplingError, NonFiniteError
-from dni_fx.mail import ParallelError
+from dni_fx.parallel.mailbox import ParallelError
 from dni_fx.recurrent import decouple_through_time
 from dni_fx.schedules import Calibration, RandomUpdates, Schedule, Threads, WarmUp
 from dni_fx.sources import SOURCES, Delayed, Each, Linear
@@ -34,7 +36,11 @@ from .models import BY_NAME, seed_generator
 
 CUTS = ["a", "b", "c"]
 SECONDS = 20  # a test that takes longer is taken for a deadlock
-AT_ONCE = [n for n in SOURCES if n not in ("conv", "exact", "mix") and (n == "feedback" or SOURCES[n].lag is None)]
+AT_ONCE = [
+    n
+    for n in SOURCES
+    if n not in ("conv", "exact", "mix") and (n == "feedback" or SOURCES[n].lag is None)
+]
 AT_ONCE = [n for n in AT_ONCE if n not in ("delayed", "corrected")]
 
 
@@ -98,7 +104,9 @@ def stage_threads() -> list[str]:
 
 def batch(step: int, size: int = 8) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(100 + step)
-    return torch.randn(size, 12, generator=generator), torch.randint(5, (size,), generator=generator)
+    return torch.randn(size, 12, generator=generator), torch.randint(
+        5, (size,), generator=generator
+    )
 
 
 def adam(parameters: Any) -> torch.optim.Optimizer:
@@ -122,7 +130,9 @@ def trainer_of(
     return trainer
 
 
-def train(trainer: dni_fx.Trainer, steps: int, first: int = 0, pause: float = 0.0) -> dni_fx.Trainer:
+def train(
+    trainer: dni_fx.Trainer, steps: int, first: int = 0, pause: float = 0.0
+) -> dni_fx.Trainer:
     for step in range(first, first + steps):
         x, y = batch(step, 5 if step % 3 == 2 else 8)
         trainer.step(x, target=y)
@@ -135,12 +145,18 @@ def train(trainer: dni_fx.Trainer, steps: int, first: int = 0, pause: float = 0.
 def record(trainer: dni_fx.Trainer) -> dict[str, Any]:
     """Weights, buffers, sources and the states of all optimisers."""
     state = trainer.state_dict()
-    return copy.deepcopy({n: state[n] for n in ("decoupled", "optimizers", "synthesizer_optimizers", "steps")})
+    return copy.deepcopy(
+        {n: state[n] for n in ("decoupled", "optimizers", "synthesizer_optimizers", "steps")}
+    )
 
 
 def largest_difference(a: Any, b: Any) -> float:
     left, right = (dict(oracles.named_leaves(x)) for x in (a, b))
-    pairs = [(v, right[n]) for n, v in left.items() if isinstance(v, Tensor) and v.is_floating_point() and v.numel()]
+    pairs = [
+        (v, right[n])
+        for n, v in left.items()
+        if isinstance(v, Tensor) and v.is_floating_point() and v.numel()
+    ]
     return max(float((a - b).abs().max()) for a, b in pairs)
 
 
@@ -163,14 +179,18 @@ def counts(trainer: dni_fx.Trainer) -> list[int]:
     return [w.updates for w in trainer._crew.workers.values()]
 
 
-# ------------------------------------------------------------------------------------ against the sequential trainer
+# ------------------------------------------------------------------------------------ against the s
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("gradients", [*AT_ONCE, "joint:linear", "joint:critic", "each:linear", "each:mlp"])
+@pytest.mark.parametrize(
+    "gradients", [*AT_ONCE, "joint:linear", "joint:critic", "each:linear", "each:mlp"]
+)
 def test_no_staleness_equals_the_sequential_trainer(gradients: str, model: str) -> None:
     schedules = ("sequential", Threads(staleness=0))
-    sequential, threads = (train(trainer_of(s, gradients, built(MODELS[model])), 8) for s in schedules)
+    sequential, threads = (
+        train(trainer_of(s, gradients, built(MODELS[model])), 8) for s in schedules
+    )
     oracles.assert_bits_equal(record(threads), record(sequential), f"{gradients} on threads")
 
 
@@ -182,13 +202,21 @@ def test_staleness_can_be_seen() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"accumulate": 2}, {"clip_norm": 0.1}, {"inputs": "mlp"}, {"inputs": "mlp", "accumulate": 2, "clip_norm": 0.1}],
+    [
+        {"accumulate": 2},
+        {"clip_norm": 0.1},
+        {"inputs": "mlp"},
+        {"inputs": "mlp", "accumulate": 2, "clip_norm": 0.1},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("gradients", ["linear", "critic", "feedback", "each:linear"])
-def test_options_are_those_of_the_sequential_trainer(gradients: str, options: dict[str, Any]) -> None:
+def test_options_are_those_of_the_sequential_trainer(
+    gradients: str, options: dict[str, Any]
+) -> None:
     sequential, threads = (
-        train(trainer_of(schedule, gradients, **options), 8) for schedule in ("sequential", Threads(staleness=0))
+        train(trainer_of(schedule, gradients, **options), 8)
+        for schedule in ("sequential", Threads(staleness=0))
     )
     oracles.assert_bits_equal(record(threads), record(sequential), f"{gradients}, {options}")
 
@@ -203,7 +231,8 @@ SCHEDULES = [
 @pytest.mark.parametrize("gradients", ["linear", "local", "feedback", "each:linear"])
 def test_schedules_within_threads(gradients: str, then: Schedule) -> None:
     sequential, threads = (
-        train(trainer_of(schedule, gradients), 9) for schedule in (then, Threads(staleness=0, then=then))
+        train(trainer_of(schedule, gradients), 9)
+        for schedule in (then, Threads(staleness=0, then=then))
     )
     oracles.assert_bits_equal(record(threads), record(sequential), f"{gradients}, {then}")
 
@@ -213,7 +242,8 @@ def test_schedules_within_threads(gradients: str, then: Schedule) -> None:
 def test_exact_steps_between_steps_on_synthetic_inputs(gradients: str, then: Schedule) -> None:
     """Values that are predicted in one step and waited for in the next come through the same box."""
     sequential, threads = (
-        train(trainer_of(schedule, gradients, inputs="mlp"), 9) for schedule in (then, Threads(staleness=0, then=then))
+        train(trainer_of(schedule, gradients, inputs="mlp"), 9)
+        for schedule in (then, Threads(staleness=0, then=then))
     )
     oracles.assert_bits_equal(record(threads), record(sequential), f"{gradients}, {then}")
 
@@ -221,23 +251,30 @@ def test_exact_steps_between_steps_on_synthetic_inputs(gradients: str, then: Sch
 def test_stages_left_out_keep_what_was_accumulated() -> None:
     then = RandomUpdates(0.5, seed=1)
     sequential, threads = (
-        train(trainer_of(schedule, "exact", accumulate=2), 8) for schedule in (then, Threads(staleness=0, then=then))
+        train(trainer_of(schedule, "exact", accumulate=2), 8)
+        for schedule in (then, Threads(staleness=0, then=then))
     )
-    oracles.assert_bits_equal(record(threads), record(sequential), "exact gradients of some stages, accumulated")
+    oracles.assert_bits_equal(
+        record(threads), record(sequential), "exact gradients of some stages, accumulated"
+    )
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_mixed_gradients_are_equal_but_for_rounding(model: str) -> None:
-    """A value's later consumers answer apart from each other here; their gradients are added in another order."""
+    """A value's later consumers answer apart from each other here; their gradients are added in
+    another order.
+    """
     sequential, threads = (
-        train(trainer_of(schedule, "mix", built(MODELS[model])), 8) for schedule in ("sequential", Threads(staleness=0))
+        train(trainer_of(schedule, "mix", built(MODELS[model])), 8)
+        for schedule in ("sequential", Threads(staleness=0))
     )
     assert largest_difference(record(threads), record(sequential)) < 1e-5
 
 
 @pytest.mark.parametrize("gradients", ["delayed", "corrected"])
 def test_late_sources_learn_as_soon_as_the_answer_is_there(gradients: str) -> None:
-    """A lag counts steps of the sequential trainer; on threads the answer's own delay takes its place.
+    """A lag counts steps of the sequential trainer; on threads the answer's own delay takes its
+    place.
 
     With no staleness no answer is late at all: the gradients are backprop's.
     """
@@ -250,7 +287,10 @@ def test_late_sources_learn_as_soon_as_the_answer_is_there(gradients: str) -> No
 
 
 def test_reports_come_from_the_last_stage() -> None:
-    trainer, sequential = trainer_of(Threads(staleness=0), metrics_every=2), trainer_of("sequential", metrics_every=2)
+    trainer, sequential = (
+        trainer_of(Threads(staleness=0), metrics_every=2),
+        trainer_of("sequential", metrics_every=2),
+    )
     x, y = batch(0)
     assert math.isnan(trainer_of(Threads(), model=slow("a", 0.05)).step(x, target=y).loss)
     for step in range(4):
@@ -281,14 +321,18 @@ def test_going_on_after_close_and_resuming_are_the_same_run() -> None:
         closed = train(trainer_of(schedule, accumulate=2), 3)
         state = copy.deepcopy(closed.state_dict())
         closed.close()
-        oracles.assert_bits_equal(record(train(closed, 3, 3)), whole, f"{schedule}: closed and gone on")
+        oracles.assert_bits_equal(
+            record(train(closed, 3, 3)), whole, f"{schedule}: closed and gone on"
+        )
         resumed = trainer_of(schedule, accumulate=2)
         resumed.load_state_dict(state)
         oracles.assert_bits_equal(record(train(resumed, 3, 3)), whole, f"{schedule}: resumed")
 
 
 def test_operators_keep_the_number_of_threads() -> None:
-    """New threads know nothing of ``torch.set_num_threads`` until somebody says so there; nothing is closed here."""
+    """New threads know nothing of ``torch.set_num_threads`` until somebody says so there; nothing
+    is closed here.
+    """
     code = """
         import re, torch, dni_fx, torch.nn as nn, torch.nn.functional as F
         torch.set_num_threads(1)
@@ -313,7 +357,7 @@ def run_script(code: str, **environment: str) -> subprocess.CompletedProcess[str
     )  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------- against backprop
+# --------------------------------------------------------------------------------------------------
 
 TREES = [
     "norm_dropout_chain", "conv_norm_chain", "channels_last", "dense", "unet", "two_towers", "fan_out", "transformer",
@@ -321,7 +365,9 @@ TREES = [
 ]  # fmt: skip
 
 
-def on_threads(name: str, dtype: torch.dtype, schedule: Schedule, steps: int = 3) -> dict[str, Tensor]:
+def on_threads(
+    name: str, dtype: torch.dtype, schedule: Schedule, steps: int = 3
+) -> dict[str, Tensor]:
     case = BY_NAME[name]
     decoupled = oracles.transform(case, dtype, "exact")
     trainer = dni_fx.Trainer(decoupled, case.loss, optimizer=oracles.adam, schedule=schedule)
@@ -338,14 +384,20 @@ def on_threads(name: str, dtype: torch.dtype, schedule: Schedule, steps: int = 3
 def test_exact_gradients_equal_backprop(name: str) -> None:
     for dtype in (torch.float64, torch.bfloat16):
         want = oracles.backprop_run(BY_NAME[name], dtype, oracles.adam)["step 2"]["state"]
-        oracles.assert_bits_equal(on_threads(name, dtype, Threads(queue=1)), want, f"{name}, {dtype}")
+        oracles.assert_bits_equal(
+            on_threads(name, dtype, Threads(queue=1)), want, f"{name}, {dtype}"
+        )
 
 
 def test_exact_gradients_can_be_told_from_others() -> None:
     """The negative control: another learning rate, and the same with a source."""
-    want = oracles.backprop_run(BY_NAME["dense"], torch.float64, oracles.adam, steps=2)["step 1"]["state"]
+    want = oracles.backprop_run(BY_NAME["dense"], torch.float64, oracles.adam, steps=2)["step 1"][
+        "state"
+    ]
     with pytest.raises(AssertionError, match="differ"):
-        oracles.assert_bits_equal(on_threads("dense", torch.float64, Threads(), steps=3), want, "another step")
+        oracles.assert_bits_equal(
+            on_threads("dense", torch.float64, Threads(), steps=3), want, "another step"
+        )
 
 
 @pytest.mark.parametrize("staleness", [None, 0, 2])
@@ -355,13 +407,17 @@ def test_exact_gradients_do_not_depend_on_the_flow(staleness: int | None) -> Non
     oracles.assert_bits_equal(record(threads)["decoupled"], record(exact)["decoupled"], "exact")
 
 
-# ------------------------------------------------------------------------------------------------------------ repeats
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("inputs", [None, "mlp"])
-@pytest.mark.parametrize("gradients", ["linear", "delayed", "corrected", "critic", "feedback", "each:linear"])
+@pytest.mark.parametrize(
+    "gradients", ["linear", "delayed", "corrected", "critic", "feedback", "each:linear"]
+)
 def test_a_fixed_staleness_repeats_bit_for_bit(gradients: str, inputs: str | None) -> None:
-    first, second = (train(trainer_of(Threads(staleness=2), gradients, inputs=inputs), 12) for _ in range(2))
+    first, second = (
+        train(trainer_of(Threads(staleness=2), gradients, inputs=inputs), 12) for _ in range(2)
+    )
     oracles.assert_bits_equal(record(second), record(first), f"{gradients}, inputs={inputs}")
 
 
@@ -372,7 +428,7 @@ def test_a_fixed_staleness_repeats_whoever_is_slow(where: str) -> None:
     oracles.assert_bits_equal(record(second), record(first), f"{where} is slow")
 
 
-# ------------------------------------------------------------------------------------------------------- free running
+# --------------------------------------------------------------------------------------------------
 
 FREE = [n for n in SOURCES if n != "conv"] + ["joint:linear", "each:linear"]
 
@@ -404,7 +460,9 @@ def test_free_running_ends_with_any_schedule(inputs: str | None, then: Schedule)
 def test_dropping_ends(gradients: str, inputs: str | None) -> None:
     """Whatever a slow stage leaves out, nobody waits for it for ever, and nothing stays under way."""
     for where in ("a", "d"):
-        trainer = trainer_of(Threads(queue=2, policy="drop_oldest"), gradients, slow(where, 0.006), inputs)
+        trainer = trainer_of(
+            Threads(queue=2, policy="drop_oldest"), gradients, slow(where, 0.006), inputs
+        )
         train(trainer, 15, pause=0.002)
         train(trainer, 3, 15)
         for worker in trainer._crew.workers.values():  # type: ignore[union-attr]
@@ -443,7 +501,9 @@ def test_the_queue_is_a_bound(queue: int, where: str) -> None:
         while not over.wait(0.0005):
             crew = trainer._crew
             for worker in crew.workers.values() if crew else ():
-                seen.append(max([len(worker.pending), *(len(s) for s in list(worker.under_way.values()))]))
+                seen.append(
+                    max([len(worker.pending), *(len(s) for s in list(worker.under_way.values()))])
+                )
                 seen.append(len(crew.mail.boxes.get(("job", -1, worker.index), ())))
 
     watcher = threading.Thread(target=watch)
@@ -521,17 +581,22 @@ def test_synthetic_inputs_free_a_stage_from_one_before_it() -> None:
 
 def test_late_answers_can_be_discounted() -> None:
     full, less, none = (
-        train(trainer_of(Threads(staleness=s, discount=d)), 10) for s, d in ((2, 1.0), (2, 0.5), (0, 0.5))
+        train(trainer_of(Threads(staleness=s, discount=d)), 10)
+        for s, d in ((2, 1.0), (2, 0.5), (0, 0.5))
     )
     assert largest_difference(record(full), record(less)) > 0
-    oracles.assert_bits_equal(record(none), record(train(trainer_of("sequential"), 10)), "nothing is late")
+    oracles.assert_bits_equal(
+        record(none), record(train(trainer_of("sequential"), 10)), "nothing is late"
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------- failures
+# --------------------------------------------------------------------------------------------------
 
 
 class Failing:
-    """A hook that raises once, at a call after the first training step has begun: tracing calls hooks, too."""
+    """A hook that raises once, at a call after the first training step has begun: tracing calls
+    hooks, too.
+    """
 
     def __init__(self, error: BaseException, at: int) -> None:
         self.error, self.at, self.calls = error, at, 0
@@ -552,12 +617,18 @@ def fails(trainer: dni_fx.Trainer, steps: int = 12, **options: Any) -> BaseExcep
     wrong = [n for n, p in trainer.decoupled.named_parameters() if not bool(p.isfinite().all())]
     assert wrong == []
     train(trainer, 8, 100)
-    wrong = [n for n, t in trainer.decoupled.state_dict().items() if isinstance(t, Tensor) and not t.isfinite().all()]
+    wrong = [
+        n
+        for n, t in trainer.decoupled.state_dict().items()
+        if isinstance(t, Tensor) and not t.isfinite().all()
+    ]
     assert wrong == []
     return caught.value
 
 
-@pytest.mark.parametrize("schedule", [Threads(), Threads(staleness=0), Threads(policy="drop_oldest")], ids=str)
+@pytest.mark.parametrize(
+    "schedule", [Threads(), Threads(staleness=0), Threads(policy="drop_oldest")], ids=str
+)
 @pytest.mark.parametrize(("name", "stage"), [("a", 0), ("b", 1), ("d", 3)])
 def test_a_module_that_fails(name: str, stage: int, schedule: Threads) -> None:
     model = built()
@@ -596,7 +667,9 @@ def test_a_loss_that_fails() -> None:
         fail()
         return F.cross_entropy(output, target)
 
-    assert re.match("stage_3, step 4: ValueError: no more", str(fails(trainer_of(Threads(), loss=loss))))
+    assert re.match(
+        "stage_3, step 4: ValueError: no more", str(fails(trainer_of(Threads(), loss=loss)))
+    )
 
 
 def test_an_optimizer_that_fails() -> None:
@@ -609,11 +682,15 @@ def test_an_optimizer_that_fails() -> None:
 def test_what_is_no_exception_names_its_stage(error: type[BaseException]) -> None:
     model = built()
     model.b.register_forward_pre_hook(Failing(error(), 4))  # type: ignore[union-attr]
-    assert re.match(rf"stage_1, step 4: {error.__name__}", str(fails(trainer_of(Threads(), model=model))))
+    assert re.match(
+        rf"stage_1, step 4: {error.__name__}", str(fails(trainer_of(Threads(), model=model)))
+    )
 
 
 def test_a_loss_that_is_no_scalar() -> None:
-    error = fails_once(trainer_of(Threads(), loss=lambda o, t: F.cross_entropy(o, t, reduction="none")))
+    error = fails_once(
+        trainer_of(Threads(), loss=lambda o, t: F.cross_entropy(o, t, reduction="none"))
+    )
     assert re.match("stage_3, step 1: the loss must return a tensor with one element", str(error))
 
 
@@ -642,10 +719,14 @@ def test_what_is_not_finite_names_its_stage(staleness: int | None, inputs: str |
                 trainer.step(x * math.nan if place == "x" and step == 3 else x, target=y)
             trainer.drain()
 
-        with pytest.raises(NonFiniteError, match=r"^stage_\d, step 4: .* is NaN; this stage was not updated"):
+        with pytest.raises(
+            NonFiniteError, match=r"^stage_\d, step 4: .* is NaN; this stage was not updated"
+        ):
             run()
         for _ in range(2):  # at once, and after what the failure may have left in the sources
-            wrong = [n for n, p in trainer.decoupled.named_parameters() if not bool(p.isfinite().all())]
+            wrong = [
+                n for n, p in trainer.decoupled.named_parameters() if not bool(p.isfinite().all())
+            ]
             assert wrong == []
             train(trainer, 8, 100)
         trainer.close()
@@ -691,7 +772,9 @@ def test_state_is_taken_when_nothing_is_under_way() -> None:
     assert counts(trainer) == [6] * 4
     x, y = batch(0)
     trainer.step(x, target=y)
-    assert set(trainer.true_gradients(x, target=y)) == {i.name for i in trainer.decoupled.interfaces}
+    assert set(trainer.true_gradients(x, target=y)) == {
+        i.name for i in trainer.decoupled.interfaces
+    }
     trainer.step(x, target=y)
     trainer.load_state_dict(state)
     oracles.assert_bits_equal(record(trainer)["decoupled"], state["decoupled"], "loaded")
@@ -699,7 +782,10 @@ def test_state_is_taken_when_nothing_is_under_way() -> None:
 
 
 def test_the_caller_may_write_into_its_batch() -> None:
-    sequential, threads = trainer_of("sequential"), trainer_of(Threads(staleness=0), model=slow("a", 0.002))
+    sequential, threads = (
+        trainer_of("sequential"),
+        trainer_of(Threads(staleness=0), model=slow("a", 0.002)),
+    )
     for trainer in (sequential, threads):
         for step in range(5):
             x, y = batch(step)
@@ -740,7 +826,7 @@ def test_a_model_in_another_mode_is_traced_when_the_threads_rest() -> None:
     oracles.assert_bits_equal(modes(Threads(staleness=0)), modes("sequential"), "modes")
 
 
-# ------------------------------------------------------------------------------------------------------------- errors
+# --------------------------------------------------------------------------------------------------
 
 
 class Tied(Skips):
@@ -812,7 +898,7 @@ def test_windows_are_not_trained_on_threads() -> None:
         decouple_through_time(nn.LSTM(3, 4), 5, **options)
 
 
-# ----------------------------------------------------------------------------------------- one source for each consumer
+# ----------------------------------------------------------------------------------------- one sour
 
 
 def parts_of(trainer: dni_fx.Trainer, interface: str) -> list[Any]:
@@ -867,7 +953,9 @@ def split_by_hand(trainer: dni_fx.Trainer, x: Tensor, y: Tensor) -> tuple[Tensor
     guess = trainer.decoupled.sources["c"]((k.detach(),), dni_fx.one_hot(5)(y)).gradients
     assert guess is not None
     (first,) = torch.autograd.grad(k, middle, guess[0])
-    (last,) = torch.autograd.grad(F.cross_entropy(model.d(torch.cat([k.detach().relu(), skip], 1)), y), skip)
+    (last,) = torch.autograd.grad(
+        F.cross_entropy(model.d(torch.cat([k.detach().relu(), skip], 1)), y), skip
+    )
     for parameter, gradient in zip(model.parameters(), saved, strict=True):
         parameter.grad = gradient
     return first, last
@@ -875,7 +963,9 @@ def split_by_hand(trainer: dni_fx.Trainer, x: Tensor, y: Tensor) -> tuple[Tensor
 
 @pytest.mark.parametrize("schedule", [WarmUp(9), Calibration(every=1)], ids=str)
 @pytest.mark.parametrize("threads", [False, True], ids=["sequential", "threads"])
-def test_in_exact_steps_the_parts_hear_shares_of_the_true_gradient(schedule: Schedule, threads: bool) -> None:
+def test_in_exact_steps_the_parts_hear_shares_of_the_true_gradient(
+    schedule: Schedule, threads: bool
+) -> None:
     trainer = trainer_of(
         Threads(staleness=0, then=schedule) if threads else schedule,
         {"a": partial(Each, source=Listening, parts=2), "c": "linear"}, cuts=["a", "c"],
@@ -894,14 +984,19 @@ def test_in_exact_steps_the_parts_hear_shares_of_the_true_gradient(schedule: Sch
 def test_each_with_one_consumer_is_the_plain_source() -> None:
     def chain() -> nn.Module:
         torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 5))
+        return nn.Sequential(
+            nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 5)
+        )
 
     for schedule in ("sequential", Threads(staleness=0), WarmUp(2), Threads(staleness=2)):
         plain, each = (
-            train(trainer_of(schedule, g, chain(), cuts=["0", "2"]), 8) for g in ("linear", "each:linear")
+            train(trainer_of(schedule, g, chain(), cuts=["0", "2"]), 8)
+            for g in ("linear", "each:linear")
         )
         oracles.assert_bits_equal(
-            oracles.state_of(each.decoupled.model), oracles.state_of(plain.decoupled.model), str(schedule)
+            oracles.state_of(each.decoupled.model),
+            oracles.state_of(plain.decoupled.model),
+            str(schedule),
         )
         for (name, a), (_, b) in zip(
             each.decoupled.synthesizers.state_dict().items(),
@@ -912,7 +1007,10 @@ def test_each_with_one_consumer_is_the_plain_source() -> None:
 
 def test_each_with_several_consumers_differs_from_the_plain_source() -> None:
     plain, each = (train(trainer_of("sequential", g), 8) for g in ("linear", "each:linear"))
-    assert largest_difference(each.decoupled.model.state_dict(), plain.decoupled.model.state_dict()) > 0
+    assert (
+        largest_difference(each.decoupled.model.state_dict(), plain.decoupled.model.state_dict())
+        > 0
+    )
     assert len(parts_of(each, two_consumers(each))) == 2
 
 
@@ -937,7 +1035,9 @@ def test_sources_that_are_not_divided(gradients: str, message: str) -> None:
 def test_a_plan_remembers_divided_sources() -> None:
     first = trainer_of("sequential", "each:linear")
     plan = CutPlan.from_json(first.decoupled.plan.to_json())
-    decoupled = dni_fx.decouple(built(), plan, example_inputs=(batch(0)[0],), context=dni_fx.one_hot(5))
+    decoupled = dni_fx.decouple(
+        built(), plan, example_inputs=(batch(0)[0],), context=dni_fx.one_hot(5)
+    )
     second = dni_fx.Trainer(decoupled, F.cross_entropy, optimizer=adam)
     oracles.assert_bits_equal(record(train(second, 5)), record(train(first, 5)), "from the plan")
 
@@ -945,8 +1045,15 @@ def test_a_plan_remembers_divided_sources() -> None:
 def test_a_late_source_keeps_its_graph_beside_later_updates() -> None:
     """DDG on threads: the graph of then with the weights of then, however late the answer."""
     first, second = (
-        train(trainer_of(Threads(staleness=s), partial(Delayed, recompute=False)), 10) for s in (0, 3)
+        train(trainer_of(Threads(staleness=s), partial(Delayed, recompute=False)), 10)
+        for s in (0, 3)
     )
     exact = train(trainer_of("sequential", "exact"), 10)
-    assert largest_difference(first.decoupled.model.state_dict(), exact.decoupled.model.state_dict()) < 1e-6
-    assert largest_difference(second.decoupled.model.state_dict(), exact.decoupled.model.state_dict()) > 1e-4
+    assert (
+        largest_difference(first.decoupled.model.state_dict(), exact.decoupled.model.state_dict())
+        < 1e-6
+    )
+    assert (
+        largest_difference(second.decoupled.model.state_dict(), exact.decoupled.model.state_dict())
+        > 1e-4
+    )

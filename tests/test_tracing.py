@@ -1,4 +1,6 @@
-"""Tracing, naming and planning: the ladder and its check, pure passes, specs, replication, plans and code as text."""
+"""Tracing, naming and planning: the ladder and its check, pure passes, specs, replication, plans
+and code as text.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,22 @@ from torch import Tensor, fx, nn
 import dni_fx
 from dni_fx import compiler
 from dni_fx.errors import CutError, TracingError
-from dni_fx.passes import cutting, emission, exporting, insertion, splitting, tracing
-from dni_fx.passes.checking import check_stages, guards_hold
-from dni_fx.passes.specs import infer_specs, name_values
+from dni_fx.passes.cut import cutting, emission, insertion, splitting
+from dni_fx.passes.cut.checking import check_stages, guards_hold
+from dni_fx.passes.cut.specs import infer_specs, name_values
+from dni_fx.passes.trace import exporting, tracing
 from dni_fx.plan import CutPlan
 
-from .models import BY_NAME, ConvNet, FanOut, ResidualNet, TransformerModel, UNet, mlp_chain, norm_dropout_chain
+from .models import (
+    BY_NAME,
+    ConvNet,
+    FanOut,
+    ResidualNet,
+    TransformerModel,
+    UNet,
+    mlp_chain,
+    norm_dropout_chain,
+)
 from .oracles import assert_bits_equal, derivatives, sgd, state_of
 
 
@@ -35,7 +47,8 @@ def _quiet() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
-# The ladder. -------------------------------------------------------------------------------------------------------
+# The ladder.
+# -------------------------------------------------------------------------------------------------------
 
 
 class DataDependent(nn.Module):
@@ -98,11 +111,13 @@ def test_export_traces_what_recording_refuses() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["mlp_chain", "norm_dropout_chain", "residual", "conv_norm_chain", "unet", "two_towers", "transformer", "gpt",  # noqa: E501
+    "name", ["mlp_chain", "norm_dropout_chain", "residual", "conv_norm_chain", "unet", "two_towers", "transformer", "gpt",
              "dict_output", "nested_input", "tied_language_model", "inplace_chain", "several_inputs", "frozen_norm"]
 )  # fmt: skip
 def test_exported_models_can_be_split(name: str) -> None:
-    """Every rung gives a graph that the other passes take: at the cuts of the zoo, equal to the model."""
+    """Every rung gives a graph that the other passes take: at the cuts of the zoo, equal to the
+    model.
+    """
     case = BY_NAME[name]
     model = case.build()
     args, kwargs = case.inputs(4, torch.float32)
@@ -116,7 +131,9 @@ def test_exported_models_can_be_split(name: str) -> None:
     assert len(split.stages) == len(case.cuts) + 1
     owners = {id(p) for p in model.parameters()}
     assert {id(p) for s in split.stages for p in s.module.parameters()} <= owners
-    result = check_stages(model, lambda *a, **k: compiler._composed(flow.trace, split, *a, **k), args, kwargs)
+    result = check_stages(
+        model, lambda *a, **k: compiler._composed(flow.trace, split, *a, **k), args, kwargs
+    )
     assert result.mismatch is None
 
 
@@ -139,8 +156,12 @@ def test_what_no_rung_takes_at_the_top_is_right_or_one_error() -> None:
         assert "Mapped" in str(error)  # noqa: PT017
     else:
         torch.testing.assert_close(decoupled(x), model(x))
-    assert torch._C._functorch.peek_interpreter_stack() is None  # nothing is left behind in the process
-    inside = nn.Sequential(nn.Linear(6, 6), Mapped(), nn.Linear(3, 2))  # in a submodule it is one opaque node
+    assert (
+        torch._C._functorch.peek_interpreter_stack() is None
+    )  # nothing is left behind in the process
+    inside = nn.Sequential(
+        nn.Linear(6, 6), Mapped(), nn.Linear(3, 2)
+    )  # in a submodule it is one opaque node
     decoupled = dni_fx.decouple(inside, ["0"], example_inputs=(x,))
     assert_bits_equal(decoupled(x), inside(x), "opaque")
 
@@ -173,7 +194,9 @@ class DrawsFromPython(DrawsFromNumpy):
 
 @pytest.mark.parametrize("make", [Counting, DrawsFromNumpy, DrawsFromPython])
 @pytest.mark.parametrize("nested", [False, True])
-def test_what_differs_from_call_to_call_is_never_baked_in(make: type[nn.Module], nested: bool) -> None:
+def test_what_differs_from_call_to_call_is_never_baked_in(
+    make: type[nn.Module], nested: bool
+) -> None:
     """An error, or calls that go on as the model's do."""
     model = nn.Sequential(nn.Linear(6, 6), Mapped(), nn.Linear(3, 2)) if nested else make()
     plain, x = copy.deepcopy(model), torch.randn(4, 6)
@@ -267,7 +290,9 @@ def test_the_self_check_catches_a_wrong_trace_and_moves_on(monkeypatch: pytest.M
         raise TracingError("torch.export: no")
 
     monkeypatch.setattr(compiler, "trace_export", refuse)
-    with pytest.raises(TracingError, match=r"the traced model is not the model: output 0: differs by") as caught:
+    with pytest.raises(
+        TracingError, match=r"the traced model is not the model: output 0: differs by"
+    ) as caught:
         dni_fx.decouple(model, ["a"], example_inputs=(x,))
     assert "torch.export: no" in str(caught.value)
 
@@ -315,7 +340,11 @@ def test_the_self_check_forgives_rounding_of_gradients_that_are_zero() -> None:
         h = inp(x).double()
         with torch.no_grad():
             norm(inp(x))
-        return out(F.batch_norm(h, None, None, norm.weight.double(), norm.bias.double(), training=True).float())
+        return out(
+            F.batch_norm(
+                h, None, None, norm.weight.double(), norm.bias.double(), training=True
+            ).float()
+        )
 
     assert check_stages(model, in_double, (x,), {}).mismatch is None
 
@@ -326,23 +355,37 @@ def test_the_self_check_is_not_fooled_by_an_output_of_nan() -> None:
     assert result.mismatch is not None
 
 
-# Passes are pure. --------------------------------------------------------------------------------------------------
+# Passes are pure.
+# --------------------------------------------------------------------------------------------------
 
 
 def written(graph: fx.Graph) -> list[Any]:
     """The graph's text and all facts in it."""
     return [
-        (n.name, n.op, str(n.target), str(n.args), str(n.kwargs), {k: str(v) for k, v in n.meta.items()})
+        (
+            n.name,
+            n.op,
+            str(n.target),
+            str(n.args),
+            str(n.kwargs),
+            {k: str(v) for k, v in n.meta.items()},
+        )
         for n in graph.nodes
     ]
 
 
-@pytest.mark.parametrize("name", ["unet", "fan_out", "norm_dropout_chain", "views", "gpt", "rebound_buffer", "routing"])
+@pytest.mark.parametrize(
+    "name", ["unet", "fan_out", "norm_dropout_chain", "views", "gpt", "rebound_buffer", "routing"]
+)
 def test_passes_change_nothing(name: str) -> None:
     case = BY_NAME[name]
     model = case.build()
     args, kwargs = case.inputs(4, torch.float32)
-    state, generator, tables = state_of(model), torch.get_rng_state(), [dict(vars(m)) for m in model.modules()]
+    state, generator, tables = (
+        state_of(model),
+        torch.get_rng_state(),
+        [dict(vars(m)) for m in model.modules()],
+    )
     trace = tracing.trace_calls(model, args, kwargs)
     graph, attributes, digest = written(trace.graph), dict(trace.attributes), trace.digest
     name_values(trace)
@@ -364,7 +407,9 @@ def test_passes_change_nothing(name: str) -> None:
     assert trace.digest == digest
     assert [s.module.code for s in split.stages] == modules
     assert [dict(vars(m)) for m in model.modules()] == tables
-    assert_bits_equal([state_of(model), torch.get_rng_state()], [state, generator], f"{name}: after the passes")
+    assert_bits_equal(
+        [state_of(model), torch.get_rng_state()], [state, generator], f"{name}: after the passes"
+    )
     again = splitting.split_stages(flow, cutting.assign_stages(flow, positions), case.cuts)
     assert [s.module.code for s in again.stages] == modules
 
@@ -377,18 +422,25 @@ def test_functions_of_torch_are_put_back() -> None:
         except TracingError:
             assert isinstance(model, DataDependent)
     after = nn.Module.__call__, torch.autograd.Function.__dict__["apply"], torch.autocast.__enter__
-    assert [a == b or a.__func__ is b.__func__ for a, b in zip(after, before, strict=True)] == [True] * 3
+    assert [a == b or a.__func__ is b.__func__ for a, b in zip(after, before, strict=True)] == [
+        True
+    ] * 3
 
 
-# Plans. ------------------------------------------------------------------------------------------------------------
+# Plans.
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_digests() -> None:
     x = torch.randn(4, 6)
-    plan = lambda model, x=x, **options: dni_fx.plan_cuts(model, (x,), stages=2, costs="analytic", **options)  # noqa: E731
+    plan = lambda model, x=x, **options: dni_fx.plan_cuts(
+        model, (x,), stages=2, costs="analytic", **options
+    )
     first = plan(mlp_chain())
     assert plan(mlp_chain()) == first
-    assert plan(mlp_chain(), x=torch.randn(9, 6)) == first  # batch size, weights and mode take no part
+    assert (
+        plan(mlp_chain(), x=torch.randn(9, 6)) == first
+    )  # batch size, weights and mode take no part
     assert plan(mlp_chain().eval()) == first
     assert hash(plan(mlp_chain())) == hash(first)
     assert plan(mlp_chain(), gradients="zero") != first
@@ -400,7 +452,8 @@ def test_digests() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "gradients"), [("unet", "auto"), ("fan_out", "zero"), ("gpt", "stale"), ("mlp_chain", "exact")]
+    ("name", "gradients"),
+    [("unet", "auto"), ("fan_out", "zero"), ("gpt", "stale"), ("mlp_chain", "exact")],
 )
 def test_plans_as_json(name: str, gradients: str) -> None:
     case = BY_NAME[name]
@@ -438,7 +491,11 @@ def test_plans_print_as_a_table() -> None:
     assert "(output)" in text
     assert "self-check: equal to the model bit for bit" in text
     assert text == "\n".join(line.rstrip() for line in lines)
-    assert sum(int(line.split()[2].rstrip("%")) for line in lines if line.startswith("stage_")) in (99, 100, 101)
+    assert sum(int(line.split()[2].rstrip("%")) for line in lines if line.startswith("stage_")) in (
+        99,
+        100,
+        101,
+    )
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 5, 7, 8, 50])
@@ -450,10 +507,16 @@ def test_a_number_of_stages(stages: int) -> None:
     assert plan.report is not None
     assert bool(plan.report.notes) == (stages > 7)
     if stages > 7:
-        assert "7 stages instead of 50" in plan.report.notes[0] or "instead of 8" in plan.report.notes[0]
+        assert (
+            "7 stages instead of 50" in plan.report.notes[0]
+            or "instead of 8" in plan.report.notes[0]
+        )
     sizes = [s.nodes for s in plan.stages]
     assert sum(sizes) == 7
-    assert dni_fx.decouple(mlp_chain(), list(plan.cuts), example_inputs=(torch.randn(4, 6),)).plan == plan
+    assert (
+        dni_fx.decouple(mlp_chain(), list(plan.cuts), example_inputs=(torch.randn(4, 6),)).plan
+        == plan
+    )
 
 
 def test_auto_is_four_stages() -> None:
@@ -486,7 +549,8 @@ def test_cut_points_as_a_table() -> None:
     assert "illegal: no value on a trainable path" in frozen
 
 
-# Specs. ------------------------------------------------------------------------------------------------------------
+# Specs.
+# ------------------------------------------------------------------------------------------------------------
 
 
 class SwinLike(nn.Module):
@@ -508,7 +572,11 @@ class SwinLike(nn.Module):
 class VitLike(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.patch, self.norm, self.head = nn.Conv2d(3, 8, 4, stride=4), nn.LayerNorm(8), nn.Linear(8, 3)
+        self.patch, self.norm, self.head = (
+            nn.Conv2d(3, 8, 4, stride=4),
+            nn.LayerNorm(8),
+            nn.Linear(8, 3),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.patch(x).flatten(2).transpose(1, 2)
@@ -536,7 +604,8 @@ def test_feature_dimensions() -> None:
     tokens = feature_dims(TransformerModel(), torch.randn(4, 4, 5))
     assert set(tokens.values()) == {-1}
     conv1d = feature_dims(
-        nn.Sequential(nn.Conv1d(3, 4, 3), nn.ReLU(), nn.BatchNorm1d(4), nn.ReLU()), torch.randn(2, 3, 8)
+        nn.Sequential(nn.Conv1d(3, 4, 3), nn.ReLU(), nn.BatchNorm1d(4), nn.ReLU()),
+        torch.randn(2, 3, 8),
     )
     assert {conv1d[str(i)] for i in range(4)} == {1}
     by_function = feature_dims(Functional(), torch.randn(2, 3, 8, 8))
@@ -554,7 +623,8 @@ class Functional(nn.Module):
         return h.sum((2, 3))
 
 
-# Replication. ------------------------------------------------------------------------------------------------------
+# Replication.
+# ------------------------------------------------------------------------------------------------------
 
 
 class Masked(nn.Module):
@@ -615,29 +685,39 @@ def test_random_masks_are_drawn_once() -> None:
     assert_bits_equal(first, result, "one mask")
 
 
-# Code. -------------------------------------------------------------------------------------------------------------
+# Code.
+# -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "name", ["mlp_chain", "unet", "fan_out", "gpt", "nested_input", "dict_output", "autocast_inside"]
+    "name",
+    ["mlp_chain", "unet", "fan_out", "gpt", "nested_input", "dict_output", "autocast_inside"],
 )
 def test_emitted_code_is_python_that_reads_like_a_loop(name: str) -> None:
     case = BY_NAME[name]
     args, kwargs = case.inputs(4, torch.float32)
-    decoupled = dni_fx.decouple(case.build(), list(case.cuts), example_inputs=args, example_kwargs=kwargs, check=False)
+    decoupled = dni_fx.decouple(
+        case.build(), list(case.cuts), example_inputs=args, example_kwargs=kwargs, check=False
+    )
     for stage in decoupled.stages:
         (function,) = ast.parse(stage.code).body
         assert isinstance(function, ast.FunctionDef)
-        assert [a.arg for a in function.args.args] == ["self", "inputs", "context", "loss", "target"]
+        assert [a.arg for a in function.args.args] == [
+            "self",
+            "inputs",
+            "context",
+            "loss",
+            "target",
+        ]
         calls = [n.func for n in ast.walk(function) if isinstance(n, ast.Call)]
         named = [c.id for c in calls if isinstance(c, ast.Name)]
         assert named.count("pull_back") == 1
         assert named.count("StepResult") == 1
         assert [c.attr for c in calls if isinstance(c, ast.Attribute)].count("stage") == 1
         assert ("evaluate" in named) == (stage is decoupled.stages[-1])
-        assert "= None" not in stage.code.replace("context = None", "").replace("loss = None", "").replace(
-            "target = None", ""
-        )
+        assert "= None" not in stage.code.replace("context = None", "").replace(
+            "loss = None", ""
+        ).replace("target = None", "")
         crossing = len(stage.inputs) + len(stage.outputs)
         assert len(stage.code.splitlines()) <= 6 + 8 * crossing
         assert "dni_fx_" not in stage.code
@@ -647,7 +727,13 @@ def test_emitted_code_is_python_that_reads_like_a_loop(name: str) -> None:
 def test_the_code_of_a_chain() -> None:
     decoupled = dni_fx.decouple(mlp_chain(), ["1", "3"], example_inputs=(torch.randn(4, 6),))
     code = decoupled.stages[1].code
-    order = ["inputs['1']", "self.stage(", 'getattr(self.sources, "3")', "pull_back(", "return StepResult("]
+    order = [
+        "inputs['1']",
+        "self.stage(",
+        'getattr(self.sources, "3")',
+        "pull_back(",
+        "return StepResult(",
+    ]
     places = [code.find(word) for word in order]
     assert -1 not in places, dict(zip(order, places, strict=True))
     assert places == sorted(places)
@@ -656,14 +742,19 @@ def test_the_code_of_a_chain() -> None:
 def test_names_with_dots_are_the_same_everywhere() -> None:
     x = torch.randn(4, 6)
     decoupled = dni_fx.decouple(
-        ResidualNet(), ["blocks.0", "blocks.1.fc1"], example_inputs=(x,), gradients={"blocks.0": "zero"}
+        ResidualNet(),
+        ["blocks.0", "blocks.1.fc1"],
+        example_inputs=(x,),
+        gradients={"blocks.0": "zero"},
     )
     name = "blocks.0"
     assert name in decoupled.plan.cuts
     assert dict(decoupled.plan.gradients)[name] == "zero"
     assert decoupled.stages[0].outputs == (name,)
     assert "blocks/0" in decoupled.synthesizers
-    trainer = dni_fx.Trainer(decoupled, lambda output, target: F.mse_loss(output, target), optimizer=sgd)
+    trainer = dni_fx.Trainer(
+        decoupled, lambda output, target: F.mse_loss(output, target), optimizer=sgd
+    )
     report = trainer.step(x, target=torch.zeros_like(decoupled.model(x)))
     assert name in report.interfaces
     assert name in trainer.true_gradients(x, target=torch.zeros_like(report.outputs))
@@ -694,7 +785,9 @@ def test_a_split_that_goes_in_circles_is_refused() -> None:
 
 
 def test_layers_dropped_by_a_draw_are_drawn_anew_in_every_step() -> None:
-    """LayerDrop reads a random tensor: its module is one opaque node in training, and drops what eager drops."""
+    """LayerDrop reads a random tensor: its module is one opaque node in training, and drops what
+    eager drops.
+    """
 
     class LayerDrop(nn.Module):
         def __init__(self) -> None:

@@ -1,4 +1,6 @@
-"""Training that people can rely on: the loop, its state, dtypes, modes, and models that change under way."""
+"""Training that people can rely on: the loop, its state, dtypes, modes, and models that change
+under way.
+"""
 
 from __future__ import annotations
 
@@ -18,29 +20,49 @@ import dni_fx
 from dni_fx.errors import DecouplingError, PlanMismatchError
 
 from .models import BY_NAME, Inception, mlp_chain, norm_dropout_chain
-from .oracles import adam, assert_bits_equal, composed_check, decoupled_run, exact_run, frozen, sgd, state_of
+from .oracles import (
+    adam,
+    assert_bits_equal,
+    composed_check,
+    decoupled_run,
+    exact_run,
+    frozen,
+    sgd,
+    state_of,
+)
 
 CUTS = ["3", "6"]
 SOURCES = ("linear", "mlp", "stale", "zero", "exact")
 
 
 def fresh() -> nn.Module:
-    """BatchNorm and dropout, the same bits each time; the global generator goes on from where it was."""
+    """BatchNorm and dropout, the same bits each time; the global generator goes on from where it
+    was.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(7)
         return norm_dropout_chain()
 
 
-def batches(count: int, size: int = 4, dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, Tensor]]:
+def batches(
+    count: int, size: int = 4, dtype: torch.dtype = torch.float32
+) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(5)
     return [
-        (torch.randn(size, 6, generator=generator).to(dtype), torch.randint(0, 3, (size,), generator=generator))
+        (
+            torch.randn(size, 6, generator=generator).to(dtype),
+            torch.randint(0, 3, (size,), generator=generator),
+        )
         for _ in range(count)
     ]
 
 
 def decouple(
-    gradients: Any = "linear", *, cuts: list[str] = CUTS, model: nn.Module | None = None, **options: Any
+    gradients: Any = "linear",
+    *,
+    cuts: list[str] = CUTS,
+    model: nn.Module | None = None,
+    **options: Any,
 ) -> dni_fx.Decoupled:
     model = fresh() if model is None else model
     options.setdefault("example_inputs", (batches(1)[0][0].to(next(model.parameters()).dtype),))
@@ -61,10 +83,13 @@ def whole(trainer: dni_fx.Trainer) -> dict[str, Any]:
     return {"state": copy.deepcopy(trainer.state_dict()), "buffers": state_of(trainer.decoupled)}
 
 
-# The loop. ---------------------------------------------------------------------------------------------------------
+# The loop.
+# ---------------------------------------------------------------------------------------------------------
 
 
-def train_by_hand(decoupled: dni_fx.Decoupled, optimizers: list[Any], x: Tensor, target: Tensor) -> Tensor:
+def train_by_hand(
+    decoupled: dni_fx.Decoupled, optimizers: list[Any], x: Tensor, target: Tensor
+) -> Tensor:
     """The lower-level loop of the documentation: what ``Trainer.step`` does, without its checks."""
     values, targets, predictions = decoupled.bind(x), {}, []
     for optimizer in optimizers:
@@ -87,12 +112,18 @@ def test_the_loop_by_hand_equals_the_trainer(gradients: str) -> None:
     trainer, by_hand = make_trainer(gradients), decouple(gradients)
     by_hand.load_state_dict(trainer.decoupled.state_dict())
     optimizers = [adam(s.named_parameters()) for s in by_hand.stages]
-    optimizers += [torch.optim.Adam(s.named_parameters()) for s in by_hand.sources.values() if list(s.parameters())]
+    optimizers += [
+        torch.optim.Adam(s.named_parameters())
+        for s in by_hand.sources.values()
+        if list(s.parameters())
+    ]
     for step, (x, target) in enumerate(batches(5)):
         torch.manual_seed(step)
         expected = train_by_hand(by_hand, optimizers, x, target)
         torch.manual_seed(step)
-        assert_bits_equal(trainer.step(x, target=target).loss, expected, f"{gradients}: loss of step {step}")
+        assert_bits_equal(
+            trainer.step(x, target=target).loss, expected, f"{gradients}: loss of step {step}"
+        )
     assert_bits_equal(trainer.decoupled.state_dict(), by_hand.state_dict(), f"{gradients}: state")
 
 
@@ -111,7 +142,9 @@ def test_fit_over_a_loader_equals_steps() -> None:
     assert seen[-1] is report
     assert report.outputs.shape == (2, 3)  # the last short batch
     assert_bits_equal(report.loss, last.loss, "last loss")
-    assert_bits_equal(fitted.decoupled.state_dict(), stepped.decoupled.state_dict(), "state after fit")
+    assert_bits_equal(
+        fitted.decoupled.state_dict(), stepped.decoupled.state_dict(), "state after fit"
+    )
     assert fitted.fit([], progress=False) is None
 
 
@@ -148,7 +181,8 @@ def test_fit_shows_progress(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == ""
 
 
-# State. ------------------------------------------------------------------------------------------------------------
+# State.
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("optimizer", [sgd, adam])
@@ -191,8 +225,12 @@ def test_state_keys() -> None:
     decoupled = decouple("mlp", model=model)
     prefixes = {key.split(".")[0] for key in decoupled.state_dict()}
     assert prefixes == {"model", "synthesizers"}
-    assert [k.removeprefix("model.") for k in decoupled.state_dict() if k.startswith("model.")] == keys
-    assert {k.split(".")[1] for k in decoupled.state_dict() if k.startswith("synthesizers.")} == set(CUTS)
+    assert [
+        k.removeprefix("model.") for k in decoupled.state_dict() if k.startswith("model.")
+    ] == keys
+    assert {
+        k.split(".")[1] for k in decoupled.state_dict() if k.startswith("synthesizers.")
+    } == set(CUTS)
     assert {n.split(".")[0] for n, _ in decoupled.named_parameters()} == {"model", "synthesizers"}
     trainer = dni_fx.Trainer(decoupled, F.cross_entropy, optimizer=adam)
     before = set(decoupled.state_dict())
@@ -209,7 +247,10 @@ def test_the_users_model_is_untouched() -> None:
     mark = model.forward
     tensors = {id(t) for t in [*model.parameters(), *model.buffers()]}
     state, gradient, generator = state_of(model), model[0].weight.grad, torch.get_rng_state()
-    modes, hooks = [m.training for m in model.modules()], [dict(m._forward_hooks) for m in model.modules()]
+    modes, hooks = (
+        [m.training for m in model.modules()],
+        [dict(m._forward_hooks) for m in model.modules()],
+    )
     tables = [sorted(vars(m)) for m in model.modules()]
     for gradients in SOURCES:
         dni_fx.decouple(model, CUTS, example_inputs=(batches(1)[0][0],), gradients=gradients)
@@ -227,7 +268,8 @@ def test_the_users_model_is_untouched() -> None:
     copy.deepcopy(model)
 
 
-# Optimisers. -------------------------------------------------------------------------------------------------------
+# Optimisers.
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_clipping_is_per_stage() -> None:
@@ -238,7 +280,9 @@ def test_clipping_is_per_stage() -> None:
             pairs = list(params)
             optimizer = torch.optim.SGD(pairs, lr=0.0)
             optimizer.register_step_pre_hook(
-                lambda *_: norms[kind].append(nn.utils.get_total_norm([p.grad for _, p in pairs if p.grad is not None]))
+                lambda *_: norms[kind].append(
+                    nn.utils.get_total_norm([p.grad for _, p in pairs if p.grad is not None])
+                )
             )
             return optimizer
 
@@ -259,7 +303,9 @@ def test_learning_rate_schedulers() -> None:
     model, (x, target) = fresh(), batches(1)[0]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     plain = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
-    schedulers = [torch.optim.lr_scheduler.StepLR(o, 1, gamma=0.5) for o in trainer.optimizers.values()]
+    schedulers = [
+        torch.optim.lr_scheduler.StepLR(o, 1, gamma=0.5) for o in trainer.optimizers.values()
+    ]
     assert list(trainer.optimizers) == ["stage_0", "stage_1", "stage_2"]
     for step in range(3):
         torch.manual_seed(step)
@@ -271,7 +317,9 @@ def test_learning_rate_schedulers() -> None:
         F.cross_entropy(model(x), target).backward()
         optimizer.step()
         plain.step()
-    assert_bits_equal(state_of(trainer.decoupled.model), state_of(model), "with a scheduler per stage")
+    assert_bits_equal(
+        state_of(trainer.decoupled.model), state_of(model), "with a scheduler per stage"
+    )
 
 
 def test_optimizers_get_the_models_own_names() -> None:
@@ -312,10 +360,13 @@ def test_gradients_left_by_the_user_do_not_count() -> None:
     for trainer in (clean, dirty):
         torch.manual_seed(0)
         trainer.step(x, target=target)
-    assert_bits_equal(state_of(dirty.decoupled), state_of(clean.decoupled), "with old gradients about")
+    assert_bits_equal(
+        state_of(dirty.decoupled), state_of(clean.decoupled), "with old gradients about"
+    )
 
 
-# Dtypes, layouts, batch sizes. -------------------------------------------------------------------------------------
+# Dtypes, layouts, batch sizes.
+# -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backward_inside", [True, False])
@@ -336,8 +387,12 @@ def test_bf16_autocast_around_an_exact_step_equals_eager(backward_inside: bool) 
         if not backward_inside:
             loss.backward()
         optimizer.step()
-        assert_bits_equal([report.loss, report.outputs], [loss, output], f"step {step} under autocast")
-        assert_bits_equal(state_of(trainer.decoupled.model), state_of(model), f"step {step} under autocast")
+        assert_bits_equal(
+            [report.loss, report.outputs], [loss, output], f"step {step} under autocast"
+        )
+        assert_bits_equal(
+            state_of(trainer.decoupled.model), state_of(model), f"step {step} under autocast"
+        )
 
 
 @pytest.mark.parametrize("gradients", ["linear", "mlp", "stale", "zero"])
@@ -347,7 +402,9 @@ def test_bf16_autocast_around_a_decoupled_step(gradients: str) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             report = trainer.step(x, target=target)
     assert report.outputs.dtype == torch.bfloat16
-    assert all(p.dtype == p.grad.dtype == torch.float32 for p in trainer.decoupled.model.parameters())
+    assert all(
+        p.dtype == p.grad.dtype == torch.float32 for p in trainer.decoupled.model.parameters()
+    )
     assert report.loss.isfinite()
     assert trainer.step(*batches(1)[0][:1], target=batches(1)[0][1]).outputs.dtype == torch.float32
 
@@ -382,7 +439,9 @@ def test_channels_last_is_kept() -> None:
 @pytest.mark.parametrize("gradients", SOURCES)
 def test_batches_of_any_size(gradients: str) -> None:
     model = mlp_chain()
-    decoupled = dni_fx.decouple(model, ["1", "3"], example_inputs=(torch.randn(4, 6),), gradients=gradients)
+    decoupled = dni_fx.decouple(
+        model, ["1", "3"], example_inputs=(torch.randn(4, 6),), gradients=gradients
+    )
     trainer = dni_fx.Trainer(decoupled, F.cross_entropy, optimizer=sgd)
     for size in (4, 1, 7, 2, 1):
         report = trainer.step(torch.randn(size, 6), target=torch.randint(0, 3, (size,)))
@@ -394,7 +453,11 @@ def test_an_example_batch_of_one_serves_others() -> None:
     for kind in ("auto", "linear", "mlp"):
         for context in (None, dni_fx.one_hot(3)):
             decoupled = dni_fx.decouple(
-                mlp_chain(), ["1"], example_inputs=(torch.randn(1, 6),), gradients=kind, context=context
+                mlp_chain(),
+                ["1"],
+                example_inputs=(torch.randn(1, 6),),
+                gradients=kind,
+                context=context,
             )
             trainer = dni_fx.Trainer(decoupled, F.cross_entropy, optimizer=sgd)
             for size in (1, 5):
@@ -429,14 +492,20 @@ def test_integer_inputs() -> None:
                         example_inputs=(torch.zeros(4, 5, dtype=torch.long),)),
         F.cross_entropy, optimizer=sgd,
     )  # fmt: skip
-    for dtype in (torch.long, torch.int32):  # another dtype that the model takes: a graph of its own
+    for dtype in (
+        torch.long,
+        torch.int32,
+    ):  # another dtype that the model takes: a graph of its own
         trainer.step(torch.randint(0, 11, (4, 5)).to(dtype), target=torch.randint(0, 3, (4,)))
 
 
-# Modes, guards, and models that change. ----------------------------------------------------------------------------
+# Modes, guards, and models that change.
+# ----------------------------------------------------------------------------
 
 
-def eager_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, target: Tensor) -> None:
+def eager_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, target: Tensor
+) -> None:
     optimizer.zero_grad()
     F.cross_entropy(model(x), target).backward()
     optimizer.step()
@@ -480,10 +549,18 @@ def test_mode_switched_after_decoupling() -> None:
 def test_control_flow_on_training() -> None:
     case = BY_NAME["inception"]
     decoupled = dni_fx.decouple(
-        case.build(), list(case.cuts), example_inputs=case.inputs(4, torch.float32)[0], gradients="exact"
+        case.build(),
+        list(case.cuts),
+        example_inputs=case.inputs(4, torch.float32)[0],
+        gradients="exact",
     )
-    assert composed_check(case, torch.float32, decoupled=decoupled, modes=("train", "eval", "train")) >= 6
-    decoupled = dni_fx.decouple(Inception().eval(), ["stem"], example_inputs=case.inputs(4, torch.float32)[0])
+    assert (
+        composed_check(case, torch.float32, decoupled=decoupled, modes=("train", "eval", "train"))
+        >= 6
+    )
+    decoupled = dni_fx.decouple(
+        Inception().eval(), ["stem"], example_inputs=case.inputs(4, torch.float32)[0]
+    )
     assert composed_check(case, torch.float32, decoupled=decoupled, modes=("eval",)) >= 1
 
 
@@ -509,8 +586,13 @@ def test_guards_retrace_under_the_same_plan(gradients: str, lazily: bool) -> Non
     model = Guarded()
     plain = copy.deepcopy(model)
     example = None if lazily else (torch.randn(4, 3, 5),)
-    decoupled = dni_fx.decouple(model, ["embed", "tanh"], example_inputs=example, gradients=gradients)
-    trainer, optimizer = dni_fx.Trainer(decoupled, F.cross_entropy, optimizer=sgd), sgd(plain.named_parameters())
+    decoupled = dni_fx.decouple(
+        model, ["embed", "tanh"], example_inputs=example, gradients=gradients
+    )
+    trainer, optimizer = (
+        dni_fx.Trainer(decoupled, F.cross_entropy, optimizer=sgd),
+        sgd(plain.named_parameters()),
+    )
     for shape in ((4, 3, 5), (2, 4, 5), (1, 3, 5), (4, 3, 5), (3, 3, 5), (1, 4, 5)):
         x, target = torch.randn(shape), torch.randint(0, 3, shape[:1])
         if gradients == "linear":
@@ -527,7 +609,9 @@ def test_guards_retrace_under_the_same_plan(gradients: str, lazily: bool) -> Non
 
 
 def test_lazy_tracing_trains_as_eager_tracing() -> None:
-    lazy = dni_fx.Trainer(dni_fx.decouple(fresh(), CUTS, gradients="mlp"), F.cross_entropy, optimizer=adam)
+    lazy = dni_fx.Trainer(
+        dni_fx.decouple(fresh(), CUTS, gradients="mlp"), F.cross_entropy, optimizer=adam
+    )
     ready = make_trainer("mlp", context=None)
     assert lazy.optimizers == {}
     ready.decoupled.load_state_dict(ready.decoupled.state_dict())
@@ -548,7 +632,9 @@ def test_parameters_loaded_after_decoupling_are_used(gradients: str) -> None:
     trainer.decoupled.model.load_state_dict(other.state_dict())
     assert_bits_equal(trainer.decoupled.eval()(x), other(x), "loaded")
     third = norm_dropout_chain().eval()
-    trainer.decoupled.model.load_state_dict(third.state_dict(), assign=True)  # other objects under the same names
+    trainer.decoupled.model.load_state_dict(
+        third.state_dict(), assign=True
+    )  # other objects under the same names
     trainer.decoupled.model.eval()
     assert_bits_equal(trainer.decoupled(x), third(x), "assigned")
 
@@ -564,7 +650,9 @@ def test_a_replaced_parameter_or_module_is_noticed() -> None:
     assert_bits_equal(decoupled(x), model(x), "another module")
     decoupled.train()
     before = [model[4].weight.detach().clone(), model[8].weight.detach().clone()]
-    try:  # the new parameter is trained, or an error says that the optimiser does not have it: never silently neither
+    # the new parameter is trained, or an error says that the optimiser does not have it: never
+    # silently neither
+    try:
         trainer.step(x, target=target)
     except DecouplingError as error:
         assert "Trainer" in str(error) or "optimi" in str(error)  # noqa: PT017
@@ -600,7 +688,9 @@ def test_freezing_after_decoupling(index: int) -> None:
         trainer.step(x, target=target)
         torch.manual_seed(step)
         eager_step(plain, optimizer, x, target)
-        assert_bits_equal(state_of(model), state_of(plain), f"step {step}: layer {index} frozen, then unfrozen")
+        assert_bits_equal(
+            state_of(model), state_of(plain), f"step {step}: layer {index} frozen, then unfrozen"
+        )
 
 
 def test_unfreezing_what_was_frozen_when_decoupled() -> None:
@@ -665,7 +755,8 @@ def test_a_stage_decoupled_again() -> None:
     assert not torch.equal(before, decoupled.model[0].weight)  # the user's own parameters
 
 
-# Reports and references. -------------------------------------------------------------------------------------------
+# Reports and references.
+# -------------------------------------------------------------------------------------------
 
 
 def test_metrics() -> None:
@@ -690,7 +781,9 @@ def test_metrics_do_not_change_training() -> None:
     for trainer in (often, rarely):
         torch.manual_seed(0)
         trainer.fit(batches(5), progress=False)
-    assert_bits_equal(state_of(often.decoupled), state_of(rarely.decoupled), "with and without metrics")
+    assert_bits_equal(
+        state_of(often.decoupled), state_of(rarely.decoupled), "with and without metrics"
+    )
 
 
 @pytest.mark.parametrize("gradients", SOURCES)
@@ -744,7 +837,11 @@ def test_stale_is_the_gradient_of_the_step_before() -> None:
         trainer.step(x, target=target)
         got = model[2].weight.grad
         h = model[3](model[2](model[1](model[0](x))))
-        expected = torch.zeros_like(got) if late is None else torch.autograd.grad(h, model[2].weight, late)[0]
+        expected = (
+            torch.zeros_like(got)
+            if late is None
+            else torch.autograd.grad(h, model[2].weight, late)[0]
+        )
         assert_bits_equal(got, expected, "gradient before the cut")
         late = true
 

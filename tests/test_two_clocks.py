@@ -18,7 +18,20 @@ Record = dict[str, Any]
 clocks = load("paper_two_clocks")
 data = sys.modules["data"]  # as the experiment imports it
 
-SMALL = ["--data-set", "digits", "--ticks", "2", "--width", "8", "--batch", "4", "--steps", "3", "--seeds", "0"]
+SMALL = [
+    "--data-set",
+    "digits",
+    "--ticks",
+    "2",
+    "--width",
+    "8",
+    "--batch",
+    "4",
+    "--steps",
+    "3",
+    "--seeds",
+    "0",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +54,7 @@ def settings(method: str, **more: Any) -> Record:
     return {**clocks.make_settings(arguments, method, 1e-3), **more}
 
 
-# ---- the task -----------------------------------------------------------------------------------------------------
+# ---- the task ------------------------------------------------------------------------------------
 
 
 def test_what_is_to_be_counted() -> None:
@@ -62,7 +75,9 @@ def test_sequences_are_drawn_by_the_generator_alone() -> None:
 
 
 def test_errors_are_those_of_the_reports() -> None:
-    """Networks that know the digits are never wrong; those that always say none are as often as there is one."""
+    """Networks that know the digits are never wrong; those that always say none are as often as
+    there is one.
+    """
 
     class Knows(torch.nn.Module):
         def forward(self, x: torch.Tensor, state: Any) -> tuple[Any, Any]:
@@ -86,7 +101,7 @@ def test_errors_are_those_of_the_reports() -> None:
     assert ignorant["threes"] == pytest.approx(100 * (test.threes > 0).double().mean().item())
 
 
-# ---- the networks -------------------------------------------------------------------------------------------------
+# ---- the networks --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", list(clocks.METHODS))
@@ -116,13 +131,15 @@ def test_the_message_learns_unless_there_is_no_gradient() -> None:
 
 
 def test_the_cosine_is_that_of_the_message() -> None:
-    collection = clocks.make_collection(clocks.Fast(1, 8, 3), clocks.Slow(8, 3), settings("cdni", ticks=3), {})
+    collection = clocks.make_collection(
+        clocks.Fast(1, 8, 3), clocks.Slow(8, 3), settings("cdni", ticks=3), {}
+    )
     found = [clocks.train_on(collection, sequences(batch=20, seed=seed), 3) for seed in range(4)]
     assert found[0] is None  # a source starts at zero
     assert all(-1 <= cosine <= 1 for cosine in found[2:])
 
 
-# ---- the experiment -----------------------------------------------------------------------------------------------
+# ---- the experiment ------------------------------------------------------------------------------
 
 
 def test_an_interrupted_experiment_goes_on_to_the_same_records(
@@ -145,7 +162,9 @@ def test_an_interrupted_experiment_goes_on_to_the_same_records(
     assert again == expected
 
 
-def test_the_table_says_what_the_records_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_says_what_the_records_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "runs.json"
     assert clocks.main([*SMALL, "--methods", "locked", "cdni", "--out", str(path)]) == 0
     records = records_in(path)
@@ -155,7 +174,9 @@ def test_the_table_says_what_the_records_do(tmp_path: Path, capsys: pytest.Captu
         assert row["threes (B): error, %"].startswith(f"{record['threes']:.2f}")
         assert row["odd digits (A): error, %"].startswith(f"{record['odd']:.2f}")
         assert row["ticks"] == "12"
-        assert (row["updates of A"], row["of B"]) == (("3", "3") if record["method"] == "locked" else ("6", "3"))
+        assert (row["updates of A"], row["of B"]) == (
+            ("3", "3") if record["method"] == "locked" else ("6", "3")
+        )
         assert record["curve"]["ticks"] == [4, 8, 12]
     assert [r["synthesizer_parameters"] > 0 for r in records] == [False, True]
 
@@ -182,6 +203,8 @@ def test_numbers_that_make_no_sense(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_it_runs_as_a_command(tmp_path: Path) -> None:
     out = tmp_path / "runs.json"
-    result = run_example("paper_two_clocks", *SMALL, "--methods", "dni", "--out", str(out), cwd=tmp_path)
+    result = run_example(
+        "paper_two_clocks", *SMALL, "--methods", "dni", "--out", str(out), cwd=tmp_path
+    )
     assert result.returncode == 0, result.stderr
     assert "errors over ticks and updates" in result.stdout

@@ -1,4 +1,6 @@
-"""Draws a plan: modules as boxes, stages side by side, interfaces as thick labelled lines between them."""
+"""Draws a plan: modules as boxes, stages side by side, interfaces as thick labelled lines between
+them.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from .views import View, Views
 def draw_plan(plan: CutPlan, path: str | Path) -> Path:
     """Draw a plan: the graph's modules coloured by stage, and what crosses between the stages.
 
-    As many levels of modules are shown as give at most about 60 boxes; on a page the others open at a click.
+    As many levels of modules are shown as give at most about 60 boxes; on a page the others open at
+    a click.
 
     Args:
         plan: from ``plan_cuts`` or ``Decoupled.plan``.
@@ -28,19 +31,21 @@ def draw_plan(plan: CutPlan, path: str | Path) -> Path:
         The path.
 
     Raises:
-        DecouplingError: a plan without its graph, such as one read from JSON; another suffix, or a file that cannot be
-            written; Jinja is not installed.
+        DecouplingError: a plan without its graph, such as one read from JSON; another suffix, or a
+            file that cannot be written; Jinja is not installed.
     """
     path = Path(path)
     if plan.report is None or not plan.report.nodes:
         raise DecouplingError(
-            "this plan holds names only, as after from_json, so there is no graph to draw; make it anew with "
-            "dni_fx.plan_cuts, or decouple the model with it and draw decoupled.plan"
+            "this plan holds names only, as after from_json, so there is no graph to draw; make it "
+            "anew with dni_fx.plan_cuts, or decouple the model with it and draw decoupled.plan"
         )
     if path.suffix not in (".html", ".svg"):
         raise DecouplingError(f"cannot draw to {str(path)!r}: its name must end in .html or .svg")
     if not path.parent.is_dir():
-        raise DecouplingError(f"cannot draw to {str(path)!r}: there is no folder {str(path.parent)!r}")
+        raise DecouplingError(
+            f"cannot draw to {str(path)!r}: there is no folder {str(path.parent)!r}"
+        )
     pieces = render(**_facts(plan, plan.report, path.suffix == ".html"))
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -48,7 +53,9 @@ def draw_plan(plan: CutPlan, path: str | Path) -> Path:
             file.writelines(pieces)
         part.replace(path)
     except OSError as error:
-        raise DecouplingError(f"cannot write {str(path)!r}: {error.strerror or error}; name another file") from error
+        raise DecouplingError(
+            f"cannot write {str(path)!r}: {error.strerror or error}; name another file"
+        ) from error
     finally:
         part.unlink(missing_ok=True)
     return path
@@ -95,26 +102,37 @@ def _head(plan: CutPlan, report: PlanReport) -> list[str]:
     costs = [s.cost.seconds for s in report.stages if s.cost is not None]
     if (search := report.search) is not None:
         lines.append(
-            f"cut for {search.objective} with {search.costs} costs; slowest stage {search.slowest * 1e3:.3g} ms, bound "
-            f"{search.bound * 1e3:.3g} ms, gap {search.gap:.1%}"
+            f"cut for {search.objective} with {search.costs} costs; slowest stage "
+            f"{search.slowest * 1e3:.3g} ms, bound {search.bound * 1e3:.3g} ms, gap "
+            f"{search.gap:.1%}"
         )
     elif costs:
         slowest = costs.index(max(costs))
-        lines.append(f"cuts as given; slowest stage {report.stages[slowest].name}, {costs[slowest] * 1e3:.3g} ms")
+        lines.append(
+            f"cuts as given; slowest stage {report.stages[slowest].name}, "
+            f"{costs[slowest] * 1e3:.3g} ms"
+        )
     else:
         lines.append("cuts as given; costs not asked for")
     return lines
 
 
 def _legend(report: PlanReport, whole: View, page: bool) -> list[dict[str, str]]:
-    entries = [{"kind": "stage", "colour": colour_of(k), "text": s.name} for k, s in enumerate(report.stages)]
+    entries = [
+        {"kind": "stage", "colour": colour_of(k), "text": s.name}
+        for k, s in enumerate(report.stages)
+    ]
     if any(link.label for link in whole.links):
-        entries.append({"kind": "link", "colour": COLOURS[0], "text": "interface, in its stage's colour"})
+        entries.append(
+            {"kind": "link", "colour": COLOURS[0], "text": "interface, in its stage's colour"}
+        )
     if any(not link.label for link in whole.links):
         entries.append({"kind": "plain", "colour": PLAIN, "text": "crosses without gradient"})
     entries.append({"kind": "thread", "colour": PLAIN, "text": "value inside a stage"})
     if whole.folded:
-        entries.append({"kind": "folded", "text": "several nodes" + (": click to open" if page else "")})
+        entries.append(
+            {"kind": "folded", "text": "several nodes" + (": click to open" if page else "")}
+        )
     if any(i.share is not None for p in whole.panels for i in p.items):
         entries.append({"kind": "share", "text": "%: share of the time of all nodes"})
     return entries

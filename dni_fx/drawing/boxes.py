@@ -1,4 +1,6 @@
-"""What a drawing shows: the nodes of each stage as a tree of modules, opened as far as one picture can hold."""
+"""What a drawing shows: the nodes of each stage as a tree of modules, opened as far as one picture
+can hold.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ _SIZES = frozenset({"size", "shape", "numel", "dim", "__len__", "stride"})
 
 @dataclass(frozen=True)
 class Box:
-    """Nodes that are drawn as one: consecutive ones of a stage, hence boxes never depend on each other in a circle.
+    """Nodes that are drawn as one: consecutive ones of a stage, hence boxes never depend on each
+    other in a circle.
 
     Attributes:
         name: path of the module, name of a single node, or the first and last name of a run.
@@ -55,8 +58,11 @@ def find_boxes(nodes: Sequence[NodeReport], stage: int, depth: int = 0) -> tuple
     return tuple(Box(name, stage, run, depth + 1) for name, run in runs)
 
 
-def choose_boxes(boxes: Sequence[Box], limit: int, is_cut: Callable[[Box], bool]) -> tuple[Box, ...]:
-    """The boxes to draw: as many levels of modules as stay within two thirds of the limit, and the parts of those cut.
+def choose_boxes(
+    boxes: Sequence[Box], limit: int, is_cut: Callable[[Box], bool]
+) -> tuple[Box, ...]:
+    """The boxes to draw: as many levels of modules as stay within two thirds of the limit, and the
+    parts of those cut.
 
     Where even those are too many, neighbours are put together.
 
@@ -69,7 +75,9 @@ def choose_boxes(boxes: Sequence[Box], limit: int, is_cut: Callable[[Box], bool]
     def opened(depth: int) -> tuple[Box, ...]:
         shown = tuple(boxes)
         while True:
-            deeper = tuple(p for b in shown for p in ((b.depth < depth or is_cut(b)) and b.parts()) or (b,))
+            deeper = tuple(
+                p for b in shown for p in ((b.depth < depth or is_cut(b)) and b.parts()) or (b,)
+            )
             if deeper == shown:
                 return shown
             shown = deeper
@@ -103,7 +111,9 @@ def _joined(boxes: Sequence[Box], limit: int) -> tuple[Box, ...]:
             piece = run[i * len(run) // pieces : (i + 1) * len(run) // pieces]
             nodes = tuple(n for b in piece for n in b.nodes)
             name = _span(piece[0].name, piece[-1].name)
-            result.append(piece[0] if len(piece) == 1 else Box(name, piece[0].stage, nodes, 0, tuple(piece)))
+            result.append(
+                piece[0] if len(piece) == 1 else Box(name, piece[0].stage, nodes, 0, tuple(piece))
+            )
     return tuple(result)
 
 
@@ -123,13 +133,14 @@ def plain_name(operator: str) -> str:
 class Nodes:
     """The nodes of a report, seen as one wants to draw them.
 
-    Sizes and assertions are left out. The node that made a container stands for its members, but for those that cross.
+    Sizes and assertions are left out. The node that made a container stands for its members, but
+    for those that cross.
 
     Attributes:
         by_name: every node.
         drawn: the nodes that are drawn, by stage, in program order.
-        sources: names of the values that a drawn node or the output uses, by its name: of drawn nodes, of inputs, and
-            of nodes made again in every stage.
+        sources: names of the values that a drawn node or the output uses, by its name: of drawn
+            nodes, of inputs, and of nodes made again in every stage.
         users: the same by the value's name.
         again: names of nodes that every stage that needs them makes again.
         last: index of the stage that returns the output.
@@ -146,7 +157,11 @@ class Nodes:
         self.last = len(report.stages) - 1
         stages: dict[str, set[int]] = {}
         places = ((self.by_name[i], n) for n in report.nodes for i in n.inputs if i in self.by_name)
-        self._sent = {made.name for made, user in places if made.stage is not None and made.stage != user.stage}
+        self._sent = {
+            made.name
+            for made, user in places
+            if made.stage is not None and made.stage != user.stage
+        }
         self._used = {i for n in report.nodes for i in n.inputs}
         for node in report.nodes:
             stand_in = self._stands_for[node.name] = self._stand_in(node)
@@ -169,12 +184,19 @@ class Nodes:
         """The node that stands for a node in a drawing; None where nothing does."""
         known = [self.by_name[i] for i in node.inputs if i in self.by_name]
         sizes = [i for i in known if self._stands_for.get(i.name, "") is None]
-        idle = not known and node.name not in self._used and node.operator not in ("input", "output")
+        idle = (
+            not known and node.name not in self._used and node.operator not in ("input", "output")
+        )
         counts = node.operator in _SIZES or (known and len(sizes) == len(known))
         if (counts or idle) and not node.shape:
             return None
         real = [i for i in known if i not in sizes]
-        member = node.operator == "getitem" and len(real) == 1 and not real[0].shape and real[0].operator != "input"
+        member = (
+            node.operator == "getitem"
+            and len(real) == 1
+            and not real[0].shape
+            and real[0].operator != "input"
+        )
         aside = (member and node.name not in self._sent) or node.operator == "after"
         if real and aside and real[-1].stage == node.stage:
             return self._stands_for[real[-1].name]
@@ -221,12 +243,16 @@ class Nodes:
         if len(box.nodes) == 1:
             node = box.nodes[0]
             module = len(node.scope) >= box.depth
-            return plain_name(node.operator) + (f" in {node.scope[-1]}" if node.scope and not module else "")
+            return plain_name(node.operator) + (
+                f" in {node.scope[-1]}" if node.scope and not module else ""
+            )
         if box.joined:
             return f"{len(box.joined)} in a row"
         if box.name in self.kinds:
             return self.kinds[box.name]
-        return ", ".join(name for name, _ in Counter(plain_name(n.operator) for n in box.nodes).most_common(3))
+        return ", ".join(
+            name for name, _ in Counter(plain_name(n.operator) for n in box.nodes).most_common(3)
+        )
 
     def shape(self, box: Box) -> tuple[int, ...]:
         """Shape of the last value that is used outside a box."""

@@ -1,7 +1,9 @@
-"""Coordinates for the boxes of one stage: layers from top to bottom, few crossings, straight chains.
+"""Coordinates for the boxes of one stage: layers from top to bottom, few crossings, straight
+chains.
 
-The method of Sugiyama, Tagawa and Toda 1981: layers by longest path, order by barycentres, coordinates by least squares
-under the order. A value that is used several layers below runs in a lane of its own beside the boxes.
+The method of Sugiyama, Tagawa and Toda 1981: layers by longest path, order by barycentres,
+coordinates by least squares under the order. A value that is used several layers below runs in a
+lane of its own beside the boxes.
 """
 
 from __future__ import annotations
@@ -17,7 +19,10 @@ Neighbours = Mapping[Vertex, Sequence[Vertex]]
 LAYER_GAP = 36.0
 BOX_GAP = 18.0
 LANE_WIDTH = 10.0
-_ORDER_SWEEPS, _PLACE_SWEEPS = 6, 9  # an odd number of the latter: the last one sets boxes below what they use
+_ORDER_SWEEPS, _PLACE_SWEEPS = (
+    6,
+    9,
+)  # an odd number of the latter: the last one sets boxes below what they use
 _BOX_WEIGHT = 1e3  # lanes give way
 
 
@@ -34,7 +39,8 @@ class Layout:
         layer: of every item.
         leftmost: items that nothing but lanes is left of.
         rightmost: items that nothing but lanes is right of.
-        lines: for every item that others use: pieces ``(x0, y0, x1, y1)`` of its line, and the tops of its users.
+        lines: for every item that others use: pieces ``(x0, y0, x1, y1)`` of its line, and the tops
+            of its users.
     """
 
     centres: dict[int, tuple[float, float]]
@@ -83,7 +89,12 @@ def lay_out(sizes: Mapping[int, tuple[float, float]], edges: Iterable[tuple[int,
         for source in sources:
             below.setdefault(source, []).append(user)
     rows = _ordered(rows, above, below)
-    x = _placed(rows, above, below, {v: sizes[v][0] if isinstance(v, int) else LANE_WIDTH for r in rows for v in r})
+    x = _placed(
+        rows,
+        above,
+        below,
+        {v: sizes[v][0] if isinstance(v, int) else LANE_WIDTH for r in rows for v in r},
+    )
     heights = [max((sizes[v][1] for v in row if isinstance(v, int)), default=0.0) for row in rows]
     tops = list(itertools.accumulate((h + LAYER_GAP for h in heights), initial=0.0))[:-1]
     bottoms = [t + h for t, h in zip(tops, heights, strict=True)]
@@ -107,7 +118,14 @@ def lay_out(sizes: Mapping[int, tuple[float, float]], edges: Iterable[tuple[int,
     items = [[v for v in row if isinstance(v, int)] for row in rows]
     return Layout(
         centres=centres,
-        width=max((x[v] + (sizes[v][0] if isinstance(v, int) else LANE_WIDTH) / 2 for r in rows for v in r), default=0),
+        width=max(
+            (
+                x[v] + (sizes[v][0] if isinstance(v, int) else LANE_WIDTH) / 2
+                for r in rows
+                for v in r
+            ),
+            default=0,
+        ),
         height=bottoms[-1],
         tops=tops,
         bottoms=bottoms,
@@ -131,7 +149,11 @@ def _ordered(rows: list[list[Vertex]], above: Neighbours, below: Neighbours) -> 
         for i in range(1, len(rows)) if down else range(len(rows) - 2, -1, -1):
             place = {v: float(k) for k, v in enumerate(rows[i - 1 if down else i + 1])}
             here = {v: float(k) for k, v in enumerate(rows[i])}
-            rows[i].sort(key=lambda v: _mean([place[n] for n in (above if down else below).get(v, ())], here[v]))
+            rows[i].sort(
+                key=lambda v: _mean(
+                    [place[n] for n in (above if down else below).get(v, ())], here[v]
+                )
+            )
         if (crossings := _crossings(rows, above)) < fewest:
             best, fewest = rows, crossings
     return best
@@ -153,7 +175,9 @@ def _crossings(rows: list[list[Vertex]], above: Neighbours) -> int:
 def _placed(
     rows: list[list[Vertex]], above: Neighbours, below: Neighbours, widths: Mapping[Vertex, float]
 ) -> dict[Vertex, float]:
-    """Coordinates along the rows: boxes over boxes and lanes over lanes, as far as the widths allow."""
+    """Coordinates along the rows: boxes over boxes and lanes over lanes, as far as the widths
+    allow.
+    """
     x: dict[Vertex, float] = {}
     for row in rows:
         ends = itertools.accumulate(widths[v] + BOX_GAP for v in row)
@@ -166,9 +190,12 @@ def _placed(
             for v in row:
                 near = neighbours.get(v, ())
                 like = [x[n] for n in near if isinstance(n, int) == isinstance(v, int)]
-                wanted.append(_mean(like or ([] if isinstance(v, int) else [x[n] for n in near]), x[v]))
+                wanted.append(
+                    _mean(like or ([] if isinstance(v, int) else [x[n] for n in near]), x[v])
+                )
             gaps = [
-                (widths[a] + widths[b]) / 2 + (BOX_GAP if isinstance(a, int) or isinstance(b, int) else 0)
+                (widths[a] + widths[b]) / 2
+                + (BOX_GAP if isinstance(a, int) or isinstance(b, int) else 0)
                 for a, b in itertools.pairwise(row)
             ]
             weights = [_BOX_WEIGHT if isinstance(v, int) else 1.0 for v in row]
@@ -177,10 +204,16 @@ def _placed(
     return {v: place - left for v, place in x.items()}
 
 
-def spread(wanted: Sequence[float], gaps: Sequence[float], weights: Sequence[float] | None = None) -> list[float]:
-    """Places nearest to those wanted, in the least-squares sense, that keep their order and the gaps between them."""
+def spread(
+    wanted: Sequence[float], gaps: Sequence[float], weights: Sequence[float] | None = None
+) -> list[float]:
+    """Places nearest to those wanted, in the least-squares sense, that keep their order and the
+    gaps between them.
+    """
     offsets = list(itertools.accumulate(gaps, initial=0.0))[: len(wanted)]
-    blocks: list[tuple[float, float, int]] = []  # weighted sum of what the members want, their weight and number
+    blocks: list[
+        tuple[float, float, int]
+    ] = []  # weighted sum of what the members want, their weight and number
     for place, offset, weight in zip(wanted, offsets, weights or [1.0] * len(wanted), strict=True):
         total, count = (place - offset) * weight, 1
         while blocks and blocks[-1][0] * weight > total * blocks[-1][1]:

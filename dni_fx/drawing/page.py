@@ -147,7 +147,12 @@ show();
 
 
 def render(
-    *, page: bool, main: Picture, head: Sequence[str], legend: Sequence[Mapping[str, Any]], **rest: Any
+    *,
+    page: bool,
+    main: Picture,
+    head: Sequence[str],
+    legend: Sequence[Mapping[str, Any]],
+    **rest: Any,
 ) -> Iterator[str]:
     """The text of a page, or of a picture alone, in pieces.
 
@@ -174,8 +179,16 @@ def render(
         indent = {"stage": 20, "share": 0}.get(entry["kind"], 33)
         placed.append({**entry, "x": x, "indent": indent})
         x += indent + 6.3 * len(entry["text"]) + 22
-    known = {"page": page, "colour": colour_of, "chip": CHIP, "style": Markup(_STYLE), "label": head[0]}
-    template = environment.from_string(_PICTURE + (_PAGE if page else _SVG), globals={**known, "legend_width": x})
+    known = {
+        "page": page,
+        "colour": colour_of,
+        "chip": CHIP,
+        "style": Markup(_STYLE),
+        "label": head[0],
+    }
+    template = environment.from_string(
+        _PICTURE + (_PAGE if page else _SVG), globals={**known, "legend_width": x}
+    )
     return template.generate(main=main, head=head, legend=placed, **rest)
 
 
@@ -196,7 +209,11 @@ def _start(text: str, width: float, letter: float) -> str:
 def _middle(text: str, width: float, letter: float) -> str:
     """Both ends of a text that is wider than it may be."""
     most = max(int(width / letter), 1)
-    return text if len(text) <= most else text[: most // 3] + "…" + text[len(text) - most + most // 3 + 1 :]
+    return (
+        text
+        if len(text) <= most
+        else text[: most // 3] + "…" + text[len(text) - most + most // 3 + 1 :]
+    )
 
 
 def _end(text: str, width: float, letter: float) -> str:

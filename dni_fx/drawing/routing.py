@@ -1,7 +1,8 @@
-"""From panels of items and the links between them to a picture: stages side by side, cuts between and above them.
+"""From panels of items and the links between them to a picture: stages side by side, cuts between
+and above them.
 
-Stages stand in columns, each to the right of those that it needs. A link leaves its stage to the right, through its
-label; one that skips columns runs over the top.
+Stages stand in columns, each to the right of those that it needs. A link leaves its stage to the
+right, through its label; one that skips columns runs over the top.
 """
 
 from __future__ import annotations
@@ -10,7 +11,19 @@ import itertools
 from collections.abc import Iterable, Sequence
 
 from .layout import LAYER_GAP, lay_out, spread
-from .shapes import BOX, CHIP, PLAIN, Link, Panel, Picture, Point, arrow_head, colour_of, curve, rounded_line
+from .shapes import (
+    BOX,
+    CHIP,
+    PLAIN,
+    Link,
+    Panel,
+    Picture,
+    Point,
+    arrow_head,
+    colour_of,
+    curve,
+    rounded_line,
+)
 
 _MARGIN, _HEAD, _FOOT, _ROW_GAP, _TRACK = 16.0, 108.0, 28.0, 26.0, 22.0
 
@@ -26,7 +39,10 @@ class _Routing:
         self.layouts = {p.stage: lay_out({i.key: i.size for i in p.items}, p.edges) for p in panels}
         self.column = _columns(self.panels, links)
         self.columns = max(self.column.values()) + 1
-        self.leaving = [[k for k, ln in enumerate(links) if self.column[ln.producer] == c] for c in range(self.columns)]
+        self.leaving = [
+            [k for k, ln in enumerate(links) if self.column[ln.producer] == c]
+            for c in range(self.columns)
+        ]
         self.tracks = {k: i for i, k in enumerate(k for k in range(len(links)) if self._skips(k))}
         self.top = len(self.tracks) * _TRACK + (8 if self.tracks else 0)
         self.ports = self._find_ports()
@@ -79,7 +95,9 @@ class _Routing:
             labelled = any(self.links[k].label for k in self.leaving[c])
             x += width + 12 + 7 * len(self.leaving[c]) + (CHIP[0] if labelled else 0)
             self.lanes_from.append(x)
-            through = sum(any(self.column[s] == c + 1 for s in self._skips(k)) for k in range(len(self.links)))
+            through = sum(
+                any(self.column[s] == c + 1 for s in self._skips(k)) for k in range(len(self.links))
+            )
             lanes = len(self.leaving[c]) + through
             x += 10 * lanes + (18 if lanes else 0)
         self.picture.width = max(self.right[-1] + 8, x)
@@ -105,7 +123,9 @@ class _Routing:
         return self.y[stage] + _HEAD + top - LAYER_GAP / 2 + shift
 
     def _exit(self, k: int, key: int) -> list[Point]:
-        """From an item to the right border of its column, beside other boxes rather than through them."""
+        """From an item to the right border of its column, beside other boxes rather than through
+        them.
+        """
         stage = self.links[k].producer
         layout, (x, y, w, h) = self.layouts[stage], self._at(stage, key)
         right, shift = self.right[self.column[stage]], self.ports[k, key, True]
@@ -128,21 +148,31 @@ class _Routing:
         self.label_y: dict[int, float] = {}
         self.turn: dict[int, float] = {}
         for c, leaving in enumerate(self.leaving):
-            wish = {k: _mean([self._exit(k, key)[-1][1] for key in self.links[k].sources]) for k in leaving}
+            wish = {
+                k: _mean([self._exit(k, key)[-1][1] for key in self.links[k].sources])
+                for k in leaving
+            }
             leaving.sort(key=lambda k: (wish[k], k))
             heights = [CHIP[1] if self.links[k].label else 8.0 for k in leaving]
-            places = spread([wish[k] for k in leaving], [(a + b) / 2 + 8 for a, b in itertools.pairwise(heights)])
+            places = spread(
+                [wish[k] for k in leaving],
+                [(a + b) / 2 + 8 for a, b in itertools.pairwise(heights)],
+            )
             lowest = self.top
             for k, y, height in zip(leaving, places, heights, strict=True):
                 self.label_y[k] = y = max(y, lowest + height / 2)
                 lowest = y + height / 2 + 8
-            falling = [k for k in leaving if self.label_y[k] > wish[k]]  # the upper ones turn later, so as not to cross
+            falling = [
+                k for k in leaving if self.label_y[k] > wish[k]
+            ]  # the upper ones turn later, so as not to cross
             turns = [*(k for k in leaving if k not in falling), *reversed(falling)]
             self.turn.update((k, self.right[c] + 8 + 7 * i) for i, k in enumerate(turns))
             self.picture.height = max(self.picture.height, lowest + 8)
 
     def _place_lanes(self) -> None:
-        """Left to right in a gutter: links that leave, upper ones first; then those from above, deepest first."""
+        """Left to right in a gutter: links that leave, upper ones first; then those from above,
+        deepest first.
+        """
         self.lane: dict[tuple[int, int], float] = {}
         for c, leaving in enumerate(self.leaving):
             coming = []
@@ -159,7 +189,14 @@ class _Routing:
         x, y = self.left[c], self.y[stage]
         inside = ((self.left[c] + self.right[c] - layout.width) / 2, y + _HEAD)
         self.picture.panels.append(
-            {"x": x, "y": y, "w": self.right[c] - x, "h": self._panel_height(stage), "stage": stage, "head": panel.head}
+            {
+                "x": x,
+                "y": y,
+                "w": self.right[c] - x,
+                "h": self._panel_height(stage),
+                "stage": stage,
+                "head": panel.head,
+            }
         )
         titles = {i.key: i.title for i in panel.items}
         for key, (pieces, ends) in layout.lines.items():
@@ -169,13 +206,23 @@ class _Routing:
         for item in panel.items:
             cx, cy, w, h = self._at(stage, item.key)
             self.picture.items.append(
-                {"x": cx - w, "y": cy - h, "w": 2 * w, "h": 2 * h, "item": item, "colour": colour_of(stage)}
+                {
+                    "x": cx - w,
+                    "y": cy - h,
+                    "w": 2 * w,
+                    "h": 2 * h,
+                    "item": item,
+                    "colour": colour_of(stage),
+                }
             )
 
     def _draw_link(self, k: int) -> None:
         link, c, y = self.links[k], self.column[self.links[k].producer], self.label_y[k]
         lane, turn = self.lane[c, k], self.turn[k]
-        lines = [[*self._exit(k, key), (turn, self._exit(k, key)[-1][1]), (turn, y)] for key in link.sources]
+        lines = [
+            [*self._exit(k, key), (turn, self._exit(k, key)[-1][1]), (turn, y)]
+            for key in link.sources
+        ]
         lines.append([(turn, y), (lane, y)])
         heads = ""
         notes: list[Point] = []
@@ -183,10 +230,15 @@ class _Routing:
             over = self.column[stage] > c + 1
             start = [(lane, y)]
             if over:
-                track, down = self.top - 14 - self.tracks[k] * _TRACK, self.lane[self.column[stage] - 1, k]
+                track, down = (
+                    self.top - 14 - self.tracks[k] * _TRACK,
+                    self.lane[self.column[stage] - 1, k],
+                )
                 start += [(lane, track), (down, track)]
                 notes = [(self.left[c + 1] + 4, track - 4)]
-            for end in [self._entry(k, stage, key) for key in keys] or [[(self.left[self.column[stage]], y)]]:
+            for end in [self._entry(k, stage, key) for key in keys] or [
+                [(self.left[self.column[stage]], y)]
+            ]:
                 lines.append([*start, (start[-1][0], end[0][1]), *end])
                 heads += arrow_head(*end[-1], 7 if link.label else 4, down=len(end) > 1)
         self.picture.links.append(
@@ -208,7 +260,11 @@ def _columns(stages: Iterable[int], links: Sequence[Link]) -> dict[int, int]:
     graph = nx.DiGraph()
     graph.add_nodes_from(stages)
     graph.add_edges_from((link.producer, s) for link in links for s in link.targets)
-    return {s: depth for depth, column in enumerate(nx.topological_generations(graph)) for s in sorted(column)}
+    return {
+        s: depth
+        for depth, column in enumerate(nx.topological_generations(graph))
+        for s in sorted(column)
+    }
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -6,7 +6,8 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-# colours that people with any kind of colour vision tell apart (Okabe and Ito 2008), without yellow: too pale for lines
+# colours that people with any kind of colour vision tell apart (Okabe and Ito 2008), without
+# yellow: too pale for lines
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#666666")
 PLAIN = "#8a8a8a"
 BOX, PILL, CHIP = (220.0, 46.0), (180.0, 24.0), (176.0, 48.0)
@@ -45,7 +46,9 @@ class Panel:
 
 @dataclass(frozen=True)
 class Link:
-    """Values that cross: from items of one stage to items of others. No label: they carry no gradient."""
+    """Values that cross: from items of one stage to items of others. No label: they carry no
+    gradient.
+    """
 
     producer: int
     sources: tuple[int, ...]

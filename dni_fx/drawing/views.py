@@ -39,11 +39,15 @@ class Views:
     def whole(self) -> View:
         """The whole model, a panel for each stage."""
         nodes, stages = self.nodes, range(len(self.report.stages))
-        boxes = choose_boxes([b for s in stages for b in find_boxes(nodes.drawn[s], s)], MOST_BOXES, nodes.is_cut)
+        boxes = choose_boxes(
+            [b for s in stages for b in find_boxes(nodes.drawn[s], s)], MOST_BOXES, nodes.is_cut
+        )
         owner: dict[str, int] = {}
         panels, folded = [], []
         for stage in stages:
-            again = dict.fromkeys(s for n in nodes.drawn[stage] for s in nodes.sources[n.name] if s in nodes.again)
+            again = dict.fromkeys(
+                s for n in nodes.drawn[stage] for s in nodes.sources[n.name] if s in nodes.again
+            )
             made = ", ".join(dict.fromkeys(plain_name(nodes.by_name[a].operator) for a in again))
             tip = f"computed from the inputs alone, so made again in every stage that uses it: {', '.join(again)}"
 
@@ -51,11 +55,19 @@ class Views:
                 if name in nodes.again:
                     return made, tip
                 node = nodes.by_name[name]
-                return (f"input {name} {_shape(node.shape)}", "") if node.operator == "input" else None
+                return (
+                    (f"input {name} {_shape(node.shape)}", "") if node.operator == "input" else None
+                )
 
-            results = [n.name for n in self.report.nodes if n.operator == "output"] if stage == nodes.last else []
+            results = (
+                [n.name for n in self.report.nodes if n.operator == "output"]
+                if stage == nodes.last
+                else []
+            )
             here = [b for b in boxes if b.stage == stage]
-            panel, opening = self._panel(stage, self._head(stage), here, owner, pill_of, results, "inputs")
+            panel, opening = self._panel(
+                stage, self._head(stage), here, owner, pill_of, results, "inputs"
+            )
             panels.append(panel)
             folded += opening
         return View(tuple(panels), tuple(self._links(owner)), tuple(folded))
@@ -72,10 +84,16 @@ class Views:
 
         boxes = choose_boxes(box.parts(), MOST_BOXES, self.nodes.is_cut)
         within = {n.name for n in box.nodes}
-        sent = [n.name for n in box.nodes if any(u not in within for u in self.nodes.users.get(n.name, ()))]
+        sent = [
+            n.name
+            for n in box.nodes
+            if any(u not in within for u in self.nodes.users.get(n.name, ()))
+        ]
         owner: dict[str, int] = {}
         head = (box.name, self.nodes.kind(box), self.report.stages[box.stage].name)
-        panel, folded = self._panel(box.stage, head, boxes, owner, pill_of, sent, "values from outside")
+        panel, folded = self._panel(
+            box.stage, head, boxes, owner, pill_of, sent, "values from outside"
+        )
         return View((panel,), (), tuple(folded))
 
     def _panel(
@@ -127,8 +145,15 @@ class Views:
     def _item(self, box: Box) -> Item:
         nodes, count = self.nodes, len(box.nodes)
         seconds = sum(n.seconds or 0.0 for n in box.nodes)
-        facts = [box.name, nodes.kind(box), _shape(nodes.shape(box)), self.report.stages[box.stage].name]
-        facts += [f"{count} nodes"] * (count > 1) + [f"{seconds * 1e3:.3g} ms"] * bool(nodes.seconds)
+        facts = [
+            box.name,
+            nodes.kind(box),
+            _shape(nodes.shape(box)),
+            self.report.stages[box.stage].name,
+        ]
+        facts += [f"{count} nodes"] * (count > 1) + [f"{seconds * 1e3:.3g} ms"] * bool(
+            nodes.seconds
+        )
         return Item(
             key=next(self.keys),
             title=box.name,
@@ -146,19 +171,25 @@ class Views:
             load = f"{stage.nodes / (sum(s.nodes for s in stages) or 1):.0%} of the nodes"
         else:
             whole = sum(s.cost.seconds for s in stages if s.cost is not None) or 1.0
-            load = f"{stage.cost.seconds / whole:.0%} of the time, {stage.cost.seconds * 1e3:.3g} ms"
+            load = (
+                f"{stage.cost.seconds / whole:.0%} of the time, {stage.cost.seconds * 1e3:.3g} ms"
+            )
         end = "returns the output" if stage.cut is None else f"ends after {stage.cut}"
         return stage.name, load, f"{stage.parameters:,} parameters", end
 
     def _links(self, owner: dict[str, int]) -> list[Link]:
-        """Interfaces, those of a stage with many put together by where they go; then what carries no gradient."""
+        """Interfaces, those of a stage with many put together by where they go; then what carries
+        no gradient.
+        """
         sent = Counter(i.producer for i in self.report.interfaces)
         made = {i.name: self.nodes.source(i) for i in self.report.interfaces}
         groups: dict[tuple[object, ...], list[Interface]] = {}
         for i in self.report.interfaces:
             many = sent[i.producer] > MOST_LABELS
             groups.setdefault((i.producer, i.consumers) if many else (i.name,), []).append(i)
-        links = [self._link(group, [made[i.name] for i in group], owner) for group in groups.values()]
+        links = [
+            self._link(group, [made[i.name] for i in group], owner) for group in groups.values()
+        ]
         plain: dict[tuple[int, ...], list[str]] = {}
         for name, users in self.nodes.crossing.items():
             if name not in made.values():
@@ -166,12 +197,17 @@ class Views:
         for (producer, *consumers), names in plain.items():
             targets = {s: self._users(names, s, owner) for s in consumers}
             tip = f"without gradient: {', '.join(names)}"
-            links.append(Link(producer, tuple(dict.fromkeys(owner[n] for n in names)), targets, (), tip))
+            links.append(
+                Link(producer, tuple(dict.fromkeys(owner[n] for n in names)), targets, (), tip)
+            )
         return links
 
     def _link(self, group: Sequence[Interface], made: Sequence[str], owner: dict[str, int]) -> Link:
         first = group[0]
-        kinds = {i.name: self.report.sources[i.name].kind if i.name in self.report.sources else "none" for i in group}
+        kinds = {
+            i.name: self.report.sources[i.name].kind if i.name in self.report.sources else "none"
+            for i in group
+        }
         label = (f"{len(group)} interfaces", _size(sum(i.spec.nbytes for i in group)))
         if len(group) == 1:
             label = (first.name, f"{_shape(first.spec.shape)} · {_size(first.spec.nbytes)}")

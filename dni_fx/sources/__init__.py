@@ -10,17 +10,17 @@ from torch import nn
 
 from ..errors import DecouplingError, did_you_mean
 from ..plan import TensorSpec
-from .across import AcrossTime
 from .base import GradientSource, Prediction, awaited_kinds, message_kinds
 from .context import OneHot, align_context, one_hot
 from .controls import Exact, Stale, Zero
 from .convolutional import Conv, ConvNetwork
 from .each import EACH, Each, is_each
+from .grouping import JOINT, Joint, Served, is_joint, serve
 from .heads import Critic, Distill, Local, LossHead, Sobolev
 from .inputs import INPUTS, InputFactory, InputSource, make_input
 from .late import Corrected, Delayed, Feedback, Mix, mix
 from .regression import MLP, Linear, Network, Pointwise, Regression
-from .serving import JOINT, Joint, Served, is_joint, serve
+from .through_time import AcrossTime
 from .traces import Traces
 
 __all__ = [
@@ -74,10 +74,11 @@ SourceFactory = Callable[[Sequence[TensorSpec], TensorSpec | None], GradientSour
 
 
 def auto_name(spec: TensorSpec, context: TensorSpec | None = None) -> str:
-    """What ``"auto"`` takes for a value: ``"conv"`` for maps, else ``"linear"`` with a context and ``"mlp"`` without.
+    """What ``"auto"`` takes for a value: ``"conv"`` for maps, else ``"linear"`` with a context and
+    ``"mlp"`` without.
 
-    With the label a linear source is the paper's choice; without it only the label's average can be learnt, which is
-    no linear function. Convolutional maps have one to three spatial dimensions.
+    With the label a linear source is the paper's choice; without it only the label's average can be
+    learnt, which is no linear function. Convolutional maps have one to three spatial dimensions.
     """
     if spec.feature_dim == 1 and len(spec.shape) > 2:
         return "conv"
@@ -85,7 +86,9 @@ def auto_name(spec: TensorSpec, context: TensorSpec | None = None) -> str:
 
 
 def auto_context(spec: TensorSpec, context: TensorSpec | None) -> TensorSpec | None:
-    """The context, or None for a value that has no batch dimension to line it up with (scalars, position tables)."""
+    """The context, or None for a value that has no batch dimension to line it up with (scalars,
+    position tables).
+    """
     if context is None or not spec.shape:
         return None
     return None if spec.shape[0] != context.shape[0] else context
@@ -128,7 +131,8 @@ def make_source(
 ) -> GradientSource:
     """Make the gradient source for an interface or a whole boundary.
 
-    The global random state is left as it was; a source's initial weights follow from it all the same.
+    The global random state is left as it was; a source's initial weights follow from it all the
+    same.
 
     Args:
         option: a name of :data:`SOURCES`, with or without ``"joint:"`` before it, or a callable
@@ -140,25 +144,36 @@ def make_source(
         A new source, on the CPU (or torch's default device).
 
     Raises:
-        DecouplingError: unknown name; not a factory; a source that does not fit the value or the context.
+        DecouplingError: unknown name; not a factory; a source that does not fit the value or the
+            context.
     """
     factory: object = SOURCES.get(option.removeprefix(JOINT)) if isinstance(option, str) else option
     if factory is None:
         hint = did_you_mean(str(option).removeprefix(JOINT), SOURCES)
         known = ", ".join(repr(name) for name in SOURCES)
-        raise DecouplingError(f"unknown gradient source {option!r}{hint}. Known: {known}, or a GradientSource factory.")
+        raise DecouplingError(
+            f"unknown gradient source {option!r}{hint}. Known: {known}, or a GradientSource "
+            "factory."
+        )
     if isinstance(factory, GradientSource):
         raise DecouplingError(
-            f"got a {type(factory).__name__} object as gradient source, but each interface makes its own. Pass the "
-            "class, or a callable (specs, context_spec) -> GradientSource."
+            f"got a {type(factory).__name__} object as gradient source, but each interface makes "
+            "its own. Pass the class, or a callable (specs, context_spec) -> GradientSource."
         )
     if not callable(factory):
         raise DecouplingError(
-            f"a gradient source is a name or a callable (specs, context_spec) -> GradientSource, but got {factory!r}"
+            "a gradient source is a name or a callable (specs, context_spec) -> GradientSource, "
+            f"but got {factory!r}"
         )
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else ()
+    devices = (
+        range(torch.cuda.device_count())
+        if torch.cuda.is_available() and torch.cuda.is_initialized()
+        else ()
+    )
     if isinstance(factory, nn.Module):
-        raise DecouplingError(f"got a {type(factory).__name__} object as gradient source; pass a GradientSource class")
+        raise DecouplingError(
+            f"got a {type(factory).__name__} object as gradient source; pass a GradientSource class"
+        )
     try:
         inspect.signature(factory).bind(tuple(specs), context_spec)
     except TypeError as error:
@@ -169,6 +184,7 @@ def make_source(
         source = factory(tuple(specs), context_spec)
     if not isinstance(source, GradientSource):
         raise DecouplingError(
-            f"the gradient source factory {factory!r} returned {type(source).__name__}, expected a GradientSource"
+            f"the gradient source factory {factory!r} returned {type(source).__name__}, expected a "
+            "GradientSource"
         )
     return source

@@ -1,8 +1,8 @@
 """The one extension point for synthesizers, critics, delayed gradients and controls.
 
-A stage asks its sources for the gradients of the values that it sends out, pulls them back, and goes on. What a source
-wants to hear later from the stages behind it, and how it learns from that, is its own affair: this file fixes only when
-it is asked, what it is given, and what it must return.
+A stage asks its sources for the gradients of the values that it sends out, pulls them back, and
+goes on. What a source wants to hear later from the stages behind it, and how it learns from that,
+is its own affair: this file fixes only when it is asked, what it is given, and what it must return.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ class Prediction:
     """What a source says about the values of one step.
 
     Attributes:
-        gradients: one per value, detached, each with its value's shape, dtype and memory format; they are pulled back
-            at once. None from a source that waits for a message and says in :meth:`GradientSource.complete` what to
-            pull back.
-        state: whatever :meth:`GradientSource.fit` needs; usually the raw outputs, which keep the source's autograd
-            graph so that the source runs once a step.
-        loss: the source's estimate of each sample's loss, ``(batch,)``, detached: what upstream sources hear that ask
-            for ``"loss"``. None from sources that estimate none; the true loss passes them by.
+        gradients: one per value, detached, each with its value's shape, dtype and memory format;
+            they are pulled back at once. None from a source that waits for a message and says in
+            :meth:`GradientSource.complete` what to pull back.
+        state: whatever :meth:`GradientSource.fit` needs; usually the raw outputs, which keep the
+            source's autograd graph so that the source runs once a step.
+        loss: the source's estimate of each sample's loss, ``(batch,)``, detached: what upstream
+            sources hear that ask for ``"loss"``. None from sources that estimate none; the true
+            loss passes them by.
         logits: the source's estimate of the model's output, detached; the same for ``"logits"``.
         guess: what the source takes the gradients to be, where that is not what is pulled back.
     """
@@ -53,34 +54,38 @@ class Prediction:
 class GradientSource(nn.Module):
     """Says which gradients enter a stage from behind, in place of the stages that follow it.
 
-    A subclass implements :meth:`predict` and, where there is something to learn, :meth:`fit`. Parameters and buffers
-    are created in ``__init__`` from the specs, so that the ``state_dict`` is complete before the first step. Neither
-    method may draw from the global random number generator: training decoupled must not shift the model's dropout.
+    A subclass implements :meth:`predict` and, where there is something to learn, :meth:`fit`.
+    Parameters and buffers are created in ``__init__`` from the specs, so that the ``state_dict`` is
+    complete before the first step. Neither method may draw from the global random number generator:
+    training decoupled must not shift the model's dropout.
 
     Attributes:
-        message: what must come back from the consumers before ``fit``; ``"none"``, or one or several of these, joined
-            by ``+`` in this order (``"gradient+loss"``). ``fit`` gets them as one flat tuple.
+        message: what must come back from the consumers before ``fit``; ``"none"``, or one or
+            several of these, joined by ``+`` in this order (``"gradient+loss"``). ``fit`` gets them
+            as one flat tuple.
 
             * ``"gradient"``: one tensor per value, the sum of the consumers' gradients for it;
-            * ``"loss"``: one tensor ``(batch,)``, each sample's loss as the next stages' sources estimate it, the true
-              one where the last stage is next;
-            * ``"logits"``: one tensor, the model's output as the next stages' sources estimate it, the true one where
-              the last stage is next (of outputs that are no tensor, the tensor that they call ``logits``);
+            * ``"loss"``: one tensor ``(batch,)``, each sample's loss as the next stages' sources
+              estimate it, the true one where the last stage is next;
+            * ``"logits"``: one tensor, the model's output as the next stages' sources estimate it,
+              the true one where the last stage is next (of outputs that are no tensor, the tensor
+              that they call ``logits``);
             * ``"error"``: one tensor, the loss's gradient for these true logits.
-        lag: None for a source whose prediction is pulled back at once. A number: the stage waits for what ``awaits``
-            says and pulls back what :meth:`complete` returns, ``lag`` steps after that is there; with 0 in the same
-            step, so locked.
+        lag: None for a source whose prediction is pulled back at once. A number: the stage waits
+            for what ``awaits`` says and pulls back what :meth:`complete` returns, ``lag`` steps
+            after that is there; with 0 in the same step, so locked.
         awaits: for sources with a ``lag``: what ``complete`` needs, in the words of ``message``.
-        recompute: for ``lag`` of 1 or more: run the stage's forward again when the message is there, with the weights
-            of that moment and the randomness of the first time (Features Replay); else its graph and the weights that
-            it used are kept (DDG).
-        corrects: for sources with a ``lag``: the prediction is pulled back at once all the same, and what ``complete``
-            returns later comes on top of it.
-        unit: the factor in front of the mean loss, set by the trainer (1 / accumulate); what a source that computes
-            gradients of a loss of its own multiplies them by.
+        recompute: for ``lag`` of 1 or more: run the stage's forward again when the message is
+            there, with the weights of that moment and the randomness of the first time (Features
+            Replay); else its graph and the weights that it used are kept (DDG).
+        corrects: for sources with a ``lag``: the prediction is pulled back at once all the same,
+            and what ``complete`` returns later comes on top of it.
+        unit: the factor in front of the mean loss, set by the trainer (1 / accumulate); what a
+            source that computes gradients of a loss of its own multiplies them by.
         exact: True only for the marker of exact mode, which the trainer runs itself.
         specs: shape, dtype and feature dimension of each value served, of the example batch.
-        context_spec: the same for the context, or None; a source made without one ignores every context.
+        context_spec: the same for the context, or None; a source made without one ignores every
+            context.
 
     Args:
         specs: the values served, one interface or a whole boundary.
@@ -140,7 +145,8 @@ class GradientSource(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must implement predict(values, context)")
 
     def fit(self, prediction: Prediction, message: tuple[Tensor, ...]) -> Tensor | None:
-        """Learn from what came back; the caller runs ``backward`` on the loss and steps the optimiser.
+        """Learn from what came back; the caller runs ``backward`` on the loss and steps the
+        optimiser.
 
         Args:
             prediction: what ``predict`` returned for the same values.
@@ -161,7 +167,9 @@ class GradientSource(nn.Module):
         Returns:
             A gradient per value.
         """
-        raise NotImplementedError(f"{type(self).__name__} has a lag and must implement complete(prediction, awaited)")
+        raise NotImplementedError(
+            f"{type(self).__name__} has a lag and must implement complete(prediction, awaited)"
+        )
 
     def forward(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
         """:meth:`predict`, checked, as one module call in an emitted function.
@@ -173,19 +181,27 @@ class GradientSource(nn.Module):
         given = prediction.gradients if isinstance(prediction, Prediction) else ()
         waits = isinstance(prediction, Prediction) and given is None and self.lag is not None
         if not waits and not (isinstance(given, tuple) and len(given) == len(values)):
-            found = f"{len(given)} of them" if isinstance(prediction, Prediction) and given else repr(prediction)[:60]
+            found = (
+                f"{len(given)} of them"
+                if isinstance(prediction, Prediction) and given
+                else repr(prediction)[:60]
+            )
             raise DecouplingError(
-                f"{type(self).__name__}.predict must return a Prediction whose gradients are a tuple, one per value "
-                f"({len(values)} here; None only from a source with a lag), but returned {found}"
+                f"{type(self).__name__}.predict must return a Prediction whose gradients are a "
+                f"tuple, one per value ({len(values)} here; None only from a source with a lag), "
+                f"but returned {found}"
             )
         return prediction
 
     def flops(self) -> int:
         """Floating-point operations (multiply-adds x 2) of one ``predict`` on the example batch.
 
-        Counted on a copy without storage, so that nothing here changes; subclasses may know a formula.
+        Counted on a copy without storage, so that nothing here changes; subclasses may know a
+        formula.
         """
-        values = tuple(torch.empty(spec.shape, dtype=spec.dtype, device="meta") for spec in self.specs)
+        values = tuple(
+            torch.empty(spec.shape, dtype=spec.dtype, device="meta") for spec in self.specs
+        )
         spec = self.context_spec
         context = None if spec is None else torch.empty(spec.shape, dtype=spec.dtype, device="meta")
         counter = FlopCounterMode(display=False)
@@ -217,8 +233,9 @@ def _kinds(source: GradientSource, attribute: str) -> tuple[str, ...]:
     kinds = () if asked == "none" else tuple(asked.split("+"))
     if kinds != tuple(k for k in MESSAGES if k in kinds):
         raise DecouplingError(
-            f"{type(source).__name__}.{attribute} is {asked!r}; it must be 'none', or of 'gradient', 'loss', 'logits' "
-            "and 'error' those it asks for, in this order, joined by '+'"
+            f"{type(source).__name__}.{attribute} is {asked!r}; it must be 'none', or of "
+            "'gradient', 'loss', 'logits' and 'error' those it asks for, in this order, joined by "
+            "'+'"
         )
     return kinds
 

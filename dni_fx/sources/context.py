@@ -1,9 +1,10 @@
 """What a synthesizer sees besides its value, and how that is lined up with values of any rank.
 
-A context always has its features last; its other dimensions line up with the value's dimensions other than the feature
-dimension, from the left (batch first), each equal or 1, missing ones taken as 1. So one tensor ``(batch, classes)``
-serves vectors, token sequences and convolutional maps of the same model, and a context per token or per pixel
-(``(batch, time, k)``, ``(batch, height, width, k)``) needs no other rule.
+A context always has its features last; its other dimensions line up with the value's dimensions
+other than the feature dimension, from the left (batch first), each equal or 1, missing ones taken
+as 1. So one tensor ``(batch, classes)`` serves vectors, token sequences and convolutional maps of
+the same model, and a context per token or per pixel (``(batch, time, k)``, ``(batch, height, width,
+k)``) needs no other rule.
 """
 
 from __future__ import annotations
@@ -28,10 +29,13 @@ class OneHot:
 
     def __post_init__(self) -> None:
         if not isinstance(self.classes, int) or self.classes < 1:
-            raise DecouplingError(f"one_hot needs the number of classes, at least 1, but got {self.classes!r}")
+            raise DecouplingError(
+                f"one_hot needs the number of classes, at least 1, but got {self.classes!r}"
+            )
         if not isinstance(self.positions, int) or self.positions < 0:
             raise DecouplingError(
-                f"one_hot needs the number of position dimensions, at least 0, not {self.positions!r}"
+                "one_hot needs the number of position dimensions, at least 0, not "
+                f"{self.positions!r}"
             )
 
     @property
@@ -40,21 +44,30 @@ class OneHot:
         return self.classes
 
     def __call__(self, target: Tensor) -> Tensor:
-        """Encode labels: ``(...)`` integers to ``(..., classes)`` in the default dtype; negative labels give zeros."""
+        """Encode labels: ``(...)`` integers to ``(..., classes)`` in the default dtype; negative
+        labels give zeros.
+        """
         if not isinstance(target, Tensor) or target.is_floating_point() or target.is_complex():
-            got = f"{target.dtype}, {tuple(target.shape)}" if isinstance(target, Tensor) else type(target).__name__
+            got = (
+                f"{target.dtype}, {tuple(target.shape)}"
+                if isinstance(target, Tensor)
+                else type(target).__name__
+            )
             raise DecouplingError(
-                f"one_hot({self.classes}) needs a tensor of integer labels, but the target is {got}. "
-                "Pass context=<callable> that turns your target into a float tensor (batch, features)."
+                f"one_hot({self.classes}) needs a tensor of integer labels, but the target is "
+                f"{got}. Pass context=<callable> that turns your target into a float tensor "
+                "(batch, features)."
             )
         index = target.long()
-        if target.device.type == "cpu":  # elsewhere looking at labels would wait for the device; scatter_ checks there
+        if (
+            target.device.type == "cpu"
+        ):  # elsewhere looking at labels would wait for the device; scatter_ checks there
             with contextlib.suppress(RuntimeError):
                 return F.one_hot(index, self.classes).to(torch.get_default_dtype())
             if int(index.max()) >= self.classes:
                 raise DecouplingError(
-                    f"one_hot({self.classes}) met the label {int(index.max())}: labels run from 0 to "
-                    f"{self.classes - 1}. Use one_hot({int(index.max()) + 1}) or more."
+                    f"one_hot({self.classes}) met the label {int(index.max())}: labels run from 0 "
+                    f"to {self.classes - 1}. Use one_hot({int(index.max()) + 1}) or more."
                 )
         index = index.unsqueeze(-1)
         encoded = torch.zeros(*target.shape, self.classes, device=target.device)
@@ -69,16 +82,17 @@ def one_hot(classes: int, positions: int = 0) -> OneHot:
 
     Args:
         classes: number of classes.
-        positions: how many dimensions labels have besides the batch's: 1 for a label per token, 2 per pixel. Loss heads
-            need to know.
+        positions: how many dimensions labels have besides the batch's: 1 for a label per token, 2
+            per pixel. Loss heads need to know.
 
     Returns:
-        A callable from integer labels ``(batch,)`` (or ``(batch, time)``, ``(batch, height, width)``) to floats with
-        one more dimension of size ``classes``. Negative labels, which losses commonly ignore, become zeros.
+        A callable from integer labels ``(batch,)`` (or ``(batch, time)``, ``(batch, height,
+        width)``) to floats with one more dimension of size ``classes``. Negative labels, which
+        losses commonly ignore, become zeros.
 
     Raises:
-        DecouplingError: ``classes`` is no positive integer; when called: the target is no tensor of integers, or holds
-            a label that is too large.
+        DecouplingError: ``classes`` is no positive integer; when called: the target is no tensor of
+            integers, or holds a label that is too large.
 
     Example:
         >>> import torch
@@ -94,12 +108,13 @@ def align_context(context: Tensor, value_shape: Sequence[int], feature_dim: int 
 
     Args:
         context: ``(*lead, k)``.
-        value_shape: ``(batch, ..., features)``, or ``(batch, channels, *space)`` with ``feature_dim=1``.
+        value_shape: ``(batch, ..., features)``, or ``(batch, channels, *space)`` with
+            ``feature_dim=1``.
         feature_dim: 1 or -1, as in :class:`~dni_fx.plan.TensorSpec`.
 
     Returns:
-        A view with as many dimensions as the value, features last also for maps: ``(batch, 1, 1, k)`` for labels
-        against images.
+        A view with as many dimensions as the value, features last also for maps: ``(batch, 1, 1,
+        k)`` for labels against images.
 
     Raises:
         DecouplingError: the sizes do not line up; both shapes are named.
@@ -107,25 +122,32 @@ def align_context(context: Tensor, value_shape: Sequence[int], feature_dim: int 
     return context.view(_aligned_shape(tuple(context.shape), tuple(value_shape), feature_dim))
 
 
-def check_context(context_shape: Sequence[int], value_shape: Sequence[int], feature_dim: int = -1) -> None:
+def check_context(
+    context_shape: Sequence[int], value_shape: Sequence[int], feature_dim: int = -1
+) -> None:
     """Raise the error of :func:`align_context` from shapes alone."""
     _aligned_shape(tuple(context_shape), tuple(value_shape), feature_dim)
 
 
 def as_planes(context: Tensor, maps: Tensor) -> Tensor:
-    """An aligned context as constant planes over maps ``(batch, channels, *space)``: ``(batch, k, *space)``, a view."""
+    """An aligned context as constant planes over maps ``(batch, channels, *space)``: ``(batch, k,
+    *space)``, a view.
+    """
     return context.movedim(-1, 1).expand(maps.shape[0], context.shape[-1], *maps.shape[2:])
 
 
-def _aligned_shape(context: tuple[int, ...], value: tuple[int, ...], feature_dim: int) -> tuple[int, ...]:
+def _aligned_shape(
+    context: tuple[int, ...], value: tuple[int, ...], feature_dim: int
+) -> tuple[int, ...]:
     lead = value[:1] + value[2:] if feature_dim == 1 else value[:-1]
     sizes = context[:-1]
     fits = len(context) > 0 and len(sizes) <= len(lead)
     if not fits or any(have not in (1, want) for have, want in zip(sizes, lead, strict=False)):
         raise DecouplingError(
-            f"a context of shape {context} does not line up with a value of shape {value} (features in dimension "
-            f"{feature_dim}): expected (*sizes, features), its sizes matching {lead} from the left, each equal or 1. "
-            "Return such a shape from context=<callable>, or give this value a source that ignores the context: "
+            f"a context of shape {context} does not line up with a value of shape {value} "
+            f"(features in dimension {feature_dim}): expected (*sizes, features), its sizes "
+            f"matching {lead} from the left, each equal or 1. Return such a shape from "
+            "context=<callable>, or give this value a source that ignores the context: "
             "gradients={'<interface>': lambda specs, context: dni_fx.sources.MLP(specs)}."
         )
     return sizes + (1,) * (len(lead) - len(sizes)) + context[-1:]

@@ -14,10 +14,12 @@ from .base import GradientSource, Prediction
 
 
 class Zero(GradientSource):
-    """Control: ``g = 0``. Nothing crosses the interface, so what lies before it learns from nothing behind it.
+    """Control: ``g = 0``. Nothing crosses the interface, so what lies before it learns from nothing
+    behind it.
 
     Source:
-        The "no backprop" column of Jaderberg et al. 2016 (arXiv:1608.05343), table of feed-forward results.
+        The "no backprop" column of Jaderberg et al. 2016 (arXiv:1608.05343), table of feed-forward
+        results.
     """
 
     message = "none"
@@ -32,11 +34,13 @@ class Zero(GradientSource):
 
 
 class Stale(GradientSource):
-    """Control: the true gradient of the last step, whatever its batch: ``g_t = dL_{t-1}/dh_{t-1}``; zero at first.
+    """Control: the true gradient of the last step, whatever its batch: ``g_t = dL_{t-1}/dh_{t-1}``;
+    zero at first.
 
-    It belongs to other samples, so it shows how much of a synthesizer's success is only the right scale and the mean
-    direction. Where shapes differ (a last short batch, another sequence length) the overlapping part is used, with
-    zeros elsewhere. The message is kept in the ``state_dict``, so that a resumed run is the same run.
+    It belongs to other samples, so it shows how much of a synthesizer's success is only the right
+    scale and the mean direction. Where shapes differ (a last short batch, another sequence length)
+    the overlapping part is used, with zeros elsewhere. The message is kept in the ``state_dict``,
+    so that a resumed run is the same run.
     """
 
     def __init__(self, specs: Sequence[TensorSpec], context: TensorSpec | None = None) -> None:
@@ -47,7 +51,9 @@ class Stale(GradientSource):
         """The messages of the last ``fit``, cut or padded to the values' shapes."""
         if self._last is None:
             return Prediction(tuple(torch.zeros_like(value) for value in values))
-        return Prediction(tuple(_fitted(old, value) for old, value in zip(self._last, values, strict=True)))
+        return Prediction(
+            tuple(_fitted(old, value) for old, value in zip(self._last, values, strict=True))
+        )
 
     def fit(self, prediction: Prediction, message: tuple[Tensor, ...]) -> None:
         """Remember the message; nothing learns."""
@@ -80,8 +86,9 @@ class Exact(GradientSource):
             DecouplingError: always.
         """
         raise DecouplingError(
-            "gradients='exact' has no gradients before the later stages have run: exact mode is run by Trainer.step, "
-            "for the whole model only. Call Trainer.step, or use another source, such as 'linear' or 'stale'."
+            "gradients='exact' has no gradients before the later stages have run: exact mode is "
+            "run by Trainer.step, for the whole model only. Call Trainer.step, or use another "
+            "source, such as 'linear' or 'stale'."
         )
 
     def flops(self) -> int:

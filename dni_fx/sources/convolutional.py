@@ -1,4 +1,6 @@
-"""Synthesizers for maps, where a gradient depends on the neighbourhood; labels come as constant planes."""
+"""Synthesizers for maps, where a gradient depends on the neighbourhood; labels come as constant
+planes.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from .regression import Network, Regression, make_norms
 
 
 class ConvNetwork(Network):
-    """Convolutions with ReLUs between them, zero padded to the same size; the last layer starts at 0."""
+    """Convolutions with ReLUs between them, zero padded to the same size; the last layer starts at
+    0.
+    """
 
     def __init__(
         self,
@@ -30,24 +34,30 @@ class ConvNetwork(Network):
         super().__init__(spec, context)
         if self.space == 0:
             raise DecouplingError(
-                f"'conv' needs convolutional maps (batch, channels, *space), but the value has shape {spec.shape} with "
-                f"its features in dimension {spec.feature_dim}. Use 'linear' or 'mlp'."
+                "'conv' needs convolutional maps (batch, channels, *space), but the value has "
+                f"shape {spec.shape} with its features in dimension {spec.feature_dim}. Use "
+                "'linear' or 'mlp'."
             )
         if kernel % 2 == 0:
-            raise DecouplingError(f"'conv' needs an odd kernel, so that maps keep their size, but got {kernel}")
+            raise DecouplingError(
+                f"'conv' needs an odd kernel, so that maps keep their size, but got {kernel}"
+            )
         convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[self.space - 1]
         width = self.features if width is None else width
         self.kernel = kernel
         self.sizes = [self.features + self.context_features] + [width] * hidden + [self.features]
         self.layers = nn.ModuleList(
-            convolution(a, b, kernel, padding=kernel // 2, dtype=self.dtype) for a, b in pairwise(self.sizes)
+            convolution(a, b, kernel, padding=kernel // 2, dtype=self.dtype)
+            for a, b in pairwise(self.sizes)
         )
         self.norms = make_norms(norm, self.sizes[1:-1], self.dtype)
         for parameter in self.layers[-1].parameters():
             nn.init.zeros_(parameter)
 
     def compute(self, value: Tensor, context: Tensor | None) -> Tensor:
-        """Convolve maps and context planes; the planes end at the border like the maps, as in the paper."""
+        """Convolve maps and context planes; the planes end at the border like the maps, as in the
+        paper.
+        """
         if context is not None:
             value = torch.cat((value, as_planes(context, value)), 1)
         h = self.layers[0](value)
@@ -57,21 +67,25 @@ class ConvNetwork(Network):
 
     def flops(self) -> int:
         """2 positions inputs outputs kernel^space for each layer."""
-        return sum(2 * self.positions * a * b * self.kernel**self.space for a, b in pairwise(self.sizes))
+        return sum(
+            2 * self.positions * a * b * self.kernel**self.space for a, b in pairwise(self.sizes)
+        )
 
 
 class Conv(Regression):
-    r"""For maps: :math:`M(h, c) = W_2 * \mathrm{relu}(W_1 * [h, c] + b_1) + b_2` with ``c`` as constant planes.
+    r"""For maps: :math:`M(h, c) = W_2 * \mathrm{relu}(W_1 * [h, c] + b_1) + b_2` with ``c`` as
+    constant planes.
 
     Args:
         specs: the values served: maps with 1, 2 or 3 spatial dimensions.
         context: the context, or None.
-        hidden: number of hidden layers. The paper's source on MNIST is
-            ``partial(Conv, hidden=2, kernel=5, width=64, norm="batch")``; one hidden layer of kernel 3 sees 5 x 5 at a
+        hidden: number of hidden layers. The paper's source on MNIST is ``partial(Conv, hidden=2,
+            kernel=5, width=64, norm="batch")``; one hidden layer of kernel 3 sees 5 x 5 at a
             fraction of the cost.
         kernel: size in each dimension, odd.
         width: channels of the hidden layers; by default the value's.
-        norm: of the hidden layers, ``"batch"`` (by the batch's own statistics, in any mode) or ``"none"``.
+        norm: of the hidden layers, ``"batch"`` (by the batch's own statistics, in any mode) or
+            ``"none"``.
 
     Source:
         Jaderberg et al. 2016, arXiv:1608.05343, appendix A.1.
@@ -87,4 +101,6 @@ class Conv(Regression):
         width: int | None = None,
         norm: str = "none",
     ) -> None:
-        super().__init__(specs, context, lambda spec, c: ConvNetwork(spec, c, hidden, kernel, width, norm))
+        super().__init__(
+            specs, context, lambda spec, c: ConvNetwork(spec, c, hidden, kernel, width, norm)
+        )

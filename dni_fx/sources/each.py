@@ -21,20 +21,23 @@ def is_each(option: object) -> bool:
 
 
 class Each(GradientSource):
-    r"""One source for each stage that uses the value: :math:`\hat g = \sum_c \hat g_c`, each regressed to its own
-    consumer's gradient :math:`\delta_c`, whenever that comes.
+    r"""One source for each stage that uses the value: :math:`\hat g = \sum_c \hat g_c`, each
+    regressed to its own consumer's gradient :math:`\delta_c`, whenever that comes.
 
-    A single source hears nothing before the last of its consumers has answered, since it learns their sum. Asked for by
-    ``"each:linear"`` and the like. Where a value has one consumer it is that one source.
+    A single source hears nothing before the last of its consumers has answered, since it learns
+    their sum. Asked for by ``"each:linear"`` and the like. Where a value has one consumer it is
+    that one source.
 
     Args:
         specs: the values served.
         context: the context, or None.
-        source: name or factory of the source for one consumer; one that hears gradients, and is pulled back at once.
+        source: name or factory of the source for one consumer; one that hears gradients, and is
+            pulled back at once.
         parts: number of consumers.
 
     Source:
-        Jaderberg et al. 2016, arXiv:1608.05343, section 2, for one consumer; gradients of several add up.
+        Jaderberg et al. 2016, arXiv:1608.05343, section 2, for one consumer; gradients of several
+        add up.
     """
 
     def __init__(
@@ -51,8 +54,8 @@ class Each(GradientSource):
         made = [make_source(source, specs, context) for _ in range(parts)]
         if any(s.message != "gradient" or s.lag is not None or s.exact for s in made):
             raise DecouplingError(
-                f"one source for each consumer must learn from gradients and answer at once, as 'linear', 'mlp', "
-                f"'conv' and 'auto' do; {type(made[0]).__name__} does not"
+                "one source for each consumer must learn from gradients and answer at once, as "
+                f"'linear', 'mlp', 'conv' and 'auto' do; {type(made[0]).__name__} does not"
             )
         self.parts = nn.ModuleList(made)
 
@@ -76,12 +79,14 @@ class Each(GradientSource):
         """
         if len(self.parts) > 1:
             raise DecouplingError(
-                f"this source has a part for each of {len(self.parts)} consumers, whose gradients it needs one by one: "
-                "call fit_part, or train with a Trainer"
+                f"this source has a part for each of {len(self.parts)} consumers, whose gradients "
+                "it needs one by one: call fit_part, or train with a Trainer"
             )
         return self.fit_part(0, prediction, message)
 
-    def fit_part(self, place: int, prediction: Prediction, message: tuple[Tensor, ...]) -> Tensor | None:
+    def fit_part(
+        self, place: int, prediction: Prediction, message: tuple[Tensor, ...]
+    ) -> Tensor | None:
         """One consumer's part learns from that consumer's gradients.
 
         Args:

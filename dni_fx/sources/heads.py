@@ -1,12 +1,14 @@
-"""Loss heads: small networks that guess the loss from what crosses a cut and the label; their gradient is pulled back.
+"""Loss heads: small networks that guess the loss from what crosses a cut and the label; their
+gradient is pulled back.
 
-A synthesizer that regresses gradients must find out how the loss depends on the label. A head is told: it computes
-logits, and from them and the label the loss itself. What it learns from is then a choice: the labels alone (greedy
-local learning), the loss or the logits of the next head (critics, distillation), or also the gradient (Sobolev
-training). Except for the last, messages are a few numbers per sample, where a gradient is as large as its value.
+A synthesizer that regresses gradients must find out how the loss depends on the label. A head is
+told: it computes logits, and from them and the label the loss itself. What it learns from is then a
+choice: the labels alone (greedy local learning), the loss or the logits of the next head (critics,
+distillation), or also the gradient (Sobolev training). Except for the last, messages are a few
+numbers per sample, where a gradient is as large as its value.
 
-A head serves one value, or a whole boundary jointly: of two values that cross a cut together, say a block's output and
-its skip connection, either says little alone.
+A head serves one value, or a whole boundary jointly: of two values that cross a cut together, say a
+block's output and its skip connection, either says little alone.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from ..plan import TensorSpec
 from .base import GradientSource, Prediction, like
 from .regression import BatchNorm, Network, Regression
 
-WIDEST = 256  # channels of hidden layers, unless asked for: twice 1024 channels would cost more than their stage
+# channels of hidden layers, unless asked for: twice 1024 channels would cost more than their stage
+WIDEST = 256
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -33,11 +36,13 @@ class Evaluation(NamedTuple):
     """The ``state`` of a head's prediction: one forward, with its graph.
 
     Attributes:
-        logits: ``(batch, *positions, k)``; positions are the context's, none for labels ``(batch, k)``.
+        logits: ``(batch, *positions, k)``; positions are the context's, none for labels ``(batch,
+            k)``.
         losses: ``(batch,)``, each sample's.
         mean: the scalar whose gradient was predicted.
         weights: ``(batch, *positions)``, how much each counts in the mean; 0 for ignored labels.
-        gradients: of ``mean``, one per value, with a graph of their own; none in heads that do not learn from them.
+        gradients: of ``mean``, one per value, with a graph of their own; none in heads that do not
+            learn from them.
     """
 
     logits: Tensor
@@ -51,7 +56,9 @@ class HandedOver(torch.autograd.Function):
     """A loss whose gradients for some parameters are known already."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, gradients: tuple[Tensor, ...], *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, loss: Tensor, gradients: tuple[Tensor, ...], *parameters: Tensor
+    ) -> Tensor:
         """The loss itself."""
         ctx.gradients = gradients
         return loss.clone()
@@ -63,39 +70,46 @@ class HandedOver(torch.autograd.Function):
 
 
 class LossHead(GradientSource):
-    r"""Base of the heads: logits :math:`p = W [e_1(h_1), \dots, e_n(h_n)] + b` of one or several values, jointly.
+    r"""Base of the heads: logits :math:`p = W [e_1(h_1), \dots, e_n(h_n)] + b` of one or several
+    values, jointly.
 
     .. math::
         \hat g_i = \frac{\partial}{\partial h_i} \operatorname{mean} \ell(p(h_1, \dots, h_n; \phi), c)
 
-    Maps ``(batch, channels, *space)`` are encoded by convolutions, other values ``(batch, ..., features)`` by the same
-    layers at every position; then come means over all positions that the context lacks. So labels ``(batch, k)`` give
-    logits ``(batch, k)``, and a context per token ``(batch, time, k)`` or per pixel ``(batch, height, width, k)`` gives
-    logits of its own shape. Values of shape ``(batch,)`` count as one feature.
+    Maps ``(batch, channels, *space)`` are encoded by convolutions, other values ``(batch, ...,
+    features)`` by the same layers at every position; then come means over all positions that the
+    context lacks. So labels ``(batch, k)`` give logits ``(batch, k)``, and a context per token
+    ``(batch, time, k)`` or per pixel ``(batch, height, width, k)`` gives logits of its own shape.
+    Values of shape ``(batch,)`` count as one feature.
 
-    A sample's loss is the mean over its positions, and the mean loss that over all positions of the batch, as in
-    ``torch.nn.functional.cross_entropy``. For cross entropy, rows of the context that are all 0 are ignored labels:
-    they count in neither mean, and a batch of nothing else has loss 0. What a head learns from is its subclass's.
+    A sample's loss is the mean over its positions, and the mean loss that over all positions of the
+    batch, as in ``torch.nn.functional.cross_entropy``. For cross entropy, rows of the context that
+    are all 0 are ignored labels: they count in neither mean, and a batch of nothing else has loss
+    0. What a head learns from is its subclass's.
 
     Args:
         specs: the values served.
         context: the context, with as many features as the model has outputs. Required.
-        loss: ``"cross_entropy"`` with the context as probabilities, ``"mse"`` to the context, or a callable
-            ``(logits, context) -> losses`` of shape ``(batch, *positions)`` or ``(batch,)``.
-        hidden: number of hidden layers of each encoder: convolution 3 (or linear), normalisation (maps only), ReLU; by
-            default 2 for maps and 1 for others.
-        width: features of the first one, further ones have ``stride`` times as many, up to 256; by default the value's
-            times ``stride`` for maps, and the value's, at least 64, for others.
+        loss: ``"cross_entropy"`` with the context as probabilities, ``"mse"`` to the context, or a
+            callable ``(logits, context) -> losses`` of shape ``(batch, *positions)`` or
+            ``(batch,)``.
+        hidden: number of hidden layers of each encoder: convolution 3 (or linear), normalisation
+            (maps only), ReLU; by default 2 for maps and 1 for others.
+        width: features of the first one, further ones have ``stride`` times as many, up to 256; by
+            default the value's times ``stride`` for maps, and the value's, at least 64, for others.
         stride: of each convolution; 1 where the context has positions, since these are kept.
         norm: ``"batch"``: by the batch's own mean and variance, in any mode; ``"none"``.
         factor: multiplies the gradients on use.
 
     Raises:
-        DecouplingError: no context, scalars, a context that does not line up, or options that do not exist.
+        DecouplingError: no context, scalars, a context that does not line up, or options that do
+            not exist.
     """
 
     create_graph: ClassVar[bool] = False  # of the gradients, to be fitted themselves
-    greedy: ClassVar[bool] = False  # the label loss is all that is learnt: one backward gives everything
+    greedy: ClassVar[bool] = (
+        False  # the label loss is all that is learnt: one backward gives everything
+    )
 
     def __init__(
         self,
@@ -113,22 +127,31 @@ class LossHead(GradientSource):
         if context is None or not context.shape or any(not spec.shape for spec in self.specs):
             found = "has no context" if context is None or not context.shape else "serves a scalar"
             raise DecouplingError(
-                f"{type(self).__name__} is a loss head: it needs labels, and values with a batch dimension, but {found}"
-                ". Pass context=dni_fx.one_hot(classes) to decouple, or use 'linear' or 'delayed' here."
+                f"{type(self).__name__} is a loss head: it needs labels, and values with a batch "
+                f"dimension, but {found}. Pass context=dni_fx.one_hot(classes) to decouple, or use "
+                "'linear' or 'delayed' here."
             )
         if not callable(loss) and loss not in ("cross_entropy", "mse"):
-            raise DecouplingError(f"unknown loss {loss!r}; known: 'cross_entropy', 'mse', or a callable")
+            raise DecouplingError(
+                f"unknown loss {loss!r}; known: 'cross_entropy', 'mse', or a callable"
+            )
         if norm not in ("batch", "none"):
             raise DecouplingError(f"unknown norm {norm!r}; known: 'batch', 'none'")
         self.loss, self.factor, self.context_shape = loss, factor, tuple(context.shape)
         # Half precision is too coarse for the small steps of learning.
-        dtype = torch.float64 if any(spec.dtype == torch.float64 for spec in self.specs) else torch.float32
+        dtype = (
+            torch.float64
+            if any(spec.dtype == torch.float64 for spec in self.specs)
+            else torch.float32
+        )
         stride = stride if len(self.context_shape) == 2 else 1
         encoders = [Encoder(spec, hidden, width, stride, norm, dtype) for spec in self.specs]
         for spec, encoder in zip(self.specs, encoders, strict=True):
             encoder.check(spec.shape, self.context_shape)
         self.encoders = nn.ModuleList(encoders)
-        self.output = nn.Linear(sum(e.outputs for e in encoders), self.context_shape[-1], dtype=dtype)
+        self.output = nn.Linear(
+            sum(e.outputs for e in encoders), self.context_shape[-1], dtype=dtype
+        )
 
     def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
         """Gradients of the mean loss; ``state`` is an :class:`Evaluation`.
@@ -136,41 +159,63 @@ class LossHead(GradientSource):
         Raises:
             DecouplingError: a value or the context is not of the kind that the head was made for.
         """
-        dtype, rank, features = self.output.weight.dtype, len(self.context_shape), self.context_shape[-1]
+        dtype, rank, features = (
+            self.output.weight.dtype,
+            len(self.context_shape),
+            self.context_shape[-1],
+        )
         if context is None or context.dim() != rank or context.shape[-1] != features:
             got = "none" if context is None else f"one of shape {tuple(context.shape)}"
             raise DecouplingError(
-                f"a loss head was made for a context like {self.context_shape}, but got {got}. Pass target= to "
-                "Trainer.step, or context= to stage.step; the rank and features of a context may not change."
+                f"a loss head was made for a context like {self.context_shape}, but got {got}. "
+                "Pass target= to Trainer.step, or context= to stage.step; the rank and features of "
+                "a context may not change."
             )
         keep = torch.is_grad_enabled()
         with torch.enable_grad():
             # In the head's dtype at once: gradients of mean losses are too small for float16.
             leaves = tuple(value.detach().to(dtype).requires_grad_() for value in values)
-            # Views, since FlopCounterMode hooks what a module is given, which autograd.grad does not allow for leaves.
+            # Views, since FlopCounterMode hooks what a module is given, which autograd.grad does
+            # not allow for leaves.
             logits = self.logits(tuple(leaf.view_as(leaf) for leaf in leaves), context)
             losses, mean, weights = self.evaluate(logits, context.detach().to(dtype))
-            learnt = tuple(p for p in self.parameters() if p.requires_grad) if keep and self.greedy else ()
+            learnt = (
+                tuple(p for p in self.parameters() if p.requires_grad)
+                if keep and self.greedy
+                else ()
+            )
             retain = keep and not self.greedy
-            found = torch.autograd.grad(mean, (*leaves, *learnt), None, retain, keep and self.create_graph)
+            found = torch.autograd.grad(
+                mean, (*leaves, *learnt), None, retain, keep and self.create_graph
+            )
             if learnt:
                 mean = HandedOver.apply(mean.detach(), found[len(leaves) :], *learnt)
         factor = self.unit * self.factor
-        gradients = tuple(like(g.detach() * factor, value) for g, value in zip(found, values, strict=False))
+        gradients = tuple(
+            like(g.detach() * factor, value) for g, value in zip(found, values, strict=False)
+        )
         state = Evaluation(logits, losses, mean, weights, found if self.create_graph else ())
         return Prediction(gradients, state, losses.detach(), logits.detach())
 
     def logits(self, values: tuple[Tensor, ...], context: Tensor) -> Tensor:
         """Logits ``(batch, *positions, k)``, in the parameters' dtype."""
         shape = tuple(context.shape)
-        encoded = [encoder(value, shape) for encoder, value in zip(self.encoders, values, strict=True)]
+        encoded = [
+            encoder(value, shape) for encoder, value in zip(self.encoders, values, strict=True)
+        ]
         lead = torch.broadcast_shapes(shape[:-1], *(e.shape[:-1] for e in encoded))
-        joined = torch.cat([e.expand(*lead, -1) for e in encoded], -1) if len(encoded) > 1 else encoded[0]
+        joined = (
+            torch.cat([e.expand(*lead, -1) for e in encoded], -1)
+            if len(encoded) > 1
+            else encoded[0]
+        )
         logits: Tensor = self.output(joined).to(self.output.weight.dtype)
         return logits.expand(*lead, -1)
 
     def evaluate(self, logits: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Each sample's loss ``(batch,)``, the mean loss, and the weights ``(batch, *positions)`` in the mean."""
+        """Each sample's loss ``(batch,)``, the mean loss, and the weights ``(batch, *positions)``
+        in the mean.
+        """
         lead = logits.shape[:-1]
         counts = logits.new_ones(lead)
         if self.loss == "cross_entropy":
@@ -182,18 +227,27 @@ class LossHead(GradientSource):
             losses = self.loss(logits, context)  # type: ignore[operator]
         weights = counts / counts.sum().clamp(min=1)
         if losses.shape == lead:
-            total, flat = (losses * weights).sum(), counts.flatten(1) if len(lead) > 1 else counts[:, None]
-            return (losses.reshape(flat.shape) * flat).sum(1) / flat.sum(1).clamp(min=1), total, weights
+            total, flat = (
+                (losses * weights).sum(),
+                counts.flatten(1) if len(lead) > 1 else counts[:, None],
+            )
+            return (
+                (losses.reshape(flat.shape) * flat).sum(1) / flat.sum(1).clamp(min=1),
+                total,
+                weights,
+            )
         if losses.shape != lead[:1]:
             raise DecouplingError(
-                f"the loss of a head returned shape {tuple(losses.shape)} for logits of shape {tuple(logits.shape)}: "
-                f"it must return a loss per position, {tuple(lead)}, or per sample, {tuple(lead[:1])}"
+                f"the loss of a head returned shape {tuple(losses.shape)} for logits of shape "
+                f"{tuple(logits.shape)}: it must return a loss per position, {tuple(lead)}, or per "
+                f"sample, {tuple(lead[:1])}"
             )
         return losses, losses.mean(), weights
 
 
 class Local(LossHead):
-    r"""Greedy: the head learns from the labels alone, :math:`\mathcal L(\phi) = \operatorname{mean} \ell(p, c)`.
+    r"""Greedy: the head learns from the labels alone, :math:`\mathcal L(\phi) = \operatorname{mean}
+    \ell(p, c)`.
 
     Nothing comes back over the cut. Arguments as for :class:`LossHead`.
 
@@ -205,13 +259,16 @@ class Local(LossHead):
     greedy = True
 
     def fit(self, prediction: Prediction, message: tuple[Tensor, ...]) -> Tensor:
-        """The mean label loss; its gradient for the head was found together with that for the values."""
+        """The mean label loss; its gradient for the head was found together with that for the
+        values.
+        """
         mean: Tensor = prediction.state.mean
         return mean
 
 
 class Critic(LossHead):
-    r"""The head learns each sample's loss: :math:`\mathcal L(\phi) = \operatorname{mean}_b |\ell(p_b, c_b) - L_b|`.
+    r"""The head learns each sample's loss: :math:`\mathcal L(\phi) = \operatorname{mean}_b
+    |\ell(p_b, c_b) - L_b|`.
 
     :math:`L_b` is the loss as the next head estimates it, the true one before the last stage.
 
@@ -222,17 +279,25 @@ class Critic(LossHead):
         **options: as for :class:`LossHead`.
 
     Source:
-        Lee et al. 2021, arXiv:2102.01963 (local critic training); Czarnecki et al. 2017, arXiv:1706.04859 (critic).
+        Lee et al. 2021, arXiv:2102.01963 (local critic training); Czarnecki et al. 2017,
+        arXiv:1706.04859 (critic).
     """
 
     message = "loss"
 
     def __init__(
-        self, specs: Sequence[TensorSpec], context: TensorSpec | None = None, *, distance: str = "l1", **options: Any
+        self,
+        specs: Sequence[TensorSpec],
+        context: TensorSpec | None = None,
+        *,
+        distance: str = "l1",
+        **options: Any,
     ) -> None:
         super().__init__(specs, context, **options)
         if distance not in ("l1", "l2"):
-            raise DecouplingError(f"unknown distance {distance!r} between losses; known: 'l1', 'l2'")
+            raise DecouplingError(
+                f"unknown distance {distance!r} between losses; known: 'l1', 'l2'"
+            )
         self.distance = F.l1_loss if distance == "l1" else F.mse_loss
 
     def fit(self, prediction: Prediction, message: tuple[Tensor, ...]) -> Tensor:
@@ -251,11 +316,12 @@ class Critic(LossHead):
 
 
 class Sobolev(Critic):
-    r"""A critic that learns gradients too: adds :math:`w \sum_i \operatorname{mean} (\hat g_i - \delta_i)^2 / s_i^2`.
+    r"""A critic that learns gradients too: adds :math:`w \sum_i \operatorname{mean} (\hat g_i -
+    \delta_i)^2 / s_i^2`.
 
     :math:`\delta_i` is the gradient that came back, :math:`s_i` its running root mean square as in
-    :class:`~dni_fx.sources.Regression`, and :math:`\hat g` is taken without ``factor``. The backward of ``fit``
-    differentiates twice, so the head's loss needs a second derivative.
+    :class:`~dni_fx.sources.Regression`, and :math:`\hat g` is taken without ``factor``. The
+    backward of ``fit`` differentiates twice, so the head's loss needs a second derivative.
 
     Args:
         specs: the values served.
@@ -264,14 +330,20 @@ class Sobolev(Critic):
         **options: as for :class:`Critic`.
 
     Source:
-        Czarnecki et al. 2017, arXiv:1706.04859, section on synthetic gradients. The normalisation is ours.
+        Czarnecki et al. 2017, arXiv:1706.04859, section on synthetic gradients. The normalisation
+        is ours.
     """
 
     message = "gradient+loss"
     create_graph: ClassVar[bool] = True
 
     def __init__(
-        self, specs: Sequence[TensorSpec], context: TensorSpec | None = None, *, weight: float = 1.0, **options: Any
+        self,
+        specs: Sequence[TensorSpec],
+        context: TensorSpec | None = None,
+        *,
+        weight: float = 1.0,
+        **options: Any,
     ) -> None:
         super().__init__(specs, context, **options)
         self.weight, self.running = weight, RunningScale(self.specs)
@@ -280,10 +352,13 @@ class Sobolev(Critic):
         """The critic's loss plus the weighted error of the gradients; updates their scale first.
 
         Raises:
-            DecouplingError: the message is not a gradient of each value's shape, then a loss per sample.
+            DecouplingError: the message is not a gradient of each value's shape, then a loss per
+                sample.
         """
         gradients = tuple(gradient * self.unit for gradient in prediction.state.gradients)
-        return super().fit(prediction, message) + self.weight * self.running.compare(gradients, message[:-1])
+        return super().fit(prediction, message) + self.weight * self.running.compare(
+            gradients, message[:-1]
+        )
 
 
 class RunningScale(Regression):
@@ -293,13 +368,19 @@ class RunningScale(Regression):
         super().__init__(specs, None, Network)  # the networks' base has no parameters
 
     def compare(self, gradients: tuple[Tensor, ...], targets: tuple[Tensor, ...]) -> Tensor:
-        """Mean squared error in units of the running scale, summed over the values; updates the scale first."""
+        """Mean squared error in units of the running scale, summed over the values; updates the
+        scale first.
+        """
         expected, got = [tuple(g.shape) for g in gradients], [tuple(t.shape) for t in targets]
         if expected != got:
-            raise DecouplingError(f"gradients of shapes {got} came back to a head for values of shapes {expected}")
+            raise DecouplingError(
+                f"gradients of shapes {got} came back to a head for values of shapes {expected}"
+            )
         targets = tuple(target.detach().to(self.scale.dtype) for target in targets)
         self._update_scale(targets)
-        inverses = self.scale.reciprocal().nan_to_num(posinf=0.0).unbind()  # nothing to learn while there is no scale
+        inverses = (
+            self.scale.reciprocal().nan_to_num(posinf=0.0).unbind()
+        )  # nothing to learn while there is no scale
         errors = [
             F.mse_loss(gradient.to(target.dtype) * inverse, target * inverse)
             for gradient, target, inverse in zip(gradients, targets, inverses, strict=True)
@@ -314,8 +395,8 @@ class Distill(LossHead):
         \mathcal L(\phi) = T^2 \operatorname{mean} \mathrm{KL}\bigl(\operatorname{softmax}(q / T) \,\|\,
         \operatorname{softmax}(p / T)\bigr) + \lambda \operatorname{mean} \ell(p, c)
 
-    with :math:`q` the logits that came back. For ``loss="mse"`` the first term is the mean of :math:`(p - q)^2`.
-    Positions with ignored labels count in neither term.
+    with :math:`q` the logits that came back. For ``loss="mse"`` the first term is the mean of
+    :math:`(p - q)^2`. Positions with ignored labels count in neither term.
 
     Args:
         specs: the values served.
@@ -343,7 +424,8 @@ class Distill(LossHead):
         self.temperature, self.labels = temperature, labels
 
     def fit(self, prediction: Prediction, message: tuple[Tensor, ...]) -> Tensor:
-        """Divergence from the logits that came back, whose features are last, or second as models of maps have them.
+        """Divergence from the logits that came back, whose features are last, or second as models
+        of maps have them.
 
         Raises:
             DecouplingError: logits of another shape.
@@ -353,32 +435,46 @@ class Distill(LossHead):
             target = target.movedim(1, -1)
         if target.shape != own.shape:
             raise DecouplingError(
-                f"logits of shape {tuple(message[0].shape)} came back to a head whose own have shape "
-                f"{tuple(own.shape)}: 'distill' needs a model output with as many features as the context has, at the "
-                "context's positions. Use 'local'."
+                f"logits of shape {tuple(message[0].shape)} came back to a head whose own have "
+                f"shape {tuple(own.shape)}: 'distill' needs a model output with as many features "
+                "as the context has, at the context's positions. Use 'local'."
             )
         target = target.detach().to(own.dtype)
         if self.loss == "mse":
             distances = (own - target).square().mean(-1)
         else:
-            log_p, log_q = (F.log_softmax(logits / self.temperature, -1) for logits in (own, target))
-            distances = self.temperature**2 * F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
+            log_p, log_q = (
+                F.log_softmax(logits / self.temperature, -1) for logits in (own, target)
+            )
+            distances = self.temperature**2 * F.kl_div(
+                log_p, log_q, reduction="none", log_target=True
+            ).sum(-1)
         loss: Tensor = (distances * prediction.state.weights).sum()
         return loss + self.labels * prediction.state.mean if self.labels else loss
 
 
 class Encoder(nn.Module):
-    """One value as features at the positions that the context has; arguments as for :class:`LossHead`."""
+    """One value as features at the positions that the context has; arguments as for
+    :class:`LossHead`.
+    """
 
     def __init__(
-        self, spec: TensorSpec, hidden: int | None, width: int | None, stride: int, norm: str, dtype: torch.dtype
+        self,
+        spec: TensorSpec,
+        hidden: int | None,
+        width: int | None,
+        stride: int,
+        norm: str,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.shape = spec.shape if len(spec.shape) > 1 else (*spec.shape, 1)
         self.space = len(self.shape) - 2 if spec.feature_dim == 1 else 0
         self.feature_dim = 1 if self.space else -1
         if self.space > 3:
-            raise DecouplingError(f"no loss head for maps with more than 3 spatial dimensions, such as {spec.shape}")
+            raise DecouplingError(
+                f"no loss head for maps with more than 3 spatial dimensions, such as {spec.shape}"
+            )
         features = self.shape[self.feature_dim]
         hidden = (2 if self.space else 1) if hidden is None else hidden
         blocks: list[nn.Module] = []
@@ -396,7 +492,9 @@ class Encoder(nn.Module):
         self.blocks, self.outputs = nn.Sequential(*blocks), sizes[-1]
 
     def forward(self, value: Tensor, context: tuple[int, ...]) -> Tensor:
-        """Features, with as many dimensions as a context of that shape; sizes are the context's or 1."""
+        """Features, with as many dimensions as a context of that shape; sizes are the context's or
+        1.
+        """
         self.check(tuple(value.shape), context)
         h: Tensor = self.blocks(value if value.dim() > 1 else value[:, None])
         h = h.movedim(1, -1) if self.space else h
@@ -408,17 +506,24 @@ class Encoder(nn.Module):
         return h[(..., *(None,) * (rank - h.dim()), slice(None))]
 
     def check(self, shape: tuple[int, ...], context: tuple[int, ...]) -> None:
-        """Raise an error unless a value of this shape is of the encoder's kind and lines up with the context."""
+        """Raise an error unless a value of this shape is of the encoder's kind and lines up with
+        the context.
+        """
         full = shape if len(shape) > 1 else (*shape, 1)
         if len(full) != len(self.shape) or full[self.feature_dim] != self.shape[self.feature_dim]:
             raise DecouplingError(
-                f"a loss head made for values like {self.shape} (features in dimension {self.feature_dim}) got one of "
-                f"shape {shape}: only batch, time and space may change. Decouple again for a new size."
+                f"a loss head made for values like {self.shape} (features in dimension "
+                f"{self.feature_dim}) got one of shape {shape}: only batch, time and space may "
+                "change. Decouple again for a new size."
             )
         lead = full[:1] + full[2:] if self.space else full[:-1]
-        if any(have != want and 1 not in (have, want) for have, want in zip(lead, context[:-1], strict=False)):
+        if any(
+            have != want and 1 not in (have, want)
+            for have, want in zip(lead, context[:-1], strict=False)
+        ):
             raise DecouplingError(
-                f"a context of shape {context} does not line up with a value of shape {shape} (features in dimension "
-                f"{self.feature_dim}): its sizes must match {lead} from the left, each equal or 1. Return such a shape "
-                "from context=<callable>, or use 'linear' or 'delayed' here."
+                f"a context of shape {context} does not line up with a value of shape {shape} "
+                f"(features in dimension {self.feature_dim}): its sizes must match {lead} from the "
+                "left, each equal or 1. Return such a shape from context=<callable>, or use "
+                "'linear' or 'delayed' here."
             )

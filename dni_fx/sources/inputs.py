@@ -1,7 +1,9 @@
-"""Synthetic inputs: what a stage receives, predicted from the model's own inputs, so that it need not wait for it.
+"""Synthetic inputs: what a stage receives, predicted from the model's own inputs, so that it need
+not wait for it.
 
-With synthetic gradients alone a stage still waits for its predecessors' forward. A source of this file removes that
-lock too: the stage runs on ``h^``, and the real ``h`` is the source's target whenever it arrives.
+With synthetic gradients alone a stage still waits for its predecessors' forward. A source of this
+file removes that lock too: the stage runs on ``h^``, and the real ``h`` is the source's target
+whenever it arrives.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import DecouplingError, did_you_mean
 from ..plan import TensorSpec
-from .lineup import Lineup, feature_count
+from .align_inputs import Lineup, feature_count
 from .regression import WINDOW, Affine, make_norms
 
 
@@ -41,12 +43,14 @@ class InputPrediction:
 class InputSource(nn.Module):
     """Predicts one value from the model's inputs; the extension point for synthetic inputs.
 
-    A subclass implements :meth:`predict` and :meth:`fit`. As in :class:`~dni_fx.sources.GradientSource`, parameters and
-    buffers are created in ``__init__``, and neither method may draw from the global random number generator.
+    A subclass implements :meth:`predict` and :meth:`fit`. As in
+    :class:`~dni_fx.sources.GradientSource`, parameters and buffers are created in ``__init__``, and
+    neither method may draw from the global random number generator.
 
     Attributes:
         spec: the value, of the example batch.
-        input_specs: the tensors among the model's inputs, in the order in which ``predict`` gets them.
+        input_specs: the tensors among the model's inputs, in the order in which ``predict`` gets
+            them.
     """
 
     def __init__(self, spec: TensorSpec, inputs: Sequence[TensorSpec]) -> None:
@@ -58,7 +62,9 @@ class InputSource(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must implement predict(inputs)")
 
     def fit(self, prediction: InputPrediction, real: Tensor) -> Tensor:
-        """A scalar loss with graph, for what ``predict`` returned and the real value of the same batch."""
+        """A scalar loss with graph, for what ``predict`` returned and the real value of the same
+        batch.
+        """
         raise NotImplementedError(f"{type(self).__name__} must implement fit(prediction, real)")
 
     def forward(self, inputs: tuple[Tensor, ...]) -> InputPrediction:
@@ -67,7 +73,9 @@ class InputSource(nn.Module):
 
     def flops(self) -> int:
         """Floating-point operations (multiply-adds x 2) of one ``predict`` on the example batch."""
-        inputs = tuple(torch.empty(spec.shape, dtype=spec.dtype, device="meta") for spec in self.input_specs)
+        inputs = tuple(
+            torch.empty(spec.shape, dtype=spec.dtype, device="meta") for spec in self.input_specs
+        )
         counter = FlopCounterMode(display=False)
         with torch.no_grad(), counter:
             copy.deepcopy(self).to("meta").predict(inputs)
@@ -80,22 +88,24 @@ class InputRegression(InputSource):
     .. math::
         \hat h = s\, I(x; \psi), \qquad \mathcal L(\psi) = \operatorname{mean}\,\bigl(I(x; \psi) - h / s\bigr)^2
 
-    with :math:`s` the running root mean square of the real values, 1 until one is known (buffer ``scale``; ``count``:
-    the values in it, at most 100). Unlike a gradient's synthesizer its last layer does not start at zero: a batch of
-    equal values has no variance for a batch normalisation to divide by.
+    with :math:`s` the running root mean square of the real values, 1 until one is known (buffer
+    ``scale``; ``count``: the values in it, at most 100). Unlike a gradient's synthesizer its last
+    layer does not start at zero: a batch of equal values has no variance for a batch normalisation
+    to divide by.
 
     Source:
-        Jaderberg et al. 2016, arXiv:1608.05343, complete unlock: loss :math:`\|\hat h - h\|^2`, one hidden layer with
-        batch normalisation. The scale, embeddings and coordinates are ours.
+        Jaderberg et al. 2016, arXiv:1608.05343, complete unlock: loss :math:`\|\hat h - h\|^2`, one
+        hidden layer with batch normalisation. The scale, embeddings and coordinates are ours.
 
     Args:
         spec: the value.
         inputs: the model's inputs.
         hidden: number of hidden layers, with ReLUs.
         width: of each; by default the value's features, at least 64.
-        norm: of the hidden layers, ``"batch"`` (by the batch's own statistics, in any mode) or ``"none"``.
-        kernel: odd: size of the convolutions over a map; 0: the same affine layers at every position; None: 3 for maps
-            if an input has as many dimensions of positions, else 0.
+        norm: of the hidden layers, ``"batch"`` (by the batch's own statistics, in any mode) or
+            ``"none"``.
+        kernel: odd: size of the convolutions over a map; 0: the same affine layers at every
+            position; None: 3 for maps if an input has as many dimensions of positions, else 0.
         buckets: ids are taken modulo this.
 
     Raises:
@@ -133,9 +143,9 @@ class InputRegression(InputSource):
             kernel = 3 if reference is not None and len(reference.sizes) == space else 0
         if kernel and (not space or kernel < 0 or kernel % 2 == 0):
             raise DecouplingError(
-                "'conv' needs maps (batch, channels, *space) and an odd kernel, but the value has shape "
-                f"{spec.shape} with its features in dimension {spec.feature_dim}, and {kernel=}. Use 'linear' or 'mlp' "
-                "for other values."
+                "'conv' needs maps (batch, channels, *space) and an odd kernel, but the value has "
+                f"shape {spec.shape} with its features in dimension {spec.feature_dim}, and "
+                f"{kernel=}. Use 'linear' or 'mlp' for other values."
             )
         self.kernel = kernel
         sizes = [local + shared] + [width] * hidden + [features]
@@ -172,7 +182,9 @@ class InputRegression(InputSource):
                 h = F.relu(self.norms[i - 1](h, 1 if space else -1) if self.norms else h)
             h = layer(h) if self.kernel else layer(h, None if i else shared, space)
         output = h if h.dim() == len(self.spec.shape) else h.squeeze(1)
-        return InputPrediction((output.detach().to(self.scale.dtype) * self.scale).to(self.kind.dtype), output)
+        return InputPrediction(
+            (output.detach().to(self.scale.dtype) * self.scale).to(self.kind.dtype), output
+        )
 
     def fit(self, prediction: InputPrediction, real: Tensor) -> Tensor:
         """Mean squared error in units of the running scale, which is updated first.
@@ -182,13 +194,18 @@ class InputRegression(InputSource):
         """
         if prediction.state.shape != real.shape:
             raise DecouplingError(
-                f"a synthetic input of shape {tuple(prediction.state.shape)} for a real value of shape "
-                f"{tuple(real.shape)}: its sizes follow the model inputs by the example's ratio, which does not hold "
-                "here. Decouple with an example of such sizes, or leave this interface out of inputs."
+                f"a synthetic input of shape {tuple(prediction.state.shape)} for a real value of "
+                f"shape {tuple(real.shape)}: its sizes follow the model inputs by the example's "
+                "ratio, which does not hold here. Decouple with an example of such sizes, or leave "
+                "this interface out of inputs."
             )
         real = real.detach().to(self.scale.dtype)
         # As in Regression: zero and non-finite values leave the scale as it was.
-        square = (torch.linalg.vector_norm(real) / math.sqrt(real.numel())).square().nan_to_num(0.0, posinf=0.0)
+        square = (
+            (torch.linalg.vector_norm(real) / math.sqrt(real.numel()))
+            .square()
+            .nan_to_num(0.0, posinf=0.0)
+        )
         known = square > 0
         self.count.add_(known).clamp_(max=WINDOW)
         self.scale.copy_(self.scale.square().lerp_(square, known / self.count.clamp(min=1)).sqrt_())
@@ -196,14 +213,20 @@ class InputRegression(InputSource):
 
 
 class LinearInput(InputRegression):
-    """Affine in the inputs, at every token or pixel alike; arguments as in :class:`InputRegression`."""
+    """Affine in the inputs, at every token or pixel alike; arguments as in
+    :class:`InputRegression`.
+    """
 
-    def __init__(self, spec: TensorSpec, inputs: Sequence[TensorSpec], *, buckets: int = 4096) -> None:
+    def __init__(
+        self, spec: TensorSpec, inputs: Sequence[TensorSpec], *, buckets: int = 4096
+    ) -> None:
         super().__init__(spec, inputs, hidden=0, kernel=0, buckets=buckets)
 
 
 class MLPInput(InputRegression):
-    """Hidden layers of ReLUs, at every token or pixel alike; arguments as in :class:`InputRegression`."""
+    """Hidden layers of ReLUs, at every token or pixel alike; arguments as in
+    :class:`InputRegression`.
+    """
 
     def __init__(
         self,
@@ -215,11 +238,15 @@ class MLPInput(InputRegression):
         norm: str = "batch",
         buckets: int = 4096,
     ) -> None:
-        super().__init__(spec, inputs, hidden=hidden, width=width, norm=norm, kernel=0, buckets=buckets)
+        super().__init__(
+            spec, inputs, hidden=hidden, width=width, norm=norm, kernel=0, buckets=buckets
+        )
 
 
 class ConvInput(InputRegression):
-    """Convolutions over a map and planes of what has no positions; arguments as in :class:`InputRegression`."""
+    """Convolutions over a map and planes of what has no positions; arguments as in
+    :class:`InputRegression`.
+    """
 
     def __init__(
         self,
@@ -232,7 +259,9 @@ class ConvInput(InputRegression):
         norm: str = "batch",
         buckets: int = 4096,
     ) -> None:
-        super().__init__(spec, inputs, hidden=hidden, width=width, norm=norm, kernel=kernel, buckets=buckets)
+        super().__init__(
+            spec, inputs, hidden=hidden, width=width, norm=norm, kernel=kernel, buckets=buckets
+        )
 
 
 InputFactory = Callable[[TensorSpec, tuple[TensorSpec, ...]], InputSource]
@@ -245,14 +274,18 @@ INPUTS: dict[str, type[InputRegression]] = {
 }
 
 
-def make_input(option: str | InputFactory, spec: TensorSpec, inputs: Sequence[TensorSpec]) -> InputSource:
+def make_input(
+    option: str | InputFactory, spec: TensorSpec, inputs: Sequence[TensorSpec]
+) -> InputSource:
     """Make the source of synthetic inputs for one interface.
 
-    The global random state is left as it was; a source's initial weights follow from it all the same.
+    The global random state is left as it was; a source's initial weights follow from it all the
+    same.
 
     Args:
-        option: ``"auto"`` (``"conv"`` for maps where an input lines up with their space, else ``"mlp"``), ``"linear"``,
-            ``"mlp"``, ``"conv"``, or a callable ``(spec, inputs) -> InputSource``; an InputSource class is one.
+        option: ``"auto"`` (``"conv"`` for maps where an input lines up with their space, else
+            ``"mlp"``), ``"linear"``, ``"mlp"``, ``"conv"``, or a callable ``(spec, inputs) ->
+            InputSource``; an InputSource class is one.
         spec: the value.
         inputs: the tensors among the model's inputs.
 
@@ -266,25 +299,35 @@ def make_input(option: str | InputFactory, spec: TensorSpec, inputs: Sequence[Te
     if factory is None:
         hint = did_you_mean(str(option), INPUTS)
         known = ", ".join(repr(name) for name in INPUTS)
-        raise DecouplingError(f"unknown synthetic input {option!r}{hint}. Known: {known}, or an InputSource factory.")
+        raise DecouplingError(
+            f"unknown synthetic input {option!r}{hint}. Known: {known}, or an InputSource factory."
+        )
     if isinstance(factory, nn.Module):
         raise DecouplingError(
-            f"got a {type(factory).__name__} object as synthetic input, but each interface makes its own. Pass the "
-            "class, or a callable (spec, inputs) -> InputSource."
+            f"got a {type(factory).__name__} object as synthetic input, but each interface makes "
+            "its own. Pass the class, or a callable (spec, inputs) -> InputSource."
         )
     if not callable(factory):
         raise DecouplingError(
-            f"a synthetic input is a name or a callable (spec, inputs) -> InputSource, but got {factory!r}"
+            "a synthetic input is a name or a callable (spec, inputs) -> InputSource, but got "
+            f"{factory!r}"
         )
     try:
         inspect.signature(factory).bind(spec, tuple(inputs))
     except TypeError as error:
-        raise DecouplingError(f"the synthetic input factory {factory!r} must take (spec, inputs): {error}") from error
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else ()
+        raise DecouplingError(
+            f"the synthetic input factory {factory!r} must take (spec, inputs): {error}"
+        ) from error
+    devices = (
+        range(torch.cuda.device_count())
+        if torch.cuda.is_available() and torch.cuda.is_initialized()
+        else ()
+    )
     with torch.random.fork_rng(devices=devices):
         source = factory(spec, tuple(inputs))
     if not isinstance(source, InputSource):
         raise DecouplingError(
-            f"the synthetic input factory {factory!r} returned {type(source).__name__}, expected an InputSource"
+            f"the synthetic input factory {factory!r} returned {type(source).__name__}, expected "
+            "an InputSource"
         )
     return source

@@ -20,19 +20,23 @@ class Delayed(GradientSource):
     r"""The true gradient of the same batch, some steps late: :math:`\theta_t` moves along
     :math:`\beta\,\delta_{t-d}\,\partial h_{t-d} / \partial\theta`.
 
-    Each cut adds its own lag, so the first of K stages is ``steps`` (K - 1) steps behind, and learns nothing before.
+    Each cut adds its own lag, so the first of K stages is ``steps`` (K - 1) steps behind, and
+    learns nothing before.
 
     Args:
         specs: the values served.
         context: ignored.
         steps: lag, in steps; at least 1.
-        shrink: :math:`\beta`; what arrives at the n-th cut from the end is shrunk n times (0.2 to 0.8 in FDG).
-        recompute: run the stage again on the batch of then with the weights of now (Features Replay: inputs are kept),
-            else keep its graph and the weights that it used (DDG).
+        shrink: :math:`\beta`; what arrives at the n-th cut from the end is shrunk n times (0.2 to
+            0.8 in FDG).
+        recompute: run the stage again on the batch of then with the weights of now (Features
+            Replay: inputs are kept), else keep its graph and the weights that it used (DDG).
 
     Source:
-        DDG: Huo et al. 2018, arXiv:1804.10574, eq. 8. Features Replay: Huo et al. 2018, arXiv:1807.04511, eq. 7. The
-        shrinking factor: Zhuang et al. 2021, FDG, arXiv:1906.12108; its forward delay is not part of this source.
+        DDG: Huo et al. 2018, arXiv:1804.10574, eq. 8. Features Replay: Huo et al. 2018,
+            arXiv:1807.04511, eq. 7. The
+        shrinking factor: Zhuang et al. 2021, FDG, arXiv:1906.12108; its forward delay is not part
+            of this source.
     """
 
     def __init__(
@@ -54,7 +58,9 @@ class Delayed(GradientSource):
 
     def complete(self, prediction: Prediction, awaited: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The true gradient, shrunk."""
-        return awaited if self.shrink == 1 else tuple(gradient * self.shrink for gradient in awaited)
+        return (
+            awaited if self.shrink == 1 else tuple(gradient * self.shrink for gradient in awaited)
+        )
 
     def flops(self) -> int:
         """None at all, but a forward of its stage where that is run again."""
@@ -70,15 +76,17 @@ class Wrapping(GradientSource):
         source: name or factory of the other source; it learns as it would by itself.
     """
 
-    def __init__(self, specs: Sequence[TensorSpec], context: TensorSpec | None, source: str | Factory) -> None:
+    def __init__(
+        self, specs: Sequence[TensorSpec], context: TensorSpec | None, source: str | Factory
+    ) -> None:
         super().__init__(specs, context)
         from . import make_source  # the table of names is made of the classes here
 
         self.source = make_source(source, specs, context)
         if self.source.lag is not None or self.source.exact:
             raise DecouplingError(
-                f"{type(self).__name__} needs a source that predicts at once, such as 'linear' or 'local', not "
-                f"{type(self.source).__name__}"
+                f"{type(self).__name__} needs a source that predicts at once, such as 'linear' or "
+                f"'local', not {type(self.source).__name__}"
             )
         self.message = self.source.message
 
@@ -97,11 +105,12 @@ class Wrapping(GradientSource):
 
 
 class Corrected(Wrapping):
-    r"""A prediction at once, and what was wrong with it when the true gradient arrives: first :math:`\hat g_t`, then
-    :math:`\beta\,\delta_{t-d} - \hat g_{t-d}` on the batch of then.
+    r"""A prediction at once, and what was wrong with it when the true gradient arrives: first
+    :math:`\hat g_t`, then :math:`\beta\,\delta_{t-d} - \hat g_{t-d}` on the batch of then.
 
-    Over time every batch has moved the stage by its true gradient, as with :class:`Delayed`, but its first part came
-    without delay. The difference is a control variate's: small where the source is good.
+    Over time every batch has moved the stage by its true gradient, as with :class:`Delayed`, but
+    its first part came without delay. The difference is a control variate's: small where the source
+    is good.
 
     Args:
         specs: the values served.
@@ -134,11 +143,12 @@ class Corrected(Wrapping):
 
 
 class Mix(Wrapping):
-    r"""BP(λ): the stage waits for its gradient, locked, and takes
-    :math:`\bar g = \lambda\,\delta + (1 - \lambda)\,\hat g`; the source is regressed to what arrives, itself mixed.
+    r"""BP(λ): the stage waits for its gradient, locked, and takes :math:`\bar g = \lambda\,\delta +
+    (1 - \lambda)\,\hat g`; the source is regressed to what arrives, itself mixed.
 
-    λ = 1 is backpropagation, bit for bit; λ = 0 is the source alone. With ``steps`` nothing waits: :math:`(1 - \lambda)
-    \hat g_t` is pulled back at once and :math:`\lambda\,\delta_{t-d}` when it is there, on the batch of then.
+    λ = 1 is backpropagation, bit for bit; λ = 0 is the source alone. With ``steps`` nothing waits:
+    :math:`(1 - \lambda) \hat g_t` is pulled back at once and :math:`\lambda\,\delta_{t-d}` when it
+    is there, on the batch of then.
 
     Args:
         specs: the values served.
@@ -146,7 +156,8 @@ class Mix(Wrapping):
         source: name or factory of the source that predicts.
         share: λ, from 0 to 1.
         steps: lag of the true gradient; 0 waits for it within the step.
-        at_once: with ``steps``: whether the predicted part goes ahead; else both come late, in one backward.
+        at_once: with ``steps``: whether the predicted part goes ahead; else both come late, in one
+            backward.
         recompute: as for :class:`Delayed`.
 
     Source:
@@ -166,19 +177,33 @@ class Mix(Wrapping):
     ) -> None:
         super().__init__(specs, context, source)
         if not isinstance(share, int | float) or not 0 <= share <= 1:
-            raise DecouplingError(f"Mix needs a share of the true gradient from 0 to 1, not {share!r}")
+            raise DecouplingError(
+                f"Mix needs a share of the true gradient from 0 to 1, not {share!r}"
+            )
         self.lag = 0 if steps == 0 else _checked_lag(steps)
-        self.share, self.corrects, self.recompute = float(share), self.lag > 0 and at_once, recompute
+        self.share, self.corrects, self.recompute = (
+            float(share),
+            self.lag > 0 and at_once,
+            recompute,
+        )
 
     def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
         """The other source's prediction: its share, or held back where the stage waits."""
         prediction = super().predict(values, context)
         assert prediction.gradients is not None
-        early = tuple(gradient * (1 - self.share) for gradient in prediction.gradients) if self.corrects else None
-        return Prediction(early, prediction, prediction.loss, prediction.logits, prediction.gradients)
+        early = (
+            tuple(gradient * (1 - self.share) for gradient in prediction.gradients)
+            if self.corrects
+            else None
+        )
+        return Prediction(
+            early, prediction, prediction.loss, prediction.logits, prediction.gradients
+        )
 
     def complete(self, prediction: Prediction, awaited: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Mixed gradients, the true ones themselves for a share of 1; the true one's share where it comes late."""
+        """Mixed gradients, the true ones themselves for a share of 1; the true one's share where it
+        comes late.
+        """
         if self.corrects:
             return tuple(self.share * gradient for gradient in awaited)
         return mix(self.share, awaited, prediction.state.gradients)
@@ -219,14 +244,17 @@ class Feedback(GradientSource):
         outputs = outputs or (None if context is None else math.prod(context.shape[1:]))
         if not outputs:
             raise DecouplingError(
-                "'feedback' needs the number of the model's outputs: pass context=dni_fx.one_hot(classes), or "
-                "functools.partial(dni_fx.sources.Feedback, outputs=...) as the source"
+                "'feedback' needs the number of the model's outputs: pass "
+                "context=dni_fx.one_hot(classes), or functools.partial(dni_fx.sources.Feedback, "
+                "outputs=...) as the source"
             )
         generator = torch.Generator().manual_seed(seed)
         self.outputs = outputs
         for index, spec in enumerate(self.specs):
             elements = max(math.prod(spec.shape[1:]), 1)
-            matrix = torch.randn(outputs, elements, generator=generator, device="cpu") * (scale / math.sqrt(elements))
+            matrix = torch.randn(outputs, elements, generator=generator, device="cpu") * (
+                scale / math.sqrt(elements)
+            )
             self.register_buffer(f"matrix_{index}", matrix)
 
     def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
@@ -237,17 +265,23 @@ class Feedback(GradientSource):
         """Project the error.
 
         Raises:
-            DecouplingError: the output, or a value, has another number of elements per sample than B.
+            DecouplingError: the output, or a value, has another number of elements per sample than
+                B.
         """
         error = awaited[0].reshape(awaited[0].shape[0], -1)
         found = []
         for index, value in enumerate(prediction.state):
             matrix: Tensor = getattr(self, f"matrix_{index}")
             elements = value.numel() // value.shape[0] if value.dim() else 1
-            if error.shape[1] != matrix.shape[0] or elements != matrix.shape[1] or len(error) != len(value):
+            if (
+                error.shape[1] != matrix.shape[0]
+                or elements != matrix.shape[1]
+                or len(error) != len(value)
+            ):
                 raise DecouplingError(
-                    f"'feedback' was made for {matrix.shape[0]} outputs and {matrix.shape[1]} elements a sample, but "
-                    f"the output has shape {tuple(awaited[0].shape)} and the value {tuple(value.shape)}"
+                    f"'feedback' was made for {matrix.shape[0]} outputs and {matrix.shape[1]} "
+                    f"elements a sample, but the output has shape {tuple(awaited[0].shape)} and "
+                    f"the value {tuple(value.shape)}"
                 )
             found.append(like((error.to(matrix.dtype) @ matrix).view(value.shape), value))
         return tuple(found)
@@ -258,7 +292,9 @@ class Feedback(GradientSource):
 
 
 def mix(share: float, true: Sequence[Any], guess: Sequence[Tensor] | None) -> tuple[Any, ...]:
-    """``share`` of the true gradients and the rest of the guessed ones; untouched where the share is 1."""
+    """``share`` of the true gradients and the rest of the guessed ones; untouched where the share
+    is 1.
+    """
     if share == 1 or guess is None:
         return tuple(true)
     if share == 0:
@@ -268,7 +304,9 @@ def mix(share: float, true: Sequence[Any], guess: Sequence[Tensor] | None) -> tu
 
 def _checked_lag(steps: Any) -> int:
     if type(steps) is not int or steps < 1:
-        raise DecouplingError(f"a late gradient needs a whole number of steps, at least 1, not {steps!r}")
+        raise DecouplingError(
+            f"a late gradient needs a whole number of steps, at least 1, not {steps!r}"
+        )
     return steps
 
 

@@ -1,9 +1,10 @@
 """Synthesizers that regress the gradient, on targets of unit size.
 
-Gradients at a cut are tiny (root mean square 1e-4 to 1e-6 for mean losses), far less than one Adam step moves a
-network's output: regressed raw, a synthesizer is hundreds of times too large at first, or does not learn at all. So
-the networks here learn the target divided by its running root mean square, which is multiplied back on use, and their
-last layer starts at zero, weight and bias: the prediction grows from exactly zero.
+Gradients at a cut are tiny (root mean square 1e-4 to 1e-6 for mean losses), far less than one Adam
+step moves a network's output: regressed raw, a synthesizer is hundreds of times too large at first,
+or does not learn at all. So the networks here learn the target divided by its running root mean
+square, which is multiplied back on use, and their last layer starts at zero, weight and bias: the
+prediction grows from exactly zero.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ from ..plan import TensorSpec
 from .base import GradientSource, Prediction, like
 from .context import align_context, check_context
 
-WINDOW = 100  # non-zero targets in the running scale: their plain mean at first, then a moving mean of decay 0.99
+# non-zero targets in the running scale: their plain mean at first, then a moving mean of decay 0.99
+WINDOW = 100
 
 
 class Network(nn.Module):
     """``M(value, context)`` for one value, in units of the running scale.
 
-    Values of shape ``(batch,)`` and scalars count as one feature; a scalar has no dimension to line a context up with
-    and ignores it. Subclasses implement :meth:`compute` and :meth:`flops`.
+    Values of shape ``(batch,)`` and scalars count as one feature; a scalar has no dimension to line
+    a context up with and ignores it. Subclasses implement :meth:`compute` and :meth:`flops`.
 
     Args:
         spec: the value.
@@ -55,8 +57,9 @@ class Network(nn.Module):
             check_context(self.context_shape, self.shape, self.feature_dim)
         if self.space > 3:
             raise DecouplingError(
-                f"no synthesizer for maps with more than 3 spatial dimensions, but the value has shape {spec.shape}. "
-                "Pass a GradientSource of your own for this interface, or 'zero' or 'stale'."
+                "no synthesizer for maps with more than 3 spatial dimensions, but the value has "
+                f"shape {spec.shape}. Pass a GradientSource of your own for this interface, or "
+                "'zero' or 'stale'."
             )
 
     def forward(self, value: Tensor, context: Tensor | None) -> Tensor:
@@ -67,28 +70,33 @@ class Network(nn.Module):
             h = h.reshape(_at_least_2d(h.shape))
         if h.dim() != len(self.shape) or h.shape[self.feature_dim] != self.features:
             raise DecouplingError(
-                f"a synthesizer made for values like {self.shape} (features in dimension {self.feature_dim}) got one "
-                f"of shape {tuple(value.shape)}: only batch, time and space may change. Decouple again for a new size."
+                f"a synthesizer made for values like {self.shape} (features in dimension "
+                f"{self.feature_dim}) got one of shape {tuple(value.shape)}: only batch, time and "
+                "space may change. Decouple again for a new size."
             )
         if self.context_shape is None:
             context = None
         elif context is None:
             raise DecouplingError(
-                f"a synthesizer for values like {self.shape} was made for a context of {self.context_features} "
-                "features, but got none. Pass target= to Trainer.step, or context= to stage.step."
+                f"a synthesizer for values like {self.shape} was made for a context of "
+                f"{self.context_features} features, but got none. Pass target= to Trainer.step, or "
+                "context= to stage.step."
             )
         else:
             context = align_context(context, h.shape, self.feature_dim).to(dtype)
             if context.shape[-1] != self.context_features:
                 raise DecouplingError(
-                    f"a synthesizer for values like {self.shape} was made for a context of {self.context_features} "
-                    f"features, but got {context.shape[-1]}. The context callable must always return the same number."
+                    f"a synthesizer for values like {self.shape} was made for a context of "
+                    f"{self.context_features} features, but got {context.shape[-1]}. The context "
+                    "callable must always return the same number."
                 )
         output = self.compute(h, context)
         return output if output.dim() == value.dim() else output.reshape(value.shape)
 
     def compute(self, value: Tensor, context: Tensor | None) -> Tensor:
-        """The network proper: value ``(batch, ..., features)`` or a map, context aligned with features last."""
+        """The network proper: value ``(batch, ..., features)`` or a map, context aligned with
+        features last.
+        """
         raise NotImplementedError
 
     def flops(self) -> int:
@@ -99,11 +107,13 @@ class Network(nn.Module):
 class Affine(nn.Module):
     """``W [h, c] + b`` at every position of a vector, token sequence or map.
 
-    For anything but vectors ``W`` is split and the context's part added where it broadcasts: the same mathematics
-    without a copy of the value.
+    For anything but vectors ``W`` is split and the context's part added where it broadcasts: the
+    same mathematics without a copy of the value.
     """
 
-    def __init__(self, inputs: int, context: int, outputs: int, dtype: torch.dtype, zero: bool = False) -> None:
+    def __init__(
+        self, inputs: int, context: int, outputs: int, dtype: torch.dtype, zero: bool = False
+    ) -> None:
         super().__init__()
         self.inputs, self.context = inputs, context
         self.weight = nn.Parameter(torch.zeros(outputs, inputs + context, dtype=dtype))
@@ -112,7 +122,9 @@ class Affine(nn.Module):
             nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Linear
 
     def forward(self, value: Tensor, context: Tensor | None = None, space: int = 0) -> Tensor:
-        """Map features; ``space`` counts the trailing dimensions of maps ``(batch, features, *space)``."""
+        """Map features; ``space`` counts the trailing dimensions of maps ``(batch, features,
+        *space)``.
+        """
         if context is None:
             return self._project(value, self.weight, space)
         if value.dim() == 2 and context.shape[0] == value.shape[0]:
@@ -129,7 +141,9 @@ class Affine(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation by the batch's own statistics, in any mode; a single value per channel stays as it is."""
+    """Batch normalisation by the batch's own statistics, in any mode; a single value per channel
+    stays as it is.
+    """
 
     def __init__(self, features: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -137,7 +151,9 @@ class BatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(features, dtype=dtype))
 
     def forward(self, value: Tensor, feature_dim: int = 1) -> Tensor:
-        """Normalise ``(batch, features, *space)``, or ``(batch, ..., features)`` with ``feature_dim=-1``."""
+        """Normalise ``(batch, features, *space)``, or ``(batch, ..., features)`` with
+        ``feature_dim=-1``.
+        """
         if value.numel() == value.shape[feature_dim]:  # no variance: F.batch_norm refuses
             return (value.flatten() * self.weight + self.bias).view_as(value)
         features_first = value if feature_dim == 1 or value.dim() == 2 else value.movedim(-1, 1)
@@ -157,7 +173,9 @@ def make_norms(norm: str, sizes: Sequence[int], dtype: torch.dtype) -> nn.Module
 
 
 class Pointwise(Network):
-    """The same small network at every position: affine, or with hidden layers of ReLUs; the last layer starts at 0."""
+    """The same small network at every position: affine, or with hidden layers of ReLUs; the last
+    layer starts at 0.
+    """
 
     def __init__(
         self,
@@ -168,7 +186,8 @@ class Pointwise(Network):
         norm: str = "none",
     ) -> None:
         super().__init__(spec, context)
-        # As wide as the value, so that the synthesizer costs what a layer of its stage costs; narrow values need more.
+        # As wide as the value, so that the synthesizer costs what a layer of its stage costs;
+        # narrow values need more.
         width = max(self.features, 64) if width is None else width
         self.sizes = [self.features] + [width] * hidden + [self.features]
         self.layers = nn.ModuleList(
@@ -186,7 +205,9 @@ class Pointwise(Network):
         return h
 
     def flops(self) -> int:
-        """2 positions inputs outputs per layer, plus the context's part once per position that it differs at."""
+        """2 positions inputs outputs per layer, plus the context's part once per position that it
+        differs at.
+        """
         total = sum(2 * self.positions * a * b for a, b in pairwise(self.sizes))
         if self.context_shape is not None:
             total += 2 * math.prod(self.context_shape) * self.sizes[1]
@@ -201,15 +222,16 @@ class Regression(GradientSource):
         \mathcal L(\phi) = \operatorname{mean}\,\bigl(M(h, c; \phi) - \delta / s\bigr)^2, \qquad
         s^2 = \operatorname{ema}\,\operatorname{mean}\,\delta^2
 
-    with :math:`\delta` the target. The regression error updates the synthesizer only. Targets that are zero throughout
-    (what a synthesizer that has not learnt yet sends) leave the scale as it was, and so do non-finite ones.
+    with :math:`\delta` the target. The regression error updates the synthesizer only. Targets that
+    are zero throughout (what a synthesizer that has not learnt yet sends) leave the scale as it
+    was, and so do non-finite ones.
 
-    Buffers, one element per value: ``scale``, the running root mean square of the targets (0 until one is known);
-    ``count``, the targets in it, at most 100.
+    Buffers, one element per value: ``scale``, the running root mean square of the targets (0 until
+    one is known); ``count``, the targets in it, at most 100.
 
     Source:
-        Jaderberg et al. 2016, arXiv:1608.05343; the start at zero from its appendix A.1 (C.1 in the ICML version). The
-        normalisation is ours.
+        Jaderberg et al. 2016, arXiv:1608.05343; the start at zero from its appendix A.1 (C.1 in the
+        ICML version). The normalisation is ours.
 
     Args:
         specs: the values served.
@@ -228,7 +250,11 @@ class Regression(GradientSource):
     ) -> None:
         super().__init__(specs, context)
         self.networks = nn.ModuleList(network(spec, context) for spec in self.specs)
-        dtype = torch.float64 if any(spec.dtype == torch.float64 for spec in self.specs) else torch.float32
+        dtype = (
+            torch.float64
+            if any(spec.dtype == torch.float64 for spec in self.specs)
+            else torch.float32
+        )
         self.register_buffer("scale", torch.zeros(len(self.specs), dtype=dtype))
         self.register_buffer("count", torch.zeros(len(self.specs), dtype=dtype))
 
@@ -238,7 +264,9 @@ class Regression(GradientSource):
         Raises:
             DecouplingError: a value or the context is not of the kind that the source was made for.
         """
-        outputs = [network(value, context) for network, value in zip(self.networks, values, strict=True)]
+        outputs = [
+            network(value, context) for network, value in zip(self.networks, values, strict=True)
+        ]
         gradients = [
             like(output.detach().to(scale.dtype) * scale, value)
             for output, scale, value in zip(outputs, self.scale, values, strict=True)
@@ -246,16 +274,20 @@ class Regression(GradientSource):
         return Prediction(tuple(gradients), tuple(outputs))
 
     def fit(self, prediction: Prediction, message: tuple[Tensor, ...]) -> Tensor:
-        """Mean squared error in units of the running scale, summed over the values; updates the scale first.
+        """Mean squared error in units of the running scale, summed over the values; updates the
+        scale first.
 
         Raises:
             DecouplingError: a target's shape differs from its prediction's.
         """
-        expected, got = [output.shape for output in prediction.state], [target.shape for target in message]
+        expected, got = (
+            [output.shape for output in prediction.state],
+            [target.shape for target in message],
+        )
         if expected != got:
             raise DecouplingError(
-                f"targets of shapes {[*map(tuple, got)]} for predictions of shapes {[*map(tuple, expected)]}: "
-                "fit takes one target per value, of the value's shape"
+                f"targets of shapes {[*map(tuple, got)]} for predictions of shapes "
+                f"{[*map(tuple, expected)]}: fit takes one target per value, of the value's shape"
             )
         targets = tuple(target.detach().to(self.scale.dtype) for target in message)
         self._update_scale(targets)
@@ -272,9 +304,12 @@ class Regression(GradientSource):
         return sum(network.flops() for network in self.networks)  # type: ignore[operator]
 
     def _update_scale(self, targets: tuple[Tensor, ...]) -> None:
-        # Few and small tensor operations: reading a number back would make the host wait for the device.
+        # Few and small tensor operations: reading a number back would make the host wait for the
+        # device.
         scale, count = self.scale, self.count
-        norms = torch.stack([torch.linalg.vector_norm(target) / math.sqrt(target.numel()) for target in targets])
+        norms = torch.stack(
+            [torch.linalg.vector_norm(target) / math.sqrt(target.numel()) for target in targets]
+        )
         square = norms.square_().nan_to_num_(0.0, posinf=0.0)
         known = square > 0
         count.add_(known).clamp_(max=WINDOW)
@@ -284,12 +319,12 @@ class Regression(GradientSource):
 class Linear(Regression):
     r"""Affine in value and context: :math:`M(h, c) = W [h, c] + b`, at every token or pixel alike.
 
-    Enough for vectors when the context is the label: under a linear head with squared error, ``g = V^T (V h - y)`` is
-    itself linear in ``[h, y]``.
+    Enough for vectors when the context is the label: under a linear head with squared error, ``g =
+    V^T (V h - y)`` is itself linear in ``[h, y]``.
 
     Source:
-        Jaderberg et al. 2016, arXiv:1608.05343, appendix A.1 (cDNI without hidden layers); Czarnecki et al.
-        2017, arXiv:1703.00522.
+        Jaderberg et al. 2016, arXiv:1608.05343, appendix A.1 (cDNI without hidden layers);
+        Czarnecki et al. 2017, arXiv:1703.00522.
     """
 
     def __init__(self, specs: Sequence[TensorSpec], context: TensorSpec | None = None) -> None:
@@ -297,16 +332,18 @@ class Linear(Regression):
 
 
 class MLP(Regression):
-    r"""Hidden ReLUs, at every token or pixel alike: :math:`M(h, c) = W_2\,\mathrm{relu}(W_1 [h, c] + b_1) + b_2`.
+    r"""Hidden ReLUs, at every token or pixel alike: :math:`M(h, c) = W_2\,\mathrm{relu}(W_1 [h, c]
+    + b_1) + b_2`.
 
     Args:
         specs: the values served.
         context: the context, or None.
         hidden: number of hidden layers. The paper's DNI on MNIST is
             ``partial(MLP, hidden=2, width=1024, norm="batch")``.
-        width: of each; by default the value's features, at least 64, so that the synthesizer costs about two layers of
-            its stage and not several times the stage.
-        norm: of the hidden layers, ``"batch"`` (by the batch's own statistics, in any mode) or ``"none"``.
+        width: of each; by default the value's features, at least 64, so that the synthesizer costs
+            about two layers of its stage and not several times the stage.
+        norm: of the hidden layers, ``"batch"`` (by the batch's own statistics, in any mode) or
+            ``"none"``.
 
     Source:
         Jaderberg et al. 2016, arXiv:1608.05343, appendix A.1.

@@ -1,4 +1,6 @@
-"""BP(λ) through time: a linear source that learns online from all later windows, by eligibility traces."""
+"""BP(λ) through time: a linear source that learns online from all later windows, by eligibility
+traces.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ MOST_ELEMENTS = 2**27  # of the traces: half a gigabyte in single precision
 
 
 class Traces(Linear):
-    r"""Affine in the state, :math:`\hat g_t = W [s_t, 1]`, regressed to λ-weighted targets without keeping old windows.
+    r"""Affine in the state, :math:`\hat g_t = W [s_t, 1]`, regressed to λ-weighted targets without
+    keeping old windows.
 
     .. math::
         \delta_t &= \frac{\partial L_{t+1}}{\partial s_t} + \alpha J_{t+1}^\top \hat g_{t+1} - \hat g_t, \qquad
@@ -26,10 +29,11 @@ class Traces(Linear):
         e_t &= \frac{\partial \hat g_t}{\partial W} + \alpha\lambda J_t e_{t-1}, \qquad
         \Delta W \propto \delta_t^\top e_t
 
-    λ = 0 is the bootstrapped regression of :class:`Linear`; with λ = 1 and α = 1 the bootstraps cancel, and the sum
-    over a whole sequence is the regression to the true gradient of full backpropagation through time, as far as W
-    stands still meanwhile. A trace has ``batch x state^2 x (state + 1)`` elements and a window costs one more backward
-    pass for each feature of the state, so this is for small states. It serves the state between windows only.
+    λ = 0 is the bootstrapped regression of :class:`Linear`; with λ = 1 and α = 1 the bootstraps
+    cancel, and the sum over a whole sequence is the regression to the true gradient of full
+    backpropagation through time, as far as W stands still meanwhile. A trace has ``batch x state^2
+    x (state + 1)`` elements and a window costs one more backward pass for each feature of the
+    state, so this is for small states. It serves the state between windows only.
 
     Args:
         specs: the state's tensors side by side, one value ``(batch, features)``.
@@ -42,20 +46,23 @@ class Traces(Linear):
 
     wants_jacobian = True
 
-    def __init__(self, specs: Sequence[TensorSpec], context: TensorSpec | None = None, *, decay: float = 1.0) -> None:
+    def __init__(
+        self, specs: Sequence[TensorSpec], context: TensorSpec | None = None, *, decay: float = 1.0
+    ) -> None:
         super().__init__(specs)
         if not isinstance(decay, int | float) or not 0 <= decay <= 1:
             raise DecouplingError(f"Traces needs a decay from 0 to 1, not {decay!r}")
         if len(self.specs[0].shape) != 2:
             raise DecouplingError(
-                "Traces serves the state between windows, not a cut within one: ask for it by the state's interfaces, "
-                "gradients={'next_...': Traces}"
+                "Traces serves the state between windows, not a cut within one: ask for it by the "
+                "state's interfaces, gradients={'next_...': Traces}"
             )
         batch, features = self.specs[0].shape
         if (count := batch * features * features * (features + 1)) > MOST_ELEMENTS:
             raise DecouplingError(
-                f"the traces of a state of {features} features and a batch of {batch} would have {count:.1e} elements, "
-                f"more than {MOST_ELEMENTS:.1e}; use a smaller state or batch, or 'linear'"
+                f"the traces of a state of {features} features and a batch of {batch} would have "
+                f"{count:.1e} elements, more than {MOST_ELEMENTS:.1e}; use a smaller state or "
+                "batch, or 'linear'"
             )
         self.decay, self.factor = float(decay), 1.0  # the factor is set by who uses the prediction
         self._traces: Tensor | None = None
@@ -65,9 +72,9 @@ class Traces(Linear):
 
         Args:
             prediction: what ``predict`` returned.
-            message: the target; the state ``(batch, features)``; the Jacobian ``(batch, features, features)`` from the
-                state one window before, or an empty tensor at the start of a sequence; a bool mask ``(batch,)`` of the
-                samples whose sequence has ended.
+            message: the target; the state ``(batch, features)``; the Jacobian ``(batch, features,
+                features)`` from the state one window before, or an empty tensor at the start of a
+                sequence; a bool mask ``(batch,)`` of the samples whose sequence has ended.
 
         Returns:
             The mean squared error, whose gradient is that of the traces.
@@ -80,10 +87,17 @@ class Traces(Linear):
         error = wanted - output.detach()
         seen = F.pad(state.detach().to(output.dtype), (0, 1), value=1.0)
         features = output.shape[1]
-        traces = torch.einsum("ip,bq->bipq", torch.eye(features, dtype=output.dtype, device=output.device), seen)
+        traces = torch.einsum(
+            "ip,bq->bipq", torch.eye(features, dtype=output.dtype, device=output.device), seen
+        )
         if jacobian.numel() and self._traces is not None and self._traces.shape == traces.shape:
-            # Where a sequence ends nothing was bootstrapped from, so earlier windows have nothing to learn there.
-            weighted = self.factor * self.decay * jacobian.to(output.dtype).masked_fill(ended[:, None, None], 0.0)
+            # Where a sequence ends nothing was bootstrapped from, so earlier windows have nothing
+            # to learn there.
+            weighted = (
+                self.factor
+                * self.decay
+                * jacobian.to(output.dtype).masked_fill(ended[:, None, None], 0.0)
+            )
             traces += torch.einsum("bij,bjpq->bipq", weighted, self._traces)
         step = torch.einsum("bi,bipq->pq", error, traces) * (2 / error.numel())
         self._traces = traces.masked_fill(ended[:, None, None, None], 0.0)

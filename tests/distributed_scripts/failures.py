@@ -1,9 +1,10 @@
-"""What becomes of the others when a process fails; started without torchrun, which would end them itself.
+"""What becomes of the others when a process fails; started without torchrun, which would end them
+itself.
 
     python failures.py OUT CASE...
 
-Each case has two processes of its own, forked from this one, and a time limit. OUT gets, for each, exit codes and
-output.
+Each case has two processes of its own, forked from this one, and a time limit. OUT gets, for each,
+exit codes and output.
 """
 
 from __future__ import annotations
@@ -95,10 +96,16 @@ CASES: dict[str, tuple[Callable[[int, int], None], signal.Signals | None]] = {
     "not_finite": (not_finite, None),
     "fewer_steps": (fewer_steps, None),
     "killed": (lambda rank, who: paced(), signal.SIGKILL),
-    "killed_sharing": (lambda rank, who: paced(placement=[0, [0, 1], 1, 1], staleness=0), signal.SIGKILL),
+    "killed_sharing": (
+        lambda rank, who: paced(placement=[0, [0, 1], 1, 1], staleness=0),
+        signal.SIGKILL,
+    ),
     "stopped": (lambda rank, who: paced(), signal.SIGSTOP),
     "stopped_free": (lambda rank, who: paced(policy="drop_oldest", inputs="mlp"), signal.SIGSTOP),
-    "stopped_sharing": (lambda rank, who: paced(placement=[0, [0, 1], 1, 1], staleness=0), signal.SIGSTOP),
+    "stopped_sharing": (
+        lambda rank, who: paced(placement=[0, [0, 1], 1, 1], staleness=0),
+        signal.SIGSTOP,
+    ),
 }
 
 
@@ -125,7 +132,9 @@ def run(name: str, who: int) -> dict[str, Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = os.fork()  # the store is in no rank, as with torchrun: one that is stopped must not stop it, too
+    server = (
+        os.fork()
+    )  # the store is in no rank, as with torchrun: one that is stopped must not stop it, too
     if server == 0:
         _store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
         signal.pause()
@@ -140,7 +149,11 @@ def run(name: str, who: int) -> dict[str, Any]:
     how = CASES[name][1]
     if how is not None:
         heard = b""
-        while len(heard) < 2 and select.select([told], [], [], LIMIT)[0] and (more := os.read(told, 2)):
+        while (
+            len(heard) < 2
+            and select.select([told], [], [], LIMIT)[0]
+            and (more := os.read(told, 2))
+        ):
             heard += more
         os.kill(ranks[who], how)
     os.close(told)

@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
 import dni_fx
-from dni_fx import distributed, links
+from dni_fx import distributed
 from dni_fx.errors import DecouplingError
+from dni_fx.parallel import streams
 from dni_fx.schedules import Calibration, RandomUpdates, WarmUp
 
 CUTS = ["a", "b", "c"]
@@ -70,9 +71,13 @@ class SharedStatistics(Skips):
         return self.d(torch.cat([joined, left], 1))
 
 
-def batch(step: int, dtype: torch.dtype = torch.float32, sizes: Sequence[int] = (8, 8, 5)) -> tuple[Tensor, Tensor]:
+def batch(
+    step: int, dtype: torch.dtype = torch.float32, sizes: Sequence[int] = (8, 8, 5)
+) -> tuple[Tensor, Tensor]:
     size, generator = sizes[step % len(sizes)], torch.Generator().manual_seed(100 + step)
-    return torch.randn(size, 12, generator=generator).to(dtype), torch.randint(5, (size,), generator=generator)
+    return torch.randn(size, 12, generator=generator).to(dtype), torch.randint(
+        5, (size,), generator=generator
+    )
 
 
 def built(model: type[nn.Module], dtype: torch.dtype, **arguments: Any) -> nn.Module:
@@ -90,7 +95,11 @@ def trainer_of(
         gradients=gradients, inputs=inputs, context=dni_fx.one_hot(5), check=False,
     )  # fmt: skip
     if alone:
-        options = {n: v for n, v in options.items() if n in ("schedule", "clip_norm", "accumulate", "metrics_every")}
+        options = {
+            n: v
+            for n, v in options.items()
+            if n in ("schedule", "clip_norm", "accumulate", "metrics_every")
+        }
     else:
         options.setdefault("timeout", 15.0)
     make = dni_fx.Trainer if alone else distributed.Trainer
@@ -98,7 +107,9 @@ def trainer_of(
     return make(decoupled, loss, optimizer=lambda p: torch.optim.Adam(p, lr=0.01), **options)
 
 
-def train(trainer: Any, steps: int, dtype: torch.dtype = torch.float32, sizes: Sequence[int] = (8, 8, 5)) -> Any:
+def train(
+    trainer: Any, steps: int, dtype: torch.dtype = torch.float32, sizes: Sequence[int] = (8, 8, 5)
+) -> Any:
     for step in range(trainer.steps, trainer.steps + steps):
         x, y = batch(step, dtype, sizes)
         trainer.step(x, target=y)
@@ -126,20 +137,28 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], what: Any) -> None:
 
 
 def compare(
-    gradients: Any, steps: int = 7, tolerance: float = 0.0, sizes: Sequence[int] = (8, 8, 5), **options: Any
+    gradients: Any,
+    steps: int = 7,
+    tolerance: float = 0.0,
+    sizes: Sequence[int] = (8, 8, 5),
+    **options: Any,
 ) -> None:
     """Train by all processes, and by each alone."""
     dtype = options.get("dtype", torch.float32)
     apart = weights(train(trainer_of(gradients, **options), steps, dtype, sizes))
     alone = weights(train(trainer_of(gradients, alone=True, **options), steps, dtype, sizes))
     if tolerance:
-        assert difference(apart, alone) < tolerance, f"{gradients}, {options}: {difference(apart, alone)}"
+        assert difference(apart, alone) < tolerance, (
+            f"{gradients}, {options}: {difference(apart, alone)}"
+        )
     else:
         assert_same(apart, alone, (gradients, options))
-    assert difference(alone, weights(trainer_of(alone=True, **options))) > 1e-3  # something was learnt
+    assert (
+        difference(alone, weights(trainer_of(alone=True, **options))) > 1e-3
+    )  # something was learnt
 
 
-# --------------------------------------------------------------------------------------------------- the same numbers
+# --------------------------------------------------------------------------------------------------
 
 
 def exact() -> None:
@@ -149,14 +168,27 @@ def exact() -> None:
 
 
 def no_staleness() -> None:
-    for gradients in ("linear", "local", "critic", "feedback", "stale", "each:linear", "joint:linear"):
+    for gradients in (
+        "linear",
+        "local",
+        "critic",
+        "feedback",
+        "stale",
+        "each:linear",
+        "joint:linear",
+    ):
         compare(gradients, staleness=0)
     compare("linear", staleness=0, dtype=torch.bfloat16)
     compare("mix", staleness=0, tolerance=1e-5)
 
 
 def options() -> None:
-    for more in ({"accumulate": 2}, {"clip_norm": 0.1}, {"inputs": "mlp"}, {"inputs": "mlp", "accumulate": 2}):
+    for more in (
+        {"accumulate": 2},
+        {"clip_norm": 0.1},
+        {"inputs": "mlp"},
+        {"inputs": "mlp", "accumulate": 2},
+    ):
         compare("linear", staleness=0, **more)  # type: ignore[arg-type]
     for schedule in (Calibration(every=3), WarmUp(2, fade=2), RandomUpdates(0.5, seed=1)):
         compare("linear", staleness=0, schedule=schedule)
@@ -170,7 +202,11 @@ def synthetic_inputs_and_exact_steps() -> None:
 
 
 def interleaved() -> None:
-    for placement in ([0, 1, 0, 1], [1, 0, 0, 1], {"stage_0": 1, "stage_1": 1, "stage_2": 0, "stage_3": 0}):
+    for placement in (
+        [0, 1, 0, 1],
+        [1, 0, 0, 1],
+        {"stage_0": 1, "stage_1": 1, "stage_2": 0, "stage_3": 0},
+    ):
         compare("exact", placement=placement)
         compare("each:linear", placement=placement, staleness=0)
 
@@ -181,7 +217,13 @@ def four_ranks_equal_one() -> None:
             compare("exact", placement=placement, dtype=dtype)
         compare("each:linear", placement=placement, staleness=0)
         compare("critic", placement=placement, staleness=0, inputs="mlp")
-    compare("exact", placement=[[0, 1], [2, 3], 0, [0, 1, 2, 3]], staleness=0, tolerance=1e-6, sizes=(8, 7, 9))
+    compare(
+        "exact",
+        placement=[[0, 1], [2, 3], 0, [0, 1, 2, 3]],
+        staleness=0,
+        tolerance=1e-6,
+        sizes=(8, 7, 9),
+    )
 
 
 def four_ranks_run_free() -> None:
@@ -191,7 +233,10 @@ def four_ranks_run_free() -> None:
 
 
 def four_ranks_need_four_stages() -> None:
-    fails("there are 4 processes, but only 2 stages: cut into more", lambda: train(trainer_of(cuts=["a"]), 1))
+    fails(
+        "there are 4 processes, but only 2 stages: cut into more",
+        lambda: train(trainer_of(cuts=["a"]), 1),
+    )
 
 
 def shared() -> None:
@@ -217,7 +262,10 @@ def control() -> None:
 def repeats() -> None:
     for gradients in ("linear", "delayed", "corrected", "critic", "each:linear"):
         for inputs in (None, "mlp"):
-            runs = [weights(train(trainer_of(gradients, staleness=2, inputs=inputs), 12)) for _ in range(2)]
+            runs = [
+                weights(train(trainer_of(gradients, staleness=2, inputs=inputs), 12))
+                for _ in range(2)
+            ]
             assert_same(*runs, (gradients, inputs))
 
 
@@ -228,13 +276,15 @@ def lengths() -> None:
         compare(gradients, len(sizes), sizes=sizes, **more)  # type: ignore[arg-type]
 
 
-# --------------------------------------------------------------------------------------------------------- free running
+# --------------------------------------------------------------------------------------------------
 
 
 def free(gradients: str, **options: Any) -> None:
     trainer = train(trainer_of(gradients, queue=2, **options), 15)
     for worker in trainer._team.workers.values():
-        assert worker.updates >= 15, f"{gradients}: {worker.name} made {worker.updates} updates in 15 steps"
+        assert worker.updates >= 15, (
+            f"{gradients}: {worker.name} made {worker.updates} updates in 15 steps"
+        )
         assert not worker.pending
         assert not worker.ahead
         assert not any(worker.under_way.values())
@@ -243,7 +293,17 @@ def free(gradients: str, **options: Any) -> None:
 
 
 def free_running() -> None:
-    for gradients in ("linear", "local", "critic", "sobolev", "distill", "delayed", "corrected", "mix", "feedback"):
+    for gradients in (
+        "linear",
+        "local",
+        "critic",
+        "sobolev",
+        "distill",
+        "delayed",
+        "corrected",
+        "mix",
+        "feedback",
+    ):
         free(gradients)
     for gradients in ("zero", "stale", "joint:linear", "each:linear"):
         free(gradients, placement=[0, 1, 0, 1])
@@ -263,13 +323,22 @@ def free_running_with_schedules() -> None:
 
 
 def dropping() -> None:
-    """A rank that sleeps now and then leaves out what it cannot take; one that stands still holds nobody back."""
+    """A rank that sleeps now and then leaves out what it cannot take; one that stands still holds
+    nobody back.
+    """
     cases: list[tuple[str | None, int, list[int] | None]]
-    cases = [("mlp", 100, None), (None, 100, None), (None, 100, [0, 1, 0, 1]), ("mlp", 60, [1, 0, 0, 1])]
+    cases = [
+        ("mlp", 100, None),
+        (None, 100, None),
+        (None, 100, [0, 1, 0, 1]),
+        ("mlp", 60, [1, 0, 0, 1]),
+    ]
     store = dist.distributed_c10d._get_default_store()
     for inputs, steps, placement in cases:
         for gradients in ("linear", "critic") if inputs else ("linear", "delayed", "each:linear"):
-            trainer = trainer_of(gradients, policy="drop_oldest", queue=2, inputs=inputs, placement=placement)
+            trainer = trainer_of(
+                gradients, policy="drop_oldest", queue=2, inputs=inputs, placement=placement
+            )
             asleep, key = random.Random(1), f"{gradients} {inputs} {placement}"
             for step in range(steps):
                 x, y = batch(step)
@@ -293,12 +362,16 @@ def dropping() -> None:
 
 
 def waiting_while_dropping() -> None:
-    for gradients, schedule in (("mix", "sequential"), ("feedback", "sequential"), ("linear", Calibration(every=1))):
+    for gradients, schedule in (
+        ("mix", "sequential"),
+        ("feedback", "sequential"),
+        ("linear", Calibration(every=1)),
+    ):
         trainer = trainer_of(gradients, policy="drop_oldest", schedule=schedule)
         fails("pass policy='wait'", lambda trainer=trainer: train(trainer, 1))  # type: ignore[misc]
 
 
-# ---------------------------------------------------------------------------------------------------- all that is there
+# --------------------------------------------------------------------------------------------------
 
 
 def whole_model() -> None:
@@ -343,7 +416,9 @@ def evaluating_between_steps() -> None:
         model.b.register_forward_pre_hook(lambda *_: time.sleep(0.01))
     cases = [("wait", "mlp", "linear"), ("drop_oldest", "mlp", "linear"), ("wait", None, "delayed")]
     for policy, inputs, gradients in [*cases, ("drop_oldest", "mlp", "delayed")]:
-        trainer = trainer_of(gradients, model=model, policy=policy, inputs=inputs, queue=1, placement=[0, 1, 0, 1])
+        trainer = trainer_of(
+            gradients, model=model, policy=policy, inputs=inputs, queue=1, placement=[0, 1, 0, 1]
+        )
         for step in range(10):
             x, y = batch(step)
             trainer.step(x, target=y)
@@ -355,12 +430,21 @@ def evaluating_between_steps() -> None:
 
 def channels_last() -> None:
     torch.manual_seed(0)
-    layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(64, 5)
+    layers = (
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 4, 3),
+        nn.Flatten(),
+        nn.Linear(64, 5),
+    )
     model = nn.Sequential(*layers).to(memory_format=torch.channels_last)
     x = torch.randn(4, 3, 8, 8).to(memory_format=torch.channels_last)
     states = []
     for make in (distributed.Trainer, dni_fx.Trainer):
-        decoupled = dni_fx.decouple(copy.deepcopy(model), ["1", "3"], example_inputs=(x,), gradients="exact")
+        decoupled = dni_fx.decouple(
+            copy.deepcopy(model), ["1", "3"], example_inputs=(x,), gradients="exact"
+        )
         trainer = make(decoupled, F.cross_entropy, optimizer=torch.optim.SGD)
         for _ in range(3):
             trainer.step(x, target=torch.arange(4))
@@ -391,10 +475,16 @@ def refused() -> None:
     fails("names rank 2, but there are ranks 0 to 1", lambda: first(placement=[0, 1, 2, 0]))
     fails("no stage: 'stage_9'", lambda: first(placement={"stage_9": 0}))
     fails("leaves out stage_1, stage_2, stage_3", lambda: first(placement={"stage_0": 0}))
-    fails("at least one rank for each stage, and none twice", lambda: first(placement=[0, [1, 1], 0, 0], staleness=0))
+    fails(
+        "at least one rank for each stage, and none twice",
+        lambda: first(placement=[0, [1, 1], 0, 0], staleness=0),
+    )
     fails("pass staleness=", lambda: first(placement=[0, [0, 1], 0, 0]))
     fails("rank 1 has another plan than rank 0", lambda: first(cuts=["a", "b" if me else "c"]))
-    fails("rank 1 has another placement than rank 0", lambda: first(placement=[0, 1, 1, 1] if me else [0, 0, 1, 1]))
+    fails(
+        "rank 1 has another placement than rank 0",
+        lambda: first(placement=[0, 1, 1, 1] if me else [0, 0, 1, 1]),
+    )
     fails("rank 1 has another queue, policy, staleness or discount", lambda: first(queue=2 + me))
     fails("a batch of 1 has no row for each of 2 ranks",
           lambda: train(trainer_of("zero", placement=[0, [0, 1], 1, 1], staleness=0), 1, sizes=(1,)))  # fmt: skip
@@ -406,7 +496,9 @@ def refused() -> None:
 def refused_buffers() -> None:
     """Statistics that several ranks would keep apart."""
     model = built(SharedStatistics, torch.float32)
-    fails("different ranks", lambda: train(trainer_of("zero", model=model, placement=[0, 0, 1, 1]), 1))
+    fails(
+        "different ranks", lambda: train(trainer_of("zero", model=model, placement=[0, 0, 1, 1]), 1)
+    )
 
 
 def after_the_end() -> None:
@@ -423,11 +515,15 @@ def quiet_after_the_end() -> None:
     def threads() -> list[str]:
         return sorted(path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm"))
 
-    before = threading.enumerate()  # those of trainers that failed in other cases, and were not closed
+    before = (
+        threading.enumerate()
+    )  # those of trainers that failed in other cases, and were not closed
     counts = []
     for _ in range(3):
         trainer = train(trainer_of(), 3)
-        if dist.get_rank() == 0:  # whose letters of the second drain come when rank 1 has long said its last word
+        if (
+            dist.get_rank() == 0
+        ):  # whose letters of the second drain come when rank 1 has long said its last word
             time.sleep(0.3)
         trainer.drain()
         trainer.close()
@@ -438,7 +534,9 @@ def quiet_after_the_end() -> None:
     busy = time.process_time()
     time.sleep(1.0)
     busy = time.process_time() - busy
-    assert busy < 0.5, f"{busy} s of work in 1 s of sleep"  # one that spins takes all of it, or its share of a core
+    assert busy < 0.5, (
+        f"{busy} s of work in 1 s of sleep"
+    )  # one that spins takes all of it, or its share of a core
     # Now, not at close(): the system may count a thread for a moment after it has been joined.
     assert len(threads()) <= counts[0], f"threads: {counts}, then {threads()}"
 
@@ -451,7 +549,11 @@ def data_parallel_around_a_drop_in() -> None:
         inner, context = model, lambda y: contextlib.nullcontext()
         if gradients is not None:
             inner = dni_fx.decouple(
-                model, CUTS, example_inputs=(batch(0)[0],), gradients=gradients, context=dni_fx.one_hot(5)
+                model,
+                CUTS,
+                example_inputs=(batch(0)[0],),
+                gradients=gradients,
+                context=dni_fx.one_hot(5),
             ).as_module(synthesizer_optimizer=lambda p: torch.optim.Adam(p, 1e-2))
             context = inner.context
         wrapped = nn.parallel.DistributedDataParallel(inner)
@@ -478,11 +580,16 @@ def data_parallel_around_a_drop_in() -> None:
 def plans() -> None:
     """One plan for all ranks, whatever each would have measured."""
     model, inputs = built(Skips, torch.float32), (batch(0)[0],)
-    decoupled = distributed.decouple(model, "auto", stages=3, example_inputs=inputs, gradients="linear")
+    decoupled = distributed.decouple(
+        model, "auto", stages=3, example_inputs=inputs, gradients="linear"
+    )
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, decoupled.plan.to_json())
     assert len(set(every)) == 1
-    fails("unknown gradient source", lambda: distributed.decouple(model, example_inputs=inputs, gradients="x"))
+    fails(
+        "unknown gradient source",
+        lambda: distributed.decouple(model, example_inputs=inputs, gradients="x"),
+    )
 
 
 def same_script() -> None:
@@ -513,8 +620,10 @@ def main(names: list[str]) -> None:
     for name in names:
         began, error = time.perf_counter(), ""
         named = dist.PrefixStore(name, store)
-        dist.init_process_group("gloo", store=named, rank=rank, world_size=world, timeout=timedelta(seconds=40))
-        links._trainers = 0  # the ranks that failed may have made fewer
+        dist.init_process_group(
+            "gloo", store=named, rank=rank, world_size=world, timeout=timedelta(seconds=40)
+        )
+        streams._trainers = 0  # the ranks that failed may have made fewer
         try:
             globals()[name]()
             dist.barrier()

@@ -13,7 +13,9 @@ import pytest
 SCRIPTS = Path(__file__).resolve().parent / "scripts"
 
 
-def run_script(name: str, folder: Path, argument: str | Path = "", changes: dict[str, str] | None = None) -> Any:
+def run_script(
+    name: str, folder: Path, argument: str | Path = "", changes: dict[str, str] | None = None
+) -> Any:
     """What the script's variables are in the end.
 
     Args:
@@ -38,7 +40,9 @@ def run_script(name: str, folder: Path, argument: str | Path = "", changes: dict
 
 
 def differing_lines(name: str, other: str) -> int:
-    """How many lines have to be written to make one script of the other, or taken away, whichever are more."""
+    """How many lines have to be written to make one script of the other, or taken away, whichever
+    are more.
+    """
     texts = [(SCRIPTS / f"{n}.py").read_text(encoding="utf-8").splitlines() for n in (name, other)]
     found = [line for line in difflib.ndiff(*texts) if line[2:].strip()]
     return max(sum(line.startswith(sign) for line in found) for sign in "+-")

@@ -33,8 +33,12 @@ def chromium(profile: Path, page: Path, *options: str, fragment: str = "") -> st
 
 
 @pytest.mark.parametrize("suffix", ["svg", "html"])
-@pytest.mark.parametrize("make", [unet_plan, encoder_plan, lambda: plan_of("two_towers"), lambda: plan_of("residual")])
-def test_a_browser_shows_the_picture(make: Callable[[], CutPlan], suffix: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "make", [unet_plan, encoder_plan, lambda: plan_of("two_towers"), lambda: plan_of("residual")]
+)
+def test_a_browser_shows_the_picture(
+    make: Callable[[], CutPlan], suffix: str, tmp_path: Path
+) -> None:
     image = pytest.importorskip("matplotlib.image")
     plan = make()
     draw_plan(plan, tmp_path / f"plan.{suffix}")
@@ -49,8 +53,12 @@ def test_a_browser_shows_the_picture(make: Callable[[], CutPlan], suffix: str, t
     assert (pixels.sum(-1) < 150).sum() > 500, "text"
 
 
-@pytest.mark.parametrize("make", [unet_plan, encoder_plan, lambda: plan_of("two_towers"), lambda: long_names_plan()])
-def test_no_text_lies_over_another_or_leaves_its_box(make: Callable[[], CutPlan], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "make", [unet_plan, encoder_plan, lambda: plan_of("two_towers"), lambda: long_names_plan()]
+)
+def test_no_text_lies_over_another_or_leaves_its_box(
+    make: Callable[[], CutPlan], tmp_path: Path
+) -> None:
     check = """<script>
         const wrong = [], inside = (a, b) => a.left > b.left - 1 && a.right < b.right + 1;
         const all = [...document.querySelectorAll("#picture text")].map(t => [t, t.getBoundingClientRect()]);
@@ -66,7 +74,11 @@ def test_no_text_lies_over_another_or_leaves_its_box(make: Callable[[], CutPlan]
         </script></body>"""
     page = tmp_path / "plan.html"
     page.write_text(draw(make(), page).replace("</body>", check), encoding="utf-8")
-    told = re.search(r"<p>(\d+) texts; wrong: (.*?)</p>", chromium(tmp_path / "profile", page, "--dump-dom"), re.DOTALL)
+    told = re.search(
+        r"<p>(\d+) texts; wrong: (.*?)</p>",
+        chromium(tmp_path / "profile", page, "--dump-dom"),
+        re.DOTALL,
+    )
     assert told is not None
     assert int(told[1]) > 20
     assert told[2] == ""
@@ -74,10 +86,16 @@ def test_no_text_lies_over_another_or_leaves_its_box(make: Callable[[], CutPlan]
 
 def long_names_plan() -> CutPlan:
     """Names, kinds and shapes longer than a box is wide."""
-    plan = chain_plan(12, scope=lambda k: (f"encoder.{'very_' * 12}long.{k}",), model="WithLongNames")
+    plan = chain_plan(
+        12, scope=lambda k: (f"encoder.{'very_' * 12}long.{k}",), model="WithLongNames"
+    )
     assert plan.report is not None
     nodes = tuple(
-        replace(n, operator="MultiHeadLatentAttentionWithALongName", shape=(128, 1024, 14, 14, 1024)) if n.scope else n
+        replace(
+            n, operator="MultiHeadLatentAttentionWithALongName", shape=(128, 1024, 14, 14, 1024)
+        )
+        if n.scope
+        else n
         for n in plan.report.nodes
     )
     return replace(plan, report=replace(plan.report, nodes=nodes))
@@ -89,7 +107,8 @@ def test_a_click_on_a_folded_box_opens_it_and_all_around_it(tmp_path: Path) -> N
     assert "<details open" not in chromium(tmp_path / "profile", page, "--dump-dom")
     click = (
         "<script>setTimeout(() => document.querySelector('#picture a')"
-        ".dispatchEvent(new MouseEvent('click', {bubbles: true, cancelable: true})), 100)</script></body>"
+        ".dispatchEvent(new MouseEvent('click', {bubbles: true, cancelable: true})), "
+        "100)</script></body>"
     )
     page.write_text(text.replace("</body>", click), encoding="utf-8")
     shown = chromium(tmp_path / "profile", page, "--dump-dom")

@@ -1,4 +1,6 @@
-"""LoRA adapters on a frozen base: sources where gradients cross, adapters that train and load in a plain model."""
+"""LoRA adapters on a frozen base: sources where gradients cross, adapters that train and load in a
+plain model.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,12 @@ def test_adapters_train_and_the_base_does_not(tmp_path: Path) -> None:
     trainable = {n for n, p in m.named_parameters() if p.requires_grad}
     assert changed == trainable
     assert all("lora_" in n or "classifier" in n for n in trainable)
-    assert {n.split(".")[5] for n in changed if "lora_" in n} == {"0", "1", "2", "3"}  # in every stage
+    assert {n.split(".")[5] for n in changed if "lora_" in n} == {
+        "0",
+        "1",
+        "2",
+        "3",
+    }  # in every stage
     m.save_pretrained(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").exists()
     loaded = peft.PeftModel.from_pretrained(build("bert"), tmp_path).eval()
@@ -72,15 +79,21 @@ def test_exact_gradients_are_backpropagation() -> None:
     plain = adapted().train()
     train(plain, 3)
     for gradients, equal in (("exact", True), ("zero", False)):
-        trainer = dni_fx.Trainer(cut(0, [0, 1], gradients), lambda output, _: output.loss, optimizer=adam)
+        trainer = dni_fx.Trainer(
+            cut(0, [0, 1], gradients), lambda output, _: output.loss, optimizer=adam
+        )
         for step in range(3):
             torch.manual_seed(step)
             trainer.step(**example("bert", step, 16))
         if equal:
-            oracles.assert_bits_equal(oracles.state_of(trainer.decoupled.model), oracles.state_of(plain), gradients)
+            oracles.assert_bits_equal(
+                oracles.state_of(trainer.decoupled.model), oracles.state_of(plain), gradients
+            )
         else:
             with pytest.raises(AssertionError, match="differ"):
-                oracles.assert_bits_equal(oracles.state_of(trainer.decoupled.model), oracles.state_of(plain), gradients)
+                oracles.assert_bits_equal(
+                    oracles.state_of(trainer.decoupled.model), oracles.state_of(plain), gradients
+                )
 
 
 def test_a_cut_before_the_first_adapter_is_refused_by_name() -> None:

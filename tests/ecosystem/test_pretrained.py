@@ -23,14 +23,18 @@ def arguments(tmp_path: Path) -> list[str]:
 def run(arguments: list[str]) -> str:
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPT), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, check=False, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_minilm_is_fine_tuned_and_reloaded(arguments: list[str], tmp_path: Path) -> None:
     table = run(arguments)
-    assert [line.strip("|").split("|")[0].strip() for line in table.splitlines() if line.startswith("|")][2:] == METHODS
+    assert [
+        line.strip("|").split("|")[0].strip() for line in table.splitlines() if line.startswith("|")
+    ][2:] == METHODS
     assert "equal bit for bit: 5 of 5" in table
     records = {r["method"]: r for r in json.loads((tmp_path / "runs.json").read_text())}
     parameters = {name: record["synthesizer_parameters"] for name, record in records.items()}

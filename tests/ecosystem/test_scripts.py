@@ -1,4 +1,6 @@
-"""Scripts for other libraries' trainers: three lines make one decoupled, and it trains, saves and resumes as before."""
+"""Scripts for other libraries' trainers: three lines make one decoupled, and it trains, saves and
+resumes as before.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,10 @@ from .. import oracles
 from .scripts_run import differing_lines, run_script
 
 EXACT = {'gradients="local"': 'gradients="exact"'}
-ZERO = {'gradients="local"': 'gradients="zero"', "labels, **__: labels": "**__: None"}  # not shown labels
+ZERO = {
+    'gradients="local"': 'gradients="zero"',
+    "labels, **__: labels": "**__: None",
+}  # not shown labels
 
 
 def folder_of(path: Path, name: str) -> Path:
@@ -39,7 +44,7 @@ def test_differing_lines_are_counted() -> None:
     assert differing_lines("trainer_plain", "lightning_plain") > 20
 
 
-# ---------------------------------------------------------------------------------------- Trainer of transformers
+# ---------------------------------------------------------------------------------------- Trainer o
 
 
 def falls(losses: list[float]) -> bool:
@@ -78,7 +83,9 @@ def test_a_checkpoint_of_the_trainer_is_the_plain_classs(tmp_path: Path) -> None
         assert not torch.equal(loaded(**batch).logits, model(**batch).logits)
 
 
-@pytest.mark.parametrize("more", ["", "bf16=True, ", "gradient_accumulation_steps=2, label_smoothing_factor=0.1, "])
+@pytest.mark.parametrize(
+    "more", ["", "bf16=True, ", "gradient_accumulation_steps=2, label_smoothing_factor=0.1, "]
+)
 def test_exact_gradients_are_the_plain_script(more: str, tmp_path: Path) -> None:
     changes = {"use_cpu=True": f"{more}use_cpu=True", "num_train_epochs=4": "num_train_epochs=1"}
     plain = run_script("trainer_plain", folder_of(tmp_path, "plain"), changes=changes)
@@ -90,7 +97,7 @@ def test_exact_gradients_are_the_plain_script(more: str, tmp_path: Path) -> None
         oracles.assert_bits_equal(oracles.state_of(zero["model"]), want, "zero")
 
 
-# ------------------------------------------------------------------------------------------------------- Lightning
+# --------------------------------------------------------------------------------------------------
 
 
 def test_lightning(tmp_path: Path) -> None:
@@ -156,7 +163,9 @@ def test_lightning_resumes_where_it_was(hooks: bool, tmp_path: Path) -> None:
     whole = run_script("lightning_decoupled", folder_of(tmp_path, "whole"), changes=changes)
     half = folder_of(tmp_path, "half")
     run_script("lightning_decoupled", half, changes=changes | {"max_epochs=4": "max_epochs=2"})
-    resumed = changes | {"DataLoader(test, 128))": f"DataLoader(test, 128), ckpt_path={str(half / 'last.ckpt')!r})"}
+    resumed = changes | {
+        "DataLoader(test, 128))": f"DataLoader(test, 128), ckpt_path={str(half / 'last.ckpt')!r})"
+    }
     rest = run_script("lightning_decoupled", folder_of(tmp_path, "rest"), half, changes=resumed)
     assert len(rest["losses"]) == len(whole["losses"]) / 2
     got, want = (oracles.state_of(run["model"]) for run in (rest, whole))
@@ -167,26 +176,37 @@ def test_lightning_resumes_where_it_was(hooks: bool, tmp_path: Path) -> None:
             oracles.assert_bits_equal(got, want, "without sources")
 
 
-# ------------------------------------------------------------------------------------------------------- accelerate
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_accelerate(precision: str, tmp_path: Path) -> None:
-    plain, cut = (run_script(f"accelerate_{n}", tmp_path, precision) for n in ("plain", "decoupled"))
+    plain, cut = (
+        run_script(f"accelerate_{n}", tmp_path, precision) for n in ("plain", "decoupled")
+    )
     for run in (plain, cut):
         assert falls(run["losses"])
         assert run["result"]["accuracy"] > 0.9
     assert learnt_sources(cut["model"]) == 2
-    assert list(cut["accelerator"].get_state_dict(cut["model"])) == list(plain["model"].state_dict())
+    assert list(cut["accelerator"].get_state_dict(cut["model"])) == list(
+        plain["model"].state_dict()
+    )
     assert "forward" not in vars(cut["model"]._dni_fx.decoupled.model)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_accelerate_with_exact_gradients_is_the_plain_script(precision: str, tmp_path: Path) -> None:
+def test_accelerate_with_exact_gradients_is_the_plain_script(
+    precision: str, tmp_path: Path
+) -> None:
     changes = {"range(12)": "range(2)"}
     plain = run_script("accelerate_plain", tmp_path, precision, changes)
     exact = run_script("accelerate_decoupled", tmp_path, precision, changes | EXACT)
-    zero = run_script("accelerate_decoupled", tmp_path, precision, changes | {'gradients="local"': 'gradients="zero"'})
+    zero = run_script(
+        "accelerate_decoupled",
+        tmp_path,
+        precision,
+        changes | {'gradients="local"': 'gradients="zero"'},
+    )
     want = oracles.state_of(plain["model"])
     oracles.assert_bits_equal(oracles.state_of(exact["model"]), want, "exact")
     with pytest.raises(AssertionError, match="differ"):
@@ -204,4 +224,6 @@ def test_what_accelerate_unwraps_and_copies_is_still_cut(keep: bool, tmp_path: P
         assert output.dtype == torch.float32
         assert "StageFunctionBackward" in oracles.graph_of(output)
     plain = unwrapped._dni_fx.decoupled.model
-    assert "StageFunctionBackward" not in oracles.graph_of(plain.train()(x))  # whose forward nobody replaced
+    assert "StageFunctionBackward" not in oracles.graph_of(
+        plain.train()(x)
+    )  # whose forward nobody replaced

@@ -1,4 +1,6 @@
-"""Models of transformers called as training loops call them: by keyword, with labels, padded, in changing lengths."""
+"""Models of transformers called as training loops call them: by keyword, with labels, padded, in
+changing lengths.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ CUTS = {
 def build(name: str, **changes: Any) -> Any:
     """A small random model; its dropout is the family's."""
     kind, options = zoo.TABLE[name]
-    options = zoo._settings(kind, options) | ({"layerdrop": 0.0} if name == "wav2vec2" else {}) | changes
+    options = (
+        zoo._settings(kind, options) | ({"layerdrop": 0.0} if name == "wav2vec2" else {}) | changes
+    )
     attention = options.pop("attn_implementation", None)
     config = transformers.AutoConfig.for_model(name, **options)
     auto = "AutoModelForAudioClassification" if kind == "CTC" else f"AutoModelFor{kind}"
@@ -42,11 +46,15 @@ def build(name: str, **changes: Any) -> Any:
 
 
 def example(name: str, step: int, size: int = 4) -> dict[str, Any]:
-    """Keyword inputs with labels; every batch of texts or clips has a length of its own, and padding."""
+    """Keyword inputs with labels; every batch of texts or clips has a length of its own, and
+    padding.
+    """
     inputs = zoo.example(name, size, step, torch.float32)
     length = LENGTHS[step % len(LENGTHS)]
     if name == "wav2vec2":
-        inputs = {"input_values": inputs["input_values"][:, : 100 + 150 * length]}  # its padding is zeros, not a mask
+        inputs = {
+            "input_values": inputs["input_values"][:, : 100 + 150 * length]
+        }  # its padding is zeros, not a mask
     elif name != "vit":
         inputs = {k: v[:, :length].clone() for k, v in inputs.items()}
     if "labels" not in inputs:
@@ -62,7 +70,11 @@ def example(name: str, step: int, size: int = 4) -> dict[str, Any]:
 def cut(name: str, gradients: str, **options: Any) -> dni_fx.Decoupled:
     model = options.pop("model", None) or build(name)
     return dni_fx.decouple(
-        model.train(), list(CUTS[name]), example_kwargs=example(name, 0), gradients=gradients, **options
+        model.train(),
+        list(CUTS[name]),
+        example_kwargs=example(name, 0),
+        gradients=gradients,
+        **options,
     )
 
 
@@ -119,7 +131,9 @@ def test_a_drop_in_trains(name: str) -> None:
     assert sum(losses[-4:]) / 4 < sum(losses[:4]) / 4 - 0.4
     after = oracles.state_of(m)
     for stage in decoupled.stages:
-        assert any(not torch.equal(after[n], before[n]) for n, _ in stage.named_parameters()), stage.name
+        assert any(not torch.equal(after[n], before[n]) for n, _ in stage.named_parameters()), (
+            stage.name
+        )
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
@@ -142,7 +156,9 @@ def test_what_is_saved_loads_as_the_plain_class(name: str, tmp_path: Path) -> No
 def masked(inputs: dict[str, Any], kind: str) -> dict[str, Any]:
     if kind == "absent":
         return {k: v for k, v in inputs.items() if k != "attention_mask"}
-    return inputs | ({"attention_mask": torch.ones_like(inputs["attention_mask"])} if kind == "ones" else {})
+    return inputs | (
+        {"attention_mask": torch.ones_like(inputs["attention_mask"])} if kind == "ones" else {}
+    )
 
 
 def measured(model: nn.Module, call: Any, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -164,20 +180,26 @@ NO_DROPOUT = {
 @pytest.mark.parametrize("mask", ["padded", "ones", "absent"])
 @pytest.mark.parametrize("name", NO_DROPOUT)
 def test_masks(name: str, mask: str, attention: str) -> None:
-    """Without padding the model hands sdpa no mask, while its graph always builds one: here the bits are the same."""
+    """Without padding the model hands sdpa no mask, while its graph always builds one: here the
+    bits are the same.
+    """
     model = build(name, **NO_DROPOUT[name], attn_implementation=attention)
     decoupled, inputs = cut(name, "zero", model=model), masked(example(name, 0), mask)
     want = measured(model, model, inputs)
     oracles.assert_bits_equal(measured(model, decoupled, inputs), want, name)
     if mask == "ones":
         with pytest.raises(AssertionError, match="differ"):
-            oracles.assert_bits_equal(measured(model, decoupled, masked(example(name, 0), "padded")), want, name)
+            oracles.assert_bits_equal(
+                measured(model, decoupled, masked(example(name, 0), "padded")), want, name
+            )
 
 
 def test_masks_of_grouped_queries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There sdpa repeats keys only beside a mask, so a mask of ones makes a difference in the last bits.
+    """There sdpa repeats keys only beside a mask, so a mask of ones makes a difference in the last
+    bits.
 
-    It is none where the model builds the mask, too, as its graph does; where no mask is passed neither does.
+    It is none where the model builds the mask, too, as its graph does; where no mask is passed
+    neither does.
     """
     model = build("llama", num_key_value_heads=2)
     decoupled, inputs = cut("llama", "zero", model=model), masked(example("llama", 0), "ones")
@@ -187,12 +209,16 @@ def test_masks_of_grouped_queries(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in want.items():
         assert (got[name] - value).abs().max() <= 1e-6 * value.abs().max(), name
     absent = masked(inputs, "absent")
-    oracles.assert_bits_equal(measured(model, decoupled, absent), measured(model, model, absent), "no mask")
-    monkeypatch.setattr("transformers.masking_utils._ignore_causal_mask_sdpa", lambda *_, **__: False)
+    oracles.assert_bits_equal(
+        measured(model, decoupled, absent), measured(model, model, absent), "no mask"
+    )
+    monkeypatch.setattr(
+        "transformers.masking_utils._ignore_causal_mask_sdpa", lambda *_, **__: False
+    )
     oracles.assert_bits_equal(got, measured(model, model, inputs), "no shortcut")
 
 
-# ------------------------------------------------------------------------------------------------ what is particular
+# ------------------------------------------------------------------------------------------------ w
 
 
 def test_layers_that_are_dropped() -> None:
@@ -201,16 +227,26 @@ def test_layers_that_are_dropped() -> None:
     model = build("wav2vec2", layerdrop=0.3).train()
     cuts = ["wav2vec2.feature_projection", "wav2vec2.encoder"]
     decoupled = dni_fx.decouple(
-        model, cuts, example_kwargs=example("wav2vec2", 0), gradients="local", context=dni_fx.one_hot(2)
+        model,
+        cuts,
+        example_kwargs=example("wav2vec2", 0),
+        gradients="local",
+        context=dni_fx.one_hot(2),
     )
-    assert any("wav2vec2.encoder" in note and "opaque" in note for note in str(decoupled.plan).splitlines())
+    assert any(
+        "wav2vec2.encoder" in note and "opaque" in note for note in str(decoupled.plan).splitlines()
+    )
     m: Any = decoupled.as_module(context=lambda *_, labels, **__: labels)
     optimizer, losses, dropped = adam(m.parameters()), [], set()
     for step in range(60):
         loss = m(**example("wav2vec2", step % 4)).loss
         optimizer.zero_grad()
         loss.backward()
-        missing = {n.split(".")[3] for n, p in m.named_parameters() if "encoder.layers" in n and p.grad is None}
+        missing = {
+            n.split(".")[3]
+            for n, p in m.named_parameters()
+            if "encoder.layers" in n and p.grad is None
+        }
         dropped.add(frozenset(missing))
         optimizer.step()
         losses.append(loss.item())
@@ -219,15 +255,29 @@ def test_layers_that_are_dropped() -> None:
 
 
 def test_a_loss_that_checks_its_labels_is_taken_outside() -> None:
-    """CTC reads the labels' values at the top level, which is refused by line; without labels the model is cut."""
+    """CTC reads the labels' values at the top level, which is refused by line; without labels the
+    model is cut.
+    """
     kind, options = zoo.TABLE["wav2vec2"]
-    config = transformers.AutoConfig.for_model("wav2vec2", **zoo._settings(kind, options), layerdrop=0.0)
+    config = transformers.AutoConfig.for_model(
+        "wav2vec2", **zoo._settings(kind, options), layerdrop=0.0
+    )
     model = transformers.AutoModelForCTC.from_config(config).train()
     inputs = zoo.example("wav2vec2", 4, 0, torch.float32)
     labels = torch.randint(3, zoo.VOCABULARY, (4, 5))
-    with pytest.raises(dni_fx.errors.DecouplingError, match=r"reads the values of a tensor.*modeling_wav2vec2\.py:\d+"):
-        dni_fx.decouple(model, list(CUTS["wav2vec2"]), example_kwargs=inputs | {"labels": labels}, gradients="zero")
-    m: Any = dni_fx.decouple(model, list(CUTS["wav2vec2"]), example_kwargs=inputs, gradients="zero").as_module()
+    with pytest.raises(
+        dni_fx.errors.DecouplingError,
+        match=r"reads the values of a tensor.*modeling_wav2vec2\.py:\d+",
+    ):
+        dni_fx.decouple(
+            model,
+            list(CUTS["wav2vec2"]),
+            example_kwargs=inputs | {"labels": labels},
+            gradients="zero",
+        )
+    m: Any = dni_fx.decouple(
+        model, list(CUTS["wav2vec2"]), example_kwargs=inputs, gradients="zero"
+    ).as_module()
     losses, optimizer = [], adam(m.parameters())
     for _ in range(20):
         logits = m(**inputs).logits
@@ -254,7 +304,11 @@ def test_hidden_states_are_returned() -> None:
 
 
 def test_a_first_call_that_hooks_the_model_up_leaves_no_trace() -> None:
-    model, plain, inputs = build("bert"), build("bert"), example("bert", 0) | {"output_hidden_states": True}
+    model, plain, inputs = (
+        build("bert"),
+        build("bert"),
+        example("bert", 0) | {"output_hidden_states": True},
+    )
     with pytest.raises(dni_fx.errors.CutError, match="call the model once before"):
         dni_fx.decouple(model, list(CUTS["bert"]), example_kwargs=inputs, gradients="zero")
     assert len(model(**inputs).hidden_states) == len(plain(**inputs).hidden_states) == 5
@@ -269,5 +323,7 @@ def test_smoothed_labels_are_those_of_the_models_class(tmp_path: Path) -> None:
     for gradients in (None, "exact"):
         model = build("llama").train()
         module = model if gradients is None else cut("llama", gradients, model=model).as_module()
-        losses.append(transformers.Trainer(module, arguments).compute_loss(module, example("llama", 0)))
+        losses.append(
+            transformers.Trainer(module, arguments).compute_loss(module, example("llama", 0))
+        )
     assert torch.equal(*losses)

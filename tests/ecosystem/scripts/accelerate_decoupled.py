@@ -1,4 +1,5 @@
-"""Numbers of two kinds, told apart by a small network, two batches an update: a loop with accelerate.
+"""Numbers of two kinds, told apart by a small network, two batches an update: a loop with
+accelerate.
 
 usage: python script.py precision
 """
@@ -13,12 +14,18 @@ from torch.nn import functional as F
 import dni_fx
 
 accelerate.utils.set_seed(0)
-accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2, mixed_precision=sys.argv[1])
+accelerator = accelerate.Accelerator(
+    cpu=True, gradient_accumulation_steps=2, mixed_precision=sys.argv[1]
+)
 x = torch.randn(512, 6)
 y = (x[:, 0] * x[:, 1] > 0).long()
-loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x[:384], y[:384]), 16, shuffle=True)
+loader = torch.utils.data.DataLoader(
+    torch.utils.data.TensorDataset(x[:384], y[:384]), 16, shuffle=True
+)
 model = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 2))
-model = dni_fx.decouple(model, ["1", "3"], gradients="local", context=dni_fx.one_hot(2)).as_module(unit=1 / 2)
+model = dni_fx.decouple(model, ["1", "3"], gradients="local", context=dni_fx.one_hot(2)).as_module(
+    unit=1 / 2
+)
 optimizer = torch.optim.Adam(model.parameters(), 1e-2)
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 losses = []

@@ -1,4 +1,5 @@
-"""Pictures that are brighter above or not, told apart by a small convolutional network: Trainer of Lightning.
+"""Pictures that are brighter above or not, told apart by a small convolutional network: Trainer of
+Lightning.
 
 usage: python script.py folder
 """
@@ -17,12 +18,17 @@ class Network(nn.Module):
     def __init__(self):
         super().__init__()
         self.first = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
-        self.second = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(4))
+        self.second = nn.Sequential(
+            nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(4)
+        )
         self.head = nn.Linear(8 * 4, 2)
 
     def forward(self, x, labels=None):
         logits = self.head(self.second(self.first(x)).flatten(1))
-        return {"logits": logits, "loss": None if labels is None else F.cross_entropy(logits, labels)}
+        return {
+            "logits": logits,
+            "loss": None if labels is None else F.cross_entropy(logits, labels),
+        }
 
 
 class Classifier(lightning.LightningModule):
@@ -55,6 +61,10 @@ classifier = Classifier(model)
 trainer = lightning.Trainer(
     default_root_dir=sys.argv[1], accelerator="cpu", max_epochs=4, logger=False, enable_progress_bar=False,
 )  # fmt: skip
-trainer.fit(classifier, torch.utils.data.DataLoader(train, 16, shuffle=True), torch.utils.data.DataLoader(test, 128))
+trainer.fit(
+    classifier,
+    torch.utils.data.DataLoader(train, 16, shuffle=True),
+    torch.utils.data.DataLoader(test, 128),
+)
 result = {name: float(value) for name, value in trainer.callback_metrics.items()}
 trainer.save_checkpoint(f"{sys.argv[1]}/last.ckpt")

@@ -7,7 +7,13 @@ import sys
 
 import numpy as np
 import torch
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments, set_seed
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 from dni_fx import decouple, one_hot
 
@@ -25,7 +31,11 @@ def collate(rows):
     texts = [row["input_ids"] + [0] * (width - len(row["input_ids"])) for row in rows]
     mask = [[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in rows]
     labels = [row["labels"] for row in rows]
-    return {"input_ids": torch.tensor(texts), "attention_mask": torch.tensor(mask), "labels": torch.tensor(labels)}
+    return {
+        "input_ids": torch.tensor(texts),
+        "attention_mask": torch.tensor(mask),
+        "labels": torch.tensor(labels),
+    }
 
 
 def metrics(found):
@@ -38,7 +48,9 @@ config = BertConfig(
     max_position_embeddings=16,
 )  # fmt: skip
 model = BertForSequenceClassification(config)
-cut = decouple(model, ["bert.encoder.layer.0", "bert.encoder.layer.1"], gradients="local", context=one_hot(2))
+cut = decouple(
+    model, ["bert.encoder.layer.0", "bert.encoder.layer.1"], gradients="local", context=one_hot(2)
+)
 model = cut.as_module(context=lambda *_, labels, **__: labels)
 arguments = TrainingArguments(
     output_dir=sys.argv[1], num_train_epochs=4, per_device_train_batch_size=16, learning_rate=2e-3, logging_steps=4,

@@ -7,7 +7,13 @@ import sys
 
 import numpy as np
 import torch
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments, set_seed
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 set_seed(0)
 generator = np.random.default_rng(0)
@@ -23,7 +29,11 @@ def collate(rows):
     texts = [row["input_ids"] + [0] * (width - len(row["input_ids"])) for row in rows]
     mask = [[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in rows]
     labels = [row["labels"] for row in rows]
-    return {"input_ids": torch.tensor(texts), "attention_mask": torch.tensor(mask), "labels": torch.tensor(labels)}
+    return {
+        "input_ids": torch.tensor(texts),
+        "attention_mask": torch.tensor(mask),
+        "labels": torch.tensor(labels),
+    }
 
 
 def metrics(found):

@@ -1,0 +1,152 @@
+"""Nested inputs and outputs taken apart into tensors and put together again.
+
+Containers that torch's pytree knows (tuples, named tuples, lists, dicts, registered classes such as
+transformers' ``ModelOutput``) and any dataclass are opened. Everything else that is not a tensor is
+part of the structure.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from ..errors import DecouplingError
+
+
+@dataclass(frozen=True)
+class Structure:
+    """How a nested value is built; equal structures take the same number of leaves.
+
+    Attributes:
+        kind: ``"leaf"``, ``"constant"``, ``"dataclass"`` or ``"node"``.
+        payload: the constant, the dataclass instance used as a template, or the pytree node's type
+            and context.
+        children: structures of the children; names of the fields for a dataclass are in ``fields``.
+    """
+
+    kind: str
+    payload: Any = None
+    children: tuple[Structure, ...] = ()
+    fields: tuple[str, ...] = ()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Structure) or (self.kind, self.fields) != (
+            other.kind,
+            other.fields,
+        ):
+            return False
+        if self.kind == "dataclass":
+            if type(self.payload) is not type(other.payload):
+                return False
+        elif self.kind == "constant":
+            if not _same_constant(self.payload, other.payload):
+                return False
+        elif self.payload != other.payload:
+            return False
+        return self.children == other.children
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def leaf_count(self) -> int:
+        """Number of leaves."""
+        return 1 if self.kind == "leaf" else sum(c.leaf_count for c in self.children)
+
+    def build(self, leaves: Iterator[Any]) -> Any:
+        """Put the leaves back."""
+        if self.kind == "leaf":
+            return next(leaves)
+        if self.kind == "constant":
+            return self.payload
+        children = [c.build(leaves) for c in self.children]
+        if self.kind == "dataclass":
+            value = copy.copy(self.payload)
+            for name, child in zip(self.fields, children, strict=True):
+                object.__setattr__(value, name, child)
+            return value
+        node_type, context = self.payload
+        return pytree.SUPPORTED_NODES[node_type].unflatten_fn(children, context)
+
+
+def _same_constant(a: Any, b: Any) -> bool:
+    try:
+        return a is b or (type(a) is type(b) and bool(a == b))
+    except (ValueError, RuntimeError, TypeError):  # arrays do not compare to one truth value
+        return False
+
+
+_LEAF = Structure("leaf")
+
+
+def flatten(
+    value: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[list[Any], Structure]:
+    """Take a nested value apart.
+
+    Args:
+        value: any nesting of containers, tensors and constants.
+        is_leaf: says of a non-container whether it is a leaf; default: tensors.
+
+    Returns:
+        The leaves in order, and the structure that builds the value from them.
+    """
+    leaves: list[Any] = []
+    structure = _take_apart(value, leaves, is_leaf or (lambda v: isinstance(v, torch.Tensor)))
+    return leaves, structure
+
+
+def _take_apart(item: Any, leaves: list[Any], is_leaf: Callable[[Any], bool]) -> Structure:
+    """No closure: one that calls itself is a circle, and would keep the leaves until the next
+    collection.
+    """
+    if is_leaf(item):
+        leaves.append(item)
+        return _LEAF
+    node_type = pytree._get_node_type(item)
+    if node_type in pytree.SUPPORTED_NODES:
+        children, context = pytree.SUPPORTED_NODES[node_type].flatten_fn(item)
+        return Structure(
+            "node", (node_type, context), tuple(_take_apart(c, leaves, is_leaf) for c in children)
+        )
+    if dataclasses.is_dataclass(item) and not isinstance(item, type):
+        names = tuple(f.name for f in dataclasses.fields(item))
+        template = copy.copy(item)
+        children = [getattr(item, n) for n in names]
+        for name in names:
+            object.__setattr__(template, name, None)
+        parts = tuple(_take_apart(c, leaves, is_leaf) for c in children)
+        return Structure("dataclass", template, parts, names)
+    return Structure("constant", item)
+
+
+def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
+    """Apply a function to every tensor of a nested value."""
+    leaves, structure = flatten(value)
+    return structure.build(iter([function(leaf) for leaf in leaves]))
+
+
+def unpack_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """A loader's batch as ``(args, kwargs, target)``.
+
+    Raises:
+        DecouplingError: neither ``(input, ..., target)`` nor a dict with a target.
+    """
+    if isinstance(batch, dict):
+        rest = dict(batch)
+        key = "target" if "target" in rest else "labels"
+        if key not in rest:
+            raise DecouplingError(
+                "a dict batch needs 'target' or 'labels'; pass unpack= for another form"
+            )
+        return (), rest, rest.pop(key)
+    if isinstance(batch, tuple | list) and len(batch) >= 2:
+        return tuple(batch[:-1]), {}, batch[-1]
+    raise DecouplingError(
+        "a batch must be (input, ..., target) or a dict; pass unpack= for another form"
+    )

@@ -1,0 +1,1 @@
+"""Stages that run at once: on threads, and on the ranks of ``torch.distributed``."""

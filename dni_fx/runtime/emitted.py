@@ -1,0 +1,231 @@
+"""What the emitted training functions call: results, losses and the pull-back of gradients."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..errors import DecouplingError
+from ..graphs.nested import map_tensors
+
+if TYPE_CHECKING:
+    from ..sources.base import Prediction
+
+
+@dataclass
+class StepResult:
+    """What one stage's training function returns.
+
+    Attributes:
+        outputs: values that later stages use, detached, by name; the model's output under
+            ``"output"``.
+        input_gradients: for every interface that the stage uses, its gradient, or None where no
+            gradient arrived. These are the targets of the upstream sources.
+        predictions: what the stage's sources predicted, by the name of the first interface that
+            each serves; they keep the sources' graph for ``fit``.
+        loss: the loss as a detached scalar, in the stage that holds the model's output.
+    """
+
+    outputs: dict[str, Any]
+    input_gradients: dict[str, torch.Tensor | None]
+    predictions: dict[str, Prediction]
+    loss: torch.Tensor | None = None
+
+
+class Leaf:
+    """A received value as the start of a stage's own autograd graph.
+
+    Args:
+        value: what was received.
+        keep_layout: give back the gradient in the layout in which it came, as exact mode needs:
+            ``.grad`` takes that of its tensor, and in another layout later sums run in another
+            order.
+
+    Attributes:
+        tensor: the value, detached, with a gradient of its own.
+    """
+
+    def __init__(self, value: torch.Tensor, keep_layout: bool = False) -> None:
+        self.tensor = value.detach().requires_grad_()
+        self._raw: list[torch.Tensor] = []
+        if keep_layout:
+            strides, raw = self.tensor.stride(), self._raw
+
+            def keep(gradient: torch.Tensor) -> None:
+                if gradient.stride() != strides:
+                    raw[:] = [gradient]
+
+            self.tensor.register_hook(keep)
+
+    def view(self) -> torch.Tensor:
+        """The value to compute with: a node of the graph, so that it can be a root of the
+        pull-back.
+        """
+        return self.tensor.view_as(self.tensor)
+
+    def gradient(self) -> torch.Tensor | None:
+        """What flowed back to the value, or None."""
+        return self._raw[0] if self._raw else self.tensor.grad
+
+    def clear(self) -> None:
+        """Forget what flowed back, before another pull-back."""
+        self._raw.clear()
+        self.tensor.grad = None
+
+
+def pull_back(
+    roots: Sequence[Any],
+    gradients: Sequence[torch.Tensor | None],
+    retain_graph: bool = False,
+    inputs: Sequence[torch.Tensor] | None = None,
+) -> None:
+    """Accumulate into ``.grad`` what flows back from some values, given their gradients.
+
+    Args:
+        roots: tensors with an autograd graph; others are passed over.
+        gradients: a gradient for each root; None where nothing arrived.
+        retain_graph: keep the graph for another call.
+        inputs: the tensors whose ``.grad`` to accumulate; all leaves by default.
+    """
+    pairs = [
+        (root, gradient)
+        for root, gradient in zip(roots, gradients, strict=True)
+        if gradient is not None and isinstance(root, torch.Tensor) and root.requires_grad
+    ]
+    for root, gradient in pairs:
+        if gradient.shape != root.shape:
+            raise DecouplingError(
+                f"a source predicted a gradient of shape {tuple(gradient.shape)} for a value of "
+                f"shape {tuple(root.shape)}; predict must return one gradient of the value's own "
+                "shape per value"
+            )
+    if pairs:
+        torch.autograd.backward(
+            [r for r, _ in pairs], [g for _, g in pairs], retain_graph=retain_graph, inputs=inputs
+        )
+
+
+def evaluate(
+    loss: Callable[[Any, Any], torch.Tensor] | None, output: Any, target: Any
+) -> torch.Tensor:
+    """Call the loss and check that it gave a scalar.
+
+    Raises:
+        DecouplingError: no loss, or its value is not a tensor with one element.
+    """
+    if loss is None:
+        raise DecouplingError(
+            "the last stage holds the model's output and needs loss=, a callable (output, target)"
+        )
+    try:
+        value = loss(output, target)
+    except Exception as error:
+        if target is None:
+            raise DecouplingError(
+                f"the loss failed without a target ({error}); pass target= to step"
+            ) from error
+        raise
+    if not isinstance(value, torch.Tensor) or value.numel() != 1:
+        found = (
+            f"a tensor of shape {tuple(value.shape)}"
+            if isinstance(value, torch.Tensor)
+            else type(value).__name__
+        )
+        raise DecouplingError(
+            f"the loss must return a tensor with one element, but returned {found}; average it "
+            "first"
+        )
+    if not value.requires_grad:
+        raise DecouplingError(
+            "the loss has no autograd graph: it must be computed from the model's output, not "
+            "detached"
+        )
+    return value
+
+
+def all_finite(tensors: list[torch.Tensor]) -> bool:
+    """Whether nothing is NaN or infinite; False may also mean that a norm overflowed: look at the
+    tensors then.
+    """
+    if not tensors:  # no stage was updated
+        return True
+    first = tensors[0]
+    if all(
+        t.dtype is torch.float32 and t.device == first.device and not t.is_sparse for t in tensors
+    ):
+        found = torch.zeros(
+            (), device=first.device
+        )  # GradScaler's operator: one pass over all, times one
+        torch._amp_foreach_non_finite_check_and_unscale_(
+            tensors, found, torch.ones((), device=first.device)
+        )
+        return not found.item()
+    norms = list(
+        torch._foreach_norm([t.coalesce().values() if t.is_sparse else t for t in tensors])
+    )
+    if len({(n.dtype, n.device) for n in norms}) > 1:
+        norms = [n.to(device=norms[0].device, dtype=torch.float64) for n in norms]
+    return bool(torch.stack(norms).isfinite().all())
+
+
+def detached(value: Any) -> Any:
+    """A nested value with every tensor detached."""
+    return map_tensors(torch.Tensor.detach, value)
+
+
+@contextlib.contextmanager
+def keep_modes() -> Iterator[None]:
+    """Leave gradient mode and autocast as they were if a stage fails within a region of its own."""
+    gradients, cache = torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
+    depth = _autocast_depth()
+    casts = [
+        (d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d))
+        for d in ("cpu", "cuda")
+        if d == "cpu" or torch.cuda.is_available()
+    ]
+    try:
+        yield
+    except BaseException:
+        torch.set_grad_enabled(gradients)
+        torch.set_autocast_cache_enabled(cache)
+        while _autocast_depth() > depth:
+            torch.autocast_decrement_nesting()
+        torch.clear_autocast_cache()
+        for device, enabled, dtype in casts:
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
+        raise
+
+
+def _autocast_depth() -> int:
+    depth = torch.autocast_increment_nesting() - 1
+    torch.autocast_decrement_nesting()
+    return depth
+
+
+@contextlib.contextmanager
+def kept_weights(module: nn.Module) -> Iterator[None]:
+    """Graphs made inside keep copies of the module's weights and buffers: their updates would spoil
+    a late backward.
+    """
+    owned = {t.untyped_storage().data_ptr() for t in [*module.parameters(), *module.buffers()]}
+    copies: dict[Any, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in owned:
+            return (
+                tensor.detach()
+            )  # an output itself would hold its own node, for ever where the graph is retained
+        key = (place, tensor.storage_offset(), tensor.shape, tensor.stride())
+        if key not in copies:
+            copies[key] = tensor.detach().clone()
+        return copies[key]
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield

@@ -1,0 +1,167 @@
+"""The source between two windows of a sequence: one for all tensors of the state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import DecouplingError
+from ..plan import TensorSpec
+from ..runtime.emitted import kept_weights
+from .base import GradientSource, Prediction, like
+from .regression import MLP
+from .traces import Traces
+
+Factory = Callable[[Sequence[TensorSpec], TensorSpec | None], GradientSource]
+
+
+class AcrossTime(GradientSource):
+    r"""Predicts what the rest of a sequence would send back to the state at the end of a window.
+
+    .. math::
+        \frac{\partial L}{\partial\theta} \approx \sum_{\tau \le t} \frac{\partial L_\tau}{\partial\theta}
+        + \alpha\, \hat g_t\, \frac{\partial s_t}{\partial\theta}, \qquad \hat g_t = M(s_t)
+
+    The target of :math:`\hat g_t` is what the next window sends back to its first state: its own
+    losses' gradient, and :math:`\alpha \hat g_{t+T}` pulled back through it. All tensors of the
+    state are put side by side, ``(batch, features)``, for another source that predicts. Where the
+    sequence ends the target is zero, and nothing is pulled back.
+
+    With ``auxiliary`` the state must tell the next prediction, too: :math:`A(s_t) \approx \hat
+    g_{t+T}`, both in units of its size. That loss is one of the next window's, so its gradient is
+    part of the target.
+
+    Args:
+        specs: the state's tensors.
+        context: the context, or None.
+        source: name or factory of the source that predicts; ``"auto"`` is an MLP with one hidden
+            layer as wide as the state, batch-normalised, without which it learnt next to nothing on
+            the copy task.
+        factor: :math:`\alpha`, on use.
+        auxiliary: weight of the auxiliary loss.
+
+    Source:
+        Jaderberg et al. 2016, arXiv:1608.05343, section 2.2 and the recurrent experiments; the
+        factor 0.1 is theirs.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[TensorSpec],
+        context: TensorSpec | None = None,
+        *,
+        source: str | Factory = "auto",
+        factor: float = 0.1,
+        auxiliary: float = 0.0,
+    ) -> None:
+        super().__init__(specs, context)
+        from . import make_source  # the table of names is made of the classes here
+
+        batch = {spec.shape[spec.batch_dim] for spec in self.specs}
+        features = [math.prod(spec.shape) // spec.shape[spec.batch_dim] for spec in self.specs]
+        dtype = self.specs[0].dtype
+        for spec in self.specs[1:]:
+            dtype = torch.promote_types(dtype, spec.dtype)
+        joined = TensorSpec((batch.pop(), sum(features)), dtype)
+        if source == "auto":
+            source = partial(MLP, hidden=1, width=max(sum(features), 64), norm="batch")
+        self.source = make_source(source, (joined,), context)
+        if (
+            self.source.lag is not None
+            or self.source.exact
+            or self.source.message not in ("gradient", "none")
+        ):
+            raise DecouplingError(
+                f"{type(self.source).__name__} cannot serve the state between windows: there a "
+                "source must predict at once and learn from gradients alone, such as 'auto', "
+                "'mlp', 'linear', 'zero' or 'stale'"
+            )
+        if auxiliary and isinstance(self.source, Traces):
+            raise DecouplingError(
+                "auxiliary= does not go with Traces, which learns online from targets alone"
+            )
+        self.factor, self.auxiliary = float(factor), float(auxiliary)
+        self.message = "gradient" if self.auxiliary else self.source.message
+        if isinstance(self.source, Traces):
+            self.source.factor = self.factor
+        # Set by the trainer before it asks: whose sequence ends with the window, and the state's
+        # Jacobian over it.
+        self.ended: Tensor | None = None
+        self.jacobian: Tensor | None = None
+        self._dtype, self._latest = dtype, torch.zeros(())
+        self.teller = (
+            nn.Linear(sum(features), sum(features), dtype=dtype) if self.auxiliary else None
+        )
+
+    def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
+        """``factor`` times the prediction, zero for samples whose sequence ends."""
+        joined = self.join(values)
+        with kept_weights(self.source):  # they are updated before the target comes
+            inner = self.source.predict((joined,), context)
+        assert inner.gradients is not None
+        guess = inner.gradients[0]
+        if self.ended is not None:
+            guess = guess.masked_fill(self.ended[:, None], 0.0)
+        self._latest = guess
+        used = guess if self.factor == 1 else guess * self.factor
+        state = (inner, joined, self.jacobian, self.ended)
+        return Prediction(self._part(used, values), state, guess=self._part(guess, values))
+
+    @property
+    def wants_jacobian(self) -> bool:
+        """Whether the source learns from how the state depends on that of the window before."""
+        return isinstance(self.source, Traces)
+
+    def fit(self, prediction: Prediction, message: tuple[Tensor, ...]) -> Tensor | None:
+        """As the other source learns; with the auxiliary loss, from targets that hold its gradient."""
+        inner, joined, jacobian, ended = prediction.state
+        if self.message == "none":
+            return self.source.fit(inner, ())
+        target = self.join(message)
+        if self.wants_jacobian:
+            jacobian = target.new_zeros(0) if jacobian is None else jacobian
+            ended = target.new_zeros(len(target), dtype=torch.bool) if ended is None else ended
+            return self.source.fit(inner, (target, joined, jacobian, ended))
+        if self.teller is None:
+            return self.source.fit(inner, (target,))
+        state = joined.detach().requires_grad_()
+        latest = self._latest if self._latest.shape == joined.shape else torch.zeros_like(joined)
+        size = latest.square().mean().sqrt()
+        wrong = self.teller(state) - latest / size.clamp(min=torch.finfo(size.dtype).tiny)
+        if ended is not None:  # no next prediction is of the same sequence
+            wrong = wrong.masked_fill(ended[:, None], 0.0)
+        loss = self.auxiliary * wrong.square().mean()
+        (gradient,) = torch.autograd.grad(loss, state, retain_graph=True)
+        fitted = self.source.fit(
+            inner, (target + gradient,) if self.source.message == "gradient" else ()
+        )
+        return loss if fitted is None else loss + fitted
+
+    def flops(self) -> int:
+        """The other source's, and the auxiliary prediction's."""
+        batch = self.specs[0].shape[self.specs[0].batch_dim]
+        return self.source.flops() + (
+            0 if self.teller is None else 2 * batch * self.teller.weight.numel()
+        )
+
+    def join(self, values: Sequence[Tensor]) -> Tensor:
+        """All tensors of the state side by side, ``(batch, features)``."""
+        parts = [
+            value.movedim(spec.batch_dim, 0).flatten(1) if value.dim() > 1 else value[:, None]
+            for value, spec in zip(values, self.specs, strict=True)
+        ]
+        return torch.cat([part.to(self._dtype) for part in parts], 1)
+
+    def _part(self, joined: Tensor, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        found, first = [], 0
+        for value, spec in zip(values, self.specs, strict=True):
+            front = value.movedim(spec.batch_dim, 0)
+            count = front[0].numel() if len(front) else 0
+            part = joined[:, first : first + count].reshape(front.shape).movedim(0, spec.batch_dim)
+            found.append(like(part, value))
+            first += count
+        return tuple(found)

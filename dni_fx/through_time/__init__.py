@@ -1,0 +1,1 @@
+"""Recurrent models trained window by window, and collections of networks with their own clocks."""

@@ -1,0 +1,456 @@
+"""Where a graph may be cut, what would cross there, and which nodes then belong to which stage."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import fx
+
+from ...errors import CutError, did_you_mean
+from ...plan import CutPoint, TensorSpec
+from ..trace.calls import after
+from ..trace.tracing import Trace
+from .specs import infer_specs, name_values
+
+_REPLICATED_ELEMENTS = (
+    1 << 20
+)  # a mask or table larger than this is sent rather than computed again
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Which values live across which positions of the program. Position ``p`` is before node ``p``.
+
+    Attributes:
+        trace: the traced model.
+        nodes: nodes in program order.
+        index: position of each node.
+        names: names of each value, preferred first.
+        specs: tensor specs by node name.
+        last_use: position of the last user of each node, -1 without users.
+        replicated: cheap nodes computed from the inputs alone, made again in every stage that uses
+            them.
+        guards_only: integers that the model looked at but did not compute with; no stage needs
+            them.
+        returning: nodes that pass gradients back to what they use: no dead code, nothing detached.
+        last_computed: position of the last node that computes something.
+        trainable: number of values that carry a gradient across each position.
+        illegal: why a position may not be cut, for those that may not.
+    """
+
+    trace: Trace
+    nodes: tuple[fx.Node, ...]
+    index: dict[fx.Node, int]
+    names: dict[fx.Node, tuple[str, ...]]
+    specs: dict[str, TensorSpec]
+    last_use: dict[fx.Node, int]
+    replicated: frozenset[fx.Node]
+    guards_only: frozenset[fx.Node]
+    returning: frozenset[fx.Node]
+    last_computed: int
+    trainable: tuple[int, ...]
+    illegal: dict[int, str]
+
+    def crosses(self, node: fx.Node, position: int) -> bool:
+        """Whether a computed value is made before the position and used at or after it."""
+        return self.index[node] < position <= self.last_use[node] and self.is_computed(node)
+
+    def carries_gradient(self, node: fx.Node, position: int = 0) -> bool:
+        """Whether a gradient comes back to a value from users at or after a position: it is an
+        interface there.
+        """
+        if not needs_gradient(node):
+            return False
+        return any(u in self.returning and self.index[u] >= position for u in node.users)
+
+    def is_computed(self, node: fx.Node) -> bool:
+        """Whether the node belongs to one stage: not an input, an attribute, a replicated node or a
+        mere guard.
+        """
+        left_out = node in self.replicated or node in self.guards_only
+        return node.op not in ("placeholder", "get_attr", "output") and not left_out
+
+
+def _computes(node: fx.Node) -> bool:
+    bookkeeping = node.meta.get("glued") or node.op in ("placeholder", "get_attr", "output")
+    return not bookkeeping
+
+
+def needs_gradient(node: fx.Node) -> bool:
+    """Whether a value lies on a trainable path."""
+    value = node.meta.get("value")
+    return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def find_flow(trace: Trace) -> Flow:
+    """Scan a graph once for what crosses every position and where a cut is illegal. Linear in nodes
+    and edges.
+
+    Args:
+        trace: a traced model.
+
+    Returns:
+        The facts that cutting and splitting need.
+    """
+    nodes = tuple(trace.graph.nodes)
+    index = {n: i for i, n in enumerate(nodes)}
+    guards_only: set[fx.Node] = set()
+    for node in reversed(nodes):
+        if node.op != "output" and "value" not in node.meta and guards_only.issuperset(node.users):
+            guards_only.add(node)
+    last_use = {
+        n: max((index[u] for u in n.users if u not in guards_only), default=-1) for n in nodes
+    }
+    written = _writes(nodes)
+    replicated = _replicated(nodes, written)
+    returning = _returning(nodes)
+    change = [0] * (len(nodes) + 2)
+    for node in nodes:
+        computed = node.op not in ("placeholder", "get_attr", "output") and node not in replicated
+        last = max((index[u] for u in node.users if u in returning), default=index[node])
+        if computed and needs_gradient(node):
+            change[index[node] + 1] += 1
+            change[last + 1] -= 1
+    flow = Flow(
+        trace=trace,
+        nodes=nodes,
+        index=index,
+        names=name_values(trace),
+        specs=infer_specs(trace),
+        last_use=last_use,
+        replicated=replicated,
+        guards_only=frozenset(guards_only),
+        returning=returning,
+        last_computed=max(
+            (i for i, n in enumerate(nodes) if _computes(n) and n not in guards_only), default=-1
+        ),
+        trainable=tuple(accumulate(change)),
+        illegal={},
+    )
+    flow.illegal.update(_illegal_positions(flow, written))
+    return flow
+
+
+def list_cut_points(flow: Flow) -> tuple[CutPoint, ...]:
+    """Every position that can be named, with what would cross it.
+
+    Args:
+        flow: facts of a traced model.
+
+    Returns:
+        Cut points in program order: after each module, and after each node that ends no module.
+    """
+    named: dict[int, list[str]] = {}
+    seen: dict[str, int] = {}
+    for path, _, last in flow.trace.calls:
+        count = seen.get(path, 0)
+        seen[path] = count + 1
+        if path:
+            named.setdefault(_after(flow, last), []).insert(0, f"{path}@{count}" if count else path)
+    for (
+        path,
+        count,
+    ) in seen.items():  # the plain name of a module called several times means its last call
+        if path and count > 1:
+            for names in named.values():
+                names[:] = [f"{path}@0" if n == path else n for n in names]
+    points = []
+    live: dict[fx.Node, None] = {}
+    for position in range(1, len(flow.nodes)):
+        node = flow.nodes[position - 1]
+        if flow.is_computed(node):
+            live[node] = None
+        for dead in [
+            n for n in (*node.all_input_nodes, node) if n in live and flow.last_use[n] < position
+        ]:
+            del live[dead]
+        if not flow.is_computed(node) or flow.nodes[position].meta.get("glued"):
+            continue
+        for name in named.get(position, [flow.names[node][0]]):
+            points.append(_cut_point(flow, position, name, tuple(live)))
+    return tuple(points)
+
+
+def find_positions(flow: Flow, cuts: tuple[str, ...]) -> tuple[int, ...]:
+    """The positions of :func:`find_cuts`."""
+    return tuple(find_cuts(flow, cuts))
+
+
+def find_cuts(flow: Flow, cuts: tuple[str, ...], lenient: bool = False) -> dict[int, str]:
+    """Positions of named cuts, in program order; every problem of every name is gathered into one
+    error.
+
+    Args:
+        flow: facts of a traced model.
+        cuts: module paths or node names.
+        lenient: leave out what cannot be cut. A graph made later under a plan may lack a cut, which
+            lies in a branch not taken or meets another one.
+
+    Returns:
+        The name of each, by ascending position.
+
+    Raises:
+        CutError: unknown names, cuts that nothing trainable crosses, illegal cuts, two cuts at one
+            place.
+    """
+    problems: list[str] = []
+    found: dict[int, str] = {}
+    names = cut_names(flow)
+    for cut in cuts:
+        position = names.get(cut)
+        if position is None:
+            inside = next((path for path in flow.trace.opaque if cut.startswith(f"{path}.")), None)
+            if inside is None:
+                problems.append(
+                    f"{cut!r}: no module or node of this graph has that "
+                    f"name{did_you_mean(cut, names)}"
+                )
+            else:
+                problems.append(
+                    f"{cut!r}: lies in {inside!r}, which is one opaque node: "
+                    f"{flow.trace.opaque[inside]}"
+                )
+        elif position in found:
+            problems.append(f"{cut!r}: is at the same place as {found[position]!r}")
+        elif why := reason_against(flow, position):
+            problems.append(f"{cut!r}: {why}")
+        else:
+            found[position] = cut
+    if problems and not lenient:
+        lines = "\n".join(f"  - {p}" for p in problems)
+        raise CutError(
+            f"{len(problems)} of {len(cuts)} cuts cannot be made in "
+            f"{type(flow.trace.model).__name__}:\n{lines}\nprint(dni_fx.list_cut_points(model, "
+            "example_inputs)) shows the places where it can be cut"
+        )
+    return dict(sorted(found.items()))
+
+
+def name_positions(flow: Flow, positions: tuple[int, ...]) -> tuple[str, ...]:
+    """Names of cuts at some positions: of the outermost module that ends there, else of the node
+    before it.
+    """
+    names = cut_names(flow)
+    found = {p: flow.nodes[p - 1].name for p in positions}
+    for path, _, _ in flow.trace.calls:
+        if path and names.get(path) in found:
+            found[names[path]] = path
+    return tuple(found[p] for p in positions)
+
+
+def legal_positions(flow: Flow) -> tuple[int, ...]:
+    """Every position after a computed tensor where a cut is legal, ascending."""
+    tensors = [
+        i
+        for i, n in enumerate(flow.nodes)
+        if flow.is_computed(n) and n.meta.get("value") is not None
+    ]
+    return tuple(
+        p for i in tensors if (p := i + 1) < len(flow.nodes) - 1 and not reason_against(flow, p)
+    )
+
+
+def reason_against(flow: Flow, position: int) -> str | None:
+    """Why a position may not be cut, or None."""
+    if position > flow.last_computed:
+        return "nothing is computed after it"
+    if flow.trainable[position] == 0:
+        return "no value on a trainable path crosses there (its upstream is frozen, or only inputs cross)"
+    return flow.illegal.get(position)
+
+
+def assign_stages(flow: Flow, positions: tuple[int, ...]) -> dict[fx.Node, int]:
+    """Stage of every computed node, for cuts at the given positions."""
+    stage, stages = 0, {}
+    for i, node in enumerate(flow.nodes):
+        while stage < len(positions) and i >= positions[stage]:
+            stage += 1
+        if flow.is_computed(node):
+            stages[node] = stage
+    return stages
+
+
+def assign_by_name(flow: Flow, assignment: Mapping[str, int]) -> dict[fx.Node, int]:
+    """Stages of a plan that names every node; a node that it does not know goes with the latest
+    that it needs.
+    """
+    stages: dict[fx.Node, int] = {}
+    for node in flow.nodes:
+        if flow.is_computed(node):
+            needed = [stages[i] for i in node.all_input_nodes if i in stages]
+            stages[node] = max([assignment.get(node.name, 0), *needed])
+    return stages
+
+
+def cut_names(flow: Flow) -> dict[str, int]:
+    """The position that every name of a module or node means: after its last node."""
+    names: dict[str, int] = {}
+    for node in flow.nodes:
+        if node.op not in ("placeholder", "get_attr", "output"):
+            names[node.name] = names[flow.names[node][-1]] = _after(flow, node)
+    times = Counter(path for path, _, _ in flow.trace.calls)
+    seen: Counter[str] = Counter()
+    for path, _, last in flow.trace.calls:
+        if path and times[path] > 1:
+            names[f"{path}@{seen[path]}"] = _after(flow, last)
+            seen[path] += 1
+    for path, _, last in flow.trace.calls:
+        if path:
+            names[path] = _after(flow, last)
+    return names
+
+
+def _after(flow: Flow, node: fx.Node) -> int:
+    """The position after a node and what is glued to it."""
+    position = flow.index.get(node, -1) + 1
+    while position < len(flow.nodes) and flow.nodes[position].meta.get("glued"):
+        position += 1
+    return position
+
+
+def _cut_point(flow: Flow, position: int, name: str, live: tuple[fx.Node, ...]) -> CutPoint:
+    crossing = [n for n in live if flow.crosses(n, position)]
+    carrying = [n for n in crossing if flow.carries_gradient(n, position)]
+    main = (
+        flow.nodes[position - 1]
+        if flow.nodes[position - 1] in carrying
+        else (carrying[-1] if carrying else None)
+    )
+    why = reason_against(flow, position)
+    return CutPoint(
+        name=name,
+        shape=flow.specs[main.name].shape if main else (),
+        nbytes=sum(flow.specs[n.name].nbytes for n in crossing if n.name in flow.specs),
+        crossing=tuple(flow.names[n][0] for n in crossing),
+        interfaces=len(carrying),
+        legal=why is None,
+        reason=why or "",
+    )
+
+
+def _uses(flow: Flow, node: fx.Node, start: int) -> int:
+    """How many partial gradients a value gets from nodes at or after a position: one for each
+    argument that it is.
+
+    Views of it pass theirs on and are counted by themselves.
+    """
+    arguments: list[Any] = []
+    for user in node.users:
+        is_view = user.meta.get("storage") == node.meta["storage"] and not user.meta.get("mutates")
+        if user.target is not after and start <= flow.index[user] and not (is_view and start == 0):
+            fx.node.map_arg((user.args, user.kwargs), arguments.append)
+    return sum(a is node for a in arguments)
+
+
+def kept_storages(nodes: tuple[fx.Node, ...]) -> set[int]:
+    """Memory of buffers and other attributes: every stage writes to the model's own, never to a
+    copy.
+    """
+    return {
+        n.meta["storage"] for n in nodes if n.op == "get_attr" and n.meta["storage"] is not None
+    }
+
+
+def _writes(nodes: tuple[fx.Node, ...]) -> dict[int, fx.Node]:
+    """The last node that writes to each storage."""
+    return {storage: n for n in nodes for storage in n.meta.get("mutates", ())}
+
+
+def _returning(nodes: tuple[fx.Node, ...]) -> frozenset[fx.Node]:
+    asked: set[fx.Node] = set()
+    found: list[fx.Node] = []
+    for node in reversed(nodes):
+        container = not isinstance(node.meta.get("value"), torch.Tensor)
+        if node.op == "output" or (node in asked and (container or needs_gradient(node))):
+            asked.update(node.all_input_nodes)
+            found.append(node)
+    return frozenset(found)
+
+
+def _replicated(nodes: tuple[fx.Node, ...], written: dict[int, fx.Node]) -> frozenset[fx.Node]:
+    found: dict[fx.Node, None] = {}
+    for node in nodes:
+        if (
+            node.op not in ("call_function", "call_method")
+            or node.meta.get("mutates")
+            or node.meta.get("random")
+        ):
+            continue
+        value: Any = node.meta.get("value")
+        if value is None and "value" in node.meta:  # a container of tensors
+            continue
+        if isinstance(value, torch.Tensor) and (
+            value.requires_grad or value.numel() > _REPLICATED_ELEMENTS
+        ):
+            continue
+        if node.meta.get("parameters") or node.meta.get("storage") in written:
+            continue
+        free = all(
+            (
+                i in found
+                or (i.op in ("placeholder", "get_attr") and i.meta["storage"] not in written)
+            )
+            for i in node.all_input_nodes
+        )
+        if free:
+            found[node] = None
+    return frozenset(found)
+
+
+def _illegal_positions(flow: Flow, written: dict[int, fx.Node]) -> dict[int, str]:
+    """Positions where two views of memory that is written to later would be torn apart."""
+    members: dict[int, list[fx.Node]] = {}
+    kept = kept_storages(flow.nodes)
+    for node in flow.nodes:
+        storage = node.meta.get("storage")
+        if storage in written and storage not in kept and node not in flow.replicated:
+            members.setdefault(node.meta["storage"], []).append(node)
+    illegal: dict[int, str] = {}
+    # where a write went through a view, or reached other views, autograd rebuilds their histories
+    # and adds partial gradients in an order that a cut cannot keep; two of them commute, three do
+    # not
+    rebuilt = {n.meta["storage"] for n in flow.nodes if n.target is after}
+    rebuilt |= {s for n in flow.nodes for s in n.meta.get("rebases", ())}
+    for storage, group in members.items():
+        write = flow.index[written[storage]]
+        last = len(flow.nodes) if storage in rebuilt else write
+        spans = [(flow.index[n] + 1, min(flow.last_use[n], last), n) for n in group]
+        count: dict[int, list[fx.Node]] = {}
+        for start, end, node in (s for s in spans if s[1] >= s[0]):
+            for position in range(start, end + 1):
+                count.setdefault(position, []).append(node)
+        if len(group) < 2:
+            continue
+        for position, alive in count.items():
+            torn = len(alive) > 1 and position <= write
+            if (
+                not torn
+                and storage in rebuilt
+                and (len(alive) > 1 or (position <= write and alive[0].meta["view"]))
+            ):
+                # a view that is written to behind the cut is a copy there: none of the histories is
+                # rebuilt
+                behind = position <= write
+                torn = (
+                    sum(
+                        _uses(flow, n, 0 if behind else position)
+                        for n in (group if behind else alive)
+                    )
+                    > 2
+                )
+            if torn:
+                illegal.setdefault(
+                    position,
+                    f"{alive[0].name!r} and {(alive + group)[1].name!r} share memory that "
+                    f"{written[storage].name!r} writes to; cut where only one of them is needed "
+                    "later",
+                )
+    for position, node in enumerate(flow.nodes):
+        if node.meta.get("glued"):
+            illegal[position] = f"{node.name!r} belongs to the node before it"
+    return illegal

@@ -1,0 +1,228 @@
+"""Writes each stage's training function as an fx graph: forward, sources, pull-back.
+
+Three graph modules come out of the same two halves:
+
+* ``forward``: from a dict of values to ``(outputs, leaves, entries)``, all with their autograd
+  graph;
+* ``backward``: from those, with gradients for the outputs and partial gradients for the inputs, to
+  input gradients; it may keep the graph for another call;
+* ``step``: both in one, with the stage's sources in between, for training without waiting.
+
+How bits are kept: the stage's input is a view of a leaf, ``value = leaf.view()``, and ``value`` is
+a root of the pull-back besides the outputs, with what later stages already sent for it as
+cotangent, so that autograd adds partial gradients in the order in which it would add them without
+cuts.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import fx, nn
+
+from ...runtime.emitted import Leaf, StepResult, detached, evaluate, pull_back
+from ...sources import GradientSource, Served, serve
+from ..trace.nodes import identifier
+from .splitting import OUTPUT, Split, StageGraph
+
+_PREFIXES = re.compile(r"dni_fx_runtime_emitted_|^import .*\n|^from .*\n", re.MULTILINE)
+
+
+class StageFunctions:
+    """The emitted functions of one stage, each written when it is first asked for; see the module's
+    docstring.
+    """
+
+    def __init__(self, split: Split, index: int, sources: Mapping[str, GradientSource]) -> None:
+        self._stage = split.stages[index]
+        self._served = serve(
+            [i for i in split.interfaces if i.name in self._stage.outputs], sources
+        )
+        self._shared = split.summed_in(index)
+        self._received, self._sent = split.received_in(index), split.sent_by(index)
+        self._unasked = split.unasked
+
+    @functools.cached_property
+    def forward(self) -> fx.GraphModule:
+        """``inputs -> (outputs, leaves, entries)``."""
+        return _emit_forward(self._stage, self._received)
+
+    @functools.cached_property
+    def backward(self) -> fx.GraphModule:
+        """``(outputs, leaves, entries, gradients, partials, retain_graph=False) -> input
+        gradients``.
+        """
+        return _emit_backward(self._stage, self._received, self._sent, self._shared)
+
+    @functools.cached_property
+    def step(self) -> fx.GraphModule:
+        """``(inputs, context, loss, target) -> StepResult``."""
+        return _emit_step(self._stage, self._received, self._sent, self._unasked, self._served)
+
+
+def emit_functions(
+    split: Split, index: int, sources: Mapping[str, GradientSource]
+) -> StageFunctions:
+    """Emit the training functions of one stage.
+
+    Args:
+        split: all stages and what crosses.
+        index: which stage.
+        sources: the gradient source of each interface that this stage sends, by interface name.
+
+    Returns:
+        New graph modules; the stage's module and the sources are in them by reference.
+    """
+    return StageFunctions(split, index, sources)
+
+
+def readable_code(module: fx.GraphModule) -> str:
+    """The source of an emitted function without module prefixes and housekeeping."""
+    code = _PREFIXES.sub("", module.code)
+    code = re.sub(r";  (\w+ = )+None", "", code)
+    code = re.sub(r"^(\s+)\w+ = pull_back\(", r"\1pull_back(", code, flags=re.MULTILINE)
+    code = re.sub(r"(\w+) = StepResult\((.*)\)\n(\s+)return \1", r"return StepResult(\2)", code)
+    return code.strip() + "\n"
+
+
+def _emit_forward(stage: StageGraph, received: list[str]) -> fx.GraphModule:
+    graph = fx.Graph()
+    values, leaves = _open_inputs(
+        graph, graph.placeholder("inputs"), stage, received, keep_layout=True
+    )
+    outputs = _run_stage(graph, stage, values)
+    graph.output((outputs, leaves, {name: values[name] for name in received}))
+    return fx.GraphModule({"stage": stage.module}, graph, f"Forward{stage.index}")
+
+
+def _emit_backward(
+    stage: StageGraph, received: list[str], sent: list[str], shared: dict[str, nn.Parameter]
+) -> fx.GraphModule:
+    graph = fx.Graph()
+    outputs, leaves, entries, gradients, partials = (
+        graph.placeholder(n) for n in ("outputs", "leaves", "entries", "gradients", "partials")
+    )
+    retain = graph.placeholder("retain_graph", default_value=False)
+    names = [*sent, *(["loss"] if OUTPUT in stage.outputs else [])]
+    roots = [_item(graph, outputs, n) for n in names] + [_item(graph, entries, n) for n in received]
+    roots += [graph.create_node("get_attr", f"shared.{name}") for name in shared]
+    arrived = [graph.call_method("get", (gradients, n)) for n in names]
+    arrived += [graph.call_method("get", (partials, n)) for n in [*received, *shared]]
+    graph.call_function(pull_back, (tuple(roots), tuple(arrived), retain))
+    graph.output(_gradients(graph, {n: _item(graph, leaves, n) for n in received}))
+    return fx.GraphModule(
+        {f"shared.{n}": p for n, p in shared.items()}, graph, f"Backward{stage.index}"
+    )
+
+
+def _emit_step(
+    stage: StageGraph,
+    received: list[str],
+    sent: list[str],
+    unasked: tuple[str, ...],
+    served: tuple[Served, ...],
+) -> fx.GraphModule:
+    graph = fx.Graph()
+    inputs = graph.placeholder("inputs")
+    context, loss, target = (
+        graph.placeholder(n, default_value=None) for n in ("context", "loss", "target")
+    )
+    values, leaves = _open_inputs(graph, inputs, stage, received)
+    outputs = _run_stage(graph, stage, values)
+    attributes: dict[str, nn.Module] = {"stage": stage.module}
+    predictions: dict[str, fx.Node] = {}
+    results: dict[str, fx.Node] = {}
+    found: dict[str, fx.Node] = {}
+    roots, gradients, value_out = [], [], None
+    if OUTPUT in outputs:
+        output = outputs.pop(OUTPUT)
+        value = _named(graph.call_function(evaluate, (loss, output, target)), "loss_value")
+        roots, gradients = (
+            [value],
+            [_named(graph.call_function(torch.ones_like, (value,)), "loss_gradient")],
+        )
+        results[OUTPUT] = _named(graph.call_function(detached, (output,)), "output_sent")
+        value_out = _named(graph.call_function(detached, (value,)), "loss_sent")
+    for name, out in outputs.items():
+        kept = name not in sent and name not in unasked
+        results[name] = (
+            out if kept else _named(graph.call_method("detach", (out,)), f"{identifier(name)}_sent")
+        )
+    for group in served:
+        path, label = f"sources.{source_key(group.name)}", identifier(group.name)
+        attributes[path] = group.source
+        prediction = graph.call_module(path, (tuple(results[n] for n in group.names), context))
+        prediction.name = f"{label}_prediction"
+        predictions[group.name] = prediction
+        predicted = _named(
+            graph.call_function(getattr, (prediction, "gradients")), f"{label}_gradients"
+        )
+        for i, name in enumerate(group.names):
+            found[name] = _item(graph, predicted, i, f"{identifier(name)}_gradient")
+    roots = [*(outputs[n] for n in sent), *roots]
+    gradients = [*(found[n] for n in sent), *gradients]
+    graph.call_function(pull_back, (tuple(roots), tuple(gradients)))
+    result = (results, _gradients(graph, leaves), predictions, value_out)
+    graph.output(graph.call_function(StepResult, result))
+    return fx.GraphModule(attributes, graph, f"Step{stage.index}")
+
+
+def source_key(interface: str) -> str:
+    """The name of an interface's source in a module table, which may hold no dots and no names of
+    its own (``to``).
+    """
+    key = interface.replace(".", "/")
+    return f"{key}_" if hasattr(nn.ModuleDict, key) else key
+
+
+def _open_inputs(
+    graph: fx.Graph,
+    inputs: fx.Node,
+    stage: StageGraph,
+    received: list[str],
+    keep_layout: bool = False,
+) -> tuple[dict[str, fx.Node], dict[str, fx.Node]]:
+    values, leaves = {}, {}
+    kept = (True,) if keep_layout else ()
+    for name in stage.inputs:
+        label = identifier(name)
+        values[name] = _item(
+            graph, inputs, name, label if name not in received else f"{label}_received"
+        )
+        if name in received:
+            leaves[name] = _named(graph.call_function(Leaf, (values[name], *kept)), f"{label}_leaf")
+            values[name] = _named(graph.call_method("view", (leaves[name],)), label)
+    return values, leaves
+
+
+def _run_stage(
+    graph: fx.Graph, stage: StageGraph, values: dict[str, fx.Node]
+) -> dict[str, fx.Node]:
+    called = graph.call_module("stage", tuple(values[n] for n in stage.inputs))
+    if stage.outputs == (OUTPUT,):
+        called.name = OUTPUT
+        return {OUTPUT: called}
+    called.name = "outputs"
+    return {n: _item(graph, called, i, identifier(n)) for i, n in enumerate(stage.outputs)}
+
+
+def _gradients(graph: fx.Graph, leaves: dict[str, fx.Node]) -> dict[str, fx.Node]:
+    found = {}
+    for name, leaf in leaves.items():
+        found[name] = _named(
+            graph.call_method("gradient", (leaf,)), f"{identifier(name)}_input_gradient"
+        )
+    return found
+
+
+def _named(node: fx.Node, name: str) -> fx.Node:
+    node.name = name
+    return node
+
+
+def _item(graph: fx.Graph, container: fx.Node, key: str | int, name: str | None = None) -> fx.Node:
+    return graph.create_node("call_function", operator.getitem, (container, key), name=name)

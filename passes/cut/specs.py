@@ -1,0 +1,104 @@
+"""Facts about the values of a traced graph: their names, shapes, and which way their features lie."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx, nn
+
+from ...plan import TensorSpec
+from ..trace.tracing import Trace
+
+_MAPS = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.BatchNorm2d,
+    nn.BatchNorm3d, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.MaxPool1d, nn.MaxPool2d,
+    nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
+)  # fmt: skip
+_TOKENS = (
+    nn.Linear, nn.LayerNorm, nn.Embedding, nn.MultiheadAttention, nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer, nn.RNNBase,
+)  # fmt: skip
+_LOOK_BACK = 40
+
+
+def name_values(trace: Trace) -> dict[fx.Node, tuple[str, ...]]:
+    """Names of every value, the preferred one first.
+
+    Args:
+        trace: a traced model.
+
+    Returns:
+        For each node: the paths of the modules whose output it is, outermost first (``path@1`` for
+            a module's second
+        call), then the node's own name where no module has it.
+    """
+    seen: dict[str, int] = {}
+    names: dict[fx.Node, list[str]] = {}
+    for path, node, _ in trace.calls:
+        count = seen.get(path, 0)
+        seen[path] = count + 1
+        if path and node is not None:
+            names.setdefault(node, []).insert(0, f"{path}@{count}" if count else path)
+    taken = {n for group in names.values() for n in group}
+    for node in trace.graph.nodes:
+        if node.name not in taken:
+            names.setdefault(node, []).append(node.name)
+        elif node not in names:  # ``F.relu`` in a model that also has a module ``relu``
+            names[node] = [f"{node.name}_function"]
+    return {node: tuple(group) for node, group in names.items()}
+
+
+def infer_specs(trace: Trace) -> dict[str, TensorSpec]:
+    """Shape, dtype and feature dimension of every tensor of the graph.
+
+    Args:
+        trace: a traced model.
+
+    Returns:
+        Specs by node name, in program order.
+    """
+    return {
+        n.name: _spec(trace, n)
+        for n in trace.graph.nodes
+        if isinstance(n.meta.get("value"), torch.Tensor)
+    }
+
+
+def _spec(trace: Trace, node: fx.Node) -> TensorSpec:
+    value = node.meta["value"]
+    dim = _feature_dim(trace, node) if value.dim() > 2 else -1
+    return TensorSpec(tuple(int(s) for s in value.shape), value.dtype, dim)
+
+
+def _feature_dim(trace: Trace, node: fx.Node) -> int:
+    """1 or -1, told by the nearest layer before the value; maps by default for four and more
+    dimensions.
+    """
+    seen = {node: None}
+    for current in (queue := [node]):
+        module = trace.attributes.get(str(current.target)) if current.op == "call_module" else None
+        name = getattr(current.target, "__name__", str(current.target))
+        if isinstance(module, _MAPS) or any(
+            word in name for word in ("conv", "batch_norm", "pool")
+        ):
+            return 1
+        if isinstance(module, _TOKENS) or name in ("linear", "layer_norm", "embedding", "matmul"):
+            return -1
+        if name == "permute":
+            order = [
+                d for a in current.args[1:] for d in (a if isinstance(a, tuple | list) else [a])
+            ]
+            if order and order[-1] == 1:
+                return -1
+            if len(order) > 1 and order[1] in (len(order) - 1, -1):
+                return 1
+        if name not in ("permute", "transpose", "movedim", "swapaxes") and len(queue) < _LOOK_BACK:
+            for value in current.all_input_nodes:
+                if value not in seen and _rank(value) == _rank(node):
+                    seen[value] = None
+                    queue.append(value)
+    return 1 if _rank(node) >= 4 else -1
+
+
+def _rank(node: fx.Node) -> int:
+    value = node.meta.get("value")
+    return value.dim() if isinstance(value, torch.Tensor) else -1

@@ -1,0 +1,449 @@
+"""From one traced graph and a stage for every node to one graph module per stage.
+
+A stage's module takes model inputs and values of earlier stages and returns the values that later
+stages use; the last one returns the model's output. Parameters, buffers and submodules are the
+model's own, by reference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import fx, nn
+
+from ...errors import CutError
+from ...graphs.nested import Structure
+from ...plan import Interface
+from ..trace.nodes import identifier
+from .cutting import Flow, kept_storages, needs_gradient
+
+OUTPUT = "output"
+
+
+class Rebuild:
+    """Puts the model's nested output together again; the last node of the last stage."""
+
+    __name__ = "rebuild"
+    __module__ = "dni_fx"
+
+    def __init__(self, structure: Structure) -> None:
+        self.structure = structure
+
+    def __call__(self, *leaves: Any) -> Any:
+        return self.structure.build(iter(leaves))
+
+
+@dataclass(frozen=True)
+class StageGraph:
+    """One stage of a split model.
+
+    Attributes:
+        index: position in program order.
+        module: the subgraph; positional inputs in the order of ``inputs``, a tuple in the order of
+            ``outputs`` (the model's own output in the last stage, where nothing else leaves the
+            graph there).
+        inputs: names of model inputs and of values of earlier stages.
+        outputs: names of the values that later stages use; ``("output",)`` in the last stage. Those
+            that leave the graph come last.
+        parameters: names of the parameters that the stage reads, in the model's order.
+        nodes: number of the graph's nodes in this stage.
+        called: paths of the modules that the stage calls as one node each.
+    """
+
+    index: int
+    module: fx.GraphModule
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    parameters: tuple[str, ...]
+    nodes: int
+    called: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Split:
+    """All stages and what crosses between them.
+
+    Attributes:
+        stages: in program order.
+        interfaces: values that carry a gradient across, in program order; those that leave the
+            graph come first.
+        crossing: the traced graph's node of each interface.
+        plain: names of other values that cross (integers, masks, sizes, values without gradient).
+        unasked: those of them that have an autograd graph, though no gradient ever comes back.
+        model_inputs: names of the model's tensor inputs, in order.
+        shared: parameters used by more than one stage: name, parameter, those stages ascending.
+        reused: stages that use a shared parameter several times before a later stage uses it again,
+            with its name.
+        incoming: names of the model inputs whose gradient is sent back, to the window before or to
+            another network.
+        summed: the shared parameters; with ``incoming`` all of them, since every window uses them.
+    """
+
+    stages: tuple[StageGraph, ...]
+    interfaces: tuple[Interface, ...]
+    crossing: tuple[str, ...]
+    plain: tuple[str, ...]
+    unasked: tuple[str, ...]
+    model_inputs: tuple[str, ...]
+    shared: tuple[tuple[str, nn.Parameter, tuple[int, ...]], ...]
+    reused: tuple[tuple[int, str], ...]
+    incoming: tuple[str, ...] = ()
+    summed: tuple[tuple[str, nn.Parameter, tuple[int, ...]], ...] = ()
+
+    def shared_in(self, stage: int) -> dict[str, nn.Parameter]:
+        """The shared parameters that one stage uses."""
+        return {name: parameter for name, parameter, where in self.shared if stage in where}
+
+    def summed_in(self, stage: int) -> dict[str, nn.Parameter]:
+        """Parameters whose gradient continues the sum that later stages, or the next window, have
+        begun.
+        """
+        return {name: parameter for name, parameter, where in self.summed if stage in where}
+
+    def received_in(self, stage: int) -> list[str]:
+        """Names of the inputs of a stage that a gradient is sent back for."""
+        names = [*(i.name for i in self.interfaces), *self.incoming]
+        return [n for n in names if n in self.stages[stage].inputs]
+
+    def sent_by(self, stage: int) -> list[str]:
+        """Names of the interfaces that a stage sends, in the order in which autograd would meet
+        their gradients.
+        """
+        return [i.name for i in self.interfaces if i.producer == stage]
+
+
+def split_stages(flow: Flow, stage_of: dict[fx.Node, int], named: tuple[str, ...] = ()) -> Split:
+    """Split a traced graph.
+
+    Args:
+        flow: facts of the traced model.
+        stage_of: stage of every computed node; stages may not depend on each other in a circle.
+        named: names of the cuts, which decide between several names of one value.
+
+    Returns:
+        The stages and their edges. The traced graph is not changed.
+
+    Raises:
+        CutError: stages that depend on each other in a circle, or on a later one.
+    """
+    count = max(stage_of.values(), default=0) + 1
+    output = next(n for n in flow.nodes if n.op == "output")
+    returned = [leaf for leaf in flow.trace.output_leaves if isinstance(leaf, fx.Node)]
+    users: dict[fx.Node, dict[int, None]] = {}
+    for node in flow.nodes:
+        here = count - 1 if node is output else stage_of.get(node)
+        if here is None:
+            continue
+        for value in returned if node is output else node.all_input_nodes:
+            if value in stage_of and stage_of[value] != here:
+                users.setdefault(value, {})[here] = None
+    _check_order({(stage_of[v], c) for v, consumers in users.items() for c in consumers})
+    crossing = [n for n in flow.nodes if n in users]
+
+    def away(node: fx.Node, user: fx.Node) -> bool:
+        return stage_of.get(user, count - 1) != stage_of[node] and (
+            user is not output or node in returned
+        )
+
+    carrying = {
+        n
+        for n in crossing
+        if needs_gradient(n) and any(u in flow.returning and away(n, u) for u in n.users)
+    }
+    names = _crossing_names(flow, crossing, named)
+    stages = tuple(_build_stage(flow, stage_of, k, count, names, users) for k in range(count))
+    leaving = [(p, n) for p in flow.trace.ports if needs_gradient(n := flow.trace.port_node(p))]
+    outward = tuple(
+        Interface(
+            name=port.name,
+            spec=dataclasses.replace(flow.specs[node.name], batch_dim=port.batch_dim),
+            producer=stage_of.get(node, count - 1),
+            consumers=tuple(s.index for s in stages if port.feeds in s.inputs),
+            feeds=port.feeds,
+        )
+        for port, node in leaving
+    )
+    interfaces = outward + tuple(
+        Interface(
+            name=names[n],
+            spec=flow.specs[n.name],
+            producer=stage_of[n],
+            consumers=tuple(sorted(users[n])),
+            implied=not set(flow.names[n]) & set(named),
+            aliases=tuple(a for a in flow.names[n] if a != names[n]),
+        )
+        for n in crossing
+        if n in carrying
+    )
+    sharing: dict[str, list[int]] = {}
+    for stage in stages:
+        for name in stage.parameters:
+            sharing.setdefault(name, []).append(stage.index)
+    every = [(n, flow.trace.model.get_parameter(n), tuple(where)) for n, where in sharing.items()]
+    shared = tuple(item for item in every if len(item[2]) > 1)
+    return Split(
+        stages=stages,
+        interfaces=interfaces,
+        crossing=tuple(
+            n.name for n in [*(n for _, n in leaving), *(n for n in crossing if n in carrying)]
+        ),
+        plain=tuple(names[n] for n in crossing if n not in carrying),
+        unasked=tuple(names[n] for n in crossing if needs_gradient(n) and n not in carrying),
+        model_inputs=tuple(n.name for n in flow.nodes if n.op == "placeholder"),
+        shared=shared,
+        reused=_reused(flow, stage_of, sharing),
+        incoming=flow.trace.incoming,
+        summed=tuple(every) if flow.trace.incoming else shared,
+    )
+
+
+def _check_order(edges: set[tuple[int, int]]) -> None:
+    """Stages run in the order of their numbers, so values may only flow upwards."""
+    graph = nx.DiGraph(sorted(edges))
+    if not nx.is_directed_acyclic_graph(graph):
+        circle = " -> ".join(str(a) for a, _ in nx.find_cycle(graph))
+        raise CutError(
+            f"stages {circle} depend on each other in a circle; assign their nodes otherwise"
+        )
+    backwards = sorted((a, b) for a, b in edges if a > b)
+    if backwards:
+        raise CutError(
+            f"stage {backwards[0][0]} feeds stage {backwards[0][1]}, which runs earlier; renumber "
+            "them"
+        )
+
+
+def _reused(
+    flow: Flow, stage_of: dict[fx.Node, int], sharing: dict[str, list[int]]
+) -> tuple[tuple[int, str], ...]:
+    uses: dict[tuple[int, str], int] = {}
+    for node, stage in stage_of.items():
+        module = flow.trace.attributes.get(str(node.target)) if node.op == "call_module" else None
+        several = isinstance(module, nn.RNNBase) or str(node.target) in flow.trace.opaque
+        direct = {
+            p for i in node.all_input_nodes if i.op == "get_attr" for p in i.meta["parameters"]
+        }
+        for name in {*node.meta.get("parameters", ()), *direct}:
+            uses[stage, name] = uses.get((stage, name), 0) + (2 if several else 1)
+    return tuple(
+        sorted(
+            (s, n)
+            for (s, n), count in uses.items()
+            if count > 1 and len(sharing.get(n, ())) > 1 and s < sharing[n][-1]
+        )
+    )
+
+
+def _crossing_names(
+    flow: Flow, crossing: list[fx.Node], named: tuple[str, ...]
+) -> dict[fx.Node, str]:
+    taken = {n.name for n in flow.nodes if n.op == "placeholder"} | {OUTPUT, "loss"}
+    taken |= {port.name for port in flow.trace.ports}
+    names: dict[fx.Node, str] = {}
+    for node in crossing:
+        options = [a for a in flow.names[node] if a in named] + list(flow.names[node]) + [node.name]
+        name = next((o for o in options if o not in taken), f"{node.name}_value")
+        taken.add(name)
+        names[node] = name
+    return names
+
+
+def _build_stage(
+    flow: Flow,
+    stage_of: dict[fx.Node, int],
+    index: int,
+    count: int,
+    names: dict[fx.Node, str],
+    users: dict[fx.Node, dict[int, None]],
+) -> StageGraph:
+    own = [n for n in flow.nodes if stage_of.get(n) == index]
+    last = index == count - 1
+    returned = flow.trace.output_leaves
+    results = (
+        [n for n in returned if isinstance(n, fx.Node)] if last else [n for n in own if n in users]
+    )
+    leaving = {
+        p: n
+        for p in flow.trace.ports
+        if stage_of.get(n := flow.trace.port_node(p), count - 1) == index
+    }
+    needed = _needed(flow, own, [*results, *leaving.values()])
+    computed = set(own)
+    incoming = dict.fromkeys(
+        n for n in needed if n.op == "placeholder" or (n in stage_of and n not in computed)
+    )
+    written = {s for n in own for s in n.meta.get("mutates", ())} - kept_storages(flow.nodes)
+    called = {str(n.target) for n in own if n.op == "call_module"}
+
+    graph = fx.Graph()
+    attributes: dict[str, Any] = {}
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in incoming:
+        copies[node] = graph.placeholder(
+            identifier(node.name if node.op == "placeholder" else names[node])
+        )
+    for node in incoming:
+        if node.op != "placeholder" and node.meta.get("storage") in written:
+            copies[node] = graph.call_method(
+                "clone", (copies[node],)
+            )  # the producer's copy stays as it was sent
+    regions = _Regions(graph)
+    for node in needed:
+        if node in copies:
+            continue
+        if node.op == "get_attr":
+            target = _attribute_target(str(node.target), called)
+            attributes[target] = flow.trace.attributes[str(node.target)]
+            copies[node] = graph.create_node("get_attr", target, name=node.name)
+            continue
+        regions.enter(node)
+        copies[node] = graph.node_copy(node, lambda n: copies[n])
+        copies[node].meta = {}
+        if node.op == "call_module":
+            copies[node].target = _free_name(str(node.target))
+            attributes[str(copies[node].target)] = flow.trace.attributes[str(node.target)]
+    regions.leave()
+    sent = tuple(copies[n] for n in leaving.values())
+    if last:
+        structure = flow.trace.outputs
+        leaves = tuple(copies[a] if isinstance(a, fx.Node) else a for a in returned)
+        whole = (
+            leaves[0]
+            if structure.kind == "leaf"
+            else graph.call_function(Rebuild(structure), leaves)
+        )
+        graph.output((whole, *sent) if sent else whole)
+    else:
+        graph.output((*(copies[n] for n in results), *sent))
+    graph.lint()
+    parameters = {p for n in needed if n not in incoming for p in n.meta.get("parameters", ())}
+    order = [n for n, _ in flow.trace.model.named_parameters()]
+    return StageGraph(
+        index=index,
+        module=fx.GraphModule(attributes, graph, f"Stage{index}"),
+        inputs=tuple(n.name if n.op == "placeholder" else names[n] for n in incoming),
+        outputs=(*((OUTPUT,) if last else (names[n] for n in results)), *(p.name for p in leaving)),
+        parameters=tuple(n for n in order if n in parameters),
+        nodes=len(own),
+        called=tuple(sorted(called)),
+    )
+
+
+def _needed(flow: Flow, own: list[fx.Node], results: list[fx.Node]) -> list[fx.Node]:
+    """The stage's nodes, the replicated nodes, attributes and inputs that they use, in program
+    order.
+    """
+    found: dict[fx.Node, None] = dict.fromkeys(own)
+    pending = [*own, *results]
+    inside = set(own)
+    while pending:
+        node = pending.pop()
+        found[node] = None
+        if node in inside or node in flow.replicated:
+            pending.extend(n for n in node.all_input_nodes if n not in found)
+    return sorted(found, key=lambda n: flow.index[n])
+
+
+def _attribute_target(target: str, called: set[str]) -> str:
+    """Where a stage keeps an attribute: under its own path, unless a module that the stage calls
+    lies in the way.
+    """
+    parts = target.split(".")
+    if any(".".join(parts[:i]) in called for i in range(1, len(parts))):
+        return "_" + target.replace(".", "_")
+    return _free_name(target)
+
+
+def _free_name(target: str) -> str:
+    """A path that is not one of ``fx.GraphModule``'s own attributes (``code``, ``graph``, ...)."""
+    return f"model_{target}" if hasattr(fx.GraphModule, target.split(".")[0]) else target
+
+
+class _Regions:
+    """Puts no_grad and autocast regions around the nodes that were recorded inside them."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.outside: fx.Node | None = None
+        self.autocasts: list[tuple[tuple[Any, ...], fx.Node]] = []
+
+    def enter(self, node: fx.Node) -> None:
+        wanted = tuple(node.meta.get("autocast", ()))
+        open_ = tuple(state for state, _ in self.autocasts)
+        shared = 0
+        while shared < min(len(wanted), len(open_)) and wanted[shared] == open_[shared]:
+            shared += 1
+        self._leave_autocasts(shared)
+        for state in wanted[shared:]:
+            entered = self.graph.call_function(torch.amp.autocast_mode._enter_autocast, state)
+            self.autocasts.append((state, entered))
+        if bool(node.meta.get("no_grad")) != (self.outside is not None):
+            self._switch_gradients()
+
+    def leave(self) -> None:
+        self._leave_autocasts(0)
+        if self.outside is not None:
+            self._switch_gradients()
+
+    def _switch_gradients(self) -> None:
+        if self.outside is None:
+            self.outside = self.graph.call_function(torch.is_grad_enabled)
+            self.graph.call_function(torch._C._set_grad_enabled, (False,))
+        else:  # whatever it was outside: evaluation may itself run without gradients
+            self.graph.call_function(torch._C._set_grad_enabled, (self.outside,))
+            self.outside = None
+
+    def _leave_autocasts(self, keep: int) -> None:
+        while len(self.autocasts) > keep:
+            _, entered = self.autocasts.pop()
+            self.graph.call_function(torch.amp.autocast_mode._exit_autocast, (entered,))
+
+
+def bound_attributes(split: Split, model: nn.Module) -> tuple[tuple[dict[str, Any], str, Any], ...]:
+    """Where the model keeps what the stages refer to, so that a replaced parameter, buffer or
+    module is noticed.
+
+    Returns:
+        Triples (table of the owning module, key, object) for every module called and attribute
+        read.
+    """
+    bound: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
+    paths: dict[str, None] = {}
+    for stage in split.stages:
+        paths.update(dict.fromkeys(stage.called))
+    wanted: Callable[[str], bool] = lambda name: name in paths  # noqa: E731
+    for path, module in model.named_modules(remove_duplicate=False):
+        for table in ("_modules", "_parameters", "_buffers"):
+            for key, value in vars(module)[table].items():
+                name = f"{path}.{key}" if path else key
+                if (table == "_modules" and wanted(name)) or (
+                    table != "_modules" and path not in paths
+                ):
+                    bound[id(vars(module)[table]), key] = (vars(module)[table], key, value)
+    return tuple(bound.values())
+
+
+def run_stages(split: Split, values: dict[str, Any]) -> Any:
+    """Run the composed stages with ordinary autograd.
+
+    Args:
+        split: all stages.
+        values: the model's inputs by name; everything that crosses or leaves is added.
+
+    Returns:
+        The model's output.
+    """
+    output = None
+    for stage in split.stages:
+        results = stage.module(*(values[n] for n in stage.inputs))
+        found = dict(
+            zip(stage.outputs, (results,) if stage.outputs == (OUTPUT,) else results, strict=True)
+        )
+        output = found.pop(OUTPUT, None)
+        values.update(found)
+    return output

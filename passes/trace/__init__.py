@@ -1,0 +1,1 @@
+"""From a model to a graph: recorded calls, then ``torch.export``."""

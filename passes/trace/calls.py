@@ -1,0 +1,61 @@
+"""What recorded nodes call besides torch itself, and the watch on the operators below a node."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class FunctionCall:
+    """A custom ``autograd.Function`` as one node, so that its own backward is kept."""
+
+    def __init__(self, function: type[torch.autograd.Function]) -> None:
+        self.function = function
+        self.__name__ = self.__qualname__ = f"{function.__name__}_apply"
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function.apply(*args)
+
+
+def setitem(tensor: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
+    """``tensor[index] = value``; returns the tensor, so that later uses depend on the write."""
+    tensor[index] = value
+    return tensor
+
+
+def after(tensor: torch.Tensor, write: Any) -> torch.Tensor:
+    """The tensor, once a write through another view of its memory has happened."""
+    return tensor
+
+
+class Observer(TorchDispatchMode):
+    """Notes what the operators below one node do."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reset()
+
+    def reset(self) -> None:
+        self.random = False
+        self.parameters: dict[int, None] = {}
+        self.tensors: dict[int, torch.Tensor] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # nothing is compiled here, and the wrapper that this avoids imports all of torch._dynamo
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.random = True
+        for arg in args:
+            if isinstance(arg, torch.Tensor):
+                self.tensors[id(arg)] = arg
+                if isinstance(arg, nn.Parameter):
+                    self.parameters[id(arg)] = None
+        return func(*args, **(kwargs or {}))

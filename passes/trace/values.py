@@ -1,0 +1,53 @@
+"""Looking into the arguments of recorded calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ...graphs.nested import flatten
+from .symbols import TracedInt, plain
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    try:
+        return tensor.untyped_storage()._cdata
+    except (
+        NotImplementedError,
+        RuntimeError,
+    ):  # sparse and other tensors without memory of their own
+        return -id(tensor)
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Tensors in plain containers and in whatever else can be opened."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif hasattr(value, "__dataclass_fields__"):
+        yield from flatten(value)[0]
+
+
+def plain_tree(value: Any) -> Any:
+    """Replace traced integers by their values, containers included."""
+    if isinstance(value, TracedInt):
+        return value.value
+    if isinstance(value, torch.Size):
+        return torch.Size([plain(v) for v in value])
+    if isinstance(value, tuple):
+        items = [plain_tree(v) for v in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if type(value) is list:
+        return [plain_tree(v) for v in value]
+    if type(value) is dict:
+        return {k: plain_tree(v) for k, v in value.items()}
+    if isinstance(value, slice):
+        return slice(plain_tree(value.start), plain_tree(value.stop), plain_tree(value.step))
+    return value
