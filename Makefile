@@ -87,7 +87,7 @@ zoo: $(ZOO_READY)
 	$(PY) benchmarks/zoo.py
 
 zoo-random: $(READY)
-	DNI_FX_RANDOM_GRAPHS=$(RANDOM_GRAPHS) $(PY) -m pytest $(PYTEST_ARGS) tests/test_random_graphs.py
+	DNI_FX_RANDOM_GRAPHS=$(RANDOM_GRAPHS) $(PY) -m pytest $(PYTEST_ARGS) tests/compiler/test_random_graphs.py
 
 bench: $(ZOO_READY)
 	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(PY) benchmarks/$$name.py; done

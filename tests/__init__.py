@@ -1,1 +1,1 @@
-"""Tests of dni_fx; `models`, `random_models` and `oracles` hold what they share."""
+"""Tests of dni_fx, a folder for each part; `models` and `helpers` hold what they share."""

@@ -14,7 +14,7 @@ import torch
 import dni_fx
 from dni_fx.errors import CutError
 
-from .. import oracles
+from ..helpers import oracles
 from .test_transformers import adam, build, example
 
 LAYER = "base_model.model.bert.encoder.layer"

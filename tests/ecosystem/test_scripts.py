@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import nn
 
-from .. import oracles
+from ..helpers import oracles
 from .scripts_run import differing_lines, run_script
 
 EXACT = {'gradients="local"': 'gradients="exact"'}

@@ -15,7 +15,7 @@ from torch import nn
 import dni_fx
 import zoo_transformers as zoo
 
-from .. import oracles
+from ..helpers import oracles
 
 LENGTHS, CLIP = (12, 9, 12, 7), 1000
 CUTS = {

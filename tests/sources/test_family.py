@@ -35,8 +35,8 @@ from dni_fx.sources import (
 )
 from dni_fx.sources.inputs import InputPrediction
 
-from . import oracles
-from .models import BY_NAME
+from ..helpers import oracles
+from ..models.zoo import BY_NAME
 
 NAMES = [name for name in SOURCES if name not in ("exact", "conv")]
 

@@ -35,7 +35,8 @@ from torch.distributed.run import get_args_parser
 import dni_fx
 from dni_fx import cli
 
-ROOT = Path(__file__).resolve().parents[1]
+from ..helpers.paths import ROOT
+
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LANGUAGES = {
     "",

@@ -21,9 +21,9 @@ from torch import nn
 
 import dni_fx
 
-from . import oracles
-from .models import Case
-from .random_models import Program, RandomModel, programs
+from ..helpers import oracles
+from ..models.random_models import Program, RandomModel, programs
+from ..models.zoo import Case
 
 COUNT = int(os.environ.get("DNI_FX_RANDOM_GRAPHS", "2000"))
 SHARD = 1000

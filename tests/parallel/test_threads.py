@@ -31,8 +31,8 @@ from dni_fx.recurrent import decouple_through_time
 from dni_fx.schedules import Calibration, RandomUpdates, Schedule, Threads, WarmUp
 from dni_fx.sources import SOURCES, Delayed, Each, Linear
 
-from . import oracles
-from .models import BY_NAME, seed_generator
+from ..helpers import oracles
+from ..models.zoo import BY_NAME, seed_generator
 
 CUTS = ["a", "b", "c"]
 SECONDS = 20  # a test that takes longer is taken for a deadlock

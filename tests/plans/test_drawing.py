@@ -42,7 +42,8 @@ from dni_fx.plan import (
     TensorSpec,
 )
 
-from .models import ZOO, UNet
+from ..helpers.paths import ROOT
+from ..models.zoo import ZOO, UNet
 
 SVG = "{http://www.w3.org/2000/svg}"
 DRAWN = [
@@ -371,13 +372,13 @@ def test_a_drawing_needs_no_network(suffix: str, tmp_path: Path) -> None:
 
 def test_equal_plans_give_equal_bytes_in_every_process(tmp_path: Path) -> None:
     code = (
-        "import sys; from tests.test_drawing import encoder_plan; plan = encoder_plan();"
+        "import sys; from tests.plans.test_drawing import encoder_plan; plan = encoder_plan();"
         "[plan.draw(f'{sys.argv[1]}.{suffix}') for suffix in ('svg', 'html')]"
     )
     environment = {
         **os.environ,
         "PYTHONHASHSEED": "7",
-        "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+        "PYTHONPATH": str(ROOT),
     }
     subprocess.run(
         [sys.executable, "-c", code, tmp_path / "other"], env=environment, check=True, timeout=300

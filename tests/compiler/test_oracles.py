@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,8 +21,9 @@ from dni_fx.runtime.emitted import pull_back
 from dni_fx.schedules import WarmUp
 from dni_fx.sources import Mix
 
-from . import oracles
-from .models import BY_NAME, ZOO, Case, ResidualNet, rows
+from ..helpers import oracles
+from ..helpers.paths import ROOT
+from ..models.zoo import BY_NAME, ZOO, Case, ResidualNet, rows
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning"
@@ -138,8 +138,8 @@ HASHED = ("unet", "fan_out", "tied_language_model", "views", "nested_input", "ro
 PRINT_PLANS = """
 import sys, warnings
 warnings.simplefilter("ignore")
-from tests.models import BY_NAME
-from tests.test_oracles import HASHED, plan_of
+from tests.models.zoo import BY_NAME
+from tests.compiler.test_oracles import HASHED, plan_of
 for name in HASHED:
     plan = plan_of(BY_NAME[name])
     print(plan.to_json(), plan, sep="\\n")
@@ -147,18 +147,17 @@ for name in HASHED:
 
 
 def test_plans_do_not_depend_on_the_hash_seed() -> None:
-    root = Path(__file__).parent.parent
     started = []
     for seed in ("0", "1", "2"):
         environment = {
             **os.environ,
             "PYTHONHASHSEED": seed,
-            "PYTHONPATH": str(root),
+            "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
         }
         command = [sys.executable, "-c", PRINT_PLANS]
         started.append(
-            subprocess.Popen(command, env=environment, cwd=root, stdout=subprocess.PIPE, text=True)
+            subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         )
     printed = [process.communicate(timeout=120)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0, 0]

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 
 import dni_fx
 
-from .test_examples import EXAMPLES, load_example, mnist_folder, run_example  # noqa: F401  a fixture is among them
+from ..helpers.paths import EXAMPLES, ROOT
+from .test_examples import load_example, mnist_folder, run_example  # noqa: F401  a fixture is among them
 
 Record = dict[str, Any]
 
@@ -844,7 +845,7 @@ def test_sparse_updates_on_mnist(
 def test_the_deep_experiment_reads_cifar10(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    neighbour = EXAMPLES.parents[1] / "shared" / "data"
+    neighbour = ROOT.parent / "shared" / "data"
     if data.DATA_VARIABLE not in os.environ and not (neighbour / "cifar10").exists():
         pytest.skip(
             f"CIFAR-10 is not on this machine: neither {data.DATA_VARIABLE} nor ../shared/data"

@@ -29,10 +29,10 @@ from dni_fx.parallel.mailbox import Address, Letter
 from dni_fx.parallel.placement import Places, join, place_stages
 from dni_fx.parallel.serialization import ALIGNMENT, pack, unpack
 
-from . import oracles
-from .distributed_scripts import ranks
+from ..helpers import oracles
+from .scripts import ranks
 
-SCRIPTS = Path(__file__).parent / "distributed_scripts"
+SCRIPTS = Path(__file__).parent / "scripts"
 LIMIT = 150  # seconds for one start of processes
 
 TWO = [

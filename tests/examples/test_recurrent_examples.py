@@ -17,7 +17,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from .test_examples import EXAMPLES, run_example
+from ..helpers.paths import EXAMPLES
+from .test_examples import run_example
 from .test_experiments import interrupted, load, records_in, rows
 
 Record = dict[str, Any]

@@ -14,8 +14,8 @@ import dni_fx
 from dni_fx.errors import CutError
 from dni_fx.runtime.emitted import Leaf
 
-from . import oracles
-from .models import BY_NAME
+from ..helpers import oracles
+from ..models.zoo import BY_NAME
 
 
 def test_an_interface_named_like_a_module_method() -> None:

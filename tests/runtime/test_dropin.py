@@ -28,8 +28,9 @@ from dni_fx.errors import DecouplingError, PlanMismatchError
 from dni_fx.plan import TensorSpec
 from dni_fx.sources import Corrected, GradientSource, Mix, Prediction
 
-from . import models, oracles
-from .models import Case
+from ..helpers import oracles
+from ..models import zoo as models
+from ..models.zoo import Case
 
 SOURCES = (
     "linear",

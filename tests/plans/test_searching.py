@@ -26,8 +26,8 @@ from dni_fx.passes.search import bounding, costing, frontiers, large_graphs, sea
 from dni_fx.passes.trace.tracing import trace_calls
 from dni_fx.plan import CutPlan
 
-from . import oracles
-from .models import BY_NAME, ZOO, Case
+from ..helpers import oracles
+from ..models.zoo import BY_NAME, ZOO, Case
 
 # ---- a graph of numbers, and what its stages cost, from the definitions --------------------------
 
@@ -588,7 +588,8 @@ def test_analytic_costs_count_attention() -> None:
 
 def test_analytic_plans_are_equal_in_every_process() -> None:
     code = (
-        "import torch, dni_fx; from tests.test_searching import Towers, X; torch.manual_seed(3);"
+        "import torch, dni_fx; from tests.plans.test_searching import Towers, X;"
+        "torch.manual_seed(3);"
         "print(dni_fx.plan_cuts(Towers(), (torch.randn(6, 8),), stages=3, "
         "costs='analytic').to_json())"
     )

@@ -19,8 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import dni_fx
 from dni_fx.errors import DecouplingError, PlanMismatchError
 
-from .models import BY_NAME, Inception, mlp_chain, norm_dropout_chain
-from .oracles import (
+from ..helpers.oracles import (
     adam,
     assert_bits_equal,
     composed_check,
@@ -30,6 +29,7 @@ from .oracles import (
     sgd,
     state_of,
 )
+from ..models.zoo import BY_NAME, Inception, mlp_chain, norm_dropout_chain
 
 CUTS = ["3", "6"]
 SOURCES = ("linear", "mlp", "stale", "zero", "exact")

@@ -23,9 +23,9 @@ import dni_fx
 from dni_fx import cli
 from dni_fx.plan import CutPlan
 
-from .test_simulation import balanced, make_plan
+from ..helpers.paths import ROOT
+from ..plans.test_simulation import balanced, make_plan
 
-ROOT = Path(__file__).resolve().parents[1]
 MODELS = """\
 import os, signal
 import torch

@@ -19,7 +19,7 @@ from types import ModuleType
 import pytest
 import torch
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+from ..helpers.paths import EXAMPLES, ROOT
 
 
 def load_example(name: str) -> ModuleType:
@@ -271,7 +271,7 @@ def test_damaged_cifar10_is_an_error(cifar_home: CifarHome, tmp_path: Path) -> N
 
 def test_the_choice_of_cuts_runs_and_goes_on(cifar_home: CifarHome, tmp_path: Path) -> None:
     """On the real images where they are; the script itself reads no other data."""
-    neighbour = EXAMPLES.parents[1] / "shared" / "data"
+    neighbour = ROOT.parent / "shared" / "data"
     folder = os.environ.get(data.DATA_VARIABLE) or (
         neighbour if (neighbour / "cifar10").exists() else None
     )

@@ -16,7 +16,7 @@ import pytest
 
 import dni_fx
 
-ROOT = Path(__file__).resolve().parents[1]
+from ..helpers.paths import ROOT
 
 
 @pytest.fixture(scope="module")

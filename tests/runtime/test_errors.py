@@ -19,8 +19,8 @@ import dni_fx
 from dni_fx.errors import CutError, DecouplingError, NonFiniteError, PlanMismatchError, TracingError
 from dni_fx.sources import GradientSource, Linear, Prediction
 
-from .models import Views, mlp_chain, norm_dropout_chain
-from .oracles import adam, assert_bits_equal, sgd, state_of
+from ..helpers.oracles import adam, assert_bits_equal, sgd, state_of
+from ..models.zoo import Views, mlp_chain, norm_dropout_chain
 
 X, Y = torch.randn(4, 6, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1, 2, 1])
 CUTS = ["1", "3"]

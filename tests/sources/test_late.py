@@ -20,7 +20,7 @@ from dni_fx.plan import TensorSpec
 from dni_fx.schedules import Calibration, RandomUpdates
 from dni_fx.sources import Corrected, Delayed, Feedback, GradientSource, Mix, Prediction
 
-from . import oracles
+from ..helpers import oracles
 
 CUTS = ["0", "1", "2"]
 STASH = partial(Delayed, recompute=False)

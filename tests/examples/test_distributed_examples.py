@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from .test_examples import EXAMPLES, rows
+from ..helpers.paths import EXAMPLES
+from .test_examples import rows
 from .test_experiments import load
 
 text = load("distributed_text")

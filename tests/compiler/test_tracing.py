@@ -26,7 +26,8 @@ from dni_fx.passes.cut.specs import infer_specs, name_values
 from dni_fx.passes.trace import exporting, tracing
 from dni_fx.plan import CutPlan
 
-from .models import (
+from ..helpers.oracles import assert_bits_equal, derivatives, sgd, state_of
+from ..models.zoo import (
     BY_NAME,
     ConvNet,
     FanOut,
@@ -36,7 +37,6 @@ from .models import (
     mlp_chain,
     norm_dropout_chain,
 )
-from .oracles import assert_bits_equal, derivatives, sgd, state_of
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,1 @@
+"""The examples and experiments, run as users run them."""

@@ -1,0 +1,1 @@
+"""What tests share: paths, oracles, and how a model is trained in a line."""

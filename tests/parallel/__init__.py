@@ -1,0 +1,1 @@
+"""Stages beside each other: on threads and on ranks."""

@@ -1,0 +1,1 @@
+"""Plans: how cuts are searched, what they are predicted to cost, and how they are drawn."""

@@ -1,0 +1,1 @@
+"""The project around the library: its pages, its packaging, its command line."""

@@ -1,0 +1,1 @@
+"""One process: the trainer, the drop-in module, its reports and its refusals."""

@@ -1,0 +1,1 @@
+"""Sources of gradients and inputs: their mathematics alone, and each kind inside the trainer."""

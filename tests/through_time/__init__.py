@@ -1,0 +1,1 @@
+"""Recurrent models in windows, and collections of them."""
