@@ -1,4 +1,4 @@
-"""Where a stage's outgoing gradients come from: synthesizers and controls, by name or as factories."""
+"""Where a stage's outgoing gradients come from: synthesizers and controls, by name or factory."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import DecouplingError, did_you_mean
 from ..plan import TensorSpec
+from .asks import Asks, Wait
 from .base import GradientSource, Prediction, awaited_kinds, message_kinds
 from .context import OneHot, align_context, one_hot
 from .controls import Exact, Stale, Zero
@@ -30,6 +31,7 @@ __all__ = [
     "MLP",
     "SOURCES",
     "AcrossTime",
+    "Asks",
     "Auto",
     "Conv",
     "Corrected",
@@ -56,6 +58,7 @@ __all__ = [
     "SourceFactory",
     "Stale",
     "Traces",
+    "Wait",
     "Zero",
     "align_context",
     "auto_name",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import DecouplingError
 from ..plan import TensorSpec
-
-MESSAGES = ("gradient", "loss", "logits", "error")  # kinds, in the order in which they come
+from .asks import Declares
 
 
 @dataclass
@@ -51,38 +50,25 @@ class Prediction:
         return self.gradients if self.guess is None else self.guess
 
 
-class GradientSource(nn.Module):
+class GradientSource(Declares, nn.Module):
     """Says which gradients enter a stage from behind, in place of the stages that follow it.
 
-    A subclass implements :meth:`predict` and, where there is something to learn, :meth:`fit`.
-    Parameters and buffers are created in ``__init__`` from the specs, so that the ``state_dict`` is
-    complete before the first step. Neither method may draw from the global random number generator:
-    training decoupled must not shift the model's dropout.
+    A subclass says in ``asks`` what it wants to hear, implements :meth:`predict` and, where there
+    is something to learn, :meth:`fit`. Parameters and buffers are created in ``__init__`` from the
+    specs, so that the ``state_dict`` is complete before the first step. Neither method may draw
+    from the global random number generator: training decoupled must not shift the model's dropout.
 
     Attributes:
-        message: what must come back from the consumers before ``fit``; ``"none"``, or one or
-            several of these, joined by ``+`` in this order (``"gradient+loss"``). ``fit`` gets them
-            as one flat tuple.
-
-            * ``"gradient"``: one tensor per value, the sum of the consumers' gradients for it;
-            * ``"loss"``: one tensor ``(batch,)``, each sample's loss as the next stages' sources
-              estimate it, the true one where the last stage is next;
-            * ``"logits"``: one tensor, the model's output as the next stages' sources estimate it,
-              the true one where the last stage is next (of outputs that are no tensor, the tensor
-              that they call ``logits``);
-            * ``"error"``: one tensor, the loss's gradient for these true logits.
-        lag: None for a source whose prediction is pulled back at once. A number: the stage waits
-            for what ``awaits`` says and pulls back what :meth:`complete` returns, ``lag`` steps
-            after that is there; with 0 in the same step, so locked.
-        awaits: for sources with a ``lag``: what ``complete`` needs, in the words of ``message``.
-        recompute: for ``lag`` of 1 or more: run the stage's forward again when the message is
-            there, with the weights of that moment and the randomness of the first time (Features
-            Replay); else its graph and the weights that it used are kept (DDG).
-        corrects: for sources with a ``lag``: the prediction is pulled back at once all the same,
-            and what ``complete`` returns later comes on top of it.
+        asks: the kinds of message that it learns from, and whether its stage waits; declared in the
+            class, or set in ``__init__`` where it depends on arguments. See :class:`Asks`; what
+            sources were written with before, ``message = "none"`` or ``lag = 1``, is taken as well.
         unit: the factor in front of the mean loss, set by the trainer (1 / accumulate); what a
             source that computes gradients of a loss of its own multiplies them by.
-        exact: True only for the marker of exact mode, which the trainer runs itself.
+        ended: set by the trainer for a source that asks for ``ends``, before it predicts: a bool
+            mask ``(batch,)`` of the samples whose sequence ends with the window, or None.
+        jacobian: set by the trainer for a source that asks for it, before it predicts: of the
+            state's elements side by side for those of the window before, ``(batch, features,
+            features)``; None at the start of a sequence.
         specs: shape, dtype and feature dimension of each value served, of the example batch.
         context_spec: the same for the context, or None; a source made without one ignores every
             context.
@@ -119,18 +105,18 @@ class GradientSource(nn.Module):
         Use it as ``dni_fx.decouple(model, cuts, gradients=MeanGradient)``.
     """
 
-    message: str = "gradient"
-    lag: int | None = None
-    awaits: str = "gradient"
-    recompute: bool = True
     unit: float = 1.0
-    corrects: bool = False
-    exact: ClassVar[bool] = False
+    ended: Tensor | None = None
+    jacobian: Tensor | None = None
 
     def __init__(self, specs: Sequence[TensorSpec], context: TensorSpec | None = None) -> None:
         super().__init__()
         self.specs = tuple(specs)
         self.context_spec = context
+
+    def hand_on(self, source: GradientSource) -> None:
+        """Tell a source that this one is made of what the trainer has told this one."""
+        source.unit, source.ended, source.jacobian = self.unit, self.ended, self.jacobian
 
     def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
         """Predict the gradient of each value.
@@ -150,25 +136,43 @@ class GradientSource(nn.Module):
 
         Args:
             prediction: what ``predict`` returned for the same values.
-            message: what the class attribute ``message`` asks for; finite, checked by the caller.
+            message: what ``asks.learns_from`` names; finite, checked by the caller.
 
         Returns:
             A scalar loss with graph, or None where no parameter learns.
         """
         return None
 
+    def fit_part(
+        self, place: int, prediction: Prediction, message: tuple[Tensor, ...]
+    ) -> Tensor | None:
+        """For sources with a part for each consumer: one part learns from its own consumer.
+
+        Args:
+            place: which of the consumers, in ascending order of their stages.
+            prediction: what ``predict`` returned for the same values.
+            message: that consumer's gradient for each value.
+
+        Returns:
+            A scalar loss with graph, or None where no parameter learns.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} asks for each consumer's gradient and must implement "
+            "fit_part(place, prediction, message)"
+        )
+
     def complete(self, prediction: Prediction, awaited: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """For sources with a ``lag``: what to pull back now, besides what was pulled back at once.
+        """For sources that wait: what to pull back now, besides what was pulled back at once.
 
         Args:
             prediction: what ``predict`` returned for the same values.
-            awaited: what the class attribute ``awaits`` asks for.
+            awaited: what ``asks.wait.for_`` names.
 
         Returns:
             A gradient per value.
         """
         raise NotImplementedError(
-            f"{type(self).__name__} has a lag and must implement complete(prediction, awaited)"
+            f"{type(self).__name__} waits and must implement complete(prediction, awaited)"
         )
 
     def forward(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
@@ -179,7 +183,7 @@ class GradientSource(nn.Module):
         """
         prediction = self.predict(values, context)
         given = prediction.gradients if isinstance(prediction, Prediction) else ()
-        waits = isinstance(prediction, Prediction) and given is None and self.lag is not None
+        waits = isinstance(prediction, Prediction) and given is None and not self.asks.at_once
         if not waits and not (isinstance(given, tuple) and len(given) == len(values)):
             found = (
                 f"{len(given)} of them"
@@ -211,37 +215,17 @@ class GradientSource(nn.Module):
 
 
 def message_kinds(source: GradientSource) -> tuple[str, ...]:
-    """The kinds of message that a source learns from, in order; none for ``"none"``.
-
-    Raises:
-        DecouplingError: a kind that does not exist, or another order.
-    """
-    return _kinds(source, "message")
+    """The kinds of message that a source learns from, in order."""
+    return source.asks.learns_from
 
 
 def awaited_kinds(source: GradientSource) -> tuple[str, ...]:
-    """The kinds of message that a source waits for, in order; none for a source without a lag.
-
-    Raises:
-        DecouplingError: a kind that does not exist, or another order.
-    """
-    return () if source.lag is None else _kinds(source, "awaits")
-
-
-def _kinds(source: GradientSource, attribute: str) -> tuple[str, ...]:
-    asked: str = getattr(source, attribute)
-    kinds = () if asked == "none" else tuple(asked.split("+"))
-    if kinds != tuple(k for k in MESSAGES if k in kinds):
-        raise DecouplingError(
-            f"{type(source).__name__}.{attribute} is {asked!r}; it must be 'none', or of "
-            "'gradient', 'loss', 'logits' and 'error' those it asks for, in this order, joined by "
-            "'+'"
-        )
-    return kinds
+    """The kinds of message that a source waits for, in order; none for one that does not wait."""
+    return source.asks.awaited
 
 
 def like(gradient: Tensor, value: Tensor) -> Tensor:
-    """``gradient`` in the dtype and memory format of ``value``; no copy where both already agree."""
+    """``gradient`` in the dtype and memory format of ``value``; no copy where both agree."""
     gradient = gradient.to(value.dtype)
     if gradient.stride() == value.stride():
         return gradient

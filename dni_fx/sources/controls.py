@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import DecouplingError
 from ..plan import TensorSpec
+from .asks import Asks
 from .base import GradientSource, Prediction
 
 
@@ -22,7 +23,7 @@ class Zero(GradientSource):
         results.
     """
 
-    message = "none"
+    asks = Asks(learns_from=())
 
     def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
         """Zeros like the values."""
@@ -75,9 +76,9 @@ class Stale(GradientSource):
 
 
 class Exact(GradientSource):
-    """Marker of exact mode: stages locked, true gradients, equal to backprop. The trainer runs it."""
+    """Marker of exact mode, which the trainer runs: stages locked, true gradients, as backprop."""
 
-    exact: ClassVar[bool] = True
+    asks = Asks(exact=True)
 
     def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
         """Refuse: there is nothing to predict.

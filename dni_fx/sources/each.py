@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..errors import DecouplingError
 from ..plan import TensorSpec
+from .asks import Asks
 from .base import GradientSource, Prediction
 
 EACH = "each:"
@@ -40,6 +41,8 @@ class Each(GradientSource):
         add up.
     """
 
+    asks = Asks(per_consumer=True)
+
     def __init__(
         self,
         specs: Sequence[TensorSpec],
@@ -52,7 +55,7 @@ class Each(GradientSource):
         from . import make_source  # the table of names is made of the classes there
 
         made = [make_source(source, specs, context) for _ in range(parts)]
-        if any(s.message != "gradient" or s.lag is not None or s.exact for s in made):
+        if any(s.asks != Asks() for s in made):
             raise DecouplingError(
                 "one source for each consumer must learn from gradients and answer at once, as "
                 f"'linear', 'mlp', 'conv' and 'auto' do; {type(made[0]).__name__} does not"
@@ -63,7 +66,7 @@ class Each(GradientSource):
         """The sum of what the parts predict."""
         predictions: list[Prediction] = []
         for part in self._every():
-            part.unit = self.unit
+            self.hand_on(part)
             predictions.append(part(values, context))
         given = [p.gradients for p in predictions if p.gradients is not None]
         total = given[0]

@@ -56,6 +56,11 @@ class Served:
         """The first interface."""
         return self.names[0]
 
+    @property
+    def by_consumer(self) -> bool:
+        """Whether each of several consumers teaches a part of the source, by ``fit_part``."""
+        return self.source.asks.per_consumer and len(self.consumers) > 1
+
 
 def serve(
     interfaces: Sequence[Interface], sources: Mapping[str, GradientSource]

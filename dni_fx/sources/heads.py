@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..errors import DecouplingError
 from ..plan import TensorSpec
+from .asks import Asks
 from .base import GradientSource, Prediction, like
 from .regression import BatchNorm, Network, Regression
 
@@ -74,7 +75,8 @@ class LossHead(GradientSource):
     values, jointly.
 
     .. math::
-        \hat g_i = \frac{\partial}{\partial h_i} \operatorname{mean} \ell(p(h_1, \dots, h_n; \phi), c)
+        \hat g_i = \frac{\partial}{\partial h_i}
+        \operatorname{mean} \ell(p(h_1, \dots, h_n; \phi), c)
 
     Maps ``(batch, channels, *space)`` are encoded by convolutions, other values ``(batch, ...,
     features)`` by the same layers at every position; then come means over all positions that the
@@ -255,7 +257,7 @@ class Local(LossHead):
         Belilovsky et al. 2019, arXiv:1901.08164 (decoupled greedy learning).
     """
 
-    message = "none"
+    asks = Asks(learns_from=())
     greedy = True
 
     def fit(self, prediction: Prediction, message: tuple[Tensor, ...]) -> Tensor:
@@ -283,7 +285,7 @@ class Critic(LossHead):
         arXiv:1706.04859 (critic).
     """
 
-    message = "loss"
+    asks = Asks(learns_from=("loss",))
 
     def __init__(
         self,
@@ -334,7 +336,7 @@ class Sobolev(Critic):
         is ours.
     """
 
-    message = "gradient+loss"
+    asks = Asks(learns_from=("gradient", "loss"))
     create_graph: ClassVar[bool] = True
 
     def __init__(
@@ -392,8 +394,9 @@ class Distill(LossHead):
     r"""The head learns the next head's logits, the model's before the last stage, and the labels.
 
     .. math::
-        \mathcal L(\phi) = T^2 \operatorname{mean} \mathrm{KL}\bigl(\operatorname{softmax}(q / T) \,\|\,
-        \operatorname{softmax}(p / T)\bigr) + \lambda \operatorname{mean} \ell(p, c)
+        \mathcal L(\phi) = T^2 \operatorname{mean} \mathrm{KL}\bigl(
+        \operatorname{softmax}(q / T) \,\|\, \operatorname{softmax}(p / T)\bigr)
+        + \lambda \operatorname{mean} \ell(p, c)
 
     with :math:`q` the logits that came back. For ``loss="mse"`` the first term is the mean of
     :math:`(p - q)^2`. Positions with ignored labels count in neither term.
@@ -409,7 +412,7 @@ class Distill(LossHead):
         Hinton et al. 2015, arXiv:1503.02531, section 2. The chain of heads is ours.
     """
 
-    message = "logits"
+    asks = Asks(learns_from=("logits",))
 
     def __init__(
         self,

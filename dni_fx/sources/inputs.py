@@ -86,7 +86,8 @@ class InputRegression(InputSource):
     r"""Regresses the value from the model's inputs :math:`x`, lined up with it by :class:`Lineup`.
 
     .. math::
-        \hat h = s\, I(x; \psi), \qquad \mathcal L(\psi) = \operatorname{mean}\,\bigl(I(x; \psi) - h / s\bigr)^2
+        \hat h = s\, I(x; \psi), \qquad
+        \mathcal L(\psi) = \operatorname{mean}\,\bigl(I(x; \psi) - h / s\bigr)^2
 
     with :math:`s` the running root mean square of the real values, 1 until one is known (buffer
     ``scale``; ``count``: the values in it, at most 100). Unlike a gradient's synthesizer its last

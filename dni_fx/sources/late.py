@@ -1,9 +1,10 @@
-"""Sources that wait for the true gradient: late, corrected, mixed, and the output's error fed back."""
+"""Sources that wait: for the true gradient, late or mixed in, and for the output's error."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ..errors import DecouplingError
 from ..plan import TensorSpec
+from .asks import Asks, Wait
 from .base import GradientSource, Prediction, like
 
 Factory = Callable[[Sequence[TensorSpec], TensorSpec | None], GradientSource]
@@ -49,8 +51,8 @@ class Delayed(GradientSource):
         recompute: bool = True,
     ) -> None:
         super().__init__(specs)
-        self.lag, self.message = _checked_lag(steps), "none"
-        self.shrink, self.recompute = _checked_shrink(shrink), recompute
+        self.asks = Asks(learns_from=(), wait=Wait(_checked_lag(steps), recompute=recompute))
+        self.shrink = _checked_shrink(shrink)
 
     def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
         """Nothing yet."""
@@ -83,17 +85,18 @@ class Wrapping(GradientSource):
         from . import make_source  # the table of names is made of the classes here
 
         self.source = make_source(source, specs, context)
-        if self.source.lag is not None or self.source.exact:
+        if not self.source.asks.at_once or self.source.asks.exact:
             raise DecouplingError(
                 f"{type(self).__name__} needs a source that predicts at once, such as 'linear' or "
                 f"'local', not {type(self.source).__name__}"
             )
-        self.message = self.source.message
+        self.asks = self.source.asks
 
     def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
         """What the other source predicts."""
-        self.source.unit = self.unit
-        return self.source.predict(values, context)
+        self.hand_on(self.source)
+        prediction: Prediction = self.source(values, context)
+        return prediction
 
     def fit(self, prediction: Prediction, message: tuple[Tensor, ...]) -> Tensor | None:
         """As the other source learns."""
@@ -119,8 +122,6 @@ class Corrected(Wrapping):
         steps, shrink, recompute: as for :class:`Delayed`.
     """
 
-    corrects = True
-
     def __init__(
         self,
         specs: Sequence[TensorSpec],
@@ -132,8 +133,8 @@ class Corrected(Wrapping):
         recompute: bool = True,
     ) -> None:
         super().__init__(specs, context, source)
-        self.lag = _checked_lag(steps)
-        self.shrink, self.recompute = _checked_shrink(shrink), recompute
+        wait = Wait(_checked_lag(steps), recompute=recompute, corrects=True)
+        self.asks, self.shrink = replace(self.asks, wait=wait), _checked_shrink(shrink)
 
     def complete(self, prediction: Prediction, awaited: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The true gradient, shrunk, without what was pulled back already."""
@@ -180,12 +181,9 @@ class Mix(Wrapping):
             raise DecouplingError(
                 f"Mix needs a share of the true gradient from 0 to 1, not {share!r}"
             )
-        self.lag = 0 if steps == 0 else _checked_lag(steps)
-        self.share, self.corrects, self.recompute = (
-            float(share),
-            self.lag > 0 and at_once,
-            recompute,
-        )
+        lag = 0 if steps == 0 else _checked_lag(steps)
+        wait = Wait(lag, recompute=recompute, corrects=lag > 0 and at_once)
+        self.asks, self.share = replace(self.asks, wait=wait), float(share)
 
     def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
         """The other source's prediction: its share, or held back where the stage waits."""
@@ -193,7 +191,7 @@ class Mix(Wrapping):
         assert prediction.gradients is not None
         early = (
             tuple(gradient * (1 - self.share) for gradient in prediction.gradients)
-            if self.corrects
+            if self.asks.early
             else None
         )
         return Prediction(
@@ -204,7 +202,7 @@ class Mix(Wrapping):
         """Mixed gradients, the true ones themselves for a share of 1; the true one's share where it
         comes late.
         """
-        if self.corrects:
+        if self.asks.early:
             return tuple(self.share * gradient for gradient in awaited)
         return mix(self.share, awaited, prediction.state.gradients)
 
@@ -230,6 +228,8 @@ class Feedback(GradientSource):
         Nøkland 2016, arXiv:1609.01596, eq. 7.
     """
 
+    asks = Asks(learns_from=(), wait=Wait(0, for_=("error",)))
+
     def __init__(
         self,
         specs: Sequence[TensorSpec],
@@ -240,7 +240,6 @@ class Feedback(GradientSource):
         seed: int = 0,
     ) -> None:
         super().__init__(specs)
-        self.lag, self.message, self.awaits = 0, "none", "error"
         outputs = outputs or (None if context is None else math.prod(context.shape[1:]))
         if not outputs:
             raise DecouplingError(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import replace
+from functools import partial, reduce
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import DecouplingError
 from ..plan import TensorSpec
 from ..runtime.emitted import kept_weights
+from .asks import Asks
 from .base import GradientSource, Prediction, like
 from .regression import MLP
 from .traces import Traces
@@ -23,7 +25,8 @@ class AcrossTime(GradientSource):
     r"""Predicts what the rest of a sequence would send back to the state at the end of a window.
 
     .. math::
-        \frac{\partial L}{\partial\theta} \approx \sum_{\tau \le t} \frac{\partial L_\tau}{\partial\theta}
+        \frac{\partial L}{\partial\theta} \approx
+        \sum_{\tau \le t} \frac{\partial L_\tau}{\partial\theta}
         + \alpha\, \hat g_t\, \frac{\partial s_t}{\partial\theta}, \qquad \hat g_t = M(s_t)
 
     The target of :math:`\hat g_t` is what the next window sends back to its first state: its own
@@ -63,35 +66,27 @@ class AcrossTime(GradientSource):
 
         batch = {spec.shape[spec.batch_dim] for spec in self.specs}
         features = [math.prod(spec.shape) // spec.shape[spec.batch_dim] for spec in self.specs]
-        dtype = self.specs[0].dtype
-        for spec in self.specs[1:]:
-            dtype = torch.promote_types(dtype, spec.dtype)
+        dtype = reduce(torch.promote_types, [spec.dtype for spec in self.specs])
         joined = TensorSpec((batch.pop(), sum(features)), dtype)
         if source == "auto":
             source = partial(MLP, hidden=1, width=max(sum(features), 64), norm="batch")
         self.source = make_source(source, (joined,), context)
-        if (
-            self.source.lag is not None
-            or self.source.exact
-            or self.source.message not in ("gradient", "none")
-        ):
+        asked = self.source.asks
+        if replace(asked, ends=False, jacobian=False) not in (Asks(), Asks(learns_from=())):
             raise DecouplingError(
                 f"{type(self.source).__name__} cannot serve the state between windows: there a "
                 "source must predict at once and learn from gradients alone, such as 'auto', "
                 "'mlp', 'linear', 'zero' or 'stale'"
             )
-        if auxiliary and isinstance(self.source, Traces):
+        if auxiliary and asked.jacobian:
             raise DecouplingError(
                 "auxiliary= does not go with Traces, which learns online from targets alone"
             )
         self.factor, self.auxiliary = float(factor), float(auxiliary)
-        self.message = "gradient" if self.auxiliary else self.source.message
+        heard = ("gradient",) if self.auxiliary else asked.learns_from
+        self.asks = Asks(learns_from=heard, ends=True, jacobian=asked.jacobian)
         if isinstance(self.source, Traces):
             self.source.factor = self.factor
-        # Set by the trainer before it asks: whose sequence ends with the window, and the state's
-        # Jacobian over it.
-        self.ended: Tensor | None = None
-        self.jacobian: Tensor | None = None
         self._dtype, self._latest = dtype, torch.zeros(())
         self.teller = (
             nn.Linear(sum(features), sum(features), dtype=dtype) if self.auxiliary else None
@@ -101,31 +96,28 @@ class AcrossTime(GradientSource):
         """``factor`` times the prediction, zero for samples whose sequence ends."""
         joined = self.join(values)
         with kept_weights(self.source):  # they are updated before the target comes
-            inner = self.source.predict((joined,), context)
+            self.hand_on(self.source)
+            inner = self.source((joined,), context)
         assert inner.gradients is not None
         guess = inner.gradients[0]
         if self.ended is not None:
             guess = guess.masked_fill(self.ended[:, None], 0.0)
         self._latest = guess
         used = guess if self.factor == 1 else guess * self.factor
-        state = (inner, joined, self.jacobian, self.ended)
+        state = (inner, joined, self.ended)
         return Prediction(self._part(used, values), state, guess=self._part(guess, values))
 
     @property
     def wants_jacobian(self) -> bool:
         """Whether the source learns from how the state depends on that of the window before."""
-        return isinstance(self.source, Traces)
+        return self.asks.jacobian
 
     def fit(self, prediction: Prediction, message: tuple[Tensor, ...]) -> Tensor | None:
-        """As the other source learns; with the auxiliary loss, from targets that hold its gradient."""
-        inner, joined, jacobian, ended = prediction.state
-        if self.message == "none":
+        """As the other source learns; with the auxiliary loss, its gradient is in the targets."""
+        inner, joined, ended = prediction.state
+        if not self.asks.learns_from:
             return self.source.fit(inner, ())
         target = self.join(message)
-        if self.wants_jacobian:
-            jacobian = target.new_zeros(0) if jacobian is None else jacobian
-            ended = target.new_zeros(len(target), dtype=torch.bool) if ended is None else ended
-            return self.source.fit(inner, (target, joined, jacobian, ended))
         if self.teller is None:
             return self.source.fit(inner, (target,))
         state = joined.detach().requires_grad_()
@@ -136,9 +128,8 @@ class AcrossTime(GradientSource):
             wrong = wrong.masked_fill(ended[:, None], 0.0)
         loss = self.auxiliary * wrong.square().mean()
         (gradient,) = torch.autograd.grad(loss, state, retain_graph=True)
-        fitted = self.source.fit(
-            inner, (target + gradient,) if self.source.message == "gradient" else ()
-        )
+        heard = (target + gradient,) if self.source.asks.learns_from else ()
+        fitted = self.source.fit(inner, heard)
         return loss if fitted is None else loss + fitted
 
     def flops(self) -> int:

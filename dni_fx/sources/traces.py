@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import DecouplingError
 from ..plan import TensorSpec
+from .asks import Asks
 from .base import Prediction
 from .regression import Linear
 
@@ -24,7 +25,8 @@ class Traces(Linear):
     keeping old windows.
 
     .. math::
-        \delta_t &= \frac{\partial L_{t+1}}{\partial s_t} + \alpha J_{t+1}^\top \hat g_{t+1} - \hat g_t, \qquad
+        \delta_t &= \frac{\partial L_{t+1}}{\partial s_t}
+        + \alpha J_{t+1}^\top \hat g_{t+1} - \hat g_t, \qquad
         J_t = \frac{\partial s_t}{\partial s_{t-1}} \\
         e_t &= \frac{\partial \hat g_t}{\partial W} + \alpha\lambda J_t e_{t-1}, \qquad
         \Delta W \propto \delta_t^\top e_t
@@ -44,7 +46,7 @@ class Traces(Linear):
         Pemberton & Costa 2024, BP(λ), Transactions on Machine Learning Research, algorithm 1.
     """
 
-    wants_jacobian = True
+    asks = Asks(ends=True, jacobian=True)
 
     def __init__(
         self, specs: Sequence[TensorSpec], context: TensorSpec | None = None, *, decay: float = 1.0
@@ -67,20 +69,24 @@ class Traces(Linear):
         self.decay, self.factor = float(decay), 1.0  # the factor is set by who uses the prediction
         self._traces: Tensor | None = None
 
+    def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
+        """As the regression; ``fit`` needs the state, its Jacobian and what ends, too."""
+        prediction = super().predict(values, context)
+        prediction.state = (*prediction.state, values[0], self.jacobian, self.ended)
+        return prediction
+
     def fit(self, prediction: Prediction, message: tuple[Tensor, ...]) -> Tensor:
         """Learn from the target of one window.
 
         Args:
             prediction: what ``predict`` returned.
-            message: the target; the state ``(batch, features)``; the Jacobian ``(batch, features,
-                features)`` from the state one window before, or an empty tensor at the start of a
-                sequence; a bool mask ``(batch,)`` of the samples whose sequence has ended.
+            message: the target ``(batch, features)``.
 
         Returns:
             The mean squared error, whose gradient is that of the traces.
         """
-        target, state, jacobian, ended = message
-        (output,) = prediction.state
+        (target,) = message
+        output, state, jacobian, ended = prediction.state
         self._update_scale((target.detach().to(self.scale.dtype),))
         inverse = self.scale.reciprocal().nan_to_num(posinf=0.0)
         wanted = target.detach().to(output.dtype) * inverse.to(output.dtype)
@@ -90,18 +96,22 @@ class Traces(Linear):
         traces = torch.einsum(
             "ip,bq->bipq", torch.eye(features, dtype=output.dtype, device=output.device), seen
         )
-        if jacobian.numel() and self._traces is not None and self._traces.shape == traces.shape:
+        known = self._traces is not None and self._traces.shape == traces.shape
+        if jacobian is not None and known:
             # Where a sequence ends nothing was bootstrapped from, so earlier windows have nothing
             # to learn there.
-            weighted = (
-                self.factor
-                * self.decay
-                * jacobian.to(output.dtype).masked_fill(ended[:, None, None], 0.0)
-            )
+            weighted = self.factor * self.decay * _without(jacobian.to(output.dtype), ended)
             traces += torch.einsum("bij,bjpq->bipq", weighted, self._traces)
         step = torch.einsum("bi,bipq->pq", error, traces) * (2 / error.numel())
-        self._traces = traces.masked_fill(ended[:, None, None, None], 0.0)
+        self._traces = _without(traces, ended)
         layer: Any = self.networks[0].layers[0]  # type: ignore[index]
         slope = -(layer.weight * step[:, :-1]).sum() - (layer.bias * step[:, -1]).sum()
         loss: Tensor = error.square().mean() + (slope - slope.detach())
         return loss
+
+
+def _without(tensor: Tensor, ended: Tensor | None) -> Tensor:
+    """Zero for the samples whose sequence has ended."""
+    if ended is None:
+        return tensor
+    return tensor.masked_fill(ended.view(-1, *(1,) * (tensor.dim() - 1)), 0.0)

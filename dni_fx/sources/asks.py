@@ -1,0 +1,223 @@
+"""What a source asks for and when it answers, said in one frozen value; and the flags of before."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..errors import DecouplingError, did_you_mean
+
+MESSAGES = ("gradient", "loss", "logits", "error")  # kinds, in the order in which they come
+
+
+def _check_kinds(place: str, kinds: Any) -> None:
+    known = ", ".join(map(repr, MESSAGES))
+    if not isinstance(kinds, tuple):
+        raise DecouplingError(
+            f"{place} takes a tuple of kinds of message, such as ('gradient',), not {kinds!r}"
+        )
+    if unknown := [k for k in kinds if k not in MESSAGES]:
+        hint = did_you_mean(str(unknown[0]), MESSAGES)
+        raise DecouplingError(f"{place}: no message is called {unknown[0]!r}{hint}. Known: {known}")
+    if kinds != tuple(k for k in MESSAGES if k in kinds):
+        raise DecouplingError(
+            f"{place} is {kinds}: messages come once each and in the order {known}, so name them so"
+        )
+
+
+@dataclass(frozen=True)
+class Wait:
+    """A stage waits for a message before it pulls back, and pulls back what ``complete`` returns.
+
+    Attributes:
+        lag: steps after the message is there; with 0 in the same step, so locked.
+        for_: the kinds of message that ``complete`` needs, as in :attr:`Asks.learns_from`.
+        recompute: for a lag of 1 or more: run the stage's forward again when the message is there,
+            with the weights of that moment and the randomness of the first time (Features Replay);
+            else its graph and the weights that it used are kept (DDG).
+        corrects: the prediction is pulled back at once all the same, and what ``complete`` returns
+            later comes on top of it.
+
+    Raises:
+        DecouplingError: a lag that is no count of steps, kinds that do not exist.
+    """
+
+    lag: int
+    for_: tuple[str, ...] = ("gradient",)
+    recompute: bool = True
+    corrects: bool = False
+
+    def __post_init__(self) -> None:
+        if type(self.lag) is not int or self.lag < 0:
+            raise DecouplingError(
+                f"a lag is a whole number of steps, 0 or more, not {self.lag!r}; a source that "
+                "answers at once has no Wait (and the flag lag is None)"
+            )
+        _check_kinds("Wait(for_=...)", self.for_)
+
+
+@dataclass(frozen=True)
+class Asks:
+    """What a source wants to hear, and when it answers. The default is a regression's.
+
+    Attributes:
+        learns_from: the kinds of message that must come back before ``fit``, which gets them as one
+            flat tuple. None or several of these, in this order:
+
+            * ``"gradient"``: one tensor per value, the sum of the consumers' gradients for it;
+            * ``"loss"``: one tensor ``(batch,)``, each sample's loss as the next stages' sources
+              estimate it, the true one where the last stage is next;
+            * ``"logits"``: one tensor, the model's output as the next stages' sources estimate it,
+              the true one where the last stage is next (of outputs that are no tensor, the tensor
+              that they call ``logits``);
+            * ``"error"``: one tensor, the loss's gradient for these true logits.
+        wait: None for a source whose prediction is all that is pulled back, at once.
+        per_consumer: each consumer's gradient teaches a part of its own, by ``fit_part``, instead
+            of their sum the whole source by ``fit``.
+        exact: the marker of exact mode, which the trainer runs itself.
+        ends: between windows of a sequence: ``predict`` wants to know whose sequence ends, which
+            the trainer writes to the source's ``ended``.
+        jacobian: between windows: it wants to know how the state depends on that of the window
+            before, which the trainer writes to the source's ``jacobian``.
+
+    Raises:
+        DecouplingError: kinds that do not exist or in another order; what cannot go together.
+    """
+
+    learns_from: tuple[str, ...] = ("gradient",)
+    wait: Wait | None = None
+    per_consumer: bool = False
+    exact: bool = False
+    ends: bool = False
+    jacobian: bool = False
+
+    def __post_init__(self) -> None:
+        _check_kinds("Asks(learns_from=...)", self.learns_from)
+        if self.wait is not None and not isinstance(self.wait, Wait):
+            raise DecouplingError(
+                f"Asks(wait=...) takes None or a Wait, such as Wait(lag=1), not {self.wait!r}"
+            )
+        if self.per_consumer and (self.learns_from != ("gradient",) or self.wait is not None):
+            raise DecouplingError(
+                "a source with a part for each consumer must learn from gradients alone and "
+                f"answer at once, but it asks for {self.learns_from} and {self.wait}"
+            )
+
+    @property
+    def at_once(self) -> bool:
+        """Whether the prediction is all that is pulled back."""
+        return self.wait is None
+
+    @property
+    def early(self) -> bool:
+        """Whether the prediction is pulled back at once, whatever may come on top of it later."""
+        return self.wait is None or self.wait.corrects
+
+    @property
+    def lag(self) -> int | None:
+        """Steps to wait after the awaited message is there; None for one that does not wait."""
+        return None if self.wait is None else self.wait.lag
+
+    @property
+    def awaited(self) -> tuple[str, ...]:
+        """The kinds of message that ``complete`` needs."""
+        return () if self.wait is None else self.wait.for_
+
+    @property
+    def hears(self) -> tuple[str, ...]:
+        """Every kind of message that must be sent to it, in order."""
+        return tuple(k for k in MESSAGES if k in self.learns_from or k in self.awaited)
+
+
+class _Flag:
+    """A flag of before, read from ``asks`` and written to it, of a class or of one source."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, source: Any, owner: type) -> Any:
+        holder: Any = owner if source is None else source
+        asks: Asks = holder.asks
+        wait = holder._later if asks.wait is None else asks.wait
+        match self.name:
+            case "message":
+                return "+".join(asks.learns_from) or "none"
+            case "awaits":
+                return "+".join(wait.for_) or "none"
+            case "recompute" | "corrects":
+                return getattr(wait, self.name)
+        return getattr(asks, self.name)
+
+    def __set__(self, source: Any, value: Any) -> None:
+        self.write(source, value)
+
+    def write(self, holder: Any, value: Any) -> None:
+        """Say the same in ``asks``; what a wait is like may be written before its lag."""
+        asks: Asks = holder.asks
+        match self.name:
+            case "message":
+                holder.asks = replace(asks, learns_from=self._kinds(holder, value))
+            case "exact":
+                holder.asks = replace(asks, exact=value)
+            case "lag" if value is None:
+                holder.asks = replace(asks, wait=None)
+            case "lag":
+                holder.asks = replace(asks, wait=replace(asks.wait or holder._later, lag=value))
+            case _:
+                changed: dict[str, Any] = {self.name: value}
+                if self.name == "awaits":
+                    changed = {"for_": self._kinds(holder, value)}
+                holder._later = replace(holder._later, **changed)
+                if asks.wait is not None:
+                    holder.asks = replace(asks, wait=replace(asks.wait, **changed))
+
+    def _kinds(self, holder: Any, value: Any) -> tuple[str, ...]:
+        kinds = () if value == "none" else tuple(str(value).split("+"))
+        if kinds != tuple(k for k in MESSAGES if k in kinds):
+            owner = holder if isinstance(holder, type) else type(holder)
+            raise DecouplingError(
+                f"{owner.__name__}.{self.name} is {value!r}; it must be 'none', or of 'gradient', "
+                "'loss', 'logits' and 'error' those it asks for, in this order, joined by '+'"
+            )
+        return kinds
+
+
+class Declares:
+    """Base of sources: holds ``asks``, and takes the flags that sources were written with before.
+
+    The flags ``message``, ``lag``, ``awaits``, ``recompute``, ``corrects`` and ``exact`` say the
+    same, one by one. Written in a class or to one source they change ``asks``, and they can be
+    read.
+
+    Raises:
+        DecouplingError: a class declares both, or a flag that is computed.
+    """
+
+    asks: Asks = Asks()
+    _later: Wait = Wait(0)  # what a wait is like, should a lag be written
+
+    message: str = _Flag()  # type: ignore[assignment]
+    lag: int | None = _Flag()  # type: ignore[assignment]
+    awaits: str = _Flag()  # type: ignore[assignment]
+    recompute: bool = _Flag()  # type: ignore[assignment]
+    corrects: bool = _Flag()  # type: ignore[assignment]
+    exact: bool = _Flag()  # type: ignore[assignment]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name, flag in [(n, f) for n, f in vars(Declares).items() if isinstance(f, _Flag)]:
+            written = inspect.getattr_static(cls, name)  # of a class beside this one as well
+            if written is flag:
+                continue
+            if "asks" in vars(cls):
+                raise DecouplingError(
+                    f"{cls.__name__} declares asks and the flag {name}; say it in asks alone"
+                )
+            if hasattr(written, "__get__"):
+                raise DecouplingError(
+                    f"{cls.__name__}.{name} is computed by a {type(written).__name__}; what a "
+                    "source asks for is fixed: set self.asks = Asks(...) in __init__"
+                )
+            setattr(cls, name, flag)
+            flag.write(cls, written)
