@@ -8,64 +8,84 @@ import copy
 import math
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
+from ..decoupled import Decoupled
 from ..errors import DecouplingError
 from ..reports.steps import StepReport
+from ..runtime.batch_state import Setting, Settings
 from ..runtime.emitted import keep_modes
-from ..runtime.in_turn import Loss
-from ..runtime.stage_batch import Payload, StageRun
+from ..runtime.objective import Metrics, Objective
+from ..runtime.optimizing import StageOptimizers
 from ..schedules import Mode
+from .job import Job, Values
+from .learning import StageLearner
 from .limits import Flow
-from .mailbox import Address, Letter, Mail, ParallelError
+from .mailbox import Address, Letter, Mail, ParallelError, Stopwatch
+from .routes import Routes
 from .worker import StageWorker
 
-if TYPE_CHECKING:
-    from ..decoupled import Decoupled
-    from ..runtime.trainer import Trainer
-
 JOB = "job"
+RowsOf = Callable[[int, Values, Any], tuple[Values, Any]]
 
 
-class Job(NamedTuple):
-    """A batch for one stage."""
-
-    run: StageRun
-    values: Payload
-    context: Any
-    target: Any
-
-
-class Crew:
-    """Workers for some of the stages.
+class Team:
+    """Workers for some of the stages, and the batches as each of them sees them.
 
     Args:
-        trainer: whose model, optimisers and options are used.
+        decoupled: the model, traced.
+        objective: the loss, and what sources see of the target.
+        optimizers: of these stages and their sources.
+        metrics: when predictions are compared, and what was found.
+        flow: how far the stages may drift apart.
         stages: indices of the stages, ascending.
-        mail: their letters.
-        flow: how far they may drift apart.
+        mail: their messages.
+        steps: batches that are done already.
         own_random: whether each stage has a stream of random numbers of its own.
+        rows_of: of the model's inputs and the target, the rows that a stage works on here; by
+            default all.
+
+    Attributes:
+        workers: by stage.
+        copies: the stages' own copies of synthetic inputs that others train, by stage and name.
     """
 
     def __init__(
         self,
-        trainer: Trainer,
+        decoupled: Decoupled,
+        objective: Objective,
+        optimizers: StageOptimizers,
+        metrics: Metrics,
+        flow: Flow,
         stages: Sequence[int],
         mail: Mail,
-        flow: Flow,
+        steps: int = 0,
         own_random: bool = False,
+        rows_of: RowsOf | None = None,
     ) -> None:
-        self.trainer, self.mail, self.flow = trainer, mail, flow
-        lags = find_lags(trainer.decoupled, flow.staleness)
-        self.workers = {k: StageWorker(trainer, k, mail, flow, lags[k], own_random) for k in stages}
-
+        self.decoupled, self.objective = decoupled, objective
+        self.metrics, self.mail, self.flow = metrics, mail, flow
+        self.copies: dict[int, dict[str, Any]] = {}
+        self._rows_of = rows_of
+        self._routes: tuple[Setting, dict[int, Routes]] | None = None
+        self.workers: dict[int, StageWorker] = {}
+        lags = find_lags(decoupled, flow.staleness)
+        for k in stages:
+            name, watch = f"stage_{k}", Stopwatch(k)
+            learner = StageLearner(name, objective, optimizers, flow.discount, watch)
+            self.workers[k] = StageWorker(
+                k, mail, flow, lags[k], learner, metrics, steps, own_random
+            )
         for worker in self.workers.values():
             worker.team = list(self.workers.values())
+        last = self.workers.get(len(decoupled.stages) - 1)
+        loss = None if last is None else last.learner.scaled_loss
+        self._settings = Settings(decoupled, objective, loss)
 
-    def make_jobs(self, step: int, mode: Mode, values: Payload, target: Any) -> list[Job]:
+    def make_jobs(self, step: int, mode: Mode, values: Values, target: Any) -> list[Job]:
         """A batch as each of the stages sees it; the graph that fits it must be active.
 
         Args:
@@ -73,82 +93,48 @@ class Crew:
             mode: what the schedule says.
             values: the model's inputs by name, the whole batch.
             target: the training target, or None.
+
+        Raises:
+            DecouplingError: a stage would wait within the step for others that may leave it out.
         """
-        trainer = self.trainer
-        if trainer._is_exact:
-            mode = Mode(1.0, mode.active)
         jobs, taught = [], set[str]()
-        for index, worker in self.workers.items():
-            mine, context, aim = self.rows_of(worker, values, target)
-            run = StageRun(
-                trainer.decoupled, index, step, self._loss_of(worker), mode, trainer.loss
-            )
-            run.inputs = {n: worker.own_inputs.get(id(s), s) for n, s in run.inputs.items()}  # type: ignore[misc]
+        setting = self._settings.of(mode)
+        if self._routes is None or self._routes[0] is not setting:
+            self._routes = setting, {k: Routes.of(setting, k) for k in self.workers}
+        for index, routes in self._routes[1].items():
+            own = self.copies.get(index, {})
+            inputs = {n: own.get(n, s) for n, s in setting.inputs.items()}
             # A synthetic input that several stages use learns in the first of them, or each has its
             # copy.
-            taught -= {n for n, s in run.inputs.items() if s in worker.own_inputs.values()}
-            run.teaches = {n for n in run.stage.inputs if n in run.inputs and n not in taught}
-            taught |= run.teaches
-            run.measure = trainer._measure_next or step % trainer.metrics_every == 0
-            if run.is_locked and self.flow.policy == "drop_oldest":
+            names = [n for n in setting.stages[index].inputs if n in inputs]
+            teaches = {n for n in names if n in own or n not in taught}
+            taught |= teaches
+            job = Job(setting, index, step, routes, inputs, teaches)
+            job.values, job.target = values, target
+            if self._rows_of is not None:
+                job.values, job.target = self._rows_of(index, values, target)
+            job.context = self.objective.context(job.target)
+            job.measure = self.metrics.is_due(step)
+            if job.is_locked and self.flow.policy == "drop_oldest":
                 raise DecouplingError(
                     f"stage_{index} waits for others within the step (exact steps, 'mix', "
                     "'feedback'), who may leave it out: pass policy='wait', or use sources that do "
                     "not wait"
                 )
-            jobs.append(Job(run, mine, context, aim))
+            jobs.append(job)
         return jobs
-
-    def rows_of(
-        self, worker: StageWorker, values: Payload, target: Any
-    ) -> tuple[Payload, Any, Any]:
-        """The model's inputs, the context and the target of what a worker works on: all of it here."""
-        return values, self.trainer._context(target), target
-
-    def _loss_of(self, worker: StageWorker) -> Loss:
-        """Of the rows that a worker has: a mean, which counts as much as they are of the batch."""
-        scaled, share = self.trainer._scaled_loss, worker.share
-        return scaled if share == 1 else lambda output, target: scaled(output, target) * share
-
-    def step(self, jobs: list[Job]) -> None:
-        """One batch, stage after stage."""
-        with keep_modes(), torch.enable_grad():
-            for worker in self.workers.values():
-                worker.clear()
-            for run, *rest in jobs:
-                with self._named(run.index, run.step):
-                    self.workers[run.index].begin(run, *rest)
-            for run, *_ in reversed(jobs):
-                with self._named(run.index, run.step):
-                    self.workers[run.index].finish(run)
-
-    def drain(self) -> int:
-        """Finish the batches that are under way. Returns how many there were."""
-        with keep_modes(), torch.enable_grad():
-            for worker in self.workers.values():
-                worker.end()
-            steps = sorted({s for w in self.workers.values() for s in w.pending})
-            for step in steps:
-                for worker in self.workers.values():
-                    worker.clear()
-                for worker in reversed(self.workers.values()):
-                    with self._named(worker.index, step):
-                        worker.drain(step)
-            for worker in reversed(self.workers.values()):
-                worker.rest()
-        return len(steps)
 
     def report(self, steps: int) -> StepReport:
         """Of the newest batch that the last stage has finished, where that stage is among these."""
-        last = self.workers.get(len(self.trainer.decoupled.stages) - 1)
+        last = self.workers.get(len(self.decoupled.stages) - 1)
         loss = torch.tensor(math.nan)
         if last is not None and last.loss is not None:
-            loss = last.loss * (self.trainer.accumulate / last.share)
+            loss = last.loss * (self.objective.accumulate / last.learner.share)
         output = None if last is None else last.output
-        return StepReport(loss, output, dict(self.trainer._measured), steps)
+        return StepReport(loss, output, dict(self.metrics.found), steps)
 
     @contextlib.contextmanager
-    def _named(self, index: int, step: int) -> Iterator[None]:
+    def named(self, index: int, step: int) -> Iterator[None]:
         """Errors say which stage they are about."""
         try:
             yield
@@ -163,24 +149,78 @@ class Crew:
             ) from error
 
 
-class ThreadCrew(Crew):
-    """Each stage on a thread of its own. After a failure it is of no more use: its threads have
-    ended.
+class OneByOne:
+    """Executor: the stages of a team, one after the other in the caller's thread."""
+
+    def __init__(self, team: Team) -> None:
+        self.team = team
+
+    def step(self, jobs: list[Job]) -> None:
+        """One batch, stage after stage."""
+        team = self.team
+        with keep_modes(), torch.enable_grad():
+            for worker in team.workers.values():
+                worker.clear()
+            for job in jobs:
+                with team.named(job.index, job.step):
+                    team.workers[job.index].begin(job)
+            for job in reversed(jobs):
+                with team.named(job.index, job.step):
+                    team.workers[job.index].finish(job)
+
+    def drain(self) -> int:
+        """Finish the batches that are under way. Returns how many there were."""
+        workers = self.team.workers.values()
+        with keep_modes(), torch.enable_grad():
+            for worker in workers:
+                worker.end()
+            steps = sorted({s for w in workers for s in w.desk.ledger.pending})
+            for step in steps:
+                for worker in workers:
+                    worker.clear()
+                for worker in reversed(workers):
+                    with self.team.named(worker.index, step):
+                        worker.drain(step)
+            for worker in reversed(workers):
+                worker.rest()
+        return len(steps)
+
+
+class OnThreads:
+    """Executor: each stage on a thread of its own.
+
+    After a failure it is of no more use: its threads have ended.
+
+    Args:
+        decoupled, objective, optimizers, metrics, flow, steps: as for :class:`Team`.
+
+    Raises:
+        DecouplingError: several stages would write to the same parameter or buffer.
     """
 
-    def __init__(self, trainer: Trainer, flow: Flow) -> None:
-        stages = range(len(trainer.decoupled.stages))
-        super().__init__(trainer, stages, Mail(timeout=math.inf), flow)
-        for name, _ in shared_state(trainer.decoupled):
+    def __init__(
+        self,
+        decoupled: Decoupled,
+        objective: Objective,
+        optimizers: StageOptimizers,
+        metrics: Metrics,
+        flow: Flow,
+        steps: int = 0,
+    ) -> None:
+        for name, _ in shared_state(decoupled):
             raise DecouplingError(
                 f"{name!r} is used by several stages, whose threads would write to it at once: cut "
                 "so that they are one stage, or use another schedule"
             )
+        stages = range(len(decoupled.stages))
+        self.mail, self.flow = Mail(timeout=math.inf), flow
+        self.team = Team(decoupled, objective, optimizers, metrics, flow, stages, self.mail, steps)
+        self.workers = self.team.workers
         for worker in self.workers.values():
             worker.team = [worker]
-        self._copy_inputs()
+        self._copy_inputs(decoupled, optimizers)
         self.idle = dict.fromkeys(stages, True)
-        self.operators = torch.get_num_threads()
+        self._operators = torch.get_num_threads()
         self.threads = [
             threading.Thread(target=self._work, args=(k,), name=f"dni_fx stage_{k}", daemon=True)
             for k in stages
@@ -189,25 +229,20 @@ class ThreadCrew(Crew):
         for thread in self.threads:
             thread.start()
 
-    def _copy_inputs(self) -> None:
+    def _copy_inputs(self, decoupled: Decoupled, optimizers: StageOptimizers) -> None:
         """Of what several stages predict from, all but the first get copies: another thread must
         not train them.
         """
-        inputs = self.trainer.decoupled.inputs
-        for interface in self.trainer.decoupled.interfaces:
+        inputs = decoupled.inputs
+        for interface in decoupled.interfaces:
             for consumer in interface.consumers[1:] if interface.name in inputs else ():
-                worker, name, source = (
-                    self.workers[consumer],
-                    f"{interface.name}@input",
-                    inputs[interface.name],
-                )
-                worker.own_inputs[id(source)] = copied = copy.deepcopy(source)
-                if name in self.trainer.synthesizer_optimizers:
-                    made = self.trainer._make_synthesizer_optimizer(list(copied.named_parameters()))
-                    made.load_state_dict(
-                        copy.deepcopy(self.trainer.synthesizer_optimizers[name].state_dict())
-                    )
-                    worker.own_optimizers[name] = made
+                name = f"{interface.name}@input"
+                copied = copy.deepcopy(inputs[interface.name])
+                self.team.copies.setdefault(consumer, {})[interface.name] = copied
+                if known := optimizers.sources.get(name):
+                    made = optimizers.made_for_source(name, list(copied.named_parameters()))
+                    made.load_state_dict(copy.deepcopy(known.state_dict()))
+                    self.workers[consumer].learner.own[name] = made
 
     def submit(self, jobs: list[Job]) -> None:
         """Hand a batch to every stage.
@@ -215,35 +250,27 @@ class ThreadCrew(Crew):
         Where one has as many before it as the queue may hold, this waits, or tells the stage to
         leave out the oldest.
         """
-        boxes, most = self.mail.boxes, self.flow.queue
+        most = self.flow.queue
         if self.flow.policy == "drop_oldest":
             most *= 64  # of those that are left out, which hold no batch
-        self.mail.wait(
-            lambda: all(len(boxes.get(_box(k), ())) < most for k in self.workers),
-            "room for a batch",
-        )
+        self.mail.wait(lambda: all(self._count(k) < most for k in self.workers), "room for a batch")
         for job in jobs:
-            job.run.casts = [
-                torch.autocast(d, torch.get_autocast_dtype(d))
-                for d in ("cpu", "cuda")
-                if torch.is_autocast_enabled(d)
-            ]
-            box = boxes.setdefault(_box(job.run.index), deque())
+            devices = [d for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
+            job.casts = [torch.autocast(d, torch.get_autocast_dtype(d)) for d in devices]
             with self.mail.changed:
-                waiting = [i for i, letter in enumerate(box) if isinstance(letter.payload, Job)]
+                box = self.mail.boxes.setdefault(_box(job.index), deque())
+                waiting = [i for i, letter in enumerate(box) if _is_run(letter.payload)]
                 if len(waiting) >= self.flow.queue:
-                    box[waiting[0]] = Letter(box[waiting[0]].step, box[waiting[0]].payload.run)
-            self.mail.send(_box(job.run.index), job.run.step, job)
+                    oldest = box[waiting[0]]
+                    box[waiting[0]] = Letter(oldest.step, (oldest.payload[0], False))
+            self.mail.send(_box(job.index), job.step, (job, True))
 
     def drain(self) -> int:
         """Finish everything; the threads are idle then."""
         for worker in self.workers.values():
             self.mail.send(_box(worker.index), worker.steps, None)
         self.mail.wait(
-            lambda: (
-                all(self.idle.values())
-                and not any(self.mail.boxes.get(_box(k)) for k in self.workers)
-            ),
+            lambda: all(self.idle.values()) and not any(map(self._count, self.workers)),
             "the end of what is under way",
         )
         return 0
@@ -256,64 +283,64 @@ class ThreadCrew(Crew):
             if thread is not threading.current_thread():
                 thread.join()
 
+    def _count(self, stage: int) -> int:
+        """Batches that wait for a stage."""
+        return len(self.mail.boxes.get(_box(stage), ()))
+
     def _work(self, index: int) -> None:
-        worker, box = self.workers[index], _box(index)
-        torch.set_num_threads(
-            self.operators
-        )  # a new thread starts from the machine's number, not from the caller's
+        worker, team = self.workers[index], self.team
+        # A new thread starts from the machine's number, not from the caller's.
+        torch.set_num_threads(self._operators)
         try:
             while True:
                 with self.mail.changed:
-                    self.idle[index] = not self.mail.boxes.get(box)
+                    self.idle[index] = not self._count(index)
                     self.mail.changed.notify_all()
                 letter = self._next_job(index)
-                with torch.enable_grad(), self._named(index, letter.step):
-                    self._do(worker, letter.payload)
+                with torch.enable_grad(), team.named(index, letter.step):
+                    _do(worker, letter.payload)
         except Exception as error:
             self.mail.fail(error)
         except BaseException as error:  # it ends this thread, and with it the training
-            self.mail.fail(
-                ParallelError(
-                    f"stage_{index}, step {worker.steps}: {type(error).__name__}: {error}"
-                )
-            )
+            where = f"stage_{index}, step {worker.steps}"
+            self.mail.fail(ParallelError(f"{where}: {type(error).__name__}: {error}"))
 
     def _next_job(self, index: int) -> Letter:
-        box = _box(index)
         worker = self.workers[index]
-        while not self.mail.boxes.get(box):
+        while not self._count(index):
             self.mail.wait(
-                lambda: bool(self.mail.boxes.get(box)) or worker.has_letters(), "a batch"
+                lambda: bool(self._count(index)) or worker.desk.has_messages(), "a batch"
             )
-            with torch.enable_grad(), self._named(index, worker.steps - 1):
+            with torch.enable_grad(), self.team.named(index, worker.steps - 1):
                 worker.clear()
                 worker.attend()
                 worker.update()
         with self.mail.changed:
             self.idle[index] = False
-            letter = self.mail.boxes[box].popleft()
+            letter = self.mail.boxes[_box(index)].popleft()
             self.mail.changed.notify_all()  # there is room for another one
         return letter
 
-    @staticmethod
-    def _do(worker: StageWorker, job: Job | StageRun | None) -> None:
-        """A batch, one that is left out, or, where there is none, what is under way."""
-        if isinstance(job, StageRun):
-            worker.skip(job)
-            return
-        if job is not None:
-            with contextlib.ExitStack() as stack:
-                for cast in job.run.casts:
-                    stack.enter_context(cast)
-                worker.clear()
-                worker.begin(*job)
-                worker.finish(job.run)
-            return
+
+def _do(worker: StageWorker, task: tuple[Job, bool] | None) -> None:
+    """A batch, one that is left out, or, where there is none, what is under way."""
+    if task is None:
         worker.end()
-        for step in list(worker.pending):
+        for step in list(worker.desk.ledger.pending):
             worker.clear()
             worker.drain(step)
         worker.rest()
+        return
+    job, runs = task
+    if not runs:
+        worker.skip(job)
+        return
+    with contextlib.ExitStack() as stack:
+        for cast in job.casts:
+            stack.enter_context(cast)
+        worker.clear()
+        worker.begin(job)
+        worker.finish(job)
 
 
 def shared_state(decoupled: Decoupled) -> list[tuple[str, tuple[int, ...]]]:
@@ -337,7 +364,7 @@ def find_lags(decoupled: Decoupled, staleness: int | None) -> list[int | None]:
     if staleness is None:
         return [None] * len(stages)
     sources = decoupled.sources
-    late = {i.producer for i in decoupled.interfaces if (sources[i.name].lag or 0) > 0}
+    late = {i.producer for i in decoupled.interfaces if (sources[i.name].asks.lag or 0) > 0}
     lags: list[int] = [staleness] * len(stages)
     for index in reversed(range(len(stages))):
         behind = [
@@ -349,3 +376,7 @@ def find_lags(decoupled: Decoupled, staleness: int | None) -> list[int | None]:
 
 def _box(stage: int) -> Address:
     return Address(JOB, -1, stage)
+
+
+def _is_run(payload: Any) -> bool:
+    return payload is not None and payload[1]

@@ -148,31 +148,6 @@ def evaluate(
     return value
 
 
-def all_finite(tensors: list[torch.Tensor]) -> bool:
-    """Whether nothing is NaN or infinite; False may also mean that a norm overflowed: look at the
-    tensors then.
-    """
-    if not tensors:  # no stage was updated
-        return True
-    first = tensors[0]
-    if all(
-        t.dtype is torch.float32 and t.device == first.device and not t.is_sparse for t in tensors
-    ):
-        found = torch.zeros(
-            (), device=first.device
-        )  # GradScaler's operator: one pass over all, times one
-        torch._amp_foreach_non_finite_check_and_unscale_(
-            tensors, found, torch.ones((), device=first.device)
-        )
-        return not found.item()
-    norms = list(
-        torch._foreach_norm([t.coalesce().values() if t.is_sparse else t for t in tensors])
-    )
-    if len({(n.dtype, n.device) for n in norms}) > 1:
-        norms = [n.to(device=norms[0].device, dtype=torch.float64) for n in norms]
-    return bool(torch.stack(norms).isfinite().all())
-
-
 def detached(value: Any) -> Any:
     """A nested value with every tensor detached."""
     return map_tensors(torch.Tensor.detach, value)

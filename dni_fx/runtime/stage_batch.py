@@ -1,360 +1,305 @@
-"""One batch in one stage, apart from the others: what it needs, what it sends, and what comes back.
+"""The kernel: one batch in one stage.
 
-Stages that run at once see nothing of each other but letters: values go forward, and every value is
-answered. An answer carries the gradient for what was received, and whatever else the sources before
-it ask for; it is empty where the stage was not updated. In a locked step (exact gradients, or a
-share of them) autograd's order of addition is kept: the stage that uses a value last answers the
-one that uses it before, and so on back to where the value was made.
+    receive -> forward -> ask the sources -> pull back -> answer -> learn
+
+In turn, on threads, on ranks and through time differ in who fills the batch's state and in which
+order stages run, and in nothing else. Where all sources answer at once and nobody waits for the
+values, the emitted training function does the first four in one; else the emitted halves are called
+apart, and the backward comes when what it waits for is there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..decoupled import Decoupled
-from ..schedules import Mode
-from ..sources import Prediction, Served, awaited_kinds, message_kinds
-from ..sources.base import like
-from .answers import Messages
-from .emitted import kept_weights
-from .in_turn import Loss, Run
-
-Payload = dict[str, Any]
-GRADIENT = "gradient of "
-PART = "part of "  # in a locked step, where a gradient holds what later consumers answered, too
+from ..errors import DecouplingError
+from .answers import Answers
+from .batch_state import BatchState, Progress, Setting
+from .emitted import detached, evaluate, kept_weights, pull_back
+from .sample_losses import logits_of
+from .stage_sources import StageSources
+from .tape import Rerun, Tape
 
 
-class StageRun(Run):
-    """What happens to one batch in one stage.
+class StageBatch:
+    """One batch in one stage. Knows no other stage and no transport.
 
     Args:
-        decoupled: the model, with the graph that fits the batch active.
+        setting: what holds for the batch.
         index: of the stage.
-        step: number of the batch, from 0.
-        loss, mode, plain_loss: as for :class:`~dni_fx.runtime.in_turn.Run`.
+        state: what is known of the batch; shared by stages that run one after the other.
+        answers: what has come back to its sources.
+        asks_again: see :class:`StageSources`.
 
     Attributes:
-        producers: stages whose values it takes; each is answered.
-        consumers: stages that take its values; each answers.
-        teaches: synthetic inputs that learn in this stage; others are only used.
-        measure: whether predictions are compared with what arrives.
-        on_values: called with what is sent, as soon as it is known.
+        stage: the subgraph.
+        sources: what it asks them, and what they learn.
     """
-
-    _progress = (*Run._progress, "heard", "lost", "arrived")
 
     def __init__(
         self,
-        decoupled: Decoupled,
+        setting: Setting,
         index: int,
-        step: int,
-        loss: Loss,
-        mode: Mode,
-        plain_loss: Loss,
+        state: BatchState,
+        answers: Answers,
+        asks_again: bool = False,
     ) -> None:
-        super().__init__(decoupled, loss, mode, plain_loss, ask=not decoupled.is_exact)
-        self.index, self.step = index, step
-        self.stage = self.stages[index]
-        self.is_last = index == len(self.stages) - 1
-        everyone = self.served
-        self.served = tuple(s for s in everyone if s.producer == index)
-        self.by_producer = {index: list(self.served)}
-        made = {n: s.index for s in self.stages for n in s.outputs}
-        self.needs = {n: made[n] for n in self.stage.inputs if n in made}
-        self.producers = sorted(set(self.needs.values()))
-        self.consumers = [
-            s.index for s in self.stages if any(made.get(n) == index for n in s.inputs)
-        ]
-        self.awaited = {p for n, p in self.needs.items() if n not in self.inputs or self.share > 0}
-        self.asked = {p: _asked(everyone, p, index, self.is_last) for p in range(len(self.stages))}
-        self.error_to = [
-            p for p, kinds in self.asked.items() if "error" in kinds and p not in self.producers
-        ]
-        self.error_from = (
-            len(self.stages) - 1 if _asks_error(self.served) and not self.is_last else None
-        )
-        self.chain = self._chain() if self.share > 0 else {}
-        self.asked_again: dict[str, Prediction] = {}
-        self.asked_as: dict[str, int] = {}  # versions of the sources' weights
-        self.heard: set[int] = set()
-        self.lost: set[int] = set()
-        self.arrived: dict[tuple[str, int], Any] = {}
-        self.messages = Replies(self)
-        self.teaches = {n for n in self.stage.inputs if n in self.inputs}
-        self.measure = False
-        self.casts: list[torch.autocast] = []  # of the caller, for a thread of the stage's own
-        self.on_values: Callable[[Payload], None] | None = None
+        self.setting, self.index, self.state, self.answers = setting, index, state, answers
+        self.stage = setting.stages[index]
+        self.sources = StageSources(setting, index, state, answers, asks_again)
+        self.is_last = index == setting.last
 
-    # ---- who writes to whom ----------------------------------------------------------------------
+    @property
+    def progress(self) -> Progress:
+        """How far the batch has come."""
+        return self.state.progress
 
-    def _chain(self) -> dict[str, tuple[int, int | None]]:
-        """For every interface that the stage takes part in: whom it answers in a locked step, and
-        who answers it.
+    @property
+    def is_active(self) -> bool:
+        """Whether the stage is updated with this batch."""
+        return self.index in self.setting.active
+
+    # ---- receive and run -------------------------------------------------------------------------
+
+    def receive(self) -> dict[str, Any]:
+        """The stage's inputs by name, predicted ones where there are such.
+
+        Raises:
+            DecouplingError: a predicted input of another shape than the value has.
         """
-        found = {}
-        for interface in self.split.interfaces:
-            users = [interface.producer, *interface.consumers]
-            if self.index in users:
-                place = users.index(self.index)
-                after = users[place + 1] if place + 1 < len(users) else None
-                found[interface.name] = (users[place - 1] if place else self.index, after)
-        return found
+        state = self.state
+        predicted = state.input_predictions if self.setting.share == 0 else {}  # else only to learn
+        for name in self.stage.inputs if predicted else ():
+            if name not in predicted or name not in state.values:
+                continue
+            guess, real = predicted[name].value, state.values[name]
+            if guess.shape != real.shape:
+                raise DecouplingError(
+                    f"the synthetic input at {name!r} has shape {tuple(guess.shape)}, but the "
+                    f"value that was to be predicted has {tuple(real.shape)}: decouple on such "
+                    "examples, or leave this interface out of inputs="
+                )
+        names = self.stage.inputs
+        return {n: predicted[n].value if n in predicted else state.values[n] for n in names}
 
-    @property
-    def answering(self) -> set[int]:
-        """Stages that something comes back from."""
-        chained = {after for _, after in self.chain.values() if after is not None}
-        extra = set() if self.error_from is None else {self.error_from}
-        return {*self.consumers, *chained, *extra}
+    def run_only(self) -> None:
+        """Forward without a graph: the stage is not updated, or is run again later."""
+        with torch.no_grad():
+            results = self.stage.module(*self.receive().values())
+        if self.is_last:
+            self.state.output = detached(results)
+        else:
+            sent = zip(self.stage.outputs, map(detached, results), strict=True)
+            self.state.values.update(sent)
 
-    @property
-    def answered(self) -> set[int]:
-        """Stages that something is sent back to."""
-        return {*self.producers, *(before for before, _ in self.chain.values()), *self.error_to} - {
-            self.index
-        }
+    def step(self) -> None:
+        """All at once, by the emitted training function."""
+        state, setting = self.state, self.setting
+        step = setting.functions[self.index].step
+        with self.sources.named():
+            result = step(self.receive(), state.context, setting.loss, state.target)
+        state.predictions.update(result.predictions)
+        if self.is_last:
+            state.loss, state.output = result.loss, result.outputs["output"]
+        self._sent_back(result.outputs, result.input_gradients)
 
-    # ---- the stage runs --------------------------------------------------------------------------
+    def step_repeatably(self) -> Callable[[nn.Parameter, Tensor | None], Tensor | None]:
+        """All at once, from the halves, keeping the graph for parameters shared with later stages.
 
-    def start(self, values: Payload, received: Payload, context: Any, target: Any) -> None:
+        Autograd adds the partial gradients of every use in one chain, last use first. A stage with
+        several uses can only continue that chain once the later stages' sum is known, so for these
+        parameters its pull-back is repeated.
+
+        Returns:
+            What gives a parameter's whole gradient, from what later stages made of it.
+        """
+        outputs, leaves, _entries = self.setting.functions[self.index].forward(self.receive())
+        sent = {n: o.detach() if isinstance(o, Tensor) else o for n, o in outputs.items()}
+        given: dict[str, Tensor] = {}
+        for group in self.sources.groups:
+            prediction = self.sources.ask(group, sent)
+            given.update(zip(group.names, prediction.gradients or (), strict=True))
+        roots = [outputs[n] for n in given]
+        gradients: list[Tensor | None] = list(given.values())
+        pull_back(roots, gradients, retain_graph=True)
+
+        def again(parameter: nn.Parameter, later: Tensor | None) -> Tensor | None:
+            parameter.grad = None
+            pairs = [*roots, parameter], [*gradients, later]
+            pull_back(*pairs, retain_graph=True, inputs=[parameter])
+            total, parameter.grad = parameter.grad, None
+            return total
+
+        self._sent_back(sent, {n: leaf.gradient() for n, leaf in leaves.items()})
+        return again
+
+    def _sent_back(self, outputs: dict[str, Any], found: dict[str, Tensor | None]) -> None:
+        """Values that are known now, and what flows back to the stage's inputs."""
+        self.state.values.update(outputs)
+        self._note_parts(found, {})
+        gradients = self.progress.gradients
+        for name, gradient in found.items():
+            arrived = gradients.get(name)
+            if gradient is not None:
+                gradients[name] = gradient if arrived is None else arrived + gradient
+        self.progress.finished[self.index] = self.state.now
+
+    def run(self, delays: Mapping[int, int], on_values: Callable[[], None] | None = None) -> None:
         """Run forward, ask the sources, and pull back what is known at once.
 
         Args:
-            values: the model's inputs by name.
-            received: what the producers sent; what is predicted may be missing.
-            context: what sources see besides values.
-            target: what the loss takes.
+            delays: in how many steps each stage will have pulled back this batch.
+            on_values: called when the stage's values are there, before anything else is done.
         """
-        self.values = {n: values[n] for n in self.split.model_inputs} | received
-        self.context, self.target = context, target
-        self.now = self.started = self.step
-        self.needed = {self.index}
-        self._predict_inputs()
-        self._hold_stage(self.stage, self._delays())
-        self._ask_to_learn(self._delays())
-        if self.index not in self.active and self.share == 0:
-            self._forwarded()
-        known = self._known()
-        self.sent = {n: known[n] for n in self.carried if n in known}
-        if self.share == 0:
-            self.advance(self.step)
-
-    def _predict_inputs(self) -> None:
-        model_inputs = tuple(self.values[n] for n in self.split.model_inputs)
-        for name in self.stage.inputs:
-            if name in self.inputs and (self.share == 0 or name in self.teaches):
-                with torch.set_grad_enabled(name in self.teaches), kept_weights(self.inputs[name]):
-                    self.input_predictions[name] = self.inputs[name].predict(model_inputs)
-
-    @staticmethod
-    def _hears_late(group: Served, delays: dict[int, int]) -> bool:
-        return False  # it is asked again then, see below
-
-    def _ask(self, group: Served, values: dict[str, Any]) -> Prediction:
-        self.asked_as[group.name] = _version(group.source)
-        return super()._ask(group, values)
-
-    def _to_teach(self, group: Served) -> Prediction:
-        """What the source says of then now, if it has learnt since: a late message must not correct
-        an outdated guess.
-
-        Else a source that is right by now would be driven on by what was wrong before, d steps
-        long, and oscillate.
-        """
-        if _version(group.source) != self.asked_as[group.name]:
-            self.asked_again[group.name] = self._ask(group, self.sent)
-        return self.asked_again.get(group.name, self.predictions[group.name])
-
-    def _forwarded(self) -> None:
-        if self.on_values is not None:
-            self.on_values({n: self.values[n] for n in self.stage.outputs if n in self.values})
-
-    def _delays(self) -> dict[int, int]:
-        """Others answer late, always; the stage itself where a source of its own waits for that."""
-        late = max((s.source.lag or 0 for s in self.served), default=0)
-        delays = dict.fromkeys(range(len(self.stages)), 0 if self.share > 0 else 1)
-        return delays | {self.index: 0 if self.share > 0 else late}
-
-    @property
-    def is_locked(self) -> bool:
-        """Whether the step ends only when all answers are there."""
-        return self.share > 0 or any(s.source.lag == 0 for s in self.served)
-
-    # ---- letters ---------------------------------------------------------------------------------
-
-    def see(self, values: Payload) -> None:
-        """Values that were predicted have come."""
-        self.values.update(values)
-        for name in [n for n in self.input_predictions if n not in self.teaches]:
-            del self.input_predictions[name]
-
-    def miss(self, producer: int) -> None:
-        """Values that were predicted will not come."""
-        for name in [n for n in self.input_predictions if self.needs.get(n) == producer]:
-            del self.input_predictions[name]
-
-    def hear(self, stage: int, payload: Payload | None) -> None:
-        """An answer has come; None where that stage was not updated with this batch."""
-        self.heard.add(stage)
-        if payload is None:
-            self.lost.add(stage)
+        if not self.is_active and self.setting.share == 0:
+            self.run_only()
+            if on_values is not None:
+                on_values()
             return
-        for key, value in payload.items():
-            if key.startswith(GRADIENT):
-                name = key.removeprefix(GRADIENT)
-                self.arrived[name, stage] = value
-                if value is not None and self.share == 0:
-                    self.parts[name, stage] = value
-            elif key.startswith(PART):
-                self.parts[key.removeprefix(PART), stage] = value
-            elif key == "error":
-                self.error = value
-            else:
-                self.arrived[key, stage] = value
-        for interface in self.split.interfaces:
-            name = interface.name
-            if self.share > 0:
-                if (name, stage) in self.arrived:
-                    self.gradients[name] = self.arrived[name, stage]
-            elif (
-                interface.producer == self.index
-                and set(interface.consumers) <= self.heard - self.lost
-            ):
-                found = [
-                    g for c in interface.consumers if (g := self.arrived.get((name, c))) is not None
-                ]
-                self.gradients[name] = _total(found)
+        late = delays[self.index] > 0
+        rerun = late and all(w.recompute for w in self.sources.waits)
+        early = not self.is_last and self.sources.answer_early
+        inputs = self.receive()
+        held: Tape | Rerun | None = Rerun.of(self.stage.module, inputs) if rerun else None
+        if rerun and not early:
+            self.run_only()
+        else:
+            tape = self.forward(inputs, keep=late and not rerun)
+            held = held or tape
+        if on_values is not None:
+            on_values()
+        self.sources.ask_all(delays)
+        assert held is not None
+        if self.is_last:
+            self.evaluate(tape)
+            self.pull_back(tape, {})
+        elif early:
+            complete = self.sources.answer_at_once
+            retain = held is tape and not complete
+            self.pull_back(tape, self.sources.predicted(), retain, complete)
+            if not complete:
+                self.progress.tapes[self.index] = held
+        else:
+            self.progress.tapes[self.index] = held
 
-    def lose(self) -> None:
-        """Nothing more is to come."""
-        missing = self.answering - self.heard
-        self.heard |= missing
-        self.lost |= missing
+    def forward(self, inputs: dict[str, Any], keep: bool = False) -> Tape:
+        """The emitted forward, its graph kept.
 
-    @property
-    def is_answered(self) -> bool:
-        """Whether everybody who answers has done so."""
-        return self.answering <= self.heard
-
-    def answer(self, stage: int) -> tuple[bool, Payload | None]:
-        """What to send back to a stage, once it is known.
-
-        Returns:
-            Whether it is known, and the answer.
+        Args:
+            inputs: as :meth:`receive` gives them.
+            keep: with copies of the weights, which are updated before the backward.
         """
-        if self.share == 0 and self.index not in self.active:
-            return True, None
-        if self.index not in self.finished:
-            gone = (
-                self.share == 0 and self.index not in self.tapes
-            )  # its own answer can not come any more
-            return gone, None
-        payload: Payload = {}
-        for kind in self.asked[stage]:
-            if kind == "error":
-                if self.is_last:
-                    payload[kind] = self.error
-            elif kind != "gradient":
-                estimate = self.messages._estimate(kind, self.index)
-                if estimate is None:
-                    lost = bool(self.lost) and self.is_answered
-                    return lost, None
-                payload[kind] = estimate
-        for interface in self.split.interfaces:
-            name = interface.name
-            before = self.chain[name][0] if name in self.chain else interface.producer
-            if self.index in interface.consumers and before == stage:
-                gradient = self.gradients.get(name)
-                if (
-                    gradient is not None and self.share == 0
-                ):  # in the value's own layout, as .grad would be
-                    gradient = like(gradient, self._known()[name])
-                payload[GRADIENT + name] = gradient
-            if self.share > 0 and interface.producer == stage and (name, self.index) in self.parts:
-                payload[PART + name] = self.parts[name, self.index]
-        return True, payload
+        with kept_weights(self.stage.module) if keep else contextlib.nullcontext():
+            tape = Tape(*self.setting.functions[self.index].forward(inputs))
+        sent = {n: detached(v) for n, v in tape.outputs.items() if n != "output"}
+        self.state.values.update(sent)
+        return tape
 
-    # ---- what Run asks ---------------------------------------------------------------------------
+    def evaluate(self, tape: Tape) -> None:
+        """Take the loss of the model's output, and its error where a source asks for that.
 
-    def _is_ready(self, group: Served) -> bool:
-        kinds = awaited_kinds(group.source)
-        return self.messages.is_lost(group, kinds) or self.messages.is_there(group, kinds)
+        Raises:
+            DecouplingError: a loss that is no scalar; an output without logits that is asked for.
+        """
+        output = tape.outputs["output"]
+        loss = evaluate(self.setting.loss, output, self.state.target)
+        if self.setting.wants_error:
+            self.state.error = _error_of(output, loss)
+        tape.outputs["loss"] = loss
+        self.state.loss, self.state.output = loss.detach(), detached(output)
 
-    def has_heard(self, group: Served) -> bool:
-        """Whether every consumer has sent its gradient."""
-        return super().has_heard(group) if self.share == 0 else self.is_answered
+    # ---- pull back -------------------------------------------------------------------------------
 
-    def has_answered(self, stage: int) -> bool:
-        """Whether a stage has sent back its gradients."""
-        return stage in self.heard - self.lost
+    def advance(self) -> None:
+        """Pull back what waited, if what it waits for is there now."""
+        held = self.progress.tapes.get(self.index)
+        locked, waiting = self.setting.share > 0, self.sources.waiting
+        if held is None or not (locked or all(map(self.answers.is_ready, waiting))):
+            return
+        lost = [self.answers.is_lost(s, s.source.asks.awaited) for s in waiting]
+        if any(lost) and not locked:  # a consumer is not updated
+            del self.progress.tapes[self.index]
+            return
+        given = self.sources.completed()
+        del self.progress.tapes[self.index]
+        if isinstance(held, Rerun):
+            with held.as_then(self.stage.module):
+                forward = self.setting.functions[self.index].forward
+                self.pull_back(Tape(*forward(held.values)), given)
+        else:
+            # Kept for a failure later in the step: a graph of an earlier one could not be made
+            # again.
+            self.pull_back(held, given, retain=not locked)
 
-    def cannot_hear(self, group: Served) -> bool:
-        """Whether a consumer was not updated with this batch, or its answer is lost."""
-        return bool(self.lost & set(group.consumers))
+    def pull_back(
+        self, tape: Tape, given: dict[str, Any], retain: bool = False, complete: bool = True
+    ) -> None:
+        """The stage's backward. In one go, what later stages sent for its inputs takes part, in
+        autograd's order.
 
+        Args:
+            tape: the stage's forward.
+            given: the gradient of each value that it sends; the loss counts as it is.
+            retain: keep the graph for another call.
+            complete: whether nothing more comes later.
+        """
+        if "loss" in tape.outputs:
+            given = {**given, "loss": torch.ones_like(tape.outputs["loss"])}
+        split, progress = self.setting.split, self.progress
+        gradients, early = progress.gradients, progress.early
+        once = complete and self.index not in early
+        received = split.received_in(self.index) if once else []
+        partials: dict[str, Any] = {n: gradients.get(n) for n in received}
+        for name, parameter in split.summed_in(self.index).items():
+            partials[name], parameter.grad = parameter.grad, None
+        backward = self.setting.functions[self.index].backward
+        found = backward(tape.outputs, tape.leaves, tape.entries, given, partials, retain)
+        self._note_parts(found, partials)
+        for leaf in tape.leaves.values():
+            leaf.clear()
+        if once:
+            gradients.update(found)
+        elif not complete:
+            early[self.index] = found
+        else:
+            for name, later in found.items():
+                before = gradients.get(name), early[self.index][name]
+                parts = [g for g in (*before, later) if g is not None]
+                gradients[name] = functools.reduce(torch.add, parts) if parts else None
+        if complete:
+            progress.finished[self.index] = self.state.now
 
-class Replies(Messages):
-    """The messages of one stage's batch: what the stages behind it have answered."""
-
-    run: StageRun
-
-    def is_lost(self, group: Served, kinds: tuple[str, ...]) -> bool:
-        """Whether somebody who was to answer did not."""
-        run = self.run
-        hears = [k for k in kinds if k != "error"]
-        lost = bool(hears) and run.cannot_hear(group)
-        return lost or ("error" in kinds and run.error_from in run.lost)
-
-    def is_there(self, group: Served, kinds: tuple[str, ...]) -> bool:
-        """Whether everything of these kinds has come."""
-        estimates = [
-            self._estimate(k, c) for k in kinds if k in ("loss", "logits") for c in group.consumers
-        ]
-        return all(e is not None for e in estimates) and super().is_there(group, kinds)
-
-    def _estimate(self, kind: str, stage: int) -> Tensor | None:
-        run = self.run
-        if stage != run.index:
-            return run.arrived.get((kind, stage))
-        if run.is_last:
-            return super()._estimate(kind, stage)
-        answers = [run.predictions[s.name] for s in run.served if s.name in run.predictions]
-        own = [e for a in answers if (e := a.loss if kind == "loss" else a.logits) is not None]
-        behind = [] if own else [run.arrived.get((kind, c)) for c in run.consumers]
-        found = own or [e for e in behind if e is not None]
-        return None if not found or len(found) < len(behind) else _mean(found)
-
-
-def _version(source: nn.Module) -> int:
-    """Another number whenever a parameter has been written to."""
-    return sum(p._version for p in source.parameters())
-
-
-def _asked(served: tuple[Served, ...], producer: int, consumer: int, last: bool) -> tuple[str, ...]:
-    """Kinds of message that a producer's sources ask of a consumer."""
-    kinds: dict[str, None] = {}
-    for group in served:
-        if group.producer == producer:
-            for kind in (*message_kinds(group.source), *awaited_kinds(group.source)):
-                if last if kind == "error" else consumer in group.consumers:
-                    kinds[kind] = None
-    return tuple(kinds)
+    def _note_parts(self, found: dict[str, Any], before: dict[str, Any]) -> None:
+        """What this consumer adds to the gradients of its inputs."""
+        for group in self.setting.divided:
+            for name in group.names if self.index in group.consumers else ():
+                gradient, later = found.get(name), before.get(name)
+                if gradient is not None:
+                    part = gradient if later is None else gradient - later
+                    known = self.progress.parts.get((name, self.index))
+                    self.progress.parts[name, self.index] = part if known is None else known + part
 
 
-def _asks_error(served: tuple[Served, ...]) -> bool:
-    return any("error" in (*message_kinds(s.source), *awaited_kinds(s.source)) for s in served)
-
-
-def _total(gradients: list[Tensor]) -> Tensor | None:
-    total = None
-    for gradient in gradients:
-        total = gradient if total is None else total + gradient
-    return total
-
-
-def _mean(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.stack(tensors).mean(0)
+def _error_of(output: Any, loss: Tensor) -> Tensor:
+    """The loss's gradient for the logits of the output."""
+    logits = logits_of(output)
+    if logits is None:
+        raise DecouplingError(
+            "a source asks for the error of the model's output, which must be a tensor or have one "
+            f"called 'logits', but is a {type(output).__name__}"
+        )
+    error = None
+    if logits.requires_grad:
+        (error,) = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)
+    if error is None:
+        raise DecouplingError(
+            "a source asks for the error of the model's output, but the loss does not depend on "
+            "that output or its 'logits': let the model return the logits that the loss is made of"
+        )
+    return error

@@ -23,7 +23,7 @@ from ..errors import DecouplingError, did_you_mean
 from ..graphs.nested import flatten, map_tensors
 from ..passes.trace.ports import STATE
 from .trainer import ThroughTime, WindowReport
-from .window_batch import WindowRun
+from .window_batch import WindowBatch
 
 INPUT = "input"  # what comes from outside, in the input of a member that receives messages, too
 
@@ -110,7 +110,7 @@ class _Seat:
     ticks: list[_Tick] = field(default_factory=list)
     sent: dict[str, list[_Sent]] = field(default_factory=dict)  # not answered yet, oldest first
     latest: dict[str, _Sent] = field(default_factory=dict)
-    held: list[tuple[WindowRun, list[_Tick]]] = field(default_factory=list)
+    held: list[tuple[WindowBatch, list[_Tick]]] = field(default_factory=list)
 
     def forget(self) -> None:
         """A new sequence begins."""
@@ -185,7 +185,7 @@ class Collection:
             for name in (link.sender, link.receiver):
                 self._check_known(name, f"link {link}")
             receiver = self._seats[link.receiver]
-            if not receiver.member.trainer._input_gradients:
+            if not receiver.member.trainer.sends_input_gradients:
                 raise DecouplingError(
                     f"link {link}: the receiver sends no gradients back; make its trainer with "
                     "input_gradients=True"
@@ -328,11 +328,7 @@ class Collection:
             seat.latest[message] = _Sent(report.step, value)
             seat.sent.setdefault(message, []).append(seat.latest[message])
         if seat.incoming:
-            held = [
-                r
-                for r in trainer._under_way
-                if isinstance(r, WindowRun) and r.step == report.step and r.tapes
-            ]
+            held = [w for w in trainer.windows if w.step == report.step and w.is_held]
             if held:
                 seat.held.append((held[0], ticks))
             else:
@@ -343,8 +339,8 @@ class Collection:
 
     def _send_back(self, seat: _Seat, ticks: list[_Tick], gradients: list[Tensor | None]) -> None:
         """What a window sends back, tick by tick through the making of its input."""
-        stacked = not seat.member.trainer._framed.stateless
-        dim = seat.member.trainer._framed.time_dim
+        stacked = not seat.member.trainer.framed.stateless
+        dim = seat.member.trainer.framed.time_dim
         for k, tick in enumerate(ticks):
             values = [t for t in flatten(tick.x)[0] if t.is_floating_point()]
             found = [
@@ -379,7 +375,7 @@ class Collection:
             for seat in reversed(self._seats.values()):
                 with seat.named():
                     again |= self._answer(seat, done)
-                    for run, ticks in [pair for pair in seat.held if not pair[0].tapes]:
+                    for run, ticks in [pair for pair in seat.held if not pair[0].is_held]:
                         seat.held.remove((run, ticks))
                         self._send_back(
                             seat,
@@ -397,7 +393,7 @@ class Collection:
             for s in every
             if self._is_complete(seat, m, s, done)
         ]
-        waits = any(trainer.sources[m].exact for m in seat.sent)
+        waits = any(trainer.sources[m].asks.exact for m in seat.sent)
         if not known or (waits and len(known) < sum(map(len, seat.sent.values()))):
             return False
         answers: dict[int, dict[str, Tensor]] = {}
@@ -440,7 +436,9 @@ class Collection:
         if self._circles_checked or not all(s.latest for s in self._seats.values() if s.outgoing):
             return
         self._circles_checked = True
-        exact = [k for k in self.links if self.members[k.sender].trainer.sources[k.message].exact]
+        exact = [
+            k for k in self.links if self.members[k.sender].trainer.sources[k.message].asks.exact
+        ]
         graph = nx.MultiDiGraph([(k.sender, k.receiver) for k in exact])
         with contextlib.suppress(nx.NetworkXNoCycle):
             circle = " -> ".join(repr(edge[0]) for edge in nx.find_cycle(graph))
@@ -458,7 +456,7 @@ def _check_member(member: Member) -> None:
         )
     if type(member.every) is not int or member.every < 1:
         raise DecouplingError(f"every={member.every!r}: expected a number of ticks, at least 1")
-    if member.trainer._framed.stateless and member.trainer.window > 1:
+    if member.trainer.framed.stateless and member.trainer.window > 1:
         raise DecouplingError(
             "its model has no state, so a window is one batch, but "
             f"window={member.trainer.window}: use window=1, and accumulate= to update less often"
@@ -467,7 +465,7 @@ def _check_member(member: Member) -> None:
 
 def _stack(trainer: ThroughTime, values: list[Any], what: str) -> Any:
     """The ticks of a window in one; a network without state takes its only tick as it is."""
-    if trainer._framed.stateless:
+    if trainer.framed.stateless:
         return values[0]
     taken = [flatten(value) for value in values]
     (first, structure), rest = taken[0], taken[1:]
@@ -479,7 +477,7 @@ def _stack(trainer: ThroughTime, values: list[Any], what: str) -> Any:
                 f"{[tuple(s) for s in shapes]} are followed by {[tuple(t.shape) for t in leaves]}; "
                 "give the same at every tick"
             )
-    dim = trainer._framed.time_dim
+    dim = trainer.framed.time_dim
     return structure.build(
         iter(
             [

@@ -8,83 +8,129 @@ import torch
 from torch import Tensor
 
 from ..decoupled import Decoupled
-from ..errors import DecouplingError, NonFiniteError
+from ..errors import DecouplingError
 from ..passes.trace.ports import ANOTHER
-from ..runtime.emitted import detached
-from ..runtime.in_turn import Run
+from ..plan import Interface
+from ..reports.steps import InterfaceReport
+from ..runtime.batch_state import BatchState, Setting
+from ..runtime.finite import refuse
+from ..runtime.in_turn import Batch
+from ..runtime.objective import Objective
 from ..runtime.tape import Tape
 from ..sources import AcrossTime, Served
 
 
-class WindowRun(Run):
+class WindowBatch:
     """One window: what leaves it waits for the next one, or for another network.
 
     Sources that predict are asked at once. Where the gradient of something that leaves is to be
     exact, the whole window waits for it.
+
+    Args:
+        decoupled: the window's model, its graph active.
+        objective: the loss.
+        ended: whose sequence ends with the window, ``(batch,)``; None for nobody's.
+        step: number of the window, from 1.
+
+    Attributes:
+        previous: the window before, which hears what this one sends back.
+        leaving: what leaves, by name.
+        waits_for: names of what the window waits for.
+        torn: whether its graphs have been pulled back, and are gone.
+        sent_back: gradients of what the window took, once it has been pulled back.
     """
 
-    _progress = (*Run._progress, "heard")
-
     def __init__(
-        self, decoupled: Decoupled, loss: Any, plain_loss: Any, ended: Tensor | None, step: int
+        self, decoupled: Decoupled, objective: Objective, ended: Tensor | None, step: int
     ) -> None:
-        super().__init__(decoupled, loss, None, plain_loss)
         self.ended, self.step = ended, step
-        self.previous: WindowRun | None = None
-        self.torn = False  # whether its graphs have been pulled back, and are gone
-        self.heard: set[str] = set()  # what leaves and was answered
+        split = decoupled._variant.split
+        self.leaving: dict[str, Interface] = {i.name: i for i in split.interfaces if i.leaves}
+        everyone = decoupled.served()
+        exact = [s for s in everyone if s.source.asks.exact]
+        self.setting = Setting(
+            split=split,
+            functions=decoupled.functions(),
+            served=tuple(s for s in everyone if not s.source.asks.exact),
+            inputs=decoupled.find_inputs(),
+            loss=objective.scaled,
+            plain_loss=objective.loss,
+            share=0.0,
+            active=frozenset(range(len(split.stages))),
+        )
+        self.batch = Batch(self.setting)
+        self.previous: WindowBatch | None = None
+        self.torn = False
         self.sent_back: dict[str, Tensor | None] = {}
-        self.leaving = {i.name: i for i in self.split.interfaces if i.leaves}
-        exact = [s for s in self.served if s.source.exact]
         self.waits_for = {n for s in exact for n in s.names if n in self.leaving}
-        across = [(s, s.source) for s in self.served if isinstance(s.source, AcrossTime)]
-        self.tracing = [(s, source) for s, source in across if source.wants_jacobian]
-        self.holds = bool(exact or self.tracing)
-        self.served = tuple(s for s in self.served if not s.source.exact)
-        self.by_producer = {
-            k: [s for s in self.served if s.producer == k] for k in self.by_producer
-        }
+        across = [(s, s.source) for s in everyone if isinstance(s.source, AcrossTime)]
+        self._tracing = [(s, source) for s, source in across if source.wants_jacobian]
         for group, source in across:
             source.ended = ended if self.leaving[group.name].feeds != ANOTHER else None
+        self._holds = bool(exact or self._tracing)
+
+    @property
+    def state(self) -> BatchState:
+        """What is known of the window."""
+        return self.batch.state
+
+    @property
+    def is_held(self) -> bool:
+        """Whether graphs wait to be pulled back."""
+        return bool(self.state.progress.tapes)
+
+    @property
+    def heard(self) -> set[str]:
+        """Names of what has left and was answered."""
+        return self.state.progress.heard
+
+    # ---- run -------------------------------------------------------------------------------------
 
     def begin(self, values: dict[str, Any], context: Any, target: Any, now: int = 0) -> None:
-        """Run the window; where some gradient is exact forward only."""
-        if not self.holds:
-            super().begin(values, context, target, now)
+        """Run the window; where some gradient is exact forward only.
+
+        Args:
+            values: the window's inputs and states by name.
+            context: what sources see besides values.
+            target: what the loss takes.
+            now: the step of time that it is.
+
+        Raises:
+            NonFiniteError: a held window's loss or values are not finite.
+        """
+        if not self._holds:
+            self.batch.begin(values, context, target, now)
             return
         # The caller may write into its tensors before the window is pulled back.
-        for name in self.split.model_inputs:
+        for name in self.setting.split.model_inputs:
             value = values[name]
             values[name] = value.detach().clone().requires_grad_(value.requires_grad)
-        self.values, self.context, self.target, self.now = values, context, target, now
-        for stage in self.stages:
-            tape = Tape(*self.functions[stage.index].forward(self._inputs_of(stage)))
-            if stage is self.stages[-1]:
-                self._evaluate(tape)
-            self.values.update(
-                {n: detached(v) for n, v in tape.outputs.items() if n not in ("output", "loss")}
-            )
-            self.tapes[stage.index] = tape
-            for group, source in self.tracing:
+        state = self.state
+        state.values, state.context, state.target = values, context, target
+        state.now = state.started = now
+        for stage in self.batch.stages:
+            tape = stage.forward(stage.receive())
+            if stage.is_last:
+                stage.evaluate(tape)
+            state.progress.tapes[stage.index] = tape
+            for group, source in self._tracing:
                 source.jacobian = self._jacobian(group, source, tape)
-            for group in self.by_producer[stage.index]:
-                self.predictions[group.name] = self._ask(group, self.values)
-        self.sent = {n: self.values[n] for n in self.carried}
-        assert self.loss is not None
-        for name, tensor in [("the loss", self.loss), *self.sent.items()]:
-            if not bool(
-                tensor.isfinite().all()
-            ):  # before windows are pulled back that could not be again
-                raise NonFiniteError(
-                    f"step {self.step}: {name} is not finite; nothing was updated. Look at the "
-                    "window, lower the learning rates or set clip_norm="
-                )
+            for group in stage.sources.groups:
+                stage.sources.ask(group, state.values)
+        state.note_sent(self.setting)
+        assert state.loss is not None
+        # Before windows are pulled back that could not be again.
+        refuse(
+            [("the loss", state.loss), *state.sent.items()],
+            f"step {self.step}",
+            "nothing was updated",
+        )
 
     def _jacobian(self, group: Served, source: AcrossTime, tape: Tape) -> Tensor | None:
         """Of the state after the window for that before it, ``(batch, features, features)``; None
         at a start.
         """
-        if len(self.stages) > 1:
+        if len(self.batch.stages) > 1:
             raise DecouplingError(
                 "Traces needs a window in one stage: leave out cuts=, or use another source"
             )
@@ -97,22 +143,19 @@ class WindowRun(Run):
             found = torch.autograd.grad(
                 after[:, i].sum(), leaves, retain_graph=True, allow_unused=True
             )
-            rows.append(
-                source.join(
-                    [
-                        torch.zeros_like(v) if g is None else g
-                        for g, v in zip(found, leaves, strict=True)
-                    ]
-                )
-            )
+            pairs = zip(found, leaves, strict=True)
+            rows.append(source.join([torch.zeros_like(v) if g is None else g for g, v in pairs]))
         return torch.stack(rows, 1)
+
+    # ---- what has left is answered ---------------------------------------------------------------
 
     def hear(self, name: str, gradient: Tensor | None) -> None:
         """The gradient of something that left."""
-        if gradient is not None and self.ended is not None and self.leaving[name].feeds != ANOTHER:
-            dim = self.leaving[name].spec.batch_dim
+        interface = self.leaving[name]
+        if gradient is not None and self.ended is not None and interface.feeds != ANOTHER:
+            dim = interface.spec.batch_dim
             gradient = gradient.masked_fill(along(self.ended, gradient, dim), 0.0)
-        self.gradients[name] = gradient
+        self.state.progress.gradients[name] = gradient
         self.heard.add(name)
 
     def end(self) -> None:
@@ -128,47 +171,57 @@ class WindowRun(Run):
 
     def advance(self, now: int) -> None:
         """Pull back what was held, once what it waits for is there, and tell the window before."""
-        self.now = now
+        progress, split = self.state.progress, self.setting.split
+        self.state.now = now
         if not self.waits_for <= self.heard:
             return
-        self.torn = bool(self.tapes)
-        for index in sorted(self.tapes, reverse=True):
-            tape = self.tapes.pop(index)
+        self.torn = self.is_held
+        for index in sorted(progress.tapes, reverse=True):
+            stage, tape = self.batch.stages[index], progress.tapes.pop(index)
             assert isinstance(tape, Tape)
-            groups = self.by_producer[index]
-            predicted = {
-                n: g for s in groups for n, g in zip(s.names, self._predicted(s), strict=True)
-            }
-            given = {n: predicted.get(n, self.gradients.get(n)) for n in self.split.sent_by(index)}
-            if "loss" in tape.outputs:
-                given["loss"] = torch.ones_like(tape.outputs["loss"])
-            self._pull_back(index, tape, given)
-        if not self.sent_back:
-            self.sent_back = {n: self.gradients.get(n) for n in self.split.incoming}
-            if self.previous is not None:
-                for name, interface in self.previous.leaving.items():
-                    if interface.feeds in self.sent_back:
-                        self.previous.hear(name, self.sent_back[interface.feeds])
-                self.previous = None
+            predicted = stage.sources.predicted()
+            arrived = progress.gradients
+            given = {n: predicted.get(n, arrived.get(n)) for n in split.sent_by(index)}
+            stage.pull_back(tape, given)
+        if self.sent_back:
+            return
+        self.sent_back = {n: progress.gradients.get(n) for n in split.incoming}
+        if self.previous is not None:
+            for name, interface in self.previous.leaving.items():
+                if interface.feeds in self.sent_back:
+                    self.previous.hear(name, self.sent_back[interface.feeds])
+            self.previous = None
+
+    # ---- what the executor asks ------------------------------------------------------------------
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing of the window is under way any more."""
+        return self.batch.is_done
+
+    def learn(self) -> list[tuple[str, Tensor]]:
+        """Train every source whose message is there."""
+        return self.batch.learn()
+
+    def compare(self, step: int) -> dict[str, InterfaceReport]:
+        """How near each prediction is to what arrived."""
+        return self.batch.compare(step)
+
+    def places(self) -> list[tuple[str, Tensor]]:
+        """What must be finite besides values, with its name."""
+        return self.batch.places()
 
     def forget(self) -> None:
         """Drop what nothing that is still under way needs: what has left may be answered, and wait
         with the answer.
         """
-        open_ = {n: v for n, v in self.sent.items() if n in self.leaving and n not in self.heard}
-        answers = {n: g for n, g in self.gradients.items() if n in self.leaving and self.tapes}
-        super().forget()
-        self.sent, self.gradients = {**self.sent, **open_}, {**self.gradients, **answers}
-
-    def has_heard(self, group: Served) -> bool:
-        """What leaves the window is heard of from elsewhere."""
-        return (
-            all(n in self.heard for n in group.names) if group.leaves else super().has_heard(group)
-        )
-
-    def cannot_hear(self, group: Served) -> bool:
-        """An answer to what has left may always come."""
-        return False if group.leaves else super().cannot_hear(group)
+        state, leaving = self.state, self.leaving
+        waiting = {n: v for n, v in state.sent.items() if n in leaving and n not in self.heard}
+        gradients = state.progress.gradients
+        answers = {n: g for n, g in gradients.items() if n in leaving and self.is_held}
+        self.batch.forget()
+        state.sent |= waiting
+        state.progress.gradients |= answers
 
 
 def along(mask: Tensor, tensor: Tensor, dim: int) -> Tensor:

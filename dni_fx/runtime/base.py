@@ -1,0 +1,144 @@
+"""What every trainer has, whichever way it runs the stages."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ..decoupled import Decoupled
+from ..errors import DecouplingError
+from ..graphs.nested import unpack_batch
+from ..reports.steps import StepReport
+from .objective import Loss, Metrics, Objective
+from .optimizing import MakeOptimizer, StageOptimizers
+
+Unpack = Callable[[Any], tuple[tuple[Any, ...], dict[str, Any], Any]]
+
+
+class BaseTrainer(ABC):
+    """A model, its objective, its optimisers, and the loop over a loader.
+
+    Args:
+        decoupled, loss, optimizer, synthesizer_optimizer, clip_norm, accumulate, metrics_every: as
+            for :class:`dni_fx.Trainer`.
+        context: turns a target into what sources see; that of ``decoupled`` by default.
+
+    Attributes:
+        objective: the loss, and what sources see of the target.
+        optimizing: the optimisers, with what each owns.
+        metrics: when predictions are compared, and what was found.
+        steps: number of steps made.
+
+    Raises:
+        DecouplingError: arguments of the wrong kind.
+    """
+
+    def __init__(
+        self,
+        decoupled: Decoupled,
+        loss: Loss,
+        *,
+        optimizer: MakeOptimizer,
+        synthesizer_optimizer: MakeOptimizer = torch.optim.Adam,
+        clip_norm: float | None = None,
+        accumulate: int = 1,
+        metrics_every: int = 50,
+        context: Callable[[Any], torch.Tensor] | None = None,
+    ) -> None:
+        if not isinstance(decoupled, Decoupled):
+            raise DecouplingError(
+                f"Trainer takes what dni_fx.decouple returned, not {type(decoupled).__name__}"
+            )
+        if not all(callable(f) for f in (loss, optimizer, synthesizer_optimizer)):
+            raise DecouplingError("loss, optimizer and synthesizer_optimizer must be callables")
+        if not all(type(n) is int and n >= 1 for n in (accumulate, metrics_every)):
+            raise DecouplingError("accumulate and metrics_every must be whole numbers, at least 1")
+        if clip_norm is not None and not (isinstance(clip_norm, int | float) and clip_norm > 0):
+            raise DecouplingError(f"clip_norm must be positive, not {clip_norm!r}")
+        self.decoupled = decoupled
+        self.objective = Objective(loss, accumulate, context or decoupled.context)
+        self.optimizing = StageOptimizers(optimizer, synthesizer_optimizer, clip_norm)
+        self.metrics = Metrics(metrics_every)
+        self.steps = 0
+
+    @abstractmethod
+    def step(self, *args: Any, target: Any = None, **kwargs: Any) -> StepReport:
+        """Train on one batch: the model's own call, plus the target."""
+
+    @property
+    def loss(self) -> Loss:
+        """The user's loss; another one counts from the next step on."""
+        return self.objective.loss
+
+    @loss.setter
+    def loss(self, loss: Loss) -> None:
+        self.objective.loss = loss
+
+    @property
+    def clip_norm(self) -> float | None:
+        """Largest norm of one stage's gradients; another one counts from the next step on."""
+        return self.optimizing.clip_norm
+
+    @clip_norm.setter
+    def clip_norm(self, clip_norm: float | None) -> None:
+        self.optimizing.clip_norm = clip_norm
+
+    @property
+    def accumulate(self) -> int:
+        """How many steps' gradients make one update."""
+        return self.objective.accumulate
+
+    @property
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """By stage name, for learning-rate schedulers."""
+        return self.optimizing.stages
+
+    @property
+    def synthesizer_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """By interface name, that of a synthetic input by ``name@input``."""
+        return self.optimizing.sources
+
+    def request_metrics(self) -> None:
+        """Compare predictions with their targets at the next step, whatever ``metrics_every``
+        says.
+        """
+        self.metrics.requested = True
+
+    def fit(
+        self,
+        loader: Iterable[Any],
+        epochs: int = 1,
+        *,
+        progress: bool = True,
+        unpack: Unpack | None = None,
+        on_step: Callable[[StepReport], None] | None = None,
+    ) -> StepReport | None:
+        """Train over a loader with a progress bar.
+
+        Args:
+            loader: gives batches ``(input, ..., target)``, or dicts with ``"target"`` or
+                ``"labels"`` beside the model's keyword inputs.
+            epochs: how often to go through it.
+            progress: whether to show a bar.
+            unpack: turns a batch of another form into ``(args, kwargs, target)``.
+            on_step: called with each report, for learning-rate schedulers and logs.
+
+        Returns:
+            The last report; None if the loader was empty.
+        """
+        report = None
+        for epoch in range(epochs):
+            label = f"epoch {epoch + 1}/{epochs}"
+            with tqdm(loader, desc=label, disable=not progress, leave=False) as bar:
+                for batch in bar:
+                    args, kwargs, target = (unpack or unpack_batch)(batch)
+                    report = self.step(*args, target=target, **kwargs)
+                    if progress and self.steps % 10 == 0:
+                        bar.set_postfix(loss=f"{report.loss.item():.4f}")
+                    if on_step is not None:
+                        on_step(report)
+        return report

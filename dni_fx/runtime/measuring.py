@@ -1,0 +1,137 @@
+"""Predictions against true gradients, for trainers that hold the whole model."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..diagnostics import Diagnosis
+from ..graphs.nested import map_tensors
+from ..passes.trace.state import restored
+from ..reports.steps import compare
+from ..schedules import Mode
+from .base import BaseTrainer
+from .batch_state import Setting
+from .emitted import keep_modes
+from .in_turn import Batch
+from .objective import Objective
+
+Gradients = dict[nn.Parameter, Tensor | None]
+
+
+class Measures(BaseTrainer):
+    """What a trainer can tell that holds the whole model: nothing of it is changed."""
+
+    @abstractmethod
+    def finish_threads(self) -> None:
+        """Wait until no thread works on the model."""
+
+    def true_gradients(self, *args: Any, target: Any = None, **kwargs: Any) -> dict[str, Tensor]:
+        """Backpropagation's gradient at every interface, with nothing changed.
+
+        Args:
+            *args: positional inputs of the model.
+            target: what the loss takes.
+            **kwargs: keyword inputs.
+
+        Returns:
+            The gradient of the loss for each interface's value, by name; zeros where none arrives.
+        """
+        return _arrived(self._rehearse(Mode(1.0), args, kwargs, target, ask=False)[0])
+
+    def diagnose(self, *args: Any, target: Any = None, **kwargs: Any) -> Diagnosis:
+        """Compare what the sources predict with the true gradient, with nothing changed.
+
+        Costs a step of backpropagation and a prediction of every source.
+
+        Args:
+            *args: positional inputs of the model.
+            target: what the loss and the context take.
+            **kwargs: keyword inputs.
+
+        Returns:
+            A report for every interface whose source predicts, with a verdict in words; prints as a
+            table.
+        """
+        batch, _ = self._rehearse(Mode(1.0), args, kwargs, target, ask=True)
+        true, steps = _arrived(batch), self.steps
+        return Diagnosis(
+            {n: compare(g, true[n], "true", steps) for n, g in batch.guesses().items()}
+        )
+
+    def diagnose_parameters(self, *args: Any, target: Any = None, **kwargs: Any) -> Diagnosis:
+        """Compare what the predictions make of the parameters' gradients with the true ones, with
+        nothing changed.
+
+        That is nearer to what training does than ``diagnose``. The gradient of a weight is a sum
+        over samples and positions in which much of the values' gradients cancels, but errors that
+        samples have in common do not: a prediction with a high cosine at the cut may still train
+        the stage before it badly. Both depend on the batch; compare means over several, or take a
+        large one. Costs a step of backpropagation and a decoupled one.
+
+        Args:
+            *args: positional inputs of the model.
+            target: what the loss and the context take.
+            **kwargs: keyword inputs.
+
+        Returns:
+            A report by stage name, over all parameters that only this stage uses, for the stages
+            all of whose sources predict at once; prints as a table.
+        """
+        _, true = self._rehearse(Mode(1.0), args, kwargs, target, ask=False)
+        if self.decoupled.is_exact:  # nobody predicts
+            return Diagnosis({}, of="stage")
+        batch, predicted = self._rehearse(Mode(0.0), args, kwargs, target, ask=True)
+        users = Counter(p for stage in self.decoupled.stages for p in set(stage.parameters()))
+        found = {}
+        for stage, run in zip(self.decoupled.stages, batch.stages, strict=True):
+            own = [p for p in stage.parameters() if p.requires_grad and users[p] == 1]
+            if own and run.sources.answer_at_once:
+                guess, real = _joined(predicted, own), _joined(true, own)
+                found[stage.name] = compare(guess, real, "true", self.steps)
+        return Diagnosis(found, of="stage")
+
+    def _rehearse(
+        self, mode: Mode, args: Any, kwargs: Any, target: Any, ask: bool
+    ) -> tuple[Batch, Gradients]:
+        """Run a batch up to its gradients, and put everything back; also what the parameters'
+        gradients were.
+        """
+        self.finish_threads()
+        args, kwargs = map_tensors(torch.clone, (args, kwargs))
+        decoupled = self.decoupled
+        values = decoupled.bind(*args, **kwargs)
+        parameters = list(decoupled.parameters())
+        before = [p.grad for p in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        with restored(decoupled), keep_modes(), torch.enable_grad():
+            try:
+                plain = Objective(self.loss)
+                batch = Batch(Setting.of(decoupled, plain, mode, ask))
+                context = self.objective.context(target) if ask else None
+                batch.begin(values, context, target)
+                batch.advance(0)
+                found = {p: p.grad for p in parameters}
+            finally:
+                for parameter, gradient in zip(parameters, before, strict=True):
+                    parameter.grad = gradient
+        return batch, found
+
+
+def _arrived(batch: Batch) -> dict[str, Tensor]:
+    """By interface, zeros where nothing arrives."""
+    arrived = batch.state.progress.gradients
+    found = [(n, v, arrived.get(n)) for n, v in batch.state.sent.items()]
+    return {n: torch.zeros_like(v) if g is None else g.detach() for n, v, g in found}
+
+
+def _joined(gradients: Gradients, parameters: list[nn.Parameter]) -> Tensor:
+    """The gradients of some parameters in one flat piece, zeros where there is none."""
+    found = [(p, gradients[p]) for p in parameters]
+    pieces = [torch.zeros_like(p) if g is None else g.to_dense() for p, g in found]
+    return torch.cat([piece.flatten() for piece in pieces])

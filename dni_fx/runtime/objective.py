@@ -1,0 +1,61 @@
+"""What is trained for, and how often it is looked at how well."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ..reports.steps import InterfaceReport
+from .emitted import evaluate
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+@dataclass
+class Objective:
+    """The user's loss, and what sources see of the target.
+
+    Attributes:
+        loss: ``loss(output, target)``, a scalar tensor.
+        accumulate: how many steps' gradients make one update; each loss counts 1 / accumulate.
+        make_context: turns a target into what sources see; None where they see nothing.
+    """
+
+    loss: Loss
+    accumulate: int = 1
+    make_context: Callable[[Any], Tensor] | None = None
+
+    def scaled(self, output: Any, target: Any) -> Tensor:
+        """The loss that is pulled back.
+
+        Raises:
+            DecouplingError: a loss that is no scalar, or has no graph.
+        """
+        value = evaluate(self.loss, output, target)
+        return value / self.accumulate if self.accumulate > 1 else value
+
+    def context(self, target: Any) -> Tensor | None:
+        """What sources see of a target."""
+        return None if self.make_context is None or target is None else self.make_context(target)
+
+
+@dataclass
+class Metrics:
+    """When predictions are compared with their targets, and what was found.
+
+    Attributes:
+        every: in steps.
+        requested: whether the next step compares, whatever ``every`` says.
+        found: the newest report of each interface.
+    """
+
+    every: int
+    requested: bool = False
+    found: dict[str, InterfaceReport] = field(default_factory=dict)
+
+    def is_due(self, step: int) -> bool:
+        """Whether a step compares."""
+        return self.requested or step % self.every == 0

@@ -1,0 +1,1 @@
+from ..passes.trace.state import preserved_rng

@@ -1,0 +1,251 @@
+"""The sources of one stage, for one batch: asked, answered, and taught."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import DecouplingError
+from ..reports.steps import InterfaceReport, compare
+from ..sources import Prediction, Served, Wait, mix
+from .answers import Answers
+from .batch_state import BatchState, Setting
+from .emitted import kept_weights
+
+
+class StageSources:
+    """What a stage asks its sources about one batch, and what they learn from it.
+
+    Args:
+        setting: what holds for the batch.
+        index: of the stage.
+        state: what is known of the batch.
+        answers: what has come back to the sources.
+        asks_again: where a source has learnt since it was asked, what it says now is corrected, so
+            that a late message does not drive on what is right by now; else it keeps its weights
+            of then.
+
+    Attributes:
+        groups: the sources, each with the values that it serves.
+    """
+
+    def __init__(
+        self, setting: Setting, index: int, state: BatchState, answers: Answers, asks_again: bool
+    ) -> None:
+        self.setting, self.index, self.state, self.answers = setting, index, state, answers
+        self.groups = setting.by_producer[index]
+        self.asks_again = asks_again
+        self._versions: dict[str, int] = {}  # of the sources' weights, when they were asked
+        self._again: dict[str, Prediction] = {}
+
+    @property
+    def waiting(self) -> list[Served]:
+        """Those that wait for a message."""
+        return [s for s in self.groups if s.source.asks.wait is not None]
+
+    @property
+    def waits(self) -> list[Wait]:
+        """What these declare of it."""
+        return [w for s in self.groups if (w := s.source.asks.wait) is not None]
+
+    @property
+    def answer_at_once(self) -> bool:
+        """Whether all that the stage pulls back is predicted, and nothing comes late."""
+        return bool(self.groups) and not self.waiting
+
+    @property
+    def answer_early(self) -> bool:
+        """Whether the stage pulls something back before any message is there."""
+        at_once = all(s.source.asks.early for s in self.groups)
+        return self.setting.share == 0 and bool(self.groups) and at_once
+
+    # ---- ask -------------------------------------------------------------------------------------
+
+    def ask(self, group: Served, values: Mapping[str, Any], keep: bool = False) -> Prediction:
+        """What a source says about its values; remembered.
+
+        Args:
+            group: the source.
+            values: by name, detached.
+            keep: with copies of its weights, which are updated before its message comes.
+        """
+        if self.asks_again:
+            self._versions[group.name] = _version(group.source)
+        served = tuple(values[n] for n in group.names)
+        with self.named(), kept_weights(group.source) if keep else contextlib.nullcontext():
+            prediction: Prediction = group.source(served, self.state.context)
+        self.state.predictions[group.name] = prediction
+        return prediction
+
+    def ask_all(self, delays: Mapping[int, int]) -> None:
+        """About what the stage sends.
+
+        Args:
+            delays: in how many steps each stage will have pulled back this batch.
+        """
+        for group in self.groups:
+            self.ask(group, self.state.values, self._hears_late(group, delays))
+
+    def ask_to_learn(self, delays: Mapping[int, int]) -> None:
+        """Where the stage itself is left out, but its consumers run: to learn from those."""
+        for group in () if self.index in self.setting.active else self.groups:
+            hears = "gradient" in group.source.asks.learns_from
+            runs = all(c in self.setting.active for c in group.consumers)
+            if hears and runs and group.name not in self.state.predictions:
+                self.ask(group, self.state.known(), self._hears_late(group, delays))
+
+    def _hears_late(self, group: Served, delays: Mapping[int, int]) -> bool:
+        """Whether a source may be updated before the message about its prediction comes."""
+        hears = not self.asks_again and "gradient" in group.source.asks.learns_from
+        return hears and any(delays[c] > 0 for c in group.consumers)
+
+    # ---- what is pulled back ---------------------------------------------------------------------
+
+    def predicted(self) -> dict[str, Tensor]:
+        """What is pulled back at once, by value."""
+        return {n: g for s in self.groups for n, g in self._by_name(s, self._said(s))}
+
+    def completed(self) -> dict[str, Any]:
+        """What is pulled back now that the messages are there, by value: what sources that wait say
+        of them, the true gradient's share, and whatever was not pulled back before.
+        """
+        share, early = self.setting.share, self.index in self.state.progress.early
+        if not self.groups:  # nobody was asked: the true gradients themselves
+            arrived = self.state.progress.gradients
+            return {n: arrived.get(n) for n in self.setting.stages[self.index].outputs}
+        groups = [s for s in self.groups if share > 0 or s.source.asks.wait or not early]
+        return {n: g for s in groups for n, g in self._by_name(s, self._completed(s))}
+
+    @staticmethod
+    def _by_name(group: Served, gradients: tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
+        return zip(group.names, gradients, strict=True)
+
+    def _said(self, group: Served) -> tuple[Tensor, ...]:
+        gradients = self.state.predictions[group.name].gradients
+        if gradients is None:
+            raise DecouplingError(
+                f"the source at {group.name!r} ({type(group.source).__name__}) predicted no "
+                "gradients: only a source with a lag may do without"
+            )
+        return gradients
+
+    def _completed(self, group: Served) -> tuple[Any, ...]:
+        source, share = group.source, self.setting.share
+        prediction = self.state.predictions[group.name]
+        if share == 1:
+            return tuple(self.state.progress.gradients.get(n) for n in group.names)
+        if share > 0:
+            return mix(share, self.answers.gradients(group), prediction.guessed)
+        if source.asks.wait is None:
+            return self._said(group)
+        with self.named():
+            found = source.complete(prediction, self.answers.of(group, source.asks.awaited))
+            if not isinstance(found, tuple) or len(found) != len(group.names):
+                raise DecouplingError(
+                    f"{type(source).__name__}.complete must return a tuple of {len(group.names)} "
+                    f"gradients, one per value, but returned {type(found).__name__}"
+                )
+        if source.asks.early and self.index not in self.state.progress.early:
+            # Another source of the stage waits: all in one.
+            return tuple(a + b for a, b in zip(found, self._said(group), strict=True))
+        return found
+
+    # ---- learn -----------------------------------------------------------------------------------
+
+    def learn(self) -> list[tuple[str, Tensor]]:
+        """Train every source whose message is there.
+
+        Returns:
+            Losses with their graph, by the source's name.
+        """
+        losses: list[tuple[str, Tensor | None]] = []
+        for group in self.groups:
+            if group.name not in self.state.predictions:
+                continue
+            if group in self.setting.divided:
+                losses += self._fit_parts(group)
+            elif group.name not in self.state.progress.fitted:
+                kinds = group.source.asks.learns_from
+                if self.answers.is_there(group, kinds):
+                    losses.append((group.name, self._fit(group, kinds)))
+        return [(n, loss) for n, loss in losses if loss is not None]
+
+    def _fit(self, group: Served, kinds: tuple[str, ...]) -> Tensor | None:
+        self.state.progress.fitted.add(group.name)
+        with self.named():
+            message = self.answers.of(group, kinds)
+            loss = group.source.fit(self._to_teach(group), message)
+            if loss is not None and (loss.numel() != 1 or not loss.requires_grad):
+                raise DecouplingError(
+                    f"{type(group.source).__name__}.fit must return a scalar with its graph, or "
+                    f"None, but returned a tensor of shape {tuple(loss.shape)}, "
+                    f"requires_grad={loss.requires_grad}"
+                )
+        return loss
+
+    def _fit_parts(self, group: Served) -> list[tuple[str, Tensor | None]]:
+        """Every consumer that has answered teaches the part that is its own."""
+        losses: list[tuple[str, Tensor | None]] = []
+        fitted, parts = self.state.progress.fitted, self.state.progress.parts
+        for place, consumer in enumerate(group.consumers):
+            key = f"{group.name}/{consumer}"
+            if key not in fitted and self.answers.has_answered(consumer):
+                fitted.add(key)
+                found = [(n, parts.get((n, consumer))) for n in group.names]
+                sent = self.state.sent
+                message = tuple(torch.zeros_like(sent[n]) if g is None else g for n, g in found)
+                loss = group.source.fit_part(place, self._to_teach(group), message)
+                losses.append((group.name, loss))
+        if all(f"{group.name}/{c}" in fitted for c in group.consumers):
+            fitted.add(group.name)
+        return losses
+
+    def _to_teach(self, group: Served) -> Prediction:
+        """What a message is compared with."""
+        said = self.state.predictions[group.name]
+        if self.asks_again and _version(group.source) != self._versions[group.name]:
+            self._again[group.name] = self.ask(group, self.state.sent)
+            self.state.predictions[group.name] = said
+        return self._again.get(group.name, said)
+
+    def compare(self, step: int) -> dict[str, InterfaceReport]:
+        """How near each prediction is to what arrived, once for each.
+
+        Args:
+            step: number of the step, for the reports.
+        """
+        found: dict[str, InterfaceReport] = {}
+        measured = self.state.progress.measured
+        for group in self.groups:
+            prediction = self.state.predictions.get(group.name)
+            guess = None if prediction is None else prediction.guessed
+            if guess is None or group.name in measured or not self.answers.has_heard(group):
+                continue
+            measured.add(group.name)
+            # Else it was taken where the input was predicted, or lacks what later windows would
+            # send.
+            real = not any(n in self.setting.inputs for n in group.names) and not group.leaves
+            ends = set(group.consumers) == {self.setting.last} and real
+            kind = "true" if self.setting.share == 1 or ends else "bootstrapped"
+            for name, a, b in zip(group.names, guess, self.answers.gradients(group), strict=True):
+                found[name] = compare(a, b, kind, step)
+        return found
+
+    @contextlib.contextmanager
+    def named(self) -> Iterator[None]:
+        """Errors say which stage they are about."""
+        try:
+            yield
+        except DecouplingError as error:
+            places = ", ".join(map(repr, self.setting.stages[self.index].outputs))
+            where = f"stage_{self.index}, which sends {places}"
+            raise type(error)(f"{where}: {error}") from error
+
+
+def _version(source: nn.Module) -> int:
+    """Another number whenever a parameter has been written to."""
+    return sum(p._version for p in source.parameters())

@@ -1,0 +1,116 @@
+"""The state between windows: who may start from it, and what must not happen to it meanwhile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import DecouplingError
+from ..graphs.nested import flatten
+from .window import States
+from .window_batch import along
+
+
+class Carried:
+    """The state that the next window starts from.
+
+    Attributes:
+        leaves: its tensors, detached; None at the start of a sequence.
+    """
+
+    def __init__(self) -> None:
+        self.leaves: list[Tensor] | None = None
+        self._handed: list[tuple[Tensor, int]] = []  # as the last report has it, with versions
+        self._shapes: dict[int, list[tuple[torch.Size, torch.dtype]]] = {}  # by batch size
+
+    def keep(self, leaves: list[Tensor] | None, reported: Any) -> None:
+        """Take the state after a window.
+
+        Args:
+            leaves: its tensors; None where all sequences have ended.
+            reported: the same as the user gets it.
+        """
+        self.leaves = leaves
+        self._handed = [] if leaves is None else [(t, t._version) for t in flatten(reported)[0]]
+
+    def forget(self, leaves: list[Tensor] | None = None) -> None:
+        """Start anew, or from a state that nobody else has."""
+        self.leaves, self._handed = leaves, []
+
+    def is_same(self, state: Any) -> bool:
+        """Whether a state is the one of the last report: the same memory, detached or not."""
+        leaves = flatten(state)[0]
+        if self.leaves is None or len(leaves) != len(self._handed):
+            return False
+        return all(_place(a) == _place(b) for a, (b, _) in zip(leaves, self._handed, strict=True))
+
+    def check_untouched(self) -> None:
+        """The reported state is still what gradients flow back through.
+
+        Raises:
+            DecouplingError: it was written to.
+        """
+        if any(t._version != version for t, version in self._handed):
+            raise DecouplingError(
+                "report.state was written to in place, but gradients still flow back through what "
+                "it was: use done= to start samples anew, or pass a new state (a clone)"
+            )
+
+    def check_fits(self, states: States, leaves: list[Tensor], batch: int) -> None:
+        """A window may start from these tensors.
+
+        Raises:
+            DecouplingError: another shape or dtype than at the start of a sequence.
+        """
+        if batch not in self._shapes:
+            self._shapes[batch] = [(t.shape, t.dtype) for t in states.initial(batch)]
+        expected = zip(states.names, leaves, self._shapes[batch], strict=True)
+        for name, a, (shape, dtype) in expected:
+            if a.shape != shape or a.dtype != dtype:
+                raise DecouplingError(
+                    f"tensor {name!r} of the state has shape {tuple(a.shape)}, {a.dtype}, but a "
+                    f"window of batch {batch} needs {tuple(shape)}, {dtype}: batch and dtype may "
+                    "change only where all sequences have ended (done=True, or reset())"
+                )
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride()
+
+
+def read_done(done: Any, batch: int, device: torch.device) -> Tensor | None:
+    """Whose sequence ends, ``(batch,)``; None for nobody's.
+
+    Raises:
+        DecouplingError: neither True, False nor a bool tensor of that shape.
+    """
+    if done is None or done is False:
+        return None
+    if done is True:
+        return torch.ones(batch, dtype=torch.bool, device=device)
+    if not isinstance(done, Tensor) or done.dtype != torch.bool or done.shape != (batch,):
+        found = repr(done)[:40]
+        if isinstance(done, Tensor):
+            found = f"{done.dtype}, {tuple(done.shape)}"
+        raise DecouplingError(
+            f"done must be True, False or a bool tensor of shape ({batch},), one for each sample: "
+            f"whether its sequence ends with this window; got {found}. A sequence that ends within "
+            "a window is padded to its end"
+        )
+    return done.to(device) if bool(done.any()) else None
+
+
+def begin_anew(
+    states: States, after: list[Tensor], initial: list[Tensor], ended: Tensor
+) -> list[Tensor]:
+    """The state after a window, with that of a new sequence for samples whose own has ended."""
+    whole = bool(ended.all())
+    found = []
+    for a, b, dim in zip(after, initial, states.batch_dims, strict=True):
+        if dim is None:
+            found.append(b if whole else a)
+        else:
+            found.append(torch.where(along(ended, a, dim), b, a))
+    return found

@@ -1,0 +1,181 @@
+"""Decoupled through time: a recurrent model trained window by window, each ending in a synthetic
+gradient.
+
+Backpropagation through time unrolls a whole sequence; truncated to windows of ``T`` steps it is
+blind to everything that an earlier window should have done for a later one. Here a window ends in a
+prediction of what all later windows would send back to its last state, so that memory is a window's
+and credit reaches further (Jaderberg et al. 2016, arXiv:1608.05343, section 2.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..compiler import check_whole, decouple_window
+from ..errors import DecouplingError
+from ..passes.cut.describing import Leaving
+from ..passes.cut.insertion import Gradients
+from ..passes.trace.ports import ANOTHER
+from ..plan import Interface, TensorSpec
+from ..runtime.optimizing import MakeOptimizer
+from ..sources import AcrossTime, Joint
+from .trainer import ThroughTime
+from .window import InitialState, Window
+
+
+def decouple_through_time(
+    model: nn.Module,
+    window: int,
+    *,
+    loss: Callable[[Any, Any], Tensor],
+    optimizer: MakeOptimizer,
+    synthesizer_optimizer: MakeOptimizer = torch.optim.Adam,
+    gradients: Gradients = "auto",
+    factor: float = 0.1,
+    auxiliary: bool | float = False,
+    cuts: Sequence[str] = (),
+    context: Callable[[Any], Tensor] | None = None,
+    initial_state: InitialState | None = None,
+    unroll: bool | None = None,
+    batch_first: bool | None = None,
+    messages: Sequence[str] = (),
+    message_factor: float = 1.0,
+    input_gradients: bool = False,
+    clip_norm: float | None = None,
+    accumulate: int = 1,
+    metrics_every: int = 50,
+    check: bool = True,
+) -> ThroughTime:
+    """Train a recurrent model on windows of a sequence, with synthetic gradients at their ends.
+
+    The graph of a window is traced at the first step and cut at its end: the state leaves, a source
+    predicts the gradient for it, and what flows back to the next window's first state is that
+    source's target.
+
+    Args:
+        model: ``nn.LSTM``, ``nn.GRU``, ``nn.RNN``, stacked or not; one of their cells; a model
+            ``(x, state) -> (y, state)`` with any nesting of tensors as its state, of single steps,
+            or of windows where it holds one of the former; or a model of ``x`` alone that holds
+            such modules, whose state is then found and carried.
+        window: T, the most time steps in one window.
+        loss: ``loss(output, target)`` of one window, a scalar.
+        optimizer: makes an optimiser from ``(name, parameter)`` pairs, as for
+            :class:`dni_fx.Trainer`.
+        synthesizer_optimizer: the same for the sources.
+        gradients: what predicts: ``"auto"`` (an MLP on all tensors of the state together),
+            ``"linear"``, ``"mlp"``, a factory; ``"zero"`` is truncated backpropagation through
+            time, ``"exact"`` the full one, which keeps every window until all sequences of the
+            batch have ended in one step; or a mapping from interface name to either
+            (``next_hidden``, ...).
+        factor: on the predicted gradient, on use; 0.1 as in the paper.
+        auxiliary: predict the next prediction from the state, too; a number is the weight of that
+            loss.
+        cuts: names to cut after within a window, say ``"rnn.layer_0"`` of a stacked ``rnn``: these
+            stages are decoupled from each other as by :func:`dni_fx.decouple`.
+        context: from a window's target to a float tensor ``(batch, features)`` that the sources at
+            its end see.
+        initial_state: from the batch size to the state at the start of a sequence; zeros by
+            default.
+        unroll: whether the model takes single steps; by default it does unless it is or holds an
+            ``nn.LSTM`` or such.
+        batch_first: whether windows are ``(batch, time, ...)``; by default as the model's recurrent
+            modules have it, else ``(time, batch, ...)``.
+        messages: keys of the model's output, a dict, whose tensors ``(batch, ...)`` go to another
+            network, which answers with their gradients (:meth:`ThroughTime.answer`); each has a
+            source of its own, ``"exact"`` to wait.
+        message_factor: on the predicted gradient of messages.
+        input_gradients: give back the gradient of the windows' float tensors, for whoever sent
+            them.
+        clip_norm, accumulate, metrics_every: as for :class:`dni_fx.Trainer`.
+        check: compare the traced window with the model at the first step.
+
+    Returns:
+        An object to train with: ``step(x_window, state=None, done=None, target=None)``.
+
+    Raises:
+        DecouplingError: arguments that do not fit together, or a model whose state cannot be
+            carried.
+
+    Source:
+        Jaderberg et al. 2016, arXiv:1608.05343, section 2.2.
+    """
+    check_whole(model)
+    if type(window) is not int or window < 1:
+        raise DecouplingError(f"window={window!r}: expected a number of time steps, at least 1")
+    numbers = {"factor": factor, "auxiliary": auxiliary, "message_factor": message_factor}
+    for name, number in numbers.items():
+        if not isinstance(number, int | float) or number < 0:
+            raise DecouplingError(f"{name}={number!r}: expected a number, at least 0")
+    if isinstance(messages, str):
+        raise DecouplingError(
+            f"messages={messages!r}: pass a list of keys, messages=[{messages!r}]"
+        )
+    framed = Window(
+        model, unroll, batch_first, layered=bool(cuts), stateless=bool(messages) or input_gradients
+    )
+    if messages and framed.unrolls:
+        raise DecouplingError(
+            f"{type(model).__name__} takes single steps, so that it would send a message at each "
+            "of them: let the model take windows, with its steps inside, and send one message for "
+            "each"
+        )
+    serving = Serving(factor, float(auxiliary), message_factor)
+    decoupled = decouple_window(
+        framed, cuts, gradients, serving.leaving, check, messages, input_gradients
+    )
+    return ThroughTime(
+        decoupled,
+        framed,
+        window,
+        serving.see_context,
+        messages=tuple(messages),
+        input_gradients=input_gradients,
+        loss=loss,
+        optimizer=optimizer,
+        synthesizer_optimizer=synthesizer_optimizer,
+        context=context,
+        initial_state=initial_state,
+        clip_norm=clip_norm,
+        accumulate=accumulate,
+        metrics_every=metrics_every,
+    )
+
+
+class Serving:
+    """Makes the sources at the end of a window: one for all tensors of the state that ask for the
+    same.
+    """
+
+    def __init__(self, factor: float, auxiliary: float, message_factor: float) -> None:
+        self.factor, self.auxiliary, self.message_factor = factor, auxiliary, message_factor
+        self.context: TensorSpec | None = None
+        self.known: list[tuple[Any, Joint]] = []
+
+    def see_context(self, context: Tensor) -> None:
+        """What the sources will see, at the first step."""
+        if self.context is None:
+            self.context = TensorSpec(tuple(context.shape), context.dtype)
+
+    def serve(self, interface: Interface, option: Any) -> Any:
+        """What makes the source of something that leaves the window."""
+        if option == "exact":
+            return "joint:exact"
+        if interface.feeds == ANOTHER:
+            return partial(AcrossTime, source=option, factor=self.message_factor)
+        for asked, joint in self.known:
+            if asked is option or asked == option:
+                return joint
+        made = Joint(
+            partial(AcrossTime, source=option, factor=self.factor, auxiliary=self.auxiliary)
+        )
+        self.known.append((option, made))
+        return made
+
+    def leaving(self) -> Leaving:
+        """How the compiler serves what leaves."""
+        return Leaving(self.serve, self.context)
