@@ -273,6 +273,26 @@ SCHEDULES: dict[str, type[Schedule]] = {
 }
 
 
+def mode_of(schedule: Schedule, step: int, stages: int) -> Mode:
+    """What a schedule says of a step.
+
+    Args:
+        schedule: the schedule.
+        step: number of the step, from 0.
+        stages: how many there are.
+
+    Raises:
+        DecouplingError: it names a stage that there is not.
+    """
+    mode = schedule.mode(step, stages)
+    if mode.active and max(mode.active) >= stages:
+        raise DecouplingError(
+            f"the schedule {schedule!r} names stage {max(mode.active)}, but there are {stages}, "
+            "counted from 0"
+        )
+    return mode
+
+
 def make_schedule(option: str | Schedule) -> Schedule:
     """A schedule by its name, with its defaults; schedules are passed on as they are.
 

@@ -24,7 +24,8 @@ from ..schedules import Mode
 from .job import Job, Values
 from .learning import StageLearner
 from .limits import Flow
-from .mailbox import Address, Letter, Mail, ParallelError, Stopwatch
+from .mailbox import Address, Letter, Mail, ParallelError
+from .monitoring import Stopwatch
 from .routes import Routes
 from .worker import StageWorker
 

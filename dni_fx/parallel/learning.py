@@ -12,7 +12,7 @@ from ..runtime.finite import all_finite, refuse, value_places
 from ..runtime.objective import Objective
 from ..runtime.optimizing import StageOptimizers
 from .job import Job
-from .mailbox import Stopwatch
+from .monitoring import Stopwatch
 
 Reduce = Callable[[list[nn.Parameter]], None]
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ..errors import DecouplingError
+from .monitoring import Stopwatch as Stopwatch  # for worker.py
 
 VALUE, ANSWER = "value", "answer"
 
@@ -37,17 +37,6 @@ class Letter(NamedTuple):
 
 class ParallelError(DecouplingError):
     """A stage, or the process that it runs in, failed or does not answer."""
-
-
-@dataclass
-class Span:
-    """What a stage did when, in seconds of ``time.perf_counter``."""
-
-    stage: int
-    what: str
-    start: float
-    end: float
-    step: int
 
 
 @dataclass
@@ -139,25 +128,3 @@ class Mail:
                 type(self.failure) if isinstance(self.failure, DecouplingError) else ParallelError
             )
             raise kind(str(self.failure)) from self.failure
-
-
-@dataclass
-class Stopwatch:
-    """What one stage has spent its time on, and the newest of its spans."""
-
-    stage: int
-    spans: deque[Span] = field(default_factory=lambda: deque(maxlen=4096))
-    seconds: dict[str, float] = field(default_factory=dict)
-    began: float | None = None
-
-    @contextmanager
-    def spending(self, what: str, step: int) -> Iterator[None]:
-        """Measure a region."""
-        start = time.perf_counter()
-        self.began = start if self.began is None else self.began
-        try:
-            yield
-        finally:
-            end = time.perf_counter()
-            self.seconds[what] = self.seconds.get(what, 0.0) + end - start
-            self.spans.append(Span(self.stage, what, start, end, step))

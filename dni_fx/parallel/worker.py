@@ -366,6 +366,7 @@ class StageWorker:
             "staleness": learner.delays.mean,
             "staleness_max": learner.delays.largest,
             "seconds": spent,
+            "rate": learner.watch.rate(self.begun),
             "idle": spent.get("wait", 0.0) / total if total else None,
         }
 

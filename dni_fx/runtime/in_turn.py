@@ -350,8 +350,8 @@ class InTurn:
         """The new batch first: what the schedule leaves out of it is dropped."""
         for batch in reversed(batches):
             batch.advance(self.clock)
-            if batch is new and batch.setting.share > 0:
-                self._drop_left_out(batch.setting)
+            if new is not None and batch is new and new.setting.share > 0:
+                self._drop_left_out(new.setting)
 
     def _drop_left_out(self, setting: Setting) -> None:
         """Stages that the schedule left out, where all had to run for the true gradient."""

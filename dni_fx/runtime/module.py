@@ -32,7 +32,8 @@ from ..decoupled import Decoupled
 from ..errors import DecouplingError
 from ..passes.cut.splitting import StageGraph
 from ..sources import Each, Prediction, Served, awaited_kinds, message_kinds, serve
-from .emitted import all_finite, detached, keep_modes
+from .emitted import detached, keep_modes
+from .finite import all_finite
 from .optimizing import MakeOptimizer, made_optimizer
 
 

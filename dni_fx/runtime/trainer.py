@@ -12,7 +12,7 @@ from ..errors import DecouplingError
 from ..graphs.nested import map_tensors
 from ..parallel.executors import OnThreads
 from ..reports.steps import StepReport
-from ..schedules import Mode, Schedule, Threads, make_schedule
+from ..schedules import Mode, Schedule, Threads, make_schedule, mode_of
 from .batch_state import Settings
 from .in_turn import Batch, InTurn
 from .measuring import Measures
@@ -124,14 +124,7 @@ class Trainer(Measures):
         return StepReport(loss, output[0], dict(self.metrics.found), self.steps)
 
     def _mode(self) -> Mode:
-        count = len(self.decoupled.stages)
-        mode = self.schedule.mode(self.steps, count)
-        if mode.active and max(mode.active) >= count:
-            raise DecouplingError(
-                f"the schedule {self.schedule!r} names stage {max(mode.active)}, but there are "
-                f"{count}, counted from 0"
-            )
-        return mode
+        return mode_of(self.schedule, self.steps, len(self.decoupled.stages))
 
     def _make_optimizers(self) -> None:
         """For everything that the active graph trains."""
@@ -152,8 +145,8 @@ class Trainer(Measures):
                 self._threads = OnThreads(
                     self.decoupled, self.objective, self.optimizing, self.metrics, schedule.flow
                 )
-            team = self._threads
-            team.submit(team.make_jobs(self.steps, self._mode(), values, target))
+            threads, team = self._threads, self._threads.team
+            threads.submit(team.make_jobs(self.steps, self._mode(), values, target))
             self.metrics.requested = False
             self.steps += 1
             return team.report(self.steps)

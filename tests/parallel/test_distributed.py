@@ -370,6 +370,16 @@ def test_one_process_trains_alone(staleness: int | None, tmp_path: Path) -> None
     trainer.close()
 
 
+WHOLE = ["diagnose", "diagnose_parameters", "true_gradients", "state_dict", "load_state_dict"]
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_what_needs_the_whole_model_is_not_offered(name: str) -> None:
+    """No process has the other stages' weights of now, so it can neither measure nor save them."""
+    assert callable(getattr(alone(alone=True), name))
+    assert not hasattr(alone(), name)
+
+
 def test_a_plan_needs_no_group() -> None:
     model, x = ranks.built(ranks.Skips, torch.float32), ranks.batch(0)[0]
     decoupled = distributed.decouple(model, ["a"], example_inputs=(x,), gradients="zero")

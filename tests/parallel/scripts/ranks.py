@@ -281,7 +281,7 @@ def lengths() -> None:
 
 def free(gradients: str, **options: Any) -> None:
     trainer = train(trainer_of(gradients, queue=2, **options), 15)
-    for worker in trainer._team.workers.values():
+    for worker in trainer._process.workers.values():
         assert worker.updates >= 15, (
             f"{gradients}: {worker.name} made {worker.updates} updates in 15 steps"
         )
@@ -347,7 +347,7 @@ def dropping() -> None:
                     time.sleep(0.01)
                 if dist.get_rank() == 1 and step == 40 and placement is None:
                     store.wait([key])
-            workers = trainer._team.workers.values()
+            workers = trainer._process.workers.values()
             if dist.get_rank() == 0 and placement is None:
                 assert gradients == "delayed" or all(w.updates == steps for w in workers)
                 store.set(key, "made all steps")
@@ -384,7 +384,7 @@ def whole_model() -> None:
         model = built(Skips, torch.float32)
         model.load_state_dict(state)
         want = model(x)
-        has_last = 3 in trainer._team.workers
+        has_last = 3 in trainer._process.workers
         assert (output is not None) == has_last
         if has_last:
             assert torch.equal(output, want)
@@ -490,7 +490,6 @@ def refused() -> None:
           lambda: train(trainer_of("zero", placement=[0, [0, 1], 1, 1], staleness=0), 1, sizes=(1,)))  # fmt: skip
     fails("dni_fx.Trainer", lambda: first(schedule="threads"))
     fails("timeout must be", lambda: first(timeout=0))
-    fails("save(directory)", lambda: trainer_of().state_dict())
 
 
 def refused_buffers() -> None:

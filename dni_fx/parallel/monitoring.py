@@ -1,0 +1,106 @@
+"""What stages that run at once have done and when: stopwatches, the status table, the timeline."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+COLUMNS = (
+    "stage", "rank", "steps", "updates", "missed", "steps/s", "under way", "staleness", "idle",
+)  # fmt: skip
+
+
+@dataclass
+class Span:
+    """What a stage did when, in seconds of ``time.perf_counter``."""
+
+    stage: int
+    what: str
+    start: float
+    end: float
+    step: int
+
+
+@dataclass
+class Stopwatch:
+    """What one stage has spent its time on, and the newest of its spans."""
+
+    stage: int
+    spans: deque[Span] = field(default_factory=lambda: deque(maxlen=4096))
+    seconds: dict[str, float] = field(default_factory=dict)
+    began: float | None = None
+
+    @contextmanager
+    def spending(self, what: str, step: int) -> Iterator[None]:
+        """Measure a region."""
+        start = time.perf_counter()
+        self.began = start if self.began is None else self.began
+        try:
+            yield
+        finally:
+            end = time.perf_counter()
+            self.seconds[what] = self.seconds.get(what, 0.0) + end - start
+            self.spans.append(Span(self.stage, what, start, end, step))
+
+    def rate(self, count: int) -> float:
+        """So many batches, per second since the first span."""
+        seconds = 0.0 if self.began is None else time.perf_counter() - self.began
+        return count / seconds if seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Status:
+    """How the stages of some processes are doing; prints as a table.
+
+    Attributes:
+        rows: for each stage what :meth:`StageWorker.status` tells, its rank, and its steps a second
+            (``rate``).
+    """
+
+    rows: tuple[dict[str, Any], ...]
+
+    def __str__(self) -> str:
+        lines = [COLUMNS, *map(_cells, self.rows)]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
+        padded = [[c.ljust(w) for c, w in zip(line, widths, strict=True)] for line in lines]
+        return "\n".join("  ".join(line).rstrip() for line in padded)
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """A stage's line of the table."""
+    stale, idle = "-", "-"
+    if row["staleness"] is not None:
+        stale = f"{row['staleness']:.1f} (at most {row['staleness_max']})"
+    if row["idle"] is not None:
+        idle = f"{row['idle']:.0%}"
+    queued = ", ".join(f"{n} to {stage}" for stage, n in row["queued"].items()) or "-"
+    counts = [str(row[n]) for n in ("rank", "steps", "updates", "missed")]
+    return (row["stage"], *counts, f"{row['rate']:.1f}", queued, stale, idle)
+
+
+def trace_events(watches: Iterable[Stopwatch], rank: int) -> list[dict[str, Any]]:
+    """The spans of a process's stages as events of Chrome's trace format.
+
+    Args:
+        watches: of the stages.
+        rank: of the process.
+    """
+    offset = time.time() - time.perf_counter()  # processes share the system's clock alone
+    return [
+        {
+            "name": span.what,
+            "cat": "dni_fx",
+            "ph": "X",
+            "ts": (span.start + offset) * 1e6,
+            "dur": (span.end - span.start) * 1e6,
+            "pid": rank,
+            "tid": span.stage,
+            "args": {"batch": span.step},
+        }
+        for watch in watches
+        for span in watch.spans
+    ]
