@@ -19,6 +19,7 @@ from dni_fx.errors import DecouplingError
 from dni_fx.plan import TensorSpec
 from dni_fx.sources import (
     SOURCES,
+    AcrossTime,
     Asks,
     Corrected,
     Delayed,
@@ -84,6 +85,9 @@ class Nothing(GradientSource):
 
     def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Any:
         return Prediction(tuple(torch.zeros_like(value) for value in values))
+
+
+PARTS = {"complete": lambda self, p, awaited: awaited, "fit_part": lambda self, n, p, m: None}
 
 
 # ------------------------------------------------------------------------------------ declarations
@@ -235,6 +239,50 @@ def test_flags_that_cannot_be_translated() -> None:
         type("Own", (Nothing,), {"awaits": "gradeint"})
     with pytest.raises(DecouplingError, match="lag is a whole number"):
         type("Own", (Nothing,), {"lag": "1"})
+
+
+# ------------------------------------------------------------------------ sources made of sources
+
+
+class Told(Nothing):
+    """Notes what it knew when it was asked."""
+
+    def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
+        self.told = (self.unit, self.ended, self.jacobian)
+        return Prediction(tuple(torch.zeros_like(value) for value in values))
+
+
+@pytest.mark.parametrize(
+    "outer",
+    [
+        partial(Corrected, source=Told),
+        partial(Mix, source=Told),
+        partial(Each, source=Told),
+        partial(AcrossTime, source=Told),
+    ],
+    ids=["corrected", "mix", "each", "across time"],
+)
+def test_what_the_trainer_tells_is_handed_on(outer: Any) -> None:
+    source = make_source(outer, [SPEC])
+    ended, jacobian = torch.tensor([True, False, False, False]), torch.ones(4, 6, 6)
+    source.unit, source.ended, source.jacobian = 0.25, ended, jacobian
+    source((torch.ones(4, 6),))
+    (inner,) = [m for m in source.modules() if isinstance(m, Told)]
+    assert inner.told[0] == 0.25
+    assert inner.told[1] is ended
+    assert inner.told[2] is jacobian
+    alone = Told([SPEC])  # the control
+    alone((torch.ones(4, 6),))
+    assert alone.told == (1.0, None, None)
+
+
+def test_what_may_stand_between_windows() -> None:
+    for asks in (Asks(learns_from=("loss",)), Asks(wait=Wait(0)), Asks(per_consumer=True)):
+        with pytest.raises(DecouplingError, match="cannot serve the state between windows"):
+            AcrossTime([SPEC], source=type("Own", (Nothing,), {"asks": asks, **PARTS}))
+    for asks in (Asks(), Asks(learns_from=()), Asks(ends=True), Asks(ends=True, jacobian=True)):
+        made = AcrossTime([SPEC], source=type("Own", (Nothing,), {"asks": asks}))
+        assert made.asks == dataclasses.replace(asks, ends=True)
 
 
 # ----------------------------------------------------------------------------- one part a consumer
@@ -466,7 +514,7 @@ WRONG = {
     "not one": (lambda v: v[0] * 0, r"returned a tensor of shape \(4, 6\)"),
     "tuple": (lambda v: (v[0] * 0,), r"returned a tuple, 1 of them: "),
     "nothing": (lambda v: None, "returned None"),
-    "two": (lambda v: Prediction((v[0], v[0])), "there are 1 values.*2 of them"),
+    "two": (lambda v: Prediction((v[0], v[0])), "1 here.*2 of them"),
     "hole": (lambda v: Prediction((None,)), "1 of them: NoneType"),
     "waits for nothing": (lambda v: Prediction(None), r"Prediction\(None\)"),
     "shape": (

@@ -60,8 +60,9 @@ class GradientSource(Declares, nn.Module):
 
     Attributes:
         asks: the kinds of message that it learns from, and whether its stage waits; declared in the
-            class, or set in ``__init__`` where it depends on arguments. See :class:`Asks`; what
-            sources were written with before, ``message = "none"`` or ``lag = 1``, is taken as well.
+            class, or set in ``__init__`` where it depends on arguments; see
+            :class:`~dni_fx.sources.Asks`. What sources were written with before, ``message =
+            "none"`` or ``lag = 1``, is taken as well.
         unit: the factor in front of the mean loss, set by the trainer (1 / accumulate); what a
             source that computes gradients of a loss of its own multiplies them by.
         ended: set by the trainer for a source that asks for ``ends``, before it predicts: a bool
@@ -220,10 +221,11 @@ def check_prediction(source: GradientSource, prediction: Any, values: Sequence[T
         found = _described(prediction)
         if isinstance(prediction, Prediction):
             found = f"Prediction({_described(given)})"
+        name = type(source).__name__
         raise DecouplingError(
-            f"{type(source).__name__}.predict must return a Prediction whose gradients are a tuple "
-            "of one gradient per value, such as Prediction((gradient,)) for one (None only from a "
-            f"source that waits); there are {len(values)} values, but it returned {found}"
+            f"{name}.predict must return a Prediction with a tuple of one gradient per value "
+            f"({len(values)} here; None only from a source that waits), such as "
+            f"Prediction((gradient,)), but returned {found}"
         )
     for gradient, value in zip(given, values, strict=True):
         got, wanted = [(tuple(t.shape), t.dtype, t.device) for t in (gradient, value)]

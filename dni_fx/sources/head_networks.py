@@ -20,7 +20,7 @@ WIDEST = 256
 
 class Encoder(nn.Module):
     """One value as features at the positions that the context has; arguments as for
-    :class:`LossHead`.
+    :class:`~dni_fx.sources.LossHead`.
     """
 
     def __init__(
