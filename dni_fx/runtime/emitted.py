@@ -5,16 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import nn
 
 from ..errors import DecouplingError
 from ..graphs.nested import map_tensors
-
-if TYPE_CHECKING:
-    from ..sources.base import Prediction
+from ..sources.base import Prediction
+from ..sources.keeping import kept_weights as kept_weights
 
 
 @dataclass
@@ -181,26 +179,3 @@ def _autocast_depth() -> int:
     depth = torch.autocast_increment_nesting() - 1
     torch.autocast_decrement_nesting()
     return depth
-
-
-@contextlib.contextmanager
-def kept_weights(module: nn.Module) -> Iterator[None]:
-    """Graphs made inside keep copies of the module's weights and buffers: their updates would spoil
-    a late backward.
-    """
-    owned = {t.untyped_storage().data_ptr() for t in [*module.parameters(), *module.buffers()]}
-    copies: dict[Any, torch.Tensor] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        place = tensor.untyped_storage().data_ptr()
-        if place not in owned:
-            return (
-                tensor.detach()
-            )  # an output itself would hold its own node, for ever where the graph is retained
-        key = (place, tensor.storage_offset(), tensor.shape, tensor.stride())
-        if key not in copies:
-            copies[key] = tensor.detach().clone()
-        return copies[key]
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield

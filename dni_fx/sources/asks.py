@@ -206,11 +206,12 @@ class Declares:
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        declared = "asks" in vars(cls)
         for name, flag in [(n, f) for n, f in vars(Declares).items() if isinstance(f, _Flag)]:
             written = inspect.getattr_static(cls, name)  # of a class beside this one as well
             if written is flag:
                 continue
-            if "asks" in vars(cls):
+            if declared:
                 raise DecouplingError(
                     f"{cls.__name__} declares asks and the flag {name}; say it in asks alone"
                 )

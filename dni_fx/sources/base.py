@@ -8,7 +8,7 @@ is its own affair: this file fixes only when it is asked, what it is given, and 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,8 +60,9 @@ class GradientSource(Declares, nn.Module):
 
     Attributes:
         asks: the kinds of message that it learns from, and whether its stage waits; declared in the
-            class, or set in ``__init__`` where it depends on arguments. See :class:`Asks`; what
-            sources were written with before, ``message = "none"`` or ``lag = 1``, is taken as well.
+            class, or set in ``__init__`` where it depends on arguments; see
+            :class:`~dni_fx.sources.Asks`. What sources were written with before, ``message =
+            "none"`` or ``lag = 1``, is taken as well.
         unit: the factor in front of the mean loss, set by the trainer (1 / accumulate); what a
             source that computes gradients of a loss of its own multiplies them by.
         ended: set by the trainer for a source that asks for ``ends``, before it predicts: a bool
@@ -182,19 +183,7 @@ class GradientSource(Declares, nn.Module):
             DecouplingError: ``predict`` returned no prediction, or not one gradient per value.
         """
         prediction = self.predict(values, context)
-        given = prediction.gradients if isinstance(prediction, Prediction) else ()
-        waits = isinstance(prediction, Prediction) and given is None and not self.asks.at_once
-        if not waits and not (isinstance(given, tuple) and len(given) == len(values)):
-            found = (
-                f"{len(given)} of them"
-                if isinstance(prediction, Prediction) and given
-                else repr(prediction)[:60]
-            )
-            raise DecouplingError(
-                f"{type(self).__name__}.predict must return a Prediction whose gradients are a "
-                f"tuple, one per value ({len(values)} here; None only from a source with a lag), "
-                f"but returned {found}"
-            )
+        check_prediction(self, prediction, values)
         return prediction
 
     def flops(self) -> int:
@@ -214,6 +203,49 @@ class GradientSource(Declares, nn.Module):
         return int(counter.get_total_flops())
 
 
+SourceFactory = Callable[[Sequence[TensorSpec], TensorSpec | None], GradientSource]
+
+
+def check_prediction(source: GradientSource, prediction: Any, values: Sequence[Tensor]) -> None:
+    """Compare what ``predict`` returned with the values that it was asked for.
+
+    Raises:
+        DecouplingError: no prediction, not one gradient per value, or one of another shape, dtype
+            or device than its value.
+    """
+    given = prediction.gradients if isinstance(prediction, Prediction) else ()
+    if given is None and not source.asks.early:
+        return
+    tensors = isinstance(given, tuple) and all(isinstance(g, Tensor) for g in given)
+    if given is None or not tensors or len(given) != len(values):
+        found = _described(prediction)
+        if isinstance(prediction, Prediction):
+            found = f"Prediction({_described(given)})"
+        name = type(source).__name__
+        raise DecouplingError(
+            f"{name}.predict must return a Prediction with a tuple of one gradient per value "
+            f"({len(values)} here; None only from a source that waits), such as "
+            f"Prediction((gradient,)), but returned {found}"
+        )
+    for gradient, value in zip(given, values, strict=True):
+        got, wanted = [(tuple(t.shape), t.dtype, t.device) for t in (gradient, value)]
+        if got != wanted:
+            kind = "shape {}, {} on {}"
+            raise DecouplingError(
+                f"{type(source).__name__}.predict returned a gradient of {kind.format(*got)} for a "
+                f"value of {kind.format(*wanted)}: each must be like its value"
+            )
+
+
+def _described(found: Any) -> str:
+    if isinstance(found, Tensor):
+        return f"a tensor of shape {tuple(found.shape)}"
+    if isinstance(found, tuple | list):
+        kinds = ", ".join(type(element).__name__ for element in found)
+        return f"a {type(found).__name__}, {len(found)} of them: {kinds}"
+    return repr(found)[:60]
+
+
 def message_kinds(source: GradientSource) -> tuple[str, ...]:
     """The kinds of message that a source learns from, in order."""
     return source.asks.learns_from
@@ -224,8 +256,23 @@ def awaited_kinds(source: GradientSource) -> tuple[str, ...]:
     return source.asks.awaited
 
 
+def wide_dtype(specs: Sequence[TensorSpec]) -> torch.dtype:
+    """Double for values in double, else single: half is too coarse for small steps of learning."""
+    double = any(spec.dtype == torch.float64 for spec in specs)
+    return torch.float64 if double else torch.float32
+
+
 def like(gradient: Tensor, value: Tensor) -> Tensor:
-    """``gradient`` in the dtype and memory format of ``value``; no copy where both agree."""
+    """``gradient`` in the dtype and memory format of ``value``; no copy where both agree.
+
+    Raises:
+        DecouplingError: their shapes differ; a copy would be broadcast.
+    """
+    if gradient.shape != value.shape:
+        raise DecouplingError(
+            f"a source computed a gradient of shape {tuple(gradient.shape)} for a value of shape "
+            f"{tuple(value.shape)}: they must be equal"
+        )
     gradient = gradient.to(value.dtype)
     if gradient.stride() == value.stride():
         return gradient

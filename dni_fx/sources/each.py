@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor, nn
 
 from ..errors import DecouplingError
 from ..plan import TensorSpec
 from .asks import Asks
-from .base import GradientSource, Prediction
+from .base import GradientSource, Prediction, SourceFactory
+from .making import make_source
 
 EACH = "each:"
-
-Factory = Callable[[Sequence[TensorSpec], TensorSpec | None], GradientSource]
 
 
 def is_each(option: object) -> bool:
     """Whether an option asks for one source for each consumer."""
     return isinstance(option, str) and option.startswith(EACH)
+
+
+def for_consumers(option: str | SourceFactory, consumers: int) -> str | SourceFactory:
+    """The option itself, or for ``"each:name"`` a factory with a part for each consumer."""
+    if isinstance(option, str) and option.startswith(EACH):
+        return partial(Each, source=option.removeprefix(EACH), parts=consumers)
+    return option
 
 
 class Each(GradientSource):
@@ -48,12 +55,10 @@ class Each(GradientSource):
         specs: Sequence[TensorSpec],
         context: TensorSpec | None = None,
         *,
-        source: str | Factory = "auto",
+        source: str | SourceFactory = "auto",
         parts: int = 1,
     ) -> None:
         super().__init__(specs, context)
-        from . import make_source  # the table of names is made of the classes there
-
         made = [make_source(source, specs, context) for _ in range(parts)]
         if any(s.asks != Asks() for s in made):
             raise DecouplingError(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..plan import Interface, TensorSpec
-from .base import GradientSource
+from .base import GradientSource, SourceFactory
 
 JOINT = "joint:"
 
@@ -19,7 +19,7 @@ class Joint:
         factory: makes the source from the specs of all these values.
     """
 
-    factory: Callable[[Sequence[TensorSpec], TensorSpec | None], GradientSource]
+    factory: SourceFactory
 
     def __call__(
         self, specs: Sequence[TensorSpec], context: TensorSpec | None = None

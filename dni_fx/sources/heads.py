@@ -14,7 +14,6 @@ block's output and its skip connection, either says little alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -24,11 +23,8 @@ from torch import Tensor, nn
 from ..errors import DecouplingError
 from ..plan import TensorSpec
 from .asks import Asks
-from .base import GradientSource, Prediction, like
-from .regression import BatchNorm, Network, Regression
-
-# channels of hidden layers, unless asked for: twice 1024 channels would cost more than their stage
-WIDEST = 256
+from .base import GradientSource, Prediction, like, wide_dtype
+from .head_networks import Encoder, HandedOver, RunningScale
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -51,23 +47,6 @@ class Evaluation(NamedTuple):
     mean: Tensor
     weights: Tensor
     gradients: tuple[Tensor, ...]
-
-
-class HandedOver(torch.autograd.Function):
-    """A loss whose gradients for some parameters are known already."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, loss: Tensor, gradients: tuple[Tensor, ...], *parameters: Tensor
-    ) -> Tensor:
-        """The loss itself."""
-        ctx.gradients = gradients
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *above: Tensor) -> Any:
-        """The known gradients, times what comes from above."""
-        return None, None, *(above[0] * gradient for gradient in ctx.gradients)
 
 
 class LossHead(GradientSource):
@@ -140,12 +119,7 @@ class LossHead(GradientSource):
         if norm not in ("batch", "none"):
             raise DecouplingError(f"unknown norm {norm!r}; known: 'batch', 'none'")
         self.loss, self.factor, self.context_shape = loss, factor, tuple(context.shape)
-        # Half precision is too coarse for the small steps of learning.
-        dtype = (
-            torch.float64
-            if any(spec.dtype == torch.float64 for spec in self.specs)
-            else torch.float32
-        )
+        dtype = wide_dtype(self.specs)
         stride = stride if len(self.context_shape) == 2 else 1
         encoders = [Encoder(spec, hidden, width, stride, norm, dtype) for spec in self.specs]
         for spec, encoder in zip(self.specs, encoders, strict=True):
@@ -161,11 +135,7 @@ class LossHead(GradientSource):
         Raises:
             DecouplingError: a value or the context is not of the kind that the head was made for.
         """
-        dtype, rank, features = (
-            self.output.weight.dtype,
-            len(self.context_shape),
-            self.context_shape[-1],
-        )
+        rank, features = len(self.context_shape), self.context_shape[-1]
         if context is None or context.dim() != rank or context.shape[-1] != features:
             got = "none" if context is None else f"one of shape {tuple(context.shape)}"
             raise DecouplingError(
@@ -175,17 +145,16 @@ class LossHead(GradientSource):
             )
         keep = torch.is_grad_enabled()
         with torch.enable_grad():
+            dtype = self.output.weight.dtype
             # In the head's dtype at once: gradients of mean losses are too small for float16.
             leaves = tuple(value.detach().to(dtype).requires_grad_() for value in values)
             # Views, since FlopCounterMode hooks what a module is given, which autograd.grad does
             # not allow for leaves.
             logits = self.logits(tuple(leaf.view_as(leaf) for leaf in leaves), context)
             losses, mean, weights = self.evaluate(logits, context.detach().to(dtype))
-            learnt = (
-                tuple(p for p in self.parameters() if p.requires_grad)
-                if keep and self.greedy
-                else ()
-            )
+            learnt: tuple[nn.Parameter, ...] = ()
+            if keep and self.greedy:
+                learnt = tuple(p for p in self.parameters() if p.requires_grad)
             retain = keep and not self.greedy
             found = torch.autograd.grad(
                 mean, (*leaves, *learnt), None, retain, keep and self.create_graph
@@ -206,11 +175,9 @@ class LossHead(GradientSource):
             encoder(value, shape) for encoder, value in zip(self.encoders, values, strict=True)
         ]
         lead = torch.broadcast_shapes(shape[:-1], *(e.shape[:-1] for e in encoded))
-        joined = (
-            torch.cat([e.expand(*lead, -1) for e in encoded], -1)
-            if len(encoded) > 1
-            else encoded[0]
-        )
+        joined = encoded[0]
+        if len(encoded) > 1:
+            joined = torch.cat([e.expand(*lead, -1) for e in encoded], -1)
         logits: Tensor = self.output(joined).to(self.output.weight.dtype)
         return logits.expand(*lead, -1)
 
@@ -229,15 +196,10 @@ class LossHead(GradientSource):
             losses = self.loss(logits, context)  # type: ignore[operator]
         weights = counts / counts.sum().clamp(min=1)
         if losses.shape == lead:
-            total, flat = (
-                (losses * weights).sum(),
-                counts.flatten(1) if len(lead) > 1 else counts[:, None],
-            )
-            return (
-                (losses.reshape(flat.shape) * flat).sum(1) / flat.sum(1).clamp(min=1),
-                total,
-                weights,
-            )
+            total = (losses * weights).sum()
+            flat = counts.flatten(1) if len(lead) > 1 else counts[:, None]
+            each = (losses.reshape(flat.shape) * flat).sum(1) / flat.sum(1).clamp(min=1)
+            return each, total, weights
         if losses.shape != lead[:1]:
             raise DecouplingError(
                 f"the loss of a head returned shape {tuple(losses.shape)} for logits of shape "
@@ -363,33 +325,6 @@ class Sobolev(Critic):
         )
 
 
-class RunningScale(Regression):
-    """A regression without networks: the scale of gradients that are computed elsewhere."""
-
-    def __init__(self, specs: Sequence[TensorSpec]) -> None:
-        super().__init__(specs, None, Network)  # the networks' base has no parameters
-
-    def compare(self, gradients: tuple[Tensor, ...], targets: tuple[Tensor, ...]) -> Tensor:
-        """Mean squared error in units of the running scale, summed over the values; updates the
-        scale first.
-        """
-        expected, got = [tuple(g.shape) for g in gradients], [tuple(t.shape) for t in targets]
-        if expected != got:
-            raise DecouplingError(
-                f"gradients of shapes {got} came back to a head for values of shapes {expected}"
-            )
-        targets = tuple(target.detach().to(self.scale.dtype) for target in targets)
-        self._update_scale(targets)
-        inverses = (
-            self.scale.reciprocal().nan_to_num(posinf=0.0).unbind()
-        )  # nothing to learn while there is no scale
-        errors = [
-            F.mse_loss(gradient.to(target.dtype) * inverse, target * inverse)
-            for gradient, target, inverse in zip(gradients, targets, inverses, strict=True)
-        ]
-        return torch.stack(errors).sum()
-
-
 class Distill(LossHead):
     r"""The head learns the next head's logits, the model's before the last stage, and the labels.
 
@@ -454,79 +389,3 @@ class Distill(LossHead):
             ).sum(-1)
         loss: Tensor = (distances * prediction.state.weights).sum()
         return loss + self.labels * prediction.state.mean if self.labels else loss
-
-
-class Encoder(nn.Module):
-    """One value as features at the positions that the context has; arguments as for
-    :class:`LossHead`.
-    """
-
-    def __init__(
-        self,
-        spec: TensorSpec,
-        hidden: int | None,
-        width: int | None,
-        stride: int,
-        norm: str,
-        dtype: torch.dtype,
-    ) -> None:
-        super().__init__()
-        self.shape = spec.shape if len(spec.shape) > 1 else (*spec.shape, 1)
-        self.space = len(self.shape) - 2 if spec.feature_dim == 1 else 0
-        self.feature_dim = 1 if self.space else -1
-        if self.space > 3:
-            raise DecouplingError(
-                f"no loss head for maps with more than 3 spatial dimensions, such as {spec.shape}"
-            )
-        features = self.shape[self.feature_dim]
-        hidden = (2 if self.space else 1) if hidden is None else hidden
-        blocks: list[nn.Module] = []
-        if self.space:
-            first = min(features * stride, WIDEST) if width is None else width
-            sizes = [features] + [min(first * stride**i, max(first, WIDEST)) for i in range(hidden)]
-            convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[self.space - 1]
-            for a, b in pairwise(sizes):
-                blocks.append(convolution(a, b, 3, stride, 1, bias=norm == "none", dtype=dtype))
-                blocks += [nn.ReLU()] if norm == "none" else [BatchNorm(b, dtype), nn.ReLU()]
-        else:
-            sizes = [features] + [max(features, 64) if width is None else width] * hidden
-            for a, b in pairwise(sizes):
-                blocks += [nn.Linear(a, b, dtype=dtype), nn.ReLU()]
-        self.blocks, self.outputs = nn.Sequential(*blocks), sizes[-1]
-
-    def forward(self, value: Tensor, context: tuple[int, ...]) -> Tensor:
-        """Features, with as many dimensions as a context of that shape; sizes are the context's or
-        1.
-        """
-        self.check(tuple(value.shape), context)
-        h: Tensor = self.blocks(value if value.dim() > 1 else value[:, None])
-        h = h.movedim(1, -1) if self.space else h
-        rank = len(context)
-        if once := [i for i in range(1, min(rank, h.dim()) - 1) if context[i] == 1 < h.shape[i]]:
-            h = h.mean(once, keepdim=True)
-        if h.dim() > rank:
-            h = h.mean(tuple(range(rank - 1, h.dim() - 1)))
-        return h[(..., *(None,) * (rank - h.dim()), slice(None))]
-
-    def check(self, shape: tuple[int, ...], context: tuple[int, ...]) -> None:
-        """Raise an error unless a value of this shape is of the encoder's kind and lines up with
-        the context.
-        """
-        full = shape if len(shape) > 1 else (*shape, 1)
-        if len(full) != len(self.shape) or full[self.feature_dim] != self.shape[self.feature_dim]:
-            raise DecouplingError(
-                f"a loss head made for values like {self.shape} (features in dimension "
-                f"{self.feature_dim}) got one of shape {shape}: only batch, time and space may "
-                "change. Decouple again for a new size."
-            )
-        lead = full[:1] + full[2:] if self.space else full[:-1]
-        if any(
-            have != want and 1 not in (have, want)
-            for have, want in zip(lead, context[:-1], strict=False)
-        ):
-            raise DecouplingError(
-                f"a context of shape {context} does not line up with a value of shape {shape} "
-                f"(features in dimension {self.feature_dim}): its sizes must match {lead} from the "
-                "left, each equal or 1. Return such a shape from context=<callable>, or use "
-                "'linear' or 'delayed' here."
-            )

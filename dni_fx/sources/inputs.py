@@ -9,7 +9,6 @@ whenever it arrives.
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,9 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..errors import DecouplingError, did_you_mean
+from ..errors import DecouplingError
 from ..plan import TensorSpec
 from .align_inputs import Lineup, feature_count
+from .base import wide_dtype
+from .making import call_factory, find_factory
 from .regression import WINDOW, Affine, make_norms
 
 
@@ -136,7 +137,7 @@ class InputRegression(InputSource):
                 "a synthetic input needs at least 1 bucket, width 1 and 0 hidden layers, but got "
                 f"{buckets=}, {width=}, {hidden=}"
             )
-        dtype = torch.float64 if spec.dtype == torch.float64 else torch.float32
+        dtype = wide_dtype([spec])
         self.lineup = Lineup(spec, self.input_specs, buckets, dtype)
         local, shared, space = self.lineup.local, self.lineup.shared, self.lineup.space
         if kernel is None:
@@ -296,39 +297,6 @@ def make_input(
     Raises:
         DecouplingError: unknown name; not a factory; a value that does not line up with the inputs.
     """
-    factory: object = INPUTS.get(option) if isinstance(option, str) else option
-    if factory is None:
-        hint = did_you_mean(str(option), INPUTS)
-        known = ", ".join(repr(name) for name in INPUTS)
-        raise DecouplingError(
-            f"unknown synthetic input {option!r}{hint}. Known: {known}, or an InputSource factory."
-        )
-    if isinstance(factory, nn.Module):
-        raise DecouplingError(
-            f"got a {type(factory).__name__} object as synthetic input, but each interface makes "
-            "its own. Pass the class, or a callable (spec, inputs) -> InputSource."
-        )
-    if not callable(factory):
-        raise DecouplingError(
-            "a synthetic input is a name or a callable (spec, inputs) -> InputSource, but got "
-            f"{factory!r}"
-        )
-    try:
-        inspect.signature(factory).bind(spec, tuple(inputs))
-    except TypeError as error:
-        raise DecouplingError(
-            f"the synthetic input factory {factory!r} must take (spec, inputs): {error}"
-        ) from error
-    devices = (
-        range(torch.cuda.device_count())
-        if torch.cuda.is_available() and torch.cuda.is_initialized()
-        else ()
-    )
-    with torch.random.fork_rng(devices=devices):
-        source = factory(spec, tuple(inputs))
-    if not isinstance(source, InputSource):
-        raise DecouplingError(
-            f"the synthetic input factory {factory!r} returned {type(source).__name__}, expected "
-            "an InputSource"
-        )
-    return source
+    factory = find_factory(option, INPUTS, "synthetic input", InputSource)
+    arguments = {"spec": spec, "inputs": tuple(inputs)}
+    return call_factory(factory, "synthetic input", InputSource, arguments)

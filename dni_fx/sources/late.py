@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +13,8 @@ from torch import Tensor
 from ..errors import DecouplingError
 from ..plan import TensorSpec
 from .asks import Asks, Wait
-from .base import GradientSource, Prediction, like
-
-Factory = Callable[[Sequence[TensorSpec], TensorSpec | None], GradientSource]
+from .base import GradientSource, Prediction, SourceFactory, like
+from .making import make_source
 
 
 class Delayed(GradientSource):
@@ -60,9 +59,9 @@ class Delayed(GradientSource):
 
     def complete(self, prediction: Prediction, awaited: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The true gradient, shrunk."""
-        return (
-            awaited if self.shrink == 1 else tuple(gradient * self.shrink for gradient in awaited)
-        )
+        if self.shrink == 1:
+            return awaited
+        return tuple(gradient * self.shrink for gradient in awaited)
 
     def flops(self) -> int:
         """None at all, but a forward of its stage where that is run again."""
@@ -79,11 +78,9 @@ class Wrapping(GradientSource):
     """
 
     def __init__(
-        self, specs: Sequence[TensorSpec], context: TensorSpec | None, source: str | Factory
+        self, specs: Sequence[TensorSpec], context: TensorSpec | None, source: str | SourceFactory
     ) -> None:
         super().__init__(specs, context)
-        from . import make_source  # the table of names is made of the classes here
-
         self.source = make_source(source, specs, context)
         if not self.source.asks.at_once or self.source.asks.exact:
             raise DecouplingError(
@@ -127,7 +124,7 @@ class Corrected(Wrapping):
         specs: Sequence[TensorSpec],
         context: TensorSpec | None = None,
         *,
-        source: str | Factory = "auto",
+        source: str | SourceFactory = "auto",
         steps: int = 1,
         shrink: float = 1.0,
         recompute: bool = True,
@@ -170,7 +167,7 @@ class Mix(Wrapping):
         specs: Sequence[TensorSpec],
         context: TensorSpec | None = None,
         *,
-        source: str | Factory = "auto",
+        source: str | SourceFactory = "auto",
         share: float = 0.5,
         steps: int = 0,
         at_once: bool = True,
@@ -189,14 +186,10 @@ class Mix(Wrapping):
         """The other source's prediction: its share, or held back where the stage waits."""
         prediction = super().predict(values, context)
         assert prediction.gradients is not None
-        early = (
-            tuple(gradient * (1 - self.share) for gradient in prediction.gradients)
-            if self.asks.early
-            else None
-        )
-        return Prediction(
-            early, prediction, prediction.loss, prediction.logits, prediction.gradients
-        )
+        early, guess = None, prediction.gradients
+        if self.asks.early:
+            early = tuple(gradient * (1 - self.share) for gradient in guess)
+        return Prediction(early, prediction, prediction.loss, prediction.logits, guess)
 
     def complete(self, prediction: Prediction, awaited: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Mixed gradients, the true ones themselves for a share of 1; the true one's share where it

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import DecouplingError
 from ..plan import TensorSpec
-from .base import GradientSource, Prediction, like
+from .base import GradientSource, Prediction, like, wide_dtype
 from .context import align_context, check_context
 
 # non-zero targets in the running scale: their plain mean at first, then a moving mean of decay 0.99
@@ -51,8 +51,7 @@ class Network(nn.Module):
         self.positions = math.prod(self.shape) // max(self.features, 1)
         self.context_shape = None if context is None or not spec.shape else context.shape
         self.context_features = 0 if self.context_shape is None else self.context_shape[-1]
-        # Half precision is too coarse for the small steps of a regression.
-        self.dtype = torch.float64 if spec.dtype == torch.float64 else torch.float32
+        self.dtype = wide_dtype([spec])
         if self.context_shape is not None:
             check_context(self.context_shape, self.shape, self.feature_dim)
         if self.space > 3:
@@ -250,11 +249,7 @@ class Regression(GradientSource):
     ) -> None:
         super().__init__(specs, context)
         self.networks = nn.ModuleList(network(spec, context) for spec in self.specs)
-        dtype = (
-            torch.float64
-            if any(spec.dtype == torch.float64 for spec in self.specs)
-            else torch.float32
-        )
+        dtype = wide_dtype(self.specs)
         self.register_buffer("scale", torch.zeros(len(self.specs), dtype=dtype))
         self.register_buffer("count", torch.zeros(len(self.specs), dtype=dtype))
 
@@ -280,10 +275,8 @@ class Regression(GradientSource):
         Raises:
             DecouplingError: a target's shape differs from its prediction's.
         """
-        expected, got = (
-            [output.shape for output in prediction.state],
-            [target.shape for target in message],
-        )
+        expected = [output.shape for output in prediction.state]
+        got = [target.shape for target in message]
         if expected != got:
             raise DecouplingError(
                 f"targets of shapes {[*map(tuple, got)]} for predictions of shapes "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial, reduce
 
@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from ..errors import DecouplingError
 from ..plan import TensorSpec
-from ..runtime.emitted import kept_weights
 from .asks import Asks
-from .base import GradientSource, Prediction, like
+from .base import GradientSource, Prediction, SourceFactory, like
+from .keeping import kept_weights
+from .making import make_source
 from .regression import MLP
 from .traces import Traces
-
-Factory = Callable[[Sequence[TensorSpec], TensorSpec | None], GradientSource]
 
 
 class AcrossTime(GradientSource):
@@ -57,12 +56,11 @@ class AcrossTime(GradientSource):
         specs: Sequence[TensorSpec],
         context: TensorSpec | None = None,
         *,
-        source: str | Factory = "auto",
+        source: str | SourceFactory = "auto",
         factor: float = 0.1,
         auxiliary: float = 0.0,
     ) -> None:
         super().__init__(specs, context)
-        from . import make_source  # the table of names is made of the classes here
 
         batch = {spec.shape[spec.batch_dim] for spec in self.specs}
         features = [math.prod(spec.shape) // spec.shape[spec.batch_dim] for spec in self.specs]

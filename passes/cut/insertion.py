@@ -4,7 +4,6 @@ interface.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,16 +12,15 @@ import torch
 from ...errors import DecouplingError, did_you_mean
 from ...plan import Interface, TensorSpec
 from ...sources import (
-    EACH,
-    Each,
     GradientSource,
     InputFactory,
     InputSource,
     SourceFactory,
-    is_each,
+    for_consumers,
     is_joint,
     make_input,
     make_source,
+    try_predict,
 )
 
 Gradients = str | SourceFactory | Mapping[str, str | SourceFactory]
@@ -88,11 +86,15 @@ def make_sources(
     for group in groups.values():
         names = [i.name for i in group]
         try:
-            option = chosen[names[0]]
-            if is_each(option):
-                count = len(group[0].consumers)
-                option = functools.partial(Each, source=str(option).removeprefix(EACH), parts=count)
+            option = for_consumers(chosen[names[0]], len(group[0].consumers))
             source = make_source(option, tuple(i.spec for i in group), context)
+            if source.asks.jacobian and not group[0].leaves:
+                raise DecouplingError(
+                    f"{type(source).__name__} learns from how the state between windows depends on "
+                    "the one before, so it serves no cut within one: ask for it by the state's "
+                    "interfaces, gradients={'next_...': ...}"
+                )
+            try_predict(source)
         except DecouplingError as error:
             raise type(error)(f"interface {', '.join(map(repr, names))}: {error}") from error
         sources.update(dict.fromkeys(names, source.to(devices[names[0]])))

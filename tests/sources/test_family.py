@@ -376,9 +376,8 @@ class Wrong(GradientSource):
 def test_a_source_that_answers_wrongly_is_told_what_was_expected(
     answers: Any, lag: int | None, words: str
 ) -> None:
-    trainer = trainer_of(type("Own", (Wrong,), {"answers": answers, "lag": lag}))
     with pytest.raises(DecouplingError, match=words):
-        train(trainer, 1)
+        train(trainer_of(type("Own", (Wrong,), {"answers": answers, "lag": lag})), 1)
 
 
 def test_a_schedule_that_names_no_stage() -> None:

@@ -1,0 +1,168 @@
+"""Finds when a source is made what would fail, or pass unnoticed, when it is used."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import inspect
+import itertools
+import traceback
+import warnings
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..errors import DecouplingError
+from .asks import Asks
+from .base import GradientSource
+
+ARGUMENTS = {
+    "predict": "(values, context)",
+    "fit": "(prediction, message)",
+    "fit_part": "(place, prediction, message)",
+    "complete": "(prediction, awaited)",
+}
+
+
+def check_source(source: GradientSource) -> None:
+    """Look whether a source has the methods that it needs.
+
+    Raises:
+        DecouplingError: ``super().__init__`` was not called; a method is missing or misspelt, or
+            takes other arguments; ``asks`` is something else, or stands under another name.
+    """
+    name = type(source).__name__
+    if "training" not in vars(source) or "specs" not in vars(source):
+        raise _not_started(source)
+    if not isinstance(source.asks, Asks):
+        raise DecouplingError(f"{name}.asks must be an Asks(...), but is {source.asks!r}")
+    for attribute, value in _written(source).items():
+        if isinstance(value, Asks) and attribute != "asks":
+            raise DecouplingError(f"{name}.{attribute} is an Asks that nobody reads: call it asks")
+    for method, arguments in ARGUMENTS.items():
+        if _has(source, method):
+            _check_arguments(source, method, arguments)
+    if not _has(source, "predict"):
+        raise _missing(source, "predict", "says which gradients to pull back")
+    if source.asks.wait is not None and not _has(source, "complete"):
+        raise _missing(source, "complete", "says what to pull back when what it waits for is there")
+    if source.asks.per_consumer and not _has(source, "fit_part"):
+        raise _missing(source, "fit_part", "hears each consumer's gradient")
+    if not _has(source, "fit"):
+        _check_that_nothing_learns(source)
+
+
+def explain_start(error: Exception) -> DecouplingError | None:
+    """What to say of an error in an ``__init__`` that ``super().__init__`` should have preceded.
+
+    Args:
+        error: what the class raised.
+
+    Returns:
+        An error that names the class; None where the cause is another one.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        made = frame.f_locals.get("self")
+        if isinstance(made, GradientSource) and "training" not in vars(made):
+            signs = (
+                "Module.__init__() call",  # nn.Module was assigned a layer
+                f"'{type(made).__name__}' object has no attribute",
+                "GradientSource.__init__() missing",
+            )
+            if any(sign in str(error) for sign in signs):
+                return _not_started(made)
+    return None
+
+
+def try_predict(source: GradientSource) -> None:
+    """Look at what ``predict`` returns for the example batch, where others wrote it.
+
+    A copy is asked, with tensors that hold nothing, so no state changes and nothing is computed. A
+    source that cannot be copied or reads numbers is judged by its first step instead.
+
+    Raises:
+        DecouplingError: not a gradient of each value's shape and dtype; what ``predict`` itself
+            raises as one.
+    """
+    ours = (__package__, "torch.nn.")
+    if all(type(module).__module__.startswith(ours) for module in source.modules()):
+        return
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        tensors = itertools.chain(source.parameters(), source.buffers())
+        asked = copy.deepcopy(source, {id(tensor): mode.from_tensor(tensor) for tensor in tensors})
+        with warnings.catch_warnings(), mode, torch.enable_grad():
+            warnings.simplefilter("ignore")
+            values = tuple(torch.zeros(spec.shape, dtype=spec.dtype) for spec in source.specs)
+            seen = source.context_spec
+            asked(values, None if seen is None else torch.zeros(seen.shape, dtype=seen.dtype))
+    except DecouplingError:
+        raise
+    except Exception:
+        return
+
+
+def _check_that_nothing_learns(source: GradientSource) -> None:
+    """Without a ``fit``, parameters would stay as they are, and what is heard be thrown away."""
+    learnt = [n for n, p in source.named_parameters() if p.requires_grad]
+    if learnt and not source.asks.per_consumer:
+        raise _missing(
+            source,
+            "fit",
+            f"trains its parameters ({', '.join(learnt[:3])}{', ...' if len(learnt) > 3 else ''})",
+            "; or freeze them by requires_grad_(False)",
+        )
+    if source.asks.learns_from and _close_to("fit", source):
+        raise _missing(
+            source,
+            "fit",
+            f"learns from {' and '.join(source.asks.learns_from)}",
+            "; or let it ask for nothing: asks = Asks(learns_from=())",
+        )
+
+
+def _check_arguments(source: GradientSource, method: str, arguments: str) -> None:
+    try:
+        inspect.signature(getattr(source, method)).bind(*arguments.split(","))
+    except TypeError as error:
+        raise DecouplingError(
+            f"{type(source).__name__}.{method} must take {arguments}: {error}"
+        ) from error
+
+
+def _has(source: GradientSource, method: str) -> bool:
+    """Whether its class, or itself, brings the method."""
+    found = getattr(source, method)
+    return getattr(found, "__func__", None) is not getattr(GradientSource, method)
+
+
+def _written(source: GradientSource) -> dict[str, Any]:
+    """What the classes of a source define, without those that every source has."""
+    own = itertools.takewhile(lambda owner: owner is not GradientSource, type(source).__mro__)
+    return {name: value for owner in own for name, value in vars(owner).items()}
+
+
+def _close_to(method: str, source: GradientSource) -> str:
+    """A method that may have been meant; empty without one."""
+    names = {n.lower(): n for n, v in _written(source).items() if callable(v) and n != method}
+    close = difflib.get_close_matches(method, names, n=1, cutoff=0.75)
+    return names[close[0]] if close else ""
+
+
+def _missing(
+    source: GradientSource, method: str, purpose: str, otherwise: str = ""
+) -> DecouplingError:
+    close = _close_to(method, source)
+    hint = f" (is {close!r} misspelt?)" if close else ""
+    return DecouplingError(
+        f"{type(source).__name__} has no method {method}{ARGUMENTS[method]}{hint}, which "
+        f"{purpose}: write one{otherwise}"
+    )
+
+
+def _not_started(source: GradientSource) -> DecouplingError:
+    name = type(source).__name__
+    return DecouplingError(
+        f"{name}.__init__ must call super().__init__(specs, context) before anything else"
+    )

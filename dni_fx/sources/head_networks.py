@@ -1,0 +1,138 @@
+"""What loss heads are made of: encoders, a loss with known gradients, and a running scale."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import DecouplingError
+from ..plan import TensorSpec
+from .regression import BatchNorm, Network, Regression
+
+# channels of hidden layers, unless asked for: twice 1024 channels would cost more than their stage
+WIDEST = 256
+
+
+class Encoder(nn.Module):
+    """One value as features at the positions that the context has; arguments as for
+    :class:`~dni_fx.sources.LossHead`.
+    """
+
+    def __init__(
+        self,
+        spec: TensorSpec,
+        hidden: int | None,
+        width: int | None,
+        stride: int,
+        norm: str,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.shape = spec.shape if len(spec.shape) > 1 else (*spec.shape, 1)
+        self.space = len(self.shape) - 2 if spec.feature_dim == 1 else 0
+        self.feature_dim = 1 if self.space else -1
+        if self.space > 3:
+            raise DecouplingError(
+                f"no loss head for maps with more than 3 spatial dimensions, such as {spec.shape}"
+            )
+        features = self.shape[self.feature_dim]
+        hidden = (2 if self.space else 1) if hidden is None else hidden
+        blocks: list[nn.Module] = []
+        if self.space:
+            first = min(features * stride, WIDEST) if width is None else width
+            sizes = [features] + [min(first * stride**i, max(first, WIDEST)) for i in range(hidden)]
+            convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[self.space - 1]
+            for a, b in pairwise(sizes):
+                blocks.append(convolution(a, b, 3, stride, 1, bias=norm == "none", dtype=dtype))
+                blocks += [nn.ReLU()] if norm == "none" else [BatchNorm(b, dtype), nn.ReLU()]
+        else:
+            sizes = [features] + [max(features, 64) if width is None else width] * hidden
+            for a, b in pairwise(sizes):
+                blocks += [nn.Linear(a, b, dtype=dtype), nn.ReLU()]
+        self.blocks, self.outputs = nn.Sequential(*blocks), sizes[-1]
+
+    def forward(self, value: Tensor, context: tuple[int, ...]) -> Tensor:
+        """Features, with as many dimensions as a context of that shape; sizes are the context's or
+        1.
+        """
+        self.check(tuple(value.shape), context)
+        h: Tensor = self.blocks(value if value.dim() > 1 else value[:, None])
+        h = h.movedim(1, -1) if self.space else h
+        rank = len(context)
+        if once := [i for i in range(1, min(rank, h.dim()) - 1) if context[i] == 1 < h.shape[i]]:
+            h = h.mean(once, keepdim=True)
+        if h.dim() > rank:
+            h = h.mean(tuple(range(rank - 1, h.dim() - 1)))
+        return h[(..., *(None,) * (rank - h.dim()), slice(None))]
+
+    def check(self, shape: tuple[int, ...], context: tuple[int, ...]) -> None:
+        """Raise an error unless a value of this shape is of the encoder's kind and lines up with
+        the context.
+        """
+        full = shape if len(shape) > 1 else (*shape, 1)
+        if len(full) != len(self.shape) or full[self.feature_dim] != self.shape[self.feature_dim]:
+            raise DecouplingError(
+                f"a loss head made for values like {self.shape} (features in dimension "
+                f"{self.feature_dim}) got one of shape {shape}: only batch, time and space may "
+                "change. Decouple again for a new size."
+            )
+        lead = full[:1] + full[2:] if self.space else full[:-1]
+        if any(
+            have != want and 1 not in (have, want)
+            for have, want in zip(lead, context[:-1], strict=False)
+        ):
+            raise DecouplingError(
+                f"a context of shape {context} does not line up with a value of shape {shape} "
+                f"(features in dimension {self.feature_dim}): its sizes must match {lead} from the "
+                "left, each equal or 1. Return such a shape from context=<callable>, or use "
+                "'linear' or 'delayed' here."
+            )
+
+
+class HandedOver(torch.autograd.Function):
+    """A loss whose gradients for some parameters are known already."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, loss: Tensor, gradients: tuple[Tensor, ...], *parameters: Tensor
+    ) -> Tensor:
+        """The loss itself."""
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *above: Tensor) -> Any:
+        """The known gradients, times what comes from above."""
+        return None, None, *(above[0] * gradient for gradient in ctx.gradients)
+
+
+class RunningScale(Regression):
+    """A regression without networks: the scale of gradients that are computed elsewhere."""
+
+    def __init__(self, specs: Sequence[TensorSpec]) -> None:
+        super().__init__(specs, None, Network)  # the networks' base has no parameters
+
+    def compare(self, gradients: tuple[Tensor, ...], targets: tuple[Tensor, ...]) -> Tensor:
+        """Mean squared error in units of the running scale, summed over the values; updates the
+        scale first.
+        """
+        expected, got = [tuple(g.shape) for g in gradients], [tuple(t.shape) for t in targets]
+        if expected != got:
+            raise DecouplingError(
+                f"gradients of shapes {got} came back to a head for values of shapes {expected}"
+            )
+        targets = tuple(target.detach().to(self.scale.dtype) for target in targets)
+        self._update_scale(targets)
+        inverses = (
+            self.scale.reciprocal().nan_to_num(posinf=0.0).unbind()
+        )  # nothing to learn while there is no scale
+        errors = [
+            F.mse_loss(gradient.to(target.dtype) * inverse, target * inverse)
+            for gradient, target, inverse in zip(gradients, targets, inverses, strict=True)
+        ]
+        return torch.stack(errors).sum()
