@@ -31,6 +31,7 @@ from ..plan import CutPlan
 from ..reports.steps import StepReport
 from ..runtime import trainer as training
 from ..runtime.emitted import detached, keep_modes
+from ..runtime.optimizing import MakeOptimizer
 from ..runtime.stage_batch import Payload
 from ..schedules import Schedule, Threads
 from .checkpoints import Checkpoints
@@ -195,8 +196,8 @@ class Trainer(training.Trainer):
         decoupled: Decoupled,
         loss: Callable[[Any, Any], torch.Tensor],
         *,
-        optimizer: training.MakeOptimizer,
-        synthesizer_optimizer: training.MakeOptimizer = torch.optim.Adam,
+        optimizer: MakeOptimizer,
+        synthesizer_optimizer: MakeOptimizer = torch.optim.Adam,
         schedule: str | Schedule = "sequential",
         placement: Placement | None = None,
         queue: int = 4,

@@ -33,9 +33,7 @@ from ..errors import DecouplingError
 from ..passes.cut.splitting import StageGraph
 from ..sources import Each, Prediction, Served, awaited_kinds, message_kinds, serve
 from .emitted import all_finite, detached, keep_modes
-from .trainer import _made
-
-MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
+from .optimizing import MakeOptimizer, made_optimizer
 
 
 class DropIn(nn.Module):
@@ -182,7 +180,7 @@ class _State:
             _check_sources(self.decoupled)
             pairs = [(n, list(s.named_parameters())) for n, s in self.decoupled.named_learners()]
             made = {
-                n: _made(self.make_optimizer(named), "synthesizer_optimizer")
+                n: made_optimizer(self.make_optimizer(named), "synthesizer_optimizer")
                 for n, named in pairs
                 if named
             }

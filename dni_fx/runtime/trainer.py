@@ -22,10 +22,8 @@ from ..reports.steps import InterfaceReport, StepReport, compare
 from ..schedules import Mode, Schedule, Threads, make_schedule
 from .emitted import all_finite, evaluate, keep_modes
 from .in_turn import Run
+from .optimizing import MakeOptimizer, NamedParameters, made_optimizer
 from .tape import AllOrNothing
-
-NamedParameters = list[tuple[str, nn.Parameter]]
-MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
 
 
 class Trainer:
@@ -528,7 +526,7 @@ class Trainer:
             seen.update(p for _, p in own)
             if own:
                 self._stage_parameters[stage.name] = own
-                self.optimizers[stage.name] = _made(self._make_optimizer(own), "optimizer")
+                self.optimizers[stage.name] = made_optimizer(self._make_optimizer(own), "optimizer")
         self._is_exact = self.decoupled.is_exact
         for source in self.decoupled.sources.values():
             source.unit = 1 / self.accumulate
@@ -536,7 +534,9 @@ class Trainer:
         for name, learner in self.decoupled.named_learners(here):
             learnt = list(learner.named_parameters())
             if learnt:
-                made = _made(self._make_synthesizer_optimizer(learnt), "synthesizer_optimizer")
+                made = made_optimizer(
+                    self._make_synthesizer_optimizer(learnt), "synthesizer_optimizer"
+                )
                 self.synthesizer_optimizers[name] = made
 
     def _adopt_parameters(self) -> None:
@@ -557,7 +557,7 @@ class Trainer:
                 named = "param_names" in optimizer.param_groups[0]
                 optimizer.add_param_group({"params": new if named else [p for _, p in new]})
             elif new:
-                self.optimizers[stage.name] = _made(self._make_optimizer(new), "optimizer")
+                self.optimizers[stage.name] = made_optimizer(self._make_optimizer(new), "optimizer")
             if new:
                 self._stage_parameters.setdefault(stage.name, []).extend(new)
 
@@ -612,19 +612,6 @@ class Trainer:
             optimizer.step()
         for optimizer in self.synthesizer_optimizers.values():
             optimizer.step()
-
-
-def _made(optimizer: Any, name: str) -> torch.optim.Optimizer:
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise DecouplingError(
-            f"{name}= must return a torch.optim.Optimizer, but returned {type(optimizer).__name__}"
-        )
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise DecouplingError(
-            f"{name}= returned LBFGS, which evaluates the loss several times a step; use another "
-            "one"
-        )
-    return optimizer
 
 
 def _joined(

@@ -27,7 +27,8 @@ from ..passes.trace.ports import ANOTHER, STATE
 from ..plan import CutPlan, Interface, TensorSpec
 from ..reports.steps import StepReport
 from ..runtime.in_turn import Run
-from ..runtime.trainer import MakeOptimizer, Trainer
+from ..runtime.optimizing import MakeOptimizer
+from ..runtime.trainer import Trainer
 from ..sources import AcrossTime, GradientSource, Joint
 from .window import InitialState, States, Window
 from .window_batch import WindowRun, along
