@@ -317,7 +317,7 @@ class Trainer(training.Trainer):
             self._evaluations += 1
             number = -self._evaluations
             self._size(number, values)
-            stages = self.decoupled._variant.split.stages
+            stages = self.decoupled.graphs.variant.split.stages
             made = {n: s.index for s in stages for n in s.outputs}
             output = None
             with torch.no_grad(), keep_modes():
@@ -438,7 +438,7 @@ class Trainer(training.Trainer):
 
     def _owned_tensors(self) -> list[tuple[int, torch.Tensor]]:
         """Parameters and buffers with the first stage that uses them, the same in every process."""
-        split = self.decoupled._variant.split
+        split = self.decoupled.graphs.variant.split
         known = [*self.decoupled.model.parameters(), *self.decoupled.model.buffers()]
         used = [
             {id(t) for t in [*s.module.parameters(), *s.module.buffers()]} for s in split.stages

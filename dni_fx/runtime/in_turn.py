@@ -60,7 +60,7 @@ class Run:
         ask: bool = True,
     ) -> None:
         self.functions = decoupled.functions()
-        self.split = decoupled._variant.split
+        self.split = decoupled.graphs.variant.split
         self.stages = (
             self.split.stages
         )  # the batch's own graph: another may be active when it is finished

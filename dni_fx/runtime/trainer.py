@@ -543,7 +543,7 @@ class Trainer:
         """Parameters that only a graph made later uses, say that of training mode after one of
         evaluation.
         """
-        variant = self.decoupled._variant
+        variant = self.decoupled.graphs.variant
         if variant is self._adopted:
             return
         self._adopted = variant

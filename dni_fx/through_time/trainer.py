@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compiler import check_whole, decouple_window
+from ..compiler.refusals import check_whole
 from ..decoupled import Decoupled, Stage
 from ..errors import DecouplingError
 from ..graphs.nested import flatten, map_tensors
-from ..passes.cut.describing import Leaving
 from ..passes.cut.insertion import Gradients
 from ..passes.trace.ports import ANOTHER, STATE
 from ..plan import CutPlan, Interface, TensorSpec
@@ -30,6 +29,7 @@ from ..runtime.in_turn import Run
 from ..runtime.optimizing import MakeOptimizer
 from ..runtime.trainer import Trainer
 from ..sources import AcrossTime, GradientSource, Joint
+from .opening import WindowOpening, decouple_window
 from .window import InitialState, States, Window
 from .window_batch import WindowRun, along
 
@@ -131,9 +131,8 @@ def decouple_through_time(
             "each"
         )
     serving = _Serving(factor, float(auxiliary), message_factor)
-    decoupled = decouple_window(
-        framed, cuts, gradients, serving.leaving, check, messages, input_gradients
-    )
+    opening = WindowOpening(framed, serving, tuple(messages), input_gradients)
+    decoupled = decouple_window(opening, cuts, gradients, check)
     return ThroughTime(
         decoupled,
         framed,
@@ -175,9 +174,6 @@ class _Serving:
         )
         self.known.append((option, made))
         return made
-
-    def leaving(self) -> Leaving:
-        return Leaving(self.serve, self.context)
 
 
 @dataclass(frozen=True)
