@@ -38,7 +38,7 @@ from .optimizing import MakeOptimizer, made_optimizer
 
 
 class DropIn(nn.Module):
-    """What :meth:`Decoupled.as_module` adds to the user's class; see there."""
+    """What :meth:`dni_fx.Decoupled.as_module` adds to the user's class; see there."""
 
     # In the class, one for each module: the module's own table is the model's.
     _dni_fx: ClassVar[_State]
@@ -535,7 +535,7 @@ def make_module(
     target_of: Any,
     unit: float | Callable[[], float],
 ) -> DropIn:
-    """See :meth:`Decoupled.as_module`; ``encode`` turns a target into what the sources see."""
+    """See :meth:`dni_fx.Decoupled.as_module`; ``encode`` turns a target into what the sources see."""
     if graphs.is_traced:
         _check_sources(graphs)
     return _State(graphs, encode, make_optimizer, target_of, unit).module

@@ -30,7 +30,8 @@ from ..runtime.optimizing import MakeOptimizer
 from ..runtime.trainer import Trainer
 from ..sources import AcrossTime, GradientSource, Joint
 from .opening import WindowOpening, decouple_window
-from .window import InitialState, States, Window
+from .states import InitialState, States
+from .window import Window
 from .window_batch import WindowRun, along
 
 
