@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 
 import torchvision_cpu  # noqa: F401  (before torchvision)
-from dni_fx.compiler import _trace
+from dni_fx.graphs.pipeline import trace_model
 from dni_fx.passes.cut.cutting import find_flow, legal_positions
 from dni_fx.passes.search import bounding, costing, frontiers, searching, source_costs
 from probe import capacity, describe_environment
@@ -82,7 +82,8 @@ def main() -> None:
 
     model, x = resnet50(weights=None), torch.randn(2, 3, 64, 64)
     tracing, flow = min(
-        (timed(lambda: find_flow(_trace(model, (x,), {}))) for _ in range(3)), key=lambda t: t[0]
+        (timed(lambda: find_flow(trace_model(model, (x,), {}))) for _ in range(3)),
+        key=lambda t: t[0],
     )
     weighing, costs = timed(
         lambda: costing.measure_costs(

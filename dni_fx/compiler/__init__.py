@@ -1,9 +1,12 @@
-"""``decouple``: the passes, called in order."""
+"""The entry points: what a user asks for is checked, made a recipe, and handed down.
+
+:class:`dni_fx.graphs.graphs.Graphs` follows the recipe, by the passes of
+:mod:`dni_fx.graphs.pipeline`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,35 +14,20 @@ import torch
 from torch import nn
 
 from ..decoupled import Decoupled
-from ..errors import BakedInError, CutError, DecouplingError, PlanMismatchError, TracingError
-from ..graphs.nested import flatten
-from ..graphs.variants import Passes, Variant, kinds_of
-from ..passes.cut.checking import check_model, check_stages, guards_hold
-from ..passes.cut.cutting import Flow, find_flow
+from ..errors import DecouplingError
+from ..graphs.graphs import Graphs
+from ..graphs.pipeline import trace_model
+from ..graphs.recipe import Recipe
+from ..passes.cut.cutting import find_flow
 from ..passes.cut.cutting import list_cut_points as list_points
-from ..passes.cut.describing import Leaving, describe_plan
-from ..passes.cut.emission import emit_functions, readable_code, source_key
-from ..passes.cut.insertion import Gradients, Inputs
-from ..passes.cut.splitting import Split, bound_attributes, run_stages, split_stages
-from ..passes.search.choosing import (
-    Choice,
-    Context,
-    Search,
-    choose_assigned,
-    choose_best,
-    choose_named,
-    weigh_model,
-)
+from ..passes.cut.insertion import Context, Gradients, Inputs
+from ..passes.search.choosing import Search
 from ..passes.search.costing import Seconds
-from ..passes.trace.exporting import trace_export
-from ..passes.trace.ports import ANOTHER, open_ports
-from ..passes.trace.tracing import Trace, trace_calls
 from ..plan import CutPlan, CutPointList
-from ..sources import EACH, INPUTS, JOINT, SOURCES, GradientSource, InputSource
-from ..through_time.window import Window
+from ..sources import INPUTS, SOURCES
+from .refusals import check_cuts, check_examples, check_known, check_whole
 
 Cuts = str | Sequence[str] | CutPlan
-Choose = Callable[[Flow, Any, Any], Choice]
 
 
 def decouple(
@@ -91,20 +79,17 @@ def decouple(
         CutError: unknown or illegal cuts, all of them listed; a model without trainable parameters.
         PlanMismatchError: the plan was made for another graph.
     """
-    names = _check_cuts(cuts, stages)
-    search = Search(stages) if names is None else None
-    return _decouple(
-        model,
-        cuts,
-        names,
-        search,
-        example_inputs,
-        example_kwargs,
-        gradients,
-        inputs,
-        context,
-        check,
-    )
+    named = check_cuts(cuts, stages)
+    check_whole(model)
+    wish = Search(stages) if named is None else named
+    recipe = _with_planned_sources(Recipe(wish, gradients, inputs, context, check))
+    decoupled = Decoupled(Graphs(model, recipe))
+    if example_inputs is not None or example_kwargs is not None:
+        args, kwargs = check_examples(example_inputs, example_kwargs)
+        decoupled.bind(*args, **kwargs)
+        if check:
+            decoupled.graphs.bind_other_mode(*args, **kwargs)
+    return decoupled
 
 
 def plan_cuts(
@@ -178,136 +163,32 @@ def plan_cuts(
         objective is that of Tarnawski et al. 2020 (arXiv:2006.16423), with the cost of the sources
         added.
     """
-    names = _check_cuts("auto" if cuts is None else cuts, stages)
+    named = check_cuts("auto" if cuts is None else cuts, stages)
     search = Search(
-        stages, objective, costs, bandwidth, speeds, memory_cap, keep_together, never_cut, must_cut, batches, loss,
-        progress,
-    )  # fmt: skip
+        stages=stages,
+        objective=objective,
+        costs=costs,
+        bandwidth=bandwidth,
+        speeds=speeds,
+        memory_cap=memory_cap,
+        keep_together=keep_together,
+        never_cut=never_cut,
+        must_cut=must_cut,
+        batches=batches,
+        loss=loss,
+        progress=progress,
+    )
     if example_inputs is None and example_kwargs is None:
         raise DecouplingError(
             "plan_cuts needs example_inputs=, a tuple of one batch's inputs: costs depend on them"
         )
-    return _decouple(
-        model,
-        cuts,
-        names,
-        search,
-        example_inputs,
-        example_kwargs,
-        gradients,
-        None,
-        context,
-        check=False,
-    ).plan
-
-
-def _decouple(
-    model: nn.Module,
-    cuts: Cuts | None,
-    names: tuple[str, ...] | None,
-    search: Search | None,
-    example_inputs: Sequence[Any] | None,
-    example_kwargs: dict[str, Any] | None,
-    gradients: Gradients,
-    inputs: Inputs | None,
-    context: Context | None,
-    check: bool,
-) -> Decoupled:
     check_whole(model)
-    planned = cuts if isinstance(cuts, CutPlan) else None
-    if planned is not None and gradients == "auto" and planned.gradients:
-        gradients = _planned_gradients(planned)
-    if planned is not None and inputs is None and planned.inputs:
-        inputs = _planned(planned.inputs, INPUTS, "inputs")
-
-    def choose(flow: Flow, args: Any, kwargs: Any) -> Choice:
-        if planned is not None and planned.assignment:
-            return choose_assigned(flow, planned)
-        if names is None:
-            assert search is not None
-            return choose_best(flow, args, kwargs, gradients, context, search)
-        choice = choose_named(flow, names)
-        if search is not None:
-            costs = weigh_model(flow, args, kwargs, gradients, context, search)
-            choice = dataclasses.replace(choice, costs=costs)
-        return choice
-
-    def build(model: nn.Module, args: Any, kwargs: Any, plan: CutPlan | None) -> Variant:
-        if plan is None:
-            return _build_variant(model, args, kwargs, choose, check, planned=planned)
-        again: Choose = lambda flow, *_: (  # noqa: E731
-            choose_assigned(flow, plan)
-            if plan.assignment
-            else choose_named(flow, plan.cuts, lenient=True)
-        )
-        return _build_variant(model, args, kwargs, again, check, again=True)
-
-    def plan_of(
-        variant: Variant,
-    ) -> tuple[CutPlan, dict[str, GradientSource], dict[str, InputSource]]:
-        return describe_plan(
-            variant, gradients, inputs, context, search.count if search and names is None else None
-        )
-
-    passes = Passes(build, plan_of, _emit, run_stages, guards_hold, readable_code, source_key)
-    decoupled = Decoupled(model, passes, context)
-    if example_inputs is not None or example_kwargs is not None:
-        args, kwargs = _examples(model, example_inputs, example_kwargs)
-        decoupled.bind(*args, **kwargs)
-        if check:
-            _check_other_mode(decoupled, args, kwargs)
-    return decoupled
-
-
-def decouple_window(
-    window: Window,
-    cuts: Sequence[str],
-    gradients: Gradients,
-    leaving: Callable[[], Leaving],
-    check: bool,
-    messages: Sequence[str] = (),
-    input_gradients: bool = False,
-) -> Decoupled:
-    """Cut the graph of a window, at its end and where asked within it.
-
-    Args:
-        window: the model over one window; its ``states`` are known by the first call.
-        cuts: names to cut after within the window.
-        gradients: as in :func:`decouple`.
-        leaving: asked at the first call how the state is served.
-        check: compare the stages with the window.
-        messages: keys of the model's output, a dict, that leave for another network.
-        input_gradients: whether gradients leave for what the window takes.
-
-    Returns:
-        The decoupled model, called as the window is.
-    """
-    names = _check_cuts(list(cuts), None)
-    assert names is not None
-
-    def opened(trace: Trace) -> Trace:
-        assert window.states is not None
-        dims = dict(zip(window.states.names, window.states.batch_dims, strict=True))
-        return open_ports(
-            trace, window.model, ("model.", "apart."), dims, messages, input_gradients
-        )
-
-    def build(model: nn.Module, args: Any, kwargs: Any, plan: CutPlan | None) -> Variant:
-        choose: Choose = lambda flow, *_: choose_named(flow, names, lenient=plan is not None)  # noqa: E731
-        return _build_variant(
-            window, args, kwargs, choose, check, again=plan is not None, open_trace=opened
-        )
-
-    def plan_of(
-        variant: Variant,
-    ) -> tuple[CutPlan, dict[str, GradientSource], dict[str, InputSource]]:
-        return describe_plan(variant, gradients, None, None, None, leaving())
-
-    return Decoupled(
-        window.model,
-        Passes(build, plan_of, _emit, run_stages, guards_hold, readable_code, source_key),
-        None,
-    )
+    wish = search if named is None else named
+    recipe = Recipe(wish, gradients, context=context, check=False, weigh=search)
+    args, kwargs = check_examples(example_inputs, example_kwargs)
+    graphs = Graphs(model, _with_planned_sources(recipe))
+    graphs.bind(*args, **kwargs)
+    return graphs.plan
 
 
 def list_cut_points(
@@ -322,238 +203,24 @@ def list_cut_points(
 
     Returns:
         Cut points in program order: name, shape, bytes and names of what would cross, whether it is
-            legal, else why
-        not. Prints as a table.
+        legal, else why not. Prints as a table.
 
     Raises:
         TracingError: the model cannot be traced.
     """
     check_whole(model)
-    args, kwargs = _examples(model, example_inputs, example_kwargs)
-    return CutPointList(list_points(find_flow(_trace(model, args, kwargs))))
+    args, kwargs = check_examples(example_inputs, example_kwargs)
+    return CutPointList(list_points(find_flow(trace_model(model, args, kwargs))))
 
 
-def _build_variant(
-    model: nn.Module,
-    args: Any,
-    kwargs: Any,
-    choose: Choose,
-    check: bool,
-    again: bool = False,
-    planned: CutPlan | None = None,
-    open_trace: Callable[[Trace], Trace] | None = None,
-) -> Variant:
-    """Climb the tracing ladder until the split model equals the model.
-
-    A graph made again under an existing plan may lack a cut, say one inside ``if self.training``:
-    it then has fewer stages, which do to evaluate with.
-    """
-    refusals: list[str] = []
-    others: list[str] = []
-    for tracer in (trace_calls, trace_export):
-        try:
-            trace = tracer(model, args, kwargs)
-        except TracingError as error:
-            refusals.append(f"{tracer.__name__}: {error}")
-            if len(refusals) == 1:
-                check_model(model, args, kwargs, str(error))
-            if isinstance(error, BakedInError):  # export would bake it in without a word
-                break
-            continue
-        if open_trace is not None:
-            trace = open_trace(trace)
-        if planned is not None and trace.digest != planned.digest:
-            others.append(trace.digest)
-            continue
-        flow = find_flow(trace)
-        if max(flow.trainable) == 0 and not again:
-            raise CutError(
-                f"no parameter of this {type(model).__name__} is trainable; unfreeze some "
-                "(requires_grad_())"
-            )
-        choice = choose(flow, args, kwargs)
-        split = split_stages(flow, choice.stage_of, choice.cuts)
-        leaves = flatten((args, kwargs))[0]
-        variant = Variant(
-            trace=trace,
-            choice=choice,
-            split=split,
-            kinds=kinds_of(leaves),
-            modes={tuple(m.training for m in trace.modes)},
-            parameters=tuple(trace.model.parameters()),
-            frozen=tuple(p.requires_grad for p in trace.model.parameters()),
-            bound=bound_attributes(split, trace.model),
-            shapes={tuple(t.shape for t in leaves)},
-        )
-        if not check:
-            return variant
-        result = check_stages(model, functools.partial(_composed, trace, split), args, kwargs)
-        if result.mismatch is None:
-            variant.exact = result.exact
-            return variant
-        refusals.append(f"{tracer.__name__}: the traced model is not the model: {result.mismatch}")
-    if planned is not None and others and not refusals:
-        raise PlanMismatchError(
-            f"the plan was made for a {planned.model} with graph {planned.digest}, but this "
-            f"{type(model).__name__} has graph {others[0]}; make a new plan with dni_fx.plan_cuts, "
-            "or pass its cuts: cuts=list(plan.cuts)"
-        )
-    reasons = "\n".join(f"  - {r}" for r in refusals)
-    raise TracingError(
-        f"{type(model).__name__} cannot be traced faithfully:\n{reasons}\n"
-        "Move the code that is named into a submodule of its own (it then stays one opaque node), "
-        "or pass that part of the model to decouple"
-    )
-
-
-def _trace(model: nn.Module, args: Any, kwargs: Any) -> Trace:
-    try:
-        return trace_calls(model, args, kwargs)
-    except TracingError as first:
-        try:
-            return trace_export(model, args, kwargs)
-        except TracingError as second:
-            raise TracingError(
-                f"{type(model).__name__} cannot be traced:\n  - {first}\n  - {second}"
-            ) from first
-
-
-def _composed(trace: Trace, split: Split, *args: Any, **kwargs: Any) -> Any:
-    values = dict(zip(split.model_inputs, flatten((args, kwargs))[0], strict=True))
-    output = run_stages(split, values)
-    state = [
-        values[p.name] for p in trace.ports if p.feeds != ANOTHER
-    ]  # messages are in the output already
-    return (output, state) if trace.ports else output
-
-
-def _planned_gradients(plan: CutPlan) -> Gradients:
-    names = _planned(plan.gradients, SOURCES, "gradients")
-    return "exact" if "exact" in names.values() else names
-
-
-def _planned(
-    pairs: Iterable[tuple[str, str]], known: Iterable[str], argument: str
-) -> dict[str, str]:
-    """A plan's names of sources, or an error for one that only a factory could make."""
-    own = [(i, n) for i, n in pairs if n.removeprefix(JOINT).removeprefix(EACH) not in known]
-    if own:
-        interface, name = own[0]
-        raise DecouplingError(
-            f"the plan was made with a source of your own at {interface!r} ({name}), which JSON "
-            f"cannot hold; pass {argument}="
-        )
-    return dict(pairs)
-
-
-def _emit(split: Split, sources: dict[str, GradientSource]) -> tuple[Any, ...]:
-    return tuple(emit_functions(split, s.index, sources) for s in split.stages)
-
-
-def _check_other_mode(decoupled: Decoupled, args: Any, kwargs: Any) -> None:
-    """Trace and check the mode that the model is not in, since tracers bake ``self.training`` in."""
-    model = decoupled.model
-    modes = [(m, m.training) for m in model.modules()]
-    active = decoupled._active
-    model.train(not model.training)
-    try:
-        decoupled.bind(*args, **kwargs)
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        object.__setattr__(decoupled, "_active", active)
-
-
-def _examples(model: nn.Module, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(args, torch.Tensor):
-        raise DecouplingError(
-            "example_inputs= must be a tuple of positional inputs; for one tensor pass (x,)"
-        )
-    if not isinstance(args, tuple | list | None) or not isinstance(kwargs, dict | None):
-        raise DecouplingError(
-            "example_inputs= must be a tuple of positional inputs, and example_kwargs= a dict"
-        )
-    args, kwargs = tuple(args or ()), dict(kwargs or {})
-    for i, leaf in enumerate(flatten((args, kwargs))[0]):
-        if leaf.is_inference():
-            raise DecouplingError(
-                f"example tensor {i} was made in inference mode; make it outside, or pass a clone"
-            )
-        if leaf.dim() and leaf.shape[0] == 0:
-            raise DecouplingError(
-                f"example tensor {i} has an empty batch, shape {tuple(leaf.shape)}; pass a real "
-                "batch"
-            )
-    return args, kwargs
-
-
-def _check_cuts(cuts: Any, stages: Any) -> tuple[str, ...] | None:
-    if isinstance(cuts, bool | int):
-        raise DecouplingError(
-            f"cuts={cuts!r}: for a number of stages pass stages={cuts!r}; cuts= takes names"
-        )
-    if stages is not None and (
-        isinstance(stages, bool) or not isinstance(stages, int) or stages < 1
-    ):
-        raise DecouplingError(f"stages={stages!r}: expected a whole number, at least 1")
-    if isinstance(cuts, str):
-        if cuts != "auto":
-            raise DecouplingError(
-                f"cuts={cuts!r}: pass a list of names, cuts=[{cuts!r}], or 'auto'"
-            )
-        return None
-    if stages is not None:
-        raise DecouplingError("stages= goes with cuts='auto'; n named cuts make n + 1 stages")
-    if isinstance(cuts, CutPlan):
-        return cuts.cuts
-    if not isinstance(cuts, list | tuple):
-        raise DecouplingError(f"cuts={cuts!r}: expected a list of names, a CutPlan, or 'auto'")
-    names = tuple(cuts)
-    wrong = [n for n in names if not isinstance(n, str)]
-    if wrong:
-        raise DecouplingError(f"cuts= must hold names (text), but holds {wrong[0]!r}")
-    return names
-
-
-def check_whole(model: Any) -> None:
-    """Refuse what cannot be decoupled as a whole: compiled, scripted, wrapped, lazy or hooked
-    models.
-    """
-    if not isinstance(model, nn.Module):
-        raise DecouplingError(f"decouple takes an nn.Module, not {type(model).__name__}")
-    if isinstance(model, Decoupled):
-        raise DecouplingError(
-            "this model is decoupled already; pass decoupled.model to cut it in another way"
-        )
-    name = type(model).__name__
-    if hasattr(model, "_orig_mod"):
-        raise DecouplingError(
-            f"{name} is a compiled module; decouple the original one: model._orig_mod"
-        )
-    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        raise DecouplingError(f"{name} wraps another module; decouple that one: model.module")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise DecouplingError(
-            f"{name} is a scripted module, which cannot be traced; decouple the Python module"
-        )
-    for path, module in model.named_modules():
-        if any(nn.parameter.is_lazy(p) for p in module.parameters(recurse=False)):
-            raise DecouplingError(
-                f"lazy module {path!r} has no parameters yet: run the model once on a batch first"
-            )
-        if isinstance(module, torch.jit.ScriptModule):
-            raise DecouplingError(
-                f"submodule {path!r} is scripted, which cannot be traced; put the Python module "
-                "there"
-            )
-        if path and hasattr(module, "_orig_mod"):
-            raise DecouplingError(
-                f"submodule {path!r} is compiled; decouple the model before compiling parts of it"
-            )
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    found = [h.strip("_") for h in hooks if getattr(model, h)]
-    if found:
-        raise DecouplingError(
-            f"{name} itself has {found[0].replace('_', ' ')}, which would not run: stages replace "
-            "its forward. Remove them, or put them on submodules"
-        )
+def _with_planned_sources(recipe: Recipe) -> Recipe:
+    """The sources that a plan was made with, where no others are asked for."""
+    plan, gradients, inputs = recipe.cuts, recipe.gradients, recipe.inputs
+    if not isinstance(plan, CutPlan):
+        return recipe
+    if gradients == "auto" and plan.gradients:
+        named = check_known(plan.gradients, SOURCES, "gradients")
+        gradients = "exact" if "exact" in named.values() else named
+    if inputs is None and plan.inputs:
+        inputs = check_known(plan.inputs, INPUTS, "inputs")
+    return dataclasses.replace(recipe, gradients=gradients, inputs=inputs)

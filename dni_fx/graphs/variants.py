@@ -4,24 +4,19 @@ model looked at.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..plan import CutPlan
-from ..sources import GradientSource, InputSource, Served
+from ..passes.cut.checking import guards_hold
+from ..passes.cut.emission import StageFunctions
+from ..passes.cut.splitting import Split
+from ..passes.search.choosing import Choice
+from ..passes.trace.tracing import Trace
+from ..sources import GradientSource, Served
 from .nested import Structure
-
-if TYPE_CHECKING:
-    from torch import fx
-
-    from ..passes.cut.emission import StageFunctions
-    from ..passes.cut.splitting import Split
-    from ..passes.search.choosing import Choice
-    from ..passes.trace.tracing import Trace
 
 
 @dataclass
@@ -58,6 +53,22 @@ class Variant:
     functions: tuple[StageFunctions, ...] = ()
     sources: dict[str, GradientSource] | None = None
     served: tuple[Served, ...] = ()
+
+    @classmethod
+    def of(cls, trace: Trace, choice: Choice, split: Split, leaves: list[torch.Tensor]) -> Variant:
+        """The variant for the call that it was traced with, whose tensors are ``leaves``."""
+        parameters = tuple(trace.model.parameters())
+        return cls(
+            trace=trace,
+            choice=choice,
+            split=split,
+            kinds=kinds_of(leaves),
+            modes={tuple(m.training for m in trace.modes)},
+            parameters=parameters,
+            frozen=tuple(p.requires_grad for p in parameters),
+            bound=_bound_attributes(split, trace.model),
+            shapes={tuple(t.shape for t in leaves)},
+        )
 
     @property
     def cuts(self) -> tuple[str, ...]:
@@ -107,9 +118,7 @@ class Variant:
             self.shapes |= other.shapes
         return same
 
-    def accepts(
-        self, structure: Structure, leaves: list[torch.Tensor], guards_hold: Callable[..., bool]
-    ) -> bool:
+    def accepts(self, structure: Structure, leaves: list[torch.Tensor]) -> bool:
         """Whether the graph is valid for a call."""
         if (
             not self.is_current()
@@ -135,14 +144,23 @@ def kinds_of(leaves: list[torch.Tensor]) -> tuple[Any, ...]:
     return tuple((t.dtype, t.dim(), t.device, t.requires_grad) for t in leaves)
 
 
-@dataclass
-class Passes:
-    """What a decoupled model needs of the compiler: injected, so that imports go one way."""
+def _bound_attributes(
+    split: Split, model: nn.Module
+) -> tuple[tuple[dict[str, Any], str, Any], ...]:
+    """Where the model keeps what the stages refer to, so that a replaced parameter, buffer or
+    module is noticed.
 
-    build: Callable[..., Variant]
-    make_plan: Callable[..., tuple[CutPlan, dict[str, GradientSource], dict[str, InputSource]]]
-    emit: Callable[..., tuple[StageFunctions, ...]]
-    run: Callable[..., Any]
-    guards_hold: Callable[..., bool]
-    readable_code: Callable[[fx.GraphModule], str]
-    key: Callable[[str], str]
+    Returns:
+        Triples (table of the owning module, key, object) for every module called and attribute
+        read.
+    """
+    called = {path for stage in split.stages for path in stage.called}
+    bound: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for kind in ("_modules", "_parameters", "_buffers"):
+            table = vars(module)[kind]
+            for key, value in table.items():
+                name = f"{path}.{key}" if path else key
+                if name in called if kind == "_modules" else path not in called:
+                    bound[id(table), key] = (table, key, value)
+    return tuple(bound.values())

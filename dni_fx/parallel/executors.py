@@ -346,7 +346,7 @@ def _do(worker: StageWorker, task: tuple[Job, bool] | None) -> None:
 
 def shared_state(decoupled: Decoupled) -> list[tuple[str, tuple[int, ...]]]:
     """Parameters and buffers that several stages use, with these."""
-    split, model = decoupled._variant.split, decoupled.model
+    split, model = decoupled.graphs.variant.split, decoupled.model
     found = [(name, where) for name, _, where in split.shared]
     held = [{id(b) for b in stage.module.buffers()} for stage in split.stages]
     for name, buffer in model.named_buffers():

@@ -86,7 +86,7 @@ class Process:
     def prepare(self) -> None:
         """Make the optimisers of the stages here, and have them adopt what a new graph uses."""
         mine = [self.decoupled.stages[k] for k in self.places.stages_of(self.peers.rank)]
-        self.optimizers.prepare(self.decoupled, mine, 1 / self.objective.accumulate)
+        self.optimizers.prepare(self.decoupled.graphs, mine, 1 / self.objective.accumulate)
 
     # ---- steps -----------------------------------------------------------------------------------
 

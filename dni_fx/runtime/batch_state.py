@@ -63,15 +63,15 @@ class Setting:
         Raises:
             PlanMismatchError: the graph cannot be cut, or lacks a source.
         """
-        functions = decoupled.functions()
-        exact = any(s.asks.exact for s in decoupled.sources_by_name().values())
-        split = decoupled._variant.split
+        graphs = decoupled.graphs
+        functions, split = graphs.functions(), graphs.variant.split
+        exact = any(s.asks.exact for s in graphs.sources_by_name().values())
         every = range(len(split.stages))
         return cls(
             split=split,
             functions=functions,
-            served=decoupled.served() if ask and not exact else (),
-            inputs=decoupled.find_inputs(),
+            served=graphs.served() if ask and not exact else (),
+            inputs=graphs.find_inputs(),
             loss=loss or objective.scaled,
             plain_loss=objective.loss,
             share=1.0 if exact else mode.true_share,
@@ -130,7 +130,7 @@ class Settings:
 
     def of(self, mode: Mode) -> Setting:
         """For a batch whose graph is active."""
-        variant, loss = self.decoupled._variant, self.objective.loss
+        variant, loss = self.decoupled.graphs.variant, self.objective.loss
         if self._newest is not None:
             graph, known, same, setting = self._newest
             if graph is variant and known == mode and same is loss:

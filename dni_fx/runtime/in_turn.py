@@ -341,8 +341,8 @@ class InTurn:
 
     def _guard(self) -> AllOrNothing:
         """For the graph that is active now, whose parameters a step may write to."""
-        if self._rollback is None or self._variant is not self.decoupled._variant:
-            self._variant = self.decoupled._variant
+        if self._rollback is None or self._variant is not self.decoupled.graphs.variant:
+            self._variant = self.decoupled.graphs.variant
             self._rollback = AllOrNothing(self.decoupled)
         return self._rollback
 

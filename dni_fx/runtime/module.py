@@ -28,8 +28,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..decoupled import Decoupled
 from ..errors import DecouplingError
+from ..graphs.graphs import Graphs
+from ..passes.cut.insertion import Context
 from ..passes.cut.splitting import StageGraph
 from ..sources import Each, Prediction, Served, awaited_kinds, message_kinds, serve
 from .emitted import detached, keep_modes
@@ -38,11 +39,10 @@ from .optimizing import MakeOptimizer, made_optimizer
 
 
 class DropIn(nn.Module):
-    """What :meth:`Decoupled.as_module` adds to the user's class; see there."""
+    """What :meth:`dni_fx.Decoupled.as_module` adds to the user's class; see there."""
 
-    _dni_fx: ClassVar[
-        _State
-    ]  # in the class, one for each module: the module's own table is the model's
+    # In the class, one for each module: the module's own table is the model's.
+    _dni_fx: ClassVar[_State]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Decoupled in training with gradients; else the model's own."""
@@ -65,7 +65,7 @@ class DropIn(nn.Module):
         state = self._dni_fx
         return {
             "optimizers": {n: o.state_dict() for n, o in state.optimizers_now().items()},
-            "synthesizers": state.decoupled.synthesizers.state_dict(),
+            "synthesizers": state.graphs.synthesizers.state_dict(),
         }
 
     def load_synthesizer_state_dict(self, saved: dict[str, Any]) -> None:
@@ -74,7 +74,7 @@ class DropIn(nn.Module):
         Raises:
             DecouplingError: it belongs to other sources; nothing is loaded then.
         """
-        mine, synthesizers = self._dni_fx.optimizers_now(), self._dni_fx.decoupled.synthesizers
+        mine, synthesizers = self._dni_fx.optimizers_now(), self._dni_fx.graphs.synthesizers
         if set(saved["optimizers"]) != set(mine):
             raise DecouplingError(
                 f"the saved sources are those of {sorted(saved['optimizers'])}, but here are "
@@ -96,7 +96,7 @@ class DropIn(nn.Module):
     def train(self, mode: bool = True) -> Any:
         """As ever; the sources, too."""
         super().train(mode)
-        self._dni_fx.decoupled.train(mode)
+        self._dni_fx.graphs.synthesizers.train(mode)
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -104,11 +104,9 @@ class DropIn(nn.Module):
         precision at least.
         """
         super()._apply(fn, recurse)
-        self._dni_fx.decoupled.synthesizers._apply(lambda t: _widened(fn(t)))
+        self._dni_fx.graphs.synthesizers._apply(lambda t: _widened(fn(t)))
         for optimizer in (self._dni_fx.optimizers or {}).values():
-            optimizer.load_state_dict(
-                optimizer.state_dict()
-            )  # which puts its state where the parameters are
+            optimizer.load_state_dict(optimizer.state_dict())  # puts it where the parameters are
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -122,7 +120,7 @@ class DropIn(nn.Module):
 
     def __delattr__(self, name: str) -> None:
         if name == "forward" and isinstance(vars(type(self))[name], staticmethod):
-            type(self).forward = _forward_like(self._dni_fx.decoupled.model)  # type: ignore[method-assign]
+            type(self).forward = _forward_like(self._dni_fx.graphs.model)  # type: ignore[method-assign]
         else:
             super().__delattr__(name)
 
@@ -141,35 +139,31 @@ class _State:
 
     def __init__(
         self,
-        decoupled: Decoupled,
+        graphs: Graphs,
+        encode: Context | None,
         make_optimizer: MakeOptimizer,
         target_of: Any,
         unit: float | Callable[[], float],
-        module: nn.Module | None = None,
+        module: DropIn | None = None,
     ) -> None:
-        self.decoupled, self.make_optimizer, self.target_of, self.unit_of = (
-            decoupled,
-            make_optimizer,
-            target_of,
-            unit,
-        )
+        self.graphs, self.encode = graphs, encode
+        self.make_optimizer, self.target_of, self.unit_of = make_optimizer, target_of, unit
         self.optimizers: dict[str, torch.optim.Optimizer] | None = None
         self.target: Any = None
-        self.module = _module_like(decoupled.model) if module is None else module
-        type(self.module)._dni_fx = self  # type: ignore[attr-defined]
-        object.__setattr__(
-            self.module, "__dict__", vars(decoupled.model)
-        )  # parameters, modes, attributes: the model's
+        self.module = _module_like(graphs.model) if module is None else module
+        type(self.module)._dni_fx = self
+        # Parameters, modes, attributes: the model's.
+        object.__setattr__(self.module, "__dict__", vars(graphs.model))
 
     def copy(self, memo: dict[int, Any]) -> _State:
         """Of model, sources and optimisers."""
-        module = _module_like(self.decoupled.model)
+        module = _module_like(self.graphs.model)
         memo[id(self.module)] = module  # before the model, whose attributes may refer to it
-        decoupled = copy.deepcopy(self.decoupled, memo)
-        other = _State(decoupled, self.make_optimizer, self.target_of, self.unit_of, module)
+        graphs, encode = copy.deepcopy((self.graphs, self.encode), memo)
+        other = _State(graphs, encode, self.make_optimizer, self.target_of, self.unit_of, module)
         forward = vars(type(self.module))["forward"]
         if isinstance(forward, staticmethod):
-            module.forward = copy.deepcopy(forward.__func__, memo)
+            module.forward = copy.deepcopy(forward.__func__, memo)  # type: ignore[method-assign]
         if self.optimizers is not None:
             for name, optimizer in other.optimizers_now().items():
                 optimizer.load_state_dict(copy.deepcopy(self.optimizers[name].state_dict()))
@@ -178,8 +172,8 @@ class _State:
     def optimizers_now(self) -> dict[str, torch.optim.Optimizer]:
         """Of every source that has parameters."""
         if self.optimizers is None:
-            _check_sources(self.decoupled)
-            pairs = [(n, list(s.named_parameters())) for n, s in self.decoupled.named_learners()]
+            _check_sources(self.graphs)
+            pairs = [(n, list(s.named_parameters())) for n, s in self.graphs.named_learners()]
             made = {
                 n: made_optimizer(self.make_optimizer(named), "synthesizer_optimizer")
                 for n, named in pairs
@@ -197,17 +191,17 @@ class _State:
 
     def call(self, args: Any, kwargs: Any) -> Any:
         """The module's forward."""
-        decoupled, model = self.decoupled, self.decoupled.model
+        graphs, model = self.graphs, self.graphs.model
         if not model.training or not torch.is_grad_enabled():
             return type(model).forward(model, *args, **kwargs)
-        values = decoupled.bind(*args, **kwargs)
+        values = graphs.bind(*args, **kwargs)
         self.optimizers_now()
-        if decoupled.is_exact:
+        if graphs.is_exact:
             return type(model).forward(model, *args, **kwargs)
         target = self.target
         if target is None and self.target_of is not None:
             target = self.target_of(*args, **kwargs)
-        context = None if decoupled.context is None or target is None else decoupled.context(target)
+        context = None if self.encode is None or target is None else self.encode(target)
         with keep_modes():
             return self._run(values, context)
 
@@ -215,8 +209,8 @@ class _State:
         """Stage after stage, the last one with autograd's own graph; values go when nothing needs
         them any more.
         """
-        split, served, unit = self.decoupled._variant.split, self.decoupled.served(), self.unit()
-        parameters = dict(self.decoupled.model.named_parameters(remove_duplicate=False))
+        split, served, unit = self.graphs.variant.split, self.graphs.served(), self.unit()
+        parameters = dict(self.graphs.model.named_parameters(remove_duplicate=False))
         heard = {n for s in served if message_kinds(s.source) for n in s.names} | set(
             split.model_inputs
         )
@@ -249,7 +243,7 @@ class _State:
             self.optimizers_now()[group.name].zero_grad()
 
 
-def _module_like(model: nn.Module) -> nn.Module:
+def _module_like(model: nn.Module) -> DropIn:
     """An object of a new class, a subclass of the model's, without attributes yet."""
     base = type(model)
     if "forward" in vars(model):
@@ -261,10 +255,9 @@ def _module_like(model: nn.Module) -> nn.Module:
         return base(*args, **kwargs)
 
     body = {"forward": _forward_like(model), "__new__": new, "__module__": base.__module__}
-    body["__qualname__"] = (
-        f"Decoupled{base.__qualname__}"  # the name is the model's: libraries save it and go by it
-    )
-    module: nn.Module = object.__new__(type(base.__name__, (DropIn, base), body))
+    # The name is the model's: libraries save it and go by it.
+    body["__qualname__"] = f"Decoupled{base.__qualname__}"
+    module: DropIn = object.__new__(type(base.__name__, (DropIn, base), body))
     return module
 
 
@@ -504,7 +497,7 @@ def _gradients(
 
 
 def _cast(device: str) -> Callable[[], torch.autocast]:
-    """Makes the autocast of now again: backward is called outside of it, and on threads of its own."""
+    """Makes the autocast of now again: backward is called outside of it, on threads of its own."""
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     return functools.partial(torch.autocast, device, dtype, enabled)
 
@@ -513,9 +506,9 @@ def _widened(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def _check_sources(decoupled: Decoupled) -> None:
+def _check_sources(graphs: Graphs) -> None:
     """A loop of the user's own knows no messages but gradients, and those added up."""
-    for group in serve(decoupled.interfaces, decoupled.sources):
+    for group in serve(graphs.interfaces, graphs.sources):
         source = group.source
         others = {*message_kinds(source), *awaited_kinds(source)} - {"gradient"}
         if not source.exact and (source.lag is not None or others):
@@ -530,19 +523,20 @@ def _check_sources(decoupled: Decoupled) -> None:
                 "consumers, whose gradients an ordinary loop adds up: use one source for their "
                 "sum, or dni_fx.Trainer"
             )
-    if decoupled.inputs:
+    if graphs.inputs:
         raise DecouplingError(
             "synthetic inputs have no use where stages run one after the other: leave out inputs="
         )
 
 
 def make_module(
-    decoupled: Decoupled,
+    graphs: Graphs,
+    encode: Context | None,
     make_optimizer: MakeOptimizer,
     target_of: Any,
     unit: float | Callable[[], float],
-) -> nn.Module:
-    """See :meth:`Decoupled.as_module`."""
-    if decoupled.is_traced:
-        _check_sources(decoupled)
-    return _State(decoupled, make_optimizer, target_of, unit).module
+) -> DropIn:
+    """See :meth:`dni_fx.Decoupled.as_module`; ``encode`` turns a target into what the sources see."""
+    if graphs.is_traced:
+        _check_sources(graphs)
+    return _State(graphs, encode, make_optimizer, target_of, unit).module

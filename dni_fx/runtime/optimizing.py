@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..decoupled import Decoupled, Stage
 from ..errors import DecouplingError
+from ..graphs.graphs import Graphs
+from ..graphs.stage import Stage
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
@@ -40,25 +41,25 @@ class StageOptimizers:
         self.parameters: dict[str, NamedParameters] = {}
         self._variant: Any = None  # the graph that all optimisers know
 
-    def prepare(self, decoupled: Decoupled, stages: Collection[Stage], unit: float) -> None:
+    def prepare(self, graphs: Graphs, stages: Collection[Stage], unit: float) -> None:
         """Make all optimisers, at the first call; later, have them adopt what a new graph uses.
 
         Args:
-            decoupled: the model, traced, the graph that is trained active.
+            graphs: of the model; the one that is trained is active.
             stages: those that are trained here.
             unit: the factor in front of the mean loss, which sources are told.
 
         Raises:
             DecouplingError: what was returned is no optimiser, or steps what it was not given.
         """
-        variant = decoupled._variant
+        variant = graphs.variant
         if self._variant is variant:
             return
         self.adopt(stages)
         if self._variant is None:
-            for source in decoupled.sources.values():
+            for source in graphs.sources.values():
                 source.unit = unit
-            for name, learner in decoupled.named_learners({stage.index for stage in stages}):
+            for name, learner in graphs.named_learners({stage.index for stage in stages}):
                 learnt = list(learner.named_parameters())
                 if learnt:
                     self.sources[name] = self.made_for_source(name, learnt)

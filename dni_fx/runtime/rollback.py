@@ -16,7 +16,10 @@ class AllOrNothing:
     """Sets gradients aside for a step, and puts back everything if the step fails."""
 
     def __init__(self, decoupled: Decoupled) -> None:
-        self.parameters = [*decoupled._variant.parameters, *decoupled.synthesizers.parameters()]
+        self.parameters = [
+            *decoupled.graphs.variant.parameters,
+            *decoupled.synthesizers.parameters(),
+        ]
         self.tables = [m._buffers for m in decoupled.modules() if m._buffers]
         self.modules = [
             m

@@ -129,7 +129,7 @@ class Trainer(Measures):
     def _make_optimizers(self) -> None:
         """For everything that the active graph trains."""
         stages = self.decoupled.stages
-        self.optimizing.prepare(self.decoupled, stages, 1 / self.accumulate)
+        self.optimizing.prepare(self.decoupled.graphs, stages, 1 / self.accumulate)
 
     def _step_on_threads(
         self, schedule: Threads, args: Any, kwargs: Any, target: Any

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import DecouplingError
 from ..graphs.nested import flatten
-from .window import States
+from .states import States
 from .window_batch import along
 
 

@@ -16,16 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compiler import check_whole, decouple_window
+from ..compiler.refusals import check_whole
 from ..errors import DecouplingError
-from ..passes.cut.describing import Leaving
 from ..passes.cut.insertion import Gradients
 from ..passes.trace.ports import ANOTHER
 from ..plan import Interface, TensorSpec
 from ..runtime.optimizing import MakeOptimizer
 from ..sources import AcrossTime, Joint
+from .opening import WindowOpening, decouple_window
+from .states import InitialState
 from .trainer import ThroughTime
-from .window import InitialState, Window
+from .window import Window
 
 
 def decouple_through_time(
@@ -125,9 +126,8 @@ def decouple_through_time(
             "each"
         )
     serving = Serving(factor, float(auxiliary), message_factor)
-    decoupled = decouple_window(
-        framed, cuts, gradients, serving.leaving, check, messages, input_gradients
-    )
+    opening = WindowOpening(framed, serving, tuple(messages), input_gradients)
+    decoupled = decouple_window(opening, cuts, gradients, check)
     return ThroughTime(
         decoupled,
         framed,
@@ -175,7 +175,3 @@ class Serving:
         )
         self.known.append((option, made))
         return made
-
-    def leaving(self) -> Leaving:
-        """How the compiler serves what leaves."""
-        return Leaving(self.serve, self.context)

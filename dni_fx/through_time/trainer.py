@@ -19,7 +19,8 @@ from ..runtime.in_turn import InTurn
 from ..runtime.saving import load_trained, trained_state
 from ..sources import GradientSource
 from .carried import Carried, begin_anew, read_done
-from .window import InitialState, States, Window
+from .states import InitialState, States
+from .window import Window
 from .window_batch import WindowBatch
 
 
@@ -217,7 +218,7 @@ class ThroughTime(BaseTrainer):
         named = {n: _fresh(t) for n, t in zip(states.names, leaves, strict=True)}
         values = self.decoupled.bind(x_window, named)
         self._check_sources()
-        self.optimizing.prepare(self.decoupled, self.stages, 1 / self.accumulate)
+        self.optimizing.prepare(self.decoupled.graphs, self.stages, 1 / self.accumulate)
         return values
 
     def answer(self, gradients: Mapping[int, Mapping[str, Tensor]]) -> None:
@@ -318,7 +319,7 @@ class ThroughTime(BaseTrainer):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """As :meth:`dni_fx.Trainer.load_state_dict`."""
-        self.optimizing.prepare(self.decoupled, self.stages, 1 / self.accumulate)
+        self.optimizing.prepare(self.decoupled.graphs, self.stages, 1 / self.accumulate)
         load_trained(state, self.decoupled, self.optimizing)
         self.steps = state["steps"]
         self._in_turn.under_way = []

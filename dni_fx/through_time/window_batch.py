@@ -44,7 +44,7 @@ class WindowBatch:
         self, decoupled: Decoupled, objective: Objective, ended: Tensor | None, step: int
     ) -> None:
         self.ended, self.step = ended, step
-        split = decoupled._variant.split
+        split = decoupled.graphs.variant.split
         self.leaving: dict[str, Interface] = {i.name: i for i in split.interfaces if i.leaves}
         everyone = decoupled.served()
         exact = [s for s in everyone if s.source.asks.exact]

@@ -62,46 +62,58 @@ def check_stages(
     first = check_model(model, args, kwargs)
     second = _measure(model, model, args, kwargs)
     stages = _measure(model, composed, args, kwargs)
-    exact = True
-    largest = max(
-        (_size(t) for n, t in first.items() if n.startswith("gradient") and t is not None),
-        default=0.0,
-    )
     if list(first) != list(stages):
         return Check(
             f"the stages return other tensors than the model ({len(stages)} against {len(first)})",
             False,
         )
+    gradients = [t for n, t in first.items() if n.startswith("gradient") and t is not None]
+    largest = max(map(_size, gradients), default=0.0)
+    exact = True
     for name, expected in first.items():
         found = stages[name]
-        if (expected is None) != (found is None):
-            return Check(
-                f"{name}: {_presence(found)} gradient where the model has "
-                f"{_presence(expected, 'one')}",
-                False,
-            )
-        if expected is None or found is None:
+        if expected is None and found is None:
             continue
-        if expected.shape != found.shape or expected.dtype != found.dtype:
-            return Check(
-                f"{name}: {tuple(found.shape)} {found.dtype}, expected {tuple(expected.shape)} "
-                f"{expected.dtype}",
-                False,
-            )
-        if torch.equal(expected, found) or _same(expected, found, 0.0):
-            continue
-        exact = False
-        again = second[name]
-        noise = 0.0 if again is None else _distance(expected, again)
-        scale = max(_size(expected), largest if name.startswith("gradient") else 0.0)
-        allowed = 10 * noise + _RELATIVE.get(expected.dtype, 2e-2) * scale
-        if not _same(expected, found, allowed):
-            return Check(
-                f"{name}: differs by {_distance(expected, found):.3g} (the model from itself by "
-                f"{noise:.3g})",
-                False,
-            )
+        mismatch = _difference_in_kind(expected, found)
+        if mismatch is None and expected is not None and found is not None:
+            if torch.equal(expected, found) or _same(expected, found, 0.0):
+                continue
+            exact = False
+            least = largest if name.startswith("gradient") else 0.0
+            mismatch = _difference(expected, found, second[name], least)
+        if mismatch is not None:
+            return Check(f"{name}: {mismatch}", False)
     return Check(None, exact)
+
+
+def _difference_in_kind(expected: torch.Tensor | None, found: torch.Tensor | None) -> str | None:
+    """One is missing, or they have other shapes or dtypes; None where they can be compared."""
+    if expected is None or found is None:
+        return f"{_presence(found)} gradient where the model has {_presence(expected, 'one')}"
+    if expected.shape != found.shape or expected.dtype != found.dtype:
+        return (
+            f"{tuple(found.shape)} {found.dtype}, expected {tuple(expected.shape)} {expected.dtype}"
+        )
+    return None
+
+
+def _difference(
+    expected: torch.Tensor, found: torch.Tensor, again: torch.Tensor | None, least: float
+) -> str | None:
+    """By how much two tensors differ, if by more than rounding and the model's own noise explain.
+
+    Args:
+        expected: the model's.
+        found: the stages'.
+        again: the model's at another run.
+        least: a size that counts as the tensor's own where that is smaller.
+    """
+    noise = 0.0 if again is None else _distance(expected, again)
+    scale = max(_size(expected), least)
+    if _same(expected, found, 10 * noise + _RELATIVE.get(expected.dtype, 2e-2) * scale):
+        return None
+    distance = _distance(expected, found)
+    return f"differs by {distance:.3g} (the model from itself by {noise:.3g})"
 
 
 def check_model(
@@ -170,9 +182,8 @@ def _measure(
     model: nn.Module, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, torch.Tensor | None]:
     with restored(model), torch.enable_grad():
-        torch.manual_seed(
-            1
-        )  # not the state in which the model was traced: draws must not be baked in
+        # Not the state in which the model was traced: draws must not be baked in.
+        torch.manual_seed(1)
         random.seed(1)
         if "numpy.random" in sys.modules:
             sys.modules["numpy.random"].seed(1)

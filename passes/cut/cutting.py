@@ -13,13 +13,11 @@ from torch import fx
 
 from ...errors import CutError, did_you_mean
 from ...plan import CutPoint, TensorSpec
-from ..trace.calls import after
 from ..trace.tracing import Trace
 from .specs import infer_specs, name_values
+from .views import torn_positions
 
-_REPLICATED_ELEMENTS = (
-    1 << 20
-)  # a mask or table larger than this is sent rather than computed again
+_REPLICATED_ELEMENTS = 1 << 20  # a larger mask or table is sent rather than computed again
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,13 @@ def find_flow(trace: Trace) -> Flow:
         if computed and needs_gradient(node):
             change[index[node] + 1] += 1
             change[last + 1] -= 1
-    flow = Flow(
+    kept = kept_storages(nodes)
+    unkept = {storage: n for storage, n in written.items() if storage not in kept}
+    illegal = torn_positions(nodes, last_use, replicated, unkept)
+    for i, node in enumerate(nodes):
+        if node.meta.get("glued"):
+            illegal[i] = f"{node.name!r} belongs to the node before it"
+    return Flow(
         trace=trace,
         nodes=nodes,
         index=index,
@@ -130,10 +134,8 @@ def find_flow(trace: Trace) -> Flow:
             (i for i, n in enumerate(nodes) if _computes(n) and n not in guards_only), default=-1
         ),
         trainable=tuple(accumulate(change)),
-        illegal={},
+        illegal=illegal,
     )
-    flow.illegal.update(_illegal_positions(flow, written))
-    return flow
 
 
 def list_cut_points(flow: Flow) -> tuple[CutPoint, ...]:
@@ -152,13 +154,10 @@ def list_cut_points(flow: Flow) -> tuple[CutPoint, ...]:
         seen[path] = count + 1
         if path:
             named.setdefault(_after(flow, last), []).insert(0, f"{path}@{count}" if count else path)
-    for (
-        path,
-        count,
-    ) in seen.items():  # the plain name of a module called several times means its last call
-        if path and count > 1:
-            for names in named.values():
-                names[:] = [f"{path}@0" if n == path else n for n in names]
+    # The plain name of a module called several times means its last call.
+    for path in (p for p, count in seen.items() if p and count > 1):
+        for names in named.values():
+            names[:] = [f"{path}@0" if n == path else n for n in names]
     points = []
     live: dict[fx.Node, None] = {}
     for position in range(1, len(flow.nodes)):
@@ -174,11 +173,6 @@ def list_cut_points(flow: Flow) -> tuple[CutPoint, ...]:
         for name in named.get(position, [flow.names[node][0]]):
             points.append(_cut_point(flow, position, name, tuple(live)))
     return tuple(points)
-
-
-def find_positions(flow: Flow, cuts: tuple[str, ...]) -> tuple[int, ...]:
-    """The positions of :func:`find_cuts`."""
-    return tuple(find_cuts(flow, cuts))
 
 
 def find_cuts(flow: Flow, cuts: tuple[str, ...], lenient: bool = False) -> dict[int, str]:
@@ -260,7 +254,10 @@ def reason_against(flow: Flow, position: int) -> str | None:
     if position > flow.last_computed:
         return "nothing is computed after it"
     if flow.trainable[position] == 0:
-        return "no value on a trainable path crosses there (its upstream is frozen, or only inputs cross)"
+        return (
+            "no value on a trainable path crosses there (its upstream is frozen, or only inputs "
+            "cross)"
+        )
     return flow.illegal.get(position)
 
 
@@ -333,20 +330,6 @@ def _cut_point(flow: Flow, position: int, name: str, live: tuple[fx.Node, ...]) 
     )
 
 
-def _uses(flow: Flow, node: fx.Node, start: int) -> int:
-    """How many partial gradients a value gets from nodes at or after a position: one for each
-    argument that it is.
-
-    Views of it pass theirs on and are counted by themselves.
-    """
-    arguments: list[Any] = []
-    for user in node.users:
-        is_view = user.meta.get("storage") == node.meta["storage"] and not user.meta.get("mutates")
-        if user.target is not after and start <= flow.index[user] and not (is_view and start == 0):
-            fx.node.map_arg((user.args, user.kwargs), arguments.append)
-    return sum(a is node for a in arguments)
-
-
 def kept_storages(nodes: tuple[fx.Node, ...]) -> set[int]:
     """Memory of buffers and other attributes: every stage writes to the model's own, never to a
     copy.
@@ -400,57 +383,3 @@ def _replicated(nodes: tuple[fx.Node, ...], written: dict[int, fx.Node]) -> froz
         if free:
             found[node] = None
     return frozenset(found)
-
-
-def _illegal_positions(flow: Flow, written: dict[int, fx.Node]) -> dict[int, str]:
-    """Positions where two views of memory that is written to later would be torn apart."""
-    members: dict[int, list[fx.Node]] = {}
-    kept = kept_storages(flow.nodes)
-    for node in flow.nodes:
-        storage = node.meta.get("storage")
-        if storage in written and storage not in kept and node not in flow.replicated:
-            members.setdefault(node.meta["storage"], []).append(node)
-    illegal: dict[int, str] = {}
-    # where a write went through a view, or reached other views, autograd rebuilds their histories
-    # and adds partial gradients in an order that a cut cannot keep; two of them commute, three do
-    # not
-    rebuilt = {n.meta["storage"] for n in flow.nodes if n.target is after}
-    rebuilt |= {s for n in flow.nodes for s in n.meta.get("rebases", ())}
-    for storage, group in members.items():
-        write = flow.index[written[storage]]
-        last = len(flow.nodes) if storage in rebuilt else write
-        spans = [(flow.index[n] + 1, min(flow.last_use[n], last), n) for n in group]
-        count: dict[int, list[fx.Node]] = {}
-        for start, end, node in (s for s in spans if s[1] >= s[0]):
-            for position in range(start, end + 1):
-                count.setdefault(position, []).append(node)
-        if len(group) < 2:
-            continue
-        for position, alive in count.items():
-            torn = len(alive) > 1 and position <= write
-            if (
-                not torn
-                and storage in rebuilt
-                and (len(alive) > 1 or (position <= write and alive[0].meta["view"]))
-            ):
-                # a view that is written to behind the cut is a copy there: none of the histories is
-                # rebuilt
-                behind = position <= write
-                torn = (
-                    sum(
-                        _uses(flow, n, 0 if behind else position)
-                        for n in (group if behind else alive)
-                    )
-                    > 2
-                )
-            if torn:
-                illegal.setdefault(
-                    position,
-                    f"{alive[0].name!r} and {(alive + group)[1].name!r} share memory that "
-                    f"{written[storage].name!r} writes to; cut where only one of them is needed "
-                    "later",
-                )
-    for position, node in enumerate(flow.nodes):
-        if node.meta.get("glued"):
-            illegal[position] = f"{node.name!r} belongs to the node before it"
-    return illegal

@@ -1,14 +1,13 @@
-"""Describes a split model: its plan, with what is known of stages, interfaces, sources and nodes."""
+"""Describes a split model: its plan, what is known of stages, interfaces, sources and nodes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import fx
 
+from ...graphs.variants import Variant
 from ...plan import (
     CutPlan,
     Interface,
@@ -17,77 +16,53 @@ from ...plan import (
     SourceReport,
     StageCost,
     StageReport,
-    TensorSpec,
 )
-from ...sources import SOURCES, GradientSource, InputSource, Served, auto_name, serve
-from ..search.choosing import Choice, Context
+from ...sources import GradientSource, Served, serve
+from ..search.choosing import Choice
 from ..search.costing import Costs
-from .insertion import (
-    Gradients,
-    Inputs,
-    chosen_inputs,
-    infer_context,
-    make_inputs,
-    make_sources,
-    resolve_gradients,
-)
-from .specs import infer_specs
-
-if TYPE_CHECKING:
-    from ...graphs.variants import Variant
+from .insertion import Inserted
 
 
-@dataclass(frozen=True)
-class Leaving:
-    """How values that leave the graph are served.
-
-    Attributes:
-        serve: from an interface and what was asked for to the source that is made.
-        context: what those sources see besides.
-    """
-
-    serve: Callable[[Interface, Any], Any]
-    context: TensorSpec | None
-
-
-def describe_plan(
-    variant: Variant,
-    gradients: Gradients,
-    inputs: Inputs | None,
-    context: Context | None,
-    wanted: int | None,
-    leaving: Leaving | None = None,
-) -> tuple[CutPlan, dict[str, GradientSource], dict[str, InputSource]]:
-    """The plan of a split model, the sources of its interfaces, and its synthetic inputs.
+def describe_plan(variant: Variant, inserted: Inserted, wanted: int | None) -> CutPlan:
+    """The plan of a split model.
 
     Args:
         variant: the split model.
-        gradients: what was asked for.
-        inputs: synthetic inputs asked for.
-        context: what turns targets into what the sources see.
+        inserted: the sources of its interfaces.
         wanted: stages that a search was asked for; None where cuts were named.
-        leaving: how values that leave the graph are served; None where there are none.
     """
     split, trace, choice = variant.split, variant.trace, variant.choice
-    interfaces = split.interfaces
-    chosen = resolve_gradients(interfaces, gradients)
-    shapes = next(iter(variant.shapes))
-    batch = shapes[0][0] if shapes and len(shapes[0]) else 1
-    seen = None if leaving is not None else infer_context(context, batch)
-    devices = {i.name: variant.parameters[0].device for i in interfaces}
-    within = tuple(i for i in interfaces if not i.leaves)
-    sources = make_sources(within, chosen, seen, devices)
-    if leaving is not None:
-        outward = tuple(i for i in interfaces if i.leaves)
-        options = {i.name: leaving.serve(i, chosen[i.name]) for i in outward}
-        sources = make_sources(outward, options, leaving.context, devices) | sources
-    placeholders = [n for n in trace.graph.nodes if n.op == "placeholder"]
-    specs = infer_specs(trace)
-    predicted = make_inputs(interfaces, inputs, tuple(specs[n.name] for n in placeholders), devices)
-    kinds = {n: c if isinstance(c, str) else _own_name(c) for n, c in chosen.items()}
-    kinds.update({i.name: auto_name(i.spec, seen) for i in within if kinds[i.name] == "auto"})
-    asked = chosen_inputs(interfaces, inputs)
-    unlocks = tuple((n, c if isinstance(c, str) else _own_name(c)) for n, c in asked.items())
+    node_of = dict(zip((i.name for i in split.interfaces), split.crossing, strict=True))
+    groups = serve(split.interfaces, inserted.gradients)
+    modules = dict(trace.model.named_modules(remove_duplicate=False))
+    ran = [path for node in trace.graph.nodes for path in _scope(node) if path in modules]
+    report = PlanReport(
+        rung=trace.rung,
+        stages=_stage_reports(variant, node_of),
+        interfaces=split.interfaces,
+        plain=split.plain,
+        sources=_source_reports(inserted.kinds, groups, choice.costs, node_of),
+        notes=_notes(variant, inserted, wanted),
+        exact=variant.exact,
+        nodes=_node_reports(variant),
+        kinds={path: type(modules[path]).__name__ for path in ran},
+        search=choice.search,
+    )
+    order = sorted(choice.stage_of.items(), key=lambda pair: pair[1]) if choice.free else ()
+    return CutPlan(
+        model=type(trace.model).__name__,
+        digest=trace.digest,
+        cuts=choice.cuts,
+        gradients=tuple(inserted.kinds.items()),
+        assignment=tuple((node.name, stage) for node, stage in order),
+        inputs=tuple(inserted.unlocks.items()),
+        report=report,
+    )
+
+
+def _notes(variant: Variant, inserted: Inserted, wanted: int | None) -> tuple[str, ...]:
+    """What a reader of the plan should know."""
+    split, trace = variant.split, variant.trace
     notes = [f"{path!r} is one opaque node: {why}" for path, why in trace.opaque.items()]
     notes += trace.notes
     notes += [
@@ -97,48 +72,18 @@ def describe_plan(
         notes.append(
             f"{len(split.stages)} stages instead of {wanted}: the graph has no more legal cuts"
         )
-    for name, kind in unlocks:
-        count = sum(p.numel() for p in predicted[name].parameters())
+    for name, kind in inserted.unlocks.items():
+        count = sum(p.numel() for p in inserted.inputs[name].parameters())
         notes.append(f"synthetic input at {name!r}: {kind}, {count:,} parameters")
-    if choice.free:
+    if variant.choice.free:
         notes.append(
             "stages are not contiguous in program order: exact mode equals backpropagation within "
             "rounding"
         )
-    modules = dict(trace.model.named_modules(remove_duplicate=False))
-    served = dict(zip((i.name for i in interfaces), split.crossing, strict=True))
-    report = PlanReport(
-        rung=trace.rung,
-        stages=_stage_reports(variant, served),
-        interfaces=interfaces,
-        plain=split.plain,
-        sources=_source_reports(kinds, serve(interfaces, sources), choice.costs, served),
-        notes=tuple(notes),
-        exact=variant.exact,
-        nodes=_node_reports(variant),
-        kinds={
-            p: type(modules[p]).__name__
-            for n in trace.graph.nodes
-            for p in _scope(n)
-            if p in modules
-        },
-        search=choice.search,
-    )
-    order = sorted(choice.stage_of.items(), key=lambda pair: pair[1]) if choice.free else ()
-    assignment = tuple((n.name, k) for n, k in order)
-    plan = CutPlan(
-        type(trace.model).__name__,
-        trace.digest,
-        variant.cuts,
-        tuple(kinds.items()),
-        assignment,
-        unlocks,
-        report,
-    )
-    return plan, sources, predicted
+    return tuple(notes)
 
 
-def _stage_reports(variant: Variant, served: Mapping[str, str]) -> tuple[StageReport, ...]:
+def _stage_reports(variant: Variant, node_of: Mapping[str, str]) -> tuple[StageReport, ...]:
     split, choice = variant.split, variant.choice
     counts = {n: p.numel() for n, p in variant.trace.model.named_parameters()}
     modules = _whole_modules(variant)
@@ -152,7 +97,7 @@ def _stage_reports(variant: Variant, served: Mapping[str, str]) -> tuple[StageRe
             modules=modules.get(s.index, ()),
             cost=None
             if choice.costs is None
-            else _stage_cost(choice, choice.costs, s.index, split.interfaces, served),
+            else _stage_cost(choice, choice.costs, s.index, split.interfaces, node_of),
         )
         for s in split.stages
     )
@@ -163,11 +108,11 @@ def _stage_cost(
     costs: Costs,
     index: int,
     interfaces: Sequence[Interface],
-    served: Mapping[str, str],
+    node_of: Mapping[str, str],
 ) -> StageCost:
     own = [n.name for n, k in choice.stage_of.items() if k == index]
     total = lambda table: sum(table.get(n, 0) for n in own)  # noqa: E731
-    sent = [costs.sources.get(served[i.name], (0, 0)) for i in interfaces if i.producer == index]
+    sent = [costs.sources.get(node_of[i.name], (0, 0)) for i in interfaces if i.producer == index]
     received = sum(i.spec.nbytes for i in interfaces if index in i.consumers)
     return StageCost(
         forward=total(costs.forward) / 1e9,
@@ -184,13 +129,13 @@ def _source_reports(
     kinds: Mapping[str, str],
     groups: Sequence[Served],
     costs: Costs | None,
-    served: Mapping[str, str],
+    node_of: Mapping[str, str],
 ) -> dict[str, SourceReport]:
     """One for each interface; those of a shared source after the first count nothing more."""
     found = {}
     for group in groups:
         found[group.name] = _source_report(
-            kinds[group.name], group.source, costs, served[group.name]
+            kinds[group.name], group.source, costs, node_of[group.name]
         )
         for name in group.names[1:]:
             found[name] = SourceReport(f"with {group.name}", 0, 0, None if costs is None else 0.0)
@@ -254,9 +199,3 @@ def _node_reports(variant: Variant) -> tuple[NodeReport, ...]:
             )
         )
     return tuple(reports)
-
-
-def _own_name(factory: object) -> str:
-    """Name of a factory of the user's, which is never that of a built-in source."""
-    name = getattr(factory, "__name__", type(factory).__name__)
-    return f"{factory.__module__}.{name}" if name in SOURCES else name

@@ -65,19 +65,18 @@ class StageFunctions:
 
 
 def emit_functions(
-    split: Split, index: int, sources: Mapping[str, GradientSource]
-) -> StageFunctions:
-    """Emit the training functions of one stage.
+    split: Split, sources: Mapping[str, GradientSource]
+) -> tuple[StageFunctions, ...]:
+    """Emit the training functions of every stage.
 
     Args:
         split: all stages and what crosses.
-        index: which stage.
-        sources: the gradient source of each interface that this stage sends, by interface name.
+        sources: the gradient source of each interface, by interface name.
 
     Returns:
-        New graph modules; the stage's module and the sources are in them by reference.
+        New graph modules; the stages' modules and the sources are in them by reference.
     """
-    return StageFunctions(split, index, sources)
+    return tuple(StageFunctions(split, stage.index, sources) for stage in split.stages)
 
 
 def readable_code(module: fx.GraphModule) -> str:
@@ -133,42 +132,48 @@ def _emit_step(
     )
     values, leaves = _open_inputs(graph, inputs, stage, received)
     outputs = _run_stage(graph, stage, values)
-    attributes: dict[str, nn.Module] = {"stage": stage.module}
-    predictions: dict[str, fx.Node] = {}
     results: dict[str, fx.Node] = {}
-    found: dict[str, fx.Node] = {}
-    roots, gradients, value_out = [], [], None
+    roots: list[fx.Node] = []
+    gradients: list[fx.Node] = []
+    value_out = None
     if OUTPUT in outputs:
         output = outputs.pop(OUTPUT)
         value = _named(graph.call_function(evaluate, (loss, output, target)), "loss_value")
-        roots, gradients = (
-            [value],
-            [_named(graph.call_function(torch.ones_like, (value,)), "loss_gradient")],
-        )
+        roots.append(value)
+        gradients.append(_named(graph.call_function(torch.ones_like, (value,)), "loss_gradient"))
         results[OUTPUT] = _named(graph.call_function(detached, (output,)), "output_sent")
         value_out = _named(graph.call_function(detached, (value,)), "loss_sent")
     for name, out in outputs.items():
-        kept = name not in sent and name not in unasked
-        results[name] = (
-            out if kept else _named(graph.call_method("detach", (out,)), f"{identifier(name)}_sent")
-        )
-    for group in served:
-        path, label = f"sources.{source_key(group.name)}", identifier(group.name)
-        attributes[path] = group.source
-        prediction = graph.call_module(path, (tuple(results[n] for n in group.names), context))
-        prediction.name = f"{label}_prediction"
-        predictions[group.name] = prediction
-        predicted = _named(
-            graph.call_function(getattr, (prediction, "gradients")), f"{label}_gradients"
-        )
-        for i, name in enumerate(group.names):
-            found[name] = _item(graph, predicted, i, f"{identifier(name)}_gradient")
+        results[name] = out
+        if name in sent or name in unasked:
+            label = f"{identifier(name)}_sent"
+            results[name] = _named(graph.call_method("detach", (out,)), label)
+    predictions, found = _ask_sources(graph, served, results, context)
     roots = [*(outputs[n] for n in sent), *roots]
     gradients = [*(found[n] for n in sent), *gradients]
     graph.call_function(pull_back, (tuple(roots), tuple(gradients)))
     result = (results, _gradients(graph, leaves), predictions, value_out)
     graph.output(graph.call_function(StepResult, result))
-    return fx.GraphModule(attributes, graph, f"Step{stage.index}")
+    attributes = {f"sources.{source_key(group.name)}": group.source for group in served}
+    return fx.GraphModule({"stage": stage.module, **attributes}, graph, f"Step{stage.index}")
+
+
+def _ask_sources(
+    graph: fx.Graph, served: tuple[Served, ...], values: dict[str, fx.Node], context: fx.Node
+) -> tuple[dict[str, fx.Node], dict[str, fx.Node]]:
+    """What each source predicts, by its own name, and the gradient of each value that it serves."""
+    predictions, gradients = {}, {}
+    for group in served:
+        given = (tuple(values[n] for n in group.names), context)
+        label = identifier(group.name)
+        prediction = graph.call_module(f"sources.{source_key(group.name)}", given)
+        predictions[group.name] = _named(prediction, f"{label}_prediction")
+        every = _named(
+            graph.call_function(getattr, (prediction, "gradients")), f"{label}_gradients"
+        )
+        for i, name in enumerate(group.names):
+            gradients[name] = _item(graph, every, i, f"{identifier(name)}_gradient")
+    return predictions, gradients
 
 
 def source_key(interface: str) -> str:

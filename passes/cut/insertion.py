@@ -5,26 +5,115 @@ interface.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
 from ...errors import DecouplingError, did_you_mean
 from ...plan import Interface, TensorSpec
 from ...sources import (
+    SOURCES,
     GradientSource,
     InputFactory,
     InputSource,
     SourceFactory,
+    auto_name,
     for_consumers,
     is_joint,
     make_input,
     make_source,
     try_predict,
 )
+from ..trace.tracing import Trace
+from .specs import infer_specs
+from .splitting import Split
 
 Gradients = str | SourceFactory | Mapping[str, str | SourceFactory]
 Inputs = str | InputFactory | Mapping[str, str | InputFactory]
+Context = Callable[[Any], torch.Tensor]
+
+
+class Leaving(Protocol):
+    """How values that leave the graph are served.
+
+    Attributes:
+        context: what those sources see besides.
+    """
+
+    context: TensorSpec | None
+
+    def serve(self, interface: Interface, option: Any) -> Any:
+        """From what was asked for at an interface to the option that its source is made from."""
+
+
+@dataclass(frozen=True)
+class Inserted:
+    """What stands at the interfaces of a split model.
+
+    Attributes:
+        gradients: the source of every interface.
+        inputs: synthetic inputs, at the interfaces that they were asked for.
+        kinds: what a plan calls the source of every interface.
+        unlocks: the same of the synthetic inputs.
+    """
+
+    gradients: dict[str, GradientSource]
+    inputs: dict[str, InputSource]
+    kinds: dict[str, str]
+    unlocks: dict[str, str]
+
+
+def insert_sources(
+    trace: Trace,
+    split: Split,
+    gradients: Gradients,
+    inputs: Inputs | None = None,
+    context: Context | None = None,
+    leaving: Leaving | None = None,
+) -> Inserted:
+    """Make what was asked for at every interface of a split model, on the model's device.
+
+    Args:
+        trace: the traced model.
+        split: its stages.
+        gradients: gradient sources asked for.
+        inputs: synthetic inputs asked for.
+        context: turns targets into what the sources see.
+        leaving: how values that leave the graph are served; None where there are none.
+
+    Raises:
+        DecouplingError: names of no interface, unknown sources, or some that cannot serve a value.
+    """
+    interfaces, specs = split.interfaces, infer_specs(trace)
+    taken = tuple(specs[n] for n in split.model_inputs)
+    batch = taken[0].shape[0] if taken and taken[0].shape else 1
+    seen = None if leaving is not None else infer_context(context, batch)
+    device = next(trace.model.parameters()).device
+    devices = {i.name: device for i in interfaces}
+    asked = resolve_gradients(interfaces, gradients)
+    within = tuple(i for i in interfaces if not i.leaves)
+    sources = make_sources(within, asked, seen, devices)
+    if leaving is not None:
+        outward = tuple(i for i in interfaces if i.leaves)
+        options = {i.name: leaving.serve(i, asked[i.name]) for i in outward}
+        sources = make_sources(outward, options, leaving.context, devices) | sources
+    kinds = {n: _name_of(option) for n, option in asked.items()}
+    kinds.update({i.name: auto_name(i.spec, seen) for i in within if kinds[i.name] == "auto"})
+    return Inserted(
+        gradients=sources,
+        inputs=make_inputs(interfaces, inputs, taken, devices),
+        kinds=kinds,
+        unlocks={n: _name_of(o) for n, o in _chosen_inputs(interfaces, inputs).items()},
+    )
+
+
+def _name_of(option: Any) -> str:
+    """An option as a plan says it; a factory of the user's is never called as a built-in source."""
+    if isinstance(option, str):
+        return option
+    name = getattr(option, "__name__", type(option).__name__)
+    return f"{option.__module__}.{name}" if name in SOURCES else name
 
 
 def resolve_gradients(
@@ -128,7 +217,7 @@ def make_inputs(
         DecouplingError: an unknown name, or a value that cannot be predicted from the model's
             inputs.
     """
-    chosen = chosen_inputs(interfaces, inputs)
+    chosen = _chosen_inputs(interfaces, inputs)
     found = {}
     for interface in interfaces:
         if interface.name in chosen:
@@ -142,7 +231,7 @@ def make_inputs(
     return found
 
 
-def chosen_inputs(
+def _chosen_inputs(
     interfaces: tuple[Interface, ...], inputs: Inputs | None
 ) -> dict[str, str | InputFactory]:
     """The option of each interface that a synthetic input was asked for."""
@@ -164,7 +253,7 @@ def _by_interface(interfaces: tuple[Interface, ...], options: Any, argument: str
     return {by_name[n]: option for n, option in options.items()}
 
 
-def infer_context(context: Callable[[Any], torch.Tensor] | None, batch: int) -> TensorSpec | None:
+def infer_context(context: Context | None, batch: int) -> TensorSpec | None:
     """Shape of what a context callable returns for a batch.
 
     Asked of its attributes ``features`` and ``positions`` (number of dimensions between batch and

@@ -1,4 +1,4 @@
-"""Facts about the values of a traced graph: their names, shapes, and which way their features lie."""
+"""Facts about the values of a traced graph: names, shapes, and which way their features lie."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from ...plan import TensorSpec
 from ..trace.tracing import Trace
 
 _MAPS = (
-    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.BatchNorm2d,
-    nn.BatchNorm3d, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.MaxPool1d, nn.MaxPool2d,
-    nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+    nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d,
+    nn.InstanceNorm3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d,
+    nn.AvgPool3d,
 )  # fmt: skip
 _TOKENS = (
     nn.Linear, nn.LayerNorm, nn.Embedding, nn.MultiheadAttention, nn.TransformerEncoderLayer,
@@ -28,8 +29,7 @@ def name_values(trace: Trace) -> dict[fx.Node, tuple[str, ...]]:
 
     Returns:
         For each node: the paths of the modules whose output it is, outermost first (``path@1`` for
-            a module's second
-        call), then the node's own name where no module has it.
+        a module's second call), then the node's own name where no module has it.
     """
     seen: dict[str, int] = {}
     names: dict[fx.Node, list[str]] = {}

@@ -8,19 +8,19 @@ model's own, by reference.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import networkx as nx
-import torch
 from torch import fx, nn
 
 from ...errors import CutError
 from ...graphs.nested import Structure
 from ...plan import Interface
 from ..trace.nodes import identifier
+from ..trace.tracing import Port, Trace
 from .cutting import Flow, kept_storages, needs_gradient
+from .regions import Regions
 
 OUTPUT = "output"
 
@@ -117,6 +117,39 @@ class Split:
         return [i.name for i in self.interfaces if i.producer == stage]
 
 
+@dataclass(frozen=True)
+class _Crossing:
+    """What crosses between which stages.
+
+    Attributes:
+        flow: facts of the traced model.
+        stage_of: stage of every computed node.
+        count: number of stages.
+        users: the stages that use each crossing value, in program order of the values.
+        names: of each crossing value.
+    """
+
+    flow: Flow
+    stage_of: dict[fx.Node, int]
+    count: int
+    users: dict[fx.Node, dict[int, None]]
+    names: dict[fx.Node, str]
+
+    def place(self, node: fx.Node) -> int:
+        """The stage of a node; inputs and the output belong to the last one."""
+        return self.stage_of.get(node, self.count - 1)
+
+    def carries(self, node: fx.Node) -> bool:
+        """Whether a gradient comes back over a crossing value."""
+        returned = any(leaf is node for leaf in self.flow.trace.output_leaves)
+        away = [
+            u
+            for u in node.users
+            if self.place(u) != self.stage_of[node] and (u.op != "output" or returned)
+        ]
+        return needs_gradient(node) and any(u in self.flow.returning for u in away)
+
+
 def split_stages(flow: Flow, stage_of: dict[fx.Node, int], named: tuple[str, ...] = ()) -> Split:
     """Split a traced graph.
 
@@ -131,55 +164,11 @@ def split_stages(flow: Flow, stage_of: dict[fx.Node, int], named: tuple[str, ...
     Raises:
         CutError: stages that depend on each other in a circle, or on a later one.
     """
-    count = max(stage_of.values(), default=0) + 1
-    output = next(n for n in flow.nodes if n.op == "output")
-    returned = [leaf for leaf in flow.trace.output_leaves if isinstance(leaf, fx.Node)]
-    users: dict[fx.Node, dict[int, None]] = {}
-    for node in flow.nodes:
-        here = count - 1 if node is output else stage_of.get(node)
-        if here is None:
-            continue
-        for value in returned if node is output else node.all_input_nodes:
-            if value in stage_of and stage_of[value] != here:
-                users.setdefault(value, {})[here] = None
-    _check_order({(stage_of[v], c) for v, consumers in users.items() for c in consumers})
-    crossing = [n for n in flow.nodes if n in users]
-
-    def away(node: fx.Node, user: fx.Node) -> bool:
-        return stage_of.get(user, count - 1) != stage_of[node] and (
-            user is not output or node in returned
-        )
-
-    carrying = {
-        n
-        for n in crossing
-        if needs_gradient(n) and any(u in flow.returning and away(n, u) for u in n.users)
-    }
-    names = _crossing_names(flow, crossing, named)
-    stages = tuple(_build_stage(flow, stage_of, k, count, names, users) for k in range(count))
+    cross = _find_crossing(flow, stage_of, named)
+    stages = tuple(_build_stage(cross, k) for k in range(cross.count))
     leaving = [(p, n) for p in flow.trace.ports if needs_gradient(n := flow.trace.port_node(p))]
-    outward = tuple(
-        Interface(
-            name=port.name,
-            spec=dataclasses.replace(flow.specs[node.name], batch_dim=port.batch_dim),
-            producer=stage_of.get(node, count - 1),
-            consumers=tuple(s.index for s in stages if port.feeds in s.inputs),
-            feeds=port.feeds,
-        )
-        for port, node in leaving
-    )
-    interfaces = outward + tuple(
-        Interface(
-            name=names[n],
-            spec=flow.specs[n.name],
-            producer=stage_of[n],
-            consumers=tuple(sorted(users[n])),
-            implied=not set(flow.names[n]) & set(named),
-            aliases=tuple(a for a in flow.names[n] if a != names[n]),
-        )
-        for n in crossing
-        if n in carrying
-    )
+    carrying = [n for n in cross.users if cross.carries(n)]
+    plain = [n for n in cross.users if n not in set(carrying)]
     sharing: dict[str, list[int]] = {}
     for stage in stages:
         for name in stage.parameters:
@@ -188,17 +177,61 @@ def split_stages(flow: Flow, stage_of: dict[fx.Node, int], named: tuple[str, ...
     shared = tuple(item for item in every if len(item[2]) > 1)
     return Split(
         stages=stages,
-        interfaces=interfaces,
-        crossing=tuple(
-            n.name for n in [*(n for _, n in leaving), *(n for n in crossing if n in carrying)]
+        interfaces=(
+            *(_outward(cross, port, node, stages) for port, node in leaving),
+            *(_inward(cross, node, named) for node in carrying),
         ),
-        plain=tuple(names[n] for n in crossing if n not in carrying),
-        unasked=tuple(names[n] for n in crossing if needs_gradient(n) and n not in carrying),
+        crossing=tuple(n.name for n in [*(n for _, n in leaving), *carrying]),
+        plain=tuple(cross.names[n] for n in plain),
+        unasked=tuple(cross.names[n] for n in plain if needs_gradient(n)),
         model_inputs=tuple(n.name for n in flow.nodes if n.op == "placeholder"),
         shared=shared,
         reused=_reused(flow, stage_of, sharing),
         incoming=flow.trace.incoming,
         summed=tuple(every) if flow.trace.incoming else shared,
+    )
+
+
+def _find_crossing(flow: Flow, stage_of: dict[fx.Node, int], named: tuple[str, ...]) -> _Crossing:
+    count = max(stage_of.values(), default=0) + 1
+    returned = [leaf for leaf in flow.trace.output_leaves if isinstance(leaf, fx.Node)]
+    users: dict[fx.Node, dict[int, None]] = {}
+    for node in flow.nodes:
+        is_output = node.op == "output"
+        here = count - 1 if is_output else stage_of.get(node)
+        if here is None:
+            continue
+        for value in returned if is_output else node.all_input_nodes:
+            if value in stage_of and stage_of[value] != here:
+                users.setdefault(value, {})[here] = None
+    _check_order({(stage_of[v], c) for v, consumers in users.items() for c in consumers})
+    users = {n: users[n] for n in flow.nodes if n in users}
+    return _Crossing(flow, stage_of, count, users, _crossing_names(flow, list(users), named))
+
+
+def _outward(
+    cross: _Crossing, port: Port, node: fx.Node, stages: tuple[StageGraph, ...]
+) -> Interface:
+    """A value that leaves the graph."""
+    return Interface(
+        name=port.name,
+        spec=dataclasses.replace(cross.flow.specs[node.name], batch_dim=port.batch_dim),
+        producer=cross.place(node),
+        consumers=tuple(s.index for s in stages if port.feeds in s.inputs),
+        feeds=port.feeds,
+    )
+
+
+def _inward(cross: _Crossing, node: fx.Node, named: tuple[str, ...]) -> Interface:
+    """A value that goes to later stages."""
+    name, every = cross.names[node], cross.flow.names[node]
+    return Interface(
+        name=name,
+        spec=cross.flow.specs[node.name],
+        producer=cross.stage_of[node],
+        consumers=tuple(sorted(cross.users[node])),
+        implied=not set(every) & set(named),
+        aliases=tuple(a for a in every if a != name),
     )
 
 
@@ -253,46 +286,59 @@ def _crossing_names(
     return names
 
 
-def _build_stage(
-    flow: Flow,
-    stage_of: dict[fx.Node, int],
-    index: int,
-    count: int,
-    names: dict[fx.Node, str],
-    users: dict[fx.Node, dict[int, None]],
-) -> StageGraph:
-    own = [n for n in flow.nodes if stage_of.get(n) == index]
-    last = index == count - 1
-    returned = flow.trace.output_leaves
-    results = (
-        [n for n in returned if isinstance(n, fx.Node)] if last else [n for n in own if n in users]
-    )
-    leaving = {
-        p: n
-        for p in flow.trace.ports
-        if stage_of.get(n := flow.trace.port_node(p), count - 1) == index
-    }
-    needed = _needed(flow, own, [*results, *leaving.values()])
+def _build_stage(cross: _Crossing, index: int) -> StageGraph:
+    flow, last = cross.flow, index == cross.count - 1
+    own = [n for n in flow.nodes if cross.stage_of.get(n) == index]
+    ports = [(p, flow.trace.port_node(p)) for p in flow.trace.ports]
+    leaving = [(p, n) for p, n in ports if cross.place(n) == index]
+    results = [n for n in own if n in cross.users]
+    if last:
+        results = [n for n in flow.trace.output_leaves if isinstance(n, fx.Node)]
+    needed = _needed(flow, own, [*results, *(n for _, n in leaving)])
     computed = set(own)
-    incoming = dict.fromkeys(
-        n for n in needed if n.op == "placeholder" or (n in stage_of and n not in computed)
+    incoming = [
+        n for n in needed if n.op == "placeholder" or (n in cross.stage_of and n not in computed)
+    ]
+    graph, attributes, copies = _copy_nodes(cross, own, needed, incoming)
+    sent = tuple(copies[n] for _, n in leaving)
+    if last:
+        whole = _rebuilt(graph, flow.trace, copies)
+        graph.output((whole, *sent) if sent else whole)
+    else:
+        graph.output((*(copies[n] for n in results), *sent))
+    graph.lint()
+    inputs = set(incoming)
+    parameters = {p for n in needed if n not in inputs for p in n.meta.get("parameters", ())}
+    order = [n for n, _ in flow.trace.model.named_parameters()]
+    outputs = (OUTPUT,) if last else tuple(cross.names[n] for n in results)
+    return StageGraph(
+        index=index,
+        module=fx.GraphModule(attributes, graph, f"Stage{index}"),
+        inputs=tuple(n.name if n.op == "placeholder" else cross.names[n] for n in incoming),
+        outputs=(*outputs, *(p.name for p, _ in leaving)),
+        parameters=tuple(n for n in order if n in parameters),
+        nodes=len(own),
+        called=tuple(sorted({str(n.target) for n in own if n.op == "call_module"})),
     )
+
+
+def _copy_nodes(
+    cross: _Crossing, own: list[fx.Node], needed: list[fx.Node], incoming: list[fx.Node]
+) -> tuple[fx.Graph, dict[str, Any], dict[fx.Node, fx.Node]]:
+    """A stage's graph without its output, what its targets stand for, and the copy of each node."""
+    flow = cross.flow
     written = {s for n in own for s in n.meta.get("mutates", ())} - kept_storages(flow.nodes)
     called = {str(n.target) for n in own if n.op == "call_module"}
-
     graph = fx.Graph()
     attributes: dict[str, Any] = {}
     copies: dict[fx.Node, fx.Node] = {}
     for node in incoming:
-        copies[node] = graph.placeholder(
-            identifier(node.name if node.op == "placeholder" else names[node])
-        )
-    for node in incoming:
+        name = node.name if node.op == "placeholder" else cross.names[node]
+        copies[node] = graph.placeholder(identifier(name))
+    for node in incoming:  # the producer's copy of what is written to stays as it was sent
         if node.op != "placeholder" and node.meta.get("storage") in written:
-            copies[node] = graph.call_method(
-                "clone", (copies[node],)
-            )  # the producer's copy stays as it was sent
-    regions = _Regions(graph)
+            copies[node] = graph.call_method("clone", (copies[node],))
+    regions = Regions(graph)
     for node in needed:
         if node in copies:
             continue
@@ -308,30 +354,15 @@ def _build_stage(
             copies[node].target = _free_name(str(node.target))
             attributes[str(copies[node].target)] = flow.trace.attributes[str(node.target)]
     regions.leave()
-    sent = tuple(copies[n] for n in leaving.values())
-    if last:
-        structure = flow.trace.outputs
-        leaves = tuple(copies[a] if isinstance(a, fx.Node) else a for a in returned)
-        whole = (
-            leaves[0]
-            if structure.kind == "leaf"
-            else graph.call_function(Rebuild(structure), leaves)
-        )
-        graph.output((whole, *sent) if sent else whole)
-    else:
-        graph.output((*(copies[n] for n in results), *sent))
-    graph.lint()
-    parameters = {p for n in needed if n not in incoming for p in n.meta.get("parameters", ())}
-    order = [n for n, _ in flow.trace.model.named_parameters()]
-    return StageGraph(
-        index=index,
-        module=fx.GraphModule(attributes, graph, f"Stage{index}"),
-        inputs=tuple(n.name if n.op == "placeholder" else names[n] for n in incoming),
-        outputs=(*((OUTPUT,) if last else (names[n] for n in results)), *(p.name for p in leaving)),
-        parameters=tuple(n for n in order if n in parameters),
-        nodes=len(own),
-        called=tuple(sorted(called)),
-    )
+    return graph, attributes, copies
+
+
+def _rebuilt(graph: fx.Graph, trace: Trace, copies: dict[fx.Node, fx.Node]) -> Any:
+    """The model's own output, put together from its leaves."""
+    leaves = tuple(copies[a] if isinstance(a, fx.Node) else a for a in trace.output_leaves)
+    if trace.outputs.kind == "leaf":
+        return leaves[0]
+    return graph.call_function(Rebuild(trace.outputs), leaves)
 
 
 def _needed(flow: Flow, own: list[fx.Node], results: list[fx.Node]) -> list[fx.Node]:
@@ -362,88 +393,3 @@ def _attribute_target(target: str, called: set[str]) -> str:
 def _free_name(target: str) -> str:
     """A path that is not one of ``fx.GraphModule``'s own attributes (``code``, ``graph``, ...)."""
     return f"model_{target}" if hasattr(fx.GraphModule, target.split(".")[0]) else target
-
-
-class _Regions:
-    """Puts no_grad and autocast regions around the nodes that were recorded inside them."""
-
-    def __init__(self, graph: fx.Graph) -> None:
-        self.graph = graph
-        self.outside: fx.Node | None = None
-        self.autocasts: list[tuple[tuple[Any, ...], fx.Node]] = []
-
-    def enter(self, node: fx.Node) -> None:
-        wanted = tuple(node.meta.get("autocast", ()))
-        open_ = tuple(state for state, _ in self.autocasts)
-        shared = 0
-        while shared < min(len(wanted), len(open_)) and wanted[shared] == open_[shared]:
-            shared += 1
-        self._leave_autocasts(shared)
-        for state in wanted[shared:]:
-            entered = self.graph.call_function(torch.amp.autocast_mode._enter_autocast, state)
-            self.autocasts.append((state, entered))
-        if bool(node.meta.get("no_grad")) != (self.outside is not None):
-            self._switch_gradients()
-
-    def leave(self) -> None:
-        self._leave_autocasts(0)
-        if self.outside is not None:
-            self._switch_gradients()
-
-    def _switch_gradients(self) -> None:
-        if self.outside is None:
-            self.outside = self.graph.call_function(torch.is_grad_enabled)
-            self.graph.call_function(torch._C._set_grad_enabled, (False,))
-        else:  # whatever it was outside: evaluation may itself run without gradients
-            self.graph.call_function(torch._C._set_grad_enabled, (self.outside,))
-            self.outside = None
-
-    def _leave_autocasts(self, keep: int) -> None:
-        while len(self.autocasts) > keep:
-            _, entered = self.autocasts.pop()
-            self.graph.call_function(torch.amp.autocast_mode._exit_autocast, (entered,))
-
-
-def bound_attributes(split: Split, model: nn.Module) -> tuple[tuple[dict[str, Any], str, Any], ...]:
-    """Where the model keeps what the stages refer to, so that a replaced parameter, buffer or
-    module is noticed.
-
-    Returns:
-        Triples (table of the owning module, key, object) for every module called and attribute
-        read.
-    """
-    bound: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
-    paths: dict[str, None] = {}
-    for stage in split.stages:
-        paths.update(dict.fromkeys(stage.called))
-    wanted: Callable[[str], bool] = lambda name: name in paths  # noqa: E731
-    for path, module in model.named_modules(remove_duplicate=False):
-        for table in ("_modules", "_parameters", "_buffers"):
-            for key, value in vars(module)[table].items():
-                name = f"{path}.{key}" if path else key
-                if (table == "_modules" and wanted(name)) or (
-                    table != "_modules" and path not in paths
-                ):
-                    bound[id(vars(module)[table]), key] = (vars(module)[table], key, value)
-    return tuple(bound.values())
-
-
-def run_stages(split: Split, values: dict[str, Any]) -> Any:
-    """Run the composed stages with ordinary autograd.
-
-    Args:
-        split: all stages.
-        values: the model's inputs by name; everything that crosses or leaves is added.
-
-    Returns:
-        The model's output.
-    """
-    output = None
-    for stage in split.stages:
-        results = stage.module(*(values[n] for n in stage.inputs))
-        found = dict(
-            zip(stage.outputs, (results,) if stage.outputs == (OUTPUT,) else results, strict=True)
-        )
-        output = found.pop(OUTPUT, None)
-        values.update(found)
-    return output

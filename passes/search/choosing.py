@@ -17,14 +17,13 @@ from ...graphs.nested import flatten, unpack_batch
 from ...plan import CutPlan, SearchReport
 from ...sources import SourceFactory
 from ..cut.cutting import Flow, assign_by_name, assign_stages, cut_names, find_cuts, legal_positions
-from ..cut.insertion import Gradients, infer_context
+from ..cut.insertion import Context, Gradients, infer_context
 from .costing import Costs, Seconds, estimate_costs, given_costs, measure_costs
 from .learnability import measure_learnability
 from .searching import OBJECTIVES, Wishes, near_best, search_cuts
 from .source_costs import estimate_sources, measure_sources
 
 DEFAULT_STAGES = 4
-Context = Callable[[Any], torch.Tensor]
 
 
 @dataclass(frozen=True)

@@ -247,7 +247,7 @@ def test_a_frozen_module_used_twice_before_a_later_stage() -> None:
     decoupled = dni_fx.decouple(
         model, ["b"], example_inputs=(torch.randn(3, 4),), gradients="linear"
     )
-    assert decoupled._variant.split.reused
+    assert decoupled.graphs.variant.split.reused
     trainer = dni_fx.Trainer(
         decoupled, F.cross_entropy, optimizer=lambda p: torch.optim.SGD(p, 0.1)
     )

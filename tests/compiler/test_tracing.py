@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import dni_fx
-from dni_fx import compiler
 from dni_fx.errors import CutError, TracingError
+from dni_fx.graphs import pipeline
 from dni_fx.passes.cut import cutting, emission, insertion, splitting
 from dni_fx.passes.cut.checking import check_stages, guards_hold
+from dni_fx.passes.cut.composing import call_stages
 from dni_fx.passes.cut.specs import infer_specs, name_values
 from dni_fx.passes.trace import exporting, tracing
 from dni_fx.plan import CutPlan
@@ -126,13 +127,13 @@ def test_exported_models_can_be_split(name: str) -> None:
     assert_bits_equal(state_of(model), state, f"{name}: after export")
     flow = cutting.find_flow(trace)
     split = splitting.split_stages(
-        flow, cutting.assign_stages(flow, cutting.find_positions(flow, case.cuts)), case.cuts
+        flow, cutting.assign_stages(flow, tuple(cutting.find_cuts(flow, case.cuts))), case.cuts
     )
     assert len(split.stages) == len(case.cuts) + 1
     owners = {id(p) for p in model.parameters()}
     assert {id(p) for s in split.stages for p in s.module.parameters()} <= owners
     result = check_stages(
-        model, lambda *a, **k: compiler._composed(flow.trace, split, *a, **k), args, kwargs
+        model, lambda *a, **k: call_stages(flow.trace, split, *a, **k), args, kwargs
     )
     assert result.mismatch is None
 
@@ -277,7 +278,7 @@ class Relu(nn.Module):
 
 def test_the_self_check_catches_a_wrong_trace_and_moves_on(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(4, 6)
-    monkeypatch.setattr(compiler, "trace_calls", wrong_trace)
+    monkeypatch.setattr(pipeline, "trace_calls", wrong_trace)
     model = Relu()
     decoupled = dni_fx.decouple(model, ["a"], example_inputs=(x,))
     assert decoupled.plan.report is not None
@@ -289,7 +290,7 @@ def test_the_self_check_catches_a_wrong_trace_and_moves_on(monkeypatch: pytest.M
     def refuse(*_: Any) -> tracing.Trace:
         raise TracingError("torch.export: no")
 
-    monkeypatch.setattr(compiler, "trace_export", refuse)
+    monkeypatch.setattr(pipeline, "trace_export", refuse)
     with pytest.raises(
         TracingError, match=r"the traced model is not the model: output 0: differs by"
     ) as caught:
@@ -392,15 +393,14 @@ def test_passes_change_nothing(name: str) -> None:
     infer_specs(trace)
     flow = cutting.find_flow(trace)
     cutting.list_cut_points(flow)
-    positions = cutting.find_positions(flow, case.cuts)
+    positions = tuple(cutting.find_cuts(flow, case.cuts))
     split = splitting.split_stages(flow, cutting.assign_stages(flow, positions), case.cuts)
     chosen = insertion.resolve_gradients(split.interfaces, "auto")
     sources = insertion.make_sources(
         split.interfaces, chosen, None, {i.name: torch.device("cpu") for i in split.interfaces}
     )
     modules = [s.module.code for s in split.stages]
-    for stage in split.stages:
-        emission.emit_functions(split, stage.index, sources)
+    emission.emit_functions(split, sources)
     guards_hold(trace, list(args))
     assert written(trace.graph) == graph
     assert trace.attributes == attributes

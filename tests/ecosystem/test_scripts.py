@@ -191,7 +191,7 @@ def test_accelerate(precision: str, tmp_path: Path) -> None:
     assert list(cut["accelerator"].get_state_dict(cut["model"])) == list(
         plain["model"].state_dict()
     )
-    assert "forward" not in vars(cut["model"]._dni_fx.decoupled.model)
+    assert "forward" not in vars(cut["model"]._dni_fx.graphs.model)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
@@ -223,7 +223,7 @@ def test_what_accelerate_unwraps_and_copies_is_still_cut(keep: bool, tmp_path: P
             output = m(x)
         assert output.dtype == torch.float32
         assert "StageFunctionBackward" in oracles.graph_of(output)
-    plain = unwrapped._dni_fx.decoupled.model
+    plain = unwrapped._dni_fx.graphs.model
     assert "StageFunctionBackward" not in oracles.graph_of(
         plain.train()(x)
     )  # whose forward nobody replaced

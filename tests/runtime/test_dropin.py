@@ -133,7 +133,7 @@ def state(m: Any) -> dict[str, Tensor]:
 
 
 def sources(m: Any) -> nn.ModuleDict:
-    found: nn.ModuleDict = m._dni_fx.decoupled.synthesizers
+    found: nn.ModuleDict = m._dni_fx.graphs.synthesizers
     return found
 
 
@@ -385,7 +385,7 @@ def test_class_signature_keys_and_parameters() -> None:
 
 def test_a_forward_put_in_its_place_is_not_the_models() -> None:
     m, (x, y) = made("local"), batch(0)
-    plain = m._dni_fx.decoupled.model
+    plain = m._dni_fx.graphs.model
     calls: list[Any] = []
 
     def wrapper(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -539,7 +539,7 @@ def test_modes_of_nested_modules() -> None:
     assert m[1].norm.running_mean.any()
     m.eval()
     assert not any(s.training for s in sources(m).modules())
-    assert not m._dni_fx.decoupled.model.training
+    assert not m._dni_fx.graphs.model.training
     m.train()
     assert m[0].training
     assert all(s.training for s in sources(m).modules())
@@ -1005,7 +1005,7 @@ def test_dropout_is_reproducible() -> None:
     loop(b, 3)
     assert same(state(a), state(b))
     torch.manual_seed(5)
-    plain = copy.deepcopy(a._dni_fx.decoupled.model)
+    plain = copy.deepcopy(a._dni_fx.graphs.model)
     first = plain(batch(0)[0])
     torch.manual_seed(5)
     with a.context(batch(0)[1]):
@@ -1046,7 +1046,7 @@ def test_inputs_that_need_gradients() -> None:
     reference = copy.deepcopy(m)
     with m.context(y):
         F.cross_entropy(m(leaf), y).backward()
-    decoupled = reference._dni_fx.decoupled
+    decoupled = dni_fx.Decoupled(reference._dni_fx.graphs)
     trainer_leaf = x.clone().requires_grad_()
     stepped = decoupled.bind(trainer_leaf)
     decoupled.stages[0].step(stepped, dni_fx.one_hot(3)(y))
@@ -1055,7 +1055,7 @@ def test_inputs_that_need_gradients() -> None:
 
 def test_exact_sends_back_true_gradients() -> None:
     m, (x, y) = made("exact"), batch(0)
-    plain = copy.deepcopy(m._dni_fx.decoupled.model)
+    plain = copy.deepcopy(m._dni_fx.graphs.model)
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
     F.cross_entropy(m(a), y).backward()
     F.cross_entropy(plain(b), y).backward()
@@ -1158,7 +1158,7 @@ def test_a_deep_copy_is_independent(gradients: str) -> None:
     optimizer = loop(m, 3)
     c = copy.deepcopy(m)
     assert isinstance(c, Chain)
-    assert c._dni_fx.decoupled.plan == m._dni_fx.decoupled.plan
+    assert c._dni_fx.graphs.plan == m._dni_fx.graphs.plan
     assert same(state(m), state(c))
     before, other = state(c), sgd(c.parameters())
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -1223,7 +1223,7 @@ def test_sources_of_another_plan_are_refused() -> None:
 def test_a_module_is_not_pickled() -> None:
     with pytest.raises(TypeError, match="synthesizer_state_dict"):
         torch.save(made(), io.BytesIO())
-    torch.save(made()._dni_fx.decoupled.model, io.BytesIO())  # the plain model is
+    torch.save(made()._dni_fx.graphs.model, io.BytesIO())  # the plain model is
 
 
 # --------------------------------------------------------------------------------------------------

@@ -446,7 +446,7 @@ def test_batches_of_any_size(gradients: str) -> None:
     for size in (4, 1, 7, 2, 1):
         report = trainer.step(torch.randn(size, 6), target=torch.randint(0, 3, (size,)))
         assert report.outputs.shape == (size, 3)
-    assert len(decoupled._variants) == 1
+    assert len(decoupled.graphs.variants) == 1
 
 
 def test_an_example_batch_of_one_serves_others() -> None:
@@ -602,10 +602,10 @@ def test_guards_retrace_under_the_same_plan(gradients: str, lazily: bool) -> Non
         if gradients == "exact":
             eager_step(plain, optimizer, x, target)
             assert_bits_equal(state_of(model), state_of(plain), f"trained on {shape}")
-    count = len(decoupled._variants)
+    count = len(decoupled.graphs.variants)
     assert count <= 4 + (not lazily)  # with examples the self-check adds one for evaluation
     trainer.step(torch.randn(4, 3, 5), target=torch.randint(0, 3, (4,)))
-    assert len(decoupled._variants) == count  # cached
+    assert len(decoupled.graphs.variants) == count  # cached
 
 
 def test_lazy_tracing_trains_as_eager_tracing() -> None:

@@ -1,0 +1,274 @@
+"""All graphs of one model: the one that fits a call is found or made, under one plan."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+from typing import Any
+
+from torch import nn
+
+from ..errors import DecouplingError, PlanMismatchError
+from ..passes.cut.emission import StageFunctions, emit_functions, source_key
+from ..passes.cut.insertion import Inserted
+from ..plan import CutPlan, Interface
+from ..sources import GradientSource, InputSource, Served, serve
+from .nested import flatten
+from .pipeline import build_variant, plan_variant
+from .recipe import Recipe
+from .variants import Variant
+
+_MOST_VARIANTS = 16
+
+
+class Graphs:
+    """The graphs of one model, their plan, and the sources of its interfaces.
+
+    Attributes:
+        model: the user's module.
+        recipe: what it is cut by.
+        synthesizers: the gradient sources by interface name (dots as slashes), synthetic inputs as
+            ``name@input``.
+        variants: the graphs; the first is what the plan was made for.
+        active: the graph of the last call; None before the first.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+        self.model, self.recipe = model, recipe
+        self.synthesizers = nn.ModuleDict()
+        self.variants: list[Variant] = []
+        self.active: Variant | None = None
+        self._plan: CutPlan | None = None
+        self._leads: dict[str, str] = {}  # under whose name an interface's source stands
+
+    # ---- the plan and its sources ----------------------------------------------------------------
+
+    @property
+    def is_traced(self) -> bool:
+        """Whether there is a plan; without example inputs it is made at the first call."""
+        return self._plan is not None
+
+    @property
+    def plan(self) -> CutPlan:
+        """The cuts, stages and interfaces."""
+        if self._plan is None:
+            raise _untraced()
+        return self._plan
+
+    @property
+    def interfaces(self) -> tuple[Interface, ...]:
+        """The values that carry a gradient across cuts."""
+        return self.plan.interfaces
+
+    @property
+    def sources(self) -> dict[str, GradientSource]:
+        """Gradient sources by interface name; one that serves a whole boundary stands at each of
+        its interfaces.
+        """
+        keys = {i.name: source_key(self._leads[i.name]) for i in self.interfaces}
+        return {n: self.synthesizers[k] for n, k in keys.items()}  # type: ignore[misc]
+
+    @property
+    def inputs(self) -> dict[str, InputSource]:
+        """Synthetic inputs by interface name; empty without a forward unlock."""
+        keys = {i.name: _input_key(i.name) for i in self.interfaces}
+        return {n: self.synthesizers[k] for n, k in keys.items() if k in self.synthesizers}  # type: ignore[misc]
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the stages are trained with the true gradients."""
+        return any(s.exact for s in self.sources.values())
+
+    def named_learners(self, stages: Collection[int] | None = None) -> list[tuple[str, nn.Module]]:
+        """Gradient sources, once each, by the first interface that they serve; synthetic inputs as
+        ``name@input``.
+
+        Args:
+            stages: only the sources that these stages ask, and the synthetic inputs that they use;
+                None: all.
+        """
+        asked = range(len(self.plan.stages)) if stages is None else stages
+        users = {i.name: i.consumers for i in self.interfaces}
+        groups: list[tuple[str, nn.Module]] = [
+            (g.name, g.source) for g in serve(self.interfaces, self.sources) if g.producer in asked
+        ]
+        return groups + [
+            (f"{n}@input", s) for n, s in self.inputs.items() if any(c in asked for c in users[n])
+        ]
+
+    # ---- the graph of a call ---------------------------------------------------------------------
+
+    @property
+    def variant(self) -> Variant:
+        """The graph of the last call."""
+        if self.active is None:
+            raise _untraced()
+        return self.active
+
+    def current(self) -> Variant:
+        """The graph for the mode that the model is in now, where one was made already."""
+        if not self.variant.is_current():
+            for variant in self.variants:
+                if variant.is_current():
+                    self.active = variant
+        return self.variant
+
+    def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Model inputs by name; makes or finds the graph that fits the call.
+
+        Raises:
+            PlanMismatchError: an empty batch, or stages for this kind of call cannot be cut by the
+                plan.
+        """
+        leaves, structure = flatten((args, kwargs))
+        for name, leaf in enumerate(leaves):
+            if leaf.dim() and leaf.shape[0] == 0:
+                raise PlanMismatchError(
+                    f"tensor input {name} has an empty batch: its shape is {tuple(leaf.shape)}"
+                )
+        if self.active is None or not self.active.accepts(structure, leaves):
+            fitting = (v for v in self.variants if v.accepts(structure, leaves))
+            self.active = next(fitting, None) or self._add(args, kwargs)
+        return dict(zip(self.active.split.model_inputs, leaves, strict=True))
+
+    def has_graph_for(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether stages for this kind of call exist, so that ``bind`` need not trace."""
+        leaves, structure = flatten((args, kwargs))
+        return any(v.accepts(structure, leaves) for v in self.variants)
+
+    def bind_other_mode(self, *args: Any, **kwargs: Any) -> None:
+        """Trace and check the mode that the model is not in, since tracers bake ``self.training``
+        in.
+        """
+        modes = [(m, m.training) for m in self.model.modules()]
+        active = self.active
+        self.model.train(not self.model.training)
+        try:
+            self.bind(*args, **kwargs)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            self.active = active
+
+    def _add(self, args: Any, kwargs: Any) -> Variant:
+        """The graph for a new kind of call, made under the plan if there is one."""
+        variant = build_variant(self.recipe, self.model, args, kwargs, self._plan)
+        if self._plan is None:
+            plan, inserted = plan_variant(self.recipe, variant)
+            self._insert(plan.interfaces, inserted)
+            self._plan = plan
+        for other in self.variants:
+            if other.absorb(variant):
+                return other
+        kept = [v for v in self.variants if not v.is_outdated()]
+        self.variants = [*kept[:1], *kept[1:][-_MOST_VARIANTS:], variant]
+        return variant
+
+    def _insert(self, interfaces: tuple[Interface, ...], inserted: Inserted) -> None:
+        for group in serve(interfaces, inserted.gradients):
+            self.synthesizers[source_key(group.name)] = group.source
+            self._leads.update(dict.fromkeys(group.names, group.name))
+        for name, source in inserted.inputs.items():
+            self.synthesizers[_input_key(name)] = source
+
+    # ---- what the active graph needs -------------------------------------------------------------
+
+    def functions(self) -> tuple[StageFunctions, ...]:
+        """The emitted functions of the active graph, written when first trained with."""
+        variant = self.variant
+        if len(variant.cuts) < len(self.plan.cuts):
+            missing = [c for c in self.plan.cuts if c not in variant.cuts]
+            raise PlanMismatchError(
+                "in this mode or for these inputs the model cannot be cut after "
+                f"{', '.join(map(repr, missing))}: it can be evaluated but not trained; name cuts "
+                "by modules that every mode runs"
+            )
+        if not variant.functions:
+            variant.functions = emit_functions(variant.split, self.sources_by_name())
+        return variant.functions
+
+    def sources_by_name(self) -> dict[str, GradientSource]:
+        """The source of every interface of the active graph.
+
+        Raises:
+            PlanMismatchError: this graph, made for other inputs or another mode, needs a source
+                that the plan lacks.
+        """
+        variant = self.variant
+        if variant.sources is None:
+            sources = self._find_sources(variant.split.interfaces)
+            variant.served = serve(variant.split.interfaces, sources)
+            variant.sources = sources
+        return variant.sources
+
+    def served(self) -> tuple[Served, ...]:
+        """The sources of the active graph, each with the interfaces that it serves.
+
+        Raises:
+            PlanMismatchError: as for :meth:`sources_by_name`, or a boundary lacks a value that its
+                source serves.
+        """
+        self.sources_by_name()
+        for group in self.variant.served:
+            if len(group.names) != len(group.source.specs):
+                raise PlanMismatchError(
+                    f"the source of {', '.join(map(repr, group.names))} serves "
+                    f"{len(group.source.specs)} values, not all of which cross in this mode or for "
+                    "these inputs; use one source for each interface"
+                )
+        return self.variant.served
+
+    def find_inputs(self) -> dict[str, InputSource]:
+        """The synthetic inputs of the active graph, by its own interface names."""
+        known = self.inputs
+        if not known:
+            return {}
+        names = self._planned_names(self.variant.split.interfaces)
+        return {n: known[planned] for n, planned in names.items() if planned in known}
+
+    def parameter_names(self, stage: int) -> set[str]:
+        """Names of the parameters that a stage uses in any mode and for any inputs so far."""
+        whole = [v.split.stages for v in self.variants if len(v.cuts) == len(self.plan.cuts)]
+        return {name for stages in whole for name in stages[stage].parameters}
+
+    def _find_sources(self, interfaces: tuple[Interface, ...]) -> dict[str, GradientSource]:
+        known = self.sources
+        names = self._planned_names(interfaces)
+        missing = [i.name for i in interfaces if i.name not in names]
+        if missing:
+            raise PlanMismatchError(
+                f"gradients now cross at {', '.join(map(repr, missing))}, where the plan has no "
+                "source (a parameter was unfrozen, or the model takes another path for these "
+                "inputs or in this mode); decouple again"
+            )
+        return {n: known[planned] for n, planned in names.items()}
+
+    def _planned_names(self, interfaces: tuple[Interface, ...]) -> dict[str, str]:
+        """What the plan calls the interfaces of another graph, where it has them."""
+        planned = {n: i.name for i in self.interfaces for n in (*i.aliases, i.name)}
+        found = {}
+        for interface in interfaces:
+            names = [n for n in (interface.name, *interface.aliases) if n in planned]
+            if names:
+                found[interface.name] = planned[names[0]]
+        return found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
+        """A copy of model and sources under the same plan, traced anew at its first call."""
+        other = Graphs(copy.deepcopy(self.model, memo), self.recipe.for_copy(memo))
+        if self._plan is not None:
+            other.synthesizers = copy.deepcopy(self.synthesizers, memo)
+            other._plan, other._leads = self._plan, dict(self._leads)
+        return other
+
+
+def _input_key(interface: str) -> str:
+    """The name of an interface's synthetic input in the table of sources."""
+    return f"{source_key(interface)}@input"
+
+
+def _untraced() -> DecouplingError:
+    return DecouplingError(
+        "the model is not traced yet: pass example_inputs= to decouple, or call it once, before "
+        "asking for this"
+    )

@@ -1,0 +1,177 @@
+"""From a model and a call to stages with training functions: the passes, in order.
+
+==========  =====================================================  =========================
+trace       the calls of the model, or ``torch.export``'s           passes/trace/tracing
+open        the state of a window leaves its graph                  passes/trace/ports
+find_flow   what crosses every position of the program              passes/cut/cutting
+choose      cuts that were named, planned or searched for           passes/search/choosing
+split       one graph module for each stage                         passes/cut/splitting
+check       do the stages compute what the model computes?          passes/cut/checking
+insert      a source of gradients at every interface                passes/cut/insertion
+describe    the plan                                                passes/cut/describing
+emit        the training functions of every stage                   passes/cut/emission
+==========  =====================================================  =========================
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+from torch import nn
+
+from ..errors import BakedInError, CutError, PlanMismatchError, TracingError
+from ..passes.cut.checking import check_model, check_stages
+from ..passes.cut.composing import call_stages
+from ..passes.cut.cutting import Flow, find_flow
+from ..passes.cut.describing import describe_plan
+from ..passes.cut.insertion import Inserted, insert_sources
+from ..passes.cut.splitting import split_stages
+from ..passes.search.choosing import (
+    Choice,
+    Search,
+    choose_assigned,
+    choose_best,
+    choose_named,
+    weigh_model,
+)
+from ..passes.trace.exporting import trace_export
+from ..passes.trace.tracing import Trace, trace_calls
+from ..plan import CutPlan
+from .nested import flatten
+from .recipe import Recipe
+from .variants import Variant
+
+
+def build_variant(
+    recipe: Recipe, model: nn.Module, args: Any, kwargs: Any, plan: CutPlan | None = None
+) -> Variant:
+    """Trace a model for one kind of call, cut it, and compare the stages with it.
+
+    The tracers are tried one after the other, until the split model equals the model.
+
+    Args:
+        recipe: what was asked for.
+        model: the user's module.
+        args: positional inputs of the call.
+        kwargs: keyword inputs.
+        plan: what the model was cut by before, for calls of another kind. A graph made again may
+            lack a cut, say one inside ``if self.training``: it then has fewer stages, which do to
+            evaluate with.
+
+    Raises:
+        TracingError: no tracer gave a graph that equals the model.
+        CutError: unknown or illegal cuts; a model without trainable parameters.
+        PlanMismatchError: the recipe's plan was made for another graph.
+        DecouplingError: the model itself fails.
+    """
+    called = model if recipe.opening is None else recipe.opening.module
+    refusals: list[str] = []
+    digests: list[str] = []  # of graphs that the recipe's plan was not made for
+    for tracer in (trace_calls, trace_export):
+        try:
+            trace = tracer(called, args, kwargs)
+        except TracingError as error:
+            refusals.append(f"{tracer.__name__}: {error}")
+            if len(refusals) == 1:
+                check_model(called, args, kwargs, str(error))
+            if isinstance(error, BakedInError):  # export would bake it in without a word
+                break
+            continue
+        if recipe.opening is not None:
+            trace = recipe.opening.open(trace)
+        if plan is None and isinstance(recipe.cuts, CutPlan) and trace.digest != recipe.cuts.digest:
+            digests.append(trace.digest)
+            continue
+        flow = find_flow(trace)
+        choice = _choose(recipe, flow, args, kwargs, plan)
+        split = split_stages(flow, choice.stage_of, choice.cuts)
+        variant = Variant.of(trace, choice, split, flatten((args, kwargs))[0])
+        if not recipe.check:
+            return variant
+        result = check_stages(called, functools.partial(call_stages, trace, split), args, kwargs)
+        if result.mismatch is None:
+            variant.exact = result.exact
+            return variant
+        refusals.append(f"{tracer.__name__}: the traced model is not the model: {result.mismatch}")
+    if isinstance(recipe.cuts, CutPlan) and digests and not refusals:
+        raise _other_graph(recipe.cuts, called, digests[0])
+    raise _untraceable(called, refusals)
+
+
+def plan_variant(recipe: Recipe, variant: Variant) -> tuple[CutPlan, Inserted]:
+    """Make the sources of a split model's interfaces, and its plan.
+
+    Args:
+        recipe: what was asked for.
+        variant: the split model.
+
+    Raises:
+        DecouplingError: names of no interface, unknown sources, or some that cannot serve a value.
+    """
+    leaving = None if recipe.opening is None else recipe.opening.leaving
+    inserted = insert_sources(
+        variant.trace, variant.split, recipe.gradients, recipe.inputs, recipe.context, leaving
+    )
+    return describe_plan(variant, inserted, recipe.wanted), inserted
+
+
+def trace_model(model: nn.Module, args: Any, kwargs: Any) -> Trace:
+    """Trace a model without cutting it, by the first tracer that can.
+
+    Raises:
+        TracingError: neither can.
+    """
+    try:
+        return trace_calls(model, args, kwargs)
+    except TracingError as first:
+        try:
+            return trace_export(model, args, kwargs)
+        except TracingError as second:
+            raise TracingError(
+                f"{type(model).__name__} cannot be traced:\n  - {first}\n  - {second}"
+            ) from first
+
+
+def _choose(recipe: Recipe, flow: Flow, args: Any, kwargs: Any, plan: CutPlan | None) -> Choice:
+    """Which node belongs to which stage."""
+    if plan is not None:
+        return _follow(plan, flow, lenient=True)
+    if max(flow.trainable) == 0:
+        raise CutError(
+            f"no parameter of this {type(flow.trace.model).__name__} is trainable; unfreeze some "
+            "(requires_grad_())"
+        )
+    cuts, gradients, context = recipe.cuts, recipe.gradients, recipe.context
+    if isinstance(cuts, Search):
+        return choose_best(flow, args, kwargs, gradients, context, cuts)
+    choice = _follow(cuts, flow) if isinstance(cuts, CutPlan) else choose_named(flow, cuts)
+    if recipe.weigh is None:
+        return choice
+    costs = weigh_model(flow, args, kwargs, gradients, context, recipe.weigh)
+    return dataclasses.replace(choice, costs=costs)
+
+
+def _follow(plan: CutPlan, flow: Flow, lenient: bool = False) -> Choice:
+    """The cuts of a plan; ``lenient`` leaves out those that this graph lacks."""
+    if plan.assignment:
+        return choose_assigned(flow, plan)
+    return choose_named(flow, plan.cuts, lenient)
+
+
+def _other_graph(plan: CutPlan, model: nn.Module, digest: str) -> PlanMismatchError:
+    return PlanMismatchError(
+        f"the plan was made for a {plan.model} with graph {plan.digest}, but this "
+        f"{type(model).__name__} has graph {digest}; make a new plan with dni_fx.plan_cuts, "
+        "or pass its cuts: cuts=list(plan.cuts)"
+    )
+
+
+def _untraceable(model: nn.Module, refusals: list[str]) -> TracingError:
+    reasons = "\n".join(f"  - {r}" for r in refusals)
+    return TracingError(
+        f"{type(model).__name__} cannot be traced faithfully:\n{reasons}\n"
+        "Move the code that is named into a submodule of its own (it then stays one opaque node), "
+        "or pass that part of the model to decouple"
+    )
