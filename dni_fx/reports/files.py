@@ -1,0 +1,39 @@
+"""Files that are there as a whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+from ..errors import DecouplingError
+
+
+def write_atomically(path: str | Path, content: str | bytes) -> Path:
+    """Write a file beside its place, then put it there in one move.
+
+    Whoever reads ``path`` meanwhile, or after an error or a kill, finds the old file whole.
+
+    Args:
+        path: of the file; one that is there is replaced.
+        content: text is written as UTF-8, with its line ends as they are.
+
+    Returns:
+        The path.
+
+    Raises:
+        DecouplingError: the file cannot be written; why, and nothing is left beside it.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        part.replace(path)
+    except OSError as error:
+        raise DecouplingError(
+            f"cannot write {str(path)!r}: {error.strerror or error}; name another file"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):  # the move has taken it, or it was never there
+            part.unlink()
+    return path
