@@ -1,4 +1,4 @@
-"""The command ``dni-fx``: where a model can be cut, a plan with what it would bring, and the demo."""
+"""The command ``dni-fx``: what each of its commands does."""
 
 from __future__ import annotations
 
@@ -6,36 +6,22 @@ import argparse
 import contextlib
 import importlib
 import importlib.util
-import math
 import os
 import random
-import re
 import runpy
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import __version__, list_cut_points, plan_cuts, simulate
+from . import list_cut_points, plan_cuts, simulate
+from .cli_options import make_parser
 from .errors import DecouplingError, did_you_mean
-
-DTYPES = ("float16", "float32", "float64", "bfloat16", "int32", "int64", "bool")
-UNITS = {"": 1, "B": 1} | {p + "B": 1000**i for i, p in enumerate("kMGT", 1)}
-UNITS |= {p + "iB": 1024**i for i, p in enumerate("KMGT", 1)}
-
-EXAMPLES = """\
-examples:
-  dni-fx points torchvision.models:resnet18 --input 8x3x224x224
-  dni-fx plan torchvision.models:resnet18 --input 8x3x224x224 --stages 4 --out plan.json --draw plan.html
-  dni-fx plan mypackage.models:small --input 8x16:int64 --input 8x16:bool --must-cut encoder --memory-cap 2GiB
-  dni-fx demo --steps 100
-
-exit codes: 0 done; 1 a model, plan or file that cannot be used, and why; 2 wrong usage; 130 interrupted"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,12 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = make_parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.run is not run_demo:
+    if rest and options.command != "demo":
         parser.error(
             f"unrecognized arguments: {' '.join(rest)}; see dni-fx {options.command} --help"
         )
     try:
-        code: int = options.run(options, rest)
+        code = run(options, rest)
         sys.stdout.flush()  # a closed pipe shows here rather than at exit
         return code
     except DecouplingError as error:
@@ -68,132 +54,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("dni-fx: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # else Python complains at exit
+        # else Python complains at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Commands and options, each checked as far as its text goes."""
-    form: dict[str, Any] = {
-        "formatter_class": argparse.RawDescriptionHelpFormatter,
-        "allow_abbrev": False,
-    }
-    parser = argparse.ArgumentParser("dni-fx", description=__doc__, epilog=EXAMPLES, **form)
-    parser.add_argument(
-        "--version", action="version", version=f"dni_fx {__version__}, torch {torch.__version__}"
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{plan,points,demo}")
+def run(options: argparse.Namespace, rest: list[str]) -> int:
+    """Run the command that was asked for.
 
-    plan = commands.add_parser(
-        "plan", help="choose cuts; tell what they would bring", epilog=EXAMPLES, **form
-    )
-    points = commands.add_parser(
-        "points", help="list where a model can be cut", epilog=EXAMPLES, **form
-    )
-    for command, run in ((plan, run_plan), (points, run_points)):
-        command.set_defaults(run=run)
-        command.add_argument(
-            "target", type=_target, metavar="package.module:factory",
-            help="a function without arguments that returns the model, or the model; the current directory is searched",
-        )  # fmt: skip
-        command.add_argument(
-            "--input", type=_input, action="append", required=True, metavar="SIZES[:DTYPE]",
-            help="one positional input, such as 8x3x224x224 or 8x16:int64 (whole numbers are 0 or 1); once for each",
-        )  # fmt: skip
-        command.add_argument(
-            "--seed", type=int, default=0, help="for parameters and inputs (default: 0)"
-        )
-    add = plan.add_argument
-    add("--stages", type=_whole, metavar="N", help="how many stages (default: 4)")
-    add("--objective", choices=("throughput", "memory", "traffic"), default="throughput",
-        help="what to keep small: the slowest stage's time (the default), its memory, or the bytes that cross; "
-        "learnability needs batches and a loss, so it is for dni_fx.plan_cuts only")  # fmt: skip
-    add(
-        "--costs",
-        choices=("measured", "analytic"),
-        default="measured",
-        help="time the model, or estimate only",
-    )
-    add(
-        "--gradients",
-        default="auto",
-        metavar="SOURCE",
-        help="auto, linear, mlp, conv, zero, ... (default: auto)",
-    )
-    add(
-        "--bandwidth",
-        type=_positive,
-        default=1e10,
-        metavar="BYTES",
-        help="of each link, a second (default: 1e10)",
-    )
-    add(
-        "--latency",
-        type=_seconds,
-        default=0.0,
-        metavar="SECONDS",
-        help="of each message (default: 0)",
-    )
-    add(
-        "--micro-batches",
-        type=_whole,
-        default=8,
-        metavar="N",
-        help="in pipelines to compare with (default: 8)",
-    )
-    add("--speeds", type=_speeds, metavar="A,B,...", help="relative speed of each stage's device")
-    add("--memory-cap", type=_bytes, metavar="SIZE", help="of each stage, such as 2GiB")
-    add(
-        "--must-cut",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="a cut to make; may be repeated",
-    )
-    add(
-        "--never-cut",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="a cut not to make; may be repeated",
-    )
-    add("--keep-together", type=_names, action="append", default=[], metavar="A[,B,...]",
-        help="a module, or several names, to keep in one stage; may be repeated")  # fmt: skip
-    add(
-        "--out", type=Path, metavar="PLAN.json", help="write the plan; an existing file is replaced"
-    )
-    add("--draw", type=_drawing, metavar="PLAN.html", help="draw the plan, as .html or .svg")
-    add("--quiet", action="store_true", help="no progress bar")
+    Args:
+        options: as parsed.
+        rest: what the parser does not know.
 
-    demo = commands.add_parser(
-        "demo", help="train on handwritten digits with and without dni_fx (in a checkout)", epilog=EXAMPLES, **form,
-        description="Runs examples/digits.py of a checkout. Options are the demo's: --data, --steps, --seed, --out.",
-    )  # fmt: skip
-    demo.set_defaults(run=run_demo)
-    return parser
+    Returns:
+        The exit code.
+    """
+    if options.command == "demo":
+        return run_demo(rest)
+    (run_plan if options.command == "plan" else run_points)(options)
+    return 0
 
 
-def run_plan(options: argparse.Namespace, _rest: list[str]) -> int:
+def run_plan(options: argparse.Namespace) -> None:
     """Plan, write, draw, and compare schedules."""
     for path in (options.out, options.draw):
-        if path is not None and (
-            path.is_dir() or not path.parent.is_dir()
-        ):  # before minutes of measuring
-            what = (
-                "is a directory" if path.is_dir() else f"the directory {path.parent} does not exist"
-            )
-            raise DecouplingError(
-                f"cannot write {path}: {what}; name a file in an existing directory"
-            )
+        if path is not None:
+            check_place(path)  # before minutes of measuring
     model, inputs = make_model(options)
     plan = plan_cuts(
-        model, inputs, stages=options.stages, objective=options.objective, gradients=options.gradients,
-        costs=options.costs, bandwidth=options.bandwidth, speeds=options.speeds, memory_cap=options.memory_cap,
-        keep_together=options.keep_together, never_cut=options.never_cut, must_cut=options.must_cut,
+        model,
+        inputs,
+        stages=options.stages,
+        objective=options.objective,
+        gradients=options.gradients,
+        costs=options.costs,
+        bandwidth=options.bandwidth,
+        speeds=options.speeds,
+        memory_cap=options.memory_cap,
+        keep_together=options.keep_together,
+        never_cut=options.never_cut,
+        must_cut=options.must_cut,
         progress=not options.quiet,
-    )  # fmt: skip
+    )
     print(plan)
     if options.out is not None:
         with replacing(options.out) as path:
@@ -204,20 +106,32 @@ def run_plan(options: argparse.Namespace, _rest: list[str]) -> int:
             plan.draw(path)
         print(f"plan drawn in {options.draw}")
     told = simulate(
-        plan, micro_batches=options.micro_batches, latency=options.latency, bandwidth=options.bandwidth,
+        plan,
+        micro_batches=options.micro_batches,
+        latency=options.latency,
+        bandwidth=options.bandwidth,
         speeds=options.speeds,
-    )  # fmt: skip
+    )
     print(f"\n{told}")
-    return 0
 
 
-def run_points(options: argparse.Namespace, _rest: list[str]) -> int:
+def check_place(path: Path) -> None:
+    """Check that a file can be there.
+
+    Raises:
+        DecouplingError: it is a directory, or would be in one that does not exist.
+    """
+    what = "is a directory" if path.is_dir() else f"the directory {path.parent} does not exist"
+    if path.is_dir() or not path.parent.is_dir():
+        raise DecouplingError(f"cannot write {path}: {what}; name a file in an existing directory")
+
+
+def run_points(options: argparse.Namespace) -> None:
     """List cut points."""
     print(list_cut_points(*make_model(options)))
-    return 0
 
 
-def run_demo(_options: argparse.Namespace, rest: list[str]) -> int:
+def run_demo(rest: list[str]) -> int:
     """Run the demo of the checkout that dni_fx comes from, or that is the current directory."""
     script = find_demo()
     missing = [n for n in ("matplotlib", "sklearn") if importlib.util.find_spec(n) is None]
@@ -348,95 +262,6 @@ def _random(
     if dtype is None or dtype.is_floating_point:
         return torch.randn(sizes, generator=generator, dtype=dtype)
     return torch.randint(0, 2, sizes, generator=generator).to(dtype)
-
-
-# What an option's text must be: argparse prints the message after the option's name and exits with
-# 2. ---------------
-
-
-def _target(text: str) -> tuple[str, str]:
-    name, _, attribute = text.partition(":")
-    if name.endswith(".py") or "/" in name:
-        hint = name.removesuffix(".py").strip("./").replace("/", ".")
-        raise argparse.ArgumentTypeError(
-            f"{text!r} names a file: expected {hint}:{attribute or 'factory'}"
-        )
-    if not all(part.isidentifier() for part in [*name.split("."), *attribute.split(".")]):
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: expected package.module:factory, such as mymodels:make_net"
-        )
-    return name, attribute
-
-
-def _input(text: str) -> tuple[tuple[int, ...], torch.dtype | None]:
-    sizes, colon, dtype = text.partition(":")
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes, re.ASCII):
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: expected sizes of 1 or more joined by x, batch first, such as 8x3x224x224; "
-            f"found {sizes!r}"
-        )
-    if colon and dtype not in DTYPES:
-        hint = did_you_mean(dtype, DTYPES)
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: expected one of {', '.join(DTYPES)}, found {dtype!r}{hint}"
-        )
-    return tuple(int(s) for s in sizes.split("x")), getattr(torch, dtype) if dtype else None
-
-
-def _number(
-    kind: Callable[[str], Any], least: float, expected: str, *, above: bool = False
-) -> Callable[[str], Any]:
-    """A parser of numbers in a range, whose refusal says what was expected."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (value > least if above else least <= value < math.inf):
-            raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}")
-        return value
-
-    return parse
-
-
-_whole = _number(int, 1, "a whole number, at least 1")
-_seconds = _number(float, 0, "seconds, 0 or more, such as 1e-4")
-_positive = _number(float, 0, "bytes a second, more than 0, such as 1e10", above=True)
-
-
-def _speeds(text: str) -> list[float]:
-    parse = _number(
-        float,
-        0,
-        "numbers above 0 joined by commas, one for each stage, such as 1,1,0.5",
-        above=True,
-    )
-    return [parse(part) for part in text.split(",")]
-
-
-def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?) ?([a-zA-Z]*)", text, re.ASCII)
-    if match is None or match[2] not in UNITS or not float(match[1]) * UNITS[match[2]] >= 1:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: expected bytes, such as 500000000, 500MB or 2GiB"
-        )
-    return int(float(match[1]) * UNITS[match[2]])
-
-
-def _names(text: str) -> str | tuple[str, ...]:
-    names = tuple(part.strip() for part in text.split(","))
-    if not all(names):
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: expected a name, or names joined by commas, such as embed,head"
-        )
-    return names if len(names) > 1 else names[0]
-
-
-def _drawing(text: str) -> Path:
-    if Path(text).suffix not in (".html", ".svg"):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a name that ends in .html or .svg")
-    return Path(text)
 
 
 if __name__ == "__main__":

@@ -1,258 +1,28 @@
-"""Plans as frozen values: what crosses a cut, which stages there are, and what was asked for."""
+"""Plans: where to cut which graph, and which sources to put there.
+
+What is known about a plan's graph, its ``report``, consists of the values of
+:mod:`dni_fx.reports.plans`, which can be imported from here.
+"""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
+from typing import Any, TypeGuard
 
 from .errors import DecouplingError
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Shape and dtype of one tensor of the example batch.
-
-    Attributes:
-        shape: sizes of the example, batch dimension first unless ``batch_dim`` says otherwise.
-        dtype: element type.
-        feature_dim: 1 for convolutional maps ``(batch, channels, *space)``, -1 for ``(batch, ...,
-            features)``.
-        batch_dim: dimension of the batch in the state of a recurrent model; 0 for everything else.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    feature_dim: int = -1
-    batch_dim: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class Interface:
-    """One float tensor on a trainable path that crosses from its producer stage to its consumer
-    stages.
-
-    Attributes:
-        name: module path where the value is that module's output, else the node's name.
-        spec: shape and dtype of the example.
-        producer: index of the stage that computes the value.
-        consumers: indices of the stages that use it, ascending.
-        implied: True where the value crosses a cut that was not named after it.
-        aliases: other names of the same value, which mappings may use as well.
-        feeds: the model input that takes the value in the next window (the consumers are then
-            stages of that one), or ``"another network"``; None for what stays within one call.
-    """
-
-    name: str
-    spec: TensorSpec
-    producer: int
-    consumers: tuple[int, ...]
-    implied: bool = False
-    aliases: tuple[str, ...] = ()
-    feeds: str | None = None
-
-    @property
-    def leaves(self) -> bool:
-        """Whether the value goes to the next window or to another network."""
-        return self.feeds is not None
-
-
-@dataclass(frozen=True)
-class CutPoint:
-    """A place where a model can be named to be cut.
-
-    Attributes:
-        name: what to pass in ``cuts``.
-        shape: shape of the example value that the cut is named after (or of the last one that
-            crosses).
-        nbytes: bytes that would cross, for the example batch.
-        crossing: names of all values that would cross.
-        interfaces: how many of them carry a gradient.
-        legal: whether a cut may be made there.
-        reason: why not, else empty.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    nbytes: int
-    crossing: tuple[str, ...]
-    interfaces: int
-    legal: bool
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class StageCost:
-    """What one stage costs for one batch of the example's size, on a device of speed 1.
-
-    Attributes:
-        forward: seconds of the stage's own forward.
-        backward: seconds of its backward, gradients of parameters included.
-        update: seconds of its optimiser.
-        sources: seconds of the sources that it asks: prediction, and regression when the target
-            arrives.
-        parameter_bytes: its parameters, their gradients and Adam's two moments.
-        activation_bytes: what its forward keeps for its backward, received values included.
-        source_bytes: its sources' parameters, gradients and moments, and what they keep.
-    """
-
-    forward: float
-    backward: float
-    update: float = 0.0
-    sources: float = 0.0
-    parameter_bytes: int = 0
-    activation_bytes: int = 0
-    source_bytes: int = 0
-
-    @property
-    def seconds(self) -> float:
-        """Everything that the stage computes in one decoupled step."""
-        return self.forward + self.backward + self.update + self.sources
-
-    @property
-    def nbytes(self) -> int:
-        """All memory that the stage needs in a decoupled step."""
-        return self.parameter_bytes + self.activation_bytes + self.source_bytes
-
-
-@dataclass(frozen=True)
-class StageReport:
-    """One row of a plan's stages.
-
-    Attributes:
-        name: ``stage_0``, ``stage_1``, ...
-        nodes: number of graph nodes.
-        parameters: number of parameter elements.
-        cut: the cut that ends it; None for the last one.
-        inputs: names of model inputs and of earlier stages' values that it takes.
-        modules: paths of the largest modules that lie wholly in it, in program order.
-        cost: seconds and bytes; None where costs were not asked for.
-    """
-
-    name: str
-    nodes: int
-    parameters: int
-    cut: str | None
-    inputs: tuple[str, ...] = ()
-    modules: tuple[str, ...] = ()
-    cost: StageCost | None = None
-
-
-@dataclass(frozen=True)
-class SourceReport:
-    """The source at one interface.
-
-    Attributes:
-        kind: its name.
-        parameters: number of parameter elements.
-        flops: floating-point operations of one prediction for the example batch; None: unknown.
-        seconds: of one prediction and regression; None where costs were not asked for.
-    """
-
-    kind: str
-    parameters: int
-    flops: int | None
-    seconds: float | None = None
-
-
-@dataclass(frozen=True)
-class NodeReport:
-    """One node of the traced graph, for drawing.
-
-    Attributes:
-        name: the node's name; a model input's or the output's for those.
-        operator: class of the module or name of the function that it calls; ``"input"`` or
-            ``"output"``.
-        scope: paths of the modules that it ran in, outermost first, its own path last where it is a
-            module.
-        inputs: names of the nodes whose values it uses.
-        shape: shape of its value; empty where it is no tensor.
-        stage: index of its stage; None for inputs, the output, and nodes made again in every stage
-            that needs them.
-        seconds: forward and backward; None where costs were not asked for.
-    """
-
-    name: str
-    operator: str
-    scope: tuple[str, ...]
-    inputs: tuple[str, ...]
-    shape: tuple[int, ...]
-    stage: int | None
-    seconds: float | None = None
-
-
-@dataclass(frozen=True)
-class SearchReport:
-    """How the cuts were found.
-
-    Attributes:
-        objective: ``"throughput"``, ``"memory"``, ``"traffic"``, ``"learnability"``.
-        costs: ``"measured"``, ``"analytic"`` or ``"given"``.
-        slowest: seconds of the slowest stage: its work, its sources, and what it sends and receives
-            (which :func:`dni_fx.simulate` takes to overlap with the work).
-        bound: no plan with as many stages can have a faster slowest stage; seconds.
-        frontiers: number of places that were weighed.
-        exact: what the best was sought over without leaving any out: ``"all partitions"`` that keep
-            units together, ``"program order"`` where stages are contiguous in it, ``""`` where some
-            were left out. The plan may be one per cent slower than that best (5 for traffic and
-            learnability).
-        reasons: why each cut is where it is, by its name.
-        explained: share of the true gradient that a quickly fitted source explained, by cut;
-            learnability only.
-    """
-
-    objective: str
-    costs: str
-    slowest: float
-    bound: float
-    frontiers: int
-    exact: str
-    reasons: dict[str, str] = field(default_factory=dict)
-    explained: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def gap(self) -> float:
-        """How far the slowest stage is above the bound, as a share of the bound."""
-        return self.slowest / self.bound - 1 if self.bound else 0.0
-
-
-@dataclass(frozen=True)
-class PlanReport:
-    """What was measured or found while a plan was made. Takes no part in the plan's equality.
-
-    Attributes:
-        rung: which tracer made the graph.
-        stages: a row for each stage.
-        interfaces: values that carry a gradient across.
-        plain: other values that cross.
-        sources: a row for each interface, by name.
-        notes: opaque modules, ties, fewer stages than asked for, and the like.
-        exact: whether the self-check found the split model equal bit for bit; None where it was not
-            run.
-        nodes: the traced graph in program order, for drawing.
-        kinds: class of every module that nodes ran in, by path.
-        search: how the cuts were found; None where they were given.
-    """
-
-    rung: str
-    stages: tuple[StageReport, ...]
-    interfaces: tuple[Interface, ...]
-    plain: tuple[str, ...] = ()
-    sources: dict[str, SourceReport] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    exact: bool | None = None
-    nodes: tuple[NodeReport, ...] = ()
-    kinds: dict[str, str] = field(default_factory=dict)
-    search: SearchReport | None = None
+from .reports import plan_tables
+from .reports.plans import CutPoint as CutPoint
+from .reports.plans import Interface as Interface
+from .reports.plans import NodeReport as NodeReport
+from .reports.plans import PlanReport as PlanReport
+from .reports.plans import SearchReport as SearchReport
+from .reports.plans import SourceReport as SourceReport
+from .reports.plans import StageCost as StageCost
+from .reports.plans import StageReport as StageReport
+from .reports.plans import TensorSpec as TensorSpec
+from .reports.tables import table
 
 
 @dataclass(frozen=True)
@@ -333,40 +103,20 @@ class CutPlan:
             raise DecouplingError(
                 f"this cut plan has version {content.get('version')!r}; this dni_fx reads version 1"
             )
-        names, gradients, stages = (
-            content.get("cuts"),
-            content.get("gradients", {}),
-            content.get("stages", []),
-        )
-        inputs = content.get("inputs", {})
-        valid = (
-            isinstance(content.get("model"), str)
-            and isinstance(content.get("digest"), str)
-            and isinstance(names, list)
-            and all(isinstance(n, str) for n in names)
-            and isinstance(gradients, dict)
-            and all(isinstance(v, str) for v in gradients.values())
-            and isinstance(inputs, dict)
-            and all(isinstance(v, str) for v in inputs.values())
-            and isinstance(stages, list)
-            and len(stages) in (0, len(names) + 1)
-            and all(isinstance(s, list) and all(isinstance(n, str) for n in s) for s in stages)
-        )
-        if not valid:
+        if not _is_valid(content):
             raise DecouplingError(
                 "a cut plan needs 'model' and 'digest' (text), 'cuts' (a list of names) and "
                 "'gradients' (name: source); where they are there, 'inputs' (name: synthesizer) "
                 "and 'stages' (node names for each)"
             )
-        assignment = tuple((n, k) for k, stage in enumerate(stages) for n in stage)
-        model, digest = content["model"], content["digest"]
+        stages = enumerate(content.get("stages", []))
         return cls(
-            model,
-            digest,
-            tuple(names or ()),
-            tuple(gradients.items()),
-            assignment,
-            tuple(inputs.items()),
+            model=content["model"],
+            digest=content["digest"],
+            cuts=tuple(content["cuts"]),
+            gradients=tuple(content.get("gradients", {}).items()),
+            assignment=tuple((name, k) for k, names in stages for name in names),
+            inputs=tuple(content.get("inputs", {}).items()),
         )
 
     def draw(self, path: str | Path) -> Path:
@@ -387,127 +137,38 @@ class CutPlan:
         return draw_plan(self, path)
 
     def __str__(self) -> str:
-        count = len(self.cuts) + 1
-        head = f"{self.model}: {count} stage{'s'[: count > 1]}, {count - 1} cut{'s'[: count != 2]}, graph {self.digest}"
+        cuts = len(self.cuts)
+        size = f"{cuts + 1} stage{'s'[: cuts > 0]}, {cuts} cut{'s'[: cuts != 1]}"
+        head = f"{self.model}: {size}, graph {self.digest}"
         if self.report is None:
             return "\n".join([head, *(f"  after {c}" for c in self.cuts)])
-        tables = [*_table(_stage_rows(self.report)), "", *_table(_interface_rows(self.report)), ""]
-        return "\n".join([head, "", *tables, *(f"note: {n}" for n in _notes(self.report))])
+        stages = table(plan_tables.stage_rows(self.report))
+        interfaces = table(plan_tables.interface_rows(self.report))
+        notes = [f"note: {note}" for note in plan_tables.notes(self.report)]
+        return "\n".join([head, "", *stages, "", *interfaces, "", *notes])
 
 
-def _stage_rows(report: PlanReport) -> list[tuple[str, ...]]:
-    costs = [s.cost for s in report.stages]
-    seconds = sum(c.seconds for c in costs if c is not None) or 1.0
-    nodes = sum(s.nodes for s in report.stages) or 1
-    measured = all(c is not None for c in costs)
-    titles = ["time", "ms", "MB"] if measured else ["share"]
-    rows: list[tuple[str, ...]] = [("stage", "nodes", *titles, "parameters", "ends after", "holds")]
-    for stage in report.stages:
-        share = [f"{stage.nodes / nodes:.0%}"]
-        if (cost := stage.cost) is not None and measured:
-            share = [
-                f"{cost.seconds / seconds:.0%}",
-                f"{cost.seconds * 1e3:.2f}",
-                f"{cost.nbytes / 1e6:.1f}",
-            ]
-        rows.append(
-            (
-                stage.name, str(stage.nodes), *share, f"{stage.parameters:,}", stage.cut or "(output)",
-                _shortened(stage.modules),
-            )
-        )  # fmt: skip
-    return rows
+def _is_valid(content: dict[str, Any]) -> bool:
+    """Whether a plan's JSON has every field, each of its type."""
+    cuts, stages = content.get("cuts"), content.get("stages", [])
+    return (
+        isinstance(content.get("model"), str)
+        and isinstance(content.get("digest"), str)
+        and _are_texts(cuts)
+        and _are_named(content.get("gradients", {}))
+        and _are_named(content.get("inputs", {}))
+        and isinstance(stages, list)
+        and len(stages) in (0, len(cuts) + 1)
+        and all(_are_texts(names) for names in stages)
+    )
 
 
-def _interface_rows(report: PlanReport) -> list[tuple[str, ...]]:
-    measured = any(s.seconds is not None for s in report.sources.values())
-    titles = [
-        "interface",
-        "shape",
-        "MB",
-        "from",
-        "to",
-        "source",
-        "parameters",
-        "MFLOP",
-        "ms" if measured else "",
-        "",
-    ]
-    rows = [tuple(titles)]
-    for i in report.interfaces:
-        source = report.sources.get(i.name, SourceReport("-", 0, 0))
-        rows.append(
-            (
-                i.name, " x ".join(str(n) for n in i.spec.shape), f"{i.spec.nbytes / 1e6:.2f}", str(i.producer),
-                _goal(i), source.kind, f"{source.parameters:,}",
-                "?" if source.flops is None else f"{source.flops / 1e6:.1f}",
-                "" if source.seconds is None else f"{source.seconds * 1e3:.2f}", "implied" if i.implied else "",
-            )
-        )  # fmt: skip
-    return rows
+def _are_texts(value: Any) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def _goal(interface: Interface) -> str:
-    stages = ", ".join(str(c) for c in interface.consumers)
-    if interface.feeds is None or not stages:
-        return interface.feeds or stages
-    return f"{stages} of the next window"
-
-
-def _notes(report: PlanReport) -> list[str]:
-    notes = []
-    if (search := report.search) is not None:
-        sure = f"; exact over {search.exact}" if search.exact else ""
-        notes.append(
-            f"found for {search.objective} with {search.costs} costs: slowest stage "
-            f"{search.slowest * 1e3:.2f} ms, sources and transfers included; bound "
-            f"{search.bound * 1e3:.2f} ms, gap {search.gap:.1%}{sure}"
-        )
-        notes += [f"cut after {name}: {why}" for name, why in search.reasons.items()]
-    if report.plain:
-        notes.append(f"crosses without a source: {', '.join(report.plain)}")
-    notes += [f"traced by {report.rung}", *report.notes]
-    if report.exact is not None:
-        notes.append(
-            "self-check: equal to the model"
-            + (" bit for bit" if report.exact else " within rounding")
-        )
-    return notes
-
-
-def _shortened(names: tuple[str, ...]) -> str:
-    """A few names; neighbours that are counted are put together: ``layers.0 to layers.3``."""
-    groups: list[list[str]] = []
-    for name in names:
-        stem, _, last = name.rpartition(".")
-        before = groups[-1][-1].rpartition(".") if groups else ("", "", "")
-        if (
-            groups
-            and last.isdigit()
-            and before[2].isdigit()
-            and (stem, int(last)) == (before[0], int(before[2]) + 1)
-        ):
-            groups[-1].append(name)
-        else:
-            groups.append([name])
-    texts = [g[0] if len(g) == 1 else f"{g[0]} to {g[-1].rpartition('.')[2]}" for g in groups]
-    return ", ".join(texts[:4]) + (f" and {len(texts) - 4} more" if len(texts) > 4 else "")
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Rows as aligned text; a rule under the first; columns of numbers to the right."""
-    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    right = [
-        all(r[i][:1].isdigit() or r[i] == "-" for r in rows[1:]) and len(rows) > 1
-        for i in range(len(widths))
-    ]
-    lines = []
-    for row in rows:
-        cells = [
-            c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return [lines[0], "  ".join("-" * w for w in widths if w), *lines[1:]]
+def _are_named(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
 
 
 class CutPointList(tuple[CutPoint, ...]):
@@ -515,11 +176,11 @@ class CutPointList(tuple[CutPoint, ...]):
 
     def __str__(self) -> str:
         rows = [("cut after", "shape", "MB", "interfaces", "crosses", "")]
-        for p in self:
-            crossing = ", ".join(p.crossing[:3]) + (
-                f" and {len(p.crossing) - 3} more" if len(p.crossing) > 3 else ""
-            )
-            shape = " x ".join(str(n) for n in p.shape) or "-"
-            note = "" if p.legal else f"illegal: {p.reason}"
-            rows.append((p.name, shape, f"{p.nbytes / 1e6:.2f}", str(p.interfaces), crossing, note))
-        return "\n".join(_table(rows))
+        for point in self:
+            more = len(point.crossing) - 3
+            crossing = ", ".join(point.crossing[:3]) + (f" and {more} more" if more > 0 else "")
+            shape = " x ".join(str(size) for size in point.shape) or "-"
+            note = "" if point.legal else f"illegal: {point.reason}"
+            size, interfaces = f"{point.nbytes / 1e6:.2f}", str(point.interfaces)
+            rows.append((point.name, shape, size, interfaces, crossing, note))
+        return "\n".join(table(rows))

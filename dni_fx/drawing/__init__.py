@@ -4,12 +4,13 @@ them.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ..errors import DecouplingError
-from ..plan import CutPlan, PlanReport, _interface_rows, _notes, _stage_rows
+from ..reports.files import write_atomically
+from ..reports.plan_tables import interface_rows, notes, stage_rows
+from ..reports.plans import PlanReport
 from .boxes import Box
 from .page import render
 from .routing import route
@@ -17,7 +18,23 @@ from .shapes import COLOURS, PLAIN, colour_of
 from .views import View, Views
 
 
-def draw_plan(plan: CutPlan, path: str | Path) -> Path:
+class Plan(Protocol):
+    """What is drawn of a :class:`dni_fx.CutPlan`."""
+
+    @property
+    def model(self) -> str:
+        """Class name of the model."""
+
+    @property
+    def cuts(self) -> tuple[str, ...]:
+        """Names of the cuts."""
+
+    @property
+    def report(self) -> PlanReport | None:
+        """What is known about the plan's graph."""
+
+
+def draw_plan(plan: Plan, path: str | Path) -> Path:
     """Draw a plan: the graph's modules coloured by stage, and what crosses between the stages.
 
     As many levels of modules are shown as give at most about 60 boxes; on a page the others open at
@@ -47,21 +64,10 @@ def draw_plan(plan: CutPlan, path: str | Path) -> Path:
             f"cannot draw to {str(path)!r}: there is no folder {str(path.parent)!r}"
         )
     pieces = render(**_facts(plan, plan.report, path.suffix == ".html"))
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with part.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(pieces)
-        part.replace(path)
-    except OSError as error:
-        raise DecouplingError(
-            f"cannot write {str(path)!r}: {error.strerror or error}; name another file"
-        ) from error
-    finally:
-        part.unlink(missing_ok=True)
-    return path
+    return write_atomically(path, "".join(pieces))
 
 
-def _facts(plan: CutPlan, report: PlanReport, page: bool) -> dict[str, Any]:
+def _facts(plan: Plan, report: PlanReport, page: bool) -> dict[str, Any]:
     """What the templates need."""
     views = Views(report)
     whole = views.whole()
@@ -74,11 +80,11 @@ def _facts(plan: CutPlan, report: PlanReport, page: bool) -> dict[str, Any]:
         "legend": _legend(report, whole, page),
     }
     if page:
-        stages, interfaces = _stage_rows(report), _interface_rows(report)
+        stages, interfaces = stage_rows(report), interface_rows(report)
         producers = [i.producer for i in report.interfaces]
         facts["stages"] = stages[0], list(enumerate(stages[1:]))
         facts["interfaces"] = interfaces[0], list(zip(producers, interfaces[1:], strict=True))
-        facts["notes"] = _notes(report)
+        facts["notes"] = notes(report)
         facts["folded"] = [_folded(views, anchor, box) for anchor, box in whole.folded]
     return facts
 
@@ -96,7 +102,7 @@ def _folded(views: Views, anchor: str, box: Box) -> dict[str, Any]:
     }
 
 
-def _head(plan: CutPlan, report: PlanReport) -> list[str]:
+def _head(plan: Plan, report: PlanReport) -> list[str]:
     stages, cuts = len(report.stages), len(plan.cuts)
     lines = [f"{plan.model}: {stages} stage{'s'[: stages > 1]}, {cuts} cut{'s'[: cuts != 1]}"]
     costs = [s.cost.seconds for s in report.stages if s.cost is not None]
@@ -123,16 +129,14 @@ def _legend(report: PlanReport, whole: View, page: bool) -> list[dict[str, str]]
         for k, s in enumerate(report.stages)
     ]
     if any(link.label for link in whole.links):
-        entries.append(
-            {"kind": "link", "colour": COLOURS[0], "text": "interface, in its stage's colour"}
-        )
+        text = "interface, in its stage's colour"
+        entries.append({"kind": "link", "colour": COLOURS[0], "text": text})
     if any(not link.label for link in whole.links):
         entries.append({"kind": "plain", "colour": PLAIN, "text": "crosses without gradient"})
     entries.append({"kind": "thread", "colour": PLAIN, "text": "value inside a stage"})
     if whole.folded:
-        entries.append(
-            {"kind": "folded", "text": "several nodes" + (": click to open" if page else "")}
-        )
+        text = "several nodes" + (": click to open" if page else "")
+        entries.append({"kind": "folded", "text": text})
     if any(i.share is not None for p in whole.panels for i in p.items):
         entries.append({"kind": "share", "text": "%: share of the time of all nodes"})
     return entries

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..plan import Interface, NodeReport, PlanReport
+from ..reports.plans import Interface, NodeReport, PlanReport
 
 _SHORTEST_RUN = 5  # shorter ones would show hardly less
 _SIZES = frozenset({"size", "shape", "numel", "dim", "__len__", "stride"})

@@ -13,16 +13,17 @@ from bisect import bisect_right, insort
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import networkx as nx
+
+Point = tuple[float, float]
 Vertex = int | tuple[int, int]  # an item, or the lane of an item in a layer
 Piece = tuple[float, float, float, float]
 Neighbours = Mapping[Vertex, Sequence[Vertex]]
 LAYER_GAP = 36.0
 BOX_GAP = 18.0
 LANE_WIDTH = 10.0
-_ORDER_SWEEPS, _PLACE_SWEEPS = (
-    6,
-    9,
-)  # an odd number of the latter: the last one sets boxes below what they use
+_ORDER_SWEEPS = 6
+_PLACE_SWEEPS = 9  # odd: the last one sets boxes below what they use
 _BOX_WEIGHT = 1e3  # lanes give way
 
 
@@ -51,7 +52,7 @@ class Layout:
     layer: dict[int, int]
     leftmost: frozenset[int]
     rightmost: frozenset[int]
-    lines: dict[int, tuple[list[Piece], list[tuple[float, float]]]]
+    lines: dict[int, tuple[list[Piece], list[Point]]]
 
 
 def lay_out(sizes: Mapping[int, tuple[float, float]], edges: Iterable[tuple[int, int]]) -> Layout:
@@ -64,76 +65,92 @@ def lay_out(sizes: Mapping[int, tuple[float, float]], edges: Iterable[tuple[int,
     Returns:
         The layout; its upper left corner is the origin.
     """
-    import networkx as nx
-
     graph = nx.DiGraph()
     graph.add_nodes_from(sizes)
     graph.add_edges_from(edges)
-    layer = {v: depth for depth, row in enumerate(nx.topological_generations(graph)) for v in row}
-    for v in sizes:  # what nothing leads to stands right above its first user
-        if not graph.in_degree(v) and graph.out_degree(v):
-            layer[v] = min(layer[u] for u in graph.successors(v)) - 1
-    rows: list[list[Vertex]] = [[] for _ in range(max(layer.values(), default=0) + 1)]
-    for v in sizes:
-        rows[layer[v]].append(v)
-    above: dict[Vertex, list[Vertex]] = {}
-    for v in sizes:
-        users = list(graph.successors(v))
-        for depth in range(layer[v] + 1, max((layer[u] for u in users), default=0)):
-            rows[depth].append((v, depth))
-            above[v, depth] = [_lane(v, depth - 1, layer)]
-        for u in users:
-            above.setdefault(u, []).append(_lane(v, layer[u] - 1, layer))
+    layer = _layers(graph)
+    rows, above = _with_lanes(graph, layer)
     below: dict[Vertex, list[Vertex]] = {}
     for user, sources in above.items():
         for source in sources:
             below.setdefault(source, []).append(user)
     rows = _ordered(rows, above, below)
-    x = _placed(
-        rows,
-        above,
-        below,
-        {v: sizes[v][0] if isinstance(v, int) else LANE_WIDTH for r in rows for v in r},
-    )
-    heights = [max((sizes[v][1] for v in row if isinstance(v, int)), default=0.0) for row in rows]
+    widths = {v: sizes[v][0] if isinstance(v, int) else LANE_WIDTH for row in rows for v in row}
+    x = _placed(rows, above, below, widths)
+    items = [[v for v in row if isinstance(v, int)] for row in rows]
+    heights = [max((sizes[v][1] for v in row), default=0.0) for row in items]
     tops = list(itertools.accumulate((h + LAYER_GAP for h in heights), initial=0.0))[:-1]
     bottoms = [t + h for t, h in zip(tops, heights, strict=True)]
     centres = {v: (x[v], (tops[layer[v]] + bottoms[layer[v]]) / 2) for v in sizes}
-    lines = {}
-    for v in sizes:
-        users = list(graph.successors(v))
-        if not users:
-            continue
-        pieces: list[Piece] = []
-        ends = []
-        points = {layer[v]: (x[v], centres[v][1] + sizes[v][1] / 2)}
-        for depth in range(layer[v] + 1, max(layer[u] for u in users)):
-            pieces.append((*points[depth - 1], x[v, depth], tops[depth]))
-            pieces.append((x[v, depth], tops[depth], x[v, depth], bottoms[depth]))
-            points[depth] = (x[v, depth], bottoms[depth])
-        for u in users:
-            ends.append((x[u], centres[u][1] - sizes[u][1] / 2))
-            pieces.append((*points[layer[u] - 1], *ends[-1]))
-        lines[v] = (pieces, ends)
-    items = [[v for v in row if isinstance(v, int)] for row in rows]
+    spans = {v: (y - sizes[v][1] / 2, y + sizes[v][1] / 2) for v, (_, y) in centres.items()}
     return Layout(
         centres=centres,
-        width=max(
-            (
-                x[v] + (sizes[v][0] if isinstance(v, int) else LANE_WIDTH) / 2
-                for r in rows
-                for v in r
-            ),
-            default=0,
-        ),
+        width=max((x[v] + width / 2 for v, width in widths.items()), default=0),
         height=bottoms[-1],
         tops=tops,
         bottoms=bottoms,
         layer=layer,
         leftmost=frozenset(row[0] for row in items if row),
         rightmost=frozenset(row[-1] for row in items if row),
-        lines=lines,
+        lines=_lines(graph, layer, x, tops, bottoms, spans),
     )
+
+
+def _layers(graph: nx.DiGraph) -> dict[int, int]:
+    """The layer of every item, by the longest path to it."""
+    rows = nx.topological_generations(graph)
+    layer: dict[int, int] = {v: depth for depth, row in enumerate(rows) for v in row}
+    for v in graph:  # what nothing leads to stands right above its first user
+        if not graph.in_degree(v) and graph.out_degree(v):
+            layer[v] = min(layer[u] for u in graph.successors(v)) - 1
+    return layer
+
+
+def _with_lanes(
+    graph: nx.DiGraph, layer: Mapping[int, int]
+) -> tuple[list[list[Vertex]], dict[Vertex, list[Vertex]]]:
+    """Items by layer, with a lane in every layer that a value runs through; what each vertex takes
+    from the layer above.
+    """
+    rows: list[list[Vertex]] = [[] for _ in range(max(layer.values(), default=0) + 1)]
+    for v in graph:
+        rows[layer[v]].append(v)
+    above: dict[Vertex, list[Vertex]] = {}
+    for v in graph:
+        users = list(graph.successors(v))
+        for depth in range(layer[v] + 1, max((layer[u] for u in users), default=0)):
+            rows[depth].append((v, depth))
+            above[v, depth] = [_lane(v, depth - 1, layer)]
+        for u in users:
+            above.setdefault(u, []).append(_lane(v, layer[u] - 1, layer))
+    return rows, above
+
+
+def _lines(
+    graph: nx.DiGraph,
+    layer: Mapping[int, int],
+    x: Mapping[Vertex, float],
+    tops: Sequence[float],
+    bottoms: Sequence[float],
+    spans: Mapping[int, tuple[float, float]],
+) -> dict[int, tuple[list[Piece], list[Point]]]:
+    """The line of every item that others use; see :class:`Layout`."""
+    lines = {}
+    for v in graph:
+        users = list(graph.successors(v))
+        if not users:
+            continue
+        pieces: list[Piece] = []
+        points = {layer[v]: (x[v], spans[v][1])}
+        for depth in range(layer[v] + 1, max(layer[u] for u in users)):
+            lane = x[v, depth]
+            pieces.append((*points[depth - 1], lane, tops[depth]))
+            pieces.append((lane, tops[depth], lane, bottoms[depth]))
+            points[depth] = (lane, bottoms[depth])
+        ends = [(x[u], spans[u][0]) for u in users]
+        pieces += [(*points[layer[u] - 1], *end) for u, end in zip(users, ends, strict=True)]
+        lines[v] = (pieces, ends)
+    return lines
 
 
 def _lane(source: int, depth: int, layer: Mapping[int, int]) -> Vertex:
@@ -146,14 +163,12 @@ def _ordered(rows: list[list[Vertex]], above: Neighbours, below: Neighbours) -> 
     for sweep in range(_ORDER_SWEEPS if fewest else 0):
         rows = [list(row) for row in rows]
         down = sweep % 2 == 0
+        neighbours = above if down else below
         for i in range(1, len(rows)) if down else range(len(rows) - 2, -1, -1):
             place = {v: float(k) for k, v in enumerate(rows[i - 1 if down else i + 1])}
             here = {v: float(k) for k, v in enumerate(rows[i])}
-            rows[i].sort(
-                key=lambda v: _mean(
-                    [place[n] for n in (above if down else below).get(v, ())], here[v]
-                )
-            )
+            wanted = {v: _mean([place[n] for n in neighbours.get(v, ())], here[v]) for v in rows[i]}
+            rows[i].sort(key=wanted.__getitem__)
         if (crossings := _crossings(rows, above)) < fewest:
             best, fewest = rows, crossings
     return best
@@ -190,18 +205,20 @@ def _placed(
             for v in row:
                 near = neighbours.get(v, ())
                 like = [x[n] for n in near if isinstance(n, int) == isinstance(v, int)]
-                wanted.append(
-                    _mean(like or ([] if isinstance(v, int) else [x[n] for n in near]), x[v])
-                )
-            gaps = [
-                (widths[a] + widths[b]) / 2
-                + (BOX_GAP if isinstance(a, int) or isinstance(b, int) else 0)
-                for a, b in itertools.pairwise(row)
-            ]
+                if not like and not isinstance(v, int):
+                    like = [x[n] for n in near]
+                wanted.append(_mean(like, x[v]))
+            gaps = [_gap(a, b, widths) for a, b in itertools.pairwise(row)]
             weights = [_BOX_WEIGHT if isinstance(v, int) else 1.0 for v in row]
             x.update(zip(row, spread(wanted, gaps, weights), strict=True))
     left = min((x[v] - widths[v] / 2 for v in x), default=0.0)
     return {v: place - left for v, place in x.items()}
+
+
+def _gap(a: Vertex, b: Vertex, widths: Mapping[Vertex, float]) -> float:
+    """The least distance between the middles of two neighbours."""
+    has_box = isinstance(a, int) or isinstance(b, int)
+    return (widths[a] + widths[b]) / 2 + (BOX_GAP if has_box else 0)
 
 
 def spread(
@@ -211,9 +228,8 @@ def spread(
     gaps between them.
     """
     offsets = list(itertools.accumulate(gaps, initial=0.0))[: len(wanted)]
-    blocks: list[
-        tuple[float, float, int]
-    ] = []  # weighted sum of what the members want, their weight and number
+    # weighted sum of what the members want, their weight and number
+    blocks: list[tuple[float, float, int]] = []
     for place, offset, weight in zip(wanted, offsets, weights or [1.0] * len(wanted), strict=True):
         total, count = (place - offset) * weight, 1
         while blocks and blocks[-1][0] * weight > total * blocks[-1][1]:

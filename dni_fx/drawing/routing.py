@@ -10,6 +10,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 
+import networkx as nx
+
 from .layout import LAYER_GAP, lay_out, spread
 from .shapes import (
     BOX,
@@ -34,6 +36,8 @@ def route(panels: Sequence[Panel], links: Sequence[Link]) -> Picture:
 
 
 class _Routing:
+    """Places of everything; ``k`` numbers links, ``c`` columns, and keys are those of items."""
+
     def __init__(self, panels: Sequence[Panel], links: Sequence[Link]) -> None:
         self.panels, self.links = {p.stage: p for p in panels}, links
         self.layouts = {p.stage: lay_out({i.key: i.size for i in p.items}, p.edges) for p in panels}
@@ -46,7 +50,14 @@ class _Routing:
         self.tracks = {k: i for i, k in enumerate(k for k in range(len(links)) if self._skips(k))}
         self.top = len(self.tracks) * _TRACK + (8 if self.tracks else 0)
         self.ports = self._find_ports()
-        self.slots: dict[tuple[int, int], dict[int, int]] = {}
+        self.slots: dict[tuple[int, int], dict[int, int]] = {}  # of links, by stage and layer
+        self.left: list[float] = []  # of columns, as are right and lanes_from
+        self.right: list[float] = []
+        self.lanes_from: list[float] = []  # where the gutter's lanes begin
+        self.y: dict[int, float] = {}  # tops of panels
+        self.label_y: dict[int, float] = {}  # middles of labels, by link
+        self.turn: dict[int, float] = {}  # where links turn towards their labels
+        self.lane: dict[tuple[int, int], float] = {}  # by column and link
         self.picture = Picture()
         self._place_panels()
         self._place_labels()
@@ -78,10 +89,6 @@ class _Routing:
     def _place_panels(self) -> None:
         """Columns are as wide as their widest stage; gutters hold turns, labels and lanes."""
         x = 8.0
-        self.left: list[float] = []
-        self.right: list[float] = []
-        self.lanes_from: list[float] = []
-        self.y: dict[int, float] = {}
         for c in range(self.columns):
             stages = [s for s in self.panels if self.column[s] == c]
             width = max([BOX[0], *(self.layouts[s].width for s in stages)]) + 2 * _MARGIN
@@ -135,7 +142,9 @@ class _Routing:
         return [(x + w - 20 + shift, y + h), (x + w - 20 + shift, below), (right, below)]
 
     def _entry(self, k: int, stage: int, key: int) -> list[Point]:
-        """The end of a line: at an item's left side, or on its top where others stand left of it."""
+        """The end of a line: at an item's left side, or on its top where others stand left of
+        it.
+        """
         layout, (x, y, w, h) = self.layouts[stage], self._at(stage, key)
         shift = self.ports[k, key, False]
         if key in layout.leftmost:
@@ -145,8 +154,6 @@ class _Routing:
 
     def _place_labels(self) -> None:
         """Each label beside what it leaves, below the label before it."""
-        self.label_y: dict[int, float] = {}
-        self.turn: dict[int, float] = {}
         for c, leaving in enumerate(self.leaving):
             wish = {
                 k: _mean([self._exit(k, key)[-1][1] for key in self.links[k].sources])
@@ -154,17 +161,14 @@ class _Routing:
             }
             leaving.sort(key=lambda k: (wish[k], k))
             heights = [CHIP[1] if self.links[k].label else 8.0 for k in leaving]
-            places = spread(
-                [wish[k] for k in leaving],
-                [(a + b) / 2 + 8 for a, b in itertools.pairwise(heights)],
-            )
+            gaps = [(a + b) / 2 + 8 for a, b in itertools.pairwise(heights)]
+            places = spread([wish[k] for k in leaving], gaps)
             lowest = self.top
             for k, y, height in zip(leaving, places, heights, strict=True):
                 self.label_y[k] = y = max(y, lowest + height / 2)
                 lowest = y + height / 2 + 8
-            falling = [
-                k for k in leaving if self.label_y[k] > wish[k]
-            ]  # the upper ones turn later, so as not to cross
+            # of those that fall the upper ones turn later, so as not to cross
+            falling = [k for k in leaving if self.label_y[k] > wish[k]]
             turns = [*(k for k in leaving if k not in falling), *reversed(falling)]
             self.turn.update((k, self.right[c] + 8 + 7 * i) for i, k in enumerate(turns))
             self.picture.height = max(self.picture.height, lowest + 8)
@@ -173,7 +177,6 @@ class _Routing:
         """Left to right in a gutter: links that leave, upper ones first; then those from above,
         deepest first.
         """
-        self.lane: dict[tuple[int, int], float] = {}
         for c, leaving in enumerate(self.leaving):
             coming = []
             for k, link in enumerate(self.links):
@@ -230,15 +233,12 @@ class _Routing:
             over = self.column[stage] > c + 1
             start = [(lane, y)]
             if over:
-                track, down = (
-                    self.top - 14 - self.tracks[k] * _TRACK,
-                    self.lane[self.column[stage] - 1, k],
-                )
+                track = self.top - 14 - self.tracks[k] * _TRACK
+                down = self.lane[self.column[stage] - 1, k]
                 start += [(lane, track), (down, track)]
                 notes = [(self.left[c + 1] + 4, track - 4)]
-            for end in [self._entry(k, stage, key) for key in keys] or [
-                [(self.left[self.column[stage]], y)]
-            ]:
+            border = [(self.left[self.column[stage]], y)]
+            for end in [self._entry(k, stage, key) for key in keys] or [border]:
                 lines.append([*start, (start[-1][0], end[0][1]), *end])
                 heads += arrow_head(*end[-1], 7 if link.label else 4, down=len(end) > 1)
         self.picture.links.append(
@@ -255,16 +255,11 @@ class _Routing:
 
 
 def _columns(stages: Iterable[int], links: Sequence[Link]) -> dict[int, int]:
-    import networkx as nx
-
     graph = nx.DiGraph()
     graph.add_nodes_from(stages)
     graph.add_edges_from((link.producer, s) for link in links for s in link.targets)
-    return {
-        s: depth
-        for depth, column in enumerate(nx.topological_generations(graph))
-        for s in sorted(column)
-    }
+    generations = enumerate(nx.topological_generations(graph))
+    return {stage: depth for depth, column in generations for stage in sorted(column)}
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -75,7 +75,9 @@ class Picture:
 
 
 def colour_of(stage: int) -> str:
-    """The colour of a stage; they repeat after some, so a stage's name stands beside it everywhere."""
+    """The colour of a stage; they repeat after some, so a stage's name stands beside it
+    everywhere.
+    """
     return COLOURS[stage % len(COLOURS)]
 
 

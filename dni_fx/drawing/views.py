@@ -1,4 +1,6 @@
-"""What stands in each panel of a drawing and what runs between panels, before anything has a place."""
+"""What stands in each panel of a drawing and what runs between panels, before anything has a
+place.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..plan import Interface, PlanReport
+from ..reports.plans import Interface, PlanReport
 from .boxes import Box, Nodes, choose_boxes, find_boxes, plain_name
 from .shapes import Item, Link, Panel
 
@@ -49,25 +51,21 @@ class Views:
                 s for n in nodes.drawn[stage] for s in nodes.sources[n.name] if s in nodes.again
             )
             made = ", ".join(dict.fromkeys(plain_name(nodes.by_name[a].operator) for a in again))
-            tip = f"computed from the inputs alone, so made again in every stage that uses it: {', '.join(again)}"
+            why = "computed from the inputs alone, so made again in every stage that uses it"
+            tip = f"{why}: {', '.join(again)}"
 
             def pill_of(name: str, made: str = made, tip: str = tip) -> tuple[str, str] | None:
                 if name in nodes.again:
                     return made, tip
                 node = nodes.by_name[name]
-                return (
-                    (f"input {name} {_shape(node.shape)}", "") if node.operator == "input" else None
-                )
+                is_input = node.operator == "input"
+                return (f"input {name} {_shape(node.shape)}", "") if is_input else None
 
-            results = (
-                [n.name for n in self.report.nodes if n.operator == "output"]
-                if stage == nodes.last
-                else []
-            )
+            outputs = [n.name for n in self.report.nodes if n.operator == "output"]
+            results = outputs if stage == nodes.last else []
             here = [b for b in boxes if b.stage == stage]
-            panel, opening = self._panel(
-                stage, self._head(stage), here, owner, pill_of, results, "inputs"
-            )
+            head = self._head(stage)
+            panel, opening = self._panel(stage, head, here, owner, pill_of, results, "inputs")
             panels.append(panel)
             folded += opening
         return View(tuple(panels), tuple(self._links(owner)), tuple(folded))

@@ -13,9 +13,8 @@ from torch import Tensor
 from ..errors import DecouplingError
 
 NOTHING = 0.1  # a cosine below it explains less than 1 %, whatever the size of the prediction
-ELEMENTS = (
-    2**18
-)  # compared at once on the CPU: three buffers of 2 MB, which stay in the processor's cache
+# compared at once on the CPU: three buffers of 2 MB, which stay in the processor's cache
+ELEMENTS = 2**18
 REFERENCES = {
     "true": "the gradient",
     "bootstrapped": "the target that the next stage's predictions gave",
@@ -88,7 +87,8 @@ class InterfaceReport:
         if self.rms_ratio == 0:
             return "predicts nothing yet"
         if self.cosine <= -NOTHING:
-            return f"points away from {reference}: the frozen control (`zero`) would do better ({numbers})"
+            what = f"points away from {reference}"
+            return f"{what}: the frozen control (`zero`) would do better ({numbers})"
         if self.aligned < NOTHING**2:
             what = "explains nothing" + ("" if true else f" of {reference}")
             return (
@@ -146,10 +146,11 @@ def compare(
     nan, length, truth = math.nan, math.sqrt(ours), math.sqrt(theirs)
     finite = math.isfinite(ours) and math.isfinite(theirs)
     error = math.sqrt(difference) / truth if finite and truth else math.inf
+    cosine = nan
+    if finite and length and truth:
+        cosine = min(1.0, max(-1.0, product / (length * truth)))
     return InterfaceReport(
-        cosine=min(1.0, max(-1.0, product / (length * truth)))
-        if finite and length and truth
-        else nan,
+        cosine=cosine,
         relative_error=error if truth else nan,
         rms_ratio=length / truth if truth else nan,
         reference=kind,
@@ -161,13 +162,11 @@ def compare(
 @torch.no_grad()
 def _sums(a: Tensor, b: Tensor) -> list[float]:
     """``[a a, b b, a b, (a - b)^2]`` summed, and of the signs ``[(s t)^2, s t, t^2]``."""
-    order = sorted(
-        range(a.dim()), key=a.stride().__getitem__, reverse=True
-    )  # walk through memory as it lies
+    # walk through memory as it lies
+    order = sorted(range(a.dim()), key=a.stride().__getitem__, reverse=True)
     a, b = a.permute(order), b.permute(order)
-    size = min(
-        a.numel(), ELEMENTS if a.device.type == "cpu" else 16 * ELEMENTS
-    )  # elsewhere launches cost most
+    most = ELEMENTS if a.device.type == "cpu" else 16 * ELEMENTS  # elsewhere launches cost most
+    size = min(a.numel(), most)
     dtype = torch.float32 if a.device.type == "mps" else torch.float64
     buffers = torch.empty(3, size, dtype=dtype, device=a.device)
     found = [torch.zeros(7, dtype=dtype, device=a.device)]

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import dni_fx
-from dni_fx import cli
+from dni_fx import cli, cli_options
 from dni_fx.plan import CutPlan
 
 from ..helpers.paths import ROOT
@@ -202,9 +202,9 @@ def test_inputs_have_their_sizes_and_types(folder: Path) -> None:
     assert scale.dtype == torch.float32
 
 
-@pytest.mark.parametrize("dtype", cli.DTYPES)
+@pytest.mark.parametrize("dtype", cli_options.DTYPES)
 def test_each_dtype(dtype: str) -> None:
-    value = cli._random(*cli._input(f"40x3:{dtype}"), torch.Generator())
+    value = cli._random(*cli_options.parse_input(f"40x3:{dtype}"), torch.Generator())
     assert value.dtype == getattr(torch, dtype)
     if not value.dtype.is_floating_point:
         assert set(value.unique().tolist()) == {0, 1}
@@ -449,7 +449,7 @@ def test_a_wrong_dtype_names_close_ones(capsys: pytest.CaptureFixture[str]) -> N
     [("1", 1), ("1e3", 1000), ("1.5kB", 1500), ("2 MiB", 2 << 20), ("1TB", 10**12)],
 )
 def test_sizes_in_bytes(text: str, count: int) -> None:
-    assert cli._bytes(text) == count
+    assert cli_options.parse_bytes(text) == count
 
 
 def test_an_interrupt_returns_130_without_a_traceback(folder: Path) -> None:
@@ -500,7 +500,7 @@ def test_help_has_examples_that_parse(
     ]
     assert [line[0] for line in lines] == ["points", "plan", "plan", "demo"]
     for line in lines:
-        options, rest = cli.make_parser().parse_known_args(line)
+        options, rest = cli_options.make_parser().parse_known_args(line)
         assert rest == ([] if line[0] != "demo" else line[1:])
         assert options.command == line[0]
 

@@ -15,24 +15,18 @@ the update, once a batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
+from ..errors import DecouplingError
+from ..plan import CutPlan, StageCost, StageReport
+from ..reports.tables import table
+from .pipelines import LinkTimes, Seconds, depths, pipelines
 
-from .errors import DecouplingError
-from .plan import CutPlan, StageCost, StageReport, _table
-
-Links = dict[
-    tuple[int, int], float
-]  # seconds that one batch's messages occupy a link, by (producer, consumer)
 LOCKED = ("exact", "feedback", "mix")  # sources that wait for later stages within the step
 RECOMPUTING = ("corrected", "delayed")  # by default; their stages run forward a second time
-# of a backward goes to weight gradients where there are parameters: a linear map's two products
-WEIGHT_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -95,7 +89,8 @@ class Simulation:
         devices = "1 device" if len(self.speeds) == 1 else f"{len(self.speeds)} {equal}devices"
         head = f"{devices}:"
         if decoupled.speedup <= 1:
-            head = f"{'cutting' if exact.speedup <= 1 else 'decoupling'} does not pay here: on {devices},"
+            what = "cutting" if exact.speedup <= 1 else "decoupling"
+            head = f"{what} does not pay here: on {devices},"
         micro = f"{self.micro_batches} micro-batch" + ("es" if self.micro_batches > 1 else "")
         text = f"{head} decoupled {_x(decoupled)} one device; 1F1B with {micro} {_x(alternating)}. "
         if decoupled.speedup <= exact.speedup and exact.speedup > 1:
@@ -109,30 +104,15 @@ class Simulation:
         )
 
     def __str__(self) -> str:
-        rows = [
-            (
-                "schedule",
-                "ms per batch",
-                "x one device",
-                "busy, mean",
-                "busy, least",
-                "MB, most on a device",
-                "",
-            )
-        ]
-        for r in self.schedules:
-            busy = f"{sum(r.utilisation) / len(r.utilisation):.0%}", f"{min(r.utilisation):.0%}"
-            rows.append(
-                (
-                    r.name,
-                    _ms(r.seconds),
-                    f"{r.speedup:.2f}",
-                    *busy,
-                    f"{max(r.memory) / 1e6:,.2f}",
-                    r.note,
-                )
-            )
-        return "\n".join([*_table(rows), "", self.sentence])
+        busy = ("busy, mean", "busy, least")
+        rows = [("schedule", "ms per batch", "x one device", *busy, "MB, most on a device", "")]
+        for row in self.schedules:
+            mean = sum(row.utilisation) / len(row.utilisation)
+            busy = (f"{mean:.0%}", f"{min(row.utilisation):.0%}")
+            most = f"{max(row.memory) / 1e6:,.2f}"
+            cells = (row.name, _ms(row.seconds), f"{row.speedup:.2f}", *busy, most, row.note)
+            rows.append(cells)
+        return "\n".join([*table(rows), "", self.sentence])
 
 
 def simulate(
@@ -145,16 +125,15 @@ def simulate(
 ) -> Simulation:
     """Predict what training a plan's stages on a device each would take, and whether cutting pays.
 
-    ============= ====================================================
-    ====================================== schedule      seconds of one batch
-    activations that a stage holds =============
-    ==================================================== ====================================== one
-    process   sum(f + b + u), on the fastest device                all GPipe         sum(f + b) + (m
-    - 1)(max f + max b) + u              all m micro-batches 1F1B          (m + p - 1)(f + b) + u if
-    balanced                   min(p - d, m) of m zero-bubble   (m + p - 1)(f + b) - 2 (p - 1) w + u
-    if balanced     min(p, m) of m decoupled     max(f + b + u + sources, link)
-    one batch ============= ====================================================
-    ======================================
+    ===========  ================================================  ===========================
+    schedule     seconds of one batch                              activations held by a stage
+    ===========  ================================================  ===========================
+    one process  sum(f + b + u), on the fastest device             all
+    GPipe        sum(f + b) + (m - 1)(max f + max b) + u           all m micro-batches
+    1F1B         (m + p - 1)(f + b) + u if balanced                min(p - d, m) of m
+    zero-bubble  (m + p - 1)(f + b) - 2 (p - 1) w + u if balanced  min(p, m) of m
+    decoupled    max(f + b + u + sources, link)                    one batch
+    ===========  ================================================  ===========================
 
     GPipe's form, a flow shop with equal jobs each way, is exact for unequal stages too. 1F1B and
     zero-bubble have no such form where stages are unequal or messages take time: their recursion is
@@ -189,147 +168,85 @@ def simulate(
     stages, costs = _check_plan(plan)
     m, rates = _check_numbers(micro_batches, latency, bandwidth, speeds, len(stages))
     times = [
-        [t / r for t in (c.forward, c.backward, c.update, c.sources)]
+        (c.forward / r, c.backward / r, c.update / r, c.sources / r)
         for c, r in zip(costs, rates, strict=True)
     ]
+    links = _link_times(plan, bandwidth)
+    depth = depths(links, len(stages))
+    whole = sum(c.forward + c.backward + c.update for c in costs) / max(rates)
+
+    def row(
+        name: str, step: float, busy: Sequence[float], memory: Sequence[int], note: str
+    ) -> ScheduleReport:
+        shares = tuple(seconds / step for seconds in busy)
+        return ScheduleReport(name, step, whole / step, shares, tuple(memory), note)
+
+    memory = sum(c.parameter_bytes + c.activation_bytes for c in costs)
+    note = "plain backpropagation on the fastest device"
+    rows = [row("one process", whole, [whole], [memory], note)]
+    busy = [f + b + u for f, b, u, _ in times]
+    deep = max(depth) + 1
+    note = f"{m} micro-batches" + ("" if deep == len(stages) else f", {deep} deep")
+    for name, step, held in pipelines(stages, times, depth, links, latency, m):
+        most = [
+            c.parameter_bytes - -c.activation_bytes * n // m
+            for c, n in zip(costs, held, strict=True)
+        ]
+        rows.append(row(name, step, busy, most, note))
+    pace = _decoupled(plan, times, links, latency)
+    rows.append(row("decoupled", pace.step, pace.work, [c.nbytes for c in costs], pace.note))
+    slowest = pace.slowest
+    name, work = stages[slowest].name, pace.work[slowest]
+    return Simulation(tuple(rows), m, rates, name, work, pace.limit, pace.fill)
+
+
+def _link_times(plan: CutPlan, bandwidth: float) -> LinkTimes:
+    links: LinkTimes = {}
+    for interface in plan.interfaces:
+        for consumer in interface.consumers:
+            link = (interface.producer, consumer)
+            links[link] = links.get(link, 0.0) + interface.spec.nbytes / bandwidth
+    return links
+
+
+class _Pace(NamedTuple):
+    """Decoupled stages: seconds of a step, each stage's work, what bounds the step, when every
+    stage has met its first batch.
+    """
+
+    step: float
+    work: list[float]
+    slowest: int
+    limit: str
+    fill: float
+    note: str
+
+
+def _decoupled(plan: CutPlan, times: Sequence[Seconds], links: LinkTimes, latency: float) -> _Pace:
+    """How decoupled stages run, once every one of them is busy."""
     forward, backward, _, _ = zip(*times, strict=True)
     kinds = {
         name: kind.removeprefix("joint:").removeprefix("each:") for name, kind in plan.gradients
     }
     again = {i.producer for i in plan.interfaces if kinds.get(i.name) in RECOMPUTING}
-    work, busy = [sum(t) for t in times], [sum(t[:3]) for t in times]
-    work = [t + forward[k] if k in again else t for k, t in enumerate(work)]
-    links: Links = {}
-    for i in plan.interfaces:
-        for consumer in i.consumers:
-            links[i.producer, consumer] = (
-                links.get((i.producer, consumer), 0.0) + i.spec.nbytes / bandwidth
-            )
-    depth, start = (
-        [0] * len(stages),
-        [0.0] * len(stages),
-    )  # start: when each stage gets its first batch, decoupled
+    work = [sum(t) + (forward[k] if k in again else 0.0) for k, t in enumerate(times)]
+    slowest = max(range(len(work)), key=work.__getitem__)
+    step, limit, notes = work[slowest], plan.stages[slowest].name, []
+    first = [0.0] * len(times)  # when each stage gets its first batch
     for (k, consumer), taken in sorted(links.items()):
-        depth[consumer] = max(depth[consumer], depth[k] + 1)
-        start[consumer] = max(start[consumer], start[k] + forward[k] + latency + taken)
-
-    whole = sum(c.forward + c.backward + c.update for c in costs) / max(rates)
-    memory = sum(c.parameter_bytes + c.activation_bytes for c in costs)
-    rows: list[ScheduleReport] = []
-
-    def add(
-        name: str, step: float, busy: Sequence[float], memory: Sequence[int], note: str
-    ) -> None:
-        rows.append(
-            ScheduleReport(
-                name, step, whole / step, tuple(t / step for t in busy), tuple(memory), note
-            )
-        )
-
-    add("one process", whole, [whole], [memory], "plain backpropagation on the fastest device")
-    deep = max(depth) + 1
-    note = f"{m} micro-batches" + ("" if deep == len(stages) else f", {deep} deep")
-    for name, step, held in _pipelines(stages, times, depth, links, latency, m):
-        most = [
-            c.parameter_bytes - -c.activation_bytes * n // m
-            for c, n in zip(costs, held, strict=True)
-        ]
-        add(name, step, busy, most, note)
-
-    slowest = max(range(len(stages)), key=work.__getitem__)
-    step, limit, note = work[slowest], stages[slowest].name, ""
+        first[consumer] = max(first[consumer], first[k] + forward[k] + latency + taken)
+    if locked := sorted(set(kinds.values()) & set(LOCKED)):
+        notes.append(f"if its sources did not wait, as {', '.join(locked)} do")
     if links:
         k, consumer = widest = max(links, key=links.__getitem__)
         if links[widest] > step:
-            step, limit = (
-                links[widest],
-                f"the link from {stages[k].name} to {stages[consumer].name}",
-            )
-        back = max(
-            forward[c] + backward[c] + 2 * (latency + taken) for (_, c), taken in links.items()
-        )
+            step = links[widest]
+            limit = f"the link from {plan.stages[k].name} to {plan.stages[consumer].name}"
+        back = max(forward[c] + backward[c] + 2 * (latency + t) for (_, c), t in links.items())
         late = max(1, math.ceil(back / step))
-        note = f"first batch {_ms(max(start))} ms more, once; targets about {late} step{'s' * (late > 1)} late"
-    if locked := sorted(set(kinds.values()) & set(LOCKED)):
-        note = f"if its sources did not wait, as {', '.join(locked)} do" + (
-            f"; {note}" if note else ""
-        )
-    add("decoupled", step, work, [c.nbytes for c in costs], note)
-    return Simulation(tuple(rows), m, rates, stages[slowest].name, work[slowest], limit, max(start))
-
-
-def _pipelines(
-    stages: tuple[StageReport, ...],
-    times: list[list[float]],
-    depth: list[int],
-    links: Links,
-    latency: float,
-    m: int,
-) -> Iterator[tuple[str, float, list[int]]]:
-    """Name, seconds of a batch, and micro-batches whose activations each stage holds; every depth
-    is one stage.
-    """
-    p, at = max(depth) + 1, torch.tensor(depth, device="cpu")
-    forward, backward, update, _ = torch.tensor(times, dtype=torch.float64, device="cpu").T
-    weights = backward * torch.tensor(
-        [WEIGHT_SHARE * (s.parameters > 0) for s in stages], device="cpu"
-    )
-    parts = torch.stack([forward / m, backward / m, (backward - weights) / m, weights / m, update])
-    f, b, i, w, u = parts.new_zeros(5, p).scatter_reduce(1, at.expand(5, -1), parts, "amax")
-    hops = parts.new_zeros(p - 1)  # longest message from each depth to the next
-    for (k, consumer), taken in sorted(
-        links.items(), key=lambda link: depth[link[0][1]] - depth[link[0][0]]
-    ):
-        passed = hops[depth[k] : depth[consumer]]
-        passed[int(passed.argmax())].clamp_(
-            min=taken / m
-        )  # a skip goes directly: one delay bounds it
-    first, pace = _flow(f, hops, latency)
-    back, back_pace = (v.flip(0) for v in _flow(b.flip(0), hops.flip(0), latency))
-    gpipe = first[-1] + (m - 1) * pace[-1] + back + (m - 1) * back_pace + u
-    yield "GPipe", float(gpipe.max()), [m] * len(depth)
-    yield "1F1B", _alternate(f, b, 0 * w, u, hops, latency, m), [min(p - d, m) for d in depth]
-    yield "zero-bubble", _alternate(f, i, w, u, hops, latency, m), [min(p, m)] * len(depth)
-
-
-def _flow(times: Tensor, hops: Tensor, latency: float) -> tuple[Tensor, Tensor]:
-    """When the first of equal jobs leaves each stage of a flow shop, whose links are machines too;
-    what each adds.
-    """
-    none = times.new_zeros(1)
-    first = times.cumsum(0) + torch.cat([none, (hops + latency).cumsum(0)])
-    return first, torch.maximum(times, torch.cat([none, hops])).cummax(0).values
-
-
-def _alternate(
-    f: Tensor, i: Tensor, w: Tensor, u: Tensor, hops: Tensor, latency: float, m: int
-) -> float:
-    """1F1B, or ZB-H1 where weight gradients take time w apart from input gradients i; seconds until
-    all is updated.
-
-    At turn a, stage k makes the forward of micro-batch a - k. Up to turn p - 1 that is a flow shop;
-    each later turn is a micro-batch's backward through all stages, a running maximum, and then all
-    stages' next forwards.
-    """
-    p = len(f)
-    stage = torch.arange(p, device="cpu")
-    first, pace = _flow(f, hops, latency)
-    last = first + (p - 1 - stage).clamp(max=m - 1) * pace  # end of each stage's latest forward
-    sent = (
-        first[:-1] + hops + (p - 2 - stage[:-1]).clamp(max=m - 1) * torch.maximum(pace[:-1], hops)
-    )  # link free again
-    free, returned = last, torch.zeros_like(hops)
-    delay = hops + latency
-    below = (i + torch.cat([delay, delay.new_zeros(1)])).flip(0).cumsum(0).flip(0)
-    for j in range(m):
-        ready = torch.cat([torch.maximum(free[:-1], returned + delay), free[-1:]])
-        back = (ready - below + i).flip(0).cummax(0).values.flip(0) + below
-        returned = torch.maximum(back[1:], returned) + hops
-        free = torch.where(stage <= j, back + w, back)
-        sent = torch.maximum(last[:-1], sent) + hops
-        last = torch.maximum(free, torch.cat([free[:1], sent + latency])) + f
-        free = torch.where(stage > j + p - m, last, free)  # the others have made all their forwards
-    return float((free + stage.clamp(max=m) * w + u).max())
+        notes.append(f"first batch {_ms(max(first))} ms more, once")
+        notes.append(f"targets about {late} step{'s' * (late > 1)} late")
+    return _Pace(step, work, slowest, limit, max(first), "; ".join(notes))
 
 
 def _x(row: ScheduleReport) -> str:

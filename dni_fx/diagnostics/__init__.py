@@ -1,0 +1,21 @@
+"""Do the cuts help? Histories, tables and pictures of how near the predicted gradients come to what
+they predict.
+"""
+
+from .diagnosis import Diagnosis as Diagnosis
+from .diagnosis import summarize as summarize
+from .figures import plot as plot
+from .history import History as History
+from .scalars import METRICS as METRICS
+from .scalars import ScalarWriter as ScalarWriter
+from .scalars import write_tensorboard as write_tensorboard
+
+__all__ = [
+    "METRICS",
+    "Diagnosis",
+    "History",
+    "ScalarWriter",
+    "plot",
+    "summarize",
+    "write_tensorboard",
+]
