@@ -28,7 +28,7 @@ from ...errors import BakedInError, DataDependentError, TracingError
 from ...graphs.nested import Structure, flatten
 from .recorder import Recorder, recording
 from .state import untouched
-from .symbols import TracedInt
+from .symbols import Size, TracedInt, sizes_wanted
 
 _MOST_OPAQUE = 200
 SMALL = 1 << 22  # elements of parameters and inputs
@@ -134,6 +134,7 @@ def trace_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         TracingError: the model as a whole cannot be recorded; says why and where.
     """
     opaque: dict[str, str] = {}
+    plain: frozenset[Size] = frozenset()
     real = small = _is_small(model, args, kwargs)
     while True:
         with untouched(model):
@@ -141,10 +142,14 @@ def trace_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
                 model,
                 None if real else FakeTensorMode(allow_non_fake_inputs=True),
                 frozenset(opaque),
+                plain,
             )
             try:
                 trace = record(recorder, model, args, kwargs, opaque)
             except Exception as error:
+                if wanted := sizes_wanted(error):
+                    plain |= wanted
+                    continue
                 if real and small and isinstance(error, DataDependentError):
                     real = small = (
                         # code that asks whether it is traced knows fake tensors, and reads no
@@ -235,7 +240,7 @@ def record(
                 "torch.utils._pytree"
             )
     recorder.graph.output(tuple(recorder._arguments(leaf) for leaf in out_leaves))
-    _prune(recorder.graph, set(recorder.guards))
+    _prune(recorder.graph, set(recorder.looks.guards))
     recorder.graph.lint()
     for node in recorder.graph.nodes:
         if "value" in node.meta:
@@ -248,7 +253,7 @@ def record(
         attributes=recorder.attributes,
         inputs=structure,
         outputs=out_structure,
-        guards=tuple(recorder.guards.items()),
+        guards=tuple(recorder.looks.guards.items()),
         calls=tuple(
             (path, None if node and node._erased else node, _surviving(last))
             for path, node, last in recorder.calls

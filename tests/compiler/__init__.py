@@ -1,0 +1,1 @@
+"""Tracing, cutting, emitting: the graph's half of decoupling, against eager PyTorch."""
