@@ -13,7 +13,6 @@ import re
 import runpy
 import shutil
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__, list_cut_points, plan_cuts, simulate
-from .errors import DecouplingError, did_you_mean
+from .errors import DecouplingError, did_you_mean, user_line
 
 DTYPES = ("float16", "float32", "float64", "bfloat16", "int32", "int64", "bool")
 UNITS = {"": 1, "B": 1} | {p + "B": 1000**i for i, p in enumerate("kMGT", 1)}
@@ -332,13 +331,8 @@ def _import(name: str) -> Any:
 
 def _describe(error: BaseException) -> str:
     """Type, message, and the last of the user's lines that it passed."""
-    lines = [
-        f
-        for f in traceback.extract_tb(error.__traceback__)
-        if f.filename != __file__ and f.filename[0] != "<"
-    ]
-    lines = [f for f in lines if "site-packages" not in f.filename] or lines
-    place = f" ({lines[-1].filename}:{lines[-1].lineno})" if lines else ""
+    line = user_line(error)
+    place = f" ({line})" if line else ""
     return f"{type(error).__name__}: {error}{place}"
 
 

@@ -15,7 +15,6 @@ import functools
 import hashlib
 import inspect
 import re
-import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +23,7 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ...errors import BakedInError, DataDependentError, TracingError
+from ...errors import BakedInError, DataDependentError, TracingError, user_line
 from ...graphs.nested import Structure, flatten
 from .recorder import Recorder, recording
 from .state import untouched
@@ -346,18 +345,12 @@ def _next_outer(model: nn.Module, place: str, opaque: dict[str, str]) -> str | N
 
 
 def reason_of(error: BaseException) -> str:
-    """First line of an error and the user's line that raised it."""
+    """First line of an error and the user's line that it passed last."""
     text = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if not isinstance(error, TracingError):
         text = f"{type(error).__name__}: {text}"
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if (
-            "/torch/" not in frame.filename
-            and "/dni_fx/" not in frame.filename
-            and "/passes/" not in frame.filename
-        ):
-            return f"{text} ({frame.filename}:{frame.lineno})"
-    return text
+    line = user_line(error)
+    return f"{text} ({line})" if line else text
 
 
 def _signature(value: Any) -> str:
