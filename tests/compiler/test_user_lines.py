@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -104,7 +105,7 @@ def test_a_copy_in_a_folder_of_its_name(tmp_path: Path) -> None:
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=clone, capture_output=True, text=True, check=False,
-        env={"PYTHONPATH": str(clone)},
+        env={**os.environ, "PYTHONPATH": str(clone)},
     )  # fmt: skip
     assert done.stdout.strip() == str(clone / "dni_fx" / "__init__.py")
     assert f"({clone / 'users_model.py'}:{LINE})" in done.stderr
