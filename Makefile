@@ -4,7 +4,7 @@
 #   make test | lint           the tests | ruff and mypy
 #   make ecosystem             the tests that need transformers, accelerate, peft, Lightning or a browser
 #   make docs                  the pages of docs/ as a site in site/, links and anchors checked
-#   make zoo | zoo-random      about 430 models -> docs/coverage.md | 100,000 random graphs
+#   make zoo | zoo-random      about 510 models -> docs/coverage.md (ZOO_ARGS="--sample 60") | 100,000 random graphs
 #   make bench | results       the benchmarks | the experiments of docs/results.md
 #   make finetune              a pretrained ResNet and a pretrained MiniLM, fine-tuned by all kinds of sources
 #   make parallel | soak       several processes against pipelines | kills, stalls, slow consumers -> docs/soak.md
@@ -21,6 +21,7 @@ PYTEST_ARGS ?= -n $(WORKERS)
 RESULTS_ARGS ?=
 PARALLEL_ARGS ?= --train 600
 RANDOM_GRAPHS ?= 100000
+ZOO_ARGS ?=
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -84,7 +85,7 @@ docs: $(DOCS_READY)
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 zoo: $(ZOO_READY)
-	$(PY) benchmarks/zoo.py
+	$(PY) benchmarks/zoo.py $(ZOO_ARGS)
 
 zoo-random: $(READY)
 	DNI_FX_RANDOM_GRAPHS=$(RANDOM_GRAPHS) $(PY) -m pytest $(PYTEST_ARGS) tests/compiler/test_random_graphs.py

@@ -11,7 +11,6 @@ import random
 import runpy
 import shutil
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from . import list_cut_points, plan_cuts, simulate
 from .cli_options import make_parser
-from .errors import DecouplingError, did_you_mean
+from .errors import DecouplingError, did_you_mean, user_line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -246,13 +245,8 @@ def _import(name: str) -> Any:
 
 def _describe(error: BaseException) -> str:
     """Type, message, and the last of the user's lines that it passed."""
-    lines = [
-        f
-        for f in traceback.extract_tb(error.__traceback__)
-        if f.filename != __file__ and f.filename[0] != "<"
-    ]
-    lines = [f for f in lines if "site-packages" not in f.filename] or lines
-    place = f" ({lines[-1].filename}:{lines[-1].lineno})" if lines else ""
+    line = user_line(error)
+    place = f" ({line})" if line else ""
     return f"{type(error).__name__}: {error}{place}"
 
 

@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import sysconfig
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from . import passes
+
+_OURS = [Path(str(file)).resolve().parent for file in (__file__, passes.__file__, torch.__file__)]
+_INSTALLED = [Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")]
+_PYTHON = Path(sysconfig.get_path("stdlib")).resolve()
+_GENERATED = ("<frozen", "<eval_with_key")  # by the import system, by torch.fx
 
 
 class DecouplingError(ValueError):
@@ -56,3 +68,35 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     if not close:
         return ""
     return "; did you mean " + " or ".join(repr(c) for c in close[:3]) + "?"
+
+
+def user_line(error: BaseException) -> str | None:
+    """The line to look at: the last that an error passed outside the library and torch.
+
+    Whose a line is follows from where packages lie, not from what folders are called. A line of
+    another installed package counts where the error passed none of the user's own.
+
+    Args:
+        error: with its traceback.
+
+    Returns:
+        ``file:line``, or None if all lines are the library's, torch's or Python's.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    for owner in ("user", "package"):
+        for frame in reversed(frames):
+            if _owner(frame.filename) == owner:
+                return f"{frame.filename}:{frame.lineno}"
+    return None
+
+
+def _owner(filename: str) -> str:
+    """Whose a file is: ``"ours"`` (torch's and Python's, too), another ``"package"``'s or the
+    ``"user"``'s.
+    """
+    folders = Path(filename).resolve().parents
+    if filename.startswith(_GENERATED) or any(folder in folders for folder in _OURS):
+        return "ours"
+    if any(folder in folders for folder in _INSTALLED):
+        return "package"
+    return "ours" if _PYTHON in folders else "user"

@@ -38,7 +38,7 @@ from ...errors import BakedInError, DataDependentError, TracingError
 from ...graphs.nested import flatten
 from .calls import FunctionCall, Observer, after, setitem
 from .state import python_draws
-from .symbols import TracedInt, plain
+from .symbols import Looks, Size, TracedInt, plain
 from .values import plain_tree, storage_key, tensors_in
 
 _SIZE_QUERIES = {
@@ -91,14 +91,21 @@ class Recorder(TorchFunctionMode):
         model: the root module.
         fake: a fake tensor mode, or None to run on real tensors.
         opaque: paths of modules to keep as single nodes.
+        plain: sizes that the model's code needs as plain integers.
     """
 
-    def __init__(self, model: nn.Module, fake: Any, opaque: frozenset[str]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        fake: Any,
+        opaque: frozenset[str] = frozenset(),
+        plain: frozenset[Size] = frozenset(),
+    ) -> None:
         super().__init__()
         self.model, self.fake, self.opaque = model, fake, opaque
         self.graph = fx.Graph()
         self.attributes: dict[str, Any] = {}
-        self.guards: dict[fx.Node, Any] = {}
+        self.looks = Looks(plain)
         # module path, output node and last node made in it, in order of return
         self.calls: list[tuple[str, fx.Node | None, fx.Node]] = []
         self.visited: dict[
@@ -122,7 +129,7 @@ class Recorder(TorchFunctionMode):
         self.nodes: dict[int, fx.Node] = {}
         self.alive: list[Any] = []
         self.storages: dict[int, tuple[int, list[torch.Tensor]]] = {}
-        self.sizes: dict[tuple[fx.Node, int], TracedInt] = {}
+        self.sizes: dict[tuple[fx.Node, int | str], int | TracedInt] = {}
         self.stack: list[str] = []
         self.autocasts: list[tuple[Any, ...]] = []
         self.observer = Observer()
@@ -153,7 +160,7 @@ class Recorder(TorchFunctionMode):
                 f"the model reads the values of a tensor (by '{short}') while it runs"
             )
         if name.startswith("torch.sym_") or short.startswith("_sym_"):
-            return func(*[int(a) if isinstance(a, TracedInt) else a for a in args], **kwargs)
+            return func(*[a.look() if isinstance(a, TracedInt) else a for a in args], **kwargs)
         return self._record_function(func, name, short, args, kwargs)
 
     def call_module(
@@ -304,7 +311,7 @@ class Recorder(TorchFunctionMode):
         )
         self._attach(node, output)
         if getattr(target, "__name__", target) in _COUNTED and isinstance(output, tuple | list):
-            self._add_guard(self.graph.call_function(len, (node,)), len(output))
+            self.looks.guard(self.graph.call_function(len, (node,)), len(output))
         for tensor in written:
             self._refresh_aliases(tensor, node, output)
         return output
@@ -462,21 +469,29 @@ class Recorder(TorchFunctionMode):
                 return len(tensor)
             return sizes if dim is None else sizes[dim]
         if name.endswith("numel"):
-            return TracedInt(
-                tensor.numel(), lambda: self.graph.call_method("numel", (node,)), self._add_guard
-            )
+            make = lambda: self.graph.call_method("numel", (node,))  # noqa: E731
+            return self._integer(node, "numel", tensor.numel(), make)
         if name.endswith("__len__"):
-            return int(self._dim(node, tensor, 0))
+            length = self._dim(node, tensor, 0)
+            return length.look() if isinstance(length, TracedInt) else length
         if dim is not None:
             return self._dim(node, tensor, dim % max(tensor.dim(), 1))
         sizes = tuple(self._dim(node, tensor, d) for d in range(tensor.dim()))
         return torch.Size(sizes)
 
-    def _dim(self, node: fx.Node, tensor: torch.Tensor, dim: int) -> TracedInt:
-        if (node, dim) not in self.sizes:
-            make = lambda: self.graph.call_method("size", (node, dim))  # noqa: E731
-            self.sizes[node, dim] = TracedInt(tensor.shape[dim], make, self._add_guard)
-        return self.sizes[node, dim]
+    def _dim(self, node: fx.Node, tensor: torch.Tensor, dim: int) -> int | TracedInt:
+        make = lambda: self.graph.call_method("size", (node, dim))  # noqa: E731
+        return self._integer(node, dim, tensor.shape[dim], make)
+
+    def _integer(
+        self, node: fx.Node, what: int | str, value: int, make: Callable[[], fx.Node]
+    ) -> int | TracedInt:
+        """A number of a node, made once; a plain one, with a guard, where the code needs that."""
+        if (node, what) not in self.sizes:
+            made = TracedInt(value, make, self.looks, frozenset({(what, value)}))
+            wants_plain = self.looks.wants_plain((what, value))
+            self.sizes[node, what] = made.look() if wants_plain else made
+        return self.sizes[node, what]
 
     def _layout(self, short: str, args: Any, kwargs: Any) -> Any:
         """Strides and contiguity: the plain answer, with a guard."""
@@ -488,11 +503,8 @@ class Recorder(TorchFunctionMode):
         node = self.nodes.get(id(args[0]))
         if node is not None and node.op != "get_attr":
             query = self.graph.call_method(short, (node, *args[1:]), dict(kwargs))
-            self._add_guard(query, answer)
+            self.looks.guard(query, answer)
         return answer
-
-    def _add_guard(self, node: fx.Node, value: Any) -> None:
-        self.guards.setdefault(node, value)
 
     # ---- modules ---------------------------------------------------------------------------------
 
@@ -587,6 +599,7 @@ def recording(recorder: Recorder) -> Iterator[None]:
         with recorder.fake or contextlib.nullcontext(), recorder:
             yield
     finally:
+        recorder.looks.over = True
         nn.Module.__call__ = module_call  # type: ignore[method-assign]
         torch.autograd.Function.apply = apply  # type: ignore[method-assign]
         torch.autocast.__enter__, torch.autocast.__exit__ = enter, leave  # type: ignore[method-assign]

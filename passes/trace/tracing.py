@@ -15,7 +15,6 @@ import functools
 import hashlib
 import inspect
 import re
-import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,11 +23,11 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ...errors import BakedInError, DataDependentError, TracingError
+from ...errors import BakedInError, DataDependentError, TracingError, user_line
 from ...graphs.nested import Structure, flatten
 from .recorder import Recorder, recording
 from .state import untouched
-from .symbols import TracedInt
+from .symbols import Size, TracedInt, sizes_wanted
 
 _MOST_OPAQUE = 200
 SMALL = 1 << 22  # elements of parameters and inputs
@@ -134,6 +133,7 @@ def trace_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         TracingError: the model as a whole cannot be recorded; says why and where.
     """
     opaque: dict[str, str] = {}
+    plain: frozenset[Size] = frozenset()
     real = small = _is_small(model, args, kwargs)
     while True:
         with untouched(model):
@@ -141,10 +141,14 @@ def trace_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
                 model,
                 None if real else FakeTensorMode(allow_non_fake_inputs=True),
                 frozenset(opaque),
+                plain,
             )
             try:
                 trace = record(recorder, model, args, kwargs, opaque)
             except Exception as error:
+                if wanted := sizes_wanted(error):
+                    plain |= wanted
+                    continue
                 if real and small and isinstance(error, DataDependentError):
                     real = small = (
                         # code that asks whether it is traced knows fake tensors, and reads no
@@ -235,7 +239,7 @@ def record(
                 "torch.utils._pytree"
             )
     recorder.graph.output(tuple(recorder._arguments(leaf) for leaf in out_leaves))
-    _prune(recorder.graph, set(recorder.guards))
+    _prune(recorder.graph, set(recorder.looks.guards))
     recorder.graph.lint()
     for node in recorder.graph.nodes:
         if "value" in node.meta:
@@ -248,7 +252,7 @@ def record(
         attributes=recorder.attributes,
         inputs=structure,
         outputs=out_structure,
-        guards=tuple(recorder.guards.items()),
+        guards=tuple(recorder.looks.guards.items()),
         calls=tuple(
             (path, None if node and node._erased else node, _surviving(last))
             for path, node, last in recorder.calls
@@ -341,18 +345,12 @@ def _next_outer(model: nn.Module, place: str, opaque: dict[str, str]) -> str | N
 
 
 def reason_of(error: BaseException) -> str:
-    """First line of an error and the user's line that raised it."""
+    """First line of an error and the user's line that it passed last."""
     text = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if not isinstance(error, TracingError):
         text = f"{type(error).__name__}: {text}"
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if (
-            "/torch/" not in frame.filename
-            and "/dni_fx/" not in frame.filename
-            and "/passes/" not in frame.filename
-        ):
-            return f"{text} ({frame.filename}:{frame.lineno})"
-    return text
+    line = user_line(error)
+    return f"{text} ({line})" if line else text
 
 
 def _signature(value: Any) -> str:
