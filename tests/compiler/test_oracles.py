@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -34,12 +34,6 @@ DTYPES = pytest.mark.parametrize(
 )
 OPTIMIZERS = pytest.mark.parametrize("optimizer", [oracles.sgd, oracles.adam], ids=["sgd", "adam"])
 EVERY_CASE = pytest.mark.parametrize("case", ZOO, ids=lambda case: case.name)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with oracles.one_thread():
-        yield
 
 
 @functools.cache

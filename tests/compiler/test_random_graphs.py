@@ -11,7 +11,7 @@ import copy
 import functools
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -29,12 +29,6 @@ COUNT = int(os.environ.get("DNI_FX_RANDOM_GRAPHS", "2000"))
 SHARD = 1000
 DTYPE = torch.float64
 BY_MODE = "computes something else in eval mode"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with oracles.one_thread():
-        yield
 
 
 def case_of(program: Program) -> Case:

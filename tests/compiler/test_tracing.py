@@ -6,9 +6,7 @@ from __future__ import annotations
 
 import ast
 import copy
-import logging
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -38,13 +36,7 @@ from ..models.zoo import (
     norm_dropout_chain,
 )
 
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    """torch logs what its fake tensors and its export refuse."""
-    logging.disable(logging.ERROR)
-    yield
-    logging.disable(logging.NOTSET)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 # The ladder.
@@ -433,9 +425,10 @@ def test_functions_of_torch_are_put_back() -> None:
 
 def test_digests() -> None:
     x = torch.randn(4, 6)
-    plan = lambda model, x=x, **options: dni_fx.plan_cuts(
-        model, (x,), stages=2, costs="analytic", **options
-    )
+
+    def plan(model: nn.Module, x: Tensor = x, **options: Any) -> CutPlan:
+        return dni_fx.plan_cuts(model, (x,), stages=2, costs="analytic", **options)
+
     first = plan(mlp_chain())
     assert plan(mlp_chain()) == first
     assert (

@@ -8,7 +8,7 @@ import copy
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -46,14 +46,6 @@ experiment, data = sys.modules["experiment"], sys.modules["data"]  # as the expe
 # of a strided 1 x 1 convolution of 4 channels in channels-last order.
 NARROW = ["--width", "8"]
 SMALL = ["--data-set", "digits", "--width", "16", "--batch", "32", "--steps", "4"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The experiments set the number of threads; other tests keep theirs."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def tiny(*_args: Any, **_options: Any) -> Any:

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +31,6 @@ through_time = pytest.mark.skipif(
 )
 SMALL_COPY = ["--width", "8", "--batch", "4", "--steps", "6", "--seeds", "0"]
 SMALL_TEXT = ["--width", "8", "--embedding", "4", "--batch", "4", "--steps", "6", "--seeds", "0"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The experiments set the number of threads; other tests keep theirs."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -5,9 +5,8 @@ has changed.
 from __future__ import annotations
 
 import json
-import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,12 +25,7 @@ X, Y = torch.randn(4, 6, generator=torch.Generator().manual_seed(1)), torch.tens
 CUTS = ["1", "3"]
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    """torch logs what its fake tensors refuse."""
-    logging.disable(logging.ERROR)
-    yield
-    logging.disable(logging.NOTSET)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def everything(trainer: dni_fx.Trainer) -> dict[str, Any]:

@@ -5,7 +5,6 @@ batches under way.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -24,12 +23,6 @@ from ..helpers import oracles
 
 CUTS = ["0", "1", "2"]
 STASH = partial(Delayed, recompute=False)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with oracles.one_thread():
-        yield
 
 
 class Block(nn.Module):

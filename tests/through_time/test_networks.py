@@ -24,12 +24,10 @@ MESSAGE = 4
 
 @pytest.fixture(autouse=True)
 def _exactly() -> Iterator[None]:
-    """In double precision and with one thread: else backpropagation differs from itself."""
-    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
-    torch.set_num_threads(1)
+    """In double precision."""
+    dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     yield
-    torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
 
 
