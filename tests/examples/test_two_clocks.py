@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from .test_examples import run_example
-from .test_experiments import interrupted, load, records_in, rows
+from .kit import run_example
+from .records import interrupted, load, records_in, rows
 
 Record = dict[str, Any]
 

@@ -1,18 +1,13 @@
-"""The command line as a shell user meets it: what it prints, writes and returns, and how it
-refuses.
-"""
+"""The command line: what it prints, writes and returns."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import os
-import signal
 import stat
-import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,91 +19,8 @@ from dni_fx import cli
 from dni_fx.plan import CutPlan
 
 from ..helpers.paths import ROOT
-from ..plans.test_simulation import balanced, make_plan
-
-MODELS = """\
-import os, signal
-import torch
-from torch import nn
-
-seen = []
-
-class Embedded(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed, self.middle, self.head = nn.Embedding(2, 8), nn.Linear(8, 8), nn.Linear(8, 3)
-    def forward(self, tokens, scale):
-        seen.append((tokens, scale))
-        return self.head(self.middle(self.embed(tokens) * scale).relu())
-
-def chain(): return nn.Sequential(*[nn.Linear(6, 6) for _ in range(6)])
-def raising(): raise RuntimeError("no luck")
-def needs(width): return nn.Linear(width, width)
-def number(): return 3
-def leaving(): raise SystemExit("bye")
-def interrupted():
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
-    os.kill(os.getpid(), signal.SIGINT)
-ready, table = chain(), {}
-"""
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The current directory, which holds a few modules; nothing imported from it is left."""
-    (tmp_path / "models_here.py").write_text(MODELS)
-    (tmp_path / "broken_here.py").write_text("import torch\n\n1 / 0\n")
-    (tmp_path / "needy_here.py").write_text("import nothing_of_this_name\n")
-    (tmp_path / "syntax_here.py").write_text("def (\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
-    yield tmp_path
-    for name in [n for n in sys.modules if n.endswith("_here")]:
-        del sys.modules[name]
-
-
-def run(*arguments: str, cwd: Path, module: bool = True) -> subprocess.CompletedProcess[str]:
-    """In a process of its own: ``python -m dni_fx.cli``, or as the installed script starts it."""
-    start = (
-        ["-m", "dni_fx.cli"]
-        if module
-        else ["-c", "import sys; from dni_fx.cli import main; sys.exit(main())"]
-    )
-    # Safe path: an installed script has no current directory on its path either.
-    command = [sys.executable, *([] if module else ["-P"]), *start, *arguments]
-    settings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, cwd=cwd, env=settings, capture_output=True, text=True, check=False, timeout=300
-    )
-
-
-CHAIN = ("plan", "models_here:chain", "--input", "4x6", "--costs", "analytic", "--quiet")
-
-
-class Recorder:
-    """A plan_cuts that keeps its arguments, for a plan of four equal stages."""
-
-    def __init__(self) -> None:
-        self.options: dict[str, Any] = {}
-        self.inputs: tuple[torch.Tensor, ...] = ()
-
-    def __call__(
-        self, model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], **options: Any
-    ) -> CutPlan:
-        self.inputs, self.options = inputs, options
-        return make_plan(balanced(4, parameter_bytes=8))
-
-
-@pytest.fixture
-def recorder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    """In place of plan_cuts."""
-    made = Recorder()
-    monkeypatch.setattr(cli, "plan_cuts", made)
-    return made
-
-
-# What it does.
-# ------------------------------------------------------------------------------------------------------
+from ..plans.events import balanced, make_plan
+from .kit import CHAIN, Recorder, run
 
 
 @pytest.mark.parametrize("module", [True, False], ids=["python -m", "script"])
@@ -226,10 +138,6 @@ def test_a_module_itself_will_do(folder: Path) -> None:
     )  # nothing to train: said by dni_fx
 
 
-# What it writes.
-# ----------------------------------------------------------------------------------------------------
-
-
 def test_an_existing_file_is_replaced_with_its_mode_and_through_links(
     recorder: Recorder, folder: Path
 ) -> None:
@@ -307,185 +215,6 @@ def test_a_real_drawing(folder: Path, suffix: str) -> None:
     assert f"<{suffix}" in (folder / f"plan.{suffix}").read_text(encoding="utf-8")
 
 
-# How it refuses.
-# ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("target", "words"),
-    [
-        ("nowhere_here:net", ["no module 'nowhere_here'", "nor installed", "run dni-fx in the directory"]),
-        ("models_here.sub:net", ["no module 'models_here.sub'", "'models_here'"]),
-        ("needy_here:net", ["'needy_here' raised ModuleNotFoundError", "nothing_of_this_name", "needy_here.py:1"]),
-        ("broken_here:net", ["importing 'broken_here' raised ZeroDivisionError", "broken_here.py:3"]),
-        ("syntax_here:net", ["importing 'syntax_here' raised SyntaxError", "syntax_here.py, line 1"]),
-        ("models_here:chian", ["models_here has no 'chian'", "did you mean 'chain'", "nn.Module"]),
-        ("models_here:chain.deep", ["models_here has no 'chain.deep'"]),
-        ("models_here:raising", ["models_here:raising raised RuntimeError: no luck", "models_here.py:16", "nn.Module"]),
-        ("models_here:needs", ["raised TypeError", "'width'", "without arguments"]),
-        ("models_here:leaving", ["raised SystemExit: bye"]),
-        ("models_here:number", ["returned a value of type int", "nn.Module"]),
-        ("models_here:table", ["is of type dict", "nn.Module"]),
-        ("models_here:chain", ["mat1 and mat2"]),
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("command", ["plan", "points"])
-def test_a_target_that_cannot_be_used(
-    folder: Path, capsys: pytest.CaptureFixture[str], command: str, target: str, words: list[str]
-) -> None:
-    assert cli.main([command, target, "--input", "4x5"]) == 1
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.startswith("dni-fx: ")
-    assert "Traceback" not in said.err
-    assert "\n\n" not in said.err
-    missing = [w for w in words if w not in said.err]
-    assert not missing, f"{missing} not in: {said.err}"
-
-
-@pytest.mark.parametrize(
-    "option", [["--must-cut", "nowhere"], ["--stages", "2", "--speeds", "1,2,3"]], ids=str
-)
-def test_what_the_search_refuses(
-    folder: Path, capsys: pytest.CaptureFixture[str], option: list[str]
-) -> None:
-    assert cli.main([*CHAIN, *option]) == 1
-    said = capsys.readouterr()
-    assert said.err.startswith("dni-fx: ")
-    assert option[-2].strip("-").split("-")[0] in said.err
-
-
-def test_where_no_file_can_be_is_said_before_the_work(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (folder / "made.html").mkdir()
-    for option, path, words in (
-        ("--out", "gone/plan.json", "the directory gone does not exist"),
-        ("--out", ".", "is a directory"),
-        ("--draw", "made.html", "is a directory"),
-    ):
-        assert cli.main(["plan", "nowhere_here:net", "--input", "4x6", option, path]) == 1
-        assert f"cannot write {path}: {words}" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ([], "required: {plan,points,demo}"),
-        (["fly"], "invalid choice: 'fly'"),
-        (["plan"], "required: package.module:factory, --input"),
-        (["points", "models_here:chain"], "required: --input"),
-        (
-            ["points", "models_here:chain", "--input", "4x6", "--stages", "2"],
-            "unrecognized arguments: --stages 2",
-        ),
-        (
-            ["plan", "models_here", "--input", "4x6"],
-            "'models_here': expected package.module:factory",
-        ),
-        (["plan", "models_here:", "--input", "4x6"], "expected package.module:factory"),
-        (
-            ["plan", "models_here.py:chain", "--input", "4x6"],
-            "names a file: expected models_here:chain",
-        ),
-        (["plan", "nets/small.py", "--input", "4x6"], "names a file: expected nets.small:factory"),
-    ]
-    + [
-        (
-            ["plan", "models_here:chain", "--input", "4x6", option, value],
-            f"argument {option}: {value!r}: expected",
-        )
-        for option, values in {
-            "--input": [
-                "",
-                "4x",
-                "x4",
-                "4,6",
-                "0x6",
-                "4x-1",
-                "4x6.0",
-                "٤x6",
-                "4x6:",
-                "4x6:int",
-                "4x6:int64:bool",
-            ],
-            "--stages": ["0", "2.0", "four"],
-            "--micro-batches": ["0", "x"],
-            "--latency": ["-1", "inf", "nan", "fast"],
-            "--bandwidth": ["0", "-1", "nan", "10GB"],
-            "--memory-cap": ["2G", "0", "-1", "two", "1.5.2MB", "0.1B"],
-            "--keep-together": [",", "a,,b"],
-            "--draw": ["plan.png", "plan"],
-        }.items()
-        for value in values
-    ]
-    + [
-        (
-            ["plan", "models_here:chain", "--input", "4x6", "--speeds", v],
-            "expected numbers above 0 joined by commas",
-        )
-        for v in ("1,", "0,1", "a", "1;2")
-    ]
-    + [
-        (["plan", "models_here:chain", "--input", "4x6", option, "x"], "invalid choice: 'x'")
-        for option in ("--objective", "--costs")
-    ],
-)
-def test_wrong_usage(capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
-    with pytest.raises(SystemExit) as caught:
-        cli.main(arguments)
-    assert caught.value.code == 2
-    assert words in capsys.readouterr().err
-
-
-def test_a_wrong_dtype_names_close_ones(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        cli.main(["points", "a:b", "--input", "8x16:int46"])
-    assert "found 'int46'; did you mean 'int64' or 'int32'?" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("text", "count"),
-    [("1", 1), ("1e3", 1000), ("1.5kB", 1500), ("2 MiB", 2 << 20), ("1TB", 10**12)],
-)
-def test_sizes_in_bytes(text: str, count: int) -> None:
-    assert cli._bytes(text) == count
-
-
-def test_an_interrupt_returns_130_without_a_traceback(folder: Path) -> None:
-    done = run("plan", "models_here:interrupted", "--input", "4x6", cwd=folder)
-    assert done.returncode == 128 + signal.SIGINT
-    assert done.stderr == "dni-fx: interrupted\n"
-
-
-def test_a_reader_who_leaves_early_is_no_error(folder: Path) -> None:
-    command = [sys.executable, "-m", "dni_fx.cli", "points", "models_here:chain", "--input", "4x6"]
-    settings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command, cwd=folder, env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stderr is not None
-    process.stdout.close()
-    said = process.stderr.read()
-    process.stderr.close()
-    assert process.wait(timeout=300) == 128 + signal.SIGPIPE
-    assert said == ""
-
-
-def test_a_fault_of_ours_is_not_hidden(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    def faulty(*_: Any, **__: Any) -> CutPlan:
-        raise AssertionError("a bug")
-
-    monkeypatch.setattr(cli, "plan_cuts", faulty)
-    with pytest.raises(AssertionError, match="a bug"):
-        cli.main(CHAIN)
-
-
-# Help, version, packaging.
-# ------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("command", [[], ["plan"], ["points"], ["demo"]], ids=str)
 def test_help_has_examples_that_parse(
     capsys: pytest.CaptureFixture[str], command: list[str]
@@ -517,10 +246,6 @@ def test_pyproject_names_the_script() -> None:
         "scripts"
     ]
     assert scripts == {"dni-fx": f"{cli.main.__module__}:{cli.main.__name__}"}
-
-
-# The demo.
-# ----------------------------------------------------------------------------------------------------------
 
 
 def test_demo_runs_from_anywhere_with_a_checkout(folder: Path) -> None:
