@@ -23,7 +23,9 @@ from dni_fx.sources import Mix
 
 from ..helpers import oracles
 from ..helpers.paths import ROOT
-from ..models.zoo import BY_NAME, ZOO, Case, ResidualNet, rows
+from ..models.cases import Case, rows
+from ..models.feedforward import ResidualNet
+from ..models.zoo import BY_NAME, ZOO
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning"

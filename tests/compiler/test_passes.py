@@ -17,7 +17,9 @@ from dni_fx.passes.cut.specs import infer_specs, name_values
 from dni_fx.passes.trace import tracing
 
 from ..helpers.oracles import assert_bits_equal, state_of
-from ..models.zoo import BY_NAME, ConvNet, TransformerModel, mlp_chain
+from ..models.feedforward import ConvNet, mlp_chain
+from ..models.sequences import TransformerModel
+from ..models.zoo import BY_NAME
 from .kit import DataDependent
 
 pytestmark = pytest.mark.usefixtures("quiet")

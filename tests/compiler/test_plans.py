@@ -17,7 +17,8 @@ from dni_fx.passes.trace import tracing
 from dni_fx.plan import CutPlan
 
 from ..helpers.oracles import sgd
-from ..models.zoo import BY_NAME, FanOut, ResidualNet, UNet, mlp_chain, norm_dropout_chain
+from ..models.feedforward import FanOut, ResidualNet, UNet, mlp_chain, norm_dropout_chain
+from ..models.zoo import BY_NAME
 
 pytestmark = pytest.mark.usefixtures("quiet")
 

@@ -22,8 +22,8 @@ from torch import nn
 import dni_fx
 
 from ..helpers import oracles
+from ..models.cases import Case
 from ..models.random_models import Program, RandomModel, programs
-from ..models.zoo import Case
 
 COUNT = int(os.environ.get("DNI_FX_RANDOM_GRAPHS", "2000"))
 SHARD = 1000

@@ -12,8 +12,8 @@ import dni_fx
 from dni_fx.sources import GradientSource, Prediction
 
 from ..helpers import oracles
-from ..models import zoo as models
-from ..models.zoo import Case
+from ..models import cases
+from ..models.cases import Case
 
 
 class Block(nn.Module):
@@ -155,20 +155,20 @@ CASES = (
     Case(
         "convolutions",
         Convolutions,
-        models.rows(3, 6, 6),
+        cases.rows(3, 6, 6),
         ("0", "1", "2"),
-        models.labels(6),
+        cases.labels(6),
         F.cross_entropy,
     ),
     Case(
         "encoder",
         Encoder,
-        models.tokens(5, 11),
+        cases.tokens(5, 11),
         ("layers.0", "layers.1"),
-        models.labels(6),
+        cases.labels(6),
         F.cross_entropy,
     ),
-    Case("skips", Skips, models.rows(6), ("a", "b", "c"), models.labels(6), F.cross_entropy),
+    Case("skips", Skips, cases.rows(6), ("a", "b", "c"), cases.labels(6), F.cross_entropy),
 )
 
 

@@ -12,8 +12,8 @@ import dni_fx
 from dni_fx.errors import DecouplingError
 
 from ..helpers import oracles
-from ..models import zoo as models
-from ..models.zoo import Case
+from ..models import cases, zoo
+from ..models.cases import Case
 from .kit import CASES, Chain, Mean
 
 SOURCES = (
@@ -56,7 +56,7 @@ def compared(
         trainer = dni_fx.Trainer(decoupled, case.loss, optimizer=oracles.sgd)
     for step in range(steps):
         args, kwargs, target = oracles.draw(case, 4 if step < steps - 1 else 3, torch.float32, step)
-        models.seed_generator(step)
+        cases.seed_generator(step)
         if drop_in:
             with autocast, m.context(target if classes else None):
                 output = m(*args, **kwargs)
@@ -126,7 +126,7 @@ LAST_BITS = {
 
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
 @pytest.mark.parametrize(
-    "case", [c for c in models.ZOO if c.name != REFUSED], ids=lambda case: case.name
+    "case", [c for c in zoo.ZOO if c.name != REFUSED], ids=lambda case: case.name
 )
 def test_bits_of_the_trainer_for_every_kind_of_model(case: Case) -> None:
     got, want = (
@@ -135,7 +135,7 @@ def test_bits_of_the_trainer_for_every_kind_of_model(case: Case) -> None:
     )
     if case.name in LAST_BITS:
         for (name, a), (_, b) in zip(
-            models.named_leaves(got), models.named_leaves(want), strict=True
+            cases.named_leaves(got), cases.named_leaves(want), strict=True
         ):
             torch.testing.assert_close(
                 a, b, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
@@ -147,7 +147,7 @@ def test_bits_of_the_trainer_for_every_kind_of_model(case: Case) -> None:
 @pytest.mark.parametrize("gradients", ["zero", "linear"])
 def test_a_reentrant_checkpoint_is_refused(gradients: str) -> None:
     with pytest.raises((DecouplingError, RuntimeError), match="use_reentrant"):
-        compared(models.BY_NAME[REFUSED], gradients, True, classes=0)
+        compared(zoo.BY_NAME[REFUSED], gradients, True, classes=0)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -157,7 +157,7 @@ def test_exact_is_backpropagation(case: Case) -> None:
     optimizer = oracles.sgd(list(model.named_parameters()))
     for step in range(3):
         args, kwargs, target = oracles.draw(case, 4 if step < 2 else 3, torch.float32, step)
-        models.seed_generator(step)
+        cases.seed_generator(step)
         optimizer.zero_grad()
         case.loss(model(*args, **kwargs), target).backward()
         optimizer.step()
@@ -165,5 +165,5 @@ def test_exact_is_backpropagation(case: Case) -> None:
 
 
 def test_a_source_of_ones_own() -> None:
-    case = Case("chain", Chain, models.rows(6), ("0", "1"), models.labels(3), F.cross_entropy)
+    case = Case("chain", Chain, cases.rows(6), ("0", "1"), cases.labels(3), F.cross_entropy)
     oracles.assert_bits_equal(compared(case, Mean, True), compared(case, Mean, False), "own source")

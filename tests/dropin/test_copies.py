@@ -15,8 +15,8 @@ import dni_fx
 from dni_fx.errors import DecouplingError
 
 from ..helpers import oracles
-from ..models import zoo as models
-from ..models.zoo import Case
+from ..models import cases
+from ..models.cases import Case
 from .kit import CASES, Chain, batch, loop, made, same, sgd, state
 
 
@@ -29,7 +29,7 @@ def steps_of(
         optimizer.zero_grad()
         for part in range(2):
             args, kwargs, target = oracles.draw(case, 4, torch.float32, 2 * step + part)
-            models.seed_generator(2 * step + part)
+            cases.seed_generator(2 * step + part)
             with torch.autocast("cpu", torch.bfloat16), m.context(target):
                 loss = case.loss(m(*args, **kwargs), target) / 2
             loss.backward()

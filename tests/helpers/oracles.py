@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import dni_fx
 from dni_fx.sources import GradientSource, Prediction
 
-from ..models.zoo import Case, named_leaves, seed_generator
+from ..models.cases import Case, named_leaves, seed_generator
 
 Optimizers = Callable[[Any], torch.optim.Optimizer]
 Record = dict[str, Any]

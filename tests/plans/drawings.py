@@ -23,7 +23,8 @@ from dni_fx.plan import (
     TensorSpec,
 )
 
-from ..models.zoo import ZOO, UNet
+from ..models.feedforward import UNet
+from ..models.zoo import ZOO
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -24,7 +24,7 @@ from dni_fx.errors import DecouplingError
 from dni_fx.plan import CutPlan, NodeReport, SearchReport, StageCost
 
 from ..helpers.paths import ROOT
-from ..models.zoo import UNet
+from ..models.feedforward import UNet
 from .drawings import (
     DRAWN,
     SVG,

@@ -18,7 +18,8 @@ from dni_fx.passes.search import costing
 from dni_fx.passes.trace.tracing import trace_calls
 
 from ..helpers import oracles
-from ..models.zoo import ZOO, Case
+from ..models.cases import Case
+from ..models.zoo import ZOO
 from .searches import Towers, X, chain, plan, search_of
 
 

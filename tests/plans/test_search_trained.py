@@ -18,7 +18,8 @@ from dni_fx.passes.trace.tracing import trace_calls
 from dni_fx.plan import CutPlan
 
 from ..helpers import oracles
-from ..models.zoo import BY_NAME, ZOO, Case
+from ..models.cases import Case
+from ..models.zoo import BY_NAME, ZOO
 from .searches import X, plan
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import dni_fx
 
 from ..helpers.oracles import adam, state_of
-from ..models.zoo import norm_dropout_chain
+from ..models.feedforward import norm_dropout_chain
 
 CUTS = ["3", "6"]
 

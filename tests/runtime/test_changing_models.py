@@ -15,7 +15,8 @@ import dni_fx
 from dni_fx.errors import DecouplingError
 
 from ..helpers.oracles import adam, assert_bits_equal, composed_check, sgd, state_of
-from ..models.zoo import BY_NAME, Inception, mlp_chain, norm_dropout_chain
+from ..models.feedforward import Inception, mlp_chain, norm_dropout_chain
+from ..models.zoo import BY_NAME
 from .kit import CUTS, batches, decouple, fresh, make_trainer
 
 

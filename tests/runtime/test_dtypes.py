@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import dni_fx
 
 from ..helpers.oracles import assert_bits_equal, decoupled_run, exact_run, sgd, state_of
-from ..models.zoo import BY_NAME, mlp_chain
+from ..models.feedforward import mlp_chain
+from ..models.zoo import BY_NAME
 from .kit import SOURCES, batches, fresh, make_trainer
 
 

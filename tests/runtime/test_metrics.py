@@ -15,7 +15,7 @@ import dni_fx
 from dni_fx.errors import PlanMismatchError
 
 from ..helpers.oracles import assert_bits_equal, frozen, sgd, state_of
-from ..models.zoo import mlp_chain
+from ..models.feedforward import mlp_chain
 from .kit import CUTS, SOURCES, batches, make_trainer
 
 

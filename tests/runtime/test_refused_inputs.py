@@ -14,7 +14,7 @@ from dni_fx.errors import CutError, DecouplingError, PlanMismatchError
 from dni_fx.sources import Linear
 
 from ..helpers.oracles import sgd
-from ..models.zoo import mlp_chain
+from ..models.feedforward import mlp_chain
 from .refusals import Named, X, Y, decouple, make_trainer, refused, refused_step
 
 pytestmark = pytest.mark.usefixtures("quiet")

@@ -14,7 +14,8 @@ import dni_fx
 from dni_fx.errors import CutError, DecouplingError
 
 from ..helpers.oracles import assert_bits_equal, state_of
-from ..models.zoo import Views, mlp_chain, norm_dropout_chain
+from ..models.feedforward import mlp_chain, norm_dropout_chain
+from ..models.shared import Views
 from .refusals import Named, X, decouple, refused
 
 pytestmark = pytest.mark.usefixtures("quiet")

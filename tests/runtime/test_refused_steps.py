@@ -14,7 +14,7 @@ from dni_fx.errors import CutError, DecouplingError, NonFiniteError, PlanMismatc
 from dni_fx.sources import GradientSource, Linear, Prediction
 
 from ..helpers.oracles import adam, sgd
-from ..models.zoo import mlp_chain
+from ..models.feedforward import mlp_chain
 from .refusals import X, Y, decouple, make_trainer, refused, refused_step
 
 pytestmark = pytest.mark.usefixtures("quiet")

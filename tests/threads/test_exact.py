@@ -10,7 +10,8 @@ import dni_fx
 from dni_fx.schedules import Schedule, Threads
 
 from ..helpers import oracles
-from ..models.zoo import BY_NAME, seed_generator
+from ..models.cases import seed_generator
+from ..models.zoo import BY_NAME
 from .kit import MADE, record, train, trainer_of
 
 TREES = [
