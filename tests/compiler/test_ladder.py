@@ -19,7 +19,9 @@ from dni_fx.passes.cut import cutting, splitting
 from dni_fx.passes.cut.checking import check_stages
 from dni_fx.passes.trace import exporting, tracing
 
-from ..helpers.oracles import assert_bits_equal, derivatives, sgd, state_of
+from ..helpers.comparing import assert_bits_equal, state_of
+from ..helpers.optimisers import sgd
+from ..helpers.oracles import derivatives
 from ..models.zoo import BY_NAME
 from .kit import DataDependent
 

@@ -16,7 +16,7 @@ from dni_fx.passes.cut.checking import guards_hold
 from dni_fx.passes.cut.specs import infer_specs, name_values
 from dni_fx.passes.trace import tracing
 
-from ..helpers.oracles import assert_bits_equal, state_of
+from ..helpers.comparing import assert_bits_equal, state_of
 from ..models.feedforward import ConvNet, mlp_chain
 from ..models.sequences import TransformerModel
 from ..models.zoo import BY_NAME

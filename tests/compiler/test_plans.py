@@ -16,7 +16,7 @@ from dni_fx.passes.cut import cutting, splitting
 from dni_fx.passes.trace import tracing
 from dni_fx.plan import CutPlan
 
-from ..helpers.oracles import sgd
+from ..helpers.optimisers import sgd
 from ..models.feedforward import FanOut, ResidualNet, UNet, mlp_chain, norm_dropout_chain
 from ..models.zoo import BY_NAME
 

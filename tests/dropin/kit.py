@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import dni_fx
 from dni_fx.sources import GradientSource, Prediction
 
-from ..helpers import oracles
+from ..helpers.comparing import same_bits
 from ..models import cases
 from ..models.cases import Case
 
@@ -102,7 +102,7 @@ def sources(m: Any) -> nn.ModuleDict:
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(oracles.same_bits(a[n], b[n]) for n in a)
+    return a.keys() == b.keys() and all(same_bits(a[n], b[n]) for n in a)
 
 
 def gradients_of(m: nn.Module) -> dict[str, Tensor | None]:

@@ -12,6 +12,8 @@ import dni_fx
 from dni_fx.errors import DecouplingError
 
 from ..helpers import oracles
+from ..helpers.comparing import assert_bits_equal, frozen, state_of
+from ..helpers.optimisers import sgd
 from ..models import cases, zoo
 from ..models.cases import Case
 from .kit import CASES, Chain, Mean
@@ -51,9 +53,9 @@ def compared(
     record: dict[str, Any] = {}
     if drop_in:
         m: Any = decoupled.as_module(unit=2.0 if wrong else 1.0)
-        optimizer = oracles.sgd(list(m.named_parameters()))
+        optimizer = sgd(list(m.named_parameters()))
     else:
-        trainer = dni_fx.Trainer(decoupled, case.loss, optimizer=oracles.sgd)
+        trainer = dni_fx.Trainer(decoupled, case.loss, optimizer=sgd)
     for step in range(steps):
         args, kwargs, target = oracles.draw(case, 4 if step < steps - 1 else 3, torch.float32, step)
         cases.seed_generator(step)
@@ -70,10 +72,10 @@ def compared(
                 report = trainer.step(*args, target=target, **kwargs)
             output, loss = report.outputs, report.loss
         record[f"{step}"] = {
-            "output": oracles.frozen(output),
+            "output": frozen(output),
             "loss": loss.detach(),
-            "model": oracles.state_of(decoupled.model),
-            "sources": oracles.state_of(decoupled.synthesizers),
+            "model": state_of(decoupled.model),
+            "sources": state_of(decoupled.synthesizers),
         }
     return record
 
@@ -90,7 +92,7 @@ PAIRS = [
 @pytest.mark.parametrize(("case", "gradients"), PAIRS, ids=[f"{c.name}-{g}" for c, g in PAIRS])
 def test_bits_of_the_trainer(case: Case, gradients: str) -> None:
     got, want = compared(case, gradients, True), compared(case, gradients, False)
-    oracles.assert_bits_equal(got, want, f"{case.name}, {gradients}")
+    assert_bits_equal(got, want, f"{case.name}, {gradients}")
 
 
 @pytest.mark.parametrize("gradients", ["linear", "local", "stale"])
@@ -100,10 +102,10 @@ def test_bits_of_the_trainer_under_autocast(case: Case, gradients: str) -> None:
         compared(case, gradients, True, cast=True),
         compared(case, gradients, False, cast=True),
     )
-    oracles.assert_bits_equal(got, want, f"{case.name}, {gradients}")
+    assert_bits_equal(got, want, f"{case.name}, {gradients}")
     assert got["0"]["output"].dtype == torch.bfloat16
     with pytest.raises(AssertionError, match="differ"):
-        oracles.assert_bits_equal(
+        assert_bits_equal(
             got["1"]["model"], compared(case, gradients, True)["1"]["model"], "not cast"
         )
 
@@ -111,7 +113,7 @@ def test_bits_of_the_trainer_under_autocast(case: Case, gradients: str) -> None:
 def test_a_wrong_unit_is_noticed() -> None:
     got, want = compared(CASES[0], "local", True, wrong=True), compared(CASES[0], "local", False)
     with pytest.raises(AssertionError, match="differ"):
-        oracles.assert_bits_equal(got["1"]["model"], want["1"]["model"], "negative control")
+        assert_bits_equal(got["1"]["model"], want["1"]["model"], "negative control")
 
 
 REFUSED = "checkpoint_reentrant"
@@ -141,7 +143,7 @@ def test_bits_of_the_trainer_for_every_kind_of_model(case: Case) -> None:
                 a, b, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
             )
         got, want = ({k: {**v, "sources": None} for k, v in r.items()} for r in (got, want))
-    oracles.assert_bits_equal(got, want, case.name)
+    assert_bits_equal(got, want, case.name)
 
 
 @pytest.mark.parametrize("gradients", ["zero", "linear"])
@@ -154,16 +156,16 @@ def test_a_reentrant_checkpoint_is_refused(gradients: str) -> None:
 def test_exact_is_backpropagation(case: Case) -> None:
     got = compared(case, "exact", True)
     model = case.build()
-    optimizer = oracles.sgd(list(model.named_parameters()))
+    optimizer = sgd(list(model.named_parameters()))
     for step in range(3):
         args, kwargs, target = oracles.draw(case, 4 if step < 2 else 3, torch.float32, step)
         cases.seed_generator(step)
         optimizer.zero_grad()
         case.loss(model(*args, **kwargs), target).backward()
         optimizer.step()
-        oracles.assert_bits_equal(got[f"{step}"]["model"], oracles.state_of(model), f"step {step}")
+        assert_bits_equal(got[f"{step}"]["model"], state_of(model), f"step {step}")
 
 
 def test_a_source_of_ones_own() -> None:
     case = Case("chain", Chain, cases.rows(6), ("0", "1"), cases.labels(3), F.cross_entropy)
-    oracles.assert_bits_equal(compared(case, Mean, True), compared(case, Mean, False), "own source")
+    assert_bits_equal(compared(case, Mean, True), compared(case, Mean, False), "own source")

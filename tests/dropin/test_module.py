@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import dni_fx
 
-from ..helpers import oracles
+from ..helpers.comparing import graph_of
 from .kit import Chain, batch, decoupled_chain, loop, made, sgd, sources, state
 
 
@@ -66,7 +66,7 @@ def test_a_forward_put_in_its_place_is_not_the_models() -> None:
     loop(m, 1, 1)
     assert calls == [m, c]
     with m.context(y):
-        assert "StageFunction" in oracles.graph_of(m(x))
+        assert "StageFunction" in graph_of(m(x))
 
 
 def test_a_piece_is_of_the_plain_class() -> None:
@@ -170,7 +170,7 @@ def test_evaluation_and_no_grad_are_the_plain_model() -> None:
     plain.eval()
     output = m(x)
     assert torch.equal(output, plain(x))
-    assert "StageFunction" not in oracles.graph_of(output)
+    assert "StageFunction" not in graph_of(output)
     output.sum().backward()
     assert m[0].linear.weight.grad is not None
     m.train()

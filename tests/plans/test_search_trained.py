@@ -18,14 +18,16 @@ from dni_fx.passes.trace.tracing import trace_calls
 from dni_fx.plan import CutPlan
 
 from ..helpers import oracles
-from ..models.cases import Case
+from ..helpers.comparing import assert_bits_equal
+from ..helpers.optimisers import sgd
+from ..models.cases import Case, named_leaves
 from ..models.zoo import BY_NAME, ZOO
 from .searches import X, plan
 
 
 def assert_close(got: Any, wanted: Any, tolerance: float) -> None:
     """Every tensor, by name, to a tolerance relative to its largest value."""
-    left, right = dict(oracles.named_leaves(got)), dict(oracles.named_leaves(wanted))
+    left, right = dict(named_leaves(got)), dict(named_leaves(wanted))
     assert left.keys() == right.keys()
     for path, expected in right.items():
         found = left[path]
@@ -43,7 +45,7 @@ def runs_of(case: Case, found: CutPlan | None) -> tuple[Any, Any]:
     no plan.
     """
     options: dict[str, Any] = {"steps": 1, "batch": 3}
-    wanted = oracles.backprop_run(case, torch.float64, oracles.sgd, **options)
+    wanted = oracles.backprop_run(case, torch.float64, sgd, **options)
     model: Any = case.build(torch.float64)
     args, kwargs, _ = oracles.draw(case, 3, torch.float64, 0)
     decoupled = dni_fx.decouple(
@@ -54,30 +56,27 @@ def runs_of(case: Case, found: CutPlan | None) -> tuple[Any, Any]:
         gradients="exact",
         check=False,
     )
-    return oracles.exact_run(
-        case, torch.float64, oracles.sgd, decoupled=decoupled, **options
-    ), wanted
+    return oracles.exact_run(case, torch.float64, sgd, decoupled=decoupled, **options), wanted
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("case", ZOO, ids=lambda case: case.name)
 def test_found_cuts_train_as_backpropagation_does(case: Case) -> None:
     """Bit for bit where stages are contiguous in program order."""
-    with oracles.one_thread():
-        args, kwargs, _ = oracles.draw(case, 3, torch.float64, 0)
-        found = dni_fx.plan_cuts(
-            case.build(torch.float64),
-            args,
-            example_kwargs=kwargs,
-            stages=3,
-            costs="analytic",
-            gradients="zero",
-        )
-        got, wanted = runs_of(case, replace(found, gradients=()))
-        if found.assignment:
-            assert_close(got["step 0"], wanted["step 0"], 1e-12)
-        else:
-            oracles.assert_bits_equal(got["step 0"], wanted["step 0"], case.name)
+    args, kwargs, _ = oracles.draw(case, 3, torch.float64, 0)
+    found = dni_fx.plan_cuts(
+        case.build(torch.float64),
+        args,
+        example_kwargs=kwargs,
+        stages=3,
+        costs="analytic",
+        gradients="zero",
+    )
+    got, wanted = runs_of(case, replace(found, gradients=()))
+    if found.assignment:
+        assert_close(got["step 0"], wanted["step 0"], 1e-12)
+    else:
+        assert_bits_equal(got["step 0"], wanted["step 0"], case.name)
 
 
 def random_assignment(model: nn.Module, args: Any, kwargs: Any, rng: random.Random) -> CutPlan:
@@ -109,11 +108,10 @@ def test_any_closed_set_of_units_may_be_cut(case: Case, seed: int) -> None:
     """Interleaved stages: outputs, gradients, buffers and weights agree with backpropagation to
     1e-12 in float64.
     """
-    with oracles.one_thread():
-        args, kwargs, _ = oracles.draw(case, 3, torch.float64, 0)
-        found = random_assignment(case.build(torch.float64), args, kwargs, random.Random(seed))
-        got, wanted = runs_of(case, found)
-        assert_close(got["step 0"], wanted["step 0"], 1e-12)
+    args, kwargs, _ = oracles.draw(case, 3, torch.float64, 0)
+    found = random_assignment(case.build(torch.float64), args, kwargs, random.Random(seed))
+    got, wanted = runs_of(case, found)
+    assert_close(got["step 0"], wanted["step 0"], 1e-12)
 
 
 def test_sets_that_part_written_memory_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ from dni_fx.parallel.mailbox import Address, Letter
 from dni_fx.parallel.placement import Places, join, place_stages
 from dni_fx.parallel.serialization import ALIGNMENT, pack, unpack
 
-from ..helpers import oracles
+from ..helpers.comparing import assert_bits_equal, same_bits
 from .scripts import ranks
 
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -142,11 +142,10 @@ def test_processes_end_by_themselves(name: str, started: Any) -> None:
 
 
 def test_a_script_is_the_same_without_a_process_group(started: Any) -> None:
-    with oracles.one_thread():
-        alone = ranks.alone()
-        plain = ranks.weights(ranks.train(ranks.trainer_of("each:linear", alone=True), 6))
-    oracles.assert_bits_equal(alone, plain, "one process without a group")
-    oracles.assert_bits_equal(torch.load(started("two") / "weights.pt"), alone, "two processes")
+    alone = ranks.alone()
+    plain = ranks.weights(ranks.train(ranks.trainer_of("each:linear", alone=True), 6))
+    assert_bits_equal(alone, plain, "one process without a group")
+    assert_bits_equal(torch.load(started("two") / "weights.pt"), alone, "two processes")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -266,7 +265,7 @@ def test_letters_arrive_as_they_were(value: Any) -> None:
         right, other = flatten(arrived)
         assert structure == other
         for a, b in zip(left, right, strict=True):
-            assert oracles.same_bits(b, a.detach().resolve_conj())
+            assert same_bits(b, a.detach().resolve_conj())
             assert not b.requires_grad
             if a.numel() > 1 and not any(s == 0 for s in a.stride()) and a.is_contiguous():
                 assert b.stride() == a.stride()
@@ -357,7 +356,7 @@ def test_options_that_mean_nothing(options: dict[str, Any], message: str) -> Non
 
 @pytest.mark.parametrize("staleness", [None, 0, 2])
 def test_one_process_trains_alone(staleness: int | None, tmp_path: Path) -> None:
-    with oracles.one_thread(), alone(staleness=staleness) as trainer:
+    with alone(staleness=staleness) as trainer:
         ranks.train(trainer, 9)
         x, _ = ranks.batch(0)
         assert torch.equal(trainer.evaluate(x), trainer.decoupled.model(x))

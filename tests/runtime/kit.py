@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import dni_fx
 
-from ..helpers.oracles import adam, state_of
+from ..helpers.comparing import state_of
+from ..helpers.optimisers import adam
 from ..models.feedforward import norm_dropout_chain
 
 CUTS = ["3", "6"]

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import dni_fx
 
-from ..helpers.oracles import adam, assert_bits_equal, state_of
+from ..helpers.comparing import assert_bits_equal, state_of
+from ..helpers.optimisers import adam
 from ..models.feedforward import mlp_chain, norm_dropout_chain
 
 X, Y = torch.randn(4, 6, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1, 2, 1])

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 import dni_fx
 from dni_fx.errors import DecouplingError
 
-from ..helpers.oracles import adam, assert_bits_equal, composed_check, sgd, state_of
+from ..helpers.comparing import assert_bits_equal, state_of
+from ..helpers.optimisers import adam, sgd
+from ..helpers.oracles import composed_check
 from ..models.feedforward import Inception, mlp_chain, norm_dropout_chain
 from ..models.zoo import BY_NAME
 from .kit import CUTS, batches, decouple, fresh, make_trainer

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 import dni_fx
 
-from ..helpers.oracles import assert_bits_equal, decoupled_run, exact_run, sgd, state_of
+from ..helpers.comparing import assert_bits_equal, state_of
+from ..helpers.optimisers import sgd
+from ..helpers.oracles import decoupled_run, exact_run
 from ..models.feedforward import mlp_chain
 from ..models.zoo import BY_NAME
 from .kit import SOURCES, batches, fresh, make_trainer

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import dni_fx
 from dni_fx.errors import PlanMismatchError
 
-from ..helpers.oracles import assert_bits_equal, frozen, sgd, state_of
+from ..helpers.comparing import assert_bits_equal, frozen, state_of
+from ..helpers.optimisers import sgd
 from ..models.feedforward import mlp_chain
 from .kit import CUTS, SOURCES, batches, make_trainer
 

@@ -13,7 +13,7 @@ import dni_fx
 from dni_fx.errors import CutError, DecouplingError, PlanMismatchError
 from dni_fx.sources import Linear
 
-from ..helpers.oracles import sgd
+from ..helpers.optimisers import sgd
 from ..models.feedforward import mlp_chain
 from .refusals import Named, X, Y, decouple, make_trainer, refused, refused_step
 

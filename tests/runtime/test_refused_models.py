@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import dni_fx
 from dni_fx.errors import CutError, DecouplingError
 
-from ..helpers.oracles import assert_bits_equal, state_of
+from ..helpers.comparing import assert_bits_equal, state_of
 from ..models.feedforward import mlp_chain, norm_dropout_chain
 from ..models.shared import Views
 from .refusals import Named, X, decouple, refused

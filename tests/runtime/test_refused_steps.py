@@ -13,7 +13,7 @@ import dni_fx
 from dni_fx.errors import CutError, DecouplingError, NonFiniteError, PlanMismatchError, TracingError
 from dni_fx.sources import GradientSource, Linear, Prediction
 
-from ..helpers.oracles import adam, sgd
+from ..helpers.optimisers import adam, sgd
 from ..models.feedforward import mlp_chain
 from .refusals import X, Y, decouple, make_trainer, refused, refused_step
 

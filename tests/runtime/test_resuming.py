@@ -13,7 +13,8 @@ from torch import nn
 
 import dni_fx
 
-from ..helpers.oracles import adam, assert_bits_equal, sgd, state_of
+from ..helpers.comparing import assert_bits_equal, state_of
+from ..helpers.optimisers import adam, sgd
 from .kit import CUTS, SOURCES, batches, decouple, fresh, make_trainer, whole
 
 

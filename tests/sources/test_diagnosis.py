@@ -13,8 +13,10 @@ from torch import Tensor
 import dni_fx
 from dni_fx.sources import Corrected, Delayed, GradientSource, Prediction
 
-from ..helpers import oracles
-from .kit import MODELS, Skips, batch, sgd, train, trainer_of
+from ..helpers.comparing import assert_bits_equal
+from ..helpers.training import batch, train, trainer_of
+from ..models.cases import Case
+from ..models.small import CHAIN, CONVOLUTIONS, Crossing
 
 
 def test_diagnosis_changes_nothing_and_says_something() -> None:
@@ -29,7 +31,7 @@ def test_diagnosis_changes_nothing_and_says_something() -> None:
         trainer, other = trainer_of(gradients), trainer_of(gradients)
         for each in (trainer, other):
             train(each, 4)
-        x, y = batch((6,), 99)
+        x, y = batch(99)
         torch.manual_seed(5)
         diagnosis = trainer.diagnose(x, target=y)
         assert str(diagnosis)
@@ -37,7 +39,7 @@ def test_diagnosis_changes_nothing_and_says_something() -> None:
         assert str(of_parameters)
         for each in (trainer, other):
             train(each, 2, first=4)
-        oracles.assert_bits_equal(
+        assert_bits_equal(
             trainer.decoupled.state_dict(), other.decoupled.state_dict(), "after diagnose"
         )
         names = {"0", "1", "2"} if gradients not in (Delayed, "exact") else set()
@@ -50,7 +52,7 @@ def test_diagnosis_changes_nothing_and_says_something() -> None:
 
 def test_a_source_of_true_gradients_is_found_perfect() -> None:
     trainer = trainer_of("zero")
-    x, y = batch((6,))
+    x, y = batch(0)
     true = trainer.true_gradients(x, target=y)
 
     answers: list[Tensor] = []
@@ -75,13 +77,13 @@ def test_a_source_of_true_gradients_is_found_perfect() -> None:
         assert report.explained == pytest.approx(1)
 
 
-@pytest.mark.parametrize("name", ["mlp", "conv"])
+@pytest.mark.parametrize("case", [CHAIN, CONVOLUTIONS], ids=lambda case: case.name)
 @pytest.mark.parametrize("gradients", ["linear", "critic", "zero"])
-def test_what_predictions_make_of_the_parameters_gradients(gradients: str, name: str) -> None:
+def test_what_predictions_make_of_the_parameters_gradients(gradients: str, case: Case) -> None:
     """Against autograd on the model itself; and the cosine at the cut is another number."""
-    trainer, stages = trainer_of(gradients, name), range(len(MODELS[name][1]))
-    train(trainer, 6, name)
-    x, y = batch(MODELS[name][2], 7)
+    trainer, stages = trainer_of(gradients, case), range(len(case.cuts))
+    train(trainer, 6, case=case)
+    x, y = batch(7, case=case)
     found, cuts = trainer.diagnose_parameters(x, target=y), trainer.diagnose(x, target=y)
     model, sources, value = trainer.decoupled.model, trainer.decoupled.sources, x
     parameters = [list(model[i].parameters()) for i in stages]
@@ -107,20 +109,12 @@ def test_what_predictions_make_of_the_parameters_gradients(gradients: str, name:
 
 
 def test_parameters_of_several_stages_count_for_none() -> None:
-    class Tied(Skips):
+    class Reused(Crossing):
         def forward(self, x: Tensor) -> Tensor:
             return self.head(self.a(self.b(self.a(x)).relu()))
 
-    decoupled = dni_fx.decouple(
-        Tied(),
-        ["b", "a"],
-        example_inputs=(batch((6,))[0],),
-        gradients="linear",
-        context=dni_fx.one_hot(3),
-    )
-    trainer = dni_fx.Trainer(decoupled, F.cross_entropy, optimizer=sgd)
-    x, y = batch((6,))
-    found = trainer.diagnose_parameters(x, target=y)
+    trainer, (x, y) = trainer_of("linear", model=Reused(), cuts=["b", "a"]), batch(0)
+    found, decoupled = trainer.diagnose_parameters(x, target=y), trainer.decoupled
     alone = {
         s.name
         for s in decoupled.stages[:-1]

@@ -17,7 +17,7 @@ from dni_fx.plan import TensorSpec
 from dni_fx.schedules import Calibration, RandomUpdates
 from dni_fx.sources import Corrected, Delayed, Feedback, Mix
 
-from ..helpers import oracles
+from ..helpers.comparing import assert_bits_equal
 from .late import CUTS, Fixed, batch, chain, sgd, state, train, trainer_of
 
 STASH = partial(Delayed, recompute=False)
@@ -37,7 +37,7 @@ def test_a_failed_step_leaves_what_is_under_way(gradients: Any) -> None:
     with pytest.raises(NonFiniteError):
         disturbed.step(torch.full_like(x, torch.nan), target=y)
     train(disturbed, 3, 3)
-    oracles.assert_bits_equal(state(disturbed), state(undisturbed), "after a failed step")
+    assert_bits_equal(state(disturbed), state(undisturbed), "after a failed step")
 
 
 def test_what_is_under_way_is_finished_before_saving() -> None:
@@ -52,7 +52,7 @@ def test_what_is_under_way_is_finished_before_saving() -> None:
     other.load_state_dict(saved)
     for each in (trainer, other):
         train(each, 3, 4)
-    oracles.assert_bits_equal(state(other), state(trainer), "resumed")
+    assert_bits_equal(state(other), state(trainer), "resumed")
 
 
 def test_batches_are_let_go() -> None:
@@ -91,9 +91,7 @@ def test_the_model_equals_itself_when_all_is_late_by_nothing_new() -> None:
     trainer.step(x, target=y)
     F.cross_entropy(model(x), y).backward()
     sgd(model[3].named_parameters()).step()
-    oracles.assert_bits_equal(
-        trainer.decoupled.model[3].state_dict(), model[3].state_dict(), "last stage"
-    )
+    assert_bits_equal(trainer.decoupled.model[3].state_dict(), model[3].state_dict(), "last stage")
 
 
 class Sizes(nn.Module):
@@ -257,7 +255,7 @@ def test_the_caller_may_write_into_its_batch_afterwards(gradients: Any) -> None:
         torch.manual_seed(step)
         x, y = batch(step)
         reused.step(buffer.copy_(x), target=y)
-    oracles.assert_bits_equal(state(reused), state(fresh), "one buffer for all batches")
+    assert_bits_equal(state(reused), state(fresh), "one buffer for all batches")
 
 
 def test_a_late_forward_is_as_the_first_one_was() -> None:
@@ -280,7 +278,7 @@ def test_a_late_forward_is_as_the_first_one_was() -> None:
         trainer.decoupled.model.train(not finish_in_eval)
         trainer.drain()
         losses.append(state(trainer))
-    oracles.assert_bits_equal(losses[1], losses[0], "drained in evaluation mode")
+    assert_bits_equal(losses[1], losses[0], "drained in evaluation mode")
 
 
 @pytest.mark.parametrize(

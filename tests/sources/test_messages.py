@@ -20,7 +20,10 @@ from dni_fx.runtime.answers import sample_losses
 from dni_fx.schedules import Mode
 from dni_fx.sources import SOURCES, GradientSource, Prediction
 
-from .kit import MODELS, Fixed, batch, mlp, sgd, train, trainer_of
+from ..helpers.optimisers import sgd
+from ..helpers.training import batch, train, trainer_of
+from ..models.small import CHAIN
+from .kit import Fixed
 
 
 class Spy(GradientSource):
@@ -47,7 +50,7 @@ def test_estimates_come_from_the_next_source_that_makes_them(kind: str) -> None:
     trainer = trainer_of(
         {"0": partial(Spy, message=kind), "1": "zero", "2": partial(Spy, message=kind, estimate=7)}
     )
-    x, y = batch((6,))
+    x, y = batch(0)
     output = trainer.step(x, target=y).outputs
     first, last = (trainer.decoupled.sources[n].heard[0][0] for n in ("0", "2"))
     assert bool((first == 7).all())  # past the control, which estimates nothing
@@ -67,9 +70,7 @@ torch.utils._pytree.register_dataclass(Answer)
 
 
 @pytest.mark.parametrize("kind", ["attribute", "key"])
-def test_logits_and_error_of_an_output_that_names_its_logits(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_logits_and_error_of_an_output_that_names_its_logits(kind: str) -> None:
     class Named(nn.Sequential):
         def forward(self, x: Tensor) -> Any:
             hidden = self[2](self[1](self[0](x)))
@@ -86,9 +87,8 @@ def test_logits_and_error_of_an_output_that_names_its_logits(
         )
 
     spy = partial(Spy, message="loss+logits+error")
-    x, y = batch((6,))
-    monkeypatch.setitem(MODELS, "named", (lambda: Named(*mlp()), *MODELS["mlp"][1:]))
-    plain, named = trainer_of(spy), trainer_of(spy, "named", loss=loss)
+    x, y = batch(0)
+    plain, named = trainer_of(spy), trainer_of(spy, model=Named(*CHAIN.build()), loss=loss)
     for trainer in (plain, named):
         trainer.step(x, target=y)
     for mine, theirs in zip(
@@ -98,36 +98,34 @@ def test_logits_and_error_of_an_output_that_names_its_logits(
 
 
 @pytest.mark.parametrize("message", ["logits", "error"])
-def test_an_output_without_logits(message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_output_without_logits(message: str) -> None:
     class Two(nn.Sequential):
         def forward(self, x: Tensor) -> Any:
             return {"answer": super().forward(x)}
 
-    monkeypatch.setitem(MODELS, "two", (lambda: Two(*mlp()), *MODELS["mlp"][1:]))
     trainer = trainer_of(
         partial(Spy, message=message),
-        "two",
+        model=Two(*CHAIN.build()),
         loss=lambda output, y: F.cross_entropy(output["answer"], y),
     )
-    x, y = batch((6,))
+    x, y = batch(0)
     with pytest.raises(DecouplingError, match="called 'logits'"):
         trainer.step(x, target=y)
 
 
 @pytest.mark.parametrize("apart", [Tensor.clone, Tensor.detach])
-def test_logits_that_the_loss_is_not_made_of(apart: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_that_the_loss_is_not_made_of(apart: Any) -> None:
     class Apart(nn.Sequential):
         def forward(self, x: Tensor) -> Any:
             found = super().forward(x)
             return {"used": found, "logits": apart(found)}
 
-    monkeypatch.setitem(MODELS, "apart", (lambda: Apart(*mlp()), *MODELS["mlp"][1:]))
     trainer = trainer_of(
         partial(Spy, message="error"),
-        "apart",
+        model=Apart(*CHAIN.build()),
         loss=lambda output, y: F.cross_entropy(output["used"], y),
     )
-    x, y = batch((6,))
+    x, y = batch(0)
     with pytest.raises(
         DecouplingError, match="let the model return the logits that the loss is made of"
     ):
@@ -136,7 +134,7 @@ def test_logits_that_the_loss_is_not_made_of(apart: Any, monkeypatch: pytest.Mon
 
 def test_several_kinds_come_in_order() -> None:
     trainer = trainer_of(partial(Spy, message="gradient+loss+logits+error"))
-    x, y = batch((6,))
+    x, y = batch(0)
     output = trainer.step(x, target=y).outputs.requires_grad_()
     loss = F.cross_entropy(output, y)
     (error,) = torch.autograd.grad(loss, output)
@@ -196,17 +194,17 @@ class Wrong(GradientSource):
 @pytest.mark.parametrize(
     ("answers", "lag", "words"),
     [
-        ((torch.zeros(12, 6), None), None, "must return a Prediction"),
+        ((torch.zeros(8, 6), None), None, "must return a Prediction"),
         ((Prediction(()), None), None, "must return a Prediction"),
         ((Prediction(None), None), None, "must return a Prediction"),
-        ((Prediction((torch.zeros(12, 6),) * 2), None), None, "2 of them"),
+        ((Prediction((torch.zeros(8, 6),) * 2), None), None, "2 of them"),
         (
-            (Prediction((torch.zeros(12, 6),)), torch.zeros(2)),
+            (Prediction((torch.zeros(8, 6),)), torch.zeros(2)),
             None,
             "must return a scalar with its graph",
         ),
         (
-            (Prediction((torch.zeros(12, 6),)), torch.zeros(())),
+            (Prediction((torch.zeros(8, 6),)), torch.zeros(())),
             None,
             "must return a scalar with its graph",
         ),
@@ -263,7 +261,7 @@ def test_batches_are_freed_without_the_collector(name: str) -> None:
     try:
         seen = []
         for step in range(8):
-            x, y = batch((6,), step)
+            x, y = batch(step)
             seen.append(weakref.ref(x))
             seen.append(weakref.ref(trainer.step(x, target=y).outputs))
             del x, y

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import dni_fx
 from dni_fx import CutPlan
@@ -16,8 +16,11 @@ from dni_fx.errors import DecouplingError
 from dni_fx.schedules import Calibration, Schedule, Threads, WarmUp
 from dni_fx.sources import Delayed, Each, Linear
 
-from ..helpers import oracles
-from .kit import adam, batch, built, largest_difference, record, train, trainer_of
+from ..helpers.comparing import assert_bits_equal, state_of
+from ..helpers.optimisers import adam
+from ..helpers.training import ONE_HOT, batch, largest_difference, record
+from ..models.small import CHAIN, SKIPS
+from .kit import train, trainer_of
 
 
 def parts_of(trainer: dni_fx.Trainer, interface: str) -> list[Any]:
@@ -58,7 +61,7 @@ def test_each_part_hears_its_own_consumer(schedule: str | Schedule) -> None:
     for place, part in enumerate(parts_of(trainer, "a")):
         assert len(part.heard) == 3
         for (got,), hand in zip(part.heard, want, strict=True):
-            oracles.assert_bits_equal(got, hand[place], f"consumer {place}")
+            assert_bits_equal(got, hand[place], f"consumer {place}")
     assert not torch.equal(want[2][0], want[2][1])
 
 
@@ -69,7 +72,7 @@ def split_by_hand(trainer: dni_fx.Trainer, x: Tensor, y: Tensor) -> tuple[Tensor
     h = model.a(x).detach()
     middle, skip = (h.clone().requires_grad_() for _ in range(2))
     k = model.c(model.b(middle).relu())
-    guess = trainer.decoupled.sources["c"]((k.detach(),), dni_fx.one_hot(5)(y)).gradients
+    guess = trainer.decoupled.sources["c"]((k.detach(),), ONE_HOT(y)).gradients
     assert guess is not None
     (first,) = torch.autograd.grad(k, middle, guess[0])
     (last,) = torch.autograd.grad(
@@ -101,27 +104,21 @@ def test_in_exact_steps_the_parts_hear_shares_of_the_true_gradient(
 
 
 def test_each_with_one_consumer_is_the_plain_source() -> None:
-    def chain() -> nn.Module:
-        torch.manual_seed(0)
-        return nn.Sequential(
-            nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 5)
-        )
-
     for schedule in ("sequential", Threads(staleness=0), WarmUp(2), Threads(staleness=2)):
         plain, each = (
-            train(trainer_of(schedule, g, chain(), cuts=["0", "2"]), 8)
+            train(trainer_of(schedule, g, case=CHAIN), 8)
             for g in ("linear", "each:linear")
         )
-        oracles.assert_bits_equal(
-            oracles.state_of(each.decoupled.model),
-            oracles.state_of(plain.decoupled.model),
+        assert_bits_equal(
+            state_of(each.decoupled.model),
+            state_of(plain.decoupled.model),
             str(schedule),
         )
         for (name, a), (_, b) in zip(
             each.decoupled.synthesizers.state_dict().items(),
             plain.decoupled.synthesizers.state_dict().items(), strict=True,
         ):  # fmt: skip
-            oracles.assert_bits_equal(a, b, name)
+            assert_bits_equal(a, b, name)
 
 
 def test_each_with_several_consumers_differs_from_the_plain_source() -> None:
@@ -154,11 +151,9 @@ def test_sources_that_are_not_divided(gradients: str, message: str) -> None:
 def test_a_plan_remembers_divided_sources() -> None:
     first = trainer_of("sequential", "each:linear")
     plan = CutPlan.from_json(first.decoupled.plan.to_json())
-    decoupled = dni_fx.decouple(
-        built(), plan, example_inputs=(batch(0)[0],), context=dni_fx.one_hot(5)
-    )
+    decoupled = dni_fx.decouple(SKIPS.build(), plan, example_inputs=(batch(0)[0],), context=ONE_HOT)
     second = dni_fx.Trainer(decoupled, F.cross_entropy, optimizer=adam)
-    oracles.assert_bits_equal(record(train(second, 5)), record(train(first, 5)), "from the plan")
+    assert_bits_equal(record(train(second, 5)), record(train(first, 5)), "from the plan")
 
 
 def test_a_late_source_keeps_its_graph_beside_later_updates() -> None:

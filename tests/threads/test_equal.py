@@ -12,18 +12,11 @@ import torch
 from dni_fx.schedules import Calibration, RandomUpdates, Schedule, Threads, WarmUp
 from dni_fx.sources import SOURCES
 
-from ..helpers import oracles
-from .kit import (
-    MODELS,
-    batch,
-    built,
-    largest_difference,
-    record,
-    run_script,
-    slow,
-    train,
-    trainer_of,
-)
+from ..helpers.comparing import assert_bits_equal
+from ..helpers.training import batch, largest_difference, record
+from ..models.cases import Case
+from ..models.small import SKIPS, TOWERS
+from .kit import run_script, slow, train, trainer_of
 
 AT_ONCE = [
     n
@@ -33,16 +26,14 @@ AT_ONCE = [
 ]
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("case", [SKIPS, TOWERS], ids=lambda case: case.name)
 @pytest.mark.parametrize(
     "gradients", [*AT_ONCE, "joint:linear", "joint:critic", "each:linear", "each:mlp"]
 )
-def test_no_staleness_equals_the_sequential_trainer(gradients: str, model: str) -> None:
+def test_no_staleness_equals_the_sequential_trainer(gradients: str, case: Case) -> None:
     schedules = ("sequential", Threads(staleness=0))
-    sequential, threads = (
-        train(trainer_of(s, gradients, built(MODELS[model])), 8) for s in schedules
-    )
-    oracles.assert_bits_equal(record(threads), record(sequential), f"{gradients} on threads")
+    sequential, threads = (train(trainer_of(s, gradients, case=case), 8) for s in schedules)
+    assert_bits_equal(record(threads), record(sequential), f"{gradients} on threads")
 
 
 def test_staleness_can_be_seen() -> None:
@@ -69,7 +60,7 @@ def test_options_are_those_of_the_sequential_trainer(
         train(trainer_of(schedule, gradients, **options), 8)
         for schedule in ("sequential", Threads(staleness=0))
     )
-    oracles.assert_bits_equal(record(threads), record(sequential), f"{gradients}, {options}")
+    assert_bits_equal(record(threads), record(sequential), f"{gradients}, {options}")
 
 
 SCHEDULES = [
@@ -85,7 +76,7 @@ def test_schedules_within_threads(gradients: str, then: Schedule) -> None:
         train(trainer_of(schedule, gradients), 9)
         for schedule in (then, Threads(staleness=0, then=then))
     )
-    oracles.assert_bits_equal(record(threads), record(sequential), f"{gradients}, {then}")
+    assert_bits_equal(record(threads), record(sequential), f"{gradients}, {then}")
 
 
 @pytest.mark.parametrize("then", SCHEDULES[:3], ids=str)
@@ -96,7 +87,7 @@ def test_exact_steps_between_steps_on_synthetic_inputs(gradients: str, then: Sch
         train(trainer_of(schedule, gradients, inputs="mlp"), 9)
         for schedule in (then, Threads(staleness=0, then=then))
     )
-    oracles.assert_bits_equal(record(threads), record(sequential), f"{gradients}, {then}")
+    assert_bits_equal(record(threads), record(sequential), f"{gradients}, {then}")
 
 
 def test_stages_left_out_keep_what_was_accumulated() -> None:
@@ -105,18 +96,18 @@ def test_stages_left_out_keep_what_was_accumulated() -> None:
         train(trainer_of(schedule, "exact", accumulate=2), 8)
         for schedule in (then, Threads(staleness=0, then=then))
     )
-    oracles.assert_bits_equal(
+    assert_bits_equal(
         record(threads), record(sequential), "exact gradients of some stages, accumulated"
     )
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_mixed_gradients_are_equal_but_for_rounding(model: str) -> None:
+@pytest.mark.parametrize("case", [SKIPS, TOWERS], ids=lambda case: case.name)
+def test_mixed_gradients_are_equal_but_for_rounding(case: Case) -> None:
     """A value's later consumers answer apart from each other here; their gradients are added in
     another order.
     """
     sequential, threads = (
-        train(trainer_of(schedule, "mix", built(MODELS[model])), 8)
+        train(trainer_of(schedule, "mix", case=case), 8)
         for schedule in ("sequential", Threads(staleness=0))
     )
     assert largest_difference(record(threads), record(sequential)) < 1e-5
@@ -129,8 +120,8 @@ def test_late_sources_learn_as_soon_as_the_answer_is_there(gradients: str) -> No
 
     With no staleness no answer is late at all: the gradients are backprop's.
     """
-    late = train(trainer_of(Threads(staleness=0), gradients, model=built()), 8)
-    exact = train(trainer_of("sequential", "exact", model=built()), 8)
+    late = train(trainer_of(Threads(staleness=0), gradients), 8)
+    exact = train(trainer_of("sequential", "exact"), 8)
     model, want = (t.decoupled.model.state_dict() for t in (late, exact))
     if gradients == "delayed":
         assert largest_difference(model, want) < 1e-6
@@ -172,12 +163,10 @@ def test_going_on_after_close_and_resuming_are_the_same_run() -> None:
         closed = train(trainer_of(schedule, accumulate=2), 3)
         state = copy.deepcopy(closed.state_dict())
         closed.close()
-        oracles.assert_bits_equal(
-            record(train(closed, 3, 3)), whole, f"{schedule}: closed and gone on"
-        )
+        assert_bits_equal(record(train(closed, 3, 3)), whole, f"{schedule}: closed and gone on")
         resumed = trainer_of(schedule, accumulate=2)
         resumed.load_state_dict(state)
-        oracles.assert_bits_equal(record(train(resumed, 3, 3)), whole, f"{schedule}: resumed")
+        assert_bits_equal(record(train(resumed, 3, 3)), whole, f"{schedule}: resumed")
 
 
 def test_operators_keep_the_number_of_threads() -> None:
@@ -209,11 +198,11 @@ def test_a_fixed_staleness_repeats_bit_for_bit(gradients: str, inputs: str | Non
     first, second = (
         train(trainer_of(Threads(staleness=2), gradients, inputs=inputs), 12) for _ in range(2)
     )
-    oracles.assert_bits_equal(record(second), record(first), f"{gradients}, inputs={inputs}")
+    assert_bits_equal(record(second), record(first), f"{gradients}, inputs={inputs}")
 
 
 @pytest.mark.parametrize("where", ["a", "d"])
 def test_a_fixed_staleness_repeats_whoever_is_slow(where: str) -> None:
     first = train(trainer_of(Threads(staleness=2), "each:linear"), 10)
     second = train(trainer_of(Threads(staleness=2), "each:linear", slow(where, 0.01)), 10)
-    oracles.assert_bits_equal(record(second), record(first), f"{where} is slow")
+    assert_bits_equal(record(second), record(first), f"{where} is slow")

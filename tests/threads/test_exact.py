@@ -10,9 +10,12 @@ import dni_fx
 from dni_fx.schedules import Schedule, Threads
 
 from ..helpers import oracles
+from ..helpers.comparing import assert_bits_equal, state_of
+from ..helpers.optimisers import adam
+from ..helpers.training import record
 from ..models.cases import seed_generator
 from ..models.zoo import BY_NAME
-from .kit import MADE, record, train, trainer_of
+from .kit import MADE, train, trainer_of
 
 TREES = [
     "norm_dropout_chain", "conv_norm_chain", "channels_last", "dense", "unet", "two_towers", "fan_out", "transformer",
@@ -25,32 +28,28 @@ def on_threads(
 ) -> dict[str, Tensor]:
     case = BY_NAME[name]
     decoupled = oracles.transform(case, dtype, "exact")
-    trainer = dni_fx.Trainer(decoupled, case.loss, optimizer=oracles.adam, schedule=schedule)
+    trainer = dni_fx.Trainer(decoupled, case.loss, optimizer=adam, schedule=schedule)
     MADE.append(trainer)
     for step in range(steps):
         args, kwargs, target = oracles.draw(case, 4, dtype, step)
         seed_generator(step)
         trainer.step(*args, target=target, **kwargs)
         trainer.drain()  # before the generator is seeded again
-    return oracles.state_of(decoupled.model)
+    return state_of(decoupled.model)
 
 
 @pytest.mark.parametrize("name", TREES)
 def test_exact_gradients_equal_backprop(name: str) -> None:
     for dtype in (torch.float64, torch.bfloat16):
-        want = oracles.backprop_run(BY_NAME[name], dtype, oracles.adam)["step 2"]["state"]
-        oracles.assert_bits_equal(
-            on_threads(name, dtype, Threads(queue=1)), want, f"{name}, {dtype}"
-        )
+        want = oracles.backprop_run(BY_NAME[name], dtype, adam)["step 2"]["state"]
+        assert_bits_equal(on_threads(name, dtype, Threads(queue=1)), want, f"{name}, {dtype}")
 
 
 def test_exact_gradients_can_be_told_from_others() -> None:
     """The negative control: another learning rate, and the same with a source."""
-    want = oracles.backprop_run(BY_NAME["dense"], torch.float64, oracles.adam, steps=2)["step 1"][
-        "state"
-    ]
+    want = oracles.backprop_run(BY_NAME["dense"], torch.float64, adam, steps=2)["step 1"]["state"]
     with pytest.raises(AssertionError, match="differ"):
-        oracles.assert_bits_equal(
+        assert_bits_equal(
             on_threads("dense", torch.float64, Threads(), steps=3), want, "another step"
         )
 
@@ -59,4 +58,4 @@ def test_exact_gradients_can_be_told_from_others() -> None:
 def test_exact_gradients_do_not_depend_on_the_flow(staleness: int | None) -> None:
     exact = train(trainer_of("sequential", "exact"), 8)
     threads = train(trainer_of(Threads(queue=1, staleness=staleness), "exact"), 8)
-    oracles.assert_bits_equal(record(threads)["decoupled"], record(exact)["decoupled"], "exact")
+    assert_bits_equal(record(threads)["decoupled"], record(exact)["decoupled"], "exact")

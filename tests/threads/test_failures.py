@@ -6,6 +6,7 @@ import copy
 import math
 import re
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,21 +20,10 @@ from dni_fx.parallel.mailbox import ParallelError
 from dni_fx.schedules import Schedule, Threads
 from dni_fx.sources import Linear
 
-from ..helpers import oracles
-from .kit import (
-    Skips,
-    batch,
-    built,
-    counts,
-    fails_once,
-    largest_difference,
-    record,
-    run_script,
-    slow,
-    stage_threads,
-    train,
-    trainer_of,
-)
+from ..helpers.comparing import assert_bits_equal
+from ..helpers.training import batch, largest_difference, record
+from ..models.small import SKIPS, Skips
+from .kit import counts, fails_once, run_script, slow, stage_threads, train, trainer_of
 
 
 class Failing:
@@ -74,7 +64,7 @@ def fails(trainer: dni_fx.Trainer, steps: int = 12, **options: Any) -> BaseExcep
 )
 @pytest.mark.parametrize(("name", "stage"), [("a", 0), ("b", 1), ("d", 3)])
 def test_a_module_that_fails(name: str, stage: int, schedule: Threads) -> None:
-    model = built()
+    model = SKIPS.build()
     model.get_submodule(name).register_forward_pre_hook(Failing(RuntimeError("no more"), 4))
     error = fails(trainer_of(schedule, model=model), pause=0.003)
     assert isinstance(error, ParallelError)
@@ -123,7 +113,7 @@ def test_an_optimizer_that_fails() -> None:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
 def test_what_is_no_exception_names_its_stage(error: type[BaseException]) -> None:
-    model = built()
+    model = SKIPS.build()
     model.b.register_forward_pre_hook(Failing(error(), 4))  # type: ignore[union-attr]
     assert re.match(
         rf"stage_1, step 4: {error.__name__}", str(fails(trainer_of(Threads(), model=model)))
@@ -213,7 +203,7 @@ def test_state_is_taken_when_nothing_is_under_way() -> None:
     }
     trainer.step(x, target=y)
     trainer.load_state_dict(state)
-    oracles.assert_bits_equal(record(trainer)["decoupled"], state["decoupled"], "loaded")
+    assert_bits_equal(record(trainer)["decoupled"], state["decoupled"], "loaded")
     train(trainer, 3)
 
 
@@ -229,7 +219,7 @@ def test_the_caller_may_write_into_its_batch() -> None:
             x.fill_(7.0)
             y.fill_(0)
         trainer.drain()
-    oracles.assert_bits_equal(record(threads), record(sequential), "overwritten batches")
+    assert_bits_equal(record(threads), record(sequential), "overwritten batches")
 
 
 def test_autocast_of_the_caller_holds_in_the_stages() -> None:
@@ -243,7 +233,7 @@ def test_autocast_of_the_caller_holds_in_the_stages() -> None:
         return record(trainer)
 
     want = cast("sequential")
-    oracles.assert_bits_equal(cast(Threads(staleness=0)), want, "under autocast")
+    assert_bits_equal(cast(Threads(staleness=0)), want, "under autocast")
     assert largest_difference(want, record(train(trainer_of("sequential"), 6))) > 1e-4
 
 
@@ -253,10 +243,10 @@ def test_a_model_in_another_mode_is_traced_when_the_threads_rest() -> None:
             return super().forward(x * 2 if self.training else x)
 
     def modes(schedule: str | Schedule) -> dict[str, Any]:
-        trainer = trainer_of(schedule, model=built(Noisy))
+        trainer = trainer_of(schedule, case=replace(SKIPS, make=Noisy))
         for training in (True, False, True):
             trainer.decoupled.train(training)
             train(trainer, 3)
         return record(trainer)
 
-    oracles.assert_bits_equal(modes(Threads(staleness=0)), modes("sequential"), "modes")
+    assert_bits_equal(modes(Threads(staleness=0)), modes("sequential"), "modes")

@@ -13,20 +13,10 @@ from torch import nn
 from dni_fx.schedules import Calibration, RandomUpdates, Schedule, Threads, WarmUp
 from dni_fx.sources import SOURCES
 
-from ..helpers import oracles
-from .kit import (
-    SECONDS,
-    batch,
-    built,
-    counts,
-    fails_once,
-    largest_difference,
-    record,
-    slow,
-    stage_threads,
-    train,
-    trainer_of,
-)
+from ..helpers.comparing import assert_bits_equal
+from ..helpers.training import batch, largest_difference, record
+from ..models.small import SKIPS
+from .kit import SECONDS, counts, fails_once, slow, stage_threads, train, trainer_of
 
 FREE = [n for n in SOURCES if n != "conv"] + ["joint:linear", "each:linear"]
 
@@ -115,7 +105,7 @@ def test_the_queue_is_a_bound(queue: int, where: str) -> None:
 
 def gated(name: str) -> tuple[nn.Module, threading.Event]:
     """A model one of whose modules, in training, waits for a word."""
-    model, word = built(), threading.Event()
+    model, word = SKIPS.build(), threading.Event()
 
     def wait(*_: Any) -> None:
         if stage_threads():
@@ -183,6 +173,4 @@ def test_late_answers_can_be_discounted() -> None:
         for s, d in ((2, 1.0), (2, 0.5), (0, 0.5))
     )
     assert largest_difference(record(full), record(less)) > 0
-    oracles.assert_bits_equal(
-        record(none), record(train(trainer_of("sequential"), 10)), "nothing is late"
-    )
+    assert_bits_equal(record(none), record(train(trainer_of("sequential"), 10)), "nothing is late")

@@ -6,37 +6,23 @@ from functools import partial
 from typing import Any
 
 import pytest
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from dni_fx.errors import DecouplingError
 from dni_fx.recurrent import decouple_through_time
 from dni_fx.schedules import Calibration, Threads, WarmUp
 
-from .kit import Skips, adam, batch, built, stage_threads, train, trainer_of
+from ..helpers.optimisers import adam
+from ..helpers.training import batch
+from ..models.cases import Case
+from ..models.small import SHARED_STATISTICS, TIED
+from .kit import stage_threads, train, trainer_of
 
 
-class Tied(Skips):
-    def __init__(self) -> None:
-        super().__init__()
-        self.c.weight = self.b.weight
-
-
-class SharedStatistics(Skips):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm1d(16, affine=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(self.a(x)).relu()
-        k = self.norm(self.c(self.b(h).relu())).relu()
-        return self.d(torch.cat([k, h], 1))
-
-
-@pytest.mark.parametrize("model", [Tied, SharedStatistics])
-def test_what_several_stages_write_to_is_refused(model: type[nn.Module]) -> None:
-    trainer = trainer_of(Threads(staleness=0), model=built(model))
+@pytest.mark.parametrize("case", [TIED, SHARED_STATISTICS], ids=lambda case: case.name)
+def test_what_several_stages_write_to_is_refused(case: Case) -> None:
+    trainer = trainer_of(Threads(staleness=0), case=case)
     x, y = batch(0)
     with pytest.raises(DecouplingError, match=r"(weight|norm).* is used by several stages"):
         trainer.step(x, target=y)
