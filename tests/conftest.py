@@ -4,7 +4,9 @@ header.
 
 from __future__ import annotations
 
+import logging
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -20,8 +22,20 @@ def pytest_report_header() -> str:
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
-    """The same random numbers for each test, whichever tests run before it."""
+def alike() -> Iterator[None]:
+    """The same random numbers for each test, whichever ran before it, and one thread again after
+    it: examples set a number of their own.
+    """
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002  (what user code may draw from)
     torch.manual_seed(0)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    """Without torch's logs of what its fake tensors and its export refuse."""
+    logging.disable(logging.ERROR)
+    yield
+    logging.disable(logging.NOTSET)

@@ -99,11 +99,11 @@ def test_a_size_keeps_its_place_where_nobody_asks() -> None:
     decoupled = dni_fx.decouple(
         Asks(factor), ["a"], example_inputs=(x,), gradients="exact", check=False
     )
-    (made,) = decoupled._variants
+    (made,) = decoupled.graphs.variants
     assert [value for _, value in made.trace.guards] == [4]
     x = torch.randn(5, 4)
     assert torch.equal(decoupled(x), decoupled.model(x))
-    assert len(decoupled._variants) == 1
+    assert len(decoupled.graphs.variants) == 1
 
 
 def test_many_sizes_are_asked_for_a_bounded_number_of_times() -> None:

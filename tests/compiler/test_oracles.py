@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,8 +22,12 @@ from dni_fx.schedules import WarmUp
 from dni_fx.sources import Mix
 
 from ..helpers import oracles
+from ..helpers.comparing import assert_bits_equal, state_of
+from ..helpers.optimisers import adam, sgd
 from ..helpers.paths import ROOT
-from ..models.zoo import BY_NAME, ZOO, Case, ResidualNet, rows
+from ..models.cases import Case, rows
+from ..models.feedforward import ResidualNet
+from ..models.zoo import BY_NAME, ZOO
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning"
@@ -32,14 +36,8 @@ pytestmark = pytest.mark.filterwarnings(
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float64], ids=["float32", "float64"]
 )
-OPTIMIZERS = pytest.mark.parametrize("optimizer", [oracles.sgd, oracles.adam], ids=["sgd", "adam"])
+OPTIMIZERS = pytest.mark.parametrize("optimizer", [sgd, adam], ids=["sgd", "adam"])
 EVERY_CASE = pytest.mark.parametrize("case", ZOO, ids=lambda case: case.name)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with oracles.one_thread():
-        yield
 
 
 @functools.cache
@@ -54,9 +52,7 @@ def test_exact_equals_backprop(
     case: Case, optimizer: oracles.Optimizers, dtype: torch.dtype
 ) -> None:
     got = oracles.exact_run(case, dtype, optimizer)
-    oracles.assert_bits_equal(
-        got, backprop(case.name, dtype, optimizer), f"{case.name}: exact mode"
-    )
+    assert_bits_equal(got, backprop(case.name, dtype, optimizer), f"{case.name}: exact mode")
 
 
 @OPTIMIZERS
@@ -66,17 +62,17 @@ def test_a_share_of_one_equals_backprop(case: Case, optimizer: oracles.Optimizer
     want = backprop(case.name, torch.float32, optimizer)
     mix = functools.partial(Mix, source="mlp", share=1.0)
     got = oracles.decoupled_run(case, torch.float32, optimizer, gradients=mix)
-    oracles.assert_bits_equal(got, want, f"{case.name}: mix")
+    assert_bits_equal(got, want, f"{case.name}: mix")
     got = oracles.decoupled_run(
         case, torch.float32, optimizer, gradients="mlp", schedule=WarmUp(steps=100)
     )
-    oracles.assert_bits_equal(got, want, f"{case.name}: shadow mode")
+    assert_bits_equal(got, want, f"{case.name}: shadow mode")
 
 
 def test_the_oracle_sees_a_share_of_less_than_one() -> None:
     mix = functools.partial(Mix, source="mlp", share=1 - 1e-6)
     must_fail(
-        lambda: compare(oracles.decoupled_run(FAN, torch.float32, oracles.sgd, gradients=mix)),
+        lambda: compare(oracles.decoupled_run(FAN, torch.float32, sgd, gradients=mix)),
         says="weight",
     )
 
@@ -88,7 +84,7 @@ def test_replay_equals_backprop(
     case: Case, optimizer: oracles.Optimizers, dtype: torch.dtype
 ) -> None:
     got = oracles.replay_run(case, dtype, optimizer)
-    oracles.assert_bits_equal(got, backprop(case.name, dtype, optimizer), f"{case.name}: replay")
+    assert_bits_equal(got, backprop(case.name, dtype, optimizer), f"{case.name}: replay")
 
 
 @DTYPES
@@ -112,10 +108,10 @@ def test_cut_at_every_legal_place_at_once(case: Case) -> None:
         point.crossing: point.name for point in points if point.legal
     }  # one name for each place
     everywhere = dataclasses.replace(case, cuts=tuple(places.values()))
-    want = oracles.backprop_run(case, torch.float32, oracles.sgd, steps=2)
+    want = oracles.backprop_run(case, torch.float32, sgd, steps=2)
     for run in (oracles.exact_run, oracles.replay_run):
-        oracles.assert_bits_equal(
-            run(everywhere, torch.float32, oracles.sgd, steps=2),
+        assert_bits_equal(
+            run(everywhere, torch.float32, sgd, steps=2),
             want,
             f"{case.name}: {run.__name__}",
         )
@@ -172,15 +168,11 @@ def test_the_self_check_passes(case: Case) -> None:
     """
     model = case.build()
     args, kwargs, _ = oracles.draw(case, 4, torch.float32, 0)
-    state, names, random = oracles.state_of(model), list(model.state_dict()), torch.get_rng_state()
+    state, names, random = state_of(model), list(model.state_dict()), torch.get_rng_state()
     modes = [module.training for module in model.modules()]
     dni_fx.decouple(model, list(case.cuts), example_inputs=args, example_kwargs=kwargs)
-    oracles.assert_bits_equal(
-        oracles.state_of(model), state, f"{case.name}: state after decoupling"
-    )
-    oracles.assert_bits_equal(
-        torch.get_rng_state(), random, f"{case.name}: generator after decoupling"
-    )
+    assert_bits_equal(state_of(model), state, f"{case.name}: state after decoupling")
+    assert_bits_equal(torch.get_rng_state(), random, f"{case.name}: generator after decoupling")
     assert list(model.state_dict()) == names
     assert [module.training for module in model.modules()] == modes
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -200,21 +192,21 @@ FAN = BY_NAME["fan_out"]
 
 
 def compare(got: oracles.Record, case: Case = FAN) -> None:
-    oracles.assert_bits_equal(got, backprop(case.name, torch.float32, oracles.sgd), "control")
+    assert_bits_equal(got, backprop(case.name, torch.float32, sgd), "control")
 
 
 def test_bitwise_comparison_sees_a_bit() -> None:
     zero, other = torch.zeros(3), torch.tensor([0.0, -0.0, 0.0])
-    oracles.assert_bits_equal(
+    assert_bits_equal(
         {"a": [torch.tensor(float("nan"))]}, {"a": [torch.tensor(float("nan"))]}, "nan"
     )
     must_fail(
-        lambda: oracles.assert_bits_equal({"a": zero}, {"a": other}, "sign"),
+        lambda: assert_bits_equal({"a": zero}, {"a": other}, "sign"),
         says=r"sign.*\n.*\['a'\]",
     )
-    must_fail(lambda: oracles.assert_bits_equal([zero], [zero.double()], "dtype"), says="float64")
-    must_fail(lambda: oracles.assert_bits_equal([zero], [None], "none"), says="None")
-    must_fail(lambda: oracles.assert_bits_equal([zero], [zero, zero], "length"), says="length")
+    must_fail(lambda: assert_bits_equal([zero], [zero.double()], "dtype"), says="float64")
+    must_fail(lambda: assert_bits_equal([zero], [None], "none"), says="None")
+    must_fail(lambda: assert_bits_equal([zero], [zero, zero], "length"), says="length")
 
 
 @pytest.mark.parametrize("factor", [0.0, 1 + 1e-6])
@@ -225,7 +217,7 @@ def test_replay_oracle_sees_a_slightly_wrong_gradient(factor: float) -> None:
         source.gradients = tuple(gradient * factor for gradient in source.gradients)
 
     must_fail(
-        lambda: compare(oracles.replay_run(FAN, torch.float32, oracles.sgd, before_step=wrong)),
+        lambda: compare(oracles.replay_run(FAN, torch.float32, sgd, before_step=wrong)),
         says="a.weight",
     )
 
@@ -247,7 +239,7 @@ def test_exact_oracle_sees_a_broken_pull_back(
     broken: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(emission, "pull_back", broken)
-    must_fail(lambda: compare(oracles.exact_run(FAN, torch.float32, oracles.sgd)), says="weight")
+    must_fail(lambda: compare(oracles.exact_run(FAN, torch.float32, sgd)), says="weight")
 
 
 def test_composed_oracle_sees_another_operator() -> None:
@@ -291,11 +283,11 @@ def test_plan_comparison_sees_another_graph() -> None:
 
 def test_training_oracle_sees_another_seed_and_a_parameter_stepped_twice() -> None:
     case = BY_NAME["norm_dropout_chain"]
-    other = oracles.backprop_run(case, torch.float32, oracles.sgd, seed=1)
+    other = oracles.backprop_run(case, torch.float32, sgd, seed=1)
     must_fail(lambda: compare(other, case), says="outputs")
     model: nn.Module = case.build()
     grads: oracles.Record = {}
-    optimizer = oracles.recording(oracles.sgd, grads)(model.named_parameters())
+    optimizer = oracles.recording(sgd, grads)(model.named_parameters())
     model(torch.randn(4, 6)).sum().backward()
     optimizer.step()
     must_fail(optimizer.step, says="stepped twice")

@@ -11,7 +11,7 @@ import copy
 import functools
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,19 +22,15 @@ from torch import nn
 import dni_fx
 
 from ..helpers import oracles
+from ..helpers.comparing import assert_bits_equal
+from ..helpers.optimisers import sgd
+from ..models.cases import Case
 from ..models.random_models import Program, RandomModel, programs
-from ..models.zoo import Case
 
 COUNT = int(os.environ.get("DNI_FX_RANDOM_GRAPHS", "2000"))
 SHARD = 1000
 DTYPE = torch.float64
 BY_MODE = "computes something else in eval mode"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with oracles.one_thread():
-        yield
 
 
 def case_of(program: Program) -> Case:
@@ -65,7 +61,7 @@ def agree(got: oracles.Record, want: oracles.Record, what: str) -> None:
     """
     for path, gradient in got["step 0"]["gradients"].items():
         if path not in want["step 0"]["gradients"]:
-            oracles.assert_bits_equal(
+            assert_bits_equal(
                 gradient, torch.zeros_like(gradient), f"{what}: {path}, without gradient in eager"
             )
     known = {
@@ -73,7 +69,7 @@ def agree(got: oracles.Record, want: oracles.Record, what: str) -> None:
         for name, g in got["step 0"]["gradients"].items()
         if name in want["step 0"]["gradients"]
     }
-    oracles.assert_bits_equal({**got["step 0"], "gradients": known}, want["step 0"], what)
+    assert_bits_equal({**got["step 0"], "gradients": known}, want["step 0"], what)
 
 
 def check(case: Case, replay: Callable[..., oracles.Record] = oracles.replay_run) -> None:
@@ -81,18 +77,18 @@ def check(case: Case, replay: Callable[..., oracles.Record] = oracles.replay_run
     mode first.
     """
     options: dict[str, Any] = {"steps": 1, "batch": 3}
-    want = oracles.backprop_run(case, DTYPE, oracles.sgd, **options)
+    want = oracles.backprop_run(case, DTYPE, sgd, **options)
     decoupled = oracles.transform(case, DTYPE, oracles.Replay, batch=3)
     start = copy.deepcopy(decoupled.state_dict())
     sources: list[Any] = list(decoupled.synthesizers.values())
     for source in sources:
         source.exact = True
-    exact = oracles.exact_run(case, DTYPE, oracles.sgd, decoupled=decoupled, **options)
-    oracles.assert_bits_equal(exact["step 0"], want["step 0"], "exact")
+    exact = oracles.exact_run(case, DTYPE, sgd, decoupled=decoupled, **options)
+    assert_bits_equal(exact["step 0"], want["step 0"], "exact")
     for source in sources:
         source.exact = False
     decoupled.load_state_dict(start)
-    agree(replay(case, DTYPE, oracles.sgd, decoupled=decoupled, **options), want, "replay")
+    agree(replay(case, DTYPE, sgd, decoupled=decoupled, **options), want, "replay")
     modes = ("train", "eval") if case.notes == BY_MODE else ("train",)
     oracles.composed_check(case, DTYPE, decoupled=decoupled, batches=(2,), modes=modes, seed=1)
 
@@ -101,7 +97,7 @@ def runs(program: Program) -> bool:
     """Whether PyTorch itself takes the program, forward and backward."""
     whole = Case("random", lambda: RandomModel(program), functools.partial(_inputs, program), ())
     try:
-        oracles.backprop_run(whole, DTYPE, oracles.sgd, steps=1, batch=3)
+        oracles.backprop_run(whole, DTYPE, sgd, steps=1, batch=3)
     except RuntimeError:
         return False
     return True

@@ -15,7 +15,7 @@ from dni_fx.drawing import draw_plan
 from dni_fx.drawing.shapes import colour_of
 from dni_fx.plan import CutPlan
 
-from ..plans.test_drawing import chain_plan, draw, encoder_plan, plan_of, unet_plan
+from ..plans.drawings import chain_plan, draw, encoder_plan, plan_of, unet_plan
 
 
 def chromium(profile: Path, page: Path, *options: str, fragment: str = "") -> str:

@@ -14,7 +14,7 @@ import torch
 import dni_fx
 from dni_fx.errors import CutError
 
-from ..helpers import oracles
+from ..helpers.comparing import assert_bits_equal, state_of
 from .test_transformers import adam, build, example
 
 LAYER = "base_model.model.bert.encoder.layer"
@@ -53,10 +53,10 @@ def train(m: Any, steps: int) -> list[float]:
 def test_adapters_train_and_the_base_does_not(tmp_path: Path) -> None:
     decoupled = cut(0, [0, 1])
     m: Any = decoupled.as_module(context=lambda *_, labels, **__: labels)
-    before = oracles.state_of(m)
+    before = state_of(m)
     losses = train(m, 120)
     assert sum(losses[-4:]) < 0.7 * sum(losses[:4])
-    changed = {n for n, t in oracles.state_of(m).items() if not torch.equal(t, before[n])}
+    changed = {n for n, t in state_of(m).items() if not torch.equal(t, before[n])}
     trainable = {n for n, p in m.named_parameters() if p.requires_grad}
     assert changed == trainable
     assert all("lora_" in n or "classifier" in n for n in trainable)
@@ -86,14 +86,10 @@ def test_exact_gradients_are_backpropagation() -> None:
             torch.manual_seed(step)
             trainer.step(**example("bert", step, 16))
         if equal:
-            oracles.assert_bits_equal(
-                oracles.state_of(trainer.decoupled.model), oracles.state_of(plain), gradients
-            )
+            assert_bits_equal(state_of(trainer.decoupled.model), state_of(plain), gradients)
         else:
             with pytest.raises(AssertionError, match="differ"):
-                oracles.assert_bits_equal(
-                    oracles.state_of(trainer.decoupled.model), oracles.state_of(plain), gradients
-                )
+                assert_bits_equal(state_of(trainer.decoupled.model), state_of(plain), gradients)
 
 
 def test_a_cut_before_the_first_adapter_is_refused_by_name() -> None:

@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import nn
 
-from ..helpers import oracles
+from ..helpers.comparing import assert_bits_equal, graph_of, state_of
 from .scripts_run import differing_lines, run_script
 
 EXACT = {'gradients="local"': 'gradients="exact"'}
@@ -90,11 +90,11 @@ def test_exact_gradients_are_the_plain_script(more: str, tmp_path: Path) -> None
     changes = {"use_cpu=True": f"{more}use_cpu=True", "num_train_epochs=4": "num_train_epochs=1"}
     plain = run_script("trainer_plain", folder_of(tmp_path, "plain"), changes=changes)
     exact = run_script("trainer_decoupled", folder_of(tmp_path, "exact"), changes=changes | EXACT)
-    want = oracles.state_of(plain["model"])
-    oracles.assert_bits_equal(oracles.state_of(exact["model"]), want, "exact")
+    want = state_of(plain["model"])
+    assert_bits_equal(state_of(exact["model"]), want, "exact")
     zero = run_script("trainer_decoupled", folder_of(tmp_path, "zero"), changes=changes | ZERO)
     with pytest.raises(AssertionError, match="differ"):
-        oracles.assert_bits_equal(oracles.state_of(zero["model"]), want, "zero")
+        assert_bits_equal(state_of(zero["model"]), want, "zero")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -124,10 +124,10 @@ def test_lightning_with_exact_gradients_is_the_plain_script(tmp_path: Path) -> N
     plain = run_script("lightning_plain", folder_of(tmp_path, "plain"), changes=changes)
     exact = run_script("lightning_decoupled", folder_of(tmp_path, "exact"), changes=changes | EXACT)
     zero = run_script("lightning_decoupled", folder_of(tmp_path, "zero"), changes=changes | ZERO)
-    want = oracles.state_of(plain["model"])
-    oracles.assert_bits_equal(oracles.state_of(exact["model"]), want, "exact")
+    want = state_of(plain["model"])
+    assert_bits_equal(state_of(exact["model"]), want, "exact")
     with pytest.raises(AssertionError, match="differ"):
-        oracles.assert_bits_equal(oracles.state_of(zero["model"]), want, "zero")
+        assert_bits_equal(state_of(zero["model"]), want, "zero")
 
 
 def test_lightning_in_half_precision_with_clipping_and_accumulation(tmp_path: Path) -> None:
@@ -168,12 +168,12 @@ def test_lightning_resumes_where_it_was(hooks: bool, tmp_path: Path) -> None:
     }
     rest = run_script("lightning_decoupled", folder_of(tmp_path, "rest"), half, changes=resumed)
     assert len(rest["losses"]) == len(whole["losses"]) / 2
-    got, want = (oracles.state_of(run["model"]) for run in (rest, whole))
+    got, want = (state_of(run["model"]) for run in (rest, whole))
     if hooks:
-        oracles.assert_bits_equal(got, want, "resumed")
+        assert_bits_equal(got, want, "resumed")
     else:
         with pytest.raises(AssertionError, match="differ"):
-            oracles.assert_bits_equal(got, want, "without sources")
+            assert_bits_equal(got, want, "without sources")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -207,10 +207,10 @@ def test_accelerate_with_exact_gradients_is_the_plain_script(
         precision,
         changes | {'gradients="local"': 'gradients="zero"'},
     )
-    want = oracles.state_of(plain["model"])
-    oracles.assert_bits_equal(oracles.state_of(exact["model"]), want, "exact")
+    want = state_of(plain["model"])
+    assert_bits_equal(state_of(exact["model"]), want, "exact")
     with pytest.raises(AssertionError, match="differ"):
-        oracles.assert_bits_equal(oracles.state_of(zero["model"]), want, "zero")
+        assert_bits_equal(state_of(zero["model"]), want, "zero")
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -222,8 +222,8 @@ def test_what_accelerate_unwraps_and_copies_is_still_cut(keep: bool, tmp_path: P
         with m.train().context(y):
             output = m(x)
         assert output.dtype == torch.float32
-        assert "StageFunctionBackward" in oracles.graph_of(output)
+        assert "StageFunctionBackward" in graph_of(output)
     plain = unwrapped._dni_fx.graphs.model
-    assert "StageFunctionBackward" not in oracles.graph_of(
+    assert "StageFunctionBackward" not in graph_of(
         plain.train()(x)
     )  # whose forward nobody replaced

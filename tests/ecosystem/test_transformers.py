@@ -15,7 +15,7 @@ from torch import nn
 import dni_fx
 import zoo_transformers as zoo
 
-from ..helpers import oracles
+from ..helpers.comparing import assert_bits_equal, state_of
 
 LENGTHS, CLIP = (12, 9, 12, 7), 1000
 CUTS = {
@@ -105,11 +105,11 @@ def test_exact_gradients_are_backpropagation(name: str) -> None:
         for step in range(4):
             torch.manual_seed(step)
             trainer.step(**example(name, step))
-        found[gradients] = oracles.state_of(trainer.decoupled.model)
-    want = oracles.state_of(trained_plainly(name, 4))
-    oracles.assert_bits_equal(found["exact"], want, name)
+        found[gradients] = state_of(trainer.decoupled.model)
+    want = state_of(trained_plainly(name, 4))
+    assert_bits_equal(found["exact"], want, name)
     with pytest.raises(AssertionError, match="differ"):
-        oracles.assert_bits_equal(found["zero"], want, "negative control")
+        assert_bits_equal(found["zero"], want, "negative control")
 
 
 @pytest.mark.parametrize("name", CUTS)
@@ -120,7 +120,7 @@ def test_a_drop_in_trains(name: str) -> None:
     decoupled = cut(name, "local" if classes else "auto", check=False, **options)
     m: Any = decoupled.as_module(context=(lambda *_, labels, **__: labels) if classes else None)
     assert len(decoupled.stages) == 3
-    optimizer, before, losses = adam(m.parameters()), oracles.state_of(m), []
+    optimizer, before, losses = adam(m.parameters()), state_of(m), []
     for step in range(60):
         output = m(**example(name, step % 4))
         assert isinstance(output, transformers.utils.ModelOutput)
@@ -129,7 +129,7 @@ def test_a_drop_in_trains(name: str) -> None:
         optimizer.step()
         losses.append(output.loss.item())
     assert sum(losses[-4:]) / 4 < sum(losses[:4]) / 4 - 0.4
-    after = oracles.state_of(m)
+    after = state_of(m)
     for stage in decoupled.stages:
         assert any(not torch.equal(after[n], before[n]) for n, _ in stage.named_parameters()), (
             stage.name
@@ -186,10 +186,10 @@ def test_masks(name: str, mask: str, attention: str) -> None:
     model = build(name, **NO_DROPOUT[name], attn_implementation=attention)
     decoupled, inputs = cut(name, "zero", model=model), masked(example(name, 0), mask)
     want = measured(model, model, inputs)
-    oracles.assert_bits_equal(measured(model, decoupled, inputs), want, name)
+    assert_bits_equal(measured(model, decoupled, inputs), want, name)
     if mask == "ones":
         with pytest.raises(AssertionError, match="differ"):
-            oracles.assert_bits_equal(
+            assert_bits_equal(
                 measured(model, decoupled, masked(example(name, 0), "padded")), want, name
             )
 
@@ -205,17 +205,15 @@ def test_masks_of_grouped_queries(monkeypatch: pytest.MonkeyPatch) -> None:
     decoupled, inputs = cut("llama", "zero", model=model), masked(example("llama", 0), "ones")
     want, got = (measured(model, call, inputs) for call in (model, decoupled))
     with pytest.raises(AssertionError, match="differ"):
-        oracles.assert_bits_equal(got, want, "shortcut")
+        assert_bits_equal(got, want, "shortcut")
     for name, value in want.items():
         assert (got[name] - value).abs().max() <= 1e-6 * value.abs().max(), name
     absent = masked(inputs, "absent")
-    oracles.assert_bits_equal(
-        measured(model, decoupled, absent), measured(model, model, absent), "no mask"
-    )
+    assert_bits_equal(measured(model, decoupled, absent), measured(model, model, absent), "no mask")
     monkeypatch.setattr(
         "transformers.masking_utils._ignore_causal_mask_sdpa", lambda *_, **__: False
     )
-    oracles.assert_bits_equal(got, measured(model, model, inputs), "no shortcut")
+    assert_bits_equal(got, measured(model, model, inputs), "no shortcut")
 
 
 # ------------------------------------------------------------------------------------------------ w

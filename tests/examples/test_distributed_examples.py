@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from ..helpers.paths import EXAMPLES
-from .test_examples import rows
-from .test_experiments import load
+from .kit import rows
+from .records import load
 
 text = load("distributed_text")
 

@@ -1,72 +1,23 @@
-"""The examples run from another directory, say what they should, and their data is checked before
-it is used.
+"""The examples run from another directory, say what they should, and their data is checked before it is
+used.
 """
 
 from __future__ import annotations
 
 import gzip
 import hashlib
-import importlib.util
 import lzma
 import os
 import shutil
-import subprocess
 import sys
 import tarfile
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
 from ..helpers.paths import EXAMPLES, ROOT
-
-
-def load_example(name: str) -> ModuleType:
-    """An example as a module, without putting examples/ on the import path."""
-    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look up their annotations
-    spec.loader.exec_module(module)
-    return module
-
-
-data = load_example("data")
-
-
-def run_example(
-    name: str, *arguments: str, cwd: Path, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """Run a script as a user does; warnings are errors there too."""
-    command = [sys.executable, "-W", "error", str(EXAMPLES / f"{name}.py"), *arguments]
-    package = str(EXAMPLES.parent)  # works without an installation too
-    settings = {**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(
-        command, cwd=cwd, env=settings, capture_output=True, text=True, check=False, timeout=300
-    )
-
-
-def rows(output: str) -> dict[str, list[str]]:
-    """Cells of a markdown table by their row's first cell, the header left out."""
-    lines = [line for line in output.splitlines() if line.startswith("|")]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
-    return {row[0]: row[1:] for row in cells}
-
-
-@pytest.fixture(scope="module")
-def mnist_folder() -> Path:
-    """Where MNIST is on this machine; nothing is downloaded for a test."""
-    try:
-        folder = data.find_mnist()
-    except data.DataError as error:
-        pytest.skip(f"MNIST is not on this machine: {error}")
-    if folder is None:
-        pytest.skip(
-            f"MNIST is not on this machine: neither {data.DATA_VARIABLE} nor ../shared/data"
-        )
-    return folder
+from .kit import data, load_example, rows, run_example
 
 
 def test_quickstart_prints_plan_and_code_and_learns(tmp_path: Path) -> None:

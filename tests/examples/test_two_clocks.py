@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from .test_examples import run_example
-from .test_experiments import interrupted, load, records_in, rows
+from .kit import run_example
+from .records import interrupted, load, records_in, rows
 
 Record = dict[str, Any]
 
@@ -32,14 +31,6 @@ SMALL = [
     "--seeds",
     "0",
 ]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The experiments set the number of threads; other tests keep theirs."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def sequences(ticks: int = 3, batch: int = 50, seed: int = 0) -> Any:

@@ -1,0 +1,1 @@
+"""The drop-in: a decoupled model in an ordinary loop."""

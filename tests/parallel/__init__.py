@@ -1,1 +1,0 @@
-"""Stages beside each other: on threads and on ranks."""

@@ -1,0 +1,150 @@
+"""What stages cost and how well their cuts can be learnt, as the search reckons it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dni_fx
+from dni_fx.errors import DecouplingError
+from dni_fx.passes.cut.cutting import find_flow
+from dni_fx.passes.search import costing
+from dni_fx.passes.trace.tracing import trace_calls
+
+from ..helpers import oracles
+from ..models.cases import Case
+from ..models.zoo import ZOO
+from .searches import Towers, X, chain, plan, search_of
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of weight_norm's old form
+@pytest.mark.parametrize("case", ZOO, ids=lambda case: case.name)
+def test_every_model_of_the_zoo_can_be_weighed(case: Case) -> None:
+    """Measured and analytic costs: no node fails, and the model keeps every bit."""
+    model = case.build(torch.float32)
+    args, kwargs, _ = oracles.draw(case, 4, torch.float32, 0)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    generator = torch.get_rng_state()
+    for costs in ("measured", "analytic"):
+        found = dni_fx.plan_cuts(model, args, example_kwargs=kwargs, stages=3, costs=costs)
+        assert found.report is not None
+        for stage in found.stages:
+            assert stage.cost is not None
+            assert stage.cost.forward > 0
+        assert search_of(found).slowest >= search_of(found).bound * (1 - 1e-9)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_measured_costs_know_the_dear_layer() -> None:
+    model = nn.Sequential(
+        nn.Linear(16, 16), nn.Linear(16, 2048), nn.Linear(2048, 2048), nn.Linear(2048, 16)
+    )
+    x = torch.randn(64, 16)
+    flow = find_flow(trace_calls(model, (x,), {}))
+    costs = costing.measure_costs(flow, (x,), {}, {})
+    names = [n.name for n in flow.nodes if flow.is_computed(n)]
+    assert max(names, key=lambda n: costs.forward[n]) == names[2]
+    assert max(names, key=lambda n: costs.backward[n]) == names[2]
+    assert costs.parameter_bytes[names[2]] == 4 * 4 * (2048 * 2048 + 2048)
+    assert costs.activation_bytes[names[1]] == 64 * 2048 * 4  # kept by its user
+
+
+def test_analytic_costs_count_attention() -> None:
+    """The counter of torch has no formula for the CPU's attention and counts it as nothing."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inp = nn.Linear(64, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.inp(x)
+            return F.scaled_dot_product_attention(h, h, h)
+
+    x = torch.randn(2, 4, 512, 64)
+    flow = find_flow(trace_calls(Attention(), (x,), {}))
+    costs = costing.estimate_costs(flow, (x,), {}, {})
+    attention = next(n.name for n in flow.nodes if "attention" in n.name)
+    flops = 2 * 2 * 2 * 4 * 512 * 512 * 64
+    assert costs.forward[attention] == pytest.approx(
+        flops / costing.FLOPS_PER_SECOND * 1e9, rel=0.01
+    )
+    assert costs.backward[attention] > 2 * costs.forward[attention]
+
+
+def test_analytic_plans_are_equal_in_every_process() -> None:
+    code = (
+        "import torch, dni_fx; from tests.plans.searches import Towers, X;"
+        "torch.manual_seed(3);"
+        "print(dni_fx.plan_cuts(Towers(), (torch.randn(6, 8),), stages=3, "
+        "costs='analytic').to_json())"
+    )
+    texts = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={"PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in ("0", "1", "2")
+    }
+    assert len(texts) == 1
+
+
+def test_given_costs_of_a_module_are_spread_over_its_nodes() -> None:
+    found = plan(
+        Towers(), stages=2, costs={"left": 4.0, "right": 4.0}, gradients="zero", bandwidth=1e12
+    )
+    assert [round(s.cost.forward + s.cost.backward, 3) for s in found.stages if s.cost] == [
+        4.0,
+        4.0,
+    ]
+    pairs = plan(chain(2), stages=2, costs={"0": (1.0, 2.0), "1": (1.0, 2.0)}, gradients="zero")
+    assert [(s.cost.forward, s.cost.backward) for s in pairs.stages if s.cost] == [(1.0, 2.0)] * 2
+
+
+def test_learnability_sees_where_gradients_can_be_explained() -> None:
+    """Before the head a linear source with labels explains nearly all; through random signs it
+    cannot.
+    """
+
+    class Scrambled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inp, self.mid, self.last, self.head = (nn.Linear(8, 8) for _ in range(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.inp(x)
+            h = torch.sin(50 * self.mid(h))
+            return self.head(self.last(h))
+
+    torch.manual_seed(0)
+    batches = [(torch.randn(64, 8), torch.randint(8, (64,))) for _ in range(8)]
+    options: dict[str, Any] = {
+        "stages": 2, "objective": "learnability", "batches": batches, "context": dni_fx.one_hot(8),
+        "loss": lambda o, t: F.mse_loss(o, F.one_hot(t, 8).float()), "gradients": "linear",
+        "costs": dict.fromkeys(("inp", "mid", "last", "head"), 1.0),
+    }  # fmt: skip
+    model = Scrambled()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    found = dni_fx.plan_cuts(model, (batches[0][0],), **options)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    (share,) = search_of(found).explained.values()
+    assert share > 0.5
+    assert "explains" in next(iter(search_of(found).reasons.values()))
+    nothing = dni_fx.plan_cuts(model, (batches[0][0],), **{**options, "gradients": "zero"})
+    assert list(search_of(nothing).explained.values()) == [0.0]
+
+
+def test_learnability_needs_batches_to_judge_by() -> None:
+    with pytest.raises(DecouplingError, match="two batches"):
+        plan(chain(), stages=2, objective="learnability", batches=[(X, X)], loss=F.mse_loss)

@@ -1,0 +1,1 @@
+"""Reports: comparisons, verdicts, histories, pictures."""

@@ -1,0 +1,57 @@
+"""Sources of every kind alone, fed by hand."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dni_fx.plan import TensorSpec
+from dni_fx.sources import GradientSource
+
+KINDS = {
+    "vector": ((4, 6), -1),
+    "flat map": ((4, 6), 1),
+    "tokens": ((4, 5, 6), -1),
+    "channels last": ((4, 5, 3, 6), -1),
+    "map1d": ((4, 6, 5), 1),
+    "map2d": ((4, 6, 5, 3), 1),
+    "map3d": ((4, 6, 3, 2, 3), 1),
+    "one feature": ((4,), -1),
+    "scalar": ((), -1),
+}
+
+
+MAPS = ["map1d", "map2d", "map3d"]
+
+
+LABELS = torch.tensor([0, 2, 1, 2])
+
+
+CASES = [(name, kind) for name in ("linear", "mlp", "auto") for kind in KINDS] + [
+    ("conv", kind) for kind in MAPS
+]
+
+
+def spec_of(kind: str, dtype: torch.dtype = torch.float32) -> TensorSpec:
+    shape, feature_dim = KINDS[kind]
+    return TensorSpec(shape, dtype, feature_dim)
+
+
+def random_tensor(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
+
+
+def train(
+    source: GradientSource, values, labels, targets, steps: int = 3, lr: float = 0.1
+) -> list[float]:
+    optimizer = torch.optim.SGD(source.parameters(), lr=lr)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = source.fit(source(values, labels), targets)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses

@@ -1,0 +1,177 @@
+"""Bad windows, states, models and options: one error, nothing changed."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dni_fx.errors import DecouplingError, NonFiniteError
+from dni_fx.recurrent import decouple_through_time
+
+from .kit import LSTMStep, Nested, nested_start, ready, sequence, trainer, unchanged
+
+
+def test_bad_windows() -> None:
+    made, x, y = ready()
+    unchanged(made, lambda: made.step(x[:5], target=y[:5]), "5 time steps.*window=3")
+    unchanged(
+        made,
+        lambda: made.step(x[:3, :2], target=y[:3, :2]),
+        r"batch of 2|batch 2 needs \(1, 2, 2\)",
+    )
+    unchanged(made, lambda: made.step(x[:0], target=y[:0]), "is empty")
+    unchanged(made, lambda: made.step(x[0, 0], target=y[0, 0]), "must be a tensor")
+    unchanged(made, lambda: made.step("x"), "must be a tensor")
+    made.step(x[:3], target=y[:3], done=True)
+    made.step(x[:3, :2], target=y[:3, :2])  # where all have ended the batch may change
+    made.reset()
+    made.step(x[:2, :3], target=y[:2, :3])
+
+
+@pytest.mark.parametrize(
+    "done",
+    [
+        torch.zeros(3, dtype=torch.bool),
+        torch.zeros(4, 1, dtype=torch.bool),
+        torch.zeros(4),
+        [True] * 4,
+        1,
+    ],
+)
+def test_bad_done(done: Any) -> None:
+    made, x, y = ready()
+    unchanged(
+        made, lambda: made.step(x[:3], target=y[:3], done=done), r"done must be .* shape \(4,\)"
+    )
+
+
+def test_bad_states() -> None:
+    made, x, y = ready()
+    good = made.state
+    unchanged(
+        made,
+        lambda: made.step(x[:3], (good, good), target=y[:3]),
+        "state of a GRU must be one tensor",
+    )
+    unchanged(made, lambda: made.step(x[:3], good[:, :2], target=y[:3]), r"needs \(1, 4, 2\)")
+    unchanged(made, lambda: made.step(x[:3], good.float(), target=y[:3]), "float32")
+
+    nested = trainer(Nested().double(), {}, initial_state=nested_start)
+    nested.step(x[:3], target=y[:3])
+    state = dict(nested.state)
+    del state["time"]
+    unchanged(nested, lambda: nested.step(x[:3], state, target=y[:3]), "another structure")
+
+
+def test_a_state_that_changes_in_the_window() -> None:
+    class Grows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+            return self.layer(x), (state[0], self.layer(x))
+
+    start = lambda batch: (torch.zeros(batch, 2),)  # noqa: E731
+    made = trainer(Grows(), {}, initial_state=start)
+    with pytest.raises(DecouplingError, match="another structure"):
+        made.step(torch.randn(3, 4, 3), target=torch.randn(3, 4, 2))
+
+    class Widens(Grows):
+        def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+            return self.layer(x), (torch.cat((state[0], state[0]), 1),)
+
+    made = trainer(Widens(), {}, initial_state=start)
+    with pytest.raises(DecouplingError, match="'0' of the state changes in a window"):
+        made.step(torch.randn(3, 4, 3), target=torch.randn(3, 4, 2))
+
+
+@pytest.mark.parametrize(
+    ("build", "match"),
+    [
+        (lambda: nn.LSTM(3, 2, bidirectional=True), "bidirectional"),
+        (lambda: nn.Linear(3, 2), "holds no nn.LSTM"),
+        (lambda: nn.Sequential(nn.Linear(3, 2), nn.ReLU()), "holds no nn.LSTM"),
+    ],
+)
+def test_models_that_cannot_be_carried(build: Callable[[], nn.Module], match: str) -> None:
+    with pytest.raises(DecouplingError, match=match):
+        trainer(build(), {})
+
+
+def test_models_whose_start_is_unknown() -> None:
+    made = trainer(Nested().double(), {})
+    with pytest.raises(DecouplingError, match="initial_state="):
+        made.step(sequence()[0][:3])
+
+    class Ones(LSTMStep):
+        def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+            return super().forward(x, (torch.ones(len(x), 5),) * 2 if state is None else state)
+
+    with pytest.raises(DecouplingError, match="does not start from zeros"):
+        trainer(Ones(), {}).step(torch.randn(3, 4, 3))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"window": 0}, "window=0"),
+        ({"window": 2.0}, "window=2.0"),
+        ({"factor": -1}, "factor=-1"),
+        ({"gradients": "critic", "context": lambda y: y[0]}, "cannot serve the state"),
+        ({"gradients": "delayed"}, "cannot serve the state"),
+        ({"gradients": "linaer"}, "linear"),
+        ({"gradients": {"next_hiden": "zero"}}, "next_hidden"),
+        ({"cuts": ["layer_7"]}, "layer_7"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], match: str) -> None:
+    options = {
+        "window": 3,
+        "loss": F.mse_loss,
+        "optimizer": lambda p: torch.optim.SGD(p, 0.1),
+        **options,
+    }
+    x, y = sequence()
+    with pytest.raises(DecouplingError, match=match):
+        decouple_through_time(nn.GRU(3, 2, 2).double(), **options).step(x[:3], target=y[:3])
+
+
+def test_nan_is_caught_before_anything_is_updated() -> None:
+    made, x, y = ready()
+    bad = x[3:6].clone()
+    bad[1, 2, 0] = torch.nan
+    unchanged(made, lambda: made.step(bad, target=y[3:6]), "is NaN", NonFiniteError)
+    made.step(x[3:6], target=y[3:6])
+
+
+def test_what_only_whole_sequences_tell_is_refused() -> None:
+    made, x, y = ready()
+    for tell in (made.true_gradients, made.diagnose, made.diagnose_parameters):
+        with pytest.raises(DecouplingError, match="all windows after it"):
+            tell(x, target=y)
+
+
+def test_nothing_of_a_window_outlives_the_next() -> None:
+    """As many tensors are alive after a long sequence as after a short one."""
+
+    def alive() -> int:
+        gc.collect()
+        return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
+
+    made = trainer(
+        nn.LSTM(3, 2), {}
+    )  # the source's hidden layer is what once kept its own graph alive
+    x, y = (t.float() for t in sequence(length=3))
+    for _ in range(5):
+        made.step(x, target=y)
+    before = alive()
+    for _ in range(20):
+        made.step(x, target=y)
+    assert alive() <= before
