@@ -38,6 +38,11 @@ class Desk:
         self.steps = steps
         self.draining = False
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether every batch is finished, and everything that was sent is answered."""
+        return self.inbox.is_empty and self.outbox.is_empty and not self.ledger.pending
+
     def check(self) -> None:
         """What always holds of the three books.
 

@@ -52,8 +52,8 @@ class Outbox:
 
     @property
     def is_empty(self) -> bool:
-        """Whether everything that was sent is answered."""
-        return not any(self.under_way.values())
+        """Whether everything that was sent is answered, and nothing waits for room."""
+        return not any(self.under_way.values()) and not any(self._backlog.values())
 
     def count(self) -> dict[int, int]:
         """By consumer, how many values are under way or wait for room."""
@@ -128,6 +128,11 @@ class Inbox:
         """
         assert all(step >= steps for _, step in self._ahead), "values of batches that are begun"
         assert all(step >= steps for step in self._early), "answers about batches that are begun"
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing came before its batch."""
+        return not self._ahead and not self._early
 
     def value(self, producer: int) -> Letter | None:
         """The oldest message with values, left where it is."""

@@ -51,6 +51,7 @@ class Trainer(Measures):
         optimizers: by stage name, for learning-rate schedulers.
         synthesizer_optimizers: by interface name, that of a synthetic input by ``name@input``.
         steps: number of steps made.
+        threads: the stages at work, with ``schedules.Threads``; None before the first step.
 
     Raises:
         DecouplingError: arguments of the wrong kind.
@@ -79,7 +80,7 @@ class Trainer(Measures):
         )
         self.schedule = make_schedule(schedule)
         self._in_turn = InTurn(decoupled, self.optimizing, self.metrics, accumulate)
-        self._threads: OnThreads | None = None
+        self.threads: OnThreads | None = None
         self._settings = Settings(decoupled, self.objective)
         if decoupled.is_traced:
             self._make_optimizers()
@@ -141,11 +142,16 @@ class Trainer(Measures):
         values = self.decoupled.bind(*args, **kwargs)
         self._make_optimizers()
         try:
-            if self._threads is None:
-                self._threads = OnThreads(
-                    self.decoupled, self.objective, self.optimizing, self.metrics, schedule.flow
+            if self.threads is None:
+                self.threads = OnThreads(
+                    self.decoupled,
+                    self.objective,
+                    self.optimizing,
+                    self.metrics,
+                    schedule.flow,
+                    self.steps,
                 )
-            threads, team = self._threads, self._threads.team
+            threads, team = self.threads, self.threads.team
             threads.submit(team.make_jobs(self.steps, self._mode(), values, target))
             self.metrics.requested = False
             self.steps += 1
@@ -158,7 +164,7 @@ class Trainer(Measures):
         """End the threads of ``schedules.Threads``, without waiting for batches that are under way;
         else do nothing.
         """
-        threads, self._threads = self._threads, None
+        threads, self.threads = self.threads, None
         if threads is not None:
             threads.close()
 
@@ -173,17 +179,22 @@ class Trainer(Measures):
         Raises:
             DecouplingError: a source waits for something that does not come.
         """
-        if self._threads is None:
+        if self.threads is None:
             return self._in_turn.drain(self.steps)
         try:
-            return self._threads.drain()
+            return self.threads.drain()
         except BaseException:
             self.close()
             raise
 
+    @property
+    def under_way(self) -> tuple[Batch, ...]:
+        """Batches that something is still expected for, oldest first."""
+        return tuple(self._in_turn.under_way)
+
     def finish_threads(self) -> None:
         """Wait until no thread works on the model."""
-        if self._threads is not None:
+        if self.threads is not None:
             self.drain()
 
     # ---- state -----------------------------------------------------------------------------------

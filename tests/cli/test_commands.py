@@ -229,7 +229,7 @@ def test_help_has_examples_that_parse(
     ]
     assert [line[0] for line in lines] == ["points", "plan", "plan", "demo"]
     for line in lines:
-        options, rest = cli.make_parser().parse_known_args(line)
+        options, rest = cli_options.make_parser().parse_known_args(line)
         assert rest == ([] if line[0] != "demo" else line[1:])
         assert options.command == line[0]
 

@@ -58,15 +58,15 @@ def test_what_is_under_way_is_finished_before_saving() -> None:
 def test_batches_are_let_go() -> None:
     trainer = trainer_of("delayed")
     train(trainer, 12)
-    assert len(trainer._under_way) == 3
+    assert len(trainer.under_way) == 3
 
 
 def test_stages_that_are_left_out_send_nothing() -> None:
     trainer = trainer_of(partial(Corrected, source="linear"), schedule=RandomUpdates(0.5, seed=3))
     train(trainer, 40)
-    assert len(trainer._under_way) <= 3
+    assert len(trainer.under_way) <= 3
     trainer.drain()
-    assert not trainer._under_way
+    assert not trainer.under_way
 
 
 def test_exact_steps_between_late_ones() -> None:
@@ -242,7 +242,7 @@ def test_waiting_for_the_error_some_steps() -> None:
 
     trainer = trainer_of(LateFeedback)
     train(trainer, 5)
-    assert len(trainer._under_way) == 2
+    assert len(trainer.under_way) == 2
     assert trainer.drain() == 2
 
 

@@ -72,8 +72,8 @@ def slow(name: str, seconds: float) -> nn.Module:
 
 def counts(trainer: dni_fx.Trainer) -> list[int]:
     """Updates of each stage."""
-    assert trainer._crew is not None
-    return [w.updates for w in trainer._crew.workers.values()]
+    assert trainer.threads is not None
+    return [w.learner.updates for w in trainer.threads.workers.values()]
 
 
 def run_script(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -125,7 +125,7 @@ def test_late_sources_learn_as_soon_as_the_answer_is_there(gradients: str) -> No
     model, want = (t.decoupled.model.state_dict() for t in (late, exact))
     if gradients == "delayed":
         assert largest_difference(model, want) < 1e-6
-    assert all(w.updates == 8 for w in late._crew.workers.values())  # type: ignore[union-attr]
+    assert all(w.learner.updates == 8 for w in late.threads.workers.values())  # type: ignore[union-attr]
 
 
 def test_reports_come_from_the_last_stage() -> None:
@@ -140,8 +140,8 @@ def test_reports_come_from_the_last_stage() -> None:
         trainer.step(x, target=y)
         want = sequential.step(x, target=y)
         trainer.drain()
-        assert trainer._crew is not None
-        got = trainer._crew.report(trainer.steps)
+        assert trainer.threads is not None
+        got = trainer.threads.team.report(trainer.steps)
         assert torch.equal(got.loss, want.loss)
         assert torch.equal(got.outputs, want.outputs)
         assert got.interfaces.keys() == want.interfaces.keys()
@@ -151,9 +151,9 @@ def test_metrics_are_requested_once() -> None:
     trainer = train(trainer_of(Threads(staleness=0), metrics_every=1000), 2)
     trainer.request_metrics()
     train(trainer, 1, 2)
-    before = dict(trainer._measured)
+    before = dict(trainer.metrics.found)
     train(trainer, 1, 3)
-    assert trainer._measured == before
+    assert trainer.metrics.found == before
 
 
 def test_going_on_after_close_and_resuming_are_the_same_run() -> None:

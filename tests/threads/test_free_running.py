@@ -31,7 +31,10 @@ def test_free_running_ends(gradients: str, inputs: str | None) -> None:
         train(trainer, 12)
         updates = counts(trainer)
         assert min(updates) >= 12 if gradients == "corrected" else updates == [12] * 4
-        assert all(not w.pending and not w.ahead for w in trainer._crew.workers.values())  # type: ignore[union-attr]
+        assert trainer.threads is not None
+        for worker in trainer.threads.workers.values():
+            worker.desk.check()
+            assert worker.desk.is_idle
         assert all(bool(p.isfinite().all()) for p in trainer.decoupled.parameters())
         trainer.close()
 
@@ -53,11 +56,10 @@ def test_dropping_ends(gradients: str, inputs: str | None) -> None:
         )
         train(trainer, 15, pause=0.002)
         train(trainer, 3, 15)
-        for worker in trainer._crew.workers.values():  # type: ignore[union-attr]
-            assert not worker.pending
-            assert not worker.ahead
-            assert not any(worker.under_way.values())
-            assert not any(worker.backlog.values())
+        assert trainer.threads is not None
+        for worker in trainer.threads.workers.values():
+            worker.desk.check()
+            assert worker.desk.is_idle
         trainer.close()
 
 
@@ -87,11 +89,11 @@ def test_the_queue_is_a_bound(queue: int, where: str) -> None:
 
     def watch() -> None:
         while not over.wait(0.0005):
-            crew = trainer._crew
+            crew = trainer.threads
             for worker in crew.workers.values() if crew else ():
-                seen.append(
-                    max([len(worker.pending), *(len(s) for s in list(worker.under_way.values()))])
-                )
+                desk = worker.desk
+                under_way = [len(s) for s in list(desk.outbox.under_way.values())]
+                seen.append(max([len(desk.ledger.pending), *under_way]))
                 seen.append(len(crew.mail.boxes.get(("job", -1, worker.index), ())))
 
     watcher = threading.Thread(target=watch)
@@ -128,7 +130,7 @@ def test_a_stage_that_waits_holds_the_others_back() -> None:
     trainer = trainer_of(Threads(queue=2), model=model)
     feeding = threading.Thread(target=train, args=(trainer, 20))
     feeding.start()
-    assert until(lambda: trainer._crew is not None and counts(trainer)[0] >= 2)
+    assert until(lambda: trainer.threads is not None and counts(trainer)[0] >= 2)
     time.sleep(0.2)
     held = counts(trainer)
     assert feeding.is_alive()
@@ -150,8 +152,8 @@ def test_a_stage_that_drops_holds_nobody_back() -> None:
     word.set()
     trainer.drain()
     assert 1 <= counts(trainer)[3] <= 2 + 1
-    assert trainer._crew is not None
-    assert trainer._crew.workers[3].missed == 20 - counts(trainer)[3]
+    assert trainer.threads is not None
+    assert trainer.threads.workers[3].missed == 20 - counts(trainer)[3]
 
 
 def test_synthetic_inputs_free_a_stage_from_one_before_it() -> None:

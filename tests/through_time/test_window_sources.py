@@ -60,7 +60,7 @@ def test_the_source_learns_the_boundary_gradient_of_a_fixed_model() -> None:
     for _ in range(400):
         made.step(x[:3], target=y[:3])
         report = made.step(x[3:], target=y[3:], done=False)
-        made._state, made._under_way = None, []
+        made.reset()
     assert report.interfaces["next_0"].cosine > 0.99
 
 
