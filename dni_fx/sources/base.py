@@ -192,15 +192,7 @@ class GradientSource(Declares, nn.Module):
         Counted on a copy without storage, so that nothing here changes; subclasses may know a
         formula.
         """
-        values = tuple(
-            torch.empty(spec.shape, dtype=spec.dtype, device="meta") for spec in self.specs
-        )
-        spec = self.context_spec
-        context = None if spec is None else torch.empty(spec.shape, dtype=spec.dtype, device="meta")
-        counter = FlopCounterMode(display=False)
-        with torch.no_grad(), counter:
-            copy.deepcopy(self).to("meta").predict(values, context)
-        return int(counter.get_total_flops())
+        return count_flops(self, self.specs, self.context_spec)
 
 
 SourceFactory = Callable[[Sequence[TensorSpec], TensorSpec | None], GradientSource]
@@ -244,6 +236,18 @@ def _described(found: Any) -> str:
         kinds = ", ".join(type(element).__name__ for element in found)
         return f"a {type(found).__name__}, {len(found)} of them: {kinds}"
     return repr(found)[:60]
+
+
+def count_flops(source: Any, specs: Sequence[TensorSpec], *context: TensorSpec | None) -> int:
+    """Multiply-adds x 2 of one ``predict``, on a copy without storage."""
+
+    def empty(spec: TensorSpec | None) -> Tensor | None:
+        return None if spec is None else torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        copy.deepcopy(source).to("meta").predict(tuple(map(empty, specs)), *map(empty, context))
+    return int(counter.get_total_flops())
 
 
 def message_kinds(source: GradientSource) -> tuple[str, ...]:

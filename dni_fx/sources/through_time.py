@@ -86,9 +86,8 @@ class AcrossTime(GradientSource):
         if isinstance(self.source, Traces):
             self.source.factor = self.factor
         self._dtype, self._latest = dtype, torch.zeros(())
-        self.teller = (
-            nn.Linear(sum(features), sum(features), dtype=dtype) if self.auxiliary else None
-        )
+        size = sum(features)
+        self.teller = nn.Linear(size, size, dtype=dtype) if self.auxiliary else None
 
     def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
         """``factor`` times the prediction, zero for samples whose sequence ends."""
@@ -133,9 +132,8 @@ class AcrossTime(GradientSource):
     def flops(self) -> int:
         """The other source's, and the auxiliary prediction's."""
         batch = self.specs[0].shape[self.specs[0].batch_dim]
-        return self.source.flops() + (
-            0 if self.teller is None else 2 * batch * self.teller.weight.numel()
-        )
+        told = 0 if self.teller is None else 2 * batch * self.teller.weight.numel()
+        return self.source.flops() + told
 
     def join(self, values: Sequence[Tensor]) -> Tensor:
         """All tensors of the state side by side, ``(batch, features)``."""
