@@ -202,31 +202,33 @@ def check_prediction(source: GradientSource, prediction: Any, values: Sequence[T
     """Compare what ``predict`` returned with the values that it was asked for.
 
     Raises:
-        DecouplingError: no prediction, not one gradient per value, or one of another shape, dtype
-            or device than its value.
+        DecouplingError: no prediction, not one gradient per value, or one of another shape or dtype
+            than its value.
     """
-    given = prediction.gradients if isinstance(prediction, Prediction) else ()
+    name = type(source).__name__
+    given: Any = prediction.gradients if isinstance(prediction, Prediction) else ()
     if given is None and not source.asks.early:
         return
-    tensors = isinstance(given, tuple) and all(isinstance(g, Tensor) for g in given)
-    if given is None or not tensors or len(given) != len(values):
-        found = _described(prediction)
-        if isinstance(prediction, Prediction):
-            found = f"Prediction({_described(given)})"
-        name = type(source).__name__
-        raise DecouplingError(
-            f"{name}.predict must return a Prediction with a tuple of one gradient per value "
-            f"({len(values)} here; None only from a source that waits), such as "
-            f"Prediction((gradient,)), but returned {found}"
-        )
-    for gradient, value in zip(given, values, strict=True):
-        got, wanted = [(tuple(t.shape), t.dtype, t.device) for t in (gradient, value)]
-        if got != wanted:
-            kind = "shape {}, {} on {}"
-            raise DecouplingError(
-                f"{type(source).__name__}.predict returned a gradient of {kind.format(*got)} for a "
-                f"value of {kind.format(*wanted)}: each must be like its value"
-            )
+    if isinstance(given, tuple) and len(given) == len(values):
+        for g, v in zip(given, values, strict=True):
+            if not isinstance(g, Tensor):
+                break
+            if g.shape != v.shape or g.dtype is not v.dtype:
+                raise DecouplingError(
+                    f"{name}.predict returned a gradient of shape {tuple(g.shape)}, {g.dtype} for "
+                    f"a value of shape {tuple(v.shape)}, {v.dtype}: each must have its value's "
+                    "shape, and be cast by .to(value.dtype) where that is another one"
+                )
+        else:
+            return
+    found = _described(prediction)
+    if isinstance(prediction, Prediction):
+        found = f"Prediction({_described(given)})"
+    raise DecouplingError(
+        f"{name}.predict must return a Prediction with a tuple of one gradient per value "
+        f"({len(values)} here; None only from a source that waits), such as "
+        f"Prediction((gradient,)), but returned {found}"
+    )
 
 
 def _described(found: Any) -> str:
