@@ -16,7 +16,7 @@ from .inputs import INPUTS, InputFactory, InputSource, make_input
 from .late import Corrected, Delayed, Feedback, Mix, mix
 from .making import SOURCES, make_source
 from .regression import MLP, Linear, Network, Regression
-from .through_time import AcrossTime
+from .through_time import AcrossTime, side_by_side
 from .traces import Traces
 
 __all__ = [
@@ -67,6 +67,7 @@ __all__ = [
     "mix",
     "one_hot",
     "serve",
+    "side_by_side",
     "try_predict",
 ]
 

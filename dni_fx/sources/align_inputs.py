@@ -27,9 +27,7 @@ class _Route:
     feature_dim: int | None  # None: all dimensions but the batch are positions
     sizes: tuple[int, ...]  # of its positions, in the example
     kept: bool = False  # resized to the value's positions; else averaged away
-    flat: tuple[
-        int, ...
-    ] = ()  # for vectors: what its positions are pooled to before they are flattened
+    flat: tuple[int, ...] = ()  # for vectors: what positions are pooled to, then flattened
 
     @property
     def embedded(self) -> bool:
@@ -102,19 +100,13 @@ class Lineup(nn.Module):
         kept.sort(key=lambda r: (r.sizes != self.sizes, len(r.sizes) != len(self.sizes)))
         self.reference = kept[0] if kept else None
         width = min(max(feature_count(shape, spec.feature_dim), 8), 128)
-        rows = {
-            str(r.index): nn.Embedding(buckets, width, dtype=dtype)
-            for r in self.routes
-            if r.embedded
-        }
+        ids = [str(r.index) for r in self.routes if r.embedded]
+        rows = {index: nn.Embedding(buckets, width, dtype=dtype) for index in ids}
         self.embeddings = nn.ModuleDict(rows)
         self.local, self.shared = len(self.sizes), 0  # numbers of features
         for r in self.routes:
-            features = (
-                width
-                if r.embedded
-                else feature_count(r.spec.shape, r.feature_dim) * math.prod(r.flat)
-            )
+            features = feature_count(r.spec.shape, r.feature_dim) * math.prod(r.flat)
+            features = width if r.embedded else features
             if self.sizes and not r.kept:
                 self.shared += features
             else:
@@ -134,14 +126,11 @@ class Lineup(nn.Module):
             )
         pairs = list(zip(self.routes, tensors, strict=True))
         if not self.sizes:
-            return torch.cat(
-                [_mean(x) if r.embedded else _resized(x, r.flat).flatten(1) for r, x in pairs], 1
-            ), None
+            flat = [_mean(x) if r.embedded else _resized(x, r.flat).flatten(1) for r, x in pairs]
+            return torch.cat(flat, 1), None
         sizes = next((self._sizes(r, x) for r, x in pairs if r is self.reference), self.sizes)
-        local = [
-            self._coordinates(sizes, tensors[0]),
-            *(_resized(x, sizes) for r, x in pairs if r.kept),
-        ]
+        local = [self._coordinates(sizes, tensors[0])]
+        local += [_resized(x, sizes) for r, x in pairs if r.kept]
         shared = [_mean(x) for r, x in pairs if not r.kept]
         return torch.cat(local, 1), torch.cat(shared, 1) if shared else None
 
@@ -149,10 +138,8 @@ class Lineup(nn.Module):
         shape, want = spec.shape, self.sizes
         if _kind(spec.dtype) == "ids":
             return _Route(index, spec, None, shape[1:], _lines_up(shape[1:], want))
-        bare = len(shape) > 1 and shape[1:] in {
-            want,
-            *(s.shape[1:] for s in used if _kind(s.dtype) == "ids"),
-        }
+        masked = {want, *(s.shape[1:] for s in used if _kind(s.dtype) == "ids")}
+        bare = len(shape) > 1 and shape[1:] in masked
         if len(shape) == len(want) + 1 and (self.space or len(want) > 1) and not bare:
             alone = not any(_kind(s.dtype) != "ids" and len(s.shape) == len(want) + 2 for s in used)
             bare = alone and all(a >= b for a, b in zip(shape[1:], want, strict=True))
@@ -163,9 +150,8 @@ class Lineup(nn.Module):
         if want:
             return _Route(index, spec, dim, sizes, _lines_up(sizes, want))
         shrink = min(1.0, (MOST / max(math.prod(shape[1:]), 1)) ** (1 / max(len(sizes), 1)))
-        return _Route(
-            index, spec, dim, sizes, False, tuple(max(1, int(n * shrink + 1e-9)) for n in sizes)
-        )
+        flat = tuple(max(1, int(n * shrink + 1e-9)) for n in sizes)
+        return _Route(index, spec, dim, sizes, flat=flat)
 
     def _feature_dim(self, spec: TensorSpec) -> int:
         """Of an input of the value's rank: what its spec says, unless sizes or the value speak for
@@ -179,9 +165,8 @@ class Lineup(nn.Module):
         sizes, others = (first, last) if dim == 1 else (last, first)
         if sizes == self.sizes or (len(spec.shape) == 3 and spec.feature_dim == 1):
             return dim
-        fits = all(
-            5 * a >= 4 * b for a, b in zip(sizes, self.sizes, strict=True)
-        )  # a class token may be added
+        # A class token may be added.
+        fits = all(5 * a >= 4 * b for a, b in zip(sizes, self.sizes, strict=True))
         better = not fits and all(a >= b for a, b in zip(others, self.sizes, strict=True))
         return -dim if others == self.sizes or better else dim
 
@@ -222,11 +207,8 @@ class Lineup(nn.Module):
         planes = []
         for dim, (now, then) in enumerate(zip(sizes, self.sizes, strict=True)):
             # A pixel stands for a share of its image, a time step for its number.
-            line = (
-                torch.arange(now, dtype=like.dtype, device=like.device)
-                * (2 / (now if self.space else then))
-                - 1
-            )
+            whole = now if self.space else then
+            line = torch.arange(now, dtype=like.dtype, device=like.device) * (2 / whole) - 1
             planes.append(line.view(-1, *(1,) * (len(sizes) - dim - 1)).expand(sizes))
         return torch.stack(planes).expand(like.shape[0], -1, *sizes)
 

@@ -131,46 +131,37 @@ class Asks:
 
 
 class _Flag:
-    """A flag of before, read from ``asks`` and written to it, of a class or of one source."""
+    """A flag of before, read from a field of ``asks`` and written to it, of a class or a source."""
+
+    def __init__(self, field: str) -> None:
+        self.field = field
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
     def __get__(self, source: Any, owner: type) -> Any:
         holder: Any = owner if source is None else source
-        asks: Asks = holder.asks
-        wait = holder._later if asks.wait is None else asks.wait
-        match self.name:
-            case "message":
-                return "+".join(asks.learns_from) or "none"
-            case "awaits":
-                return "+".join(wait.for_) or "none"
-            case "recompute" | "corrects":
-                return getattr(wait, self.name)
-        return getattr(asks, self.name)
+        asks = holder.asks
+        value = getattr(asks if hasattr(asks, self.field) else _wait_of(holder), self.field)
+        return ("+".join(value) or "none") if isinstance(value, tuple) else value
 
     def __set__(self, source: Any, value: Any) -> None:
         self.write(source, value)
 
     def write(self, holder: Any, value: Any) -> None:
         """Say the same in ``asks``; what a wait is like may be written before its lag."""
-        asks: Asks = holder.asks
-        match self.name:
-            case "message":
-                holder.asks = replace(asks, learns_from=self._kinds(holder, value))
-            case "exact":
-                holder.asks = replace(asks, exact=value)
-            case "lag" if value is None:
-                holder.asks = replace(asks, wait=None)
-            case "lag":
-                holder.asks = replace(asks, wait=replace(asks.wait or holder._later, lag=value))
-            case _:
-                changed: dict[str, Any] = {self.name: value}
-                if self.name == "awaits":
-                    changed = {"for_": self._kinds(holder, value)}
-                holder._later = replace(holder._later, **changed)
-                if asks.wait is not None:
-                    holder.asks = replace(asks, wait=replace(asks.wait, **changed))
+        if self.field in ("learns_from", "for_"):
+            value = self._kinds(holder, value)
+        change, wait = {self.field: value}, holder.asks.wait
+        if self.field in ("learns_from", "exact"):
+            holder.asks = replace(holder.asks, **change)
+            return
+        if self.field == "lag":
+            wait = None if value is None else replace(_wait_of(holder), lag=value)
+        else:
+            holder._later = replace(holder._later, **change)
+            wait = wait and replace(wait, **change)
+        holder.asks = replace(holder.asks, wait=wait)
 
     def _kinds(self, holder: Any, value: Any) -> tuple[str, ...]:
         kinds = () if value == "none" else tuple(str(value).split("+"))
@@ -181,6 +172,11 @@ class _Flag:
                 "'loss', 'logits' and 'error' those it asks for, in this order, joined by '+'"
             )
         return kinds
+
+
+def _wait_of(holder: Any) -> Any:
+    wait: Wait | None = holder.asks.wait
+    return holder._later if wait is None else wait
 
 
 class Declares:
@@ -197,12 +193,12 @@ class Declares:
     asks: Asks = Asks()
     _later: Wait = Wait(0)  # what a wait is like, should a lag be written
 
-    message: str = _Flag()  # type: ignore[assignment]
-    lag: int | None = _Flag()  # type: ignore[assignment]
-    awaits: str = _Flag()  # type: ignore[assignment]
-    recompute: bool = _Flag()  # type: ignore[assignment]
-    corrects: bool = _Flag()  # type: ignore[assignment]
-    exact: bool = _Flag()  # type: ignore[assignment]
+    message: str = _Flag("learns_from")  # type: ignore[assignment]
+    lag: int | None = _Flag("lag")  # type: ignore[assignment]
+    awaits: str = _Flag("for_")  # type: ignore[assignment]
+    recompute: bool = _Flag("recompute")  # type: ignore[assignment]
+    corrects: bool = _Flag("corrects")  # type: ignore[assignment]
+    exact: bool = _Flag("exact")  # type: ignore[assignment]
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

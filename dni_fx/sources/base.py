@@ -192,15 +192,7 @@ class GradientSource(Declares, nn.Module):
         Counted on a copy without storage, so that nothing here changes; subclasses may know a
         formula.
         """
-        values = tuple(
-            torch.empty(spec.shape, dtype=spec.dtype, device="meta") for spec in self.specs
-        )
-        spec = self.context_spec
-        context = None if spec is None else torch.empty(spec.shape, dtype=spec.dtype, device="meta")
-        counter = FlopCounterMode(display=False)
-        with torch.no_grad(), counter:
-            copy.deepcopy(self).to("meta").predict(values, context)
-        return int(counter.get_total_flops())
+        return count_flops(self, self.specs, self.context_spec)
 
 
 SourceFactory = Callable[[Sequence[TensorSpec], TensorSpec | None], GradientSource]
@@ -210,31 +202,33 @@ def check_prediction(source: GradientSource, prediction: Any, values: Sequence[T
     """Compare what ``predict`` returned with the values that it was asked for.
 
     Raises:
-        DecouplingError: no prediction, not one gradient per value, or one of another shape, dtype
-            or device than its value.
+        DecouplingError: no prediction, not one gradient per value, or one of another shape or dtype
+            than its value.
     """
-    given = prediction.gradients if isinstance(prediction, Prediction) else ()
+    name = type(source).__name__
+    given: Any = prediction.gradients if isinstance(prediction, Prediction) else ()
     if given is None and not source.asks.early:
         return
-    tensors = isinstance(given, tuple) and all(isinstance(g, Tensor) for g in given)
-    if given is None or not tensors or len(given) != len(values):
-        found = _described(prediction)
-        if isinstance(prediction, Prediction):
-            found = f"Prediction({_described(given)})"
-        name = type(source).__name__
-        raise DecouplingError(
-            f"{name}.predict must return a Prediction with a tuple of one gradient per value "
-            f"({len(values)} here; None only from a source that waits), such as "
-            f"Prediction((gradient,)), but returned {found}"
-        )
-    for gradient, value in zip(given, values, strict=True):
-        got, wanted = [(tuple(t.shape), t.dtype, t.device) for t in (gradient, value)]
-        if got != wanted:
-            kind = "shape {}, {} on {}"
-            raise DecouplingError(
-                f"{type(source).__name__}.predict returned a gradient of {kind.format(*got)} for a "
-                f"value of {kind.format(*wanted)}: each must be like its value"
-            )
+    if isinstance(given, tuple) and len(given) == len(values):
+        for g, v in zip(given, values, strict=True):
+            if not isinstance(g, Tensor):
+                break
+            if g.shape != v.shape or g.dtype is not v.dtype:
+                raise DecouplingError(
+                    f"{name}.predict returned a gradient of shape {tuple(g.shape)}, {g.dtype} for "
+                    f"a value of shape {tuple(v.shape)}, {v.dtype}: each must have its value's "
+                    "shape, and be cast by .to(value.dtype) where that is another one"
+                )
+        else:
+            return
+    found = _described(prediction)
+    if isinstance(prediction, Prediction):
+        found = f"Prediction({_described(given)})"
+    raise DecouplingError(
+        f"{name}.predict must return a Prediction with a tuple of one gradient per value "
+        f"({len(values)} here; None only from a source that waits), such as "
+        f"Prediction((gradient,)), but returned {found}"
+    )
 
 
 def _described(found: Any) -> str:
@@ -244,6 +238,18 @@ def _described(found: Any) -> str:
         kinds = ", ".join(type(element).__name__ for element in found)
         return f"a {type(found).__name__}, {len(found)} of them: {kinds}"
     return repr(found)[:60]
+
+
+def count_flops(source: Any, specs: Sequence[TensorSpec], *context: TensorSpec | None) -> int:
+    """Multiply-adds x 2 of one ``predict``, on a copy without storage."""
+
+    def empty(spec: TensorSpec | None) -> Tensor | None:
+        return None if spec is None else torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        copy.deepcopy(source).to("meta").predict(tuple(map(empty, specs)), *map(empty, context))
+    return int(counter.get_total_flops())
 
 
 def message_kinds(source: GradientSource) -> tuple[str, ...]:

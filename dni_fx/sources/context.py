@@ -48,20 +48,17 @@ class OneHot:
         labels give zeros.
         """
         if not isinstance(target, Tensor) or target.is_floating_point() or target.is_complex():
-            got = (
-                f"{target.dtype}, {tuple(target.shape)}"
-                if isinstance(target, Tensor)
-                else type(target).__name__
-            )
+            got = type(target).__name__
+            if isinstance(target, Tensor):
+                got = f"{target.dtype}, {tuple(target.shape)}"
             raise DecouplingError(
                 f"one_hot({self.classes}) needs a tensor of integer labels, but the target is "
                 f"{got}. Pass context=<callable> that turns your target into a float tensor "
                 "(batch, features)."
             )
         index = target.long()
-        if (
-            target.device.type == "cpu"
-        ):  # elsewhere looking at labels would wait for the device; scatter_ checks there
+        # Elsewhere looking at labels would wait for the device; scatter_ checks there.
+        if target.device.type == "cpu":
             with contextlib.suppress(RuntimeError):
                 return F.one_hot(index, self.classes).to(torch.get_default_dtype())
             if int(index.max()) >= self.classes:

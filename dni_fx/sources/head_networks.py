@@ -82,10 +82,8 @@ class Encoder(nn.Module):
                 "change. Decouple again for a new size."
             )
         lead = full[:1] + full[2:] if self.space else full[:-1]
-        if any(
-            have != want and 1 not in (have, want)
-            for have, want in zip(lead, context[:-1], strict=False)
-        ):
+        pairs = zip(lead, context[:-1], strict=False)
+        if any(have != want and 1 not in (have, want) for have, want in pairs):
             raise DecouplingError(
                 f"a context of shape {context} does not line up with a value of shape {shape} "
                 f"(features in dimension {self.feature_dim}): its sizes must match {lead} from the "
@@ -128,9 +126,8 @@ class RunningScale(Regression):
             )
         targets = tuple(target.detach().to(self.scale.dtype) for target in targets)
         self._update_scale(targets)
-        inverses = (
-            self.scale.reciprocal().nan_to_num(posinf=0.0).unbind()
-        )  # nothing to learn while there is no scale
+        # Nothing to learn while there is no scale.
+        inverses = self.scale.reciprocal().nan_to_num(posinf=0.0).unbind()
         errors = [
             F.mse_loss(gradient.to(target.dtype) * inverse, target * inverse)
             for gradient, target, inverse in zip(gradients, targets, inverses, strict=True)

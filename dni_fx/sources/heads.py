@@ -88,9 +88,8 @@ class LossHead(GradientSource):
     """
 
     create_graph: ClassVar[bool] = False  # of the gradients, to be fitted themselves
-    greedy: ClassVar[bool] = (
-        False  # the label loss is all that is learnt: one backward gives everything
-    )
+    # The label loss is all that is learnt: one backward gives everything.
+    greedy: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -125,9 +124,8 @@ class LossHead(GradientSource):
         for spec, encoder in zip(self.specs, encoders, strict=True):
             encoder.check(spec.shape, self.context_shape)
         self.encoders = nn.ModuleList(encoders)
-        self.output = nn.Linear(
-            sum(e.outputs for e in encoders), self.context_shape[-1], dtype=dtype
-        )
+        inputs = sum(e.outputs for e in encoders)
+        self.output = nn.Linear(inputs, self.context_shape[-1], dtype=dtype)
 
     def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
         """Gradients of the mean loss; ``state`` is an :class:`Evaluation`.
@@ -171,9 +169,8 @@ class LossHead(GradientSource):
     def logits(self, values: tuple[Tensor, ...], context: Tensor) -> Tensor:
         """Logits ``(batch, *positions, k)``, in the parameters' dtype."""
         shape = tuple(context.shape)
-        encoded = [
-            encoder(value, shape) for encoder, value in zip(self.encoders, values, strict=True)
-        ]
+        pairs = zip(self.encoders, values, strict=True)
+        encoded = [encoder(value, shape) for encoder, value in pairs]
         lead = torch.broadcast_shapes(shape[:-1], *(e.shape[:-1] for e in encoded))
         joined = encoded[0]
         if len(encoded) > 1:
@@ -381,11 +378,8 @@ class Distill(LossHead):
         if self.loss == "mse":
             distances = (own - target).square().mean(-1)
         else:
-            log_p, log_q = (
-                F.log_softmax(logits / self.temperature, -1) for logits in (own, target)
-            )
-            distances = self.temperature**2 * F.kl_div(
-                log_p, log_q, reduction="none", log_target=True
-            ).sum(-1)
+            log_p, log_q = [F.log_softmax(p / self.temperature, -1) for p in (own, target)]
+            kl = F.kl_div(log_p, log_q, reduction="none", log_target=True)
+            distances = self.temperature**2 * kl.sum(-1)
         loss: Tensor = (distances * prediction.state.weights).sum()
         return loss + self.labels * prediction.state.mean if self.labels else loss

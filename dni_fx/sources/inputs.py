@@ -8,7 +8,6 @@ whenever it arrives.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,12 +17,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import DecouplingError
 from ..plan import TensorSpec
 from .align_inputs import Lineup, feature_count
-from .base import wide_dtype
+from .base import count_flops, wide_dtype
 from .making import call_factory, find_factory
 from .regression import WINDOW, Affine, make_norms
 
@@ -74,13 +72,7 @@ class InputSource(nn.Module):
 
     def flops(self) -> int:
         """Floating-point operations (multiply-adds x 2) of one ``predict`` on the example batch."""
-        inputs = tuple(
-            torch.empty(spec.shape, dtype=spec.dtype, device="meta") for spec in self.input_specs
-        )
-        counter = FlopCounterMode(display=False)
-        with torch.no_grad(), counter:
-            copy.deepcopy(self).to("meta").predict(inputs)
-        return int(counter.get_total_flops())
+        return count_flops(self, self.input_specs)
 
 
 class InputRegression(InputSource):
@@ -184,9 +176,8 @@ class InputRegression(InputSource):
                 h = F.relu(self.norms[i - 1](h, 1 if space else -1) if self.norms else h)
             h = layer(h) if self.kernel else layer(h, None if i else shared, space)
         output = h if h.dim() == len(self.spec.shape) else h.squeeze(1)
-        return InputPrediction(
-            (output.detach().to(self.scale.dtype) * self.scale).to(self.kind.dtype), output
-        )
+        value = output.detach().to(self.scale.dtype) * self.scale
+        return InputPrediction(value.to(self.kind.dtype), output)
 
     def fit(self, prediction: InputPrediction, real: Tensor) -> Tensor:
         """Mean squared error in units of the running scale, which is updated first.
@@ -203,11 +194,8 @@ class InputRegression(InputSource):
             )
         real = real.detach().to(self.scale.dtype)
         # As in Regression: zero and non-finite values leave the scale as it was.
-        square = (
-            (torch.linalg.vector_norm(real) / math.sqrt(real.numel()))
-            .square()
-            .nan_to_num(0.0, posinf=0.0)
-        )
+        norm = torch.linalg.vector_norm(real) / math.sqrt(real.numel())
+        square = norm.square().nan_to_num(0.0, posinf=0.0)
         known = square > 0
         self.count.add_(known).clamp_(max=WINDOW)
         self.scale.copy_(self.scale.square().lerp_(square, known / self.count.clamp(min=1)).sqrt_())

@@ -244,10 +244,8 @@ class Feedback(GradientSource):
         self.outputs = outputs
         for index, spec in enumerate(self.specs):
             elements = max(math.prod(spec.shape[1:]), 1)
-            matrix = torch.randn(outputs, elements, generator=generator, device="cpu") * (
-                scale / math.sqrt(elements)
-            )
-            self.register_buffer(f"matrix_{index}", matrix)
+            drawn = torch.randn(outputs, elements, generator=generator, device="cpu")
+            self.register_buffer(f"matrix_{index}", drawn * (scale / math.sqrt(elements)))
 
     def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
         """Nothing yet; the values are kept for their shapes."""
@@ -265,11 +263,8 @@ class Feedback(GradientSource):
         for index, value in enumerate(prediction.state):
             matrix: Tensor = getattr(self, f"matrix_{index}")
             elements = value.numel() // value.shape[0] if value.dim() else 1
-            if (
-                error.shape[1] != matrix.shape[0]
-                or elements != matrix.shape[1]
-                or len(error) != len(value)
-            ):
+            fits = (error.shape[1], elements) == tuple(matrix.shape)
+            if not fits or len(error) != len(value):
                 raise DecouplingError(
                     f"'feedback' was made for {matrix.shape[0]} outputs and {matrix.shape[1]} "
                     f"elements a sample, but the output has shape {tuple(awaited[0].shape)} and "

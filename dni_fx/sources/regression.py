@@ -259,9 +259,8 @@ class Regression(GradientSource):
         Raises:
             DecouplingError: a value or the context is not of the kind that the source was made for.
         """
-        outputs = [
-            network(value, context) for network, value in zip(self.networks, values, strict=True)
-        ]
+        pairs = zip(self.networks, values, strict=True)
+        outputs = [network(value, context) for network, value in pairs]
         gradients = [
             like(output.detach().to(scale.dtype) * scale, value)
             for output, scale, value in zip(outputs, self.scale, values, strict=True)
@@ -300,10 +299,8 @@ class Regression(GradientSource):
         # Few and small tensor operations: reading a number back would make the host wait for the
         # device.
         scale, count = self.scale, self.count
-        norms = torch.stack(
-            [torch.linalg.vector_norm(target) / math.sqrt(target.numel()) for target in targets]
-        )
-        square = norms.square_().nan_to_num_(0.0, posinf=0.0)
+        norms = [torch.linalg.vector_norm(t) / math.sqrt(t.numel()) for t in targets]
+        square = torch.stack(norms).square_().nan_to_num_(0.0, posinf=0.0)
         known = square > 0
         count.add_(known).clamp_(max=WINDOW)
         scale.copy_(scale.square().lerp_(square, known / count.clamp(min=1)).sqrt_())

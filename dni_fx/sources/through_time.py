@@ -20,6 +20,19 @@ from .regression import MLP
 from .traces import Traces
 
 
+def side_by_side(values: Sequence[Tensor], specs: Sequence[TensorSpec]) -> Tensor:
+    """All tensors of a state as one, ``(batch, features)``, in a dtype that holds each of them."""
+    parts = [
+        value.movedim(spec.batch_dim, 0).flatten(1) if value.dim() > 1 else value[:, None]
+        for value, spec in zip(values, specs, strict=True)
+    ]
+    return torch.cat([part.to(_common_dtype(specs)) for part in parts], 1)
+
+
+def _common_dtype(specs: Sequence[TensorSpec]) -> torch.dtype:
+    return reduce(torch.promote_types, [spec.dtype for spec in specs])
+
+
 class AcrossTime(GradientSource):
     r"""Predicts what the rest of a sequence would send back to the state at the end of a window.
 
@@ -64,7 +77,7 @@ class AcrossTime(GradientSource):
 
         batch = {spec.shape[spec.batch_dim] for spec in self.specs}
         features = [math.prod(spec.shape) // spec.shape[spec.batch_dim] for spec in self.specs]
-        dtype = reduce(torch.promote_types, [spec.dtype for spec in self.specs])
+        dtype = _common_dtype(self.specs)
         joined = TensorSpec((batch.pop(), sum(features)), dtype)
         if source == "auto":
             source = partial(MLP, hidden=1, width=max(sum(features), 64), norm="batch")
@@ -85,10 +98,9 @@ class AcrossTime(GradientSource):
         self.asks = Asks(learns_from=heard, ends=True, jacobian=asked.jacobian)
         if isinstance(self.source, Traces):
             self.source.factor = self.factor
-        self._dtype, self._latest = dtype, torch.zeros(())
-        self.teller = (
-            nn.Linear(sum(features), sum(features), dtype=dtype) if self.auxiliary else None
-        )
+        self._latest = torch.zeros(())
+        size = sum(features)
+        self.teller = nn.Linear(size, size, dtype=dtype) if self.auxiliary else None
 
     def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
         """``factor`` times the prediction, zero for samples whose sequence ends."""
@@ -133,17 +145,12 @@ class AcrossTime(GradientSource):
     def flops(self) -> int:
         """The other source's, and the auxiliary prediction's."""
         batch = self.specs[0].shape[self.specs[0].batch_dim]
-        return self.source.flops() + (
-            0 if self.teller is None else 2 * batch * self.teller.weight.numel()
-        )
+        told = 0 if self.teller is None else 2 * batch * self.teller.weight.numel()
+        return self.source.flops() + told
 
     def join(self, values: Sequence[Tensor]) -> Tensor:
         """All tensors of the state side by side, ``(batch, features)``."""
-        parts = [
-            value.movedim(spec.batch_dim, 0).flatten(1) if value.dim() > 1 else value[:, None]
-            for value, spec in zip(values, self.specs, strict=True)
-        ]
-        return torch.cat([part.to(self._dtype) for part in parts], 1)
+        return side_by_side(values, self.specs)
 
     def _part(self, joined: Tensor, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
         found, first = [], 0

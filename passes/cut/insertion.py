@@ -187,7 +187,7 @@ def make_sources(
         except DecouplingError as error:
             raise type(error)(f"interface {', '.join(map(repr, names))}: {error}") from error
         sources.update(dict.fromkeys(names, source.to(devices[names[0]])))
-    if len({sources[i.name].exact for i in interfaces if not i.leaves}) > 1:
+    if len({sources[i.name].asks.exact for i in interfaces if not i.leaves}) > 1:
         raise DecouplingError(
             "'exact' waits for the true gradient of every stage: pass gradients='exact' for the "
             "whole model"
