@@ -14,7 +14,6 @@ from ..reports.steps import StepReport
 from ..runtime import trainer as training
 from ..runtime.emitted import detached, keep_modes
 from ..schedules import Threads
-from .heartbeat import Pulse
 from .limits import Flow
 from .mailbox import Address, Mail, ParallelError
 from .peers import Peers
@@ -58,7 +57,6 @@ class Process(training.Trainer):
         self.mail = Mail(1.5 * self.timeout)  # that a process hangs is known before, and by name
         self._places: Places | None = None
         self.links: Links | None = None
-        self._pulse: Pulse | None = None
         self._team: RankCrew | None = None
         self._evaluations = 0
         super().__init__(decoupled, loss, **options)
@@ -148,6 +146,7 @@ class Process(training.Trainer):
                 "share() makes rank 0 wait for the slowest process: read the data in every process"
             )
         self.connect()
+        self.mail.check()
         if self.links is None:
             return iter(batches)
         return share_batches(batches, self.mail, self.links, self.peers, 2 * self.flow.queue)
@@ -161,10 +160,8 @@ class Process(training.Trainer):
             self._agree()
             self._team = RankCrew(self, self.places, self.peers, self.mail, self.flow)
             if self.peers.world > 1:
-                self.links = Links(self.mail, self.places, self.peers.group, self.timeout)
-                self._pulse = Pulse(
-                    self.mail, self.links.name, self.peers.rank, self.peers.world, self.timeout
-                )
+                group = self.peers.group
+                self.links = Links(self.mail, self.places, group, self.timeout, owner=self)
         return self._team
 
     def _agree(self) -> None:
@@ -183,20 +180,18 @@ class Process(training.Trainer):
 
     def close(self) -> None:
         """See :meth:`dni_fx.distributed.Trainer.close`."""
-        try:
-            if self.links is not None and self.mail.failure is None:
-                self.links.close()
-        finally:
-            if self._pulse is not None:
-                self._pulse.stop()
-            self.links = self._pulse = None
-        self.mail.fail(ParallelError("the trainer was closed: make another one to go on"))
+        closed = ParallelError("the trainer was closed: make another one to go on")
+        if self.mail.failure is not None:
+            self.tell(closed)
+        elif self.links is not None:
+            self.links.close()
+        self.mail.fail(closed)
 
     def tell(self, error: BaseException) -> None:
-        """Whoever waits for this process learns why it ends."""
-        if self.links is not None and self.mail.failure is None:
+        """This process ends its part, and whoever waits for it learns why."""
+        if self.links is not None:
             self.mail.fail(error)
-            self.links.fail(f"{type(error).__name__}: {error}")
+            self.links.leave(f"{type(error).__name__}: {error}")
 
     @contextlib.contextmanager
     def _telling(self) -> Iterator[None]:
