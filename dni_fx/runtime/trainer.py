@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -17,7 +16,7 @@ from ..diagnostics import Diagnosis
 from ..errors import DecouplingError, NonFiniteError
 from ..graphs.nested import map_tensors, unpack_batch
 from ..parallel.executors import ThreadCrew
-from ..passes.trace.state import restored
+from ..passes.trace.state import restored, rng_state, set_rng_state
 from ..reports.steps import InterfaceReport, StepReport, compare
 from ..schedules import Mode, Schedule, Threads, make_schedule
 from .emitted import all_finite, evaluate, keep_modes
@@ -447,11 +446,7 @@ class Trainer:
             },
             "gradients": gradients if self.steps % self.accumulate else {},
             "steps": self.steps,
-            "rng": {
-                "torch": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-                "python": random.getstate(),
-            },
+            "rng": rng_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -506,11 +501,7 @@ class Trainer:
             parameter.grad = state["gradients"].get(name)
         self.steps = state["steps"]
         self._under_way = []
-        torch.set_rng_state(state["rng"]["torch"].cpu())
-        if state["rng"]["cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all([s.cpu() for s in state["rng"]["cuda"]])
-        version, internal, gauss = state["rng"]["python"]
-        random.setstate((version, tuple(internal), gauss))
+        set_rng_state(state["rng"])
 
     # ---- parts -----------------------------------------------------------------------------------
 
