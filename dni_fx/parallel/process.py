@@ -16,10 +16,12 @@ from ..runtime.emitted import detached, keep_modes
 from ..schedules import Threads
 from .limits import Flow
 from .mailbox import Address, Mail, ParallelError
+from .monitoring import Stopwatch
 from .peers import Peers
 from .placement import Placement, Places
 from .sharing import RankCrew, find_places, share_batches
 from .streams import Links
+from .worker import StageWorker
 
 EVALUATION = "evaluation"
 
@@ -73,9 +75,20 @@ class Process(training.Trainer):
         return self._places
 
     @property
-    def workers(self) -> Mapping[int, Any]:
+    def workers(self) -> Mapping[int, StageWorker]:
         """The stages here at work, by index; none before the first step."""
         return {} if self._team is None else self._team.workers
+
+    def watches(self) -> list[Stopwatch]:
+        """Of the stages here."""
+        return [worker.watch for worker in self.workers.values()]
+
+    def status_rows(self) -> list[dict[str, Any]]:
+        """How the stages here are doing, as :class:`Status` takes it."""
+        return [
+            w.status() | {"rank": self.peers.rank, "rate": w.watch.rate(w.begun)}
+            for w in self.workers.values()
+        ]
 
     def parameters_of(self, index: int) -> training.NamedParameters:
         """The parameters that the optimiser of a stage here trains."""

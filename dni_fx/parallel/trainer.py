@@ -45,9 +45,8 @@ class Trainer:
         loss, optimizer, synthesizer_optimizer, clip_norm, accumulate, metrics_every: as for
         :class:`dni_fx.Trainer`. schedule: what each step does; all processes follow the same.
         placement: a rank for every stage, in order or by name; several ranks share a stage's
-        batches, each working on
-            its rows (with a fixed staleness only, and gradients summed over them). By default as
-            many stages, in order, on each rank.
+            batches, each working on its rows (with a fixed staleness only, and gradients summed
+            over them). By default as many stages, in order, on each rank.
         queue: how many values of a stage may be under way to another stage, not answered yet.
         policy: what a stage does where so many are: ``"wait"``, or go on and ``"drop_oldest"``; see
             :class:`Flow`.
@@ -63,8 +62,7 @@ class Trainer:
 
     Attributes:
         decoupled: the model.
-        optimizers: by stage name, of the stages here.
-        synthesizer_optimizers: by interface name, of the sources here.
+        optimizers, synthesizer_optimizers: of the stages here, by stage and by interface name.
         rank, world: this process's number, and how many there are.
 
     Raises:
@@ -116,8 +114,6 @@ class Trainer:
         """Number of steps made."""
         return self._process.steps
 
-    # ---- steps -----------------------------------------------------------------------------------
-
     def step(self, *args: Any, target: Any = None, **kwargs: Any) -> StepReport:
         """One batch through this process's stages; the same batch in every process.
 
@@ -138,29 +134,9 @@ class Trainer:
         """
         return self._process.step(*args, target=target, **kwargs)
 
-    def fit(
-        self,
-        loader: Iterable[Any],
-        epochs: int = 1,
-        *,
-        progress: bool = True,
-        unpack: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any], Any]] | None = None,
-        on_step: Callable[[StepReport], None] | None = None,
-    ) -> StepReport | None:
-        """Train over a loader with a progress bar.
-
-        Args:
-            loader: gives batches ``(input, ..., target)``, or dicts with ``"target"`` or
-                ``"labels"`` beside the model's keyword inputs.
-            epochs: how often to go through it.
-            progress: whether to show a bar.
-            unpack: turns a batch of another form into ``(args, kwargs, target)``.
-            on_step: called with each report, for learning-rate schedulers and logs.
-
-        Returns:
-            The last report; None if the loader was empty.
-        """
-        return self._process.fit(loader, epochs, progress=progress, unpack=unpack, on_step=on_step)
+    def fit(self, loader: Iterable[Any], epochs: int = 1, **options: Any) -> StepReport | None:
+        """Train over a loader in every process; as :meth:`dni_fx.Trainer.fit`, options included."""
+        return self._process.fit(loader, epochs, **options)
 
     def request_metrics(self) -> None:
         """Compare predictions with their targets at the next step, too."""
@@ -179,8 +155,7 @@ class Trainer:
         return self._process.drain()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's output, stage by stage on real values, without gradients and in the model's
-        mode of now.
+        """The model's output, stage by stage on real values, without gradients, in its mode of now.
 
         To be called in every process with the same inputs; nothing needs to be gathered.
 
@@ -189,29 +164,24 @@ class Trainer:
             **kwargs: keyword inputs of the model.
 
         Returns:
-            The output where the last stage is, of the rows that this process works on; None
-            elsewhere.
+            The output where the last stage is, of this process's rows; None elsewhere.
         """
         return self._process.evaluate(args, kwargs)
 
     def share(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Rank 0's batches, in every process, for data that only rank 0 can read; to be iterated
-        everywhere.
+        """Rank 0's batches, for data that only rank 0 can read; to be iterated in every process.
 
         Args:
             batches: of any nesting; what other ranks pass is not looked at. Tensors arrive on the
                 CPU, or on the device of the same kind.
 
         Raises:
-            DecouplingError: the policy is ``"drop_oldest"``: rank 0 would have to wait for the
-                slowest process.
+            DecouplingError: the policy is ``"drop_oldest"``: rank 0 would wait for the slowest.
         """
         return self._process.share(batches)
 
     def close(self) -> None:
-        """Finish what is under way, and wait for the other processes to close, too; to be called in
-        every process.
-        """
+        """Finish what is under way, and wait for all others to close; in every process."""
         if self._process.mail.failure is None:
             self.drain()
             self._checkpoints.wait()
@@ -226,23 +196,20 @@ class Trainer:
         else:
             self._process.tell(error)
 
-    # ---- the whole model -------------------------------------------------------------------------
-
     def gather(self) -> dict[str, Any]:
-        """Bring every stage's parameters and buffers into this process's model; to be called in
-        every process.
+        """Bring all parameters and buffers into this process's model; called in every process.
 
         Returns:
             ``model.state_dict()``, under the model's own names, complete.
         """
         self.drain()
-        self._process.connect()
-        gather_model(self.decoupled, self._process.places, self._peers)
+        if self.world > 1:
+            self._process.connect()
+            gather_model(self.decoupled, self._process.places, self._peers)
         return self.decoupled.model.state_dict()
 
     def mean(self, value: float, weight: float = 1.0) -> float:
-        """The mean of a number over the processes that have one; to be called in every process,
-        outside the hot loop.
+        """The mean over the processes that have a number; called in all, outside the hot loop.
 
         Args:
             value: a loss, say; nan where this process has none.
@@ -251,51 +218,36 @@ class Trainer:
         self._process.meet()
         return self._peers.mean(value, weight)
 
-    # ---- what goes on ----------------------------------------------------------------------------
-
     def status(self, everywhere: bool = False) -> Status:
-        """Throughput, queues, staleness and idle share of the stages here, or (called in every
-        process) everywhere.
-        """
-        rows = [
-            worker.status() | {"rank": self.rank, "rate": worker.watch.rate(worker.begun)}
-            for worker in self._process.workers.values()
-        ]
+        """How the stages here are doing, or (called in every process) those everywhere."""
+        rows = self._process.status_rows()
         if everywhere:
             self._process.meet()
             rows = [row for part in self._peers.gather(rows) for row in part]
-            rows.sort(key=lambda row: (int(row["stage"][6:]), row["rank"]))
-        return Status(tuple(rows))
+        return Status(tuple(sorted(rows, key=lambda row: (int(row["stage"][6:]), row["rank"]))))
 
     def save_timeline(self, path: str | Path) -> None:
-        """Write what every stage did when, for Chrome's ``chrome://tracing`` or Perfetto; in every
-        process.
+        """Write what all stages did when, for ``chrome://tracing`` or Perfetto; in every process.
 
         Args:
             path: of the JSON file, which rank 0 writes; of each stage the newest spans.
         """
-        watches = [worker.watch for worker in self._process.workers.values()]
         self._process.meet()
-        every = self._peers.gather(trace_events(watches, self.rank))
+        every = self._peers.gather(trace_events(self._process.watches(), self.rank))
         if self.rank == 0:
             write_atomically(path, json.dumps({"traceEvents": [e for part in every for e in part]}))
-
-    # ---- checkpoints -----------------------------------------------------------------------------
 
     def save(
         self, directory: str | Path, *, extra: Any = None, asynchronous: bool = False, keep: int = 2
     ) -> Path:
-        """Write a checkpoint, after finishing what is under way; to be called in every process, at
-        the same step.
+        """Finish what is under way and write a checkpoint; in every process, at the same step.
 
         It holds stages, sources, optimisers, random states, the number of steps and ``extra``. It
         is there as a whole or not at all, whenever a process ends.
 
         Args:
-            directory: where all checkpoints of the run are, on a file system that all processes
-                see.
-            extra: anything to be pickled that ``resume`` gives back, such as a loader's state; of
-                rank 0.
+            directory: of all checkpoints of the run, on a file system that all processes see.
+            extra: what ``resume`` gives back, pickled, such as a loader's state; of rank 0.
             asynchronous: copy the state and write it while training goes on.
             keep: how many checkpoints stay.
 
@@ -308,8 +260,7 @@ class Trainer:
         return self._checkpoints.save(Path(directory), self.steps, mine, asynchronous, keep)
 
     def resume(self, directory: str | Path) -> Any:
-        """Go on from the newest complete checkpoint, if there is one; to be called in every
-        process.
+        """Go on from the newest complete checkpoint, if there is one; in every process.
 
         The plan must be the same; stages may be on other ranks. ``trainer.steps`` says where the
         data goes on.
@@ -321,8 +272,7 @@ class Trainer:
             What ``save`` was given as ``extra``; None also where there is no checkpoint.
 
         Raises:
-            DecouplingError: the checkpoint belongs to another model or plan; nothing is loaded
-                then.
+            DecouplingError: the checkpoint is of another model or plan; nothing is loaded then.
         """
         self.drain()
         self._process.connect()
