@@ -8,6 +8,7 @@
 #   make bench | results       the benchmarks | the experiments of docs/results.md
 #   make finetune              a pretrained ResNet and a pretrained MiniLM, fine-tuned by all kinds of sources
 #   make parallel | soak       several processes against pipelines | kills, stalls, slow consumers -> docs/soak.md
+#   make exits                 700 starts of two processes that end in every way: none may abort, hang or leave any
 #
 # PyTorch's default wheels for Linux bring CUDA along. Where pip is not set up to prefer the CPU build, name its
 # wheel index: make demo TORCH_PIP_ARGS="--index-url URL" with the URL from PyTorch's installation page.
@@ -20,6 +21,7 @@ BENCHMARKS ?= transform step search sources windows
 PYTEST_ARGS ?= -n $(WORKERS)
 RESULTS_ARGS ?=
 PARALLEL_ARGS ?= --train 600
+EXITS_ARGS ?=
 RANDOM_GRAPHS ?= 100000
 ZOO_ARGS ?=
 
@@ -33,7 +35,7 @@ DOCS_READY := $(VENV)/.docs-ready
 PRETRAINED_READY := $(VENV)/.pretrained-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test ecosystem lint docs zoo zoo-random bench parallel soak results finetune clean
+.PHONY: help setup demo test ecosystem lint docs zoo zoo-random bench parallel soak exits results finetune clean
 
 help:
 	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
@@ -98,6 +100,9 @@ parallel: $(READY)
 
 soak: $(READY)
 	$(PY) benchmarks/soak.py
+
+exits: $(READY)
+	OMP_NUM_THREADS=1 $(PY) benchmarks/exits.py $(EXITS_ARGS)
 
 results: $(READY)
 	$(PY) examples/paper_feedforward.py $(RESULTS_ARGS)

@@ -48,7 +48,7 @@ class Peers:
 
     def copy_from(self, owner: int, tensor: torch.Tensor) -> None:
         """Write one process's numbers into the tensors of all."""
-        if self.parallel and self.world > 1:
+        if self.parallel:
             dist.broadcast(tensor.detach(), group=self.group, group_src=owner)
 
     def mean(self, value: float, weight: float) -> float:

@@ -16,9 +16,9 @@ from ..runtime.objective import Metrics, Objective
 from ..runtime.optimizing import StageOptimizers
 from ..schedules import Mode
 from .executors import OneByOne, Team
-from .heartbeat import Pulse
 from .limits import Flow
 from .mailbox import Address, Mail, ParallelError
+from .monitoring import Stopwatch
 from .peers import Peers
 from .placement import Placement, Places
 from .sharing import Rows, find_places, share_batches, share_stage
@@ -67,7 +67,6 @@ class Process:
         self.links: Links | None = None
         self._places: Places | None = None
         self._rows: Rows | None = None
-        self._pulse: Pulse | None = None
         self._executor: OneByOne | None = None
         self._evaluations = 0
 
@@ -82,6 +81,14 @@ class Process:
     def workers(self) -> Mapping[int, StageWorker]:
         """The stages here at work, by index; none before the first step."""
         return {} if self._executor is None else self._executor.team.workers
+
+    def watches(self) -> list[Stopwatch]:
+        """Of the stages here."""
+        return [worker.learner.watch for worker in self.workers.values()]
+
+    def status_rows(self) -> list[dict[str, Any]]:
+        """How the stages here are doing, as :class:`Status` takes it."""
+        return [w.status() | {"rank": self.peers.rank} for w in self.workers.values()]
 
     def prepare(self) -> None:
         """Make the optimisers of the stages here, and have them adopt what a new graph uses."""
@@ -163,6 +170,7 @@ class Process:
                 "share() makes rank 0 wait for the slowest process: read the data in every process"
             )
         self.connect(steps)
+        self.mail.check()
         if self.links is None:
             return iter(batches)
         return share_batches(batches, self.mail, self.links, self.peers, 2 * self.flow.queue)
@@ -199,10 +207,7 @@ class Process:
                     share_stage(self.decoupled, worker, group)
             self._executor = OneByOne(team)
             if peers.world > 1:
-                self.links = Links(self.mail, places, peers.group, self.timeout)
-                self._pulse = Pulse(
-                    self.mail, self.links.name, peers.rank, peers.world, self.timeout
-                )
+                self.links = Links(self.mail, places, peers.group, self.timeout, owner=self)
         return self._executor
 
     def _agree(self) -> None:
@@ -221,20 +226,18 @@ class Process:
 
     def close(self) -> None:
         """See :meth:`dni_fx.distributed.Trainer.close`."""
-        try:
-            if self.links is not None and self.mail.failure is None:
-                self.links.close()
-        finally:
-            if self._pulse is not None:
-                self._pulse.stop()
-            self.links = self._pulse = None
-        self.mail.fail(ParallelError("the trainer was closed: make another one to go on"))
+        closed = ParallelError("the trainer was closed: make another one to go on")
+        if self.mail.failure is not None:
+            self.tell(closed)
+        elif self.links is not None:
+            self.links.close()
+        self.mail.fail(closed)
 
     def tell(self, error: BaseException) -> None:
-        """Whoever waits for this process learns why it ends."""
-        if self.links is not None and self.mail.failure is None:
+        """This process ends its part, and whoever waits for it learns why."""
+        if self.links is not None:
             self.mail.fail(error)
-            self.links.fail(f"{type(error).__name__}: {error}")
+            self.links.leave(f"{type(error).__name__}: {error}")
 
     @contextlib.contextmanager
     def telling(self) -> Iterator[None]:

@@ -6,7 +6,6 @@ with its stages on other ranks.
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import nn
 from ..decoupled import Decoupled
 from ..errors import DecouplingError
 from ..graphs.nested import flatten
+from ..passes.trace.state import rng_state, set_rng_state
 from .process import Process
 from .sharing import owned_tensors
 
@@ -31,18 +31,18 @@ def collect(process: Process, steps: int, extra: Any) -> dict[str, Any]:
         extra: the user's own, of rank 0.
     """
     state: dict[str, Any] = {n: t.detach() for n, t in _model_tensors(process).items()}
+    generators = rng_state()
     for index, worker in process.workers.items():
         leaves, structure = flatten(_stage_state(process, index, steps))
         state |= {f"stage_{index}/{i}": leaf.detach() for i, leaf in enumerate(leaves)}
         state[f"stage_{index}"] = structure
-        state[_random_name(process, index)] = worker.random
+        state[_at("random", process, index)] = worker.random
+        state[_at("devices", process, index)] = generators["devices"]
     if process.peers.rank == 0:
-        state["run"] = {
+        state["run"] = generators | {
             "format": FORMAT,
             "plan": process.decoupled.plan.to_json(),
             "steps": steps,
-            "torch": torch.get_rng_state(),
-            "python": random.getstate(),
             "extra": extra,
         }
     return state
@@ -52,7 +52,7 @@ def wanted(process: Process, saved: set[str]) -> set[str]:
     """Which of the saved names this process takes up."""
     prefixes = tuple(f"stage_{k}/" for k in process.workers)
     names = {"run", *_model_tensors(process), *(f"stage_{k}" for k in process.workers)}
-    names |= {_random_name(process, k) for k in process.workers}
+    names |= {_at(kind, process, k) for k in process.workers for kind in ("random", "devices")}
     return {n for n in saved if n in names or n.startswith(prefixes)}
 
 
@@ -79,10 +79,10 @@ def apply(process: Process, state: dict[str, Any], path: Path) -> tuple[int, Any
         count = sum(name.startswith(f"stage_{index}/") for name in state)
         leaves = [state[f"stage_{index}/{i}"] for i in range(count)]
         _load_stage_state(process, index, state[f"stage_{index}"].build(iter(leaves)))
-        worker.random = state.get(_random_name(process, index), worker.random)
-    torch.set_rng_state(run["torch"])
-    version, internal, gauss = run["python"]
-    random.setstate((version, tuple(internal), gauss))
+        worker.random = state.get(_at("random", process, index), worker.random)
+    first = next(iter(process.workers))  # all stages of a process draw from the same devices
+    devices = state.get(_at("devices", process, first), {})
+    set_rng_state(run | {"devices": devices})  # what is not the devices' is the same in all
     return run["steps"], run["extra"]
 
 
@@ -115,10 +115,10 @@ def _model_tensors(process: Process) -> dict[str, torch.Tensor]:
     return {f"model/{names[id(t)]}": t for k, t in owned if k in process.workers}
 
 
-def _random_name(process: Process, index: int) -> str:
-    """Of a stage's own random numbers, on this one of the ranks that run it."""
+def _at(kind: str, process: Process, index: int) -> str:
+    """The name of what a stage has on this one of the ranks that run it."""
     place = process.places.ranks[index].index(process.peers.rank)
-    return f"random/{index}/{place}"
+    return f"{kind}/{index}/{place}"
 
 
 def _stage_state(process: Process, index: int, steps: int) -> dict[str, Any]:

@@ -1,8 +1,12 @@
-"""Streams of letters between the processes of a torch.distributed group, one for each ordered pair.
+"""Streams of letters between the processes of a group, one for each other process.
 
 A receive makes progress only while somebody waits for it, so each stream has a thread that does,
 with several receives posted ahead: what is sent need not first ask whether it may. A letter longer
 than what is posted goes beside the stream, and later receives are posted longer.
+
+An interpreter that ends while a thread waits in gloo aborts, so the threads end before: each
+process says a last word, after which it sends nothing, and receives until it has heard the others'.
+Where these do not come in time, gloo's connections are closed, which wakes whoever waits in them.
 """
 
 from __future__ import annotations
@@ -10,24 +14,32 @@ from __future__ import annotations
 import atexit
 import contextlib
 import threading
+import time
+import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from .heartbeat import Pulse
 from .mailbox import ANSWER, Address, Letter, Mail, ParallelError
 from .placement import Part, Places, join
 from .serialization import pack, unpack
 
 AHEAD = 8  # receives posted at once
 SHORTEST, LONGEST = 2**16, 2**26  # bytes of a posted receive
+GRACE = 2.0  # seconds for the last words of the others, where this process ends before its time
 _TAG = 0x0D41
 _YEAR = timedelta(days=365)
 _trainers = 0
 _idle: dict[tuple[int, ...], Any] = {}  # groups of closed trainers, by ranks
+
+
+class _Sign(NamedTuple):
+    """That a process lives."""
 
 
 class _Failure(NamedTuple):
@@ -59,25 +71,61 @@ def _group_of(ranks: tuple[int, ...]) -> Any:
     )
 
 
-class _Outgoing:
-    """The stream to one rank."""
+class Stream:
+    """Letters to and from one rank, in order, on a thread each way.
 
-    def __init__(self, rank: int, tag: int, group: Any) -> None:
-        self.rank, self.tag, self.group = rank, tag, group
-        self.lock = threading.Lock()
-        self.count = 0
+    It calls the group itself: ``torch.distributed``'s functions know no group that the script has
+    destroyed, and last words must still go through.
+
+    Args:
+        rank: of the other process.
+        tag: of the letters; the next one is of those that go beside the stream.
+        group: that carries them.
+        take: called with each letter that comes.
+        fail: called with the error that ends the stream.
+
+    Attributes:
+        heard: when the newest letter came, in seconds of ``time.monotonic``.
+        over: whether the last word of the other process has come.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        tag: int,
+        group: Any,
+        take: Callable[[Any], None],
+        fail: Callable[[BaseException], None],
+    ) -> None:
+        self.rank, self.tag, self.group, self.take, self.fail = rank, tag, group, take, fail
+        self.heard, self.over = time.monotonic(), False
+        self.changed = threading.Condition()
+        self.count = 0  # letters sent
         self.lengths = deque([(0, SHORTEST)])  # from which letter on how much fits
         self.works: deque[tuple[Any, torch.Tensor]] = deque()
-        self.changed = threading.Condition()
-        self.closed = False
-        self.thread = threading.Thread(
+        self.ended = False  # the last word was said
+        self.outgoing = threading.Thread(
             target=self._reap, name=f"dni_fx to rank {rank}", daemon=True
         )
-        self.thread.start()
+        self.incoming = threading.Thread(
+            target=self._receive, name=f"dni_fx from rank {rank}", daemon=True
+        )
+
+    def is_open(self) -> bool:
+        """Whether something may still come."""
+        return self.incoming.is_alive()
 
     def send(self, letter: Any) -> None:
+        """Put a letter on its way; nothing, once the last word was said.
+
+        Raises:
+            RuntimeError: the other process cannot be reached.
+        """
         buffer = pack(letter)
-        with self.lock:
+        with self.changed:
+            if self.ended:
+                return
+            self.ended = isinstance(letter, _Failure | _End)
             while len(self.lengths) > 1 and self.lengths[1][0] <= self.count:
                 self.lengths.popleft()
             parts = [(buffer, self.tag)]
@@ -87,53 +135,103 @@ class _Outgoing:
                     (self.count + AHEAD, max(self.lengths[-1][1], _later(buffer.numel())))
                 )
             self.count += 1
-            works = [
-                (dist.isend(b, group=self.group, group_dst=self.rank, tag=t), b) for b, t in parts
-            ]
-        with self.changed:
-            self.works.extend(works)
-            self.changed.notify()
+            try:
+                self.works.extend((self.group.send([b], self.rank, t), b) for b, t in parts)
+            finally:
+                self.changed.notify()
+
+    def sign(self) -> None:
+        """Let the other process know that this one lives."""
+        self.send(_Sign())
+
+    def say_last(self, word: _Failure | _End) -> None:
+        """Say the last word, where none was said yet and somebody is there to hear it."""
+        with contextlib.suppress(RuntimeError):
+            self.send(word)
 
     def _reap(self) -> None:
         """Let go of what has been taken."""
         while True:
             with self.changed:
-                while not self.works:
-                    if self.closed:
-                        return
-                    self.changed.wait()
-                work, _buffer = self.works[0]
+                self.changed.wait_for(lambda: self.works or self.ended)
+                if not self.works:
+                    return
+                work = self.works[0][0]
             try:
                 work.wait()
             except RuntimeError:  # the receiving side tells what is wrong
                 with self.changed:
-                    self.closed = True
+                    self.ended = True
                     self.works.clear()
                 return
-            del _buffer
+            del work
             with self.changed:
                 self.works.popleft()
 
-    def close(self, seconds: float) -> None:
-        """Wait until everything has been taken."""
-        with self.changed:
-            self.closed = True
-            self.changed.notify()
-        self.thread.join(seconds)
+    def _receive(self) -> None:
+        try:
+            self._receive_all()
+        except RuntimeError as error:
+            self.fail(self.dead(error))
+        except BaseException as error:
+            self.fail(error)
+
+    def _receive_all(self) -> None:
+        """Take every letter up to the last word."""
+        length = SHORTEST
+        posted: deque[tuple[Any, torch.Tensor]] = deque()
+        while True:
+            while len(posted) < AHEAD:
+                posted.append(self._post(length, self.tag))
+            work, buffer = posted.popleft()
+            work.wait()
+            letter = unpack(buffer)
+            if isinstance(letter, int):
+                work, whole = self._post(letter, self.tag + 1)
+                work.wait()
+                length = max(length, _later(letter))
+                letter = unpack(whole)
+            self.heard = time.monotonic()
+            self.over = isinstance(letter, _Failure | _End)
+            if isinstance(letter, _Failure):
+                self.fail(ParallelError(f"rank {self.rank} failed: {letter.message}"))
+                self.say_last(_End())  # it waits for one
+            if self.over:
+                return
+            if not isinstance(letter, _Sign):
+                self.take(letter)
+
+    def _post(self, length: int, tag: int) -> tuple[Any, torch.Tensor]:
+        buffer = torch.empty(length, dtype=torch.uint8)
+        return self.group.recv([buffer], self.rank, tag), buffer
+
+    def dead(self, error: BaseException) -> ParallelError:
+        """What is said where gloo says that there is no connection."""
+        reason = str(error).splitlines()[0].split("] ", 1)[-1]
+        return ParallelError(
+            f"rank {self.rank} cannot be reached ({reason}): its process has ended, or the network "
+            "has; see its own output"
+        )
 
 
 class Links:
-    """All streams of this process.
+    """All streams of this process, and the threads that serve them.
+
+    The threads end with :meth:`close`, with :meth:`leave`, before the interpreter does, and where
+    nobody holds the owner any more; none of them holds it.
 
     Args:
         mail: where letters for this process go.
         places: who runs which rows of which stage.
         group: the process group, of whose ranks a group of its own is made; gloo carries tensors of
             the CPU, and those of other devices by way of it.
-        timeout: seconds to wait for others at the end.
+        timeout: seconds to wait for others at the end, and for a sign of their life.
+        owner: the object whose letters these are.
     """
 
-    def __init__(self, mail: Mail, places: Places, group: Any, timeout: float) -> None:
+    def __init__(
+        self, mail: Mail, places: Places, group: Any, timeout: float, owner: object
+    ) -> None:
         global _trainers
         _trainers += 1  # the same in all processes, which make their trainers in one order
         self.mail, self.places, self.timeout = mail, places, timeout
@@ -141,24 +239,33 @@ class Links:
             tuple[Address, int], dict[int, Any]
         ] = {}  # of letters from several processes
         self.rank = dist.get_rank(group)
-        self.others = [r for r in range(dist.get_world_size(group)) if r != self.rank]
-        tag = _TAG + 2 * _trainers
         ranks = dist.get_process_group_ranks(dist.group.WORLD if group is None else group)
-        self.name = f"{_trainers}/{'-'.join(map(str, ranks))}"
         self.ranks = tuple(ranks)
         self.group = _group_of(self.ranks)
-        self.outgoing = {r: _Outgoing(r, tag, self.group) for r in self.others}
-        self.threads = [
-            threading.Thread(
-                target=self._receive, args=(r, tag), name=f"dni_fx from rank {r}", daemon=True
-            )
-            for r in self.others
-        ]
+        tag = _TAG + 2 * _trainers
+        self.streams = {
+            r: Stream(r, tag, self.group, self._take, mail.fail)
+            for r in range(len(ranks))
+            if r != self.rank
+        }
+        held = weakref.ref(owner)
+        self.pulse = Pulse(
+            mail,
+            self.streams.values(),
+            timeout,
+            in_use=lambda: held() is not None,
+            abandon=lambda: self.leave("its trainer was dropped before trainer.close()"),
+        )
         mail.post = self.post
-        self.told: set[int] = set()  # who has had the last letter
-        atexit.register(self._leave)
+        atexit.register(self.leave, "its script ended before trainer.close()")
         for thread in self.threads:
             thread.start()
+
+    @property
+    def threads(self) -> list[threading.Thread]:
+        """All that work for this process's letters."""
+        ways = [t for s in self.streams.values() for t in (s.incoming, s.outgoing)]
+        return [*ways, self.pulse.thread]
 
     def post(self, address: Address, letter: Letter) -> None:
         """Send a letter to the processes of its taker, to each the rows that it works on."""
@@ -169,16 +276,21 @@ class Links:
                 self._put_together(address, letter.step, part, payload)
                 continue
             try:
-                self.outgoing[rank].send((tuple(address), letter.step, tuple(part), payload))
+                self.streams[rank].send((tuple(address), letter.step, tuple(part), payload))
             except RuntimeError as error:
                 self.mail.check()
-                raise self._dead(rank, error) from error
+                raise self.streams[rank].dead(error) from error
 
     def tell(self, ranks: Iterable[int], kind: str, step: int, payload: Any) -> None:
         """Send something that is for processes, not for stages."""
         for rank in ranks:
             letter = (tuple(Address(kind, self.rank, rank)), step, tuple(Part(0, 1, 0)), payload)
-            self.outgoing[rank].send(letter)
+            self.streams[rank].send(letter)
+
+    def _take(self, letter: Any) -> None:
+        """A letter has come."""
+        address, step, part, payload = letter
+        self._put_together(Address(*address), step, Part(*part), payload)
 
     def _put_together(self, address: Address, step: int, part: Part, payload: Any) -> None:
         """Deliver a letter once the parts of it that others send are there."""
@@ -192,82 +304,62 @@ class Links:
             payload = join([parts[place] for place in sorted(parts)], address.kind == ANSWER)
         self.mail.deliver(address, Letter(step, payload))
 
-    def _leave(self) -> None:
-        """No thread waits in gloo when the interpreter ends: that would abort the process."""
-        self._tell(_Failure("its script ended before trainer.close()"))  # which the others answer
-        for thread in self.threads:
-            thread.join(2.0)
-
     def close(self) -> None:
         """Say so to the others, and wait until they have said so, too.
 
         Each process's word is its last: what comes where nobody receives would keep gloo's thread
         busy for ever.
+
+        Raises:
+            ParallelError: another process failed meanwhile.
         """
-        self._tell(_End())
-        for thread in self.threads:
-            while thread.is_alive() and self.mail.failure is None:
-                thread.join(0.1)
-        self.mail.check()
-        for stream in self.outgoing.values():
-            stream.close(self.timeout)
-        atexit.unregister(self._leave)
-        _idle[self.ranks] = self.group
-
-    def fail(self, message: str) -> None:
-        """Tell the others why this process ends."""
-        self._tell(_Failure(message))
-
-    def _tell(self, last: Any) -> None:
-        for rank in self.others:
-            self._tell_one(rank, last)
-
-    def _tell_one(self, rank: int, last: Any) -> None:
-        with self.mail.changed:
-            told = rank in self.told
-            self.told.add(rank)
-        if not told:
-            try:
-                self.outgoing[rank].send(last)
-            except RuntimeError:  # it has ended already
-                self.outgoing[rank].closed = True
-
-    def _receive(self, rank: int, tag: int) -> None:
-        length = SHORTEST
-        posted: deque[tuple[Any, torch.Tensor]] = deque()
         try:
-            while True:
-                while len(posted) < AHEAD:
-                    buffer = torch.empty(length, dtype=torch.uint8)
-                    posted.append(
-                        (dist.irecv(buffer, group=self.group, group_src=rank, tag=tag), buffer)
-                    )
-                work, buffer = posted.popleft()
-                work.wait()
-                letter = unpack(buffer)
-                if isinstance(letter, int):
-                    whole = torch.empty(letter, dtype=torch.uint8)
-                    rest: Any = dist.irecv(whole, group=self.group, group_src=rank, tag=tag + 1)
-                    rest.wait()
-                    length = max(length, _later(letter))
-                    letter = unpack(whole)
-                if isinstance(letter, _End):
-                    return
-                if isinstance(letter, _Failure):
-                    self.mail.fail(ParallelError(f"rank {rank} failed: {letter.message}"))
-                    self._tell_one(rank, _End())  # it waits for a last word
-                    return
-                address, step, part, payload = letter
-                self._put_together(Address(*address), step, Part(*part), payload)
-        except RuntimeError as error:
-            self.mail.fail(self._dead(rank, error))
-        except BaseException as error:
-            self.mail.fail(error)
+            for stream in self.streams.values():
+                stream.say_last(_End())
+            for stream in self.streams.values():
+                while stream.is_open() and self.mail.failure is None:
+                    stream.incoming.join(0.1)
+            self.mail.check()
+            for stream in self.streams.values():
+                stream.outgoing.join(self.timeout)  # until everything has been taken
+        finally:
+            cut = self._end_threads()
+        if not cut:
+            _idle[self.ranks] = self.group
 
-    @staticmethod
-    def _dead(rank: int, error: BaseException) -> ParallelError:
-        reason = str(error).splitlines()[0].split("] ", 1)[-1]
-        return ParallelError(
-            f"rank {rank} cannot be reached ({reason}): its process has ended, or the network has; "
-            "see its own output"
-        )
+    def leave(self, message: str) -> None:
+        """Tell the others why this process ends, and end its threads.
+
+        It may be called again, from any thread and at any time.
+        """
+        self.mail.fail(ParallelError(f"rank {self.rank} failed: {message}"))
+        for stream in self.streams.values():
+            stream.say_last(_Failure(message))
+        self._end_threads()
+
+    def _end_threads(self) -> bool:
+        """Wait for the last words of the others, but not for long. Returns whether the connections
+        were closed, so that the group is of no more use.
+        """
+        self.pulse.stopped.set()
+        threads = [t for t in self.threads if t is not threading.current_thread()]
+        until = time.monotonic() + GRACE
+        for thread in threads:
+            thread.join(max(0.0, until - time.monotonic()))
+        heard_all = all(s.over for s in self.streams.values())
+        cut = not heard_all or any(t.is_alive() for t in threads)
+        if cut:
+            self._cut()
+        for thread in threads:
+            thread.join(self.timeout)
+        atexit.unregister(self.leave)
+        return cut
+
+    def _cut(self) -> None:
+        """Close gloo's connections, which fails whatever waits in them; a receive whose time is up
+        does that.
+        """
+        nothing = torch.empty(1, dtype=torch.uint8)
+        for rank in self.streams:  # to some of them there may be no connection any more
+            with contextlib.suppress(RuntimeError):
+                self.group.recv([nothing], rank, _TAG).wait(timedelta(milliseconds=1))

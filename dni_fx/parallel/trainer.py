@@ -64,8 +64,7 @@ class Trainer(BaseTrainer):
             their hosts.
 
     Attributes:
-        optimizers: by stage name, of the stages here.
-        synthesizer_optimizers: by interface name, of the sources here.
+        optimizers, synthesizer_optimizers: of the stages here, by stage and by interface name.
         rank, world: this process's number, and how many there are.
 
     Raises:
@@ -122,8 +121,6 @@ class Trainer(BaseTrainer):
         if decoupled.is_traced:
             self._process.prepare()
 
-    # ---- steps -----------------------------------------------------------------------------------
-
     def step(self, *args: Any, target: Any = None, **kwargs: Any) -> StepReport:
         """One batch through this process's stages; the same batch in every process.
 
@@ -163,8 +160,7 @@ class Trainer(BaseTrainer):
         return self._process.drain()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's output, stage by stage on real values, without gradients and in the model's
-        mode of now.
+        """The model's output, stage by stage on real values, without gradients, in its mode of now.
 
         To be called in every process with the same inputs; nothing needs to be gathered.
 
@@ -173,29 +169,24 @@ class Trainer(BaseTrainer):
             **kwargs: keyword inputs of the model.
 
         Returns:
-            The output where the last stage is, of the rows that this process works on; None
-            elsewhere.
+            The output where the last stage is, of this process's rows; None elsewhere.
         """
         return self._process.evaluate(self.steps, args, kwargs)
 
     def share(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Rank 0's batches, in every process, for data that only rank 0 can read; to be iterated
-        everywhere.
+        """Rank 0's batches, for data that only rank 0 can read; to be iterated in every process.
 
         Args:
             batches: of any nesting; what other ranks pass is not looked at. Tensors arrive on the
                 CPU, or on the device of the same kind.
 
         Raises:
-            DecouplingError: the policy is ``"drop_oldest"``: rank 0 would have to wait for the
-                slowest process.
+            DecouplingError: the policy is ``"drop_oldest"``: rank 0 would wait for the slowest.
         """
         return self._process.share(self.steps, batches)
 
     def close(self) -> None:
-        """Finish what is under way, and wait for the other processes to close, too; to be called in
-        every process.
-        """
+        """Finish what is under way, and wait for all others to close; in every process."""
         if self._process.mail.failure is None:
             self.drain()
             self._checkpoints.wait()
@@ -210,23 +201,20 @@ class Trainer(BaseTrainer):
         else:
             self._process.tell(error)
 
-    # ---- the whole model -------------------------------------------------------------------------
-
     def gather(self) -> dict[str, Any]:
-        """Bring every stage's parameters and buffers into this process's model; to be called in
-        every process.
+        """Bring all parameters and buffers into this process's model; called in every process.
 
         Returns:
             ``model.state_dict()``, under the model's own names, complete.
         """
         self.drain()
-        self._process.connect(self.steps)
-        gather_model(self.decoupled, self._process.places, self._peers)
+        if self.world > 1:
+            self._process.connect(self.steps)
+            gather_model(self.decoupled, self._process.places, self._peers)
         return self.decoupled.model.state_dict()
 
     def mean(self, value: float, weight: float = 1.0) -> float:
-        """The mean of a number over the processes that have one; to be called in every process,
-        outside the hot loop.
+        """The mean over the processes that have a number; called in all, outside the hot loop.
 
         Args:
             value: a loss, say; nan where this process has none.
@@ -235,48 +223,36 @@ class Trainer(BaseTrainer):
         self._process.meet()
         return self._peers.mean(value, weight)
 
-    # ---- what goes on ----------------------------------------------------------------------------
-
     def status(self, everywhere: bool = False) -> Status:
-        """Throughput, queues, staleness and idle share of the stages here, or (called in every
-        process) everywhere.
-        """
-        rows = [worker.status() | {"rank": self.rank} for worker in self._process.workers.values()]
+        """How the stages here are doing, or (called in every process) those everywhere."""
+        rows = self._process.status_rows()
         if everywhere:
             self._process.meet()
             rows = [row for part in self._peers.gather(rows) for row in part]
-            rows.sort(key=lambda row: (int(row["stage"][6:]), row["rank"]))
-        return Status(tuple(rows))
+        return Status(tuple(sorted(rows, key=lambda row: (int(row["stage"][6:]), row["rank"]))))
 
     def save_timeline(self, path: str | Path) -> None:
-        """Write what every stage did when, for Chrome's ``chrome://tracing`` or Perfetto; in every
-        process.
+        """Write what all stages did when, for ``chrome://tracing`` or Perfetto; in every process.
 
         Args:
             path: of the JSON file, which rank 0 writes; of each stage the newest spans.
         """
-        watches = [worker.learner.watch for worker in self._process.workers.values()]
         self._process.meet()
-        every = self._peers.gather(trace_events(watches, self.rank))
+        every = self._peers.gather(trace_events(self._process.watches(), self.rank))
         if self.rank == 0:
             write_atomically(path, json.dumps({"traceEvents": [e for part in every for e in part]}))
-
-    # ---- checkpoints -----------------------------------------------------------------------------
 
     def save(
         self, directory: str | Path, *, extra: Any = None, asynchronous: bool = False, keep: int = 2
     ) -> Path:
-        """Write a checkpoint, after finishing what is under way; to be called in every process, at
-        the same step.
+        """Finish what is under way and write a checkpoint; in every process, at the same step.
 
         It holds stages, sources, optimisers, random states, the number of steps and ``extra``. It
         is there as a whole or not at all, whenever a process ends.
 
         Args:
-            directory: where all checkpoints of the run are, on a file system that all processes
-                see.
-            extra: anything to be pickled that ``resume`` gives back, such as a loader's state; of
-                rank 0.
+            directory: of all checkpoints of the run, on a file system that all processes see.
+            extra: what ``resume`` gives back, pickled, such as a loader's state; of rank 0.
             asynchronous: copy the state and write it while training goes on.
             keep: how many checkpoints stay.
 
@@ -289,8 +265,7 @@ class Trainer(BaseTrainer):
         return self._checkpoints.save(Path(directory), self.steps, mine, asynchronous, keep)
 
     def resume(self, directory: str | Path) -> Any:
-        """Go on from the newest complete checkpoint, if there is one; to be called in every
-        process.
+        """Go on from the newest complete checkpoint, if there is one; in every process.
 
         The plan must be the same; stages may be on other ranks. ``trainer.steps`` says where the
         data goes on.
@@ -302,8 +277,7 @@ class Trainer(BaseTrainer):
             What ``save`` was given as ``extra``; None also where there is no checkpoint.
 
         Raises:
-            DecouplingError: the checkpoint belongs to another model or plan; nothing is loaded
-                then.
+            DecouplingError: the checkpoint is of another model or plan; nothing is loaded then.
         """
         self.drain()
         self._process.connect(self.steps)

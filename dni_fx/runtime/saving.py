@@ -6,8 +6,8 @@ from typing import Any
 
 from ..decoupled import Decoupled
 from ..errors import DecouplingError
+from ..passes.trace.state import rng_state, set_rng_state
 from .optimizing import StageOptimizers
-from .rng import rng_state, set_rng_state
 
 PARTS = ("decoupled", "optimizers", "synthesizer_optimizers", "gradients", "steps", "rng")
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import random
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -99,22 +101,59 @@ def put_back(saved: list[tuple[nn.Module, dict[str, Any], dict[str, dict[str, An
             vars(module)[table].update(content)
 
 
-def preserved_rng() -> Callable[[], None]:
-    """Remember torch's, Python's and NumPy's random states; the result puts them back."""
-    cpu, python = torch.get_rng_state(), random.getstate()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+def rng_state() -> dict[str, Any]:
+    """The random states of torch, of every device of the accelerator in use, of Python and NumPy.
+
+    Returns:
+        ``torch``, ``python``, ``devices`` (a list by the accelerator's type, empty where none was
+        used), and ``numpy`` where that is imported: values that ``torch.load`` takes as they are.
+    """
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    kind, module, devices = _accelerator()
+    used = devices and getattr(module, "is_initialized", lambda: True)()  # to ask would start it up
+    state["devices"] = {kind: [module.get_rng_state(d) for d in devices]} if used else {}
     numpy = sys.modules.get("numpy.random")
-    numpy_state = numpy.get_state() if numpy else None
+    if numpy:
+        found = numpy.get_state(legacy=False)
+        inner = {
+            k: v if isinstance(v, int) else torch.from_numpy(v) for k, v in found["state"].items()
+        }
+        state["numpy"] = found | {"state": inner}
+    return state
 
-    def restore() -> None:
-        torch.set_rng_state(cpu)
-        random.setstate(python)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
-        if numpy is not None:
-            numpy.set_state(copy.deepcopy(numpy_state))
 
-    return restore
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put back what :func:`rng_state` returned, wherever its tensors are now.
+
+    Args:
+        state: parts that are missing leave their generators alone, as do devices that are not here;
+            ``cuda`` is what trainers saved before there was ``devices``.
+    """
+    torch.set_rng_state(state["torch"].cpu())
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, module, devices = _accelerator()
+    saved = state.get("devices", {"cuda": state.get("cuda", [])}).get(kind, [])
+    for content, device in zip(saved, devices, strict=False):
+        module.set_rng_state(content.cpu(), device)
+    if "numpy" in state:
+        numpy, found = importlib.import_module("numpy.random"), state["numpy"]
+        inner = {k: v if isinstance(v, int) else v.cpu().numpy() for k, v in found["state"].items()}
+        numpy.set_state(found | {"state": inner})
+
+
+def _accelerator() -> tuple[str, Any, list[torch.device]]:
+    """The accelerator's type, its module of torch, and its devices; none where there is none."""
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None:
+        return "", None, []
+    module: Any = torch.get_device_module(device)
+    return device.type, module, [torch.device(device.type, k) for k in range(module.device_count())]
+
+
+def preserved_rng() -> Callable[[], None]:
+    """Remember the random states; the result puts them back."""
+    return partial(set_rng_state, rng_state())
 
 
 @contextlib.contextmanager

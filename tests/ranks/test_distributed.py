@@ -45,7 +45,13 @@ TWO = [
 FOUR = ["four_ranks_equal_one", "four_ranks_run_free", "four_ranks_need_four_stages"]
 FAILURES = [
     "raising_outside-0", "raising_in_with-1", "raising_inside-0", "not_finite-0", "fewer_steps-1", "killed-1",
-    "killed_sharing-0", "stopped-1", "stopped_free-0", "stopped_sharing-1",
+    "killed_sharing-0", "stopped-1", "stopped_free-0", "stopped_sharing-1", "stopped_of_three-2",
+]  # fmt: skip
+
+ENDINGS = [
+    "closed", "in_with", "unclosed", "unclosed_without_a_group", "dropped", "dropped_at_the_end",
+    "failed_and_caught", "raises", "raises_in_a_module", "exits", "one_leaves", "several",
+    "control",
 ]  # fmt: skip
 
 
@@ -104,6 +110,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Any:
                         "two": [*torchrun, "2", *script, *TWO],
                         "four": [*torchrun, "4", *script, *FOUR],
                         "failures": [str(SCRIPTS / "failures.py"), str(folder), *FAILURES],
+                        "endings": [str(SCRIPTS / "endings.py"), str(folder)],
                     }[name],
                     folder,
                 )
@@ -200,13 +207,31 @@ def test_a_rank_that_is_killed_is_named(case: str, started: Any) -> None:
     assert f"rank {who} " in outputs[1 - who], outputs
 
 
-@pytest.mark.parametrize("case", [c for c in FAILURES if c.startswith("stopped")])
+@pytest.mark.parametrize("case", ["stopped-1", "stopped_free-0", "stopped_sharing-1"])
 def test_a_rank_that_is_stopped_is_named(case: str, started: Any) -> None:
     who = int(case[-1])
     codes, outputs = failure(started, case)
     assert codes[1 - who] == 1, outputs
     assert outputs[1 - who].startswith("ParallelError: "), outputs
     assert f"rank {who} " in outputs[1 - who], outputs
+
+
+def test_a_rank_that_is_stopped_is_named_by_all_others(started: Any) -> None:
+    """One of them hears of it from the other, whose connections are closed by then."""
+    codes, outputs = failure(started, "stopped_of_three-2")
+    assert codes == [1, 1, None], outputs
+    assert all("rank 2 has shown no sign of life" in output for output in outputs[:2]), outputs
+
+
+@pytest.mark.parametrize("case", ENDINGS)
+def test_no_way_to_end_a_script_aborts(case: str, started: Any) -> None:
+    """Nor does it hang, or leave a process; the control, a thread that waits in torch, aborts."""
+    found = json.loads((started("endings") / "endings.json").read_text())
+    assert found.keys() == set(ENDINGS)
+    codes, outputs, orphans, expected = found[case]
+    assert codes == expected, "\n".join(outputs)
+    assert orphans == 0
+    assert ("terminate called" in outputs[0]) == (case == "control")
 
 
 # --------------------------------------------------------------------------------------------------

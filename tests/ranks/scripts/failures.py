@@ -11,27 +11,23 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import signal
-import socket
 import sys
-import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+import forked
 
 from ranks import Skips, batch, built, train, trainer_of
 
 LIMIT = 40.0  # seconds after which what is left hangs
 TIMEOUT = 3.0
-ready = -1
 
 
 def paced(**options: Any) -> None:
@@ -39,7 +35,7 @@ def paced(**options: Any) -> None:
     trainer = trainer_of(timeout=TIMEOUT, **options)
     for step in range(3000):
         if step == 30:
-            os.write(ready, b"1")
+            os.write(forked.told, b"1")
         x, y = batch(step)
         trainer.step(x, target=y)
         time.sleep(0.01)
@@ -101,6 +97,7 @@ CASES: dict[str, tuple[Callable[[int, int], None], signal.Signals | None]] = {
         signal.SIGKILL,
     ),
     "stopped": (lambda rank, who: paced(), signal.SIGSTOP),
+    "stopped_of_three": (lambda rank, who: paced(), signal.SIGSTOP),
     "stopped_free": (lambda rank, who: paced(policy="drop_oldest", inputs="mlp"), signal.SIGSTOP),
     "stopped_sharing": (
         lambda rank, who: paced(placement=[0, [0, 1], 1, 1], staleness=0),
@@ -109,72 +106,16 @@ CASES: dict[str, tuple[Callable[[int, int], None], signal.Signals | None]] = {
 }
 
 
-def child(name: str, rank: int, who: int, port: int, output: int) -> None:
-    """A rank. It ends as a script does, with the interpreter's own end."""
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    code = 1
-    try:
-        torch.set_num_threads(1)
-        store = dist.TCPStore("127.0.0.1", port, is_master=False)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-        CASES[name][0](rank, who)
-        code = 0
-    except BaseException as error:
-        traceback.print_exc()
-        print(f"ENDED {type(error).__name__}: {error}", flush=True)
-    sys.exit(code)
-
-
 def run(name: str, who: int) -> dict[str, Any]:
-    """Two ranks, one of which fails: exit codes (None: it hung, or was stopped) and outputs."""
-    global ready
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = (
-        os.fork()
-    )  # the store is in no rank, as with torchrun: one that is stopped must not stop it, too
-    if server == 0:
-        _store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
-        signal.pause()
-    told, ready = os.pipe()
-    files = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115  (closed below)
-    ranks: list[int] = []
-    for rank, file in enumerate(files):
-        ranks.append(os.fork())
-        if ranks[-1] == 0:
-            child(name, rank, who, port, file.fileno())
-    os.close(ready)
-    how = CASES[name][1]
-    if how is not None:
-        heard = b""
-        while (
-            len(heard) < 2
-            and select.select([told], [], [], LIMIT)[0]
-            and (more := os.read(told, 2))
-        ):
-            heard += more
-        os.kill(ranks[who], how)
-    os.close(told)
-    began = time.monotonic()
-    codes: list[int | None] = [None, None]
-    waited = [r for r in range(2) if how != signal.SIGSTOP or r != who]
-    while any(codes[r] is None for r in waited) and time.monotonic() - began < LIMIT:
-        for rank in waited:
-            if codes[rank] is None and (found := os.waitpid(ranks[rank], os.WNOHANG))[0]:
-                codes[rank] = os.waitstatus_to_exitcode(found[1])
-        time.sleep(0.02)
-    for pid, code in [*zip(ranks, codes, strict=True), (server, None)]:
-        if code is None:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-    outputs = []
-    for file in files:
-        file.seek(0)
-        outputs.append(file.read())
-        file.close()
-    return {"codes": codes, "outputs": outputs}
+    """Ranks, one of which fails: exit codes (None: it hung, or was stopped) and outputs."""
+    case, how = CASES[name]
+    world = 3 if name.endswith("three") else 2
+    with forked.Ranks(lambda rank: case(rank, who), world) as started:
+        if how is not None:
+            started.wait_ready(LIMIT)
+            os.kill(started.pids[who], how)
+        started.wait(LIMIT, [r for r in range(world) if how != signal.SIGSTOP or r != who])
+        return {"codes": list(started.codes), "outputs": started.outputs()}
 
 
 if __name__ == "__main__":
