@@ -68,9 +68,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def run(*arguments: str, cwd: Path, module: bool = True) -> subprocess.CompletedProcess[str]:
-    """In a process of its own: ``python -m dni_fx.cli``, or as the installed script starts it."""
+    """In a process of its own: ``python -m dni_fx``, or as the installed script starts it."""
     start = (
-        ["-m", "dni_fx.cli"]
+        ["-m", "dni_fx"]
         if module
         else ["-c", "import sys; from dni_fx.cli import main; sys.exit(main())"]
     )
