@@ -1,4 +1,4 @@
-"""What cannot be decoupled, and arguments that do not fit together: one error, with the next step."""
+"""What cannot be decoupled, and arguments that do not fit together: one error, and what to do."""
 
 from __future__ import annotations
 

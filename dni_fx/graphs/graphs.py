@@ -41,8 +41,6 @@ class Graphs:
         self._plan: CutPlan | None = None
         self._leads: dict[str, str] = {}  # under whose name an interface's source stands
 
-    # ---- the plan and its sources ----------------------------------------------------------------
-
     @property
     def is_traced(self) -> bool:
         """Whether there is a plan; without example inputs it is made at the first call."""
@@ -62,17 +60,16 @@ class Graphs:
 
     @property
     def sources(self) -> dict[str, GradientSource]:
-        """Gradient sources by interface name; one that serves a whole boundary stands at each of
-        its interfaces.
-        """
-        keys = {i.name: source_key(self._leads[i.name]) for i in self.interfaces}
-        return {n: self.synthesizers[k] for n, k in keys.items()}  # type: ignore[misc]
+        """As :attr:`dni_fx.Decoupled.sources`."""
+        table: Any = self.synthesizers
+        return {i.name: table[source_key(self._leads[i.name])] for i in self.interfaces}
 
     @property
     def inputs(self) -> dict[str, InputSource]:
-        """Synthetic inputs by interface name; empty without a forward unlock."""
+        """As :attr:`dni_fx.Decoupled.inputs`."""
+        table: Any = self.synthesizers
         keys = {i.name: _input_key(i.name) for i in self.interfaces}
-        return {n: self.synthesizers[k] for n, k in keys.items() if k in self.synthesizers}  # type: ignore[misc]
+        return {name: table[key] for name, key in keys.items() if key in table}
 
     @property
     def is_exact(self) -> bool:
@@ -80,13 +77,7 @@ class Graphs:
         return any(s.exact for s in self.sources.values())
 
     def named_learners(self, stages: Collection[int] | None = None) -> list[tuple[str, nn.Module]]:
-        """Gradient sources, once each, by the first interface that they serve; synthetic inputs as
-        ``name@input``.
-
-        Args:
-            stages: only the sources that these stages ask, and the synthetic inputs that they use;
-                None: all.
-        """
+        """As :meth:`dni_fx.Decoupled.named_learners`."""
         asked = range(len(self.plan.stages)) if stages is None else stages
         users = {i.name: i.consumers for i in self.interfaces}
         groups: list[tuple[str, nn.Module]] = [
@@ -95,8 +86,6 @@ class Graphs:
         return groups + [
             (f"{n}@input", s) for n, s in self.inputs.items() if any(c in asked for c in users[n])
         ]
-
-    # ---- the graph of a call ---------------------------------------------------------------------
 
     @property
     def variant(self) -> Variant:
@@ -170,8 +159,6 @@ class Graphs:
             self._leads.update(dict.fromkeys(group.names, group.name))
         for name, source in inserted.inputs.items():
             self.synthesizers[_input_key(name)] = source
-
-    # ---- what the active graph needs -------------------------------------------------------------
 
     def functions(self) -> tuple[StageFunctions, ...]:
         """The emitted functions of the active graph, written when first trained with."""

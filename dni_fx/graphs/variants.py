@@ -76,7 +76,7 @@ class Variant:
         return self.choice.cuts
 
     def is_current(self) -> bool:
-        """Whether the model is in a mode, and made of the objects, that the graph was traced with."""
+        """Whether the model is in a mode, and of the objects, that the graph was traced with."""
         return (
             tuple([m.training for m in self.trace.modes]) in self.modes
             and all(table.get(key) is value for table, key, value in self.bound)

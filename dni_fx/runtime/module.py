@@ -120,7 +120,8 @@ class DropIn(nn.Module):
 
     def __delattr__(self, name: str) -> None:
         if name == "forward" and isinstance(vars(type(self))[name], staticmethod):
-            type(self).forward = _forward_like(self._dni_fx.graphs.model)  # type: ignore[method-assign]
+            own = _forward_like(self._dni_fx.graphs.model)
+            type(self).forward = own  # type: ignore[method-assign]
         else:
             super().__delattr__(name)
 
@@ -536,7 +537,7 @@ def make_module(
     target_of: Any,
     unit: float | Callable[[], float],
 ) -> DropIn:
-    """See :meth:`dni_fx.Decoupled.as_module`; ``encode`` turns a target into what the sources see."""
+    """See :meth:`dni_fx.Decoupled.as_module`; ``encode`` makes of a target what sources see."""
     if graphs.is_traced:
         _check_sources(graphs)
     return _State(graphs, encode, make_optimizer, target_of, unit).module

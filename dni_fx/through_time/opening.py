@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
-
 from ..compiler.refusals import check_cuts
 from ..decoupled import Decoupled
 from ..graphs.graphs import Graphs
@@ -22,30 +20,25 @@ class WindowOpening:
     """What comes into a window's graph and leaves it besides the model's input and output.
 
     Attributes:
-        window: the model over one window; its ``states`` are known by the first call.
+        module: the model over one window; its ``states`` are known by the first call.
         leaving: how state and messages are served.
         messages: keys of the model's output, a dict, that leave for another network.
         input_gradients: whether gradients leave for what the window takes.
     """
 
-    window: Window
+    module: Window
     leaving: Leaving
     messages: tuple[str, ...] = ()
     input_gradients: bool = False
 
-    @property
-    def module(self) -> nn.Module:
-        """The window, which takes the state and returns it."""
-        return self.window
-
     def open(self, trace: Trace) -> Trace:
         """The trace of the user's model, whose state comes in and leaves by itself."""
-        states = self.window.states
+        states = self.module.states
         assert states is not None
         dims = dict(zip(states.names, states.batch_dims, strict=True))
         prefixes = ("model.", "apart.")
         return open_ports(
-            trace, self.window.model, prefixes, dims, self.messages, self.input_gradients
+            trace, self.module.model, prefixes, dims, self.messages, self.input_gradients
         )
 
 
@@ -66,4 +59,4 @@ def decouple_window(
     names = check_cuts(list(cuts), None)
     assert isinstance(names, tuple)
     recipe = Recipe(names, gradients, check=check, opening=opening)
-    return Decoupled(Graphs(opening.window.model, recipe))
+    return Decoupled(Graphs(opening.module.model, recipe))

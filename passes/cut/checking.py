@@ -88,12 +88,13 @@ def check_stages(
 
 def _difference_in_kind(expected: torch.Tensor | None, found: torch.Tensor | None) -> str | None:
     """One is missing, or they have other shapes or dtypes; None where they can be compared."""
-    if expected is None or found is None:
-        return f"{_presence(found)} gradient where the model has {_presence(expected, 'one')}"
+    if found is None:
+        return "no gradient where the model has one"
+    if expected is None:
+        return "a gradient where the model has none"
     if expected.shape != found.shape or expected.dtype != found.dtype:
-        return (
-            f"{tuple(found.shape)} {found.dtype}, expected {tuple(expected.shape)} {expected.dtype}"
-        )
+        given, wanted = tuple(found.shape), tuple(expected.shape)
+        return f"{given} {found.dtype}, expected {wanted} {expected.dtype}"
     return None
 
 
@@ -229,10 +230,6 @@ def _same(expected: torch.Tensor, found: torch.Tensor, allowed: float) -> bool:
     nans = a.isnan() == b.isnan()
     close = (a - b).abs().double() <= allowed
     return bool((nans & (close | a.isnan() | (a == b))).all())
-
-
-def _presence(gradient: torch.Tensor | None, word: str = "a") -> str:
-    return word if gradient is not None else ("no" if word == "a" else "none")
 
 
 def _size(tensor: torch.Tensor) -> float:

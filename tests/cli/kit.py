@@ -45,7 +45,7 @@ ready, table = chain(), {}
 def run(*arguments: str, cwd: Path, module: bool = True) -> subprocess.CompletedProcess[str]:
     """In a process of its own: ``python -m dni_fx.cli``, or as the installed script starts it."""
     start = (
-        ["-m", "dni_fx.cli"]
+        ["-m", "dni_fx"]
         if module
         else ["-c", "import sys; from dni_fx.cli import main; sys.exit(main())"]
     )

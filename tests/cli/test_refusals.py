@@ -166,7 +166,7 @@ def test_an_interrupt_returns_130_without_a_traceback(folder: Path) -> None:
 
 
 def test_a_reader_who_leaves_early_is_no_error(folder: Path) -> None:
-    command = [sys.executable, "-m", "dni_fx.cli", "points", "models_here:chain", "--input", "4x6"]
+    command = [sys.executable, "-m", "dni_fx", "points", "models_here:chain", "--input", "4x6"]
     settings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command, cwd=folder, env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
