@@ -22,7 +22,18 @@ from torch import nn
 import dni_fx
 from dni_fx.errors import CutError, DecouplingError
 from dni_fx.passes.cut.cutting import find_flow
-from dni_fx.passes.search import bounding, costing, frontiers, large_graphs, searching, source_costs
+from dni_fx.passes.search import (
+    bounding,
+    closures,
+    costing,
+    frontiers,
+    large_graphs,
+    probes,
+    source_costs,
+)
+from dni_fx.passes.search.chains import Wishes
+from dni_fx.passes.search.chains import solve as solve_chain
+from dni_fx.passes.search.loads import Loads
 from dni_fx.passes.trace.tracing import trace_calls
 from dni_fx.plan import CutPlan
 
@@ -49,12 +60,12 @@ class Graph:
         """Nodes besides the output."""
         return len(self.compute) - 1
 
-    def loads(self) -> frontiers.Loads:
+    def loads(self) -> Loads:
         """The same for the library."""
         values = [v for v in range(self.count) if self.users[v]]
         edges = [(i, u) for i, v in enumerate(values) for u in self.users[v]]
         pick = lambda table: torch.tensor([table[v] for v in values])  # noqa: E731
-        return frontiers.Loads(
+        return Loads(
             torch.tensor(self.compute), torch.tensor(self.memory), torch.tensor(values),
             torch.tensor([len(self.users[v]) for v in values]), torch.tensor([i for i, _ in edges]),
             torch.tensor([u for _, u in edges]), pick(self.source), pick(self.source_bytes), pick(self.nbytes),
@@ -100,13 +111,13 @@ def rng(request: pytest.FixtureRequest) -> random.Random:
     return random.Random(request.param)
 
 
-def wishes_for(rng: random.Random, graph: Graph) -> searching.Wishes:
+def wishes_for(rng: random.Random, graph: Graph) -> Wishes:
     positions = [p for p in range(1, graph.count) if rng.random() < 0.8]
     stages = rng.randint(1, min(4, len(positions) + 1))
     required = tuple(sorted(rng.sample(positions, rng.randint(0, min(1, stages - 1)))))
     speeds = tuple(rng.choice([0.5, 1.0, 2.0]) for _ in range(stages)) if rng.random() < 0.4 else ()
     cap = float(rng.randint(5, 60)) if rng.random() < 0.4 else math.inf
-    return searching.Wishes(
+    return Wishes(
         stages,
         allowed=tuple(positions),
         required=required,
@@ -116,7 +127,7 @@ def wishes_for(rng: random.Random, graph: Graph) -> searching.Wishes:
     )
 
 
-def chains(graph: Graph, wishes: searching.Wishes) -> Iterator[list[set[int]]]:
+def chains(graph: Graph, wishes: Wishes) -> Iterator[list[set[int]]]:
     """Every choice of positions."""
     assert wishes.stages is not None
     for cuts in itertools.combinations(wishes.allowed, wishes.stages - 1):
@@ -148,7 +159,7 @@ def judge(graph: Graph, stages: list[set[int]], speeds: Sequence[float]) -> tupl
 
 
 def brute(
-    graph: Graph, choices: Iterator[list[set[int]]], wishes: searching.Wishes
+    graph: Graph, choices: Iterator[list[set[int]]], wishes: Wishes
 ) -> tuple[float, int] | None:
     """Slowest stage of the best choice within the cap, and fewest bytes among those."""
     fits = [j for c in choices if (j := judge(graph, c, wishes.speeds))[1] <= wishes.memory_cap]
@@ -162,7 +173,7 @@ def brute(
 
 
 def mismatches(
-    rng: random.Random, solve: Callable[..., Any] = searching._solve, graphs: int = 100
+    rng: random.Random, solve: Callable[..., Any] = solve_chain, graphs: int = 100
 ) -> int:
     wrong = 0
     for _ in range(graphs):
@@ -182,8 +193,8 @@ def test_positions_are_the_best_of_all(rng: random.Random) -> None:
 def test_a_search_that_forgets_what_is_received_is_noticed() -> None:
     """Negative control."""
 
-    def forgetful(loads: frontiers.Loads, *rest: Any) -> Any:
-        return searching._solve(replace(loads, transfer=loads.transfer * 0), *rest)
+    def forgetful(loads: Loads, *rest: Any) -> Any:
+        return solve_chain(replace(loads, transfer=loads.transfer * 0), *rest)
 
     assert mismatches(random.Random(0), forgetful) > 10
 
@@ -192,27 +203,27 @@ def test_closed_sets_hold_the_best_of_all_partitions(rng: random.Random) -> None
     for _ in range(20):
         graph = random_graph(rng, 7)
         stages = rng.randint(1, min(3, graph.count))
-        wishes = searching.Wishes(stages, polish=1.0)
+        wishes = Wishes(stages, polish=1.0)
         loads = graph.loads()
         before = [
             sum(1 << v for v in range(graph.count) if u in graph.users[v])
             for u in range(graph.count)
         ]
         after = [tuple(u for u in graph.users[v] if u < graph.count) for v in range(graph.count)]
-        units = frontiers.Units(
+        units = closures.Units(
             tuple(1 << v for v in range(graph.count)), tuple(before), tuple(after)
         )
-        sets = frontiers.closed_sets(units, 10_000)
+        sets = closures.closed_sets(units, 10_000)
         assert sets is not None
-        masks = [frontiers.nodes_of(units, s) for s in sets]
-        answer = searching._solve(
+        masks = [closures.nodes_of(units, s) for s in sets]
+        answer = solve_chain(
             loads, frontiers.from_masks(loads, masks, (1 << graph.count) - 1), wishes
         )
         expected = brute(graph, partitions(graph, stages), wishes)
         assert answer is not None
         assert (answer.slowest, answer.traffic) == expected
         assert bounding.lower_bound(loads, (1.0,) * stages) <= answer.slowest * (1 + 1e-9)
-        chain = searching._solve(loads, frontiers.prefixes(loads, range(1, graph.count)), wishes)
+        chain = solve_chain(loads, frontiers.prefixes(loads, range(1, graph.count)), wishes)
         assert chain is not None
         assert answer.slowest <= chain.slowest
 
@@ -221,7 +232,7 @@ def test_the_bound_is_a_bound_for_unequal_stages(rng: random.Random) -> None:
     for _ in range(20):
         graph = random_graph(rng, 6)
         speeds = (2.0, 0.5)
-        expected = brute(graph, partitions(graph, 2), searching.Wishes(2, speeds=speeds))
+        expected = brute(graph, partitions(graph, 2), Wishes(2, speeds=speeds))
         assert expected is not None
         assert bounding.lower_bound(graph.loads(), speeds) <= expected[0] * (1 + 1e-9)
 
@@ -515,7 +526,7 @@ def test_nodes_that_must_not_be_parted_are_one_unit() -> None:
             return self.head(out + state + F.dropout(self.b(x), 0.1, self.training))
 
     flow = find_flow(trace_calls(Writes(), (torch.randn(3, 4),), {}))
-    units = frontiers.find_units(flow)
+    units = closures.find_units(flow)
     names = [{n.name for i, n in enumerate(flow.nodes) if m >> i & 1} for m in units.masks]
     written = next(g for g in names if "a" in g)
     assert any("mul" in n for n in written)
@@ -581,7 +592,7 @@ def test_analytic_costs_count_attention() -> None:
     attention = next(n.name for n in flow.nodes if "attention" in n.name)
     flops = 2 * 2 * 2 * 4 * 512 * 512 * 64
     assert costs.forward[attention] == pytest.approx(
-        flops / costing.FLOPS_PER_SECOND * 1e9, rel=0.01
+        flops / probes.FLOPS_PER_SECOND * 1e9, rel=0.01
     )
     assert costs.backward[attention] > 2 * costs.forward[attention]
 
@@ -722,12 +733,12 @@ def random_assignment(model: nn.Module, args: Any, kwargs: Any, rng: random.Rand
     """Two stages: a random closed set of units, and the rest."""
     trace = trace_calls(model, args, kwargs)
     flow = find_flow(trace)
-    units = frontiers.find_units(flow)
+    units = closures.find_units(flow)
     done, count = 0, rng.randint(1, max(1, len(units.masks) - 1))
     for _ in range(count):
         ready = [u for u, b in enumerate(units.before) if not done >> u & 1 and not b & ~done]
         done |= 1 << rng.choice(ready)
-    inside = frontiers.nodes_of(units, done)
+    inside = closures.nodes_of(units, done)
     stages = [
         (n.name, 1 - (inside >> p & 1)) for p, n in enumerate(flow.nodes) if flow.is_computed(n)
     ]
@@ -759,15 +770,15 @@ def test_sets_that_part_written_memory_are_noticed(monkeypatch: pytest.MonkeyPat
     memory are parted.
     """
 
-    def careless(flow: Any) -> frontiers.Units:
+    def careless(flow: Any) -> closures.Units:
         nodes = [n for n in flow.nodes if flow.is_computed(n)]
         number = {n: i for i, n in enumerate(nodes)}
         before = tuple(
             sum(1 << number[i] for i in set(n.all_input_nodes) if i in number) for n in nodes
         )
-        return frontiers.Units(tuple(1 << flow.index[n] for n in nodes), before, ())
+        return closures.Units(tuple(1 << flow.index[n] for n in nodes), before, ())
 
-    monkeypatch.setattr(frontiers, "find_units", careless)
+    monkeypatch.setattr(closures, "find_units", careless)
     wrong = 0
     for name, seed in itertools.product(
         ("read_after_mutation", "mutate_through_view", "setitem_after_cut"), range(8)

@@ -20,7 +20,7 @@ from ..cut.cutting import Flow, needs_gradient
 from ..cut.insertion import infer_context
 from ..trace.nodes import run_node
 from ..trace.state import restored
-from .costing import regions
+from .probes import regions
 from .source_costs import OptionOf
 
 BATCHES = 8  # looked at; a quarter of them judge
