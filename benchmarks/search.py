@@ -39,11 +39,19 @@ def random_loads(nodes: int, seed: int = 0) -> Loads:
     some = lambda most: torch.randint(0, most, (nodes,), generator=generator)  # noqa: E731
     ends = torch.tensor(value)
     return Loads(
-        torch.cat([some(10**6), torch.zeros(1, dtype=torch.int64)]),
-        torch.cat([some(10**6), torch.zeros(1, dtype=torch.int64)]),
-        torch.arange(nodes), torch.bincount(ends), ends, torch.tensor(user), some(10**4), some(10**4), some(10**3),
-        some(10**4), torch.ones(nodes, dtype=torch.bool), torch.zeros(nodes, dtype=torch.bool),
-    )  # fmt: skip
+        compute=torch.cat([some(10**6), torch.zeros(1, dtype=torch.int64)]),
+        memory=torch.cat([some(10**6), torch.zeros(1, dtype=torch.int64)]),
+        values=torch.arange(nodes),
+        total=torch.bincount(ends),
+        edge_value=ends,
+        edge_user=torch.tensor(user),
+        source=some(10**4),
+        source_bytes=some(10**4),
+        nbytes=some(10**3),
+        transfer=some(10**4),
+        carries=torch.ones(nodes, dtype=torch.bool),
+        attached=torch.zeros(nodes, dtype=torch.bool),
+    )
 
 
 def timed(call: Callable[[], object]) -> tuple[float, object]:

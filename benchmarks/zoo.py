@@ -1,11 +1,11 @@
 """How many of the models that people use the transform covers, and whether exact mode equals
 backprop on them.
 
-    python benchmarks/zoo.py                              all models, then docs/coverage.md python
-    benchmarks/zoo.py --group transformers         one group, then its part of docs/coverage.md
-    python benchmarks/zoo.py --only 'resnet|vit' --list   which models a pattern names python
-    benchmarks/zoo.py --resume out/zoo.jsonl       go on where a sweep stopped python
-    benchmarks/zoo.py --resume out/zoo.jsonl --retry   the same, and models that missed once more
+    python benchmarks/zoo.py                              all models, then docs/coverage.md
+    python benchmarks/zoo.py --group transformers         one group, then its part of the page
+    python benchmarks/zoo.py --only 'resnet|vit' --list   which models a pattern names
+    python benchmarks/zoo.py --resume out/zoo.jsonl       go on where a sweep stopped
+    python benchmarks/zoo.py --resume out/zoo.jsonl --retry   the same; models that missed once more
 
 Every torchvision model for classification, segmentation and video, one timm model of each family,
 on small images, and the architectures of transformers that `zoo_transformers` lists: traced, cut
@@ -77,53 +77,59 @@ SIZES = (
 
 # The smallest model, by parameters, of each family of timm 1.0.31 (see `family`).
 TIMM = """
-beit_base_patch16_224 beitv2_base_patch16_224 botnet26t_256 eca_botnext26ts_256 eca_halonext26ts halo2botnet50ts_256
-halonet_h1 haloregnetz_b lambda_resnet26t lamhalobotnet50ts_256 sebotnet33ts_256 sehalonet33ts bat_resnext26ts
-eca_resnet33ts eca_resnext26ts gcresnet33ts gcresnext26ts gernet_s mobileone_s1 regnetz_b16 regnetz_b16_evos
-repvgg_a0 resnet32ts resnet50_clip_gap resnet50_mlp resnext26ts seresnet33ts seresnext26ts cait_xxs24_224 coat_tiny
-coat_lite_tiny convit_tiny convmixer_768_32 convnext_zepto_rms convnext_large_mlp convnextv2_atto cpubone_nano
-crossvit_tiny_240 crossvit_9_dagger_240 csatv2 cs3darknet_s cs3darknet_focus_s cspdarknet53 cspresnet50 cspresnext50
-darknet17 darknetaa53 sedarknet21 cspnext_tiny davit_tiny davit_base_fl deepseek_vit_412m deit_tiny_patch16_224
-deit3_small_patch16_224 deit_tiny_distilled_patch16_224 densenet121 densenetblur121d dla46x_c dpn48b
-edgenext_xx_small efficientformer_l1 efficientformerv2_s0 efficientnet_lite0 efficientnet_blur_b0
-efficientnet_cc_b0_4e efficientnet_b0_g16_evos efficientnet_b0_gn efficientnetv2_rw_t fbnetc_100
-gc_efficientnetv2_rw_t mixnet_s mnasnet_small mobilenet_edgetpu_100 mobilenetv1_100 mobilenetv2_035 semnasnet_050
-spnasnet_100 tf_efficientnet_lite0 tf_efficientnet_cc_b0_4e tf_efficientnetv2_b0 tf_mixnet_s tinynet_e
-efficientvim_m1 efficientvim_m1_dist efficientvit_b0 efficientvit_m0 eva_giant_patch14_224
-eva02_base_patch16_clip_224 eva02_tiny_patch14_224 vit_small_patch16_lingbot vit_tiny_patch16_dinov3_qkvb
-vit_pe_spatial_tiny_patch16_512 vit_small_patch16_rope_224 fasternet_t0 fastvit_t8 focalnet_tiny_srf gcvit_xxtiny
-gemma4_vit_167m ghostnet_050 ghostnetv2_100 ghostnetv3_050 hardcorenas_b hgnet_tiny hgnetv2_b0 hiera_tiny_224
-hieradet_small sam2_hiera_tiny hrnet_w18_small iformer_t iformer_m_distilled inception_next_atto inception_resnet_v2
-inception_v3 inception_v4 lcnetv2_small levit_128s levit_conv_128s lowformer_b0 mambaout_femto coatnet_pico_rw_224
-coatnet_bn_0_rw_224 coatnet_nano_cc_224 coatnet_rmlp_nano_rw_224 coatnext_nano_rw_224 maxvit_pico_rw_256
-maxvit_rmlp_pico_rw_256 maxxvit_rmlp_nano_rw_256 maxxvitv2_nano_rw_256 maxxvitv2_rmlp_base_rw_224 caformer_s18
-convformer_s18 poolformer_s12 poolformerv2_s12 gmixer_12_224 gmlp_ti16_224 mixer_s16_224 resmlp_12_224 fbnetv3_b
-lcnet_035 mobilenetv3_small_050 mobilenetv4_conv_small_035 mobilenetv4_hybrid_medium_075 tf_mobilenetv3_small_075
-tf_mobilenetv3_small_minimal_100 mobilenetv5_base mobilevit_xxs mobilevitv2_050 mvitv2_tiny mvitv2_small_cls
-naflexvit_base_patch16_parfac_gap naflexvit_base_patch16_par_gap naflexvit_base_patch16_siglip nasnetalarge
-nest_tiny nextvit_small dm_nfnet_f0 eca_nfnet_l0 nf_ecaresnet26 nf_regnet_b0 nf_resnet26 nf_seresnet26 nfnet_l0
-pit_ti_224 pit_ti_distilled_224 pnasnet5large pvt_v2_b0 pvt_v2_b2_li qwen3_vit_88m rdnet_tiny regnetv_040
-regnetx_002 regnety_002 regnetz_005 repghostnet_050 repvit_m1 res2next50 resnest14d ecaresnet26t ecaresnetlight
-ecaresnext26t_32x4d resnet10t resnet50_gn resnetaa34d resnetblur18 resnetrs50 resnext50_32x4d senet154 seresnet18
-seresnetaa50d seresnext26t_32x4d seresnextaa101d_32x8d wide_resnet50_2 resnetv2_18 resnetv2_50x1_bit
-resnetv2_50d_evos resnetv2_50d_frn resnetv2_50d_gn rexnet_100 rexnetr_100 selecsls42 legacy_senet154
-legacy_seresnet18 legacy_seresnext26_32x4d sequencer2d_s shvit_s1 skresnet18 skresnext50_32x4d starnet_s050
-swiftformer_xs swin_tiny_patch4_window7_224 swinv2_tiny_window16_256 swinv2_cr_tiny_224 tiny_vit_5m_224
-tnt_s_legacy_patch16_224 tresnet_m twins_pcpvt_small twins_svt_small vgg11 vgg11_bn visformer_tiny
-aimv2_large_patch14_224 beit3_base_patch16_224 eva_large_patch14_196 flexivit_small vit_tiny_patch16_224
-vit_xsmall_patch16_clip_224 vit_small_patch14_dinov2 vit_base_patch16_rpn_224 vit_base_patch16_siglip_gap_224
-vit_base_patch16_xp_224 vit_tiny_r_s16_p8_224 vit_base_mci_224 vit_srelpos_small_patch16_224
-vit_relpos_medium_patch16_cls_224 vit_relpos_small_patch16_rpn_224 samvit_base_patch16_224 vitamin_small_224
-volo_d1_224 eca_vovnet39b ese_vovnet19b_slim_dw ese_vovnet39b_evos vovnet39a legacy_xception xception41p
-xcit_nano_12_p8_224
+beit_base_patch16_224 beitv2_base_patch16_224 botnet26t_256 eca_botnext26ts_256 eca_halonext26ts
+halo2botnet50ts_256 halonet_h1 haloregnetz_b lambda_resnet26t lamhalobotnet50ts_256 sebotnet33ts_256
+sehalonet33ts bat_resnext26ts eca_resnet33ts eca_resnext26ts gcresnet33ts gcresnext26ts gernet_s
+mobileone_s1 regnetz_b16 regnetz_b16_evos repvgg_a0 resnet32ts resnet50_clip_gap resnet50_mlp
+resnext26ts seresnet33ts seresnext26ts cait_xxs24_224 coat_tiny coat_lite_tiny convit_tiny
+convmixer_768_32 convnext_zepto_rms convnext_large_mlp convnextv2_atto cpubone_nano
+crossvit_tiny_240 crossvit_9_dagger_240 csatv2 cs3darknet_s cs3darknet_focus_s cspdarknet53
+cspresnet50 cspresnext50 darknet17 darknetaa53 sedarknet21 cspnext_tiny davit_tiny davit_base_fl
+deepseek_vit_412m deit_tiny_patch16_224 deit3_small_patch16_224 deit_tiny_distilled_patch16_224
+densenet121 densenetblur121d dla46x_c dpn48b edgenext_xx_small efficientformer_l1
+efficientformerv2_s0 efficientnet_lite0 efficientnet_blur_b0 efficientnet_cc_b0_4e
+efficientnet_b0_g16_evos efficientnet_b0_gn efficientnetv2_rw_t fbnetc_100 gc_efficientnetv2_rw_t
+mixnet_s mnasnet_small mobilenet_edgetpu_100 mobilenetv1_100 mobilenetv2_035 semnasnet_050
+spnasnet_100 tf_efficientnet_lite0 tf_efficientnet_cc_b0_4e tf_efficientnetv2_b0 tf_mixnet_s
+tinynet_e efficientvim_m1 efficientvim_m1_dist efficientvit_b0 efficientvit_m0 eva_giant_patch14_224
+eva02_base_patch16_clip_224 eva02_tiny_patch14_224 vit_small_patch16_lingbot
+vit_tiny_patch16_dinov3_qkvb vit_pe_spatial_tiny_patch16_512 vit_small_patch16_rope_224 fasternet_t0
+fastvit_t8 focalnet_tiny_srf gcvit_xxtiny gemma4_vit_167m ghostnet_050 ghostnetv2_100 ghostnetv3_050
+hardcorenas_b hgnet_tiny hgnetv2_b0 hiera_tiny_224 hieradet_small sam2_hiera_tiny hrnet_w18_small
+iformer_t iformer_m_distilled inception_next_atto inception_resnet_v2 inception_v3 inception_v4
+lcnetv2_small levit_128s levit_conv_128s lowformer_b0 mambaout_femto coatnet_pico_rw_224
+coatnet_bn_0_rw_224 coatnet_nano_cc_224 coatnet_rmlp_nano_rw_224 coatnext_nano_rw_224
+maxvit_pico_rw_256 maxvit_rmlp_pico_rw_256 maxxvit_rmlp_nano_rw_256 maxxvitv2_nano_rw_256
+maxxvitv2_rmlp_base_rw_224 caformer_s18 convformer_s18 poolformer_s12 poolformerv2_s12 gmixer_12_224
+gmlp_ti16_224 mixer_s16_224 resmlp_12_224 fbnetv3_b lcnet_035 mobilenetv3_small_050
+mobilenetv4_conv_small_035 mobilenetv4_hybrid_medium_075 tf_mobilenetv3_small_075
+tf_mobilenetv3_small_minimal_100 mobilenetv5_base mobilevit_xxs mobilevitv2_050 mvitv2_tiny
+mvitv2_small_cls naflexvit_base_patch16_parfac_gap naflexvit_base_patch16_par_gap
+naflexvit_base_patch16_siglip nasnetalarge nest_tiny nextvit_small dm_nfnet_f0 eca_nfnet_l0
+nf_ecaresnet26 nf_regnet_b0 nf_resnet26 nf_seresnet26 nfnet_l0 pit_ti_224 pit_ti_distilled_224
+pnasnet5large pvt_v2_b0 pvt_v2_b2_li qwen3_vit_88m rdnet_tiny regnetv_040 regnetx_002 regnety_002
+regnetz_005 repghostnet_050 repvit_m1 res2next50 resnest14d ecaresnet26t ecaresnetlight
+ecaresnext26t_32x4d resnet10t resnet50_gn resnetaa34d resnetblur18 resnetrs50 resnext50_32x4d
+senet154 seresnet18 seresnetaa50d seresnext26t_32x4d seresnextaa101d_32x8d wide_resnet50_2
+resnetv2_18 resnetv2_50x1_bit resnetv2_50d_evos resnetv2_50d_frn resnetv2_50d_gn rexnet_100
+rexnetr_100 selecsls42 legacy_senet154 legacy_seresnet18 legacy_seresnext26_32x4d sequencer2d_s
+shvit_s1 skresnet18 skresnext50_32x4d starnet_s050 swiftformer_xs swin_tiny_patch4_window7_224
+swinv2_tiny_window16_256 swinv2_cr_tiny_224 tiny_vit_5m_224 tnt_s_legacy_patch16_224 tresnet_m
+twins_pcpvt_small twins_svt_small vgg11 vgg11_bn visformer_tiny aimv2_large_patch14_224
+beit3_base_patch16_224 eva_large_patch14_196 flexivit_small vit_tiny_patch16_224
+vit_xsmall_patch16_clip_224 vit_small_patch14_dinov2 vit_base_patch16_rpn_224
+vit_base_patch16_siglip_gap_224 vit_base_patch16_xp_224 vit_tiny_r_s16_p8_224 vit_base_mci_224
+vit_srelpos_small_patch16_224 vit_relpos_medium_patch16_cls_224 vit_relpos_small_patch16_rpn_224
+samvit_base_patch16_224 vitamin_small_224 volo_d1_224 eca_vovnet39b ese_vovnet19b_slim_dw
+ese_vovnet39b_evos vovnet39a legacy_xception xception41p xcit_nano_12_p8_224
 """.split()  # noqa: SIM905
 
 # Words that tell families of one timm module apart: those that must be read with the next word, and
 # architectures.
 PREFIXES = frozenset(("bat", "dm", "eca", "ese", "gc", "lambda", "legacy", "nf", "tf", "wide"))
 ARCHITECTURES = """
-gn evos frn cc conv clip cls dagger distilled dist fl focus hybrid li lite mci minimal pcpvt svt rmlp rope rpn siglip
-dinov2 dinov3 pe par deit3 eva02 blur xp bn bit mlp
+gn evos frn cc conv clip cls dagger distilled dist fl focus hybrid li lite mci minimal pcpvt svt
+rmlp rope rpn siglip dinov2 dinov3 pe par deit3 eva02 blur xp bn bit mlp
 """.split()  # noqa: SIM905
 
 
@@ -229,7 +235,8 @@ def family(name: str) -> str:
     if name.startswith("swinv2_cr"):
         leading = "swinv2_cr"
     kind = next((word for word in ARCHITECTURES if word in words), "")
-    return f"{timm.models.model_entrypoint(name).__module__.rpartition('.')[2]}/{leading}{kind and '+' + kind}"
+    module = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
+    return f"{module}/{leading}{kind and '+' + kind}"
 
 
 def families_without_member() -> list[str]:
@@ -245,7 +252,9 @@ def families_without_member() -> list[str]:
 
 
 def parameter_count(entry: Entry) -> int:
-    """Number of parameters, counted without memory where the model can be built on the meta device."""
+    """Number of parameters, counted without memory where the model can be built on the meta
+    device.
+    """
     try:
         with torch.device("meta"):
             model = entry.build()
@@ -323,7 +332,8 @@ def difference(expected: Snapshot, got: Snapshot) -> str:
                     "none in eager, one here" if want is None else "one in eager, none here"
                 )
         elif want.shape != have.shape or want.dtype != have.dtype:
-            return f"{key}: {want.dtype} {tuple(want.shape)} in eager, {have.dtype} {tuple(have.shape)} here"
+            eager = f"{want.dtype} {tuple(want.shape)} in eager"
+            return f"{key}: {eager}, {have.dtype} {tuple(have.shape)} here"
         elif not torch.equal(_bits(want), _bits(have)):
             if torch.equal(want, have):
                 return f"{key}: zeros of another sign"
@@ -678,7 +688,8 @@ def progress(row: Row) -> str:
         f"{part} {'equal' if row.get(part) == EQUAL else 'NOT EQUAL'}"
         for part in ("train", "eval", "exact")
     ]
-    return f"{row['name']}: {row['rung']}, {row['nodes']} nodes, {row['transform_seconds']:.1f} s, {', '.join(parts)}"
+    size = f"{row['nodes']} nodes, {row['transform_seconds']:.1f} s"
+    return f"{row['name']}: {row['rung']}, {size}, {', '.join(parts)}"
 
 
 def read_rows(path: Path) -> dict[str, Row]:
@@ -824,8 +835,9 @@ def _search_summary(rows: list[Row]) -> list[str]:
         f"all work of the stages, sources included (median), or {median('net'):.0%} of what the "
         "network alone takes. The search was exact over "
         + ", ".join(f"{name} ({count} models)" for name, count in sure.most_common())
-        + f". {sum(row['free'] for row in rows)} plans have stages that are not contiguous in program order. Tracing, "
-        f"measuring and search take {median('plan_seconds'):.1f} s (median).",
+        + f". {sum(row['free'] for row in rows)} plans have stages that are not contiguous in "
+        "program order. Tracing, measuring and search take "
+        f"{median('plan_seconds'):.1f} s (median).",
     ]  # fmt: skip
 
 

@@ -1,4 +1,5 @@
-"""Stages on several processes of ``torch.distributed``: the public name of :mod:`dni_fx.parallel`."""
+"""Stages on several processes of ``torch.distributed``: the public name of :mod:`dni_fx.parallel`.
+"""
 
 from .parallel.mailbox import ParallelError as ParallelError
 from .parallel.trainer import Status as Status
