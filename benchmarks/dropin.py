@@ -281,9 +281,13 @@ def minilm(x: Tensor, y: Tensor) -> dict[str, Variant]:
     }
     for name, (gradients, label) in SOURCES.items():
         decoupled = dni_fx.decouple(
-            fresh(), [f"bert.bert.encoder.layer.{k}" for k in (1, 3)], example_inputs=(x,), gradients=gradients,
-            context=dni_fx.one_hot(CLASSES) if label else None, check=False,
-        )  # fmt: skip
+            fresh(),
+            [f"bert.bert.encoder.layer.{k}" for k in (1, 3)],
+            example_inputs=(x,),
+            gradients=gradients,
+            context=dni_fx.one_hot(CLASSES) if label else None,
+            check=False,
+        )
         found[f"drop-in {name}, 3 stages"] = make_step(decoupled.as_module(), x, y, label)
     return found
 

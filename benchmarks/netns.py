@@ -337,7 +337,8 @@ def main() -> None:
     try:
         if arguments.ranks > 1:
             one_way, both_ways, rate = network.ping()
-            found = f"{one_way * 1e3:.2f} ms from rank 0 to rank 1, {both_ways * 1e3:.2f} ms there and back"
+            found = f"{one_way * 1e3:.2f} ms from rank 0 to rank 1"
+            found += f", {both_ways * 1e3:.2f} ms there and back"
             asked = f"{arguments.delay or 'no'} delay, {arguments.rate or 'any'} rate"
             print(f"{network.means}: {found}, {rate / 1e6:.1f} Mbit/s (asked: {asked})", flush=True)
         begin = time.monotonic()

@@ -436,7 +436,9 @@ def check(methods: Sequence[Method], steps: int = CHECKED_STEPS) -> bool:
 
 
 def table(methods: Sequence[Method], timings: Sequence[Timing]) -> str:
-    """Median steps/s by number of micro-batches, and the best of each method next to one process."""
+    """Median steps/s by number of micro-batches, and the best of each method next to one
+    process.
+    """
     counts = sorted({method.micro for method in methods})
     medians = {
         (m.name, m.micro): f"{1 / t.median:.2f}" for m, t in zip(methods, timings, strict=True)
@@ -448,8 +450,8 @@ def table(methods: Sequence[Method], timings: Sequence[Timing]) -> str:
     lines.append("| --- |" + " ---: |" * (len(counts) + 4))
     for name, (method, timing) in best.items():
         cells = " | ".join(medians.get((name, m), "-") for m in counts)
-        ends = f"{method.micro} | {1 / timing.median:.2f} | {1 / timing.best:.2f} | {one / timing.median:.2f}"
-        lines.append(f"| {name} | {cells} | {ends} |")
+        rates = f"{1 / timing.median:.2f} | {1 / timing.best:.2f} | {one / timing.median:.2f}"
+        lines.append(f"| {name} | {cells} | {method.micro} | {rates} |")
     return "\n".join(lines)
 
 

@@ -43,7 +43,8 @@ class Capacity:
         return self.together / self.alone
 
     def __str__(self) -> str:
-        return f"two processes at once do {self.cores:.2f} x the work of one alone ({self.alone:.0f} products/s)"
+        one = f"the work of one alone ({self.alone:.0f} products/s)"
+        return f"two processes at once do {self.cores:.2f} x {one}"
 
 
 def _work(start: float, seconds: float, pipe: Connection) -> None:

@@ -21,11 +21,13 @@ import torch
 import torchvision_cpu  # noqa: F401  (before torchvision)
 from dni_fx.graphs.pipeline import trace_model
 from dni_fx.passes.cut.cutting import find_flow, legal_positions
-from dni_fx.passes.search import bounding, costing, frontiers, searching, source_costs
+from dni_fx.passes.search import bounding, costing, searching, source_costs
+from dni_fx.passes.search.chains import Wishes
+from dni_fx.passes.search.loads import Loads
 from probe import capacity, describe_environment
 
 
-def random_loads(nodes: int, seed: int = 0) -> frontiers.Loads:
+def random_loads(nodes: int, seed: int = 0) -> Loads:
     """A chain in which three of ten nodes are also used up to 200 nodes later."""
     rng = random.Random(seed)
     value, user = list(range(nodes)), [*range(1, nodes), nodes]
@@ -36,12 +38,20 @@ def random_loads(nodes: int, seed: int = 0) -> frontiers.Loads:
     generator = torch.Generator().manual_seed(seed)
     some = lambda most: torch.randint(0, most, (nodes,), generator=generator)  # noqa: E731
     ends = torch.tensor(value)
-    return frontiers.Loads(
-        torch.cat([some(10**6), torch.zeros(1, dtype=torch.int64)]),
-        torch.cat([some(10**6), torch.zeros(1, dtype=torch.int64)]),
-        torch.arange(nodes), torch.bincount(ends), ends, torch.tensor(user), some(10**4), some(10**4), some(10**3),
-        some(10**4), torch.ones(nodes, dtype=torch.bool), torch.zeros(nodes, dtype=torch.bool),
-    )  # fmt: skip
+    return Loads(
+        compute=torch.cat([some(10**6), torch.zeros(1, dtype=torch.int64)]),
+        memory=torch.cat([some(10**6), torch.zeros(1, dtype=torch.int64)]),
+        values=torch.arange(nodes),
+        total=torch.bincount(ends),
+        edge_value=ends,
+        edge_user=torch.tensor(user),
+        source=some(10**4),
+        source_bytes=some(10**4),
+        nbytes=some(10**3),
+        transfer=some(10**4),
+        carries=torch.ones(nodes, dtype=torch.bool),
+        attached=torch.zeros(nodes, dtype=torch.bool),
+    )
 
 
 def timed(call: Callable[[], object]) -> tuple[float, object]:
@@ -68,7 +78,7 @@ def main() -> None:
     print("| ---: | ---: | ---: | ---: |")
     for nodes in arguments.nodes:
         loads = random_loads(nodes)
-        wishes = searching.Wishes(arguments.stages, allowed=tuple(range(1, nodes)), polish=1.0)
+        wishes = Wishes(arguments.stages, allowed=tuple(range(1, nodes)), polish=1.0)
         seconds, answer = timed(
             lambda loads=loads, wishes=wishes: searching.best_positions(loads, wishes)[0]
         )
@@ -90,7 +100,7 @@ def main() -> None:
             flow, (x,), {}, source_costs.measure_sources(flow, lambda _: "auto", None)
         )  # type: ignore[arg-type]
     )
-    wishes = searching.Wishes(4, allowed=legal_positions(flow))  # type: ignore[arg-type]
+    wishes = Wishes(4, allowed=legal_positions(flow))  # type: ignore[arg-type]
     search, _ = min(
         (timed(lambda: searching.search_cuts(flow, costs, wishes)) for _ in range(3)),  # type: ignore[arg-type]
         key=lambda t: t[0],

@@ -1,8 +1,8 @@
 """Long and rough runs of stages on several processes: kills, stalls, slow consumers, memory.
 
-    python benchmarks/soak.py                      # all of it, into docs/soak.md: about a quarter
-    of an hour python benchmarks/soak.py --only kills --kills 3 python benchmarks/soak.py --quick
-    # every part, shortened, in about two minutes; nothing is written
+    python benchmarks/soak.py                           # all, into docs/soak.md: about 15 minutes
+    python benchmarks/soak.py --only kills --kills 3
+    python benchmarks/soak.py --quick                   # all, shortened: two minutes, no page
 
 Every part starts its own processes with torchrun, watches them from outside, and checks a claim:
 
@@ -47,7 +47,9 @@ WIDTH, CLASSES, BATCH = 128, 10, 32
 
 
 class Ladder(nn.Module):
-    """Three linear layers, of which one can be made to dawdle; a skip from the first to the last."""
+    """Three linear layers, of which one can be made to dawdle; a skip from the first to the
+    last.
+    """
 
     def __init__(self, slow: str = "", seconds: float = 0.0, at_random: bool = False) -> None:
         super().__init__()
@@ -182,10 +184,9 @@ class Watched:
     def __init__(self, folder: Path, ranks: int, restarts: int = 0, **options: Any) -> None:
         folder.mkdir(parents=True)
         self.folder, self.ranks = folder, ranks
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
-            "--max-restarts", str(restarts), __file__, "--work", json.dumps({**options, "folder": str(folder)}),
-        ]  # fmt: skip
+        start = ["--standalone", "--nproc-per-node", str(ranks), "--max-restarts", str(restarts)]
+        work = ["--work", json.dumps({**options, "folder": str(folder)})]
+        command = [sys.executable, "-m", "torch.distributed.run", *start, __file__, *work]
         self.log = (folder / "log").open("w")
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
@@ -249,10 +250,10 @@ def kills(folder: Path, quick: bool, count: int) -> list[str]:
                 time.sleep(0.05)
     found = rough.result(900)
     same = found["digest"] == calm["digest"]
-    line = f"{done} kills of {count} asked, {ranks} ranks in turn, {steps} steps, a checkpoint every {every}: "
+    equal = "bit-equal to" if same else "DIFFER from"
     return [
-        line
-        + f"resumed {done} times; final weights {'bit-equal to' if same else 'DIFFER from'} an unkilled run's"
+        f"{done} kills of {count} asked, {ranks} ranks in turn, {steps} steps, a checkpoint every "
+        f"{every}: resumed {done} times; final weights {equal} an unkilled run's"
     ]
 
 

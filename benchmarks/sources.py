@@ -265,7 +265,8 @@ def compare_weights(case: Case, start: nn.Module, source: str) -> str:
         return (
             f"After {CHECKED_STEPS} steps with {source!r} both have the same weights, bit for bit."
         )
-    text = f"After {CHECKED_STEPS} steps with {source!r} weights differ by up to {model:.1e}, the sources' by {own:.1e}"
+    text = f"After {CHECKED_STEPS} steps with {source!r} weights differ by up to {model:.1e}"
+    text += f", the sources' by {own:.1e}"
     assert model < 0.02 * moved, (
         f"{text}; training moved them by up to {moved:.1e}: this is not the same mathematics"
     )

@@ -201,8 +201,10 @@ def compare_weights(start: Network) -> str:
     synthesizer = largest_difference(synthesizers, list(hand.synthesizers.parameters()))
     moved = largest_difference(list(by_hand.parameters()), list(start.parameters()))
     if model == synthesizer == 0.0:
-        return f"After {CHECKED_STEPS} steps dni_fx and the hand-written loop have the same weights, bit for bit."
-    text = f"After {CHECKED_STEPS} steps weights differ by up to {model:.2e}, the synthesizers' by {synthesizer:.2e}"
+        both = "dni_fx and the hand-written loop"
+        return f"After {CHECKED_STEPS} steps {both} have the same weights, bit for bit."
+    text = f"After {CHECKED_STEPS} steps weights differ by up to {model:.2e}"
+    text += f", the synthesizers' by {synthesizer:.2e}"
     assert model < 1e-3 * moved, (
         f"{text}; training moved them by up to {moved:.2e}: this is not the same mathematics"
     )

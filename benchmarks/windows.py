@@ -66,9 +66,15 @@ def draw(steps: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 def library(model: nn.Module, window: int, gradients: str) -> ThroughTime:
     """The model through time; comparisons are left out, as by hand."""
     return decouple_through_time(
-        model, window, loss=loss, optimizer=MAKE, synthesizer_optimizer=MAKE, gradients=gradients, factor=FACTOR,
+        model,
+        window,
+        loss=loss,
+        optimizer=MAKE,
+        synthesizer_optimizer=MAKE,
+        gradients=gradients,
+        factor=FACTOR,
         metrics_every=10**9,
-    )  # fmt: skip
+    )
 
 
 # ---- memory --------------------------------------------------------------------------------------

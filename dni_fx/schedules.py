@@ -306,7 +306,8 @@ def make_schedule(option: str | Schedule) -> Schedule:
         return option
     if isinstance(option, str) and option in SCHEDULES:
         return SCHEDULES[option]()
-    known = f"Known: {', '.join(repr(name) for name in SCHEDULES)}, or a Schedule object, such as Calibration(every=10)"
+    names = ", ".join(map(repr, SCHEDULES))
+    known = f"Known: {names}, or a Schedule object, such as Calibration(every=10)"
     got: object = option
     if isinstance(got, str):
         raise DecouplingError(f"unknown schedule {got!r}{did_you_mean(got, SCHEDULES)}. {known}.")

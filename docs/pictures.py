@@ -39,8 +39,8 @@ class Picture:
     ) -> None:
         """A rectangle with centred lines of text."""
         self.shapes.append(
-            f'<rect x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" rx="{round:g}" fill="{PALE[colour]}" '
-            f'stroke="{colour}" stroke-width="1.4"/>'
+            f'<rect x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" rx="{round:g}" '
+            f'fill="{PALE[colour]}" stroke="{colour}" stroke-width="1.4"/>'
         )
         for k, line in enumerate(lines):
             self.text(x + w / 2, y + h / 2 + 5 + 17 * (k - (len(lines) - 1) / 2), line, "middle")
@@ -56,7 +56,8 @@ class Picture:
     ) -> None:
         """One line of text on its base line."""
         self.shapes.append(
-            f'<text x="{x:g}" y="{y:g}" font-size="{size}" text-anchor="{anchor}" fill="{colour}">{escape(line)}</text>'
+            f'<text x="{x:g}" y="{y:g}" font-size="{size}" text-anchor="{anchor}" '
+            f'fill="{colour}">{escape(line)}</text>'
         )
 
     def arrow(
@@ -71,19 +72,22 @@ class Picture:
         places[-1] = (x1 - 7 * dx, y1 - 7 * dy)
         dash = ' stroke-dasharray="6 4"' if dashed else ""
         self.shapes += [
-            f'<polyline points="{_points(places)}" fill="none" stroke="{colour}" stroke-width="1.8"{dash}/>',
+            f'<polyline points="{_points(places)}" fill="none" stroke="{colour}" '
+            f'stroke-width="1.8"{dash}/>',
             f'<polygon points="{_points(head)}" fill="{colour}"/>',
         ]
 
     def line(self, x0: float, y0: float, x1: float, y1: float) -> None:
         """A thin grey line."""
         self.shapes.append(
-            f'<line x1="{x0:g}" y1="{y0:g}" x2="{x1:g}" y2="{y1:g}" stroke="{GREY}" stroke-width="1"/>'
+            f'<line x1="{x0:g}" y1="{y0:g}" x2="{x1:g}" y2="{y1:g}" '
+            f'stroke="{GREY}" stroke-width="1"/>'
         )
 
     def __str__(self) -> str:
         head = (
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" width="{self.width}" '
+            '<svg xmlns="http://www.w3.org/2000/svg" '
+            f'viewBox="0 0 {self.width} {self.height}" width="{self.width}" '
             f'font-family="Helvetica, Arial, Liberation Sans, sans-serif" role="img">\n'
             f"<title>{escape(self.title)}</title>"
         )

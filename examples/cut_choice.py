@@ -41,7 +41,9 @@ Record = dict[str, Any]
 
 
 def network() -> nn.Sequential:
-    """Nine convolutions with batch norm, two poolings and a linear head; about 150,000 parameters."""
+    """Nine convolutions with batch norm, two poolings and a linear head; about 150,000
+    parameters.
+    """
     layers: list[nn.Module] = []
     for i, (a, b) in enumerate(itertools.pairwise((3, 16, 16, 16, 32, 32, 32, 64, 64, 64))):
         block = [nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU()]

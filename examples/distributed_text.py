@@ -2,8 +2,7 @@
 gradients.
 
     torchrun --standalone --nproc-per-node 2 examples/distributed_text.py [--text FILE] [--compare]
-    python examples/distributed_text.py                                     # the same in one
-    process
+    python examples/distributed_text.py                            # the same in one process
 
 The text is Python's own standard library unless a file is named; the last tenth of it is held out.
 With --checkpoint a run that was ended goes on where it was, and ``torchrun --max-restarts 3``
@@ -117,7 +116,9 @@ def draw(symbols: Tensor, size: int, length: int, seed: int) -> tuple[Tensor, Te
 def bits(
     trainer: distributed.Trainer, model: nn.Module, held_out: Tensor, args: argparse.Namespace
 ) -> float:
-    """Bits per character of text that is never trained on; each process evaluates its own stages."""
+    """Bits per character of text that is never trained on; each process evaluates its own
+    stages.
+    """
     model.eval()
     total = 0.0
     for number in range(HELD_OUT_BATCHES):

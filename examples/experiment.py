@@ -61,11 +61,13 @@ SETTINGS: Settings = {
     "rate_warm_up": 0,  # steps in which all rates rise from 0
     "earlier_rate": 1.0,  # factor on a stage's rate for each stage behind it
     "label_smoothing": 0.0,  # of the cross entropy
-    "gradients": None,  # None: backprop, without dni_fx; else a name or {"source": name, option: value, ...}
+    # None: backprop, without dni_fx; else a name or {"source": name, option: value, ...}
+    "gradients": None,
     "labels": False,  # whether sources see them
     "inputs": None,  # synthetic inputs: a name or {"source": name, option: value, ...}
     "share_ramp": None,  # [from, to]: λ of sources that mix, over the run
-    "schedule": None,  # None: sequential; else {"schedule": name of a class in dni_fx.schedules, option: value, ...}
+    # None: sequential; else {"schedule": name of a class in dni_fx.schedules, option: value, ...}
+    "schedule": None,
     "clip_norm": None,
     "channels_last": False,
 }
@@ -293,7 +295,9 @@ def _stepper(
 ) -> tuple[
     dni_fx.Trainer | None, dict[str, torch.optim.Optimizer], Callable[[Tensor, Tensor], None]
 ]:
-    """The trainer (None for backprop), all optimisers by name, and a function that makes one step."""
+    """The trainer (None for backprop), all optimisers by name, and a function that makes one
+    step.
+    """
     optimizer = partial(make_optimizer, settings["optimizer"])
     loss_function = partial(F.cross_entropy, label_smoothing=settings["label_smoothing"])
     clip = settings["clip_norm"]
@@ -470,8 +474,10 @@ def load_data(
 ) -> Digits:
     """A data set by name, cut to so many images of each part, or of the training part."""
     makers: dict[str, Callable[[], Digits]] = {
-        "digits": digits, "mnist": partial(mnist, directory), "cifar10": partial(cifar10, directory),
-    }  # fmt: skip
+        "digits": digits,
+        "mnist": partial(mnist, directory),
+        "cifar10": partial(cifar10, directory),
+    }
     data = makers[name]()
     sizes = [
         min(n or len(data.train_x), limit or len(data.train_x))

@@ -54,7 +54,8 @@ from experiment import (
 )
 
 LIBRARIES = (
-    "torch", "networkx", "numpy", "matplotlib", "sklearn", "scipy", "sympy", "transformers", "huggingface_hub"
+    "torch", "networkx", "numpy", "matplotlib", "sklearn", "scipy", "sympy", "transformers",
+    "huggingface_hub",
 )  # fmt: skip
 TRAIN, TEST = 1000, 200  # texts of each
 CUTS = ("bert.encoder.layer.1", "bert.encoder.layer.3")

@@ -206,7 +206,9 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 
 @torch.no_grad()
 def bits_per_character(model: CharacterModel, text: Tensor) -> float:
-    """Cross entropy in bits, in eval mode, the state carried from the start of a stream to its end."""
+    """Cross entropy in bits, in eval mode, the state carried from the start of a stream to its
+    end.
+    """
     training = model.training
     model.eval()
     side_by_side, state, nats = streams(text, min(STREAMS, len(text) // 2)), None, 0.0

@@ -66,7 +66,8 @@ METHODS: dict[tuple[str, str], Settings] = {
     ("fcn", "dni"): {
         "gradients": {"source": "mlp", "hidden": 2, "times": 1, "norm": "batch"},
         "optimizer": {"name": "adam", "lr": 1e-4},
-        "earlier_rate": 0.6,  # without labels, earlier layers must wait for the synthesizers behind them
+        # without labels, earlier layers must wait for the synthesizers behind them
+        "earlier_rate": 0.6,
         "label_smoothing": 0.2,  # it helped here; the other methods go without
         "synthesizer_optimizer": {"name": "adam", "lr": 1e-2, "betas": [0.9, 0.99]},
     },
@@ -80,7 +81,8 @@ METHODS: dict[tuple[str, str], Settings] = {
     ("cnn", "backprop"): {"gradients": None},
     ("cnn", "dni"): {
         "gradients": {"source": "conv", "hidden": 1, "kernel": 3, "times": 1, "norm": "batch"},
-        "earlier_rate": 0.1,  # without labels they explain a hundredth of the gradient: early layers may hardly move
+        # without labels they explain a hundredth of the gradient: early layers may hardly move
+        "earlier_rate": 0.1,
         "synthesizer_optimizer": {"name": "adam", "lr": 5e-3},
     },
     ("cnn", "cdni"): {
@@ -213,7 +215,9 @@ class VariedConv(Variation, dni_fx.sources.Conv):
 
 
 class VariedMLP(Variation, dni_fx.sources.MLP):
-    """Fully connected layers with parts of the recipe left out; a linear source has no hidden ones."""
+    """Fully connected layers with parts of the recipe left out; a linear source has no hidden
+    ones.
+    """
 
 
 class RandomError(dni_fx.sources.Mix):

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .frontiers import INFINITE, Loads, bit_rows
+from .frontiers import INFINITE, bit_rows
+from .loads import Loads
 
 _CLOSURE = 4000  # nodes of a graph for whose bound everything before and after each node is summed
 

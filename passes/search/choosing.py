@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,10 @@ from ...plan import CutPlan, SearchReport
 from ...sources import SourceFactory
 from ..cut.cutting import Flow, assign_by_name, assign_stages, cut_names, find_cuts, legal_positions
 from ..cut.insertion import Context, Gradients, infer_context
+from .chains import OBJECTIVES, Wishes
 from .costing import Costs, Seconds, estimate_costs, given_costs, measure_costs
 from .learnability import measure_learnability
-from .searching import OBJECTIVES, Wishes, near_best, search_cuts
+from .searching import near_best, search_cuts
 from .source_costs import estimate_sources, measure_sources
 
 DEFAULT_STAGES = 4
@@ -86,9 +87,8 @@ class Search:
             return self.stages
         if self.speeds is not None:
             return len(self.speeds)
-        return (
-            None if self.objective == "memory" and self.memory_cap is not None else DEFAULT_STAGES
-        )
+        fewest = self.objective == "memory" and self.memory_cap is not None
+        return None if fewest else DEFAULT_STAGES
 
 
 def _is_positive(value: Any) -> bool:
@@ -143,14 +143,19 @@ def choose_best(
     wishes = _resolve(flow, search)
     if wishes.objective == "learnability":
         shares = measure_learnability(
-            flow, search.batches or (), search.loss, _option_of(flow, gradients), context,
-            near_best(flow, costs, wishes), unpack=unpack_batch, watch=_watch(search, "probing gradients"),
-        )  # fmt: skip
+            flow,
+            search.batches or (),
+            search.loss,
+            _option_of(flow, gradients),
+            context,
+            near_best(flow, costs, wishes),
+            unpack=unpack_batch,
+            watch=_watch(search, "probing gradients"),
+        )
         wishes = dataclasses.replace(wishes, unexplained=shares)
     found = search_cuts(flow, costs, wishes)
-    return Choice(
-        found.stage_of, found.names, not found.positions and bool(found.names), costs, found.report
-    )
+    free = not found.positions and bool(found.names)
+    return Choice(found.stage_of, found.names, free, costs, found.report)
 
 
 def weigh_model(
@@ -188,42 +193,20 @@ def _option_of(flow: Flow, gradients: Gradients) -> Callable[[fx.Node], str | So
 
 def _resolve(flow: Flow, search: Search) -> Wishes:
     """Names to positions; every contradiction is gathered into one error."""
-    problems: list[str] = []
     names = cut_names(flow)
-    groups: list[tuple[int, ...]] = []
-    for item in search.keep_together:
-        members = (item,) if isinstance(item, str) else tuple(item)
-        found = [_positions_of(flow, m) for m in members]
-        known = [*names, *(n for n, _ in flow.trace.model.named_parameters())]
-        problems += [
-            f"keep_together: {m!r} is no module, node or parameter of this "
-            f"graph{did_you_mean(m, known)}"
-            for m, where in zip(members, found, strict=True)
-            if not where
-        ]
-        groups.append(tuple(sorted({p for where in found for p in where})))
-    for label, wanted in (("must_cut", search.must_cut), ("never_cut", search.never_cut)):
-        problems += [
-            f"{label}: {n!r}: no module or node of this graph has that name{did_you_mean(n, names)}"
-            for n in wanted
-            if n not in names
-        ]
-    never = {names[n]: n for n in search.never_cut if n in names}
-    required: dict[int, str] = {}
+    groups, problems = _groups(flow, search, names)
+    problems += [
+        f"{label}: {n!r}: no module or node of this graph has that name{did_you_mean(n, names)}"
+        for label in ("must_cut", "never_cut")
+        for n in getattr(search, label)
+        if n not in names
+    ]
+    never = {names[n] for n in search.never_cut if n in names}
+    must = {n: names[n] for n in search.must_cut if n in names}
     legal = legal_positions(flow)
-    for name in (n for n in search.must_cut if n in names):
-        position = names[name]
-        inside = [g for g in groups if g and g[0] < position <= g[-1]]
-        if position in never:
-            problems.append(f"must_cut and never_cut both name the place after {name!r}")
-        elif inside:
-            problems.append(
-                f"must_cut: {name!r} lies between nodes that keep_together holds in one stage "
-                f"({flow.nodes[inside[0][0]].name!r} and {flow.nodes[inside[0][-1]].name!r})"
-            )
-        elif position not in legal:
-            problems += [f"must_cut: {e}" for e in _why_not(flow, name)]
-        required.setdefault(position, name)
+    for name, position in must.items():
+        problems += _must_problems(flow, name, position, groups, never, legal)
+    required = set(must.values())
     if search.count is not None and len(required) >= search.count:
         problems.append(
             f"must_cut names {len(required)} cuts, which make {len(required) + 1} stages, but "
@@ -236,7 +219,7 @@ def _resolve(flow: Flow, search: Search) -> Wishes:
             "print(dni_fx.list_cut_points(model, example_inputs)) shows the places where it can be "
             "cut"
         )
-    torn = {p for g in groups if g for p in range(g[0] + 1, g[-1] + 1)}
+    torn = {p for g in groups for p in range(g[0] + 1, g[-1] + 1)}
     allowed = tuple(p for p in legal if p not in torn and p not in never)
     count = None if search.count is None else min(search.count, len(allowed) + 1)
     if search.speeds is not None and count != len(search.speeds):
@@ -252,9 +235,51 @@ def _resolve(flow: Flow, search: Search) -> Wishes:
         memory_cap=math.inf if search.memory_cap is None else search.memory_cap,
         allowed=allowed,
         required=tuple(sorted(required)),
-        together=tuple(g for g in groups if g),
+        together=tuple(groups),
         tidy=frozenset(names[path] for path, _, _ in flow.trace.calls if path in names),
     )
+
+
+def _groups(
+    flow: Flow, search: Search, names: Iterable[str]
+) -> tuple[list[tuple[int, ...]], list[str]]:
+    """Positions of what must stay together, group by group, and what is wrong."""
+    groups: list[tuple[int, ...]] = []
+    problems: list[str] = []
+    known = [*names, *(n for n, _ in flow.trace.model.named_parameters())]
+    for item in search.keep_together:
+        group: set[int] = set()
+        for member in (item,) if isinstance(item, str) else item:
+            if not (found := _positions_of(flow, member)):
+                problems.append(
+                    f"keep_together: {member!r} is no module, node or parameter of this "
+                    f"graph{did_you_mean(member, known)}"
+                )
+            group.update(found)
+        if group:
+            groups.append(tuple(sorted(group)))
+    return groups, problems
+
+
+def _must_problems(
+    flow: Flow,
+    name: str,
+    position: int,
+    groups: Sequence[tuple[int, ...]],
+    never: Set[int],
+    legal: Sequence[int],
+) -> list[str]:
+    """Why a cut that must be made cannot be made."""
+    if position in never:
+        return [f"must_cut and never_cut both name the place after {name!r}"]
+    for group in groups:
+        if group[0] < position <= group[-1]:
+            ends = [flow.nodes[p].name for p in (group[0], group[-1])]
+            return [
+                f"must_cut: {name!r} lies between nodes that keep_together holds in one stage "
+                f"({ends[0]!r} and {ends[1]!r})"
+            ]
+    return [] if position in legal else [f"must_cut: {e}" for e in _why_not(flow, name)]
 
 
 def _positions_of(flow: Flow, name: str) -> list[int]:
@@ -262,17 +287,11 @@ def _positions_of(flow: Flow, name: str) -> list[int]:
     found = []
     for position, node in enumerate(flow.nodes):
         if flow.is_computed(node):
-            direct = [
-                p for i in node.all_input_nodes if i.op == "get_attr" for p in i.meta["parameters"]
-            ]
+            fetched = [i for i in node.all_input_nodes if i.op == "get_attr"]
+            direct = [p for i in fetched for p in i.meta["parameters"]]
             path = [str(node.target)] if node.op == "call_module" else []
-            if name in (
-                node.name,
-                *path,
-                *node.meta.get("modules", ()),
-                *node.meta.get("parameters", ()),
-                *direct,
-            ):
+            around = (*node.meta.get("modules", ()), *node.meta.get("parameters", ()))
+            if name in (node.name, *path, *around, *direct):
                 found.append(position)
     return found
 
@@ -281,7 +300,6 @@ def _why_not(flow: Flow, name: str) -> list[str]:
     try:
         find_cuts(flow, (name,))
     except CutError as error:
-        return [
-            line.removeprefix("  - ") for line in str(error).splitlines() if line.startswith("  - ")
-        ]
+        lines = str(error).splitlines()
+        return [line.removeprefix("  - ") for line in lines if line.startswith("  - ")]
     return [f"{name!r} ends no tensor"]

@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .frontiers import Loads
+from .loads import Loads
 
 
 def bisect_positions(

@@ -20,7 +20,7 @@ from ..cut.cutting import Flow, needs_gradient
 from ..cut.insertion import infer_context
 from ..trace.nodes import run_node
 from ..trace.state import restored
-from .costing import regions
+from .probes import regions
 from .source_costs import OptionOf
 
 BATCHES = 8  # looked at; a quarter of them judge
@@ -130,7 +130,8 @@ def _true_gradients(
                         lambda g, n=node, c=copy: found.__setitem__(n, (c, g.detach().clone()))
                     )
         output = next(n for n in reversed(flow.nodes) if n.op == "output")
-        results = iter([values[a] if isinstance(a, fx.Node) else a for a in output.args[0]])  # type: ignore[union-attr]
+        leaves: Any = output.args[0]
+        results = iter([values[a] if isinstance(a, fx.Node) else a for a in leaves])
         value = evaluate(loss, flow.trace.outputs.build(results), target)
         parameters = [p for p in flow.trace.model.parameters() if p.requires_grad]
         torch.autograd.grad(value, parameters, allow_unused=True)

@@ -12,74 +12,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from ...errors import CutError
 from ...plan import SearchReport
 from ..cut.cutting import Flow, name_positions
 from .bounding import lower_bound
+from .chains import SLACK, Answer, Wishes, bottleneck, cheapest, restricted, solve
+from .closures import Units, closed_sets, find_units, nodes_of
 from .costing import Costs
-from .frontiers import (
-    INFINITE,
-    Frontiers,
-    Loads,
-    Pairs,
-    Units,
-    closed_sets,
-    find_units,
-    from_masks,
-    nodes_of,
-    prefixes,
-    trainable,
-    weigh_flow,
-    weigh_pairs,
-)
+from .frontiers import INFINITE, from_masks, prefixes, weigh_pairs
 from .large_graphs import bisect_positions, thin_positions
+from .loads import Loads, weigh_flow
 
-OBJECTIVES = ("throughput", "memory", "traffic", "learnability")
-SLACK = 1.05  # how much slower than the best the secondary objectives may be
 DENSE = 1800  # frontiers whose pairs are weighed at once
 _WINDOW, _SETS = 64, 300  # nodes around a cut, and frontiers, that are tried off the program order
 _LARGEST_UNITS = 20_000  # nodes of a graph that is looked at off the program order
-_WORTH = (
-    0.98  # stages that are not contiguous in program order are taken if they are this much better
-)
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """What a search is asked for.
-
-    Attributes:
-        stages: how many; None only for the fewest under a memory cap.
-        objective: one of ``OBJECTIVES``.
-        bandwidth: bytes per second between stages.
-        speeds: of the stages, in order; empty for equal ones.
-        memory_cap: bytes that no stage may exceed.
-        allowed: legal positions, ascending.
-        required: positions that must be cut at.
-        together: positions of nodes that must share a stage, group by group.
-        unexplained: for each position, the share of the true gradient that a source there does not
-            explain.
-        tidy: positions where modules end.
-        polish: how much slower the slowest stage may be, as a factor, for cuts at such places.
-    """
-
-    stages: int | None
-    objective: str = "throughput"
-    bandwidth: float = 1e10
-    speeds: tuple[float, ...] = ()
-    memory_cap: float = INFINITE
-    allowed: tuple[int, ...] = ()
-    required: tuple[int, ...] = ()
-    together: tuple[tuple[int, ...], ...] = ()
-    unexplained: dict[int, float] = field(default_factory=dict)
-    tidy: frozenset[int] = frozenset()
-    polish: float = 1.01
 
 
 @dataclass(frozen=True)
@@ -98,25 +50,6 @@ class Found:
     positions: tuple[int, ...]
     names: tuple[str, ...]
     report: SearchReport
-
-
-@dataclass(frozen=True)
-class _Answer:
-    loads: Loads
-    frontiers: Frontiers
-    path: tuple[int, ...]  # of frontiers, the empty and the whole one included
-    best: float  # the least possible slowest stage over these frontiers
-    slowest: float
-    memory: float
-    traffic: float
-
-    def better(self, other: _Answer, objective: str) -> bool:
-        """Whether it is so much better that stages may leave the program order for it."""
-        if objective == "memory":
-            return self.memory < _WORTH * other.memory
-        if objective == "traffic":
-            return self.traffic < _WORTH * other.traffic and self.slowest <= SLACK * other.slowest
-        return self.slowest < _WORTH * other.slowest
 
 
 def search_cuts(flow: Flow, costs: Costs, wishes: Wishes) -> Found:
@@ -140,11 +73,8 @@ def search_cuts(flow: Flow, costs: Costs, wishes: Wishes) -> Found:
     if len(answer.path) == 2:
         sure = "all partitions"
     computed = sum(1 << i for i, n in enumerate(flow.nodes) if flow.is_computed(n))
-    if (
-        wishes.objective != "learnability"
-        and len(flow.nodes) <= _LARGEST_UNITS
-        and len(answer.path) > 2
-    ):
+    small = len(flow.nodes) <= _LARGEST_UNITS
+    if wishes.objective != "learnability" and small and len(answer.path) > 2:
         fixed = replace(wishes, stages=len(answer.path) - 1)
         free, whole = _off_program_order(flow, loads, fixed, answer, computed)
         if whole and sure:
@@ -152,13 +82,12 @@ def search_cuts(flow: Flow, costs: Costs, wishes: Wishes) -> Found:
         if free is not None and free.better(answer, wishes.objective):
             answer = free
         elif whole and free is not None and free.best < answer.best:
-            sure = (
-                "program order"  # something is better, but not worth leaving the program order for
-            )
+            # something is better, but not worth leaving the program order for
+            sure = "program order"
     return _describe(flow, costs, loads, wishes, answer, sure)
 
 
-def best_positions(loads: Loads, wishes: Wishes) -> tuple[_Answer | None, str]:
+def best_positions(loads: Loads, wishes: Wishes) -> tuple[Answer | None, str]:
     """The best cuts in program order; whether they are sure to be: ``"program order"`` or ``""``.
 
     None where the memory cap forbids all.
@@ -166,7 +95,7 @@ def best_positions(loads: Loads, wishes: Wishes) -> tuple[_Answer | None, str]:
     positions = _places(loads, wishes)
     near = loads.crossing(torch.tensor(positions)) if positions else loads
     sure = "program order" if len(positions) == len(wishes.allowed) else ""
-    return _solve(near, prefixes(near, positions), wishes), sure
+    return solve(near, prefixes(near, positions), wishes), sure
 
 
 def near_best(flow: Flow, costs: Costs, wishes: Wishes) -> tuple[int, ...]:
@@ -182,18 +111,16 @@ def near_best(flow: Flow, costs: Costs, wishes: Wishes) -> tuple[int, ...]:
     positions = _places(loads, wishes)
     loads = loads.crossing(torch.tensor(positions)) if positions else loads
     frontiers = prefixes(loads, positions)
-    pairs = _restricted(weigh_pairs(loads, frontiers), loads, frontiers, wishes)
+    pairs = restricted(weigh_pairs(loads, frontiers), loads, frontiers, wishes)
     seconds = pairs.seconds.masked_fill(pairs.memory > wishes.memory_cap, INFINITE)
     speeds = wishes.speeds or (1.0,) * (wishes.stages or 1)
     bound = SLACK * bottleneck(seconds, speeds)
     if not math.isfinite(bound):
         raise CutError(_too_much(flow, loads, wishes))
     steps = [seconds / speed <= bound for speed in speeds]
-    ahead, behind = (
-        [torch.zeros(len(seconds), dtype=torch.bool)],
-        [torch.zeros(len(seconds), dtype=torch.bool)],
-    )
-    ahead[0][0], behind[0][-1] = True, True
+    none = torch.zeros(len(seconds), dtype=torch.bool)
+    ahead, behind = [none.clone()], [none.clone()]  # what is reached from either end, by steps
+    ahead[0][0] = behind[0][-1] = True
     for step, back in zip(steps, reversed(steps), strict=True):
         ahead.append((ahead[-1][:, None] & step).any(0))
         behind.append((back & behind[-1][None]).any(1))
@@ -209,116 +136,16 @@ def _places(loads: Loads, wishes: Wishes) -> tuple[int, ...]:
     if wishes.objective != "memory" and wishes.memory_cap == INFINITE and wishes.stages is not None:
         speeds = wishes.speeds or (1.0,) * wishes.stages
         chain = bisect_positions(loads, wishes.allowed, wishes.required, speeds)
-    return tuple(
-        sorted({*thin_positions(loads, wishes.allowed, DENSE // 3), *chain, *wishes.required})
-    )
-
-
-# ---- pairs of frontiers --------------------------------------------------------------------------
-
-
-def _solve(loads: Loads, frontiers: Frontiers, wishes: Wishes) -> _Answer | None:
-    """The best chain of frontiers, or None where the memory cap forbids all."""
-    pairs = _restricted(weigh_pairs(loads, frontiers), loads, frontiers, wishes)
-    capped = pairs.seconds.masked_fill(pairs.memory > wishes.memory_cap, INFINITE)
-    counts = [wishes.stages] if wishes.stages is not None else list(range(1, len(frontiers.prefix)))
-    for count in counts:
-        speeds = wishes.speeds or (1.0,) * count
-        if wishes.objective == "memory":
-            peak = (
-                wishes.memory_cap
-                if wishes.stages is None
-                else bottleneck(pairs.memory, (1.0,) * count)
-            )
-            capped = pairs.seconds.masked_fill(
-                pairs.memory > min(peak, wishes.memory_cap), INFINITE
-            )
-        best = bottleneck(capped, speeds)
-        if math.isfinite(best):
-            break
-    else:
-        return None
-    loose = SLACK if wishes.objective in ("traffic", "learnability") else wishes.polish
-    weight = pairs.traffic
-    if wishes.objective == "throughput" and wishes.polish > 1.0:
-        untidy = torch.tensor(
-            [p not in wishes.tidy for p in frontiers.prefix[:-1]] + [False], dtype=torch.float64
-        )
-        weight = weight + untidy[None] * float(loads.nbytes.sum() + 1) * len(speeds)
-    if wishes.unexplained:
-        shares = torch.tensor(
-            [wishes.unexplained.get(p, 0.0) for p in frontiers.prefix], dtype=torch.float64
-        )
-        weight = shares[None] + weight / (1e6 * float(loads.nbytes.sum() + 1))
-    path = cheapest(capped, weight, speeds, best * loose)
-    steps = list(pairwise(path))
-    return _Answer(
-        loads,
-        frontiers,
-        path,
-        best,
-        max(float(pairs.seconds[i, j]) / s for (i, j), s in zip(steps, speeds, strict=True)),
-        max(float(pairs.memory[i, j]) for i, j in steps),
-        sum(float(pairs.traffic[i, j]) for i, j in steps),
-    )
-
-
-def _restricted(pairs: Pairs, loads: Loads, frontiers: Frontiers, wishes: Wishes) -> Pairs:
-    """Forbid frontiers that nothing trainable crosses, and stages that pass over a required one."""
-    usable = trainable(loads, frontiers)
-    usable[0] = usable[-1] = True
-    forbidden = ~(usable[:, None] & usable[None])
-    for position in wishes.required:
-        at = frontiers.prefix.index(position)
-        passes = frontiers.below[:, at][:, None] & frontiers.below[at][None]
-        comparable = frontiers.below[:, at] | frontiers.below[at]
-        comparable[at] = True
-        forbidden |= passes | ~comparable[:, None] | ~comparable[None]
-    return Pairs(
-        *(m.masked_fill(forbidden, INFINITE) for m in (pairs.seconds, pairs.memory, pairs.traffic))
-    )
-
-
-def bottleneck(cost: Tensor, speeds: Sequence[float]) -> float:
-    """The least possible largest cost of a chain from the first frontier to the last, one step for
-    each speed.
-
-    Args:
-        cost: ``[i, j]``, infinite where j cannot follow i.
-        speeds: what the cost of each step is divided by.
-    """
-    reached = torch.full((len(cost),), INFINITE, dtype=torch.float64)
-    reached[0] = 0.0
-    for speed in speeds:
-        reached = torch.maximum(reached[:, None], cost / speed).amin(0)
-    return float(reached[-1])
-
-
-def cheapest(
-    cost: Tensor, weight: Tensor, speeds: Sequence[float], bound: float
-) -> tuple[int, ...]:
-    """The chain of least total weight among those whose steps all cost at most ``bound``; the first
-    of equal ones.
-    """
-    total = torch.full((len(cost),), INFINITE, dtype=torch.float64)
-    total[0] = 0.0
-    came_from = []
-    for speed in speeds:
-        step = weight.masked_fill(cost / speed > bound, INFINITE)
-        total, best = (total[:, None] + step).min(0)
-        came_from.append(best)
-    path = [len(cost) - 1]
-    for best in reversed(came_from):
-        path.append(int(best[path[-1]]))
-    return tuple(reversed(path))
+    thin = thin_positions(loads, wishes.allowed, DENSE // 3)
+    return tuple(sorted({*thin, *chain, *wishes.required}))
 
 
 # ---- off the program order -----------------------------------------------------------------------
 
 
 def _off_program_order(
-    flow: Flow, loads: Loads, wishes: Wishes, chain: _Answer, computed: int
-) -> tuple[_Answer | None, bool]:
+    flow: Flow, loads: Loads, wishes: Wishes, chain: Answer, computed: int
+) -> tuple[Answer | None, bool]:
     """The best partition over every closed set of units, or over those near the chain's cuts; and
     whether over all.
     """
@@ -335,11 +162,10 @@ def _off_program_order(
     allowed = [*wishes.allowed[::stride], *(chain.frontiers.prefix[i] for i in chain.path[1:-1])]
     legal = {computed & ((1 << p) - 1) for p in wishes.allowed}
     prefix = [computed & ((1 << m.bit_length()) - 1) for m in masks]
-    masks = [
-        m for m, p in zip(masks, prefix, strict=True) if m != p or m in legal
-    ]  # positions may be forbidden
+    # positions may be forbidden
+    masks = [m for m, p in zip(masks, prefix, strict=True) if m != p or m in legal]
     masks = list(dict.fromkeys([*masks, *required, *(computed & ((1 << p) - 1) for p in allowed)]))
-    return _solve(loads, from_masks(loads, masks, computed), wishes), whole
+    return solve(loads, from_masks(loads, masks, computed), wishes), whole
 
 
 def _near(units: Units, position: int) -> list[int]:
@@ -366,25 +192,54 @@ def _near(units: Units, position: int) -> list[int]:
 
 
 def _describe(
-    flow: Flow, costs: Costs, loads: Loads, wishes: Wishes, answer: _Answer, sure: str
+    flow: Flow, costs: Costs, loads: Loads, wishes: Wishes, answer: Answer, sure: str
 ) -> Found:
-    frontiers, path = answer.frontiers, answer.path
-    prefix = [frontiers.prefix[i] for i in path]
-    contiguous = all(p >= 0 for p in prefix)
+    stage_of = _stages(flow, answer)
+    last = {stage: node for node, stage in stage_of.items()}
+    cuts = [last[k] for k in range(len(answer.path) - 2)]
+    names = name_positions(flow, tuple(flow.index[n] + 1 for n in cuts))
+    places = tuple(answer.frontiers.prefix[i] for i in answer.path[1:-1])
+    speeds = wishes.speeds or (1.0,) * (len(answer.path) - 1)
+    bound = lower_bound(loads, speeds)
+    fastest = wishes.objective == "throughput" and wishes.memory_cap == INFINITE
+    if sure == "all partitions" and fastest:
+        bound = max(bound, answer.best)
+    known = {n: p for n, p in zip(names, places, strict=True) if p in wishes.unexplained}
+    report = SearchReport(
+        objective=wishes.objective,
+        costs=costs.kind,
+        slowest=answer.slowest / 1e9,
+        bound=min(bound, answer.slowest) / 1e9,
+        frontiers=len(answer.frontiers.prefix) - 2,
+        exact=sure,
+        reasons=_reasons(names, loads, wishes, answer),
+        explained={name: 1 - wishes.unexplained[place] for name, place in known.items()},
+    )
+    return Found(stage_of, places if min(places, default=0) >= 0 else (), names, report)
+
+
+def _stages(flow: Flow, answer: Answer) -> dict[fx.Node, int]:
+    """The stage of every computed node: the first frontier of the chain that holds it."""
+    masks = answer.frontiers.masks
+    ends = [answer.frontiers.prefix[i] for i in answer.path]
+    contiguous = all(end >= 0 for end in ends)
     stage_of: dict[fx.Node, int] = {}
     for position, node in enumerate(flow.nodes):
         if flow.is_computed(node):
             inside = [
-                position < p if contiguous else frontiers.masks[i] >> position & 1
-                for p, i in zip(prefix, path, strict=True)
+                position < end if contiguous else masks[i] >> position & 1
+                for end, i in zip(ends, answer.path, strict=True)
             ]
             stage_of[node] = inside.index(True) - 1
-    last = {stage: node for node, stage in stage_of.items()}
-    cuts = [last[k] for k in range(len(path) - 2)]
-    names = name_positions(flow, tuple(flow.index[n] + 1 for n in cuts))
+    return stage_of
+
+
+def _reasons(names: Sequence[str], loads: Loads, wishes: Wishes, answer: Answer) -> dict[str, str]:
+    """Why each cut is where it is."""
+    frontiers = answer.frontiers
     total = max(float(loads.compute.sum()), 1.0)
     reasons = {}
-    for name, i in zip(names, path[1:-1], strict=True):
+    for name, i in zip(names, answer.path[1:-1], strict=True):
         asked = "asked for; " if frontiers.prefix[i] in wishes.required else ""
         known = wishes.unexplained.get(frontiers.prefix[i])
         learnt = "" if known is None else f"; a source explains {1 - known:.0%} of the gradient"
@@ -396,29 +251,7 @@ def _describe(
             f"value{'s'[: count != 1]} of {size:.2f} MB cross{'es'[: 2 * (count == 1)]}, sources "
             f"take {source:.2f} ms{learnt}"
         )
-    speeds = wishes.speeds or (1.0,) * (len(path) - 1)
-    bound = lower_bound(loads, speeds)
-    if (
-        sure == "all partitions"
-        and wishes.objective == "throughput"
-        and wishes.memory_cap == INFINITE
-    ):
-        bound = max(bound, answer.best)
-    report = SearchReport(
-        objective=wishes.objective,
-        costs=costs.kind,
-        slowest=answer.slowest / 1e9,
-        bound=min(bound, answer.slowest) / 1e9,
-        frontiers=len(frontiers.prefix) - 2,
-        exact=sure,
-        reasons=reasons,
-        explained={
-            n: 1 - wishes.unexplained[p]
-            for n, p in zip(names, prefix[1:-1], strict=True)
-            if p in wishes.unexplained
-        },
-    )
-    return Found(stage_of, tuple(prefix[1:-1]) if contiguous else (), names, report)
+    return reasons
 
 
 def _too_much(flow: Flow, loads: Loads, wishes: Wishes) -> str:
@@ -426,7 +259,7 @@ def _too_much(flow: Flow, loads: Loads, wishes: Wishes) -> str:
     positions = _places(loads, wishes)
     loads = loads.crossing(torch.tensor(positions)) if positions else loads
     frontiers = prefixes(loads, positions)
-    pairs = _restricted(weigh_pairs(loads, frontiers), loads, frontiers, wishes)
+    pairs = restricted(weigh_pairs(loads, frontiers), loads, frontiers, wishes)
     count = wishes.stages or min(len(frontiers.prefix) - 1, 64)
     least = bottleneck(pairs.memory, (1.0,) * count)
     path = cheapest(pairs.memory, pairs.memory, (1.0,) * count, least)

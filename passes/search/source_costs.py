@@ -15,7 +15,8 @@ from ...plan import TensorSpec
 from ...sources import GradientSource, Prediction, SourceFactory, make_source, message_kinds
 from ..cut.cutting import Flow
 from ..trace.values import storage_key
-from .costing import BYTES_PER_SECOND, COPIES, FLOPS_PER_SECOND, Cost, elapsed
+from .costing import COPIES, Cost
+from .probes import BYTES_PER_SECOND, FLOPS_PER_SECOND, elapsed
 
 UNSERVED = 1 << 50
 """The cost of a source that cannot be made: more than any stage's."""

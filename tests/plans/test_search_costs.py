@@ -14,7 +14,7 @@ from torch import nn
 import dni_fx
 from dni_fx.errors import DecouplingError
 from dni_fx.passes.cut.cutting import find_flow
-from dni_fx.passes.search import costing
+from dni_fx.passes.search import costing, probes
 from dni_fx.passes.trace.tracing import trace_calls
 
 from ..helpers import oracles
@@ -75,7 +75,7 @@ def test_analytic_costs_count_attention() -> None:
     attention = next(n.name for n in flow.nodes if "attention" in n.name)
     flops = 2 * 2 * 2 * 4 * 512 * 512 * 64
     assert costs.forward[attention] == pytest.approx(
-        flops / costing.FLOPS_PER_SECOND * 1e9, rel=0.01
+        flops / probes.FLOPS_PER_SECOND * 1e9, rel=0.01
     )
     assert costs.backward[attention] > 2 * costs.forward[attention]
 

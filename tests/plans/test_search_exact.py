@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 
-from dni_fx.passes.search import bounding, frontiers, large_graphs, searching
+from dni_fx.passes.search import bounding, closures, frontiers, large_graphs
+from dni_fx.passes.search.chains import Wishes
+from dni_fx.passes.search.chains import solve as solve_chain
+from dni_fx.passes.search.loads import Loads
 
 
 @dataclass
@@ -33,12 +36,12 @@ class Graph:
         """Nodes besides the output."""
         return len(self.compute) - 1
 
-    def loads(self) -> frontiers.Loads:
+    def loads(self) -> Loads:
         """The same for the library."""
         values = [v for v in range(self.count) if self.users[v]]
         edges = [(i, u) for i, v in enumerate(values) for u in self.users[v]]
         pick = lambda table: torch.tensor([table[v] for v in values])  # noqa: E731
-        return frontiers.Loads(
+        return Loads(
             torch.tensor(self.compute), torch.tensor(self.memory), torch.tensor(values),
             torch.tensor([len(self.users[v]) for v in values]), torch.tensor([i for i, _ in edges]),
             torch.tensor([u for _, u in edges]), pick(self.source), pick(self.source_bytes), pick(self.nbytes),
@@ -78,13 +81,13 @@ def random_graph(rng: random.Random, most: int) -> Graph:
     return Graph(some(20), some(9), users, some(8), some(5), [n + 1 for n in some(9)], some(4))
 
 
-def wishes_for(rng: random.Random, graph: Graph) -> searching.Wishes:
+def wishes_for(rng: random.Random, graph: Graph) -> Wishes:
     positions = [p for p in range(1, graph.count) if rng.random() < 0.8]
     stages = rng.randint(1, min(4, len(positions) + 1))
     required = tuple(sorted(rng.sample(positions, rng.randint(0, min(1, stages - 1)))))
     speeds = tuple(rng.choice([0.5, 1.0, 2.0]) for _ in range(stages)) if rng.random() < 0.4 else ()
     cap = float(rng.randint(5, 60)) if rng.random() < 0.4 else math.inf
-    return searching.Wishes(
+    return Wishes(
         stages,
         allowed=tuple(positions),
         required=required,
@@ -94,7 +97,7 @@ def wishes_for(rng: random.Random, graph: Graph) -> searching.Wishes:
     )
 
 
-def chains(graph: Graph, wishes: searching.Wishes) -> Iterator[list[set[int]]]:
+def chains(graph: Graph, wishes: Wishes) -> Iterator[list[set[int]]]:
     """Every choice of positions."""
     assert wishes.stages is not None
     for cuts in itertools.combinations(wishes.allowed, wishes.stages - 1):
@@ -126,7 +129,7 @@ def judge(graph: Graph, stages: list[set[int]], speeds: Sequence[float]) -> tupl
 
 
 def brute(
-    graph: Graph, choices: Iterator[list[set[int]]], wishes: searching.Wishes
+    graph: Graph, choices: Iterator[list[set[int]]], wishes: Wishes
 ) -> tuple[float, int] | None:
     """Slowest stage of the best choice within the cap, and fewest bytes among those."""
     fits = [j for c in choices if (j := judge(graph, c, wishes.speeds))[1] <= wishes.memory_cap]
@@ -137,7 +140,7 @@ def brute(
 
 
 def mismatches(
-    rng: random.Random, solve: Callable[..., Any] = searching._solve, graphs: int = 100
+    rng: random.Random, solve: Callable[..., Any] = solve_chain, graphs: int = 100
 ) -> int:
     wrong = 0
     for _ in range(graphs):
@@ -157,8 +160,8 @@ def test_positions_are_the_best_of_all(rng: random.Random) -> None:
 def test_a_search_that_forgets_what_is_received_is_noticed() -> None:
     """Negative control."""
 
-    def forgetful(loads: frontiers.Loads, *rest: Any) -> Any:
-        return searching._solve(replace(loads, transfer=loads.transfer * 0), *rest)
+    def forgetful(loads: Loads, *rest: Any) -> Any:
+        return solve_chain(replace(loads, transfer=loads.transfer * 0), *rest)
 
     assert mismatches(random.Random(0), forgetful) > 10
 
@@ -167,27 +170,27 @@ def test_closed_sets_hold_the_best_of_all_partitions(rng: random.Random) -> None
     for _ in range(20):
         graph = random_graph(rng, 7)
         stages = rng.randint(1, min(3, graph.count))
-        wishes = searching.Wishes(stages, polish=1.0)
+        wishes = Wishes(stages, polish=1.0)
         loads = graph.loads()
         before = [
             sum(1 << v for v in range(graph.count) if u in graph.users[v])
             for u in range(graph.count)
         ]
         after = [tuple(u for u in graph.users[v] if u < graph.count) for v in range(graph.count)]
-        units = frontiers.Units(
+        units = closures.Units(
             tuple(1 << v for v in range(graph.count)), tuple(before), tuple(after)
         )
-        sets = frontiers.closed_sets(units, 10_000)
+        sets = closures.closed_sets(units, 10_000)
         assert sets is not None
-        masks = [frontiers.nodes_of(units, s) for s in sets]
-        answer = searching._solve(
+        masks = [closures.nodes_of(units, s) for s in sets]
+        answer = solve_chain(
             loads, frontiers.from_masks(loads, masks, (1 << graph.count) - 1), wishes
         )
         expected = brute(graph, partitions(graph, stages), wishes)
         assert answer is not None
         assert (answer.slowest, answer.traffic) == expected
         assert bounding.lower_bound(loads, (1.0,) * stages) <= answer.slowest * (1 + 1e-9)
-        chain = searching._solve(loads, frontiers.prefixes(loads, range(1, graph.count)), wishes)
+        chain = solve_chain(loads, frontiers.prefixes(loads, range(1, graph.count)), wishes)
         assert chain is not None
         assert answer.slowest <= chain.slowest
 
@@ -196,7 +199,7 @@ def test_the_bound_is_a_bound_for_unequal_stages(rng: random.Random) -> None:
     for _ in range(20):
         graph = random_graph(rng, 6)
         speeds = (2.0, 0.5)
-        expected = brute(graph, partitions(graph, 2), searching.Wishes(2, speeds=speeds))
+        expected = brute(graph, partitions(graph, 2), Wishes(2, speeds=speeds))
         assert expected is not None
         assert bounding.lower_bound(graph.loads(), speeds) <= expected[0] * (1 + 1e-9)
 

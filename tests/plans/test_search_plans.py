@@ -14,7 +14,7 @@ from torch import nn
 import dni_fx
 from dni_fx.errors import CutError, DecouplingError
 from dni_fx.passes.cut.cutting import find_flow
-from dni_fx.passes.search import frontiers
+from dni_fx.passes.search import closures
 from dni_fx.passes.trace.tracing import trace_calls
 from dni_fx.plan import CutPlan
 
@@ -232,7 +232,7 @@ def test_nodes_that_must_not_be_parted_are_one_unit() -> None:
             return self.head(out + state + F.dropout(self.b(x), 0.1, self.training))
 
     flow = find_flow(trace_calls(Writes(), (torch.randn(3, 4),), {}))
-    units = frontiers.find_units(flow)
+    units = closures.find_units(flow)
     names = [{n.name for i, n in enumerate(flow.nodes) if m >> i & 1} for m in units.masks]
     written = next(g for g in names if "a" in g)
     assert any("mul" in n for n in written)

@@ -13,7 +13,7 @@ from torch import nn
 
 import dni_fx
 from dni_fx.passes.cut.cutting import find_flow
-from dni_fx.passes.search import frontiers, source_costs
+from dni_fx.passes.search import closures, source_costs
 from dni_fx.passes.trace.tracing import trace_calls
 from dni_fx.plan import CutPlan
 
@@ -83,12 +83,12 @@ def random_assignment(model: nn.Module, args: Any, kwargs: Any, rng: random.Rand
     """Two stages: a random closed set of units, and the rest."""
     trace = trace_calls(model, args, kwargs)
     flow = find_flow(trace)
-    units = frontiers.find_units(flow)
+    units = closures.find_units(flow)
     done, count = 0, rng.randint(1, max(1, len(units.masks) - 1))
     for _ in range(count):
         ready = [u for u, b in enumerate(units.before) if not done >> u & 1 and not b & ~done]
         done |= 1 << rng.choice(ready)
-    inside = frontiers.nodes_of(units, done)
+    inside = closures.nodes_of(units, done)
     stages = [
         (n.name, 1 - (inside >> p & 1)) for p, n in enumerate(flow.nodes) if flow.is_computed(n)
     ]
@@ -119,15 +119,15 @@ def test_sets_that_part_written_memory_are_noticed(monkeypatch: pytest.MonkeyPat
     memory are parted.
     """
 
-    def careless(flow: Any) -> frontiers.Units:
+    def careless(flow: Any) -> closures.Units:
         nodes = [n for n in flow.nodes if flow.is_computed(n)]
         number = {n: i for i, n in enumerate(nodes)}
         before = tuple(
             sum(1 << number[i] for i in set(n.all_input_nodes) if i in number) for n in nodes
         )
-        return frontiers.Units(tuple(1 << flow.index[n] for n in nodes), before, ())
+        return closures.Units(tuple(1 << flow.index[n] for n in nodes), before, ())
 
-    monkeypatch.setattr(frontiers, "find_units", careless)
+    monkeypatch.setattr(closures, "find_units", careless)
     wrong = 0
     for name, seed in itertools.product(
         ("read_after_mutation", "mutate_through_view", "setitem_after_cut"), range(8)

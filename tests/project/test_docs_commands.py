@@ -78,7 +78,7 @@ def wrong_with(command: str) -> str | None:
                 options, more = cli.make_parser().parse_known_args(rest)
             except SystemExit as end:
                 return told.getvalue() if end.code else None
-        return f"unknown {more}" if more and options.run is not cli.run_demo else None
+        return f"unknown {more}" if more and options.command != "demo" else None
     if name == "pip":
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         asked = re.findall(r"[\w-]+", "".join(re.findall(r"\[(.*)\]", rest[-1])))
