@@ -240,7 +240,7 @@ class StageWorker:
         return None
 
     def _next(self, producer: int, step: int) -> Values | None:
-        """A producer's values of a batch; None where a later message shows that they were dropped."""
+        """A producer's values of a batch; None where a later message shows that they are lost."""
         while True:
             what = f"the values of stage_{producer} for batch {step}"
             self.until(lambda: self.desk.inbox.value(producer) is not None, what)

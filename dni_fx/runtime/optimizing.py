@@ -166,7 +166,7 @@ def _check_owned(
     if strange:
         raise DecouplingError(
             f"{argument}= returned an optimiser for {owner} that steps {strange} parameters of "
-            f"others besides {len(held) - strange} of its own: it is called once for each, and must "
-            "make a new optimiser of the (name, parameter) pairs that it is given, such as "
+            f"others besides {len(held) - strange} of its own: it is called once for each, and "
+            "must make a new optimiser of the (name, parameter) pairs that it is given, such as "
             "lambda parameters: torch.optim.Adam(parameters)"
         )

@@ -163,7 +163,8 @@ class Collection:
             camera = decouple_through_time(Camera(), 4, messages=("message",), ...)
             judge = decouple_through_time(Judge(), 4, input_gradients=True, ...)
             collection = Collection(
-                {"camera": camera, "judge": Member(judge, every=4)}, [Link("camera", "message", "judge")]
+                {"camera": camera, "judge": Member(judge, every=4)},
+                [Link("camera", "message", "judge")],
             )
             for t, image in enumerate(stream, start=1):
                 reports = collection.tick({"camera": image}, targets, done=t % 16 == 0)

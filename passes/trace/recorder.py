@@ -49,9 +49,22 @@ _SIZE_QUERIES = {
 }
 _LAYOUT_QUERIES = {"is_contiguous", "stride", "storage_offset"}
 _DATA_QUERIES = {
-    "item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__complex__", "is_nonzero", "equal",
-    "allclose", "__contains__", "__array__", "__format__", "data_ptr",
-}  # fmt: skip
+    "item",
+    "tolist",
+    "numpy",
+    "__bool__",
+    "__int__",
+    "__float__",
+    "__index__",
+    "__complex__",
+    "is_nonzero",
+    "equal",
+    "allclose",
+    "__contains__",
+    "__array__",
+    "__format__",
+    "data_ptr",
+}
 # how many tensors these return is a size, which the code around them has made use of
 _COUNTED = {
     "unbind",
@@ -65,10 +78,13 @@ _COUNTED = {
     "unsafe_chunk",
 }
 _OPERATORS = {
-    "torch.Tensor.add": operator.add, "torch.Tensor.sub": operator.sub, "torch.Tensor.mul": operator.mul,
-    "torch.Tensor.div": operator.truediv, "torch.Tensor.matmul": operator.matmul,
+    "torch.Tensor.add": operator.add,
+    "torch.Tensor.sub": operator.sub,
+    "torch.Tensor.mul": operator.mul,
+    "torch.Tensor.div": operator.truediv,
+    "torch.Tensor.matmul": operator.matmul,
     "torch.Tensor.__getitem__": operator.getitem,
-}  # fmt: skip
+}
 # nn modules that are only sequences of others: looked into, so that cuts can fall between their
 # layers
 _TRANSPARENT = (nn.Sequential, nn.TransformerEncoder, nn.TransformerDecoder, nn.Transformer)

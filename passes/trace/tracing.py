@@ -115,7 +115,8 @@ class Trace:
             return f"{node.target}:{kind.__module__}.{kind.__qualname__}"
         if isinstance(node.target, str):
             return node.target
-        return f"{getattr(node.target, '__module__', '')}.{getattr(node.target, '__name__', node.target)}"
+        module = getattr(node.target, "__module__", "")
+        return f"{module}.{getattr(node.target, '__name__', node.target)}"
 
 
 def trace_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
@@ -316,7 +317,7 @@ def _constants(structure: Structure) -> Iterator[Any]:
 
 
 def _prune(graph: fx.Graph, keep: set[fx.Node]) -> None:
-    """Drop members and alias notes that nothing uses; nothing that could have an effect is dropped."""
+    """Drop members and alias notes that nothing uses, but nothing that could have an effect."""
     for node in reversed(list(graph.nodes)):
         if node.users or node in keep or node.op in ("placeholder", "output"):
             continue

@@ -25,8 +25,18 @@ from .kit import CHAIN, Recorder, run
 
 @pytest.mark.parametrize("module", [True, False], ids=["python -m", "script"])
 def test_plan_measures_prints_and_writes(folder: Path, module: bool) -> None:
-    done = run("plan", "models_here:chain", "--input", "4x6", "--stages", "3", "--out", "plan.json", cwd=folder,
-               module=module)  # fmt: skip
+    done = run(
+        "plan",
+        "models_here:chain",
+        "--input",
+        "4x6",
+        "--stages",
+        "3",
+        "--out",
+        "plan.json",
+        cwd=folder,
+        module=module,
+    )
     assert done.returncode == 0, done.stderr
     plan = CutPlan.from_json((folder / "plan.json").read_text())
     assert len(plan.cuts) == 2
@@ -62,10 +72,18 @@ def test_every_option_reaches_the_search(
     )
     assert cli.main(words.split()) == 0
     assert recorder.options == {
-        "stages": 4, "objective": "memory", "gradients": "linear", "costs": "analytic", "bandwidth": 1e9,
-        "speeds": [1.0, 1.0, 2.0, 1.0], "memory_cap": 2 * 1024**3, "keep_together": [("0.weight", "5.weight"), "4"],
-        "never_cut": ["2"], "must_cut": ["1", "3"], "progress": False,
-    }  # fmt: skip
+        "stages": 4,
+        "objective": "memory",
+        "gradients": "linear",
+        "costs": "analytic",
+        "bandwidth": 1e9,
+        "speeds": [1.0, 1.0, 2.0, 1.0],
+        "memory_cap": 2 * 1024**3,
+        "keep_together": [("0.weight", "5.weight"), "4"],
+        "never_cut": ["2"],
+        "must_cut": ["1", "3"],
+        "progress": False,
+    }
     told = dni_fx.simulate(
         make_plan(balanced(4, parameter_bytes=8)),
         micro_batches=2,
@@ -157,9 +175,12 @@ def test_an_existing_file_is_replaced_with_its_mode_and_through_links(
     "error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "^C"]
 )
 def test_a_file_is_never_half_written(
-    recorder: Recorder, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    recorder: Recorder,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
     error: BaseException,
-) -> None:  # fmt: skip
+) -> None:
     (folder / "plan.json").write_text("old")
 
     def half(path: Path, text: str, **_: Any) -> int:

@@ -21,21 +21,36 @@ from .kit import CHAIN, Recorder, run
 @pytest.mark.parametrize(
     ("target", "words"),
     [
-        ("nowhere_here:net", ["no module 'nowhere_here'", "nor installed", "run dni-fx in the directory"]),
+        (
+            "nowhere_here:net",
+            ["no module 'nowhere_here'", "nor installed", "run dni-fx in the directory"],
+        ),
         ("models_here.sub:net", ["no module 'models_here.sub'", "'models_here'"]),
-        ("needy_here:net", ["'needy_here' raised ModuleNotFoundError", "nothing_of_this_name", "needy_here.py:1"]),
-        ("broken_here:net", ["importing 'broken_here' raised ZeroDivisionError", "broken_here.py:3"]),
-        ("syntax_here:net", ["importing 'syntax_here' raised SyntaxError", "syntax_here.py, line 1"]),
+        (
+            "needy_here:net",
+            ["'needy_here' raised ModuleNotFoundError", "nothing_of_this_name", "needy_here.py:1"],
+        ),
+        (
+            "broken_here:net",
+            ["importing 'broken_here' raised ZeroDivisionError", "broken_here.py:3"],
+        ),
+        (
+            "syntax_here:net",
+            ["importing 'syntax_here' raised SyntaxError", "syntax_here.py, line 1"],
+        ),
         ("models_here:chian", ["models_here has no 'chian'", "did you mean 'chain'", "nn.Module"]),
         ("models_here:chain.deep", ["models_here has no 'chain.deep'"]),
-        ("models_here:raising", ["models_here:raising raised RuntimeError: no luck", "models_here.py:16", "nn.Module"]),
+        (
+            "models_here:raising",
+            ["models_here:raising raised RuntimeError: no luck", "models_here.py:16", "nn.Module"],
+        ),
         ("models_here:needs", ["raised TypeError", "'width'", "without arguments"]),
         ("models_here:leaving", ["raised SystemExit: bye"]),
         ("models_here:number", ["returned a value of type int", "nn.Module"]),
         ("models_here:table", ["is of type dict", "nn.Module"]),
         ("models_here:chain", ["mat1 and mat2"]),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("command", ["plan", "points"])
 def test_a_target_that_cannot_be_used(
     folder: Path, capsys: pytest.CaptureFixture[str], command: str, target: str, words: list[str]

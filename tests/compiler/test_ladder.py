@@ -77,9 +77,24 @@ def test_export_traces_what_recording_refuses() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["mlp_chain", "norm_dropout_chain", "residual", "conv_norm_chain", "unet", "two_towers", "transformer", "gpt",
-             "dict_output", "nested_input", "tied_language_model", "inplace_chain", "several_inputs", "frozen_norm"]
-)  # fmt: skip
+    "name",
+    [
+        "mlp_chain",
+        "norm_dropout_chain",
+        "residual",
+        "conv_norm_chain",
+        "unet",
+        "two_towers",
+        "transformer",
+        "gpt",
+        "dict_output",
+        "nested_input",
+        "tied_language_model",
+        "inplace_chain",
+        "several_inputs",
+        "frozen_norm",
+    ],
+)
 def test_exported_models_can_be_split(name: str) -> None:
     """Every rung gives a graph that the other passes take: at the cuts of the zoo, equal to the
     model.

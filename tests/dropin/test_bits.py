@@ -47,9 +47,14 @@ def compared(
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=cast)
     args, kwargs, target = oracles.draw(case, 4, torch.float32, 0)
     decoupled = dni_fx.decouple(
-        case.build(), list(case.cuts), example_inputs=args, example_kwargs=kwargs, gradients=gradients, check=False,
+        case.build(),
+        list(case.cuts),
+        example_inputs=args,
+        example_kwargs=kwargs,
+        gradients=gradients,
+        check=False,
         context=dni_fx.one_hot(classes) if classes else None,
-    )  # fmt: skip
+    )
     record: dict[str, Any] = {}
     if drop_in:
         m: Any = decoupled.as_module(unit=2.0 if wrong else 1.0)

@@ -45,9 +45,14 @@ def steps_of(
 def module_of(case: Case) -> tuple[Any, torch.optim.Optimizer]:
     args, kwargs, _ = oracles.draw(case, 4, torch.float32, 0)
     decoupled = dni_fx.decouple(
-        case.build(), list(case.cuts), example_inputs=args, example_kwargs=kwargs, gradients="linear", check=False,
+        case.build(),
+        list(case.cuts),
+        example_inputs=args,
+        example_kwargs=kwargs,
+        gradients="linear",
+        check=False,
         context=dni_fx.one_hot(6),
-    )  # fmt: skip
+    )
     m = decoupled.as_module(unit=1 / 2)
     return m, sgd(m.parameters())
 

@@ -106,9 +106,14 @@ def test_keyword_inputs_dict_outputs_and_a_context_from_the_arguments() -> None:
         torch.manual_seed(0)
         x, y = batch(0)
         return dni_fx.decouple(
-            Keywords(), ["first", "second"], example_inputs=(x,), example_kwargs={"labels": y, "by": 2.0},
-            gradients="local", context=dni_fx.one_hot(3), check=False,
-        )  # fmt: skip
+            Keywords(),
+            ["first", "second"],
+            example_inputs=(x,),
+            example_kwargs={"labels": y, "by": 2.0},
+            gradients="local",
+            context=dni_fx.one_hot(3),
+            check=False,
+        )
 
     m: Any = decoupled().as_module(context=lambda *_, labels, **__: labels)
     optimizer, other = sgd(m.parameters()), decoupled()

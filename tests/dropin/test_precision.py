@@ -23,9 +23,13 @@ def test_accumulation_with_a_unit() -> None:
             nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)
         ).double()
         m: Any = dni_fx.decouple(
-            model, ["1", "3"], example_inputs=(batch(0, dtype=torch.float64)[0],), gradients=NoNorm, check=False,
+            model,
+            ["1", "3"],
+            example_inputs=(batch(0, dtype=torch.float64)[0],),
+            gradients=NoNorm,
+            check=False,
             context=dni_fx.one_hot(3),
-        ).as_module(unit=unit, synthesizer_optimizer=partial(torch.optim.SGD, lr=0.0))  # fmt: skip
+        ).as_module(unit=unit, synthesizer_optimizer=partial(torch.optim.SGD, lr=0.0))
         x, y = batch(0, dtype=torch.float64)
         for part, label in zip(x.chunk(parts), y.chunk(parts), strict=True):
             with m.context(label):

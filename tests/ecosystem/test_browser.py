@@ -24,10 +24,18 @@ def chromium(profile: Path, page: Path, *options: str, fragment: str = "") -> st
     if binary is None:
         pytest.skip("no chromium in PATH: apt-get install chromium")
     flags = [
-        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync",
-        "--virtual-time-budget=3000", f"--user-data-dir={profile}",
-    ]  # fmt: skip
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--hide-scrollbars",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--virtual-time-budget=3000",
+        f"--user-data-dir={profile}",
+    ]
     command = [binary, *flags, *options, page.as_uri() + fragment]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=240).stdout
 

@@ -171,9 +171,12 @@ def measured(model: nn.Module, call: Any, inputs: dict[str, Any]) -> dict[str, t
 
 
 NO_DROPOUT = {
-    "bert": {"attention_probs_dropout_prob": 0.0}, "gpt2": {"attn_pdrop": 0.0}, "llama": {"num_key_value_heads": 4},
-    "t5": {"dropout_rate": 0.0}, "bart": {"attention_dropout": 0.0},
-}  # fmt: skip
+    "bert": {"attention_probs_dropout_prob": 0.0},
+    "gpt2": {"attn_pdrop": 0.0},
+    "llama": {"num_key_value_heads": 4},
+    "t5": {"dropout_rate": 0.0},
+    "bart": {"attention_dropout": 0.0},
+}
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -172,8 +172,12 @@ def test_every_method_reads(tmp_path: Path, book: Path, capsys: pytest.CaptureFi
     assert output.startswith("Every run: 6 steps.")
     printed = rows(output)
     assert [(row["setting"], row["method"]) for row in printed] == [
-        ("T = 3", "bptt"), ("T = 9", "bptt"), ("T = 3", "dni"), ("T = 3", "dni+aux"), ("T = 3", "stale"),
-    ]  # fmt: skip
+        ("T = 3", "bptt"),
+        ("T = 9", "bptt"),
+        ("T = 3", "dni"),
+        ("T = 3", "dni+aux"),
+        ("T = 3", "stale"),
+    ]
     records = json.loads(out.read_text())
     for record, row in zip(records, printed, strict=True):
         assert record["characters"] == 6 * 4 * record["settings"]["window"]

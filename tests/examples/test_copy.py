@@ -1,4 +1,6 @@
-"""Copy and repeat copy: the tasks ask what they should, lengths grow as they are solved, tables say it all."""
+"""Copy and repeat copy: the tasks ask what they should, lengths grow as they are solved, tables say
+it all.
+"""
 
 from __future__ import annotations
 

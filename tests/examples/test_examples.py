@@ -1,5 +1,5 @@
-"""The examples run from another directory, say what they should, and their data is checked before it is
-used.
+"""The examples run from another directory, say what they should, and their data is checked before
+it is used.
 """
 
 from __future__ import annotations

@@ -152,9 +152,13 @@ def test_sparse_updates_are_as_many_as_planned(
     assert sparse.main([*arguments, "--out", str(out)]) == 0
     printed = [(row["setting"], row["method"]) for row in rows(capsys.readouterr().out)]
     assert printed == [
-        ("p = 1", "cdni"), ("p = 0.25", "cdni"), ("p = 1", "cdni + inputs"), ("p = 0.25", "cdni + inputs"),
-        ("p = 1", "backprop"), ("p = 1", "zero"),
-    ]  # fmt: skip
+        ("p = 1", "cdni"),
+        ("p = 0.25", "cdni"),
+        ("p = 1", "cdni + inputs"),
+        ("p = 0.25", "cdni + inputs"),
+        ("p = 1", "backprop"),
+        ("p = 1", "zero"),
+    ]
     for record in records_in(out):
         updates = record["updates"].values()
         if record["settings"]["probability"] == 1:

@@ -195,10 +195,16 @@ def test_rates_follow_the_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(experiment, "make_optimizer", spying)
     settings = experiment.SETTINGS | {
-        "steps": 4, "batch": 8, "measure_every": 4, "decay": "cosine", "rate_warm_up": 2, "gradients": "linear",
-        "optimizer": {"name": "sgd", "lr": 0.1}, "synthesizer_optimizer": {"name": "adam", "lr": 0.02},
+        "steps": 4,
+        "batch": 8,
+        "measure_every": 4,
+        "decay": "cosine",
+        "rate_warm_up": 2,
+        "gradients": "linear",
+        "optimizer": {"name": "sgd", "lr": 0.1},
+        "synthesizer_optimizer": {"name": "adam", "lr": 0.02},
         "earlier_rate": 0.5,
-    }  # fmt: skip
+    }
     images = tiny()
     model = feedforward.fcn((3, 16, 16), 1, 8)
     drawn = [(images.train_x[:8], images.train_y[:8])] * 4

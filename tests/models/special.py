@@ -1,4 +1,6 @@
-"""What autograd, global state and randomness bring: checkpoints, own functions, frozen parts, buffers."""
+"""What autograd, global state and randomness bring: checkpoints, own functions, frozen parts,
+buffers.
+"""
 
 from __future__ import annotations
 

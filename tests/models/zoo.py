@@ -1,8 +1,8 @@
 """The zoo: small models, written as users write them, that nobody prepared for a graph transform.
 
 Each ``Case`` holds one model, its inputs and the cuts to try. Inputs and parameters are drawn from
-the global generator, so that whoever seeds it decides on them. The oracles (``tests/helpers/oracles.py``)
-do the checking.
+the global generator, so that whoever seeds it decides on them. The oracles
+(``tests/helpers/oracles.py``) do the checking.
 """
 
 from __future__ import annotations

@@ -30,9 +30,22 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 DRAWN = [
-    "unet", "two_towers", "transformer", "gpt", "residual", "dense", "inception", "fan_out", "siamese", "lstm",
-    "mutate_through_view", "early_outputs", "several_inputs", "nested_input", "tied_language_model",
-]  # fmt: skip
+    "unet",
+    "two_towers",
+    "transformer",
+    "gpt",
+    "residual",
+    "dense",
+    "inception",
+    "fan_out",
+    "siamese",
+    "lstm",
+    "mutate_through_view",
+    "early_outputs",
+    "several_inputs",
+    "nested_input",
+    "tied_language_model",
+]
 
 
 class Encoder(nn.Module):

@@ -1,5 +1,5 @@
-"""The search against brute force: all sets of positions, all acyclic partitions, with costs reckoned another
-way.
+"""The search against brute force: all sets of positions, all acyclic partitions, with costs
+reckoned another way.
 """
 
 from __future__ import annotations
@@ -42,11 +42,19 @@ class Graph:
         edges = [(i, u) for i, v in enumerate(values) for u in self.users[v]]
         pick = lambda table: torch.tensor([table[v] for v in values])  # noqa: E731
         return Loads(
-            torch.tensor(self.compute), torch.tensor(self.memory), torch.tensor(values),
-            torch.tensor([len(self.users[v]) for v in values]), torch.tensor([i for i, _ in edges]),
-            torch.tensor([u for _, u in edges]), pick(self.source), pick(self.source_bytes), pick(self.nbytes),
-            pick(self.transfer), torch.ones(len(values), dtype=torch.bool), torch.zeros(len(values), dtype=torch.bool),
-        )  # fmt: skip
+            torch.tensor(self.compute),
+            torch.tensor(self.memory),
+            torch.tensor(values),
+            torch.tensor([len(self.users[v]) for v in values]),
+            torch.tensor([i for i, _ in edges]),
+            torch.tensor([u for _, u in edges]),
+            pick(self.source),
+            pick(self.source_bytes),
+            pick(self.nbytes),
+            pick(self.transfer),
+            torch.ones(len(values), dtype=torch.bool),
+            torch.zeros(len(values), dtype=torch.bool),
+        )
 
     def stage(self, nodes: set[int]) -> tuple[int, int, int]:
         """Time, memory and received bytes of a stage, one value at a time."""

@@ -62,9 +62,14 @@ def turns(schedule: str, depth: int, deep: int, m: int) -> list[tuple[str, int]]
 
 
 def run_pipeline(
-    plan: CutPlan, schedule: str, m: int, latency: float = 0.0, bandwidth: float = math.inf, speeds: Any = None,
+    plan: CutPlan,
+    schedule: str,
+    m: int,
+    latency: float = 0.0,
+    bandwidth: float = math.inf,
+    speeds: Any = None,
     order: Callable[[str, int, int, int], list[tuple[str, int]]] = turns,
-) -> float:  # fmt: skip
+) -> float:
     """Seconds from the first forward to the last update; every message goes straight to the stage
     that uses it.
     """

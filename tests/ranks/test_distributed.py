@@ -36,17 +36,45 @@ SCRIPTS = Path(__file__).parent / "scripts"
 LIMIT = 150  # seconds for one start of processes
 
 TWO = [
-    "exact", "no_staleness", "options", "synthetic_inputs_and_exact_steps", "interleaved", "shared", "control",
-    "repeats", "lengths", "free_running", "free_running_on_synthetic_inputs", "free_running_with_schedules",
-    "dropping", "waiting_while_dropping", "whole_model", "evaluating_between_steps", "channels_last", "refused",
-    "refused_buffers", "after_the_end", "quiet_after_the_end", "plans", "same_script",
+    "exact",
+    "no_staleness",
+    "options",
+    "synthetic_inputs_and_exact_steps",
+    "interleaved",
+    "shared",
+    "control",
+    "repeats",
+    "lengths",
+    "free_running",
+    "free_running_on_synthetic_inputs",
+    "free_running_with_schedules",
+    "dropping",
+    "waiting_while_dropping",
+    "whole_model",
+    "evaluating_between_steps",
+    "channels_last",
+    "refused",
+    "refused_buffers",
+    "after_the_end",
+    "quiet_after_the_end",
+    "plans",
+    "same_script",
     "data_parallel_around_a_drop_in",
-]  # fmt: skip
+]
 FOUR = ["four_ranks_equal_one", "four_ranks_run_free", "four_ranks_need_four_stages"]
 FAILURES = [
-    "raising_outside-0", "raising_in_with-1", "raising_inside-0", "not_finite-0", "fewer_steps-1", "killed-1",
-    "killed_sharing-0", "stopped-1", "stopped_free-0", "stopped_sharing-1", "stopped_of_three-2",
-]  # fmt: skip
+    "raising_outside-0",
+    "raising_in_with-1",
+    "raising_inside-0",
+    "not_finite-0",
+    "fewer_steps-1",
+    "killed-1",
+    "killed_sharing-0",
+    "stopped-1",
+    "stopped_free-0",
+    "stopped_sharing-1",
+    "stopped_of_three-2",
+]
 
 ENDINGS = [
     "closed", "in_with", "unclosed", "unclosed_without_a_group", "dropped", "dropped_at_the_end",
@@ -237,9 +265,17 @@ def test_no_way_to_end_a_script_aborts(case: str, started: Any) -> None:
 # --------------------------------------------------------------------------------------------------
 
 DTYPES = [
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.int64, torch.int32, torch.int8,
-    torch.uint8, torch.bool,
-]  # fmt: skip
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.complex64,
+    torch.int64,
+    torch.int32,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+]
 LAYOUTS = ["plain", "transposed", "strided", "expanded", "slice", "channels_last", "flipped"]
 
 

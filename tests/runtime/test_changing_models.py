@@ -52,8 +52,12 @@ def test_mode_switched_after_decoupling() -> None:
     trainer, plain = make_trainer("exact", sgd), fresh()
     optimizer, model = sgd(plain.named_parameters()), trainer.decoupled.model
     switches: list[Callable[[nn.Module], Any]] = [
-        lambda m: m.eval(), lambda m: m.train(), lambda m: m[1].eval(), lambda m: m[3].eval(), lambda m: m.train(),
-    ]  # fmt: skip
+        lambda m: m.eval(),
+        lambda m: m.train(),
+        lambda m: m[1].eval(),
+        lambda m: m[3].eval(),
+        lambda m: m.train(),
+    ]
     for step, switch in enumerate(switches):
         switch(model)
         switch(plain)

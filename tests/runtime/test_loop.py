@@ -171,8 +171,11 @@ def test_optimizers_get_the_models_own_names() -> None:
         return torch.optim.SGD(pairs, lr=0.1)
 
     trainer = make_trainer("exact", make)
-    assert given == [["0.weight", "0.bias", "1.weight", "1.bias"], ["4.weight", "4.bias", "5.weight", "5.bias"],
-                     ["8.weight", "8.bias"]]  # fmt: skip
+    assert given == [
+        ["0.weight", "0.bias", "1.weight", "1.bias"],
+        ["4.weight", "4.bias", "5.weight", "5.bias"],
+        ["8.weight", "8.bias"],
+    ]
     assert trainer.synthesizer_optimizers == {}
 
 

@@ -25,8 +25,17 @@ def test_every_problem_of_the_cuts_is_gathered_with_close_names() -> None:
     model = Named().requires_grad_(True)
     model.encoder.requires_grad_(False)
     names = ["midle", "encoder", "middle", "nowhere_at_all"]
-    text = refused(CutError, lambda: decouple(names, model), "3 of 4", "'midle'", "did you mean 'middle'",
-                   "'encoder'", "frozen", "'nowhere_at_all'", "list_cut_points")  # fmt: skip
+    text = refused(
+        CutError,
+        lambda: decouple(names, model),
+        "3 of 4",
+        "'midle'",
+        "did you mean 'middle'",
+        "'encoder'",
+        "frozen",
+        "'nowhere_at_all'",
+        "list_cut_points",
+    )
     assert "'middle':" not in text
 
 
@@ -159,9 +168,22 @@ def hooked(kind: str) -> nn.Module:
         (lambda: hooked("register_full_backward_hook"), ["backward hooks"]),
         (lambda: hooked("register_full_backward_pre_hook"), ["backward pre hooks"]),
     ],
-    ids=["function", "class", "data parallel", "compiled", "compiled inside", "scripted", "scripted inside", "lazy",
-         "decoupled", "hook", "pre-hook", "backward hook", "backward pre-hook"],
-)  # fmt: skip
+    ids=[
+        "function",
+        "class",
+        "data parallel",
+        "compiled",
+        "compiled inside",
+        "scripted",
+        "scripted inside",
+        "lazy",
+        "decoupled",
+        "hook",
+        "pre-hook",
+        "backward hook",
+        "backward pre-hook",
+    ],
+)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_models_that_are_not_taken(make: Callable[[], Any], words: list[str]) -> None:
     refused(DecouplingError, lambda: decouple(["a"], make()), *words)
@@ -183,8 +205,14 @@ def test_a_model_wrapped_for_data_parallel_training(tmp_path: Any) -> None:
 def test_errors_leave_the_model_as_it_was() -> None:
     model = norm_dropout_chain()
     state, generator, table = state_of(model), torch.get_rng_state(), dict(vars(model))
-    for options in ({"cuts": ["nope"]}, {"gradients": "nope"}, {"gradients": {"nope": "zero"}}, {"context": 3},
-                    {"example_inputs": (X[:, :5],)}, {"example_inputs": ("text",)}):  # fmt: skip
+    for options in (
+        {"cuts": ["nope"]},
+        {"gradients": "nope"},
+        {"gradients": {"nope": "zero"}},
+        {"context": 3},
+        {"example_inputs": (X[:, :5],)},
+        {"example_inputs": ("text",)},
+    ):
         with pytest.raises(DecouplingError):
             dni_fx.decouple(model, **{"cuts": ["2"], "example_inputs": (X,), **options})
     assert_bits_equal(state_of(model), state, "model after errors")

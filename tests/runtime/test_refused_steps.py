@@ -42,9 +42,20 @@ class WrongShape(GradientSource):
         (lambda specs: None, ["interface '1'"]),
         (nn.Linear(2, 2), ["interface '1'"]),
     ],
-    ids=["close name", "no interface", "name in mapping", "exact for one", "exact for all by name", "conv", "None", "int",
-         "wrong factory", "wrong signature", "module"],
-)  # fmt: skip
+    ids=[
+        "close name",
+        "no interface",
+        "name in mapping",
+        "exact for one",
+        "exact for all by name",
+        "conv",
+        "None",
+        "int",
+        "wrong factory",
+        "wrong signature",
+        "module",
+    ],
+)
 def test_gradients_that_cannot_be_had(gradients: Any, words: list[str]) -> None:
     refused(DecouplingError, lambda: decouple(gradients=gradients), *words)
 

@@ -46,9 +46,13 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
 
 def trainer_of(gradients: Any, model: nn.Module | None = None, **options: Any) -> dni_fx.Trainer:
     decoupled = dni_fx.decouple(
-        chain() if model is None else model, CUTS, example_inputs=(batch(0)[0],), gradients=gradients,
-        context=options.pop("context", dni_fx.one_hot(3)), check=False,
-    )  # fmt: skip
+        chain() if model is None else model,
+        CUTS,
+        example_inputs=(batch(0)[0],),
+        gradients=gradients,
+        context=options.pop("context", dni_fx.one_hot(3)),
+        check=False,
+    )
     return dni_fx.Trainer(decoupled, options.pop("loss", F.cross_entropy), optimizer=sgd, **options)
 
 

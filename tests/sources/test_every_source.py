@@ -1,4 +1,6 @@
-"""Every kind of source inside the trainer: it trains every stage, is asked once, and knows nothing of what comes."""
+"""Every kind of source inside the trainer: it trains every stage, is asked once, and knows nothing
+of what comes.
+"""
 
 from __future__ import annotations
 

@@ -18,9 +18,22 @@ from ..models.zoo import BY_NAME
 from .kit import MADE, train, trainer_of
 
 TREES = [
-    "norm_dropout_chain", "conv_norm_chain", "channels_last", "dense", "unet", "two_towers", "fan_out", "transformer",
-    "lstm", "checkpoint_reentrant", "dict_output", "frozen_middle", "running_mean", "routing", "weight_norm",
-]  # fmt: skip
+    "norm_dropout_chain",
+    "conv_norm_chain",
+    "channels_last",
+    "dense",
+    "unet",
+    "two_towers",
+    "fan_out",
+    "transformer",
+    "lstm",
+    "checkpoint_reentrant",
+    "dict_output",
+    "frozen_middle",
+    "running_mean",
+    "routing",
+    "weight_norm",
+]
 
 
 def on_threads(

@@ -72,9 +72,16 @@ def test_dropping_ends_where_stages_are_left_out(inputs: str | None) -> None:
 
 @pytest.mark.parametrize(
     ("gradients", "then"),
-    [("mix", "sequential"), ("feedback", "sequential"), ("exact", "sequential"), ("linear", Calibration(every=2)),
-     ("linear", WarmUp(3)), ("linear", WarmUp(0, fade=2))], ids=str,
-)  # fmt: skip
+    [
+        ("mix", "sequential"),
+        ("feedback", "sequential"),
+        ("exact", "sequential"),
+        ("linear", Calibration(every=2)),
+        ("linear", WarmUp(3)),
+        ("linear", WarmUp(0, fade=2)),
+    ],
+    ids=str,
+)
 def test_who_waits_within_a_step_cannot_be_left_out(gradients: str, then: str | Schedule) -> None:
     error = fails_once(trainer_of(Threads(policy="drop_oldest", then=then), gradients))
     assert "pass policy='wait'" in str(error)

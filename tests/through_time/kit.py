@@ -1,4 +1,6 @@
-"""Recurrent models with the loop over their steps written out, windows of a sequence, and notes of gradients."""
+"""Recurrent models with the loop over their steps written out, windows of a sequence, and notes of
+gradients.
+"""
 
 from __future__ import annotations
 
@@ -139,12 +141,21 @@ CASES = [
 
 
 LAYERED = [
-    Case("lstm by layers", lambda: nn.LSTM(3, 2, 2, dropout=0.3), directly, True, {"cuts": ["layer_0"]}),
     Case(
-        "whole rnn by layers", lambda: Whole(stacked(nn.RNN, 3)), inside, True,
+        "lstm by layers",
+        lambda: nn.LSTM(3, 2, 2, dropout=0.3),
+        directly,
+        True,
+        {"cuts": ["layer_0"]},
+    ),
+    Case(
+        "whole rnn by layers",
+        lambda: Whole(stacked(nn.RNN, 3)),
+        inside,
+        True,
         {"cuts": ["embed", "core.layer_0", "core.layer_1"]},
     ),
-]  # fmt: skip
+]
 
 
 class Noting(torch.optim.SGD):

@@ -1,4 +1,6 @@
-"""The state between windows: carried, reported, taken, saved, and never changed behind anybody's back."""
+"""The state between windows: carried, reported, taken, saved, and never changed behind anybody's
+back.
+"""
 
 from __future__ import annotations
 

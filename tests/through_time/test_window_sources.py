@@ -36,9 +36,14 @@ def test_windows_are_learnt_from(gradients: Any, auxiliary: bool) -> None:
     torch.manual_seed(0)
     model = Whole(stacked(nn.LSTM, 1))
     made = decouple_through_time(
-        model, WINDOW, loss=F.mse_loss, optimizer=lambda p: torch.optim.Adam(p, 1e-2), gradients=gradients,
-        auxiliary=auxiliary, metrics_every=1,
-    )  # fmt: skip
+        model,
+        WINDOW,
+        loss=F.mse_loss,
+        optimizer=lambda p: torch.optim.Adam(p, 1e-2),
+        gradients=gradients,
+        auxiliary=auxiliary,
+        metrics_every=1,
+    )
     x = sequence()[0].float()
     y = x[..., :2].cumsum(0) / 3  # what came before counts
     losses = [sum(float(r.loss) for r in train_windows(made, x, y)) for _ in range(30)]
@@ -54,9 +59,14 @@ def test_the_source_learns_the_boundary_gradient_of_a_fixed_model() -> None:
     torch.manual_seed(0)
     model, (x, y) = nn.LSTMCell(3, 2).double(), sequence(length=6)
     made = decouple_through_time(
-        model, WINDOW, loss=F.mse_loss, optimizer=lambda p: torch.optim.SGD(p, 0.0), factor=0.0, metrics_every=1,
+        model,
+        WINDOW,
+        loss=F.mse_loss,
+        optimizer=lambda p: torch.optim.SGD(p, 0.0),
+        factor=0.0,
+        metrics_every=1,
         synthesizer_optimizer=lambda p: torch.optim.Adam(p, 1e-2),
-    )  # fmt: skip
+    )
     for _ in range(400):
         made.step(x[:3], target=y[:3])
         report = made.step(x[3:], target=y[3:], done=False)
@@ -71,9 +81,14 @@ def test_traces_equal_the_weighted_regression_done_offline(decay: float) -> None
     model, (x, y) = nn.LSTMCell(3, 2).double(), sequence(length=9)
     factor = 0.6
     made = decouple_through_time(
-        model, WINDOW, loss=F.mse_loss, optimizer=lambda p: torch.optim.SGD(p, 0.0), factor=factor,
-        gradients=functools.partial(Traces, decay=decay), synthesizer_optimizer=lambda p: torch.optim.SGD(p, 0.0),
-    )  # fmt: skip
+        model,
+        WINDOW,
+        loss=F.mse_loss,
+        optimizer=lambda p: torch.optim.SGD(p, 0.0),
+        factor=factor,
+        gradients=functools.partial(Traces, decay=decay),
+        synthesizer_optimizer=lambda p: torch.optim.SGD(p, 0.0),
+    )
     pairs = windows(x, y)
     made.prepare(pairs[0][0])
     (source,) = {id(s): s for s in made.sources.values()}.values()

@@ -1,4 +1,6 @@
-"""Exact windows equal full backpropagation through time, zero ones truncated, and what lies between."""
+"""Exact windows equal full backpropagation through time, zero ones truncated, and what lies
+between.
+"""
 
 from __future__ import annotations
 

@@ -63,8 +63,12 @@ cut = dni_fx.decouple(model, ["first", "second"], gradients="local", context=dni
 model = cut.as_module(context=lambda *_, labels, **__: labels)
 classifier = Classifier(model)
 trainer = lightning.Trainer(
-    default_root_dir=sys.argv[1], accelerator="cpu", max_epochs=4, logger=False, enable_progress_bar=False,
-)  # fmt: skip
+    default_root_dir=sys.argv[1],
+    accelerator="cpu",
+    max_epochs=4,
+    logger=False,
+    enable_progress_bar=False,
+)
 trainer.fit(
     classifier,
     torch.utils.data.DataLoader(train, 16, shuffle=True),

@@ -59,8 +59,12 @@ losses = []
 model = Network()
 classifier = Classifier(model)
 trainer = lightning.Trainer(
-    default_root_dir=sys.argv[1], accelerator="cpu", max_epochs=4, logger=False, enable_progress_bar=False,
-)  # fmt: skip
+    default_root_dir=sys.argv[1],
+    accelerator="cpu",
+    max_epochs=4,
+    logger=False,
+    enable_progress_bar=False,
+)
 trainer.fit(
     classifier,
     torch.utils.data.DataLoader(train, 16, shuffle=True),

@@ -42,18 +42,33 @@ def metrics(found):
 
 sentences = [sentence(i % 2) for i in range(384)]
 config = BertConfig(
-    vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+    vocab_size=100,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=4,
     max_position_embeddings=16,
-)  # fmt: skip
+)
 model = BertForSequenceClassification(config)
 arguments = TrainingArguments(
-    output_dir=sys.argv[1], num_train_epochs=4, per_device_train_batch_size=16, learning_rate=2e-3, logging_steps=4,
-    save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
-)  # fmt: skip
+    output_dir=sys.argv[1],
+    num_train_epochs=4,
+    per_device_train_batch_size=16,
+    learning_rate=2e-3,
+    logging_steps=4,
+    save_strategy="no",
+    report_to="none",
+    disable_tqdm=True,
+    use_cpu=True,
+)
 trainer = Trainer(
-    model, arguments, data_collator=collate, train_dataset=sentences[:256], eval_dataset=sentences[256:],
+    model,
+    arguments,
+    data_collator=collate,
+    train_dataset=sentences[:256],
+    eval_dataset=sentences[256:],
     compute_metrics=metrics,
-)  # fmt: skip
+)
 trainer.train()
 result = trainer.evaluate()
 trainer.save_model()

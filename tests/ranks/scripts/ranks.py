@@ -87,14 +87,25 @@ def built(model: type[nn.Module], dtype: torch.dtype, **arguments: Any) -> nn.Mo
 
 
 def trainer_of(
-    gradients: Any = "linear", *, alone: bool = False, model: nn.Module | None = None, inputs: Any = None,
-    dtype: torch.dtype = torch.float32, cuts: list[str] | None = None, **options: Any,
-) -> Any:  # fmt: skip
+    gradients: Any = "linear",
+    *,
+    alone: bool = False,
+    model: nn.Module | None = None,
+    inputs: Any = None,
+    dtype: torch.dtype = torch.float32,
+    cuts: list[str] | None = None,
+    **options: Any,
+) -> Any:
     """A distributed trainer; or one of the package's own, for the options that both know."""
     decoupled = dni_fx.decouple(
-        built(Skips, dtype) if model is None else model, cuts or CUTS, example_inputs=(batch(0, dtype)[0],),
-        gradients=gradients, inputs=inputs, context=dni_fx.one_hot(5), check=False,
-    )  # fmt: skip
+        built(Skips, dtype) if model is None else model,
+        cuts or CUTS,
+        example_inputs=(batch(0, dtype)[0],),
+        gradients=gradients,
+        inputs=inputs,
+        context=dni_fx.one_hot(5),
+        check=False,
+    )
     if alone:
         options = {
             n: v
@@ -488,8 +499,10 @@ def refused() -> None:
         lambda: first(placement=[0, 1, 1, 1] if me else [0, 0, 1, 1]),
     )
     fails("rank 1 has another queue, policy, staleness or discount", lambda: first(queue=2 + me))
-    fails("a batch of 1 has no row for each of 2 ranks",
-          lambda: train(trainer_of("zero", placement=[0, [0, 1], 1, 1], staleness=0), 1, sizes=(1,)))  # fmt: skip
+    fails(
+        "a batch of 1 has no row for each of 2 ranks",
+        lambda: train(trainer_of("zero", placement=[0, [0, 1], 1, 1], staleness=0), 1, sizes=(1,)),
+    )
     fails("dni_fx.Trainer", lambda: first(schedule="threads"))
     fails("timeout must be", lambda: first(timeout=0))
 

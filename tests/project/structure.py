@@ -1,7 +1,7 @@
 """Rules about the shape of the library, computed from its source with `ast`; none is imported.
 
 Each rule takes the sources of modules by name and returns its offenders: where, and what was
-found there.  `python -m tests.structure` prints today's.  `passes/` counts under the name by which
+found there.  `python -m tests.project.structure` prints today's.  `passes/` counts under the name by which
 it is imported, `dni_fx.passes`.
 """
 
@@ -20,7 +20,7 @@ Offenders = dict[str, str]  # where -> what was found
 Class = tuple[str, ast.ClassDef]  # the module it stands in, and its node
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TOP_MODULES = 12  # at the top of the library, packages not counted
 CLASS_LINES = 250
 CLASS_ATTRIBUTES = 20

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from .test_layout import ROOT, sources
+from ..helpers.paths import ROOT
+from .test_layout import sources
 
 BEFORE = """
 import torch
