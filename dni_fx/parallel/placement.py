@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -91,11 +92,17 @@ def join(parts: list[tuple[Part, Any]], add: bool) -> Any:
     payloads = [payload for _, payload in parts]
     if any(payload is None for payload in payloads):
         return None
-    rows = [part.rows for part, _ in parts]
-    return {key: _joined([p.get(key) for p in payloads], rows, add) for key in payloads[0]}
+    return _joined(payloads, [part.rows for part, _ in parts], add)
 
 
 def _joined(values: list[Any], rows: list[int], add: bool) -> Any:
+    first = values[0]
+    if isinstance(first, dict):
+        return {key: _joined([v.get(key) for v in values], rows, add) for key in first}
+    if dataclasses.is_dataclass(first) and not isinstance(first, type):
+        names = [field.name for field in dataclasses.fields(first)]
+        tables = [{n: getattr(v, n) for n in names} for v in values]
+        return dataclasses.replace(first, **_joined(tables, rows, add))
     known = [v for v in values if isinstance(v, Tensor)]
     if not known:
         return values[0]

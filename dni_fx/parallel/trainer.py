@@ -10,7 +10,7 @@ answers come back while it works on. Without a process group the same script tra
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from .peers import Peers
 from .placement import Placement
 from .process import Process
 from .sharing import gather_model
+from .worker import StageWorker
 
 
 class Trainer(BaseTrainer):
@@ -120,6 +121,11 @@ class Trainer(BaseTrainer):
         self._checkpoints = Checkpoints(self._peers)
         if decoupled.is_traced:
             self._process.prepare()
+
+    @property
+    def workers(self) -> Mapping[int, StageWorker]:
+        """The stages here at work, by index; none before the first step."""
+        return self._process.workers
 
     def step(self, *args: Any, target: Any = None, **kwargs: Any) -> StepReport:
         """One batch through this process's stages; the same batch in every process.

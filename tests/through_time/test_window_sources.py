@@ -106,7 +106,7 @@ def test_traces_equal_the_weighted_regression_done_offline(decay: float) -> None
             for n, p in (("weight", layer.weight), ("bias", layer.bias)):
                 total[n] += p.grad if p.grad is not None else 0  # type: ignore[operator]
 
-    made.synthesizer_optimizers = {"next_0": Summing(source.parameters(), 0.0)}
+    made.synthesizer_optimizers["next_0"] = Summing(source.parameters(), 0.0)
     for k, (a, b) in enumerate(pairs):
         made.step(a, target=b, done=k == len(pairs) - 1)
 

@@ -293,13 +293,12 @@ def lengths() -> None:
 
 def free(gradients: str, **options: Any) -> None:
     trainer = train(trainer_of(gradients, queue=2, **options), 15)
-    for worker in trainer._process.workers.values():
-        assert worker.updates >= 15, (
-            f"{gradients}: {worker.name} made {worker.updates} updates in 15 steps"
+    for worker in trainer.workers.values():
+        assert worker.learner.updates >= 15, (
+            f"{gradients}: {worker.name} made {worker.learner.updates} updates in 15 steps"
         )
-        assert not worker.pending
-        assert not worker.ahead
-        assert not any(worker.under_way.values())
+        worker.desk.check()
+        assert worker.desk.is_idle
     found = weights(trainer)
     assert all(bool(t.isfinite().all()) for t in found.values())
 
@@ -360,17 +359,16 @@ def dropping() -> None:
                     time.sleep(0.01)
                 if dist.get_rank() == 1 and step == steps * 2 // 5 and placement is None:
                     store.wait([key])
-            workers = trainer._process.workers.values()
+            workers = trainer.workers.values()
             if dist.get_rank() == 0 and placement is None:
-                assert gradients == "delayed" or all(w.updates == steps for w in workers)
+                assert gradients == "delayed" or all(w.learner.updates == steps for w in workers)
                 store.set(key, "made all steps")
             if gradients != "delayed":
-                assert all(w.updates + w.missed == steps for w in workers)
+                assert all(w.learner.updates + w.missed == steps for w in workers)
             trainer.drain()
             for worker in workers:
-                assert not worker.pending
-                assert not worker.ahead
-                assert not any(worker.under_way.values())
+                worker.desk.check()
+                assert worker.desk.is_idle
             trainer.close()
 
 
@@ -397,7 +395,7 @@ def whole_model() -> None:
         model = built(Skips, torch.float32)
         model.load_state_dict(state)
         want = model(x)
-        has_last = 3 in trainer._process.workers
+        has_last = 3 in trainer.workers
         assert (output is not None) == has_last
         if has_last:
             assert torch.equal(output, want)
