@@ -133,11 +133,8 @@ class Asks:
 class _Flag:
     """A flag of before, read from a field of ``asks`` and written to it, of a class or a source."""
 
-    def __init__(self, field: str) -> None:
-        self.field = field
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, field: str) -> None:
+        self.name, self.field = name, field
 
     def __get__(self, source: Any, owner: type) -> Any:
         holder: Any = owner if source is None else source
@@ -193,12 +190,12 @@ class Declares:
     asks: Asks = Asks()
     _later: Wait = Wait(0)  # what a wait is like, should a lag be written
 
-    message: str = _Flag("learns_from")  # type: ignore[assignment]
-    lag: int | None = _Flag("lag")  # type: ignore[assignment]
-    awaits: str = _Flag("for_")  # type: ignore[assignment]
-    recompute: bool = _Flag("recompute")  # type: ignore[assignment]
-    corrects: bool = _Flag("corrects")  # type: ignore[assignment]
-    exact: bool = _Flag("exact")  # type: ignore[assignment]
+    message: str = _Flag("message", "learns_from")  # type: ignore[assignment]
+    lag: int | None = _Flag("lag", "lag")  # type: ignore[assignment]
+    awaits: str = _Flag("awaits", "for_")  # type: ignore[assignment]
+    recompute: bool = _Flag("recompute", "recompute")  # type: ignore[assignment]
+    corrects: bool = _Flag("corrects", "corrects")  # type: ignore[assignment]
+    exact: bool = _Flag("exact", "exact")  # type: ignore[assignment]
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
