@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, Phase, given, note, seed, settings
 from torch import nn
 
 import dni_fx
+from dni_fx.passes.trace.symbols import TracedInt
 
 from . import oracles
 from .models import Case
@@ -77,12 +78,12 @@ def agree(got: oracles.Record, want: oracles.Record, what: str) -> None:
 
 
 def check(case: Case, replay: Callable[..., oracles.Record] = oracles.replay_run) -> None:
-    """All oracles on one model, one optimiser step. It is decoupled once: its sources play exact
-    mode first.
+    """All oracles on one model, one optimiser step. It is decoupled once, before anything calls
+    it: its sources play exact mode first.
     """
     options: dict[str, Any] = {"steps": 1, "batch": 3}
-    want = oracles.backprop_run(case, DTYPE, oracles.sgd, **options)
     decoupled = oracles.transform(case, DTYPE, oracles.Replay, batch=3)
+    want = oracles.backprop_run(case, DTYPE, oracles.sgd, **options)
     start = copy.deepcopy(decoupled.state_dict())
     sources: list[Any] = list(decoupled.synthesizers.values())
     for source in sources:
@@ -95,6 +96,20 @@ def check(case: Case, replay: Callable[..., oracles.Record] = oracles.replay_run
     agree(replay(case, DTYPE, oracles.sgd, decoupled=decoupled, **options), want, "replay")
     modes = ("train", "eval") if case.notes == BY_MODE else ("train",)
     oracles.composed_check(case, DTYPE, decoupled=decoupled, batches=(2,), modes=modes, seed=1)
+    called_by_itself(case, decoupled)
+
+
+def called_by_itself(case: Case, decoupled: dni_fx.Decoupled) -> None:
+    """The traced model, called by its user, is as one that was never traced."""
+    model = case.build(DTYPE)
+    model.load_state_dict(decoupled.model.state_dict())
+    for batch in (2, 3):
+        args, _, _ = oracles.draw(case, batch, DTYPE, 0)
+        outputs = []
+        for each in (decoupled.model.train(), model.train()):
+            oracles.seed_generator(0)
+            outputs.append(oracles.frozen(each(*args)))
+        oracles.assert_bits_equal(*outputs, f"the model itself, batch {batch}")
 
 
 def runs(program: Program) -> bool:
@@ -134,20 +149,18 @@ def run(
     )
     @given(programs)
     def one(program: Program) -> None:
-        if not runs(program):
-            seen["refused by eager"] += 1
-            return
-        case = case_of(program)
-        if not case.cuts:
-            seen["without a legal cut"] += 1
-            return
-        seen["models"] += 1
-        seen["cuts"] += len(case.cuts)
         try:
-            check(case, replay)
+            case = case_of(program)  # nothing has called the program yet
+            if case.cuts:
+                check(case, replay)
         except Exception:
+            if not runs(program):
+                seen["refused by eager"] += 1
+                return
             seen["mismatches"] += 1
             raise
+        seen["models" if case.cuts else "without a legal cut"] += 1
+        seen["cuts"] += len(case.cuts)
 
     try:
         one()
@@ -167,6 +180,21 @@ def test_random_graphs(
         record_property(name, number)
     assert seen["mismatches"] == 0
     assert seen["models"] >= 0.85 * count  # in the others nothing trainable reaches an output
+
+
+def test_the_random_graphs_see_what_a_cache_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: traced sizes hash as their values do, so a cache keyed by shapes takes
+    them.
+    """
+    steps = (("linear", 0, 0, 1), ("cached", 0, 0, 0), ("activation", 0, 0, 0))
+    program = Program(1, steps, (0,), "tuple", (1,))
+    monkeypatch.setattr(f"{__name__}.note", print)  # hypothesis takes notes in its tests only
+    case = case_of(program)
+    assert case.cuts
+    check(case)
+    monkeypatch.setattr(TracedInt, "__hash__", lambda size: hash(size.look()))
+    with pytest.raises(RuntimeError, match="concrete integers"):
+        check(case)
 
 
 def test_the_random_graphs_see_a_wrong_gradient() -> None:
