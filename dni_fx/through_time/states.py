@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..errors import DecouplingError
 from ..graphs.nested import Structure, flatten
+from ..passes.trace.naming import leaf_keys
 from ..passes.trace.state import restored
-from ..passes.trace.tracing import leaf_keys
 
 InitialState = Callable[[int], Any]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -39,8 +40,8 @@ def trace_export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
             exported = program.module(check_guards=False)
         except Exception as error:
             raise TracingError(f"torch.export: {reason_of(error)}") from error
-        recorder = Recorder(model, FakeTensorMode(allow_non_fake_inputs=True), frozenset())
-        recorder.paths = {}
+        recorder = Recorder(model, FakeTensorMode(allow_non_fake_inputs=True))
+        recorder.known.paths.clear()  # no module is called
         try:
             trace = record(recorder, _Replayed(exported, recorder), args, kwargs, {})
         except Exception as error:
@@ -49,8 +50,7 @@ def trace_export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
             ) from error
     trace.model = model
     bind_originals(trace)
-    modes = tuple(m for m in model.modules())
-    return Trace(**{**vars(trace), "model": model, "modes": modes, "rung": "export"})
+    return dataclasses.replace(trace, modes=tuple(model.modules()), rung="export")
 
 
 class _Replayed:
@@ -83,7 +83,7 @@ class _Player(fx.Interpreter):
                 if path
             ]
             self.close(entered)
-            self.recorder.stack[:] = entered
+            self.recorder.visits.stack[:] = entered
         value = super().run_node(n)
         if n.op in ("call_function", "call_method") and isinstance(value, torch.Tensor):
             self.latest = value
@@ -91,16 +91,11 @@ class _Player(fx.Interpreter):
 
     def close(self, entered: Sequence[str]) -> None:
         """Note the output of every module that has been left."""
-        stack = self.recorder.stack
-        for path in reversed([p for p in stack if p not in entered]):
-            self.recorder.calls.append(
-                (
-                    path,
-                    self.recorder.nodes.get(id(self.latest)),
-                    next(iter(reversed(self.recorder.graph.nodes))),
-                )
-            )
-        stack[:] = [p for p in stack if p in entered]
+        known, visits = self.recorder.known, self.recorder.visits
+        for path in reversed([p for p in visits.stack if p not in entered]):
+            node = known.nodes.get(id(self.latest))
+            visits.calls.append((path, node, next(iter(reversed(known.graph.nodes)))))
+        visits.stack[:] = [p for p in visits.stack if p in entered]
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import keyword
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
-if TYPE_CHECKING:
-    from .tracing import Trace
+from .tracing import Trace
 
 
 def identifier(name: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import fx, nn
 
 from ...errors import DecouplingError
+from ...graphs.nested import Structure
 from ..cut.cutting import needs_gradient
 from .tracing import Port, Trace
 
@@ -52,9 +53,30 @@ def open_ports(
             f"{len(batch_dims)}"
         )
     places = {n.name: n for n in trace.graph.nodes if n.op == "placeholder"}
-    ports, incoming = [], []
-    for i, (name, dim) in enumerate(batch_dims.items()):
-        place, leaf = places[STATE + name], leaves[first + i]
+    ports = _state_ports(places, leaves[first:], first, batch_dims)
+    arriving = [places[port.feeds] for port in ports]
+    if input_gradients:
+        arriving += [n for name, n in places.items() if not name.startswith(STATE)]
+    ports += _message_ports(output, leaves, messages)
+    return dataclasses.replace(
+        trace,
+        model=model,
+        outputs=output,
+        ports=tuple(ports),
+        incoming=tuple(n.name for n in arriving if n.meta["value"].is_floating_point()),
+    )
+
+
+def _state_ports(
+    places: Mapping[str, fx.Node],
+    state: list[object],
+    first: int,
+    batch_dims: Mapping[str, int | None],
+) -> list[Port]:
+    """From each tensor of the state after a window to where it enters the next."""
+    ports = []
+    for i, ((name, dim), leaf) in enumerate(zip(batch_dims.items(), state, strict=True)):
+        place = places[STATE + name]
         if not isinstance(leaf, fx.Node):
             raise DecouplingError(f"tensor {name!r} of the state is not computed by the model")
         before, after = place.meta["value"], leaf.meta["value"]
@@ -64,9 +86,13 @@ def open_ports(
                 f"{before.dtype} to {tuple(after.shape)}, {after.dtype}"
             )
         ports.append(Port(f"next_{name}", first + i, place.name, dim or 0))
-        if before.is_floating_point():
-            incoming.append(place.name)
-    content = output.build(iter(range(first)))
+    return ports
+
+
+def _message_ports(output: Structure, leaves: list[object], messages: Sequence[str]) -> list[Port]:
+    """From each tensor of the output that another network is to get."""
+    content = output.build(iter(range(output.leaf_count)))
+    ports = []
     for name in messages:
         index = content.get(name) if isinstance(content, dict) else None
         leaf = leaves[index] if isinstance(index, int) else None
@@ -76,12 +102,7 @@ def open_ports(
                 "tensor (batch, ...) that depends on trainable parameters"
             )
         ports.append(Port(name, index, ANOTHER))  # type: ignore[arg-type]
-    if input_gradients:
-        inputs = [n for n in places.values() if not n.name.startswith(STATE)]
-        incoming += [n.name for n in inputs if n.meta["value"].is_floating_point()]
-    return dataclasses.replace(
-        trace, model=model, outputs=output, ports=tuple(ports), incoming=tuple(incoming)
-    )
+    return ports
 
 
 def _rename(trace: Trace, prefixes: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+MODULE_INTERNALS = frozenset(vars(nn.Module()))
 TABLES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict))
 
 
@@ -61,8 +62,7 @@ def own_containers(modules: list[nn.Module]) -> list[tuple[Any, Any]]:
     """Lists, dicts and sets among the modules' own attributes (caches), with copies of their
     contents.
     """
-    internal = vars(nn.Module())
-    values = [v for m in modules for k, v in vars(m).items() if k not in internal]
+    values = [v for m in modules for k, v in vars(m).items() if k not in MODULE_INTERNALS]
     return [(v, copy.copy(v)) for v in values if type(v) in (list, dict, set)]
 
 

@@ -1,7 +1,7 @@
 """From a model and example inputs to a graph: a ladder of tracers, from the most faithful to the
 last resort.
 
-1. ``trace_calls``: record torch functions and leaf modules (see ``_recorder``) on fake tensors,
+1. ``trace_calls``: record torch functions and leaf modules (see ``recorder``) on fake tensors,
    then on real ones; a submodule that cannot be looked into becomes one opaque node.
 2. ``trace_export`` (in ``exporting``): ``torch.export`` (non-strict, batch dimension dynamic),
    whose operators are then recorded likewise.
@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,11 +23,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...errors import BakedInError, DataDependentError, TracingError, user_line
 from ...graphs.nested import Structure, flatten
-from .recorder import Recorder, recording
+from .modules import Visits
+from .naming import input_names
+from .recorder import Recorder
+from .routing import recording
 from .state import untouched
 from .symbols import Size, TracedInt, sizes_wanted
 
 _MOST_OPAQUE = 200
+_SAME_ON_REAL_TENSORS = DataDependentError | BakedInError
 SMALL = 1 << 22  # elements of parameters and inputs
 
 
@@ -55,7 +57,7 @@ class Trace:
     """A traced model.
 
     Attributes:
-        graph: nodes with the facts listed in ``_recorder`` in their ``meta``; never changed after
+        graph: nodes with the facts listed in ``provenance`` in their ``meta``; never changed after
             tracing.
         model: the user's model.
         attributes: what ``call_module`` and ``get_attr`` targets stand for, by reference.
@@ -115,8 +117,8 @@ class Trace:
             return f"{node.target}:{kind.__module__}.{kind.__qualname__}"
         if isinstance(node.target, str):
             return node.target
-        module = getattr(node.target, "__module__", "")
-        return f"{module}.{getattr(node.target, '__name__', node.target)}"
+        name = getattr(node.target, "__name__", node.target)
+        return f"{getattr(node.target, '__module__', '')}.{name}"
 
 
 def trace_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
@@ -133,59 +135,72 @@ def trace_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     Raises:
         TracingError: the model as a whole cannot be recorded; says why and where.
     """
-    opaque: dict[str, str] = {}
-    plain: frozenset[Size] = frozenset()
-    real = small = _is_small(model, args, kwargs)
+    attempts = _Attempts(model, _is_small(model, args, kwargs))
     while True:
         with untouched(model):
-            recorder = Recorder(
-                model,
-                None if real else FakeTensorMode(allow_non_fake_inputs=True),
-                frozenset(opaque),
-                plain,
-            )
+            fake = None if attempts.real else FakeTensorMode(allow_non_fake_inputs=True)
+            recorder = Recorder(model, fake, frozenset(attempts.opaque), attempts.plain)
             try:
-                trace = record(recorder, model, args, kwargs, opaque)
+                trace = record(recorder, model, args, kwargs, attempts.opaque)
             except Exception as error:
-                if wanted := sizes_wanted(error):
-                    plain |= wanted
-                    continue
-                if real and small and isinstance(error, DataDependentError):
-                    real = small = (
-                        # code that asks whether it is traced knows fake tensors, and reads no
-                        # values
-                        False
-                    )
-                    opaque.clear()
-                    continue
-                place, reason = recorder.failed_at, reason_of(error)
-                is_leaf = recorder.failed_leaf
-                if place and not is_leaf and place not in opaque and len(opaque) < _MOST_OPAQUE:
-                    opaque[place] = reason
-                    continue
-                if real and small:  # fake tensors cannot do more here than real ones
-                    small = False
-                if not real and not (
-                    isinstance(error, DataDependentError | BakedInError) and not is_leaf
-                ):
-                    real = True
-                    continue
-                if is_leaf and place and not isinstance(error, TracingError):
-                    raise TracingError(
-                        f"'{place}' ({type(model.get_submodule(place)).__name__}) fails: {reason}"
-                    ) from error
-                outer = _next_outer(model, place, opaque) if place else None
-                if outer is None:
-                    kind = BakedInError if isinstance(error, BakedInError) else TracingError
-                    raise kind(
-                        f"the top level of {type(model).__name__} cannot be recorded: {reason}"
-                    ) from error
-                opaque[outer] = reason
+                attempts.learn(recorder.visits, error)
                 continue
-        if real and not small:
+        if attempts.real and not attempts.small:
             trace.rung = "calls on real tensors"
         bind_originals(trace)
         return trace
+
+
+class _Attempts:
+    """What the attempts so far have shown, and how the next one is made.
+
+    Attributes:
+        real: whether the model runs on real tensors.
+        small: whether real ones were chosen because they cost less.
+        opaque: paths of modules to keep as single nodes, with the reason.
+        plain: sizes that the model's code needs as plain integers.
+    """
+
+    def __init__(self, model: nn.Module, small: bool) -> None:
+        self.real = self.small = small
+        self.opaque: dict[str, str] = {}
+        self.plain: frozenset[Size] = frozenset()
+        self._model = model
+
+    def learn(self, visits: Visits, error: Exception) -> None:
+        """Choose what to do differently after a failure.
+
+        Raises:
+            TracingError: nothing is left to try.
+        """
+        wanted = sizes_wanted(error)
+        place, is_leaf = visits.failed_at, visits.failed_leaf
+        if wanted:
+            self.plain |= wanted
+        elif self.real and self.small and isinstance(error, DataDependentError):
+            # code that asks whether it is traced knows fake tensors, and reads no values
+            self.real = self.small = False
+            self.opaque.clear()
+        elif place and not is_leaf and place not in self.opaque and len(self.opaque) < _MOST_OPAQUE:
+            self.opaque[place] = reason_of(error)
+        elif not self.real and (is_leaf or not isinstance(error, _SAME_ON_REAL_TENSORS)):
+            self.real = True
+        else:
+            self.small = False  # fake tensors cannot do more here than real ones
+            self._open_less(place, is_leaf, error)
+
+    def _open_less(self, place: str | None, is_leaf: bool, error: Exception) -> None:
+        reason = reason_of(error)
+        if is_leaf and place and not isinstance(error, TracingError):
+            kind = type(self._model.get_submodule(place)).__name__
+            raise TracingError(f"'{place}' ({kind}) fails: {reason}") from error
+        outer = _next_outer(self._model, place, self.opaque) if place else None
+        if outer is None:
+            refusal = BakedInError if isinstance(error, BakedInError) else TracingError
+            raise refusal(
+                f"the top level of {type(self._model).__name__} cannot be recorded: {reason}"
+            ) from error
+        self.opaque[outer] = reason
 
 
 def _is_small(model: nn.Module, args: Any, kwargs: Any) -> bool:
@@ -216,97 +231,72 @@ def record(
     kwargs: dict[str, Any],
     opaque: dict[str, str],
 ) -> Trace:
+    """Run a model once under a recorder.
+
+    Args:
+        recorder: a new one.
+        model: the model, or what is called in its place.
+        args: example positional inputs.
+        kwargs: example keyword inputs.
+        opaque: paths of modules kept as single nodes, with the reason.
+
+    Returns:
+        The trace.
+
+    Raises:
+        TracingError: something that no graph can hold; other errors are the model's own.
+    """
+    known, visits, guards = recorder.known, recorder.visits, recorder.sizes.looks.guards
     leaves, structure = flatten((args, kwargs))
-    names = input_names(model, args, kwargs)
     values = []
-    for name, leaf in zip(names, leaves, strict=True):
-        leaf = leaf.detach().requires_grad_(leaf.requires_grad)
-        value = (
-            recorder.fake.from_tensor(leaf)
-            if recorder.fake
-            else leaf.detach().clone().requires_grad_(leaf.requires_grad)
-        )
-        recorder.placeholder(name, value)
+    for name, leaf in zip(input_names(model, args, kwargs), leaves, strict=True):
+        alone = leaf.detach().requires_grad_(leaf.requires_grad)
+        value = recorder.fake.from_tensor(alone) if recorder.fake else _copied(leaf)
+        known.placeholder(name, value)
         values.append(value)
-    fake_args, fake_kwargs = structure.build(iter(values))
+    own_args, own_kwargs = structure.build(iter(values))
     with recording(recorder), torch.enable_grad():
-        output = model(*fake_args, **fake_kwargs)
+        output = model(*own_args, **own_kwargs)
     out_leaves, out_structure = flatten(output, lambda v: isinstance(v, torch.Tensor | TracedInt))
-    for part in _constants(out_structure):
+    _check_sight(out_structure)
+    known.graph.output(tuple(known.argument(leaf) for leaf in out_leaves))
+    _prune(known.graph, set(guards))
+    known.graph.lint()
+    for node in known.graph.nodes:
+        if "value" in node.meta:
+            differentiable = node.meta.get("differentiable", False)
+            node.meta["value"] = _without_data(node.meta["value"], differentiable)
+    return Trace(
+        graph=known.graph,
+        model=model,
+        attributes=known.attributes,
+        inputs=structure,
+        outputs=out_structure,
+        guards=tuple(guards.items()),
+        calls=tuple(
+            (path, None if node and node._erased else node, _surviving(last))
+            for path, node, last in visits.calls
+        ),
+        modes=tuple(visits.visited.values()),
+        rung="calls",
+        opaque=dict(opaque),
+        notes=tuple(visits.notes),
+    )
+
+
+def _copied(leaf: torch.Tensor) -> torch.Tensor:
+    return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+
+
+def _check_sight(outputs: Structure) -> None:
+    """Refuse outputs that hold tensors where they cannot be seen."""
+    for part in _constants(outputs):
         if flatten(dict(getattr(part, "__dict__", {})))[0]:
             raise TracingError(
                 f"the model returns a {type(part).__name__}, whose tensors cannot be seen; "
                 "return tuples, dicts or dataclasses, or register the class with "
                 "torch.utils._pytree"
             )
-    recorder.graph.output(tuple(recorder._arguments(leaf) for leaf in out_leaves))
-    _prune(recorder.graph, set(recorder.looks.guards))
-    recorder.graph.lint()
-    for node in recorder.graph.nodes:
-        if "value" in node.meta:
-            node.meta["value"] = _without_data(
-                node.meta["value"], node.meta.get("differentiable", False)
-            )
-    return Trace(
-        graph=recorder.graph,
-        model=model,
-        attributes=recorder.attributes,
-        inputs=structure,
-        outputs=out_structure,
-        guards=tuple(recorder.looks.guards.items()),
-        calls=tuple(
-            (path, None if node and node._erased else node, _surviving(last))
-            for path, node, last in recorder.calls
-        ),
-        modes=tuple(recorder.visited.values()),
-        rung="calls",
-        opaque=dict(opaque),
-        notes=tuple(recorder.notes),
-    )
-
-
-def input_names(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
-    """A name for every tensor among the inputs: the parameter's, with keys and indices where it is
-    nested.
-    """
-    parameters = list(inspect.signature(model.forward).parameters.values())
-    positional = [
-        p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-    rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "input")
-    named = [
-        (positional[i] if i < len(positional) else f"{rest}_{i - len(positional)}", v)
-        for i, v in enumerate(args)
-    ]
-    names: list[str] = []
-    for name, value in [*named, *kwargs.items()]:
-        count = len(flatten(value)[0])
-        if count == 1 and isinstance(value, torch.Tensor):
-            names.append(name)
-        else:
-            names.extend(f"{name}_{key}" for key in leaf_keys(value))
-    result: list[str] = []
-    for name in names:
-        name = re.sub(r"\W", "_", name)
-        while name in result:
-            name += "_"
-        result.append(name)
-    return result
-
-
-def leaf_keys(value: Any) -> list[str]:
-    """A name for every tensor of a nested value: keys and indices, joined by ``_``."""
-    if isinstance(value, torch.Tensor):
-        return [""]
-    if isinstance(value, dict):
-        items = [(str(k), v) for k, v in value.items()]
-    elif hasattr(value, "_fields"):
-        items = list(zip(value._fields, value, strict=True))
-    elif isinstance(value, tuple | list):
-        items = [(str(i), v) for i, v in enumerate(value)]
-    else:
-        return [str(i) for i in range(len(flatten(value)[0]))]
-    return [f"{k}_{rest}".strip("_") for k, v in items for rest in leaf_keys(v)]
 
 
 def _constants(structure: Structure) -> Iterator[Any]:

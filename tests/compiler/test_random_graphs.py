@@ -11,7 +11,7 @@ import copy
 import functools
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -20,10 +20,9 @@ from hypothesis import HealthCheck, Phase, given, note, seed, settings
 from torch import nn
 
 import dni_fx
+from dni_fx.passes.trace.symbols import TracedInt
 
 from ..helpers import oracles
-from ..helpers.comparing import assert_bits_equal
-from ..helpers.optimisers import sgd
 from ..models.cases import Case
 from ..models.random_models import Program, RandomModel, programs
 
@@ -31,6 +30,12 @@ COUNT = int(os.environ.get("DNI_FX_RANDOM_GRAPHS", "2000"))
 SHARD = 1000
 DTYPE = torch.float64
 BY_MODE = "computes something else in eval mode"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    with oracles.one_thread():
+        yield
 
 
 def case_of(program: Program) -> Case:
@@ -61,7 +66,7 @@ def agree(got: oracles.Record, want: oracles.Record, what: str) -> None:
     """
     for path, gradient in got["step 0"]["gradients"].items():
         if path not in want["step 0"]["gradients"]:
-            assert_bits_equal(
+            oracles.assert_bits_equal(
                 gradient, torch.zeros_like(gradient), f"{what}: {path}, without gradient in eager"
             )
     known = {
@@ -69,35 +74,49 @@ def agree(got: oracles.Record, want: oracles.Record, what: str) -> None:
         for name, g in got["step 0"]["gradients"].items()
         if name in want["step 0"]["gradients"]
     }
-    assert_bits_equal({**got["step 0"], "gradients": known}, want["step 0"], what)
+    oracles.assert_bits_equal({**got["step 0"], "gradients": known}, want["step 0"], what)
 
 
 def check(case: Case, replay: Callable[..., oracles.Record] = oracles.replay_run) -> None:
-    """All oracles on one model, one optimiser step. It is decoupled once: its sources play exact
-    mode first.
+    """All oracles on one model, one optimiser step. It is decoupled once, before anything calls
+    it: its sources play exact mode first.
     """
     options: dict[str, Any] = {"steps": 1, "batch": 3}
-    want = oracles.backprop_run(case, DTYPE, sgd, **options)
     decoupled = oracles.transform(case, DTYPE, oracles.Replay, batch=3)
+    want = oracles.backprop_run(case, DTYPE, oracles.sgd, **options)
     start = copy.deepcopy(decoupled.state_dict())
     sources: list[Any] = list(decoupled.synthesizers.values())
     for source in sources:
         source.exact = True
-    exact = oracles.exact_run(case, DTYPE, sgd, decoupled=decoupled, **options)
-    assert_bits_equal(exact["step 0"], want["step 0"], "exact")
+    exact = oracles.exact_run(case, DTYPE, oracles.sgd, decoupled=decoupled, **options)
+    oracles.assert_bits_equal(exact["step 0"], want["step 0"], "exact")
     for source in sources:
         source.exact = False
     decoupled.load_state_dict(start)
-    agree(replay(case, DTYPE, sgd, decoupled=decoupled, **options), want, "replay")
+    agree(replay(case, DTYPE, oracles.sgd, decoupled=decoupled, **options), want, "replay")
     modes = ("train", "eval") if case.notes == BY_MODE else ("train",)
     oracles.composed_check(case, DTYPE, decoupled=decoupled, batches=(2,), modes=modes, seed=1)
+    called_by_itself(case, decoupled)
+
+
+def called_by_itself(case: Case, decoupled: dni_fx.Decoupled) -> None:
+    """The traced model, called by its user, is as one that was never traced."""
+    model = case.build(DTYPE)
+    model.load_state_dict(decoupled.model.state_dict())
+    for batch in (2, 3):
+        args, _, _ = oracles.draw(case, batch, DTYPE, 0)
+        outputs = []
+        for each in (decoupled.model.train(), model.train()):
+            oracles.seed_generator(0)
+            outputs.append(oracles.frozen(each(*args)))
+        oracles.assert_bits_equal(*outputs, f"the model itself, batch {batch}")
 
 
 def runs(program: Program) -> bool:
     """Whether PyTorch itself takes the program, forward and backward."""
     whole = Case("random", lambda: RandomModel(program), functools.partial(_inputs, program), ())
     try:
-        oracles.backprop_run(whole, DTYPE, sgd, steps=1, batch=3)
+        oracles.backprop_run(whole, DTYPE, oracles.sgd, steps=1, batch=3)
     except RuntimeError:
         return False
     return True
@@ -130,20 +149,18 @@ def run(
     )
     @given(programs)
     def one(program: Program) -> None:
-        if not runs(program):
-            seen["refused by eager"] += 1
-            return
-        case = case_of(program)
-        if not case.cuts:
-            seen["without a legal cut"] += 1
-            return
-        seen["models"] += 1
-        seen["cuts"] += len(case.cuts)
         try:
-            check(case, replay)
+            case = case_of(program)  # nothing has called the program yet
+            if case.cuts:
+                check(case, replay)
         except Exception:
+            if not runs(program):
+                seen["refused by eager"] += 1
+                return
             seen["mismatches"] += 1
             raise
+        seen["models" if case.cuts else "without a legal cut"] += 1
+        seen["cuts"] += len(case.cuts)
 
     try:
         one()
@@ -163,6 +180,21 @@ def test_random_graphs(
         record_property(name, number)
     assert seen["mismatches"] == 0
     assert seen["models"] >= 0.85 * count  # in the others nothing trainable reaches an output
+
+
+def test_the_random_graphs_see_what_a_cache_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: traced sizes hash as their values do, so a cache keyed by shapes takes
+    them.
+    """
+    steps = (("linear", 0, 0, 1), ("cached", 0, 0, 0), ("activation", 0, 0, 0))
+    program = Program(1, steps, (0,), "tuple", (1,))
+    monkeypatch.setattr(f"{__name__}.note", print)  # hypothesis takes notes in its tests only
+    case = case_of(program)
+    assert case.cuts
+    check(case)
+    monkeypatch.setattr(TracedInt, "__hash__", lambda size: hash(size.look()))
+    with pytest.raises(RuntimeError, match="concrete integers"):
+        check(case)
 
 
 def test_the_random_graphs_see_a_wrong_gradient() -> None:

@@ -9,6 +9,8 @@ into its out-of-place form. It knows aliases in eval mode too, where dropout ret
 
 from __future__ import annotations
 
+import functools
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,7 +84,7 @@ class Builder:
         return value
 
     def pick(self, number: int, like: Value | None = None) -> Value:
-        """An earlier value, counted from the newest one; of the same shape as ``like``, if given."""
+        """An earlier value, counted from the newest one; of ``like``'s shape, if that is given."""
         fitting = [v for v in reversed(self.values) if like is None or v.shape == like.shape]
         return fitting[number % len(fitting)]
 
@@ -225,6 +227,12 @@ class Builder:
             batch = f"{a.name}.shape[0]" if j % 2 else "-1"
             self.alias(f"{a.name}.{('view', 'reshape')[i % 2]}({batch}, {sizes})", a, shape)
 
+    def cached(self, a: Value, i: int, j: int) -> None:
+        if i % 2:
+            self.new(f"{a.name} * factor({a.name}.shape[-1])", a.shape, a.grad)
+        else:
+            self.new(f"{a.name}.reshape(flat({a.name}.shape)).clone()", (a.size,), a.grad)
+
     def transpose(self, a: Value, i: int, j: int) -> None:
         if len(a.shape) < 2:
             self.reshape(a, i, j)
@@ -356,8 +364,22 @@ INSTRUCTIONS = (
         "no_grad",
         "buffer",
     ),
-    *("factory", "mask", "where"),
+    *("factory", "mask", "where", "cached"),
 )
+
+
+def shape_caches() -> dict[str, Any]:
+    """Functions that keep what they compute from shapes, in caches that nothing is in yet."""
+    factors: dict[int, int] = {}
+
+    @functools.lru_cache
+    def flat(shape: torch.Size) -> tuple[int, int]:
+        return shape[0], math.prod(shape[1:])
+
+    def factor(width: int) -> int:
+        return factors.setdefault(width, width + 1)
+
+    return {"flat": flat, "factor": factor}
 
 
 class RandomModel(nn.Module):
@@ -394,7 +416,7 @@ class RandomModel(nn.Module):
         for name, buffer in build.buffers.items():
             self.register_buffer(name, buffer)
         scope: dict[str, Any] = {}
-        exec(self.code, {"torch": torch, "F": F}, scope)
+        exec(self.code, {"torch": torch, "F": F, **shape_caches()}, scope)
         self.run = scope["forward"]
 
     def forward(self, *inputs: Tensor) -> Any:

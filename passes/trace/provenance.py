@@ -1,0 +1,225 @@
+"""Which node every tensor came from, and the arguments of nodes to come.
+
+What is known of a node is kept in the ``meta`` of the new graph's nodes:
+
+==================  ==============================================================================
+``value``           the example tensor (without data once traced), or None
+``differentiable``  whether the value required a gradient when it was made
+``storage``         a number shared by values that alias each other
+``view``            whether the value is a view of another tensor
+``mutates``         storages that the node writes to
+``rebases``         those that it writes to through a view, where autograd rebuilds histories
+``random``          whether it draws random numbers
+``parameters``      names of the parameters that it reads
+``modules``         paths of the modules that it ran in, outermost first
+``no_grad``         whether it ran under ``torch.no_grad``
+``autocast``        the autocast regions around it that the model itself entered
+``glued``           whether it must stay with the node before it (members of containers, notes of a
+                    write)
+==================  ==============================================================================
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ...errors import TracingError
+from ...graphs.nested import flatten
+from .calls import after
+from .state import MODULE_INTERNALS
+from .symbols import TracedInt
+from .values import storage_key, tensors_in
+
+_BARE = {"mutates": (), "random": False, "modules": (), "no_grad": False, "autocast": ()}
+_PLAIN = (bool, int, float, complex, str)
+_TORCH_CONSTANTS = torch.dtype | torch.device | torch.layout | torch.memory_format
+
+
+class Provenance:
+    """A graph under way, and the node of every tensor that the model's code can hold.
+
+    Args:
+        model: the root module.
+        fake: whether the model runs on fake tensors.
+
+    Attributes:
+        graph: what has been recorded.
+        attributes: what ``call_module`` and ``get_attr`` targets stand for.
+        paths: of the model's modules, by identity.
+        names: of its parameters and buffers, by identity.
+        nodes: of tensors, by identity.
+    """
+
+    def __init__(self, model: nn.Module, fake: bool) -> None:
+        self.graph = fx.Graph()
+        self.attributes: dict[str, Any] = {}
+        self.paths: dict[int, str] = {}
+        for path, module in model.named_modules():
+            self.paths.setdefault(id(module), path)
+        self.names: dict[int, str] = {}
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            self.names.setdefault(id(tensor), name)
+        own = [
+            value
+            for module in model.modules()
+            for key, value in vars(module).items()
+            if key not in MODULE_INTERNALS
+        ]
+        self.nodes: dict[int, fx.Node] = {}
+        self._fake = fake
+        self._constants = {id(t) for t in tensors_in(own)}
+        self._alive: list[Any] = []  # so that no identity is given to another tensor
+        self._storages: dict[int, tuple[int, list[torch.Tensor]]] = {}
+
+    def placeholder(self, name: str, value: torch.Tensor) -> None:
+        """Add a tensor input."""
+        node = self.graph.placeholder(name)
+        node.meta.update(_BARE, parameters=())
+        self.attach(node, value)
+
+    def is_computed(self, tensor: torch.Tensor) -> bool:
+        """Whether a recorded node computes a tensor, or it is an input."""
+        node = self.nodes.get(id(tensor))
+        return node is not None and node.op != "get_attr"
+
+    def attach(self, node: fx.Node, output: Any) -> None:
+        """Remember which node a tensor came from; members of containers get nodes of their own."""
+        node.meta["value"] = output if isinstance(output, torch.Tensor) else None
+        if isinstance(output, torch.Tensor):
+            node.meta["storage"] = self.storage(output)
+            # a later write may change that of the same object
+            node.meta["differentiable"] = output.requires_grad
+            node.meta["view"] = output._is_view()
+            self.nodes[id(output)] = node
+            self._alive.append(output)
+            return
+        node.meta["storage"] = None
+        if output is None or isinstance(output, int | float | str | bool | TracedInt):
+            return
+        for access, key, value in _members(node, output):
+            if flatten(value)[0]:
+                member = self.graph.call_function(access, (node, key))
+                member.meta.update(_beside(node))
+                self.attach(member, value)
+
+    def refresh_aliases(self, written: torch.Tensor, node: fx.Node, output: Any) -> None:
+        """Views of written memory: their later uses depend on the write, whichever stage it ends up
+        in.
+        """
+        for tensor in self._storages[storage_key(written)][1]:
+            if tensor is output or id(tensor) not in self.nodes:
+                continue
+            old = self.nodes[id(tensor)]
+            if old is node:
+                continue
+            fresh = self.graph.call_function(after, (old, node))
+            fresh.meta.update(_beside(node), value=tensor, storage=self.storage(tensor))
+            fresh.meta.update(differentiable=tensor.requires_grad, view=tensor._is_view())
+            self.nodes[id(tensor)] = fresh
+
+    def storage(self, tensor: torch.Tensor) -> int:
+        """The number of a tensor's memory."""
+        key = storage_key(tensor)
+        number, members = self._storages.setdefault(key, (len(self._storages), []))
+        if all(m is not tensor for m in members):
+            members.append(tensor)
+            self._alive.append(tensor)
+        return number
+
+    def argument(self, value: Any) -> Any:
+        """A value as an argument of a node: tensors and traced integers become nodes."""
+        if isinstance(value, torch.Tensor):
+            return self._tensor_node(value)
+        if isinstance(value, TracedInt):
+            return value.as_node()
+        if isinstance(value, tuple | list):
+            items = [self.argument(v) for v in value]
+            if hasattr(value, "_fields"):
+                return type(value)(*items)
+            return items if isinstance(value, list) else tuple(items)
+        if isinstance(value, dict) and all(isinstance(k, str) for k in value):
+            return {k: self.argument(v) for k, v in value.items()}
+        if isinstance(value, slice):
+            return slice(*(self.argument(v) for v in (value.start, value.stop, value.step)))
+        if value is None or value is Ellipsis or type(value) in _PLAIN:
+            return value
+        if isinstance(value, _TORCH_CONSTANTS):
+            return value
+        if isinstance(value, range):
+            return list(value)
+        if _is_numpy_scalar(value):
+            return value.item()
+        if isinstance(value, nn.Module) and id(value) in self.paths:
+            name = self.paths[id(value)]
+            self.attributes[name] = value
+            return self._get_attr(name, value)
+        return self._constant(value)
+
+    def _tensor_node(self, tensor: torch.Tensor) -> fx.Node:
+        if id(tensor) in self.nodes:
+            return self.nodes[id(tensor)]
+        if id(tensor) in self.names:
+            name = self.names[id(tensor)]
+            self.attributes[name] = tensor
+            return self._get_attr(name, tensor)
+        seen_before = (
+            not isinstance(tensor, torch._subclasses.FakeTensor)
+            if self._fake
+            else id(tensor) in self._constants
+        )
+        if not seen_before:
+            raise TracingError(
+                "a tensor was computed by code that tracing does not see (a scripted function, "
+                "vmap, ...)"
+            )
+        return self._constant(tensor)
+
+    def _get_attr(self, name: str, value: Any) -> fx.Node:
+        node = self.graph.create_node("get_attr", name, name=name.replace(".", "_"))
+        node.meta.update(_BARE)
+        node.meta["parameters"] = (name,) if isinstance(value, nn.Parameter) else ()
+        node.meta.update(value=value if isinstance(value, torch.Tensor) else None, storage=None)
+        if isinstance(value, torch.Tensor):
+            self.attach(node, value)
+        return node
+
+    def _constant(self, value: Any) -> fx.Node:
+        held = flatten(dict(getattr(value, "__dict__", {})))[0]
+        if not isinstance(value, torch.Tensor) and any(self.is_computed(t) for t in held):
+            raise TracingError(f"a {type(value).__name__} carries computed tensors into a module")
+        name = f"_constant_{sum(k.startswith('_constant_') for k in self.attributes)}"
+        for known, other in self.attributes.items():
+            if other is value and known.startswith("_constant_"):
+                name = known
+        self.attributes[name] = value
+        return self._get_attr(name, value)
+
+
+def _beside(node: fx.Node) -> dict[str, Any]:
+    """What holds of a node that must stay with another."""
+    same = ("modules", "no_grad", "autocast")
+    there = {key: value for key, value in node.meta.items() if key in same}
+    return {**_BARE, **there, "parameters": (), "glued": True}
+
+
+def _members(node: fx.Node, output: Any) -> list[tuple[Callable[..., Any], Any, Any]]:
+    """How to get at the parts of a container, with their keys and values."""
+    if isinstance(output, dict):
+        return [(operator.getitem, key, value) for key, value in output.items()]
+    if isinstance(output, tuple | list):
+        return [(operator.getitem, i, value) for i, value in enumerate(output)]
+    if hasattr(output, "__dataclass_fields__"):
+        return [(getattr, name, getattr(output, name)) for name in output.__dataclass_fields__]
+    raise TracingError(
+        f"'{node.target}' returns a {type(output).__name__}, which holds tensors out of sight"
+    )
+
+
+def _is_numpy_scalar(value: Any) -> bool:
+    from_numpy = type(value).__module__ == "numpy" and hasattr(value, "item")
+    return from_numpy and getattr(value, "ndim", 1) == 0
