@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 import dni_fx
 from dni_fx.errors import PlanMismatchError
 
-from .kit import batch, decoupled_chain, loop, made, same, state
+from ..helpers.training import batch, decoupled_of
+from .kit import decoupled_chain, loop, made, same, state
 
 
 @pytest.mark.parametrize("gradients", ["linear", "local", "stale", "mlp", "zero"])
@@ -31,14 +32,7 @@ def test_batches_of_other_sizes(gradients: str) -> None:
 def test_a_batch_of_one(gradients: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
-    m: Any = dni_fx.decouple(
-        model,
-        ["1", "3"],
-        example_inputs=(batch(0)[0],),
-        gradients=gradients,
-        check=False,
-        context=dni_fx.one_hot(3),
-    ).as_module()
+    m: Any = decoupled_of(gradients, model=model, cuts=["1", "3"]).as_module()
     loop(m, 2)
     loop(m, 1, size=1)
     assert m[0].weight.grad.isfinite().all()

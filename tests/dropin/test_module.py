@@ -17,7 +17,10 @@ from torch import Tensor, nn
 import dni_fx
 
 from ..helpers.comparing import graph_of
-from .kit import Chain, batch, decoupled_chain, loop, made, sgd, sources, state
+from ..helpers.optimisers import sgd
+from ..helpers.training import batch, decoupled_of
+from ..models.small import Chain
+from .kit import decoupled_chain, loop, made, sources, state
 
 
 def test_class_signature_keys_and_parameters() -> None:
@@ -71,9 +74,7 @@ def test_a_forward_put_in_its_place_is_not_the_models() -> None:
 
 def test_a_piece_is_of_the_plain_class() -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
-    m: Any = dni_fx.decouple(
-        model, ["0"], example_inputs=(batch(0)[0],), gradients="zero"
-    ).as_module()
+    m: Any = decoupled_of("zero", model=model, cuts=["0"]).as_module()
     assert type(m[:2]) is nn.Sequential
     assert m[:2](batch(0)[0]).shape == (8, 6)
 
@@ -105,10 +106,11 @@ def test_keyword_inputs_dict_outputs_and_a_context_from_the_arguments() -> None:
     def decoupled() -> dni_fx.Decoupled:
         torch.manual_seed(0)
         x, y = batch(0)
-        return dni_fx.decouple(
-            Keywords(), ["first", "second"], example_inputs=(x,), example_kwargs={"labels": y, "by": 2.0},
-            gradients="local", context=dni_fx.one_hot(3), check=False,
-        )  # fmt: skip
+        known = {"labels": y, "by": 2.0}
+        cuts = ["first", "second"]
+        return decoupled_of(
+            "local", model=Keywords(), cuts=cuts, example_inputs=(x,), example_kwargs=known
+        )
 
     m: Any = decoupled().as_module(context=lambda *_, labels, **__: labels)
     optimizer, other = sgd(m.parameters()), decoupled()
@@ -149,8 +151,8 @@ class Answers(nn.Module):
 def test_a_dataclass_and_an_output_of_an_early_stage() -> None:
     torch.manual_seed(0)
     x, y = batch(0)
-    m: Any = dni_fx.decouple(
-        Answers(), ["first", "second"], example_inputs=(x, x), gradients="zero", check=False
+    m: Any = decoupled_of(
+        "zero", model=Answers(), cuts=["first", "second"], example_inputs=(x, x)
     ).as_module()
     answer = m(x, x)
     assert isinstance(answer, Answer)

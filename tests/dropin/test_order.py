@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 from dni_fx.errors import DecouplingError
 
-from .kit import Chain, batch, decoupled_chain, gradients_of, loop, made, same, sgd, sources, state
+from ..helpers.optimisers import sgd
+from ..helpers.training import batch
+from ..models.small import Chain
+from .kit import decoupled_chain, gradients_of, loop, made, same, sources, state
 
 
 def test_zero_grad_anywhere() -> None:

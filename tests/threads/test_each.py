@@ -106,8 +106,7 @@ def test_in_exact_steps_the_parts_hear_shares_of_the_true_gradient(
 def test_each_with_one_consumer_is_the_plain_source() -> None:
     for schedule in ("sequential", Threads(staleness=0), WarmUp(2), Threads(staleness=2)):
         plain, each = (
-            train(trainer_of(schedule, g, case=CHAIN), 8)
-            for g in ("linear", "each:linear")
+            train(trainer_of(schedule, g, case=CHAIN), 8) for g in ("linear", "each:linear")
         )
         assert_bits_equal(
             state_of(each.decoupled.model),
