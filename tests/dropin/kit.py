@@ -52,21 +52,12 @@ def loop(
 
 
 def state(m: Any) -> dict[str, Tensor]:
-    """Of the model and its sources."""
-    return {
-        **{n: t.clone() for n, t in m.state_dict().items()},
-        **{
-            f"sources.{n}": t.clone()
-            for n, t in sources(m).state_dict().items()
-            if isinstance(t, Tensor)
-        },
-    }
-
-
-def sources(m: Any) -> nn.ModuleDict:
-    """Its sources by name."""
-    found: nn.ModuleDict = m._dni_fx.decoupled.synthesizers
-    return found
+    """Of the model and its sources, copied."""
+    tensors = {**m.state_dict()}
+    for name, value in m.synthesizer_state_dict()["synthesizers"].items():
+        if isinstance(value, Tensor):
+            tensors[f"sources.{name}"] = value
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import dni_fx
 from dni_fx.errors import PlanMismatchError
 
-from ..helpers.training import batch, decoupled_of
+from ..helpers.training import ONE_HOT, batch, decoupled_of
+from ..models.small import CHAIN, Chain
 from .kit import decoupled_chain, loop, made, same, state
 
 
@@ -62,8 +62,9 @@ def test_dropout_is_reproducible() -> None:
     loop(a, 3)
     loop(b, 3)
     assert same(state(a), state(b))
+    plain = Chain(0.4)
+    plain.load_state_dict(a.state_dict())
     torch.manual_seed(5)
-    plain = copy.deepcopy(a._dni_fx.decoupled.model)
     first = plain(batch(0)[0])
     torch.manual_seed(5)
     with a.context(batch(0)[1]):
@@ -97,20 +98,16 @@ def test_inputs_that_need_gradients() -> None:
         F.cross_entropy(m(first(x)), y).backward()
     assert first.weight.grad is not None
     assert first.weight.grad.any()
-    leaf = x.clone().requires_grad_()
-    reference = copy.deepcopy(m)
+    m, decoupled = made("local"), decoupled_chain("local")
+    leaf, trainer_leaf = (x.clone().requires_grad_() for _ in range(2))
     with m.context(y):
         F.cross_entropy(m(leaf), y).backward()
-    decoupled = reference._dni_fx.decoupled
-    trainer_leaf = x.clone().requires_grad_()
-    stepped = decoupled.bind(trainer_leaf)
-    decoupled.stages[0].step(stepped, dni_fx.one_hot(3)(y))
+    decoupled.stages[0].step(decoupled.bind(trainer_leaf), ONE_HOT(y))
     assert torch.equal(leaf.grad, trainer_leaf.grad)
 
 
 def test_exact_sends_back_true_gradients() -> None:
-    m, (x, y) = made("exact"), batch(0)
-    plain = copy.deepcopy(m._dni_fx.decoupled.model)
+    m, plain, (x, y) = made("exact"), CHAIN.build(), batch(0)
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
     F.cross_entropy(m(a), y).backward()
     F.cross_entropy(plain(b), y).backward()

@@ -22,14 +22,13 @@ from ..models.small import CHAIN, CONVOLUTIONS, DROPOUT, TIED
 from ..models.zoo import BY_NAME, ZOO
 from .kit import Mean
 
+PLAINLY = torch.autocast("cpu", enabled=False)
 EVERY_KIND = pytest.mark.parametrize(
     "case", [CONVOLUTIONS, DROPOUT, TIED], ids=lambda case: case.name
 )
 
 
-def by_trainer(
-    case: Case, decoupled: dni_fx.Decoupled, autocast: Any = torch.autocast("cpu", enabled=False)
-) -> dict[str, Any]:
+def by_trainer(case: Case, decoupled: dni_fx.Decoupled, autocast: Any = PLAINLY) -> dict[str, Any]:
     """What three steps of the trainer give, the last one with a short batch."""
     trainer, record = dni_fx.Trainer(decoupled, case.loss, optimizer=sgd), {}
     for step, size in enumerate((4, 4, 3)):
@@ -44,7 +43,7 @@ def by_trainer(
 def by_loop(
     case: Case,
     decoupled: dni_fx.Decoupled,
-    autocast: Any = torch.autocast("cpu", enabled=False),
+    autocast: Any = PLAINLY,
     unit: float = 1.0,
 ) -> dict[str, Any]:
     """The same of an ordinary loop over the drop-in."""

@@ -14,7 +14,7 @@ import dni_fx
 
 from ..helpers.optimisers import sgd
 from ..helpers.training import batch, decoupled_of
-from .kit import decoupled_chain, made, same, sources, state
+from .kit import decoupled_chain, made, same, state
 
 
 def test_accumulation_with_a_unit() -> None:
@@ -95,9 +95,9 @@ def test_small_gradients_in_half_precision() -> None:
     """Loss scaling reaches the first stages: without it, gradients of 1e-8 are zero in float16."""
     found = {}
     for unit in (1.0, 2.0**16):
-        m = made("local", unit=unit)
-        x, y = batch(0)
-        for group in sources(m).values():
+        decoupled, (x, y) = decoupled_chain("local"), batch(0)
+        m: Any = decoupled.as_module(unit=unit)
+        for group in decoupled.synthesizers.values():
             group.factor = 1e-6
         with torch.autocast("cpu", torch.float16), m.context(y):
             loss = F.cross_entropy(m(x).float(), y) * unit

@@ -22,7 +22,7 @@ from dni_fx.sources import Corrected, GradientSource, Mix, Prediction
 from ..helpers.optimisers import sgd
 from ..helpers.training import batch, decoupled_of
 from ..models.small import SKIPS, Chain
-from .kit import Mean, decoupled_chain, loop, made, same, sources, state
+from .kit import Mean, decoupled_chain, loop, made, same, state
 
 
 class Listens(Mean):
@@ -127,16 +127,18 @@ class Probe(GradientSource):
 
 
 def test_what_sources_computed_is_not_kept() -> None:
-    m, (x, y) = made(Probe), batch(0)
+    decoupled, (x, y) = decoupled_chain(Probe), batch(0)
+    m: Any = decoupled.as_module()
+    sources: Any = list(decoupled.sources.values())
     gc.disable()
     try:
         with m.context(y):
             output = m(x)
-        assert all(len(s.seen) == 1 and s.seen[0]() is None for s in sources(m).values())
+        assert all(len(s.seen) == 1 and s.seen[0]() is None for s in sources)
         F.cross_entropy(output, y).backward()
-        assert all(len(s.seen) == 2 for s in sources(m).values())
-        assert all(s.weight.grad is None for s in sources(m).values())
-        assert list(sources(m).values())[-1].weight.any()
+        assert all(len(s.seen) == 2 for s in sources)
+        assert all(s.weight.grad is None for s in sources)
+        assert sources[-1].weight.any()
     finally:
         gc.enable()
 
