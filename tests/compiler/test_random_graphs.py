@@ -23,6 +23,8 @@ import dni_fx
 from dni_fx.passes.trace.symbols import TracedInt
 
 from ..helpers import oracles
+from ..helpers.comparing import assert_bits_equal
+from ..helpers.optimisers import sgd
 from ..models.cases import Case
 from ..models.random_models import Program, RandomModel, programs
 
@@ -66,7 +68,7 @@ def agree(got: oracles.Record, want: oracles.Record, what: str) -> None:
     """
     for path, gradient in got["step 0"]["gradients"].items():
         if path not in want["step 0"]["gradients"]:
-            oracles.assert_bits_equal(
+            assert_bits_equal(
                 gradient, torch.zeros_like(gradient), f"{what}: {path}, without gradient in eager"
             )
     known = {
@@ -74,7 +76,7 @@ def agree(got: oracles.Record, want: oracles.Record, what: str) -> None:
         for name, g in got["step 0"]["gradients"].items()
         if name in want["step 0"]["gradients"]
     }
-    oracles.assert_bits_equal({**got["step 0"], "gradients": known}, want["step 0"], what)
+    assert_bits_equal({**got["step 0"], "gradients": known}, want["step 0"], what)
 
 
 def check(case: Case, replay: Callable[..., oracles.Record] = oracles.replay_run) -> None:
@@ -83,17 +85,17 @@ def check(case: Case, replay: Callable[..., oracles.Record] = oracles.replay_run
     """
     options: dict[str, Any] = {"steps": 1, "batch": 3}
     decoupled = oracles.transform(case, DTYPE, oracles.Replay, batch=3)
-    want = oracles.backprop_run(case, DTYPE, oracles.sgd, **options)
+    want = oracles.backprop_run(case, DTYPE, sgd, **options)
     start = copy.deepcopy(decoupled.state_dict())
     sources: list[Any] = list(decoupled.synthesizers.values())
     for source in sources:
         source.exact = True
-    exact = oracles.exact_run(case, DTYPE, oracles.sgd, decoupled=decoupled, **options)
-    oracles.assert_bits_equal(exact["step 0"], want["step 0"], "exact")
+    exact = oracles.exact_run(case, DTYPE, sgd, decoupled=decoupled, **options)
+    assert_bits_equal(exact["step 0"], want["step 0"], "exact")
     for source in sources:
         source.exact = False
     decoupled.load_state_dict(start)
-    agree(replay(case, DTYPE, oracles.sgd, decoupled=decoupled, **options), want, "replay")
+    agree(replay(case, DTYPE, sgd, decoupled=decoupled, **options), want, "replay")
     modes = ("train", "eval") if case.notes == BY_MODE else ("train",)
     oracles.composed_check(case, DTYPE, decoupled=decoupled, batches=(2,), modes=modes, seed=1)
     called_by_itself(case, decoupled)
@@ -109,14 +111,14 @@ def called_by_itself(case: Case, decoupled: dni_fx.Decoupled) -> None:
         for each in (decoupled.model.train(), model.train()):
             oracles.seed_generator(0)
             outputs.append(oracles.frozen(each(*args)))
-        oracles.assert_bits_equal(*outputs, f"the model itself, batch {batch}")
+        assert_bits_equal(*outputs, f"the model itself, batch {batch}")
 
 
 def runs(program: Program) -> bool:
     """Whether PyTorch itself takes the program, forward and backward."""
     whole = Case("random", lambda: RandomModel(program), functools.partial(_inputs, program), ())
     try:
-        oracles.backprop_run(whole, DTYPE, oracles.sgd, steps=1, batch=3)
+        oracles.backprop_run(whole, DTYPE, sgd, steps=1, batch=3)
     except RuntimeError:
         return False
     return True

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import dni_fx
 from dni_fx.errors import PlanMismatchError
 
-from .kit import batch, decoupled_chain, loop, made, same, state
+from ..helpers.training import ONE_HOT, batch, decoupled_of
+from ..models.small import CHAIN, Chain
+from .kit import decoupled_chain, loop, made, same, state
 
 
 @pytest.mark.parametrize("gradients", ["linear", "local", "stale", "mlp", "zero"])
@@ -31,14 +32,7 @@ def test_batches_of_other_sizes(gradients: str) -> None:
 def test_a_batch_of_one(gradients: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
-    m: Any = dni_fx.decouple(
-        model,
-        ["1", "3"],
-        example_inputs=(batch(0)[0],),
-        gradients=gradients,
-        check=False,
-        context=dni_fx.one_hot(3),
-    ).as_module()
+    m: Any = decoupled_of(gradients, model=model, cuts=["1", "3"]).as_module()
     loop(m, 2)
     loop(m, 1, size=1)
     assert m[0].weight.grad.isfinite().all()
@@ -68,8 +62,9 @@ def test_dropout_is_reproducible() -> None:
     loop(a, 3)
     loop(b, 3)
     assert same(state(a), state(b))
+    plain = Chain(0.4)
+    plain.load_state_dict(a.state_dict())
     torch.manual_seed(5)
-    plain = copy.deepcopy(a._dni_fx.graphs.model)
     first = plain(batch(0)[0])
     torch.manual_seed(5)
     with a.context(batch(0)[1]):
@@ -103,20 +98,16 @@ def test_inputs_that_need_gradients() -> None:
         F.cross_entropy(m(first(x)), y).backward()
     assert first.weight.grad is not None
     assert first.weight.grad.any()
-    leaf = x.clone().requires_grad_()
-    reference = copy.deepcopy(m)
+    m, decoupled = made("local"), decoupled_chain("local")
+    leaf, trainer_leaf = (x.clone().requires_grad_() for _ in range(2))
     with m.context(y):
         F.cross_entropy(m(leaf), y).backward()
-    decoupled = dni_fx.Decoupled(reference._dni_fx.graphs)
-    trainer_leaf = x.clone().requires_grad_()
-    stepped = decoupled.bind(trainer_leaf)
-    decoupled.stages[0].step(stepped, dni_fx.one_hot(3)(y))
+    decoupled.stages[0].step(decoupled.bind(trainer_leaf), ONE_HOT(y))
     assert torch.equal(leaf.grad, trainer_leaf.grad)
 
 
 def test_exact_sends_back_true_gradients() -> None:
-    m, (x, y) = made("exact"), batch(0)
-    plain = copy.deepcopy(m._dni_fx.graphs.model)
+    m, plain, (x, y) = made("exact"), CHAIN.build(), batch(0)
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
     F.cross_entropy(m(a), y).backward()
     F.cross_entropy(plain(b), y).backward()

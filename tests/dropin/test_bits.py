@@ -1,4 +1,6 @@
-"""An ordinary loop over the drop-in gives the trainer's bits, for every source and kind of model."""
+"""An ordinary loop over the drop-in gives the trainer's bits, for every kind of model; for every
+source: ``tests/matrix/``.
+"""
 
 from __future__ import annotations
 
@@ -6,144 +8,105 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch import nn
 
 import dni_fx
 from dni_fx.errors import DecouplingError
 
-from ..helpers import oracles
 from ..helpers.comparing import assert_bits_equal, frozen, state_of
 from ..helpers.optimisers import sgd
-from ..models import cases, zoo
-from ..models.cases import Case
-from .kit import CASES, Chain, Mean
+from ..helpers.oracles import draw, transform
+from ..helpers.training import decoupled_of
+from ..models.cases import Case, named_leaves, seed_generator
+from ..models.small import CHAIN, CONVOLUTIONS, DROPOUT, TIED
+from ..models.zoo import BY_NAME, ZOO
+from .kit import Mean
 
-SOURCES = (
-    "linear",
-    "mlp",
-    "conv",
-    "auto",
-    "local",
-    "zero",
-    "stale",
-    "each:linear",
-    "joint:local",
-    "joint:linear",
+PLAINLY = torch.autocast("cpu", enabled=False)
+EVERY_KIND = pytest.mark.parametrize(
+    "case", [CONVOLUTIONS, DROPOUT, TIED], ids=lambda case: case.name
 )
 
 
-def compared(
-    case: Case,
-    gradients: Any,
-    drop_in: bool,
-    steps: int = 3,
-    classes: int = 6,
-    wrong: bool = False,
-    cast: bool = False,
-) -> Any:
-    """Outputs, losses, weights, buffers and sources of a few steps, the last one with a short
-    batch.
-    """
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=cast)
-    args, kwargs, target = oracles.draw(case, 4, torch.float32, 0)
-    decoupled = dni_fx.decouple(
-        case.build(),
-        list(case.cuts),
-        example_inputs=args,
-        example_kwargs=kwargs,
-        gradients=gradients,
-        check=False,
-        context=dni_fx.one_hot(classes) if classes else None,
-    )
-    record: dict[str, Any] = {}
-    if drop_in:
-        m: Any = decoupled.as_module(unit=2.0 if wrong else 1.0)
-        optimizer = sgd(list(m.named_parameters()))
-    else:
-        trainer = dni_fx.Trainer(decoupled, case.loss, optimizer=sgd)
-    for step in range(steps):
-        args, kwargs, target = oracles.draw(case, 4 if step < steps - 1 else 3, torch.float32, step)
-        cases.seed_generator(step)
-        if drop_in:
-            with autocast, m.context(target if classes else None):
-                output = m(*args, **kwargs)
-                loss = case.loss(output, target)
-            optimizer.zero_grad()
-            with autocast:  # as in a step of the trainer inside a region
-                loss.backward()
-            optimizer.step()
-        else:
-            with autocast:
-                report = trainer.step(*args, target=target, **kwargs)
-            output, loss = report.outputs, report.loss
-        record[f"{step}"] = {
-            "output": frozen(output),
-            "loss": loss.detach(),
-            "model": state_of(decoupled.model),
-            "sources": state_of(decoupled.synthesizers),
-        }
+def by_trainer(case: Case, decoupled: dni_fx.Decoupled, autocast: Any = PLAINLY) -> dict[str, Any]:
+    """What three steps of the trainer give, the last one with a short batch."""
+    trainer, record = dni_fx.Trainer(decoupled, case.loss, optimizer=sgd), {}
+    for step, size in enumerate((4, 4, 3)):
+        args, kwargs, target = draw(case, size, torch.float32, step)
+        seed_generator(step)
+        with autocast:
+            report = trainer.step(*args, target=target, **kwargs)
+        record[f"{step}"] = noted(decoupled, report.outputs, report.loss)
     return record
 
 
-PAIRS = [
-    (case, gradients)
-    for case in CASES
-    for gradients in SOURCES
-    if (gradients, case.name)
-    not in {("each:linear", "skips"), ("conv", "skips"), ("conv", "encoder")}
-]
+def by_loop(
+    case: Case,
+    decoupled: dni_fx.Decoupled,
+    autocast: Any = PLAINLY,
+    unit: float = 1.0,
+) -> dict[str, Any]:
+    """The same of an ordinary loop over the drop-in."""
+    module: Any = decoupled.as_module(unit=unit)
+    optimizer, record = sgd(list(module.named_parameters())), {}
+    for step, size in enumerate((4, 4, 3)):
+        args, kwargs, target = draw(case, size, torch.float32, step)
+        seed_generator(step)
+        optimizer.zero_grad()
+        with autocast:  # backward, too, as in a step of the trainer inside a region
+            with module.context(target):
+                output = module(*args, **kwargs)
+            loss = case.loss(output, target)
+            loss.backward()
+        optimizer.step()
+        record[f"{step}"] = noted(decoupled, output, loss)
+    return record
 
 
-@pytest.mark.parametrize(("case", "gradients"), PAIRS, ids=[f"{c.name}-{g}" for c, g in PAIRS])
-def test_bits_of_the_trainer(case: Case, gradients: str) -> None:
-    got, want = compared(case, gradients, True), compared(case, gradients, False)
-    assert_bits_equal(got, want, f"{case.name}, {gradients}")
+def noted(decoupled: dni_fx.Decoupled, output: Any, loss: torch.Tensor) -> dict[str, Any]:
+    return {
+        "output": frozen(output),
+        "loss": loss.detach(),
+        "model": state_of(decoupled.model),
+        "sources": state_of(decoupled.synthesizers),
+    }
 
 
+@EVERY_KIND
 @pytest.mark.parametrize("gradients", ["linear", "local", "stale"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_bits_of_the_trainer_under_autocast(case: Case, gradients: str) -> None:
-    got, want = (
-        compared(case, gradients, True, cast=True),
-        compared(case, gradients, False, cast=True),
-    )
+    cast = torch.autocast("cpu", torch.bfloat16)
+    got = by_loop(case, decoupled_of(gradients, case), cast)
+    want = by_trainer(case, decoupled_of(gradients, case), cast)
     assert_bits_equal(got, want, f"{case.name}, {gradients}")
     assert got["0"]["output"].dtype == torch.bfloat16
+    not_cast = by_loop(case, decoupled_of(gradients, case))
     with pytest.raises(AssertionError, match="differ"):
-        assert_bits_equal(
-            got["1"]["model"], compared(case, gradients, True)["1"]["model"], "not cast"
-        )
+        assert_bits_equal(got["1"]["model"], not_cast["1"]["model"], "not cast")
 
 
 def test_a_wrong_unit_is_noticed() -> None:
-    got, want = compared(CASES[0], "local", True, wrong=True), compared(CASES[0], "local", False)
+    got = by_loop(CONVOLUTIONS, decoupled_of("local", CONVOLUTIONS), unit=2.0)
+    want = by_trainer(CONVOLUTIONS, decoupled_of("local", CONVOLUTIONS))
     with pytest.raises(AssertionError, match="differ"):
         assert_bits_equal(got["1"]["model"], want["1"]["model"], "negative control")
 
 
 REFUSED = "checkpoint_reentrant"
+# Values with three consumers: autograd adds up last stage first.
+LAST_BITS = {"dense", "fan_out", "reused_in_three"}
 
 
-LAST_BITS = {
-    "dense",
-    "fan_out",
-    "reused_in_three",
-}  # values with three consumers: autograd adds up last stage first
-
-
+@pytest.mark.matrix
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
 @pytest.mark.parametrize(
-    "case", [c for c in zoo.ZOO if c.name != REFUSED], ids=lambda case: case.name
+    "case", [case for case in ZOO if case.name != REFUSED], ids=lambda case: case.name
 )
 def test_bits_of_the_trainer_for_every_kind_of_model(case: Case) -> None:
-    got, want = (
-        compared(case, "linear", True, classes=0),
-        compared(case, "linear", False, classes=0),
-    )
+    got = by_loop(case, transform(case, torch.float32, "linear"))
+    want = by_trainer(case, transform(case, torch.float32, "linear"))
     if case.name in LAST_BITS:
-        for (name, a), (_, b) in zip(
-            cases.named_leaves(got), cases.named_leaves(want), strict=True
-        ):
+        for (name, a), (_, b) in zip(named_leaves(got), named_leaves(want), strict=True):
             torch.testing.assert_close(
                 a, b, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
             )
@@ -153,18 +116,19 @@ def test_bits_of_the_trainer_for_every_kind_of_model(case: Case) -> None:
 
 @pytest.mark.parametrize("gradients", ["zero", "linear"])
 def test_a_reentrant_checkpoint_is_refused(gradients: str) -> None:
+    case = BY_NAME[REFUSED]
     with pytest.raises((DecouplingError, RuntimeError), match="use_reentrant"):
-        compared(zoo.BY_NAME[REFUSED], gradients, True, classes=0)
+        by_loop(case, transform(case, torch.float32, gradients))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@EVERY_KIND
 def test_exact_is_backpropagation(case: Case) -> None:
-    got = compared(case, "exact", True)
-    model = case.build()
+    got = by_loop(case, decoupled_of("exact", case))
+    model: nn.Module = case.build()
     optimizer = sgd(list(model.named_parameters()))
-    for step in range(3):
-        args, kwargs, target = oracles.draw(case, 4 if step < 2 else 3, torch.float32, step)
-        cases.seed_generator(step)
+    for step, size in enumerate((4, 4, 3)):
+        args, kwargs, target = draw(case, size, torch.float32, step)
+        seed_generator(step)
         optimizer.zero_grad()
         case.loss(model(*args, **kwargs), target).backward()
         optimizer.step()
@@ -172,5 +136,5 @@ def test_exact_is_backpropagation(case: Case) -> None:
 
 
 def test_a_source_of_ones_own() -> None:
-    case = Case("chain", Chain, cases.rows(6), ("0", "1"), cases.labels(3), F.cross_entropy)
-    assert_bits_equal(compared(case, Mean, True), compared(case, Mean, False), "own source")
+    got = by_loop(CHAIN, decoupled_of(Mean, CHAIN))
+    assert_bits_equal(got, by_trainer(CHAIN, decoupled_of(Mean, CHAIN)), "own source")

@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-import dni_fx
 from dni_fx.errors import DecouplingError
 
-from ..helpers import oracles
-from ..models import cases
-from ..models.cases import Case
-from .kit import CASES, Chain, batch, loop, made, same, sgd, state
+from ..helpers.optimisers import sgd
+from ..helpers.oracles import draw
+from ..helpers.training import batch, decoupled_of
+from ..models.cases import Case, seed_generator
+from ..models.small import CONVOLUTIONS, DROPOUT, Chain
+from .kit import decoupled_chain, loop, made, same, state
 
 
 def steps_of(
@@ -28,8 +29,8 @@ def steps_of(
     for step in range(first, last):
         optimizer.zero_grad()
         for part in range(2):
-            args, kwargs, target = oracles.draw(case, 4, torch.float32, 2 * step + part)
-            cases.seed_generator(2 * step + part)
+            args, kwargs, target = draw(case, 4, torch.float32, 2 * step + part)
+            seed_generator(2 * step + part)
             with torch.autocast("cpu", torch.bfloat16), m.context(target):
                 loss = case.loss(m(*args, **kwargs), target) / 2
             loss.backward()
@@ -43,21 +44,11 @@ def steps_of(
 
 
 def module_of(case: Case) -> tuple[Any, torch.optim.Optimizer]:
-    args, kwargs, _ = oracles.draw(case, 4, torch.float32, 0)
-    decoupled = dni_fx.decouple(
-        case.build(),
-        list(case.cuts),
-        example_inputs=args,
-        example_kwargs=kwargs,
-        gradients="linear",
-        check=False,
-        context=dni_fx.one_hot(6),
-    )
-    m = decoupled.as_module(unit=1 / 2)
+    m: Any = decoupled_of("linear", case).as_module(unit=1 / 2)
     return m, sgd(m.parameters())
 
 
-@pytest.mark.parametrize("case", CASES[:2], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [CONVOLUTIONS, DROPOUT], ids=lambda case: case.name)
 def test_a_convolutional_network_and_a_transformer_are_copied_saved_and_resumed(case: Case) -> None:
     m, optimizer = module_of(case)
     assert all(map(math.isfinite, steps_of(case, m, optimizer, 0, 3)))
@@ -90,7 +81,8 @@ def test_a_deep_copy_is_independent(gradients: str) -> None:
     optimizer = loop(m, 3)
     c = copy.deepcopy(m)
     assert isinstance(c, Chain)
-    assert c._dni_fx.graphs.plan == m._dni_fx.graphs.plan
+    # refused under another plan
+    c.load_synthesizer_state_dict(copy.deepcopy(m.synthesizer_state_dict()))
     assert same(state(m), state(c))
     before, other = state(c), sgd(c.parameters())
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -137,14 +129,7 @@ def test_sources_of_another_plan_are_refused() -> None:
     loop(m, 1)
     before = state(m)
     torch.manual_seed(0)
-    fewer: Any = dni_fx.decouple(
-        Chain(),
-        ["1"],
-        example_inputs=(batch(0)[0],),
-        gradients="linear",
-        context=dni_fx.one_hot(3),
-        check=False,
-    ).as_module()
+    fewer: Any = decoupled_of("linear", cuts=["1"]).as_module()
     with pytest.raises(DecouplingError, match="decouple with the same plan"):
         m.load_synthesizer_state_dict(fewer.synthesizer_state_dict())
     with pytest.raises(DecouplingError, match="decouple with the same plan"):
@@ -155,4 +140,4 @@ def test_sources_of_another_plan_are_refused() -> None:
 def test_a_module_is_not_pickled() -> None:
     with pytest.raises(TypeError, match="synthesizer_state_dict"):
         torch.save(made(), io.BytesIO())
-    torch.save(made()._dni_fx.graphs.model, io.BytesIO())  # the plain model is
+    torch.save(decoupled_chain().model, io.BytesIO())  # the plain model is

@@ -17,7 +17,10 @@ from torch import Tensor, nn
 import dni_fx
 
 from ..helpers.comparing import graph_of
-from .kit import Chain, batch, decoupled_chain, loop, made, sgd, sources, state
+from ..helpers.optimisers import sgd
+from ..helpers.training import batch, decoupled_of
+from ..models.small import Chain
+from .kit import decoupled_chain, loop, made, state
 
 
 def test_class_signature_keys_and_parameters() -> None:
@@ -38,8 +41,8 @@ def test_class_signature_keys_and_parameters() -> None:
 
 
 def test_a_forward_put_in_its_place_is_not_the_models() -> None:
-    m, (x, y) = made("local"), batch(0)
-    plain = m._dni_fx.graphs.model
+    decoupled, (x, y) = decoupled_chain("local"), batch(0)
+    m, plain = decoupled.as_module(), decoupled.model
     calls: list[Any] = []
 
     def wrapper(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -71,9 +74,7 @@ def test_a_forward_put_in_its_place_is_not_the_models() -> None:
 
 def test_a_piece_is_of_the_plain_class() -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
-    m: Any = dni_fx.decouple(
-        model, ["0"], example_inputs=(batch(0)[0],), gradients="zero"
-    ).as_module()
+    m: Any = decoupled_of("zero", model=model, cuts=["0"]).as_module()
     assert type(m[:2]) is nn.Sequential
     assert m[:2](batch(0)[0]).shape == (8, 6)
 
@@ -105,14 +106,10 @@ def test_keyword_inputs_dict_outputs_and_a_context_from_the_arguments() -> None:
     def decoupled() -> dni_fx.Decoupled:
         torch.manual_seed(0)
         x, y = batch(0)
-        return dni_fx.decouple(
-            Keywords(),
-            ["first", "second"],
-            example_inputs=(x,),
-            example_kwargs={"labels": y, "by": 2.0},
-            gradients="local",
-            context=dni_fx.one_hot(3),
-            check=False,
+        known = {"labels": y, "by": 2.0}
+        cuts = ["first", "second"]
+        return decoupled_of(
+            "local", model=Keywords(), cuts=cuts, example_inputs=(x,), example_kwargs=known
         )
 
     m: Any = decoupled().as_module(context=lambda *_, labels, **__: labels)
@@ -154,8 +151,8 @@ class Answers(nn.Module):
 def test_a_dataclass_and_an_output_of_an_early_stage() -> None:
     torch.manual_seed(0)
     x, y = batch(0)
-    m: Any = dni_fx.decouple(
-        Answers(), ["first", "second"], example_inputs=(x, x), gradients="zero", check=False
+    m: Any = decoupled_of(
+        "zero", model=Answers(), cuts=["first", "second"], example_inputs=(x, x)
     ).as_module()
     answer = m(x, x)
     assert isinstance(answer, Answer)
@@ -190,18 +187,19 @@ def test_evaluation_and_no_grad_are_the_plain_model() -> None:
 
 
 def test_modes_of_nested_modules() -> None:
-    m = made(dropout=0.5)
+    decoupled = decoupled_chain(dropout=0.5)
+    m: Any = decoupled.as_module()
     m[0].eval()  # frozen statistics and no dropout, in training
     before = m[0].norm.running_mean.clone()
     loop(m, 2)
     assert torch.equal(m[0].norm.running_mean, before)
     assert m[1].norm.running_mean.any()
     m.eval()
-    assert not any(s.training for s in sources(m).modules())
-    assert not m._dni_fx.graphs.model.training
+    assert not any(s.training for s in decoupled.synthesizers.modules())
+    assert not decoupled.model.training
     m.train()
     assert m[0].training
-    assert all(s.training for s in sources(m).modules())
+    assert all(s.training for s in decoupled.synthesizers.modules())
 
 
 @pytest.mark.parametrize("frozen", [[0], [1], [0, 1, 2], [3]])
@@ -230,17 +228,18 @@ def test_all_frozen_and_thawed() -> None:
 
 @pytest.mark.parametrize("gradients", ["linear", "local", "stale"])
 def test_to_another_type(gradients: str) -> None:
-    m = made(gradients)
+    decoupled = decoupled_chain(gradients)
+    m: Any = decoupled.as_module()
     loop(m, 2)
     m.double()
     x, y = batch(5, dtype=torch.float64)
     with m.context(y):
         F.cross_entropy(m(x), y).backward()
     assert m[0].linear.weight.grad.dtype == torch.float64
-    assert all(p.dtype == torch.float64 for p in sources(m).parameters())
+    assert all(p.dtype == torch.float64 for p in decoupled.synthesizers.parameters())
     m.zero_grad()
     m.to(torch.bfloat16)
-    assert all(p.dtype == torch.float32 for p in sources(m).parameters())
+    assert all(p.dtype == torch.float32 for p in decoupled.synthesizers.parameters())
     with m.context(y):
         F.cross_entropy(m(x.bfloat16()), y).backward()
     assert m[0].linear.weight.grad.dtype == torch.bfloat16
@@ -250,14 +249,15 @@ def test_to_another_type(gradients: str) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("gradients", ["linear", "local"])
 def test_on_a_gpu(gradients: str) -> None:
-    m = made(gradients)
+    decoupled, units = decoupled_chain(gradients), [1.0]
+    m: Any = decoupled.as_module(unit=lambda: units[-1])
     loop(m, 2)
     m.to("cuda")
-    assert all(p.is_cuda for p in sources(m).parameters())
+    assert all(p.is_cuda for p in decoupled.synthesizers.parameters())
     optimizer, scaler = sgd(m.parameters()), torch.amp.GradScaler("cuda")
-    m._dni_fx.unit_of = scaler.get_scale
     before = state(m)
     for step in range(3):
+        units.append(scaler.get_scale())
         x, y = (t.cuda() for t in batch(step))
         with torch.autocast("cuda", torch.float16), m.context(y):
             loss = F.cross_entropy(m(x), y)

@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 from dni_fx.errors import DecouplingError
 
-from .kit import Chain, batch, decoupled_chain, gradients_of, loop, made, same, sgd, sources, state
+from ..helpers.optimisers import sgd
+from ..helpers.training import batch
+from ..models.small import Chain
+from .kit import decoupled_chain, gradients_of, loop, made, same, state
 
 
 def test_zero_grad_anywhere() -> None:
@@ -53,12 +56,10 @@ def test_two_forwards_before_a_backward(gradients: str) -> None:
     m.zero_grad()
     (F.cross_entropy(first, y) + F.cross_entropy(second, w)).backward()
     torch.manual_seed(0)
-    start = state(other)
+    start, saved = state(other), copy.deepcopy(other.synthesizer_state_dict())
     other.zero_grad()
     for inputs, labels in ((x, y), (v, w)):  # each from the same sources
-        sources(other).load_state_dict(
-            {n[8:]: t for n, t in start.items() if n.startswith("sources.")}
-        )
+        other.load_synthesizer_state_dict(saved)
         with other.context(labels):
             F.cross_entropy(other(inputs), labels).backward()
     total = {n: g for n, g in gradients_of(other).items() if g is not None}
@@ -69,7 +70,8 @@ def test_two_forwards_before_a_backward(gradients: str) -> None:
 
 @pytest.mark.parametrize("gradients", ["linear", "local", "stale", "mlp"])
 def test_a_forward_without_a_backward_changes_buffers_only(gradients: str) -> None:
-    m = made(gradients)
+    decoupled = decoupled_chain(gradients)
+    m: Any = decoupled.as_module()
     loop(m, 2)
     before = {n: t for n, t in state(m).items() if "running" not in n and "tracked" not in n}
     x, y = batch(7)
@@ -78,7 +80,7 @@ def test_a_forward_without_a_backward_changes_buffers_only(gradients: str) -> No
         m(x)
     after = state(m)
     assert all(torch.equal(after[n], t) for n, t in before.items())
-    assert all(p.grad is None for p in [*m.parameters(), *sources(m).parameters()])
+    assert all(p.grad is None for p in decoupled.parameters())
     loop(m, 1, 3)
 
 

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 import dni_fx
 
-from .kit import batch, decoupled_chain, made, same, sgd, sources, state
+from ..helpers.optimisers import sgd
+from ..helpers.training import batch, decoupled_of
+from .kit import decoupled_chain, made, same, state
 
 
 def test_accumulation_with_a_unit() -> None:
@@ -22,14 +24,9 @@ def test_accumulation_with_a_unit() -> None:
         model = nn.Sequential(
             nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)
         ).double()
-        m: Any = dni_fx.decouple(
-            model,
-            ["1", "3"],
-            example_inputs=(batch(0, dtype=torch.float64)[0],),
-            gradients=NoNorm,
-            check=False,
-            context=dni_fx.one_hot(3),
-        ).as_module(unit=unit, synthesizer_optimizer=partial(torch.optim.SGD, lr=0.0))
+        fixed = partial(torch.optim.SGD, lr=0.0)
+        decoupled = decoupled_of(NoNorm, model=model, cuts=["1", "3"])
+        m: Any = decoupled.as_module(unit=unit, synthesizer_optimizer=fixed)
         x, y = batch(0, dtype=torch.float64)
         for part, label in zip(x.chunk(parts), y.chunk(parts), strict=True):
             with m.context(label):
@@ -98,9 +95,9 @@ def test_small_gradients_in_half_precision() -> None:
     """Loss scaling reaches the first stages: without it, gradients of 1e-8 are zero in float16."""
     found = {}
     for unit in (1.0, 2.0**16):
-        m = made("local", unit=unit)
-        x, y = batch(0)
-        for group in sources(m).values():
+        decoupled, (x, y) = decoupled_chain("local"), batch(0)
+        m: Any = decoupled.as_module(unit=unit)
+        for group in decoupled.synthesizers.values():
             group.factor = 1e-6
         with torch.autocast("cpu", torch.float16), m.context(y):
             loss = F.cross_entropy(m(x).float(), y) * unit
@@ -194,4 +191,4 @@ def test_clipping_and_a_scheduler() -> None:
         assert total <= 1e-3 * 1.001
         optimizer.step()
         scheduler.step()
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0125)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05 / 8)

@@ -19,7 +19,10 @@ from dni_fx.errors import DecouplingError
 from dni_fx.plan import TensorSpec
 from dni_fx.sources import Corrected, GradientSource, Mix, Prediction
 
-from .kit import Chain, Mean, Skips, batch, decoupled_chain, loop, made, same, sgd, sources, state
+from ..helpers.optimisers import sgd
+from ..helpers.training import batch, decoupled_of
+from ..models.small import SKIPS, Chain
+from .kit import Mean, decoupled_chain, loop, made, same, state
 
 
 class Listens(Mean):
@@ -51,12 +54,8 @@ def test_sources_that_are_refused(gradients: Any, words: str) -> None:
 def test_other_refusals() -> None:
     with pytest.raises(DecouplingError, match="leave out inputs="):
         decoupled_chain("linear", inputs="linear").as_module()
-    torch.manual_seed(0)
-    shared = dni_fx.decouple(
-        Skips(), ["a", "b", "c"], example_inputs=(batch(0)[0],), gradients="each:linear"
-    )
     with pytest.raises(DecouplingError, match="for each of 2 consumers"):
-        shared.as_module()
+        decoupled_of("each:linear", SKIPS).as_module()
     for unit in (0, -1.0, float("nan"), "1", lambda: None):
         m = made(unit=unit)
         with pytest.raises(DecouplingError, match="unit="), m.context(batch(0)[1]):
@@ -128,16 +127,18 @@ class Probe(GradientSource):
 
 
 def test_what_sources_computed_is_not_kept() -> None:
-    m, (x, y) = made(Probe), batch(0)
+    decoupled, (x, y) = decoupled_chain(Probe), batch(0)
+    m: Any = decoupled.as_module()
+    sources: Any = list(decoupled.sources.values())
     gc.disable()
     try:
         with m.context(y):
             output = m(x)
-        assert all(len(s.seen) == 1 and s.seen[0]() is None for s in sources(m).values())
+        assert all(len(s.seen) == 1 and s.seen[0]() is None for s in sources)
         F.cross_entropy(output, y).backward()
-        assert all(len(s.seen) == 2 for s in sources(m).values())
-        assert all(s.weight.grad is None for s in sources(m).values())
-        assert list(sources(m).values())[-1].weight.any()
+        assert all(len(s.seen) == 2 for s in sources)
+        assert all(s.weight.grad is None for s in sources)
+        assert sources[-1].weight.any()
     finally:
         gc.enable()
 

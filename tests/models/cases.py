@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Inputs = Callable[[int, torch.dtype], tuple[tuple[Any, ...], dict[str, Any]]]
+Inputs = Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 Loss = Callable[[Any, Any], Tensor]
@@ -65,14 +65,14 @@ class Case:
     """One model of the zoo.
 
     ``inputs(batch, dtype)`` gives positional and keyword arguments, ``target(batch, dtype)`` the
-    target, if any.
+    target, if any; some take a generator, too, to draw from.
     """
 
     name: str
     make: Callable[[], nn.Module]
     inputs: Inputs
     cuts: tuple[str, ...]
-    target: Callable[[int, torch.dtype], Any] | None = None
+    target: Callable[..., Any] | None = None
     loss: Loss = squares
     notes: str = ""
 
@@ -84,17 +84,29 @@ class Case:
 
 def rows(*shape: int) -> Inputs:
     """One float input of shape (batch, *shape)."""
-    return lambda batch, dtype: ((torch.randn(batch, *shape, dtype=dtype),), {})
+
+    def inputs(batch: int, dtype: torch.dtype, generator: Any = None) -> Any:
+        return (torch.randn(batch, *shape, dtype=dtype, generator=generator),), {}
+
+    return inputs
 
 
 def tokens(length: int, vocabulary: int) -> Inputs:
     """One integer input of shape (batch, length)."""
-    return lambda batch, dtype: ((torch.randint(0, vocabulary, (batch, length)),), {})
+
+    def inputs(batch: int, dtype: torch.dtype, generator: Any = None) -> Any:
+        return (torch.randint(0, vocabulary, (batch, length), generator=generator),), {}
+
+    return inputs
 
 
-def labels(classes: int, *shape: int) -> Callable[[int, torch.dtype], Tensor]:
+def labels(classes: int, *shape: int) -> Callable[..., Tensor]:
     """Integer targets of shape (batch, *shape)."""
-    return lambda batch, dtype: torch.randint(0, classes, (batch, *shape))
+
+    def target(batch: int, dtype: torch.dtype, generator: Any = None) -> Tensor:
+        return torch.randint(0, classes, (batch, *shape), generator=generator)
+
+    return target
 
 
 def floats(*shapes: tuple[int, ...]) -> Inputs:

@@ -6,6 +6,7 @@ Most take six features, so that one batch (``tests/helpers/training.py``) serves
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -115,13 +116,13 @@ class Convolutions(nn.Sequential):
 
 
 class Encoder(nn.Module):
-    """A transformer encoder with dropout."""
+    """A transformer encoder."""
 
-    def __init__(self) -> None:
+    def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
         self.embed = nn.Embedding(11, 8)
         self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(8, 2, 16, 0.1, batch_first=True) for _ in range(3)
+            nn.TransformerEncoderLayer(8, 2, 16, dropout, batch_first=True) for _ in range(3)
         )
         self.head = nn.Linear(8, 3)
 
@@ -140,6 +141,11 @@ TIED = replace(SKIPS, name="tied", make=Tied)
 SHARED_STATISTICS = replace(SKIPS, name="shared_statistics", make=SharedStatistics)
 CONVOLUTIONS = replace(CHAIN, name="convolutions", make=Convolutions, inputs=rows(3, 6, 6))
 ENCODER = replace(
-    CHAIN, name="encoder", make=Encoder, inputs=tokens(5, 11), cuts=("layers.0", "layers.1")
+    CHAIN,
+    name="encoder",
+    make=Encoder,
+    inputs=tokens(5, 11),
+    cuts=("layers.0", "layers.1", "layers.2"),
 )
-SMALL = (CHAIN, SKIPS, TOWERS, CROSSING, TIED, CONVOLUTIONS, ENCODER)
+DROPOUT = replace(ENCODER, name="dropout", make=partial(Encoder, 0.1))
+SMALL = (CHAIN, SKIPS, TOWERS, CROSSING, TIED, CONVOLUTIONS, ENCODER, DROPOUT)

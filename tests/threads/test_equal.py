@@ -1,4 +1,6 @@
-"""Threads that wait for each other equal the sequential trainer bit for bit, and repeat themselves."""
+"""Threads that wait for each other equal the sequential trainer bit for bit, and repeat themselves;
+for every source and model: ``tests/matrix/``.
+"""
 
 from __future__ import annotations
 
@@ -10,30 +12,10 @@ import pytest
 import torch
 
 from dni_fx.schedules import Calibration, RandomUpdates, Schedule, Threads, WarmUp
-from dni_fx.sources import SOURCES
 
 from ..helpers.comparing import assert_bits_equal
 from ..helpers.training import batch, largest_difference, record
-from ..models.cases import Case
-from ..models.small import SKIPS, TOWERS
 from .kit import run_script, slow, train, trainer_of
-
-AT_ONCE = [
-    n
-    for n in SOURCES
-    if n not in ("conv", "exact", "mix", "delayed", "corrected")
-    and (n == "feedback" or SOURCES[n].lag is None)
-]
-
-
-@pytest.mark.parametrize("case", [SKIPS, TOWERS], ids=lambda case: case.name)
-@pytest.mark.parametrize(
-    "gradients", [*AT_ONCE, "joint:linear", "joint:critic", "each:linear", "each:mlp"]
-)
-def test_no_staleness_equals_the_sequential_trainer(gradients: str, case: Case) -> None:
-    schedules = ("sequential", Threads(staleness=0))
-    sequential, threads = (train(trainer_of(s, gradients, case=case), 8) for s in schedules)
-    assert_bits_equal(record(threads), record(sequential), f"{gradients} on threads")
 
 
 def test_staleness_can_be_seen() -> None:
@@ -99,18 +81,6 @@ def test_stages_left_out_keep_what_was_accumulated() -> None:
     assert_bits_equal(
         record(threads), record(sequential), "exact gradients of some stages, accumulated"
     )
-
-
-@pytest.mark.parametrize("case", [SKIPS, TOWERS], ids=lambda case: case.name)
-def test_mixed_gradients_are_equal_but_for_rounding(case: Case) -> None:
-    """A value's later consumers answer apart from each other here; their gradients are added in
-    another order.
-    """
-    sequential, threads = (
-        train(trainer_of(schedule, "mix", case=case), 8)
-        for schedule in ("sequential", Threads(staleness=0))
-    )
-    assert largest_difference(record(threads), record(sequential)) < 1e-5
 
 
 @pytest.mark.parametrize("gradients", ["delayed", "corrected"])
