@@ -130,8 +130,8 @@ def _true_gradients(
                         lambda g, n=node, c=copy: found.__setitem__(n, (c, g.detach().clone()))
                     )
         output = next(n for n in reversed(flow.nodes) if n.op == "output")
-        leaves: Any = output.args[0]
-        results = iter([values[a] if isinstance(a, fx.Node) else a for a in leaves])
+        named: Any = output.args[0]
+        results = iter([values[a] if isinstance(a, fx.Node) else a for a in named])
         value = evaluate(loss, flow.trace.outputs.build(results), target)
         parameters = [p for p in flow.trace.model.parameters() if p.requires_grad]
         torch.autograd.grad(value, parameters, allow_unused=True)
