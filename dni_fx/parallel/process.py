@@ -84,7 +84,7 @@ class Process(training.Trainer):
         return [worker.watch for worker in self.workers.values()]
 
     def status_rows(self) -> list[dict[str, Any]]:
-        """How the stages here are doing, as :class:`Status` takes it."""
+        """How the stages here are doing, as a ``Status`` takes it."""
         return [
             w.status() | {"rank": self.peers.rank, "rate": w.watch.rate(w.begun)}
             for w in self.workers.values()
