@@ -41,7 +41,7 @@ class Trainer:
     backpropagation.
 
     Args:
-        decoupled: the model, cut in the same way everywhere; see :func:`dni_fx.distributed.decouple`.
+        decoupled: the model, cut alike in all processes; see :func:`dni_fx.distributed.decouple`.
         loss, optimizer, synthesizer_optimizer, clip_norm, accumulate, metrics_every: as for
         :class:`dni_fx.Trainer`. schedule: what each step does; all processes follow the same.
         placement: a rank for every stage, in order or by name; several ranks share a stage's
