@@ -57,7 +57,7 @@ class Status:
     """How the stages of some processes are doing; prints as a table.
 
     Attributes:
-        rows: for each stage what :meth:`StageWorker.status` tells, its rank, and its steps a second
+        rows: for each stage what its worker's ``status`` tells, its rank, and its steps a second
             (``rate``).
     """
 

@@ -87,7 +87,7 @@ class Process:
         return [worker.learner.watch for worker in self.workers.values()]
 
     def status_rows(self) -> list[dict[str, Any]]:
-        """How the stages here are doing, as :class:`Status` takes it."""
+        """How the stages here are doing, as a ``Status`` takes it."""
         return [w.status() | {"rank": self.peers.rank} for w in self.workers.values()]
 
     def prepare(self) -> None:

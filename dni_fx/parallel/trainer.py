@@ -44,7 +44,7 @@ class Trainer(BaseTrainer):
     backpropagation.
 
     Args:
-        decoupled: the model, cut in the same way in every process; see :func:`decouple`.
+        decoupled: the model, cut alike in all processes; see :func:`dni_fx.distributed.decouple`.
         loss, optimizer, synthesizer_optimizer, clip_norm, accumulate, metrics_every: as for
             :class:`dni_fx.Trainer`.
         schedule: what each step does; all processes follow the same.
