@@ -160,10 +160,17 @@ class Graphs:
         for name, source in inserted.inputs.items():
             self.synthesizers[_input_key(name)] = source
 
-    def functions(self) -> tuple[StageFunctions, ...]:
-        """The emitted functions of the active graph, written when first trained with."""
+    def functions(self, whole: bool = True) -> tuple[StageFunctions, ...]:
+        """The emitted functions of the active graph, written when first trained with.
+
+        Args:
+            whole: whether all cuts of the plan must be in it.
+
+        Raises:
+            PlanMismatchError: some are not.
+        """
         variant = self.variant
-        if len(variant.cuts) < len(self.plan.cuts):
+        if whole and len(variant.cuts) < len(self.plan.cuts):
             missing = [c for c in self.plan.cuts if c not in variant.cuts]
             raise PlanMismatchError(
                 "in this mode or for these inputs the model cannot be cut after "

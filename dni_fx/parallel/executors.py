@@ -84,7 +84,7 @@ class Team:
             worker.team = list(self.workers.values())
         last = self.workers.get(len(decoupled.stages) - 1)
         loss = None if last is None else last.learner.scaled_loss
-        self._settings = Settings(decoupled, objective, loss)
+        self._settings = Settings(decoupled.graphs, objective, loss)
 
     def make_jobs(self, step: int, mode: Mode, values: Values, target: Any) -> list[Job]:
         """A batch as each of the stages sees it; the graph that fits it must be active.

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..decoupled import Decoupled
+from ..graphs.graphs import Graphs
 from ..passes.cut.emission import StageFunctions
 from ..passes.cut.splitting import Split, StageGraph
 from ..schedules import Mode
@@ -45,7 +45,7 @@ class Setting:
     @classmethod
     def of(
         cls,
-        decoupled: Decoupled,
+        graphs: Graphs,
         objective: Objective,
         mode: Mode,
         ask: bool = True,
@@ -54,7 +54,7 @@ class Setting:
         """For a batch whose graph is active. Exact mode asks nobody, and takes the true gradients.
 
         Args:
-            decoupled: the model.
+            graphs: of the model.
             objective: the loss.
             mode: what the schedule says of the step.
             ask: whether sources are asked; measuring needs none.
@@ -63,7 +63,6 @@ class Setting:
         Raises:
             PlanMismatchError: the graph cannot be cut, or lacks a source.
         """
-        graphs = decoupled.graphs
         functions, split = graphs.functions(), graphs.variant.split
         exact = any(s.asks.exact for s in graphs.sources_by_name().values())
         every = range(len(split.stages))
@@ -76,6 +75,32 @@ class Setting:
             plain_loss=objective.loss,
             share=1.0 if exact else mode.true_share,
             active=frozenset(every if mode.active is None else mode.active),
+        )
+
+    @classmethod
+    def unlocked(
+        cls, graphs: Graphs, objective: Objective, served: tuple[Served, ...], whole: bool = True
+    ) -> Setting:
+        """For a batch that updates all stages, with nothing of the true gradient.
+
+        Args:
+            graphs, objective: as for :meth:`of`.
+            served: the sources that are asked.
+            whole: whether the graph must have all cuts of the plan.
+
+        Raises:
+            PlanMismatchError: it has not.
+        """
+        split = graphs.variant.split
+        return cls(
+            split=split,
+            functions=graphs.functions(whole),
+            served=served,
+            inputs=graphs.find_inputs(),
+            loss=objective.scaled,
+            plain_loss=objective.loss,
+            share=0.0,
+            active=frozenset(range(len(split.stages))),
         )
 
     @property
@@ -102,7 +127,7 @@ class Setting:
     @cached_property
     def divided(self) -> list[Served]:
         """Sources with a part for each of several consumers."""
-        return [s for s in self.served if s.source.asks.per_consumer and len(s.consumers) > 1]
+        return [s for s in self.served if s.by_consumer]
 
     @cached_property
     def carried(self) -> list[str]:
@@ -119,23 +144,21 @@ class Settings:
     """The newest setting, kept as long as graph, mode and loss are the same.
 
     Args:
-        decoupled, objective, loss: as for :meth:`Setting.of`.
+        graphs, objective, loss: as for :meth:`Setting.of`.
     """
 
-    def __init__(
-        self, decoupled: Decoupled, objective: Objective, loss: Loss | None = None
-    ) -> None:
-        self.decoupled, self.objective, self.loss = decoupled, objective, loss
+    def __init__(self, graphs: Graphs, objective: Objective, loss: Loss | None = None) -> None:
+        self.graphs, self.objective, self.loss = graphs, objective, loss
         self._newest: tuple[Any, Mode, Loss, Setting] | None = None
 
     def of(self, mode: Mode) -> Setting:
         """For a batch whose graph is active."""
-        variant, loss = self.decoupled.graphs.variant, self.objective.loss
+        variant, loss = self.graphs.variant, self.objective.loss
         if self._newest is not None:
             graph, known, same, setting = self._newest
             if graph is variant and known == mode and same is loss:
                 return setting
-        setting = Setting.of(self.decoupled, self.objective, mode, loss=self.loss)
+        setting = Setting.of(self.graphs, self.objective, mode, loss=self.loss)
         self._newest = (variant, mode, loss, setting)
         return setting
 

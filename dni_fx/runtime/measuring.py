@@ -112,7 +112,7 @@ class Measures(BaseTrainer):
         with restored(decoupled), keep_modes(), torch.enable_grad():
             try:
                 plain = Objective(self.loss)
-                batch = Batch(Setting.of(decoupled, plain, mode, ask))
+                batch = Batch(Setting.of(decoupled.graphs, plain, mode, ask))
                 context = self.objective.context(target) if ask else None
                 batch.begin(values, context, target)
                 batch.advance(0)

@@ -21,21 +21,30 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ..errors import DecouplingError
 from ..graphs.graphs import Graphs
 from ..passes.cut.insertion import Context
-from ..passes.cut.splitting import StageGraph
-from ..sources import Each, Prediction, Served, awaited_kinds, message_kinds, serve
-from .emitted import detached, keep_modes
+from ..sources import Served, serve
+from .answers import LocalAnswers
+from .batch_state import BatchState, Setting
+from .emitted import keep_modes
 from .finite import all_finite
+from .objective import Objective
 from .optimizing import MakeOptimizer, made_optimizer
+from .stage_batch import StageBatch
+from .visit import Visit, learnt_by
+
+
+def _no_loss(*_: Any) -> Tensor:
+    raise DecouplingError("the loss of a drop-in is its user's")
+
+
+_OWN_LOSS = Objective(_no_loss)
 
 
 class DropIn(nn.Module):
@@ -210,23 +219,17 @@ class _State:
         """Stage after stage, the last one with autograd's own graph; values go when nothing needs
         them any more.
         """
-        split, served, unit = self.graphs.variant.split, self.graphs.served(), self.unit()
+        setting = Setting.unlocked(self.graphs, _OWN_LOSS, self.graphs.served(), whole=False)
+        state = BatchState(values=values, context=context)
+        answers, unit = LocalAnswers(setting, state), self.unit()
         parameters = dict(self.graphs.model.named_parameters(remove_duplicate=False))
-        heard = {n for s in served if message_kinds(s.source) for n in s.names} | set(
-            split.model_inputs
-        )
-        last_use = {n: s.index for s in split.stages for n in s.inputs}
-        for stage in split.stages[:-1]:
-            inputs = [
-                values.pop(n) if last_use[n] == stage.index else values[n] for n in stage.inputs
-            ]
-            groups = [s for s in served if s.producer == stage.index]
-            turn = _Turn(
-                self, stage, inputs, split.sent_by(stage.index), groups, heard, context, unit
-            )
-            del inputs
-            values.update(turn.run([parameters[n] for n in stage.parameters]))
-        last = split.stages[-1]
+        last_use = {n: s.index for s in setting.stages for n in s.inputs}
+        for stage in setting.stages[:-1]:
+            done = [n for n in stage.inputs if last_use[n] == stage.index]
+            batch = StageBatch(setting, stage.index, state, answers)
+            visit = Visit(batch, unit, self.learn)
+            visit.run([parameters[n] for n in stage.parameters], done)
+        last = setting.stages[-1]
         inputs = [values.pop(n) for n in last.inputs]
         values.clear()
         return last.module(*inputs)
@@ -235,10 +238,9 @@ class _State:
         """One step of a source; none where something is not finite, as a scaler leaves out the
         model's.
         """
-        if any(g is not None for g in gradients) and all_finite(
-            [g for g in gradients if g is not None]
-        ):
-            for parameter, gradient in zip(_learnt(group), gradients, strict=True):
+        known = [g for g in gradients if g is not None]
+        if known and all_finite(known):
+            for parameter, gradient in zip(learnt_by(group), gradients, strict=True):
                 parameter.grad = gradient
             self.optimizers_now()[group.name].step()
             self.optimizers_now()[group.name].zero_grad()
@@ -276,233 +278,6 @@ def _forward_like(model: nn.Module) -> Callable[..., Any]:
     return forward
 
 
-@dataclass
-class _Turn:
-    """One stage in one call.
-
-    Attributes:
-        inputs: what the stage receives.
-        sent: names of the values that it sends with a gradient.
-        groups: the sources of these.
-        heard: names of all values whose gradient somebody wants.
-        unit: the factor in front of the mean loss.
-        plain: what it sends without a gradient.
-    """
-
-    state: _State
-    stage: StageGraph
-    inputs: list[Any]
-    sent: list[str]
-    groups: list[Served]
-    heard: set[str]
-    context: Tensor | None
-    unit: float
-    plain: dict[str, Any] = field(default_factory=dict)
-
-    def run(self, parameters: list[nn.Parameter]) -> dict[str, Any]:
-        """Everything that the stage sends, by name."""
-        if not self.sent:  # nothing in it learns
-            with torch.no_grad():
-                return dict(
-                    zip(
-                        self.stage.outputs,
-                        map(detached, self.stage.module(*self.inputs)),
-                        strict=True,
-                    )
-                )
-        self.received = [
-            i for i, v in enumerate(self.inputs) if isinstance(v, Tensor) and v.requires_grad
-        ]
-        own = [p for p in parameters if p.requires_grad]
-        found = _StageFunction.apply(self, *(self.inputs[i] for i in self.received), *own)
-        plain, self.plain = self.plain, {}
-        return plain | dict(zip(self.sent, found, strict=True))
-
-    def ask(self, group: Served, values: tuple[Tensor, ...]) -> Prediction:
-        """What a source predicts, for the mean loss itself."""
-        group.source.unit = 1.0
-        if self.unit != 1:  # the scale is what makes small numbers possible in half precision
-            values = tuple(v.float() if v.dtype == torch.float16 else v for v in values)
-        try:
-            prediction: Prediction = group.source(values, self.context)
-        except DecouplingError as error:
-            if self.context is not None or group.source.context_spec is None:
-                raise
-            raise DecouplingError(
-                f"the source at {group.name!r} was made for a context, but this call had none: "
-                "call the module inside `with m.context(target):`, or pass context= to as_module"
-            ) from error
-        return prediction
-
-    def compute(
-        self, tensors: tuple[Tensor, ...]
-    ) -> tuple[list[Tensor], list[Tensor | None], list[_Lesson]]:
-        """Run the stage, ask the sources, take the gradients.
-
-        Args:
-            tensors: what the stage receives with a gradient, then its parameters.
-
-        Returns:
-            What it sends with a gradient, detached; the gradients of ``tensors``, None where nobody
-            wants one; what the sources have to learn.
-        """
-        wanted = list(tensors)
-        for place, i in enumerate(self.received):
-            wanted[place] = tensors[place].detach().requires_grad_()
-            self.inputs[i] = wanted[place].view_as(wanted[place])
-        results = dict(zip(self.stage.outputs, self.stage.module(*self.inputs), strict=True))
-        self.inputs.clear()
-        roots = {n: results.pop(n) for n in self.sent}
-        self.plain = {n: detached(v) for n, v in results.items()}
-        values = {n: v.detach() for n, v in roots.items()}
-        lessons: list[_Lesson] = []
-        given: dict[str, Tensor] = {}
-        for group in self.groups:
-            served = tuple(values[n] for n in group.names)
-            prediction = self.ask(group, served)
-            given.update(zip(group.names, prediction.gradients or (), strict=True))
-            if message_kinds(group.source):
-                lessons.append(_Lesson(group, served))
-            elif gradients := _gradients(group, prediction, ()):
-                lessons.append(_Lesson(group, (), gradients))
-            del prediction  # with all that its source computed
-        pairs = [(root, given.pop(n)) for n, root in roots.items() if root.requires_grad]
-        if self.unit != 1:
-            pairs = [(root, (gradient * self.unit).to(root.dtype)) for root, gradient in pairs]
-        unheard = {p for p, i in enumerate(self.received) if self.stage.inputs[i] not in self.heard}
-        places = [i for i in range(len(wanted)) if i not in unheard]
-        found: list[Tensor | None] = [None] * len(wanted)
-        if pairs and places:
-            with _unhooked([t for t in wanted if isinstance(t, nn.Parameter)]):
-                taken = torch.autograd.grad(
-                    [r for r, _ in pairs],
-                    [wanted[i] for i in places],
-                    [g for _, g in pairs],
-                    allow_unused=True,
-                )
-            if any(g is None for g in taken):
-                _refuse_reentrant([r.grad_fn for r, _ in pairs])
-            for i, gradient in zip(places, taken, strict=True):
-                found[i] = gradient
-        return list(values.values()), found, lessons
-
-
-@dataclass
-class _Lesson:
-    """What a source has to learn from one call.
-
-    Attributes:
-        values: what it was asked about; it is asked again when the gradients of these are there.
-        gradients: of its parameters, where it needs no message.
-    """
-
-    group: Served
-    values: tuple[Tensor, ...]
-    gradients: tuple[Tensor | None, ...] | None = None
-
-
-class _StageFunction(torch.autograd.Function):
-    """One stage: its gradients are taken in forward and handed over in backward."""
-
-    @staticmethod
-    def forward(ctx: Any, turn: _Turn, *tensors: Tensor) -> Any:
-        """Run the stage on ``tensors`` (what it receives, then its parameters)."""
-        ctx.set_materialize_grads(False)
-        with torch.enable_grad():
-            values, ctx.found, ctx.lessons = turn.compute(tensors)
-        ctx.turn, ctx.cast = turn, _cast(values[0].device.type)
-        return tuple(v.view_as(v) for v in values)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *above: Tensor | None) -> Any:
-        """What was taken; ``above`` is what the sources learn from."""
-        turn, found, lessons, ctx.found, ctx.lessons = ctx.turn, ctx.found, ctx.lessons, None, None
-        if found is None:
-            raise DecouplingError(
-                "a call's gradients are handed over once, for the whole loss: add up the losses "
-                "before backward, or call the module again (retain_graph=True does not help)"
-            )
-        arrived = dict(zip(turn.sent, above, strict=True))
-        with torch.enable_grad(), ctx.cast():
-            for lesson in lessons:
-                gradients = lesson.gradients
-                if gradients is None:
-                    message = tuple(
-                        torch.zeros_like(v)
-                        if (g := arrived[n]) is None
-                        else _message(g, v, turn.unit)
-                        for n, v in zip(lesson.group.names, lesson.values, strict=True)
-                    )
-                    if not all_finite(list(message)):
-                        continue  # a scaler leaves out this step, too
-                    gradients = _gradients(
-                        lesson.group, turn.ask(lesson.group, lesson.values), message
-                    )
-                turn.state.learn(lesson.group, gradients)
-        return (None, *found)
-
-
-def _refuse_reentrant(nodes: list[Any]) -> None:
-    """Gradients of parameters in a reentrant checkpoint are not to be asked for; they would
-    silently be missing.
-    """
-    seen = set(nodes)
-    while nodes:
-        node = nodes.pop()
-        if node.name() == "CheckpointFunctionBackward":
-            raise DecouplingError(
-                "a stage uses torch.utils.checkpoint with use_reentrant=True: set it to False"
-            )
-        new = {n for n, _ in node.next_functions if n is not None} - seen
-        seen |= new
-        nodes += new
-
-
-@contextlib.contextmanager
-def _unhooked(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """The user's hooks are called once, when the gradients are handed over."""
-    hooks = [(p, p._backward_hooks) for p in parameters if p._backward_hooks]
-    for parameter, _ in hooks:
-        parameter._backward_hooks = None
-    try:
-        yield
-    finally:
-        for parameter, own in hooks:
-            parameter._backward_hooks = own
-
-
-def _message(gradient: Tensor, value: Tensor, unit: float) -> Tensor:
-    """What a source hears: of the mean loss itself, in the layout that ``.grad`` has (sums depend
-    on that).
-    """
-    if gradient.stride() != torch.empty_like(value, device="meta").stride():
-        gradient = torch.empty_like(value).copy_(gradient)
-    if unit == 1:
-        return gradient
-    return (gradient.float() if gradient.dtype == torch.float16 else gradient) / unit
-
-
-def _learnt(group: Served) -> list[nn.Parameter]:
-    return [p for p in group.source.parameters() if p.requires_grad]
-
-
-def _gradients(
-    group: Served, prediction: Prediction, message: tuple[Tensor, ...]
-) -> tuple[Tensor | None, ...]:
-    """Of what a source learns; none where it learns nothing."""
-    loss, learnt = group.source.fit(prediction, message), _learnt(group)
-    return (
-        () if loss is None or not learnt else torch.autograd.grad(loss, learnt, allow_unused=True)
-    )
-
-
-def _cast(device: str) -> Callable[[], torch.autocast]:
-    """Makes the autocast of now again: backward is called outside of it, on threads of its own."""
-    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    return functools.partial(torch.autocast, device, dtype, enabled)
-
-
 def _widened(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
@@ -511,14 +286,14 @@ def _check_sources(graphs: Graphs) -> None:
     """A loop of the user's own knows no messages but gradients, and those added up."""
     for group in serve(graphs.interfaces, graphs.sources):
         source = group.source
-        others = {*message_kinds(source), *awaited_kinds(source)} - {"gradient"}
-        if not source.exact and (source.lag is not None or others):
+        others = {*source.asks.hears} - {"gradient"}
+        if not source.asks.exact and (source.asks.wait or others):
             raise DecouplingError(
                 f"the source at {group.name!r} ({type(source).__name__}) waits, or asks for "
                 f"{', '.join(sorted(others)) or 'late gradients'}, which an ordinary loop does not "
                 "send: use a regression, 'local', a control, or dni_fx.Trainer"
             )
-        if isinstance(source, Each) and len(group.consumers) > 1:
+        if group.by_consumer:
             raise DecouplingError(
                 f"the source at {group.name!r} has a part for each of {len(group.consumers)} "
                 "consumers, whose gradients an ordinary loop adds up: use one source for their "

@@ -36,7 +36,7 @@ class AllOrNothing:
         self.contents: list[torch.Tensor] = []
 
     def step(self, keep_gradients: bool) -> AllOrNothing:
-        """For one step; with ``keep_gradients``, those of earlier steps are held, and added later."""
+        """For one step; with ``keep_gradients``, those of earlier ones are held for later."""
         self.keep = keep_gradients
         return self
 

@@ -81,7 +81,7 @@ class Trainer(Measures):
         self.schedule = make_schedule(schedule)
         self._in_turn = InTurn(decoupled, self.optimizing, self.metrics, accumulate)
         self.threads: OnThreads | None = None
-        self._settings = Settings(decoupled, self.objective)
+        self._settings = Settings(decoupled.graphs, self.objective)
         if decoupled.is_traced:
             self._make_optimizers()
 

@@ -17,7 +17,7 @@ from ..runtime.finite import refuse
 from ..runtime.in_turn import Batch
 from ..runtime.objective import Objective
 from ..runtime.tape import Tape
-from ..sources import AcrossTime, Served
+from ..sources import Served, side_by_side
 
 
 class WindowBatch:
@@ -46,27 +46,19 @@ class WindowBatch:
         self.ended, self.step = ended, step
         split = decoupled.graphs.variant.split
         self.leaving: dict[str, Interface] = {i.name: i for i in split.interfaces if i.leaves}
-        everyone = decoupled.served()
+        everyone = decoupled.graphs.served()
         exact = [s for s in everyone if s.source.asks.exact]
-        self.setting = Setting(
-            split=split,
-            functions=decoupled.functions(),
-            served=tuple(s for s in everyone if not s.source.asks.exact),
-            inputs=decoupled.find_inputs(),
-            loss=objective.scaled,
-            plain_loss=objective.loss,
-            share=0.0,
-            active=frozenset(range(len(split.stages))),
-        )
+        predicting = tuple(s for s in everyone if not s.source.asks.exact)
+        self.setting = Setting.unlocked(decoupled.graphs, objective, predicting)
         self.batch = Batch(self.setting)
         self.previous: WindowBatch | None = None
         self.torn = False
         self.sent_back: dict[str, Tensor | None] = {}
         self.waits_for = {n for s in exact for n in s.names if n in self.leaving}
-        across = [(s, s.source) for s in everyone if isinstance(s.source, AcrossTime)]
-        self._tracing = [(s, source) for s, source in across if source.wants_jacobian]
-        for group, source in across:
-            source.ended = ended if self.leaving[group.name].feeds != ANOTHER else None
+        self._tracing = [s for s in everyone if s.source.asks.jacobian]
+        for group in (s for s in everyone if s.source.asks.ends):
+            to_itself = self.leaving[group.name].feeds != ANOTHER
+            group.source.ended = ended if to_itself else None
         self._holds = bool(exact or self._tracing)
 
     @property
@@ -113,8 +105,8 @@ class WindowBatch:
             if stage.is_last:
                 stage.evaluate(tape)
             state.progress.tapes[stage.index] = tape
-            for group, source in self._tracing:
-                source.jacobian = self._jacobian(group, source, tape)
+            for group in self._tracing:
+                group.source.jacobian = self._jacobian(group, tape)
             for group in stage.sources.groups:
                 stage.sources.ask(group, state.values)
         state.note_sent(self.setting)
@@ -126,7 +118,7 @@ class WindowBatch:
             "nothing was updated",
         )
 
-    def _jacobian(self, group: Served, source: AcrossTime, tape: Tape) -> Tensor | None:
+    def _jacobian(self, group: Served, tape: Tape) -> Tensor | None:
         """Of the state after the window for that before it, ``(batch, features, features)``; None
         at a start.
         """
@@ -136,7 +128,8 @@ class WindowBatch:
             )
         if self.previous is None:
             return None
-        after = source.join([tape.outputs[n] for n in group.names])
+        specs = group.source.specs
+        after = side_by_side([tape.outputs[n] for n in group.names], specs)
         leaves = [tape.leaves[str(self.leaving[n].feeds)].tensor for n in group.names]
         rows = []
         for i in range(after.shape[1]):
@@ -144,7 +137,8 @@ class WindowBatch:
                 after[:, i].sum(), leaves, retain_graph=True, allow_unused=True
             )
             pairs = zip(found, leaves, strict=True)
-            rows.append(source.join([torch.zeros_like(v) if g is None else g for g, v in pairs]))
+            row = [torch.zeros_like(v) if g is None else g for g, v in pairs]
+            rows.append(side_by_side(row, specs))
         return torch.stack(rows, 1)
 
     # ---- what has left is answered ---------------------------------------------------------------
