@@ -142,16 +142,18 @@ class Subject:
         yield from self.model.named_buffers()
 
     def restore(self) -> None:
-        """Back to the start, without gradients; a buffer that the model has replaced by another
-        size is put back.
+        """Back to the start, without gradients; a buffer that the model has made, or replaced by
+        another size, is as it was.
         """
         with torch.no_grad():
             for name, value in list(self._state()):
-                if value.shape == self.start[name].shape:
-                    value.copy_(self.start[name])
+                start = self.start.get(name)
+                if start is not None and value.shape == start.shape:
+                    value.copy_(start)
                 else:
                     owner, _, key = name.rpartition(".")
-                    setattr(self.model.get_submodule(owner), key, self.start[name].clone())
+                    fresh = None if start is None else start.clone()
+                    setattr(self.model.get_submodule(owner), key, fresh)
         self.model.zero_grad(set_to_none=True)
         self.gradients.clear()
 
