@@ -1,8 +1,8 @@
 """Rules about the shape of the library, computed from its source with `ast`; none is imported.
 
-Each rule takes the sources of modules by name and returns its offenders: where, and what was
-found there.  `python -m tests.project.structure` prints today's.  `passes/` counts under the name by which
-it is imported, `dni_fx.passes`.
+Each rule takes the sources of modules by name and returns its offenders: where, and what was found
+there.  `python -m tests.project.structure` prints today's.  `passes/` counts under the name by
+which it is imported, `dni_fx.passes`.
 """
 
 from __future__ import annotations
