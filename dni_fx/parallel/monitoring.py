@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..reports.tables import table
+
 COLUMNS = (
     "stage", "rank", "steps", "updates", "missed", "steps/s", "under way", "staleness", "idle",
 )  # fmt: skip
@@ -65,9 +67,7 @@ class Status:
 
     def __str__(self) -> str:
         lines = [COLUMNS, *map(_cells, self.rows)]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
-        padded = [[c.ljust(w) for c, w in zip(line, widths, strict=True)] for line in lines]
-        return "\n".join("  ".join(line).rstrip() for line in padded)
+        return "\n".join(table(lines, left=range(len(COLUMNS)), ruled=False))
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:

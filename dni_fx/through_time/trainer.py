@@ -42,7 +42,8 @@ class WindowReport(StepReport):
 
 
 class ThroughTime(BaseTrainer):
-    """Trains a recurrent model window by window; made by :func:`decouple_through_time`.
+    """Trains a recurrent model window by window; made by
+    :func:`dni_fx.recurrent.decouple_through_time`.
 
     Attributes:
         window: T, the most time steps in one window.

@@ -36,7 +36,8 @@ def needs(width): return nn.Linear(width, width)
 def number(): return 3
 def leaving(): raise SystemExit("bye")
 def interrupted():
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
+    # a background job of a shell ignores it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.kill(os.getpid(), signal.SIGINT)
 ready, table = chain(), {}
 """

@@ -108,7 +108,8 @@ def test_defaults_are_those_of_plan_cuts(recorder: Recorder) -> None:
 def test_options_that_plan_cuts_understands_end_to_end(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = "--stages 3 --must-cut 1 --never-cut 2 --keep-together 4,5 --memory-cap 1MB --speeds 1,1,2 --bandwidth 1e6"
+    options = "--stages 3 --must-cut 1 --never-cut 2 --keep-together 4,5 --memory-cap 1MB"
+    options += " --speeds 1,1,2 --bandwidth 1e6"
     assert cli.main([*CHAIN, *options.split(), "--objective", "traffic", "--out", "p.json"]) == 0
     cuts = CutPlan.from_json((folder / "p.json").read_text()).cuts
     assert "1" in cuts

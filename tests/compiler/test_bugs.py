@@ -30,7 +30,9 @@ def test_an_interface_named_like_a_module_method() -> None:
 
 
 def test_masked_logits_may_cross_a_cut() -> None:
-    """Minus infinity is a value like any other in front of a softmax; it was taken for a failure."""
+    """Minus infinity is a value like any other in front of a softmax; it was taken for a
+    failure.
+    """
 
     class Masked(nn.Module):
         def __init__(self) -> None:
@@ -100,7 +102,9 @@ def test_size_one_buffers_survive_tracing() -> None:
 
 
 def test_parameters_of_every_mode_are_trained() -> None:
-    """A trainer made after a call in evaluation mode left the auxiliary head without an optimiser."""
+    """A trainer made after a call in evaluation mode left the auxiliary head without an
+    optimiser.
+    """
 
     class Auxiliary(nn.Module):
         def __init__(self) -> None:
@@ -124,7 +128,9 @@ def test_parameters_of_every_mode_are_trained() -> None:
 
 
 def test_a_value_named_loss() -> None:
-    """Exact mode keeps the loss's own gradient under that name, which a submodule may have as well."""
+    """Exact mode keeps the loss's own gradient under that name, which a submodule may have as
+    well.
+    """
 
     class WithLoss(nn.Module):
         def __init__(self) -> None:

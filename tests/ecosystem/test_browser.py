@@ -69,13 +69,16 @@ def test_no_text_lies_over_another_or_leaves_its_box(
 ) -> None:
     check = """<script>
         const wrong = [], inside = (a, b) => a.left > b.left - 1 && a.right < b.right + 1;
-        const all = [...document.querySelectorAll("#picture text")].map(t => [t, t.getBoundingClientRect()]);
+        const all = [...document.querySelectorAll("#picture text")].map(
+          t => [t, t.getBoundingClientRect()]);
         for (const [t, r] of all) {
           const box = t.parentElement.querySelector("rect");
-          if (box && box.width.baseVal.value > 100 && !t.matches(".halo") && !inside(r, box.getBoundingClientRect()))
+          if (box && box.width.baseVal.value > 100 && !t.matches(".halo")
+              && !inside(r, box.getBoundingClientRect()))
             wrong.push(`${t.textContent} leaves its box`);
           for (const [u, s] of all)
-            if (u !== t && r.left < s.right - 1 && s.left < r.right - 1 && r.top < s.bottom - 3 && s.top < r.bottom - 3)
+            if (u !== t && r.left < s.right - 1 && s.left < r.right - 1
+                && r.top < s.bottom - 3 && s.top < r.bottom - 3)
               wrong.push(`${t.textContent} over ${u.textContent}`);
         }
         document.body.innerHTML = `<p>${all.length} texts; wrong: ${wrong.join("; ")}</p>`;

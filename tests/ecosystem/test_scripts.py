@@ -119,7 +119,8 @@ def test_lightning(tmp_path: Path) -> None:
 
 def test_lightning_with_exact_gradients_is_the_plain_script(tmp_path: Path) -> None:
     changes = {
-        "max_epochs=4": 'max_epochs=1, precision="bf16-mixed", gradient_clip_val=0.5, accumulate_grad_batches=2'
+        "max_epochs=4": 'max_epochs=1, precision="bf16-mixed", gradient_clip_val=0.5, '
+        "accumulate_grad_batches=2"
     }
     plain = run_script("lightning_plain", folder_of(tmp_path, "plain"), changes=changes)
     exact = run_script("lightning_decoupled", folder_of(tmp_path, "exact"), changes=changes | EXACT)
@@ -132,7 +133,8 @@ def test_lightning_with_exact_gradients_is_the_plain_script(tmp_path: Path) -> N
 
 def test_lightning_in_half_precision_with_clipping_and_accumulation(tmp_path: Path) -> None:
     changes = {
-        "max_epochs=4": 'max_epochs=6, precision="bf16-mixed", gradient_clip_val=0.5, accumulate_grad_batches=2',
+        "max_epochs=4": 'max_epochs=6, precision="bf16-mixed", gradient_clip_val=0.5, '
+        "accumulate_grad_batches=2",
         "labels, **__: labels": "labels, **__: labels, unit=1 / 2",
     }
     run = run_script("lightning_decoupled", tmp_path, changes=changes)
@@ -156,7 +158,8 @@ def test_lightning_resumes_where_it_was(hooks: bool, tmp_path: Path) -> None:
     changes = {
         ", shuffle=True": "",
         '["first", "second"], ': (
-            '["first", "second"], example_inputs=(images[:16],), example_kwargs={"labels": labels[:16]}, '
+            '["first", "second"], example_inputs=(images[:16],), '
+            'example_kwargs={"labels": labels[:16]}, '
         ),
         **({"    def configure_optimizers": HOOKS} if hooks else {}),
     }

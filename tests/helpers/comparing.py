@@ -35,7 +35,8 @@ def describe(a: Any, b: Any) -> str:
         if a.dtype != b.dtype or a.shape != b.shape:
             return f"{a.dtype} {tuple(a.shape)} against {b.dtype} {tuple(b.shape)}"
         difference = (a.detach().double() - b.detach().double()).abs().max().item()
-        return f"largest difference {difference:.3g}, largest value {b.detach().double().abs().max().item():.3g}"
+        largest = b.detach().double().abs().max().item()
+        return f"largest difference {difference:.3g}, largest value {largest:.3g}"
     return " against ".join(
         f"tensor {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x) for x in (a, b)
     )

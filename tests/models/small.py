@@ -49,7 +49,9 @@ class Skips(nn.Module):
 
 
 class Towers(nn.Module):
-    """Two towers and a head; the middle stage sends two values, one of them to both later stages."""
+    """Two towers and a head; the middle stage sends two values, one of them to both later
+    stages.
+    """
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()

@@ -277,6 +277,7 @@ def test_a_failure_half_way_leaves_the_old_file(
 
 
 def test_importing_dni_fx_imports_no_drawing_library() -> None:
-    code = "import sys, dni_fx; print([m for m in ('dni_fx.drawing', 'matplotlib') if m in sys.modules])"
+    code = "import sys, dni_fx; "
+    code += "print([m for m in ('dni_fx.drawing', 'matplotlib') if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

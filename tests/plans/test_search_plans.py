@@ -165,7 +165,9 @@ def test_parameters_used_in_two_places_can_be_kept_together() -> None:
 
 
 def free_plan() -> tuple[Mixed, CutPlan]:
-    """Two branches in turns: with dear transfers, each branch a stage is better than any position."""
+    """Two branches in turns: with dear transfers, each branch a stage is better than any
+    position.
+    """
     torch.manual_seed(0)
     model = Mixed()
     costs = {f"{n}.{i}": 1.0 for n in "ab" for i in range(4)}

@@ -134,7 +134,8 @@ def refused(call: Callable[[], Any], *words: str) -> None:
 
 def test_plans_without_costs_name_the_next_step() -> None:
     plan = make_plan(balanced(6))
-    again = "dni_fx.plan_cuts(model, example_inputs, cuts=['layer0', 'layer1', 'layer2', ...], costs=\"measured\")"
+    again = "dni_fx.plan_cuts(model, example_inputs, cuts=['layer0', 'layer1', 'layer2', ...], "
+    again += 'costs="measured")'
     refused(lambda: simulate(CutPlan.from_json(plan.to_json())), "read from JSON", again)
     bare = [dataclasses.replace(s, cost=None) for s in plan.stages]
     report = dataclasses.replace(plan.report, stages=tuple(bare))

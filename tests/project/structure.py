@@ -1,8 +1,8 @@
 """Rules about the shape of the library, computed from its source with `ast`; none is imported.
 
-Each rule takes the sources of modules by name and returns its offenders: where, and what was
-found there.  `python -m tests.project.structure` prints today's.  `passes/` counts under the name by which
-it is imported, `dni_fx.passes`.
+Each rule takes the sources of modules by name and returns its offenders: where, and what was found
+there.  `python -m tests.project.structure` prints today's.  `passes/` counts under the name by
+which it is imported, `dni_fx.passes`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FUNCTION_LINES = 60  # without the docstring
 FILE_LINES = 400
 LINE_LENGTH = 100
 FOREIGN = {*dir(Tensor), *dir(nn.Module), *vars(nn.Module())}  # torch's own attributes
-BIRTHPLACES = ("__init__", "__new__", "__post_init__")
+BIRTHPLACES = ("__init__", "__new__", "__post_init__", "__set_name__")
 BY_NAME = ("getattr", "setattr", "hasattr", "delattr", "__setattr__", "__getattribute__")
 
 # {rule: {where: why it stays so}}
@@ -307,7 +307,7 @@ def scopes(tree: ast.AST, place: str) -> Iterator[tuple[str, ast.ClassDef | Func
 
 def late_attributes(sources: Sources) -> Offenders:
     """Attributes that are assigned on `self` in a method, but born neither where objects are made
-    (`__init__`, `__new__`, `__post_init__`), nor in the class, nor in a base class of ours.
+    (`BIRTHPLACES`), nor in the class, nor in a base class of ours.
     """
     by_name: dict[str, list[Class]] = defaultdict(list)
     for _, module, node in classes(sources):

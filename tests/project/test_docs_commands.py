@@ -270,7 +270,8 @@ def test_a_name_that_stands_for_nothing_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = '"""See :func:`there`, :meth:`There.on`, :meth:`There.off` and :func:`gone`."""\n'
-    text += 'def there():\n    """:class:`There`"""\nclass There:\n    def on(self):\n        """:meth:`off`"""\n'
+    text += 'def there():\n    """:class:`There`"""\n'
+    text += 'class There:\n    def on(self):\n        """:meth:`off`"""\n'
     path = tmp_path / "page_of_names.py"
     path.write_text(text)
     monkeypatch.syspath_prepend(tmp_path)

@@ -15,7 +15,9 @@ CUTS = ["0", "1", "2"]
 
 
 class Block(nn.Module):
-    """A residual block with batch norm and dropout: buffers and random numbers, used once a batch."""
+    """A residual block with batch norm and dropout: buffers and random numbers, used once a
+    batch.
+    """
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()

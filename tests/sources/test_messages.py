@@ -1,4 +1,6 @@
-"""What comes back to a source: gradients, losses, logits, errors; and sources that answer wrongly."""
+"""What comes back to a source: gradients, losses, logits, errors; and sources that answer
+wrongly.
+"""
 
 from __future__ import annotations
 

@@ -64,7 +64,9 @@ def test_schedules_within_threads(gradients: str, then: Schedule) -> None:
 @pytest.mark.parametrize("then", SCHEDULES[:3], ids=str)
 @pytest.mark.parametrize("gradients", ["linear", "feedback"])
 def test_exact_steps_between_steps_on_synthetic_inputs(gradients: str, then: Schedule) -> None:
-    """Values that are predicted in one step and waited for in the next come through the same box."""
+    """Values that are predicted in one step and waited for in the next come through the same
+    box.
+    """
     sequential, threads = (
         train(trainer_of(schedule, gradients, inputs="mlp"), 9)
         for schedule in (then, Threads(staleness=0, then=then))
@@ -147,7 +149,8 @@ def test_operators_keep_the_number_of_threads() -> None:
         import re, torch, dni_fx, torch.nn as nn, torch.nn.functional as F
         torch.set_num_threads(1)
         def loss(output, target):
-            found = re.search(r"omp_get_max_threads\\(\\) : (\\d+)", torch.__config__.parallel_info())[1]
+            pattern = r"omp_get_max_threads\\(\\) : (\\d+)"
+            found = re.search(pattern, torch.__config__.parallel_info())[1]
             assert found == "1", found
             return F.cross_entropy(output, target)
         model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(5, 4)

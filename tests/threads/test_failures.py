@@ -179,9 +179,11 @@ def test_a_script_that_does_not_close_ends_well() -> None:
     """In the middle of its work."""
     code = """
         import torch, dni_fx, torch.nn as nn, torch.nn.functional as F
-        model, x = nn.Sequential(nn.Linear(200, 200), nn.ReLU(), nn.Linear(200, 2)), torch.randn(500, 200)
+        model = nn.Sequential(nn.Linear(200, 200), nn.ReLU(), nn.Linear(200, 2))
+        x = torch.randn(500, 200)
         decoupled = dni_fx.decouple(model, ["0"], example_inputs=(x,), gradients="linear")
-        trainer = dni_fx.Trainer(decoupled, F.cross_entropy, optimizer=torch.optim.SGD, schedule="threads")
+        sgd = torch.optim.SGD
+        trainer = dni_fx.Trainer(decoupled, F.cross_entropy, optimizer=sgd, schedule="threads")
         for _ in range(20):
             trainer.step(x, target=torch.zeros(500, dtype=torch.long))
     """

@@ -49,7 +49,9 @@ def test_free_running_ends_with_any_schedule(inputs: str | None, then: Schedule)
 @pytest.mark.parametrize("inputs", [None, "mlp"])
 @pytest.mark.parametrize("gradients", [n for n in FREE if n not in ("exact", "mix", "feedback")])
 def test_dropping_ends(gradients: str, inputs: str | None) -> None:
-    """Whatever a slow stage leaves out, nobody waits for it for ever, and nothing stays under way."""
+    """Whatever a slow stage leaves out, nobody waits for it for ever, and nothing stays under
+    way.
+    """
     for where in ("a", "d"):
         trainer = trainer_of(
             Threads(queue=2, policy="drop_oldest"), gradients, slow(where, 0.006), inputs

@@ -123,7 +123,9 @@ class Told(dni_fx.GradientSource):
 
 
 def boundary_gradients(model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
-    """The true gradient at the end of every window, hidden and cell side by side; the last is zero."""
+    """The true gradient at the end of every window, hidden and cell side by side; the last is
+    zero.
+    """
     state: Any = tuple(torch.zeros(BATCH, 2, dtype=torch.float64) for _ in range(2))
     passed = []
     for a, b in windows(x, y):
@@ -189,7 +191,9 @@ def test_the_factor_is_on_use_only() -> None:
 
 
 def test_samples_end_one_by_one() -> None:
-    """What has ended starts anew, sends nothing back, and gets zero as a target; the others go on."""
+    """What has ended starts anew, sends nothing back, and gets zero as a target; the others go
+    on.
+    """
     torch.manual_seed(0)
     (x, y), notes = sequence(length=9), {}
     done = torch.tensor([True, False, False, True])

@@ -421,7 +421,9 @@ def whole_model() -> None:
 
 
 def evaluating_between_steps() -> None:
-    """A rank that is through with its steps may wait for the others' values, and owes them answers."""
+    """A rank that is through with its steps may wait for the others' values, and owes them
+    answers.
+    """
     model = built(Skips, torch.float32)
     if dist.get_rank() == 1:
         model.b.register_forward_pre_hook(lambda *_: time.sleep(0.01))
@@ -554,7 +556,9 @@ def quiet_after_the_end() -> None:
 
 
 def data_parallel_around_a_drop_in() -> None:
-    """DistributedDataParallel takes the drop-in for a model; the sources of each rank are its own."""
+    """DistributedDataParallel takes the drop-in for a model; the sources of each rank are its
+    own.
+    """
 
     def trained(gradients: str | None) -> Tensor:
         model = built(Skips, torch.float32)
