@@ -91,9 +91,10 @@ def train(
         The trainer.
     """
     first = trainer.steps if first is None else first
+    dtype = next(trainer.decoupled.parameters()).dtype
     for step in range(first, first + steps):
         seed_generator(step)
-        x, y = batch(step, sizes[step % len(sizes)], case)
+        x, y = batch(step, sizes[step % len(sizes)], case, dtype)
         trainer.step(x, target=y)
         if pause:
             time.sleep(pause)

@@ -1,15 +1,12 @@
-"""Reports made by hand, and a short run to report on."""
+"""Reports made by hand."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-import dni_fx
 from dni_fx.reports import InterfaceReport, StepReport
 
 nan, inf = math.nan, math.inf
@@ -25,28 +22,6 @@ def pair(
         reference.view(-1)[::5] = 0.0
         prediction.view(-1)[::7] = 0.0
     return prediction.to(dtype), reference.to(dtype)
-
-
-def chain() -> nn.Module:
-    model = nn.Sequential()
-    model.add_module("layer1", nn.Sequential(nn.Linear(6, 8), nn.ReLU()))
-    model.add_module("layer2", nn.Sequential(nn.Linear(8, 8), nn.ReLU()))
-    model.add_module("head", nn.Linear(8, 3))
-    return model
-
-
-def trainer_of(gradients: Any = "linear", **options: Any) -> dni_fx.Trainer:
-    decoupled = dni_fx.decouple(
-        chain(), ["layer1", "layer2"], example_inputs=(torch.randn(4, 6),), gradients=gradients,
-        context=dni_fx.one_hot(3),
-    )  # fmt: skip
-    return dni_fx.Trainer(
-        decoupled, F.cross_entropy, optimizer=lambda p: torch.optim.SGD(p, 0.1), **options
-    )
-
-
-def batches(count: int) -> list[tuple[Tensor, Tensor]]:
-    return [(torch.randn(4, 6), torch.randint(3, (4,))) for _ in range(count)]
 
 
 def step_report(

@@ -15,19 +15,21 @@ from dni_fx.diagnostics import History, summarize
 from dni_fx.errors import DecouplingError
 from dni_fx.reports import InterfaceReport, StepReport
 
-from .kit import batches, inf, nan, step_report, trainer_of
+from ..helpers.training import batch, trainer_of
+from ..models.small import SKIPS
+from .kit import inf, nan, step_report
 
 
 def test_history_keeps_every_measurement_once() -> None:
-    trainer, history, seen = trainer_of(metrics_every=3), History(), []
+    trainer, history, seen = trainer_of("linear", SKIPS, metrics_every=3), History(), []
 
     def note(report: StepReport) -> None:
         seen.append(report)
         history.add(report)
 
-    trainer.fit(batches(8), progress=False, on_step=note)
+    trainer.fit(map(batch, range(8)), progress=False, on_step=note)
     assert history.losses == {i: pytest.approx(float(r.loss)) for i, r in enumerate(seen)}
-    assert list(history.interfaces) == ["layer1", "layer2"]
+    assert list(history.interfaces) == ["a", "b", "c"]
     for name, series in history.interfaces.items():
         assert [r.step for r in series] == [0, 3, 6]
         assert series == [seen[i].interfaces[name] for i in (0, 3, 6)] or math.isnan(
@@ -37,7 +39,7 @@ def test_history_keeps_every_measurement_once() -> None:
     text = history.table()
     assert text.startswith(f"loss {float(seen[-1].loss):.4g} after 8 steps\n")
     assert summarize(history.last) in text
-    assert seen[-1].interfaces["layer1"].verdict in text
+    assert seen[-1].interfaces["a"].verdict in text
 
 
 def test_an_empty_history() -> None:

@@ -18,7 +18,9 @@ from dni_fx.errors import DecouplingError
 from dni_fx.reports import InterfaceReport, StepReport
 from dni_fx.reports import steps as reports
 
-from .kit import batches, nan, step_report, trainer_of
+from ..helpers.training import batch, trainer_of
+from ..models.small import SKIPS
+from .kit import nan, step_report
 
 
 class Writer:
@@ -31,19 +33,19 @@ class Writer:
 
 
 def test_write_tensorboard() -> None:
-    writer, trainer = Writer(), trainer_of("stale", metrics_every=2)
-    for x, target in batches(3):
+    writer, trainer = Writer(), trainer_of("stale", SKIPS, metrics_every=2)
+    for x, target in map(batch, range(3)):
         write_tensorboard(writer, trainer.step(x, target=target))
     assert [s for t, _, s in writer.scalars if t == "dni/loss"] == [0, 1, 2]
     assert not any(math.isnan(v) for _, v, _ in writer.scalars)
-    assert [s for t, _, s in writer.scalars if t == "dni/layer2/cosine"] == [
+    assert [s for t, _, s in writer.scalars if t == "dni/c/cosine"] == [
         2
     ]  # nan in step 0, where it says nothing
-    assert [s for t, _, s in writer.scalars if t == "dni/layer2/relative_error"] == [0, 2]
+    assert [s for t, _, s in writer.scalars if t == "dni/c/relative_error"] == [0, 2]
     tags = {t for t, _, _ in writer.scalars}
     metrics = ("cosine", "relative_error", "rms_ratio", "sign_agreement", "explained")
-    assert tags >= {f"dni/layer2/{metric}" for metric in metrics}
-    assert {t.split("/")[1] for t in tags} == {"loss", "layer1", "layer2"}
+    assert tags >= {f"dni/c/{metric}" for metric in metrics}
+    assert {t.split("/")[1] for t in tags} == {"loss", "a", "b", "c"}
 
 
 def test_what_is_logged_and_when() -> None:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dni_fx
 
 from ..helpers.comparing import state_of
 from ..helpers.optimisers import adam
+from ..helpers.training import batch, decoupled_of, trainer_of
 from ..models.feedforward import norm_dropout_chain
+from ..models.small import CHAIN
 
-CUTS = ["3", "6"]
+NORMS = replace(CHAIN, name="norms", make=norm_dropout_chain, cuts=("3", "6"))
+CUTS = list(NORMS.cuts)
 
 
 SOURCES = ("linear", "mlp", "stale", "zero", "exact")
@@ -33,35 +36,28 @@ def fresh() -> nn.Module:
 def batches(
     count: int, size: int = 4, dtype: torch.dtype = torch.float32
 ) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(5)
-    return [
-        (
-            torch.randn(size, 6, generator=generator).to(dtype),
-            torch.randint(0, 3, (size,), generator=generator),
-        )
-        for _ in range(count)
-    ]
+    """Those of the first steps."""
+    return [batch(step, size, NORMS, dtype) for step in range(count)]
 
 
 def decouple(
-    gradients: Any = "linear",
-    *,
-    cuts: list[str] = CUTS,
-    model: nn.Module | None = None,
-    **options: Any,
+    gradients: Any = "linear", *, model: nn.Module | None = None, **options: Any
 ) -> dni_fx.Decoupled:
+    """The chain, or another model of its kind, with a self-check."""
     model = fresh() if model is None else model
-    options.setdefault("example_inputs", (batches(1)[0][0].to(next(model.parameters()).dtype),))
-    options.setdefault("context", dni_fx.one_hot(3))
-    return dni_fx.decouple(model, cuts, gradients=gradients, **options)
+    return decoupled_of(gradients, NORMS, model=model, check=True, **options)
 
 
 def make_trainer(
-    gradients: Any = "linear", optimizer: Any = adam, loss: Any = F.cross_entropy, **options: Any
+    gradients: Any = "linear",
+    optimizer: Any = adam,
+    *,
+    model: nn.Module | None = None,
+    **options: Any,
 ) -> dni_fx.Trainer:
-    names = ("accumulate", "clip_norm", "metrics_every", "synthesizer_optimizer")
-    mine = {k: options.pop(k) for k in names if k in options}
-    return dni_fx.Trainer(decouple(gradients, **options), loss, optimizer=optimizer, **mine)
+    """A trainer of the chain, or of another model of its kind."""
+    model = fresh() if model is None else model
+    return trainer_of(gradients, NORMS, model=model, optimizer=optimizer, **options)
 
 
 def whole(trainer: dni_fx.Trainer) -> dict[str, Any]:

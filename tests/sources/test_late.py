@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import dni_fx
 from dni_fx.sources import Corrected, Delayed, Mix, Prediction
 
-from .late import CUTS, Fixed, batch, chain, sgd, state, train, trainer_of
+from ..helpers.optimisers import sgd
+from ..helpers.training import state, train
+from .late import CUTS, Fixed, batch, chain, trainer_of
 
 
 def late_by_hand(
@@ -130,13 +131,7 @@ def test_corrections_sum_to_the_true_gradient(recompute: bool) -> None:
         return optimizer
 
     x, y = batch(0)
-    decoupled = dni_fx.decouple(
-        chain(),
-        CUTS,
-        example_inputs=(x,),
-        gradients=partial(Corrected, source=Fixed, recompute=recompute),
-    )
-    trainer = dni_fx.Trainer(decoupled, F.cross_entropy, optimizer=tiny)
+    trainer = trainer_of(partial(Corrected, source=Fixed, recompute=recompute), optimizer=tiny)
     trainer.step(x, target=y)
     early = {n: g.clone() for n, g in total.items()}
     assert trainer.drain() == 3

@@ -11,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import dni_fx
 from dni_fx.errors import DecouplingError, NonFiniteError
 from dni_fx.plan import TensorSpec
 from dni_fx.schedules import Calibration, RandomUpdates
 from dni_fx.sources import Corrected, Delayed, Feedback, Mix
 
 from ..helpers.comparing import assert_bits_equal
-from .late import CUTS, Fixed, batch, chain, sgd, state, train, trainer_of
+from ..helpers.optimisers import sgd
+from ..helpers.training import state, train
+from .late import Fixed, batch, chain, trainer_of
 
 STASH = partial(Delayed, recompute=False)
 
@@ -58,15 +59,14 @@ def test_what_is_under_way_is_finished_before_saving() -> None:
 def test_batches_are_let_go() -> None:
     trainer = trainer_of("delayed")
     train(trainer, 12)
-    assert len(trainer.under_way) == 3
+    assert trainer.drain() == 3
 
 
 def test_stages_that_are_left_out_send_nothing() -> None:
     trainer = trainer_of(partial(Corrected, source="linear"), schedule=RandomUpdates(0.5, seed=3))
     train(trainer, 40)
-    assert len(trainer.under_way) <= 3
-    trainer.drain()
-    assert not trainer.under_way
+    assert trainer.drain() <= 3
+    assert trainer.drain() == 0
 
 
 def test_exact_steps_between_late_ones() -> None:
@@ -125,11 +125,7 @@ def summed(
         )
         return optimizer
 
-    model = make().double()
-    decoupled = dni_fx.decouple(
-        model, cuts, example_inputs=(batch(0)[0],), gradients=gradients, check=False
-    )
-    trainer = dni_fx.Trainer(decoupled, F.cross_entropy, optimizer=still)
+    trainer = trainer_of(gradients, make().double(), cuts=cuts, context=None, optimizer=still)
     for step, size in enumerate(sizes):
         x, y = batch(step, size)
         trainer.step(x, target=y)
@@ -194,10 +190,7 @@ def test_draining_in_an_unfinished_update_loses_nothing() -> None:
         )
         return optimizer
 
-    decoupled = dni_fx.decouple(
-        chain(), CUTS, example_inputs=(batch(0)[0],), gradients="delayed", check=False
-    )
-    trainer = dni_fx.Trainer(decoupled, F.cross_entropy, optimizer=noting, accumulate=2)
+    trainer = trainer_of("delayed", optimizer=noting, accumulate=2)
     trainer.step(batch(0)[0], target=batch(0)[1])
     trainer.drain()
     trainer.step(batch(0)[0], target=batch(0)[1])
@@ -219,10 +212,7 @@ def test_a_late_batch_that_is_not_finite_stops_training_once() -> None:
     model = nn.Sequential(
         nn.Sequential(nn.Linear(6, 6, bias=False), Root()), nn.Linear(6, 6), nn.Linear(6, 3)
     ).double()
-    decoupled = dni_fx.decouple(
-        model, ["0", "1"], example_inputs=(batch(0)[0],), gradients=STASH, check=False
-    )
-    trainer = dni_fx.Trainer(decoupled, F.cross_entropy, optimizer=sgd)
+    trainer = trainer_of(STASH, model, cuts=["0", "1"])
     failures = []
     for step in range(8):
         x, y = batch(step)
@@ -242,7 +232,6 @@ def test_waiting_for_the_error_some_steps() -> None:
 
     trainer = trainer_of(LateFeedback)
     train(trainer, 5)
-    assert len(trainer.under_way) == 2
     assert trainer.drain() == 2
 
 
@@ -262,18 +251,10 @@ def test_a_late_forward_is_as_the_first_one_was() -> None:
     """Autocast and modes of then, whatever they are when the batch is finished."""
     losses = []
     for finish_in_eval in (False, True):
-        x, y = batch(0)
-        decoupled = dni_fx.decouple(
-            chain(dropout=0.3).float(),
-            CUTS,
-            example_inputs=(x.float(),),
-            gradients="delayed",
-            check=False,
-        )
-        trainer = dni_fx.Trainer(decoupled, F.cross_entropy, optimizer=sgd)
+        trainer, (x, y) = trainer_of("delayed", chain(0.3).float()), batch(0, dtype=torch.float32)
         torch.manual_seed(1)
         with torch.autocast("cpu", torch.bfloat16):
-            trainer.step(x.float(), target=y)
+            trainer.step(x, target=y)
         trainer.decoupled.train(not finish_in_eval)
         trainer.decoupled.model.train(not finish_in_eval)
         trainer.drain()
