@@ -81,6 +81,15 @@ class Desk:
         for consumer in job.routes.consumers:  # which may be the next one in this thread
             self.outbox.pass_over(consumer, self.steps)
 
+    def pass_by(self, job: Job) -> None:
+        """What was sent for a batch that is not run, and for those before it, is answered with
+        nothing.
+        """
+        for producer in job.routes.awaited:
+            while (letter := self.inbox.value(producer)) is not None and letter.step <= job.step:
+                if self.inbox.take_value(producer).payload is not None:
+                    self.outbox.answer(producer, letter.step, None)
+
     def collect(self) -> None:
         """Open the messages that have come."""
         for stage in sorted(self.answering):

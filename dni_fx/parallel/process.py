@@ -88,10 +88,14 @@ class Process:
 
     def status_rows(self) -> list[dict[str, Any]]:
         """How the stages here are doing, as a ``Status`` takes it."""
-        return [w.status() | {"rank": self.peers.rank} for w in self.workers.values()]
+        return [_status_of(w) | {"rank": self.peers.rank} for w in self.workers.values()]
 
     def prepare(self) -> None:
-        """Make the optimisers of the stages here, and have them adopt what a new graph uses."""
+        """Make the optimisers of the stages here, once the model is traced, and have them adopt what
+        a new graph uses.
+        """
+        if not self.decoupled.is_traced:
+            return
         mine = [self.decoupled.stages[k] for k in self.places.stages_of(self.peers.rank)]
         self.optimizers.prepare(self.decoupled.graphs, mine, 1 / self.objective.accumulate)
 
@@ -247,3 +251,23 @@ class Process:
         except BaseException as error:
             self.tell(error)
             raise
+
+
+def _status_of(worker: StageWorker) -> dict[str, Any]:
+    """How one stage is doing."""
+    learner, desk = worker.learner, worker.desk
+    spent = dict(learner.watch.seconds)
+    total = sum(spent.values())
+    return {
+        "stage": worker.name,
+        "steps": worker.steps,
+        "updates": learner.updates,
+        "missed": worker.missed,
+        "queued": {f"stage_{c}": n for c, n in desk.outbox.count().items()},
+        "pending": len(desk.ledger.pending),
+        "staleness": learner.delays.mean,
+        "staleness_max": learner.delays.largest,
+        "seconds": spent,
+        "rate": learner.watch.rate(worker.begun),
+        "idle": spent.get("wait", 0.0) / total if total else None,
+    }

@@ -36,7 +36,8 @@ def collect(process: Process, steps: int, extra: Any) -> dict[str, Any]:
         leaves, structure = flatten(_stage_state(process, index, steps))
         state |= {f"stage_{index}/{i}": leaf.detach() for i, leaf in enumerate(leaves)}
         state[f"stage_{index}"] = structure
-        state[_at("random", process, index)] = worker.random
+        own = worker.settling.random
+        state[_at("random", process, index)] = None if own is None else own.state
         state[_at("devices", process, index)] = generators["devices"]
     if process.peers.rank == 0:
         state["run"] = generators | {
@@ -79,7 +80,8 @@ def apply(process: Process, state: dict[str, Any], path: Path) -> tuple[int, Any
         count = sum(name.startswith(f"stage_{index}/") for name in state)
         leaves = [state[f"stage_{index}/{i}"] for i in range(count)]
         _load_stage_state(process, index, state[f"stage_{index}"].build(iter(leaves)))
-        worker.random = state.get(_at("random", process, index), worker.random)
+        if (own := worker.settling.random) is not None:
+            own.state = state.get(_at("random", process, index), own.state)
     first = next(iter(process.workers))  # all stages of a process draw from the same devices
     devices = state.get(_at("devices", process, first), {})
     set_rng_state(run | {"devices": devices})  # what is not the devices' is the same in all

@@ -10,7 +10,7 @@ answers come back while it works on. Without a process group the same script tra
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,6 @@ from .peers import Peers
 from .placement import Placement
 from .process import Process
 from .sharing import gather_model
-from .worker import StageWorker
 
 
 class Trainer(BaseTrainer):
@@ -65,8 +64,8 @@ class Trainer(BaseTrainer):
             their hosts.
 
     Attributes:
-        optimizers, synthesizer_optimizers: of the stages here, by stage and by interface name.
         rank, world: this process's number, and how many there are.
+        process: this process's side, with the stages at work in it.
 
     Raises:
         DecouplingError: arguments of the wrong kind; at the first step: stages that cannot be
@@ -102,13 +101,10 @@ class Trainer(BaseTrainer):
             metrics_every=metrics_every,
         )
         self.schedule = make_schedule(schedule)
-        if isinstance(self.schedule, Threads):
-            raise DecouplingError(
-                "schedules.Threads is for dni_fx.Trainer; here each process runs its stages in turn"
-            )
+        _refuse_threads(self.schedule)
         self._peers = Peers(group)
         self.rank, self.world = self._peers.rank, self._peers.world
-        self._process = Process(
+        self.process = Process(
             decoupled,
             self.objective,
             self.optimizing,
@@ -119,13 +115,7 @@ class Trainer(BaseTrainer):
             timeout=timeout,
         )
         self._checkpoints = Checkpoints(self._peers)
-        if decoupled.is_traced:
-            self._process.prepare()
-
-    @property
-    def workers(self) -> Mapping[int, StageWorker]:
-        """The stages here at work, by index; none before the first step."""
-        return self._process.workers
+        self.process.prepare()
 
     def step(self, *args: Any, target: Any = None, **kwargs: Any) -> StepReport:
         """One batch through this process's stages; the same batch in every process.
@@ -145,10 +135,10 @@ class Trainer(BaseTrainer):
                 all processes end.
             DecouplingError: inputs that do not fit the plan, or a loss that is no scalar.
         """
-        with self._process.telling():
+        with self.process.telling():
             values = self.decoupled.bind(*args, **kwargs)
             mode = mode_of(self.schedule, self.steps, len(self.decoupled.stages))
-            report = self._process.step(self.steps, mode, values, target)
+            report = self.process.step(self.steps, mode, values, target)
         self.metrics.requested = False
         self.steps += 1
         return report
@@ -163,7 +153,7 @@ class Trainer(BaseTrainer):
         Returns:
             How many there were here.
         """
-        return self._process.drain()
+        return self.process.drain()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output, stage by stage on real values, without gradients, in its mode of now.
@@ -177,7 +167,7 @@ class Trainer(BaseTrainer):
         Returns:
             The output where the last stage is, of this process's rows; None elsewhere.
         """
-        return self._process.evaluate(self.steps, args, kwargs)
+        return self.process.evaluate(self.steps, args, kwargs)
 
     def share(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Rank 0's batches, for data that only rank 0 can read; to be iterated in every process.
@@ -189,14 +179,14 @@ class Trainer(BaseTrainer):
         Raises:
             DecouplingError: the policy is ``"drop_oldest"``: rank 0 would wait for the slowest.
         """
-        return self._process.share(self.steps, batches)
+        return self.process.share(self.steps, batches)
 
     def close(self) -> None:
         """Finish what is under way, and wait for all others to close; in every process."""
-        if self._process.mail.failure is None:
+        if self.process.mail.failure is None:
             self.drain()
             self._checkpoints.wait()
-        self._process.close()
+        self.process.close()
 
     def __enter__(self) -> Trainer:
         return self
@@ -205,7 +195,7 @@ class Trainer(BaseTrainer):
         if error is None:
             self.close()
         else:
-            self._process.tell(error)
+            self.process.tell(error)
 
     def gather(self) -> dict[str, Any]:
         """Bring all parameters and buffers into this process's model; called in every process.
@@ -215,25 +205,25 @@ class Trainer(BaseTrainer):
         """
         self.drain()
         if self.world > 1:
-            self._process.connect(self.steps)
-            gather_model(self.decoupled, self._process.places, self._peers)
+            self.process.connect(self.steps)
+            gather_model(self.decoupled, self.process.places, self._peers)
         return self.decoupled.model.state_dict()
 
     def mean(self, value: float, weight: float = 1.0) -> float:
-        """The mean over the processes that have a number; called in all, outside the hot loop.
+        """The mean over the processes that have a number; called in all, outside the loop.
 
         Args:
             value: a loss, say; nan where this process has none.
             weight: how much it counts.
         """
-        self._process.meet()
+        self.process.meet()
         return self._peers.mean(value, weight)
 
     def status(self, everywhere: bool = False) -> Status:
         """How the stages here are doing, or (called in every process) those everywhere."""
-        rows = self._process.status_rows()
+        rows = self.process.status_rows()
         if everywhere:
-            self._process.meet()
+            self.process.meet()
             rows = [row for part in self._peers.gather(rows) for row in part]
         return Status(tuple(sorted(rows, key=lambda row: (int(row["stage"][6:]), row["rank"]))))
 
@@ -243,8 +233,8 @@ class Trainer(BaseTrainer):
         Args:
             path: of the JSON file, which rank 0 writes; of each stage the newest spans.
         """
-        self._process.meet()
-        every = self._peers.gather(trace_events(self._process.watches(), self.rank))
+        self.process.meet()
+        every = self._peers.gather(trace_events(self.process.watches(), self.rank))
         if self.rank == 0:
             write_atomically(path, json.dumps({"traceEvents": [e for part in every for e in part]}))
 
@@ -266,8 +256,8 @@ class Trainer(BaseTrainer):
             The checkpoint, ``directory/step-000000100`` after 100 steps.
         """
         self.drain()
-        self._process.connect(self.steps)
-        mine = state.collect(self._process, self.steps, extra)
+        self.process.connect(self.steps)
+        mine = state.collect(self.process, self.steps, extra)
         return self._checkpoints.save(Path(directory), self.steps, mine, asynchronous, keep)
 
     def resume(self, directory: str | Path) -> Any:
@@ -286,10 +276,17 @@ class Trainer(BaseTrainer):
             DecouplingError: the checkpoint is of another model or plan; nothing is loaded then.
         """
         self.drain()
-        self._process.connect(self.steps)
+        self.process.connect(self.steps)
         path = self._checkpoints.newest(Path(directory))
         if path is None:
             return None
-        found = self._checkpoints.load(path, lambda saved: state.wanted(self._process, saved))
-        self.steps, extra = state.apply(self._process, found, path)
+        found = self._checkpoints.load(path, lambda saved: state.wanted(self.process, saved))
+        self.steps, extra = state.apply(self.process, found, path)
         return extra
+
+
+def _refuse_threads(schedule: Schedule) -> None:
+    if isinstance(schedule, Threads):
+        raise DecouplingError(
+            "schedules.Threads is for dni_fx.Trainer; here each process runs its stages in turn"
+        )

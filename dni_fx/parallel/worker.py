@@ -28,11 +28,9 @@ in its thread, since what it waits for may wait for an answer that one of those 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..runtime.objective import Metrics
@@ -41,6 +39,7 @@ from .job import Job, Values
 from .learning import StageLearner
 from .limits import Flow
 from .mailbox import Mail
+from .settling import OwnRandom, Settling
 
 
 class StageWorker:
@@ -61,7 +60,7 @@ class StageWorker:
         desk: its correspondence.
         begun, missed: number of batches begun, and of those left out.
         loss, output: of the newest batch, where the model's output is.
-        random: the stage's random numbers, where it has its own.
+        settling: what is done with its batches when answers come.
     """
 
     def __init__(
@@ -76,13 +75,14 @@ class StageWorker:
         own_random: bool = False,
     ) -> None:
         self.index, self.mail, self.flow, self.lag = index, mail, flow, lag
-        self.learner, self.metrics = learner, metrics
+        self.learner = learner
         self.desk = Desk(index, mail, flow, lag, steps)
         self.team: Sequence[StageWorker] = [self]
         self.begun = self.missed = 0
         self.loss: Tensor | None = None
         self.output: Any = None
-        self.random = _own_random(index) if own_random else None
+        random = OwnRandom(index) if own_random else None
+        self.settling = Settling(self.desk, learner, metrics, random)
         self._kept: list[tuple[nn.Parameter, Tensor | None]] = []  # that a step must not change
 
     @property
@@ -134,7 +134,7 @@ class StageWorker:
             # All have to run for the true gradient.
             grads = [(p, p.grad) for p in self.learner.parameters()]
             self._kept = [(p, None if g is None else g.clone()) for p, g in grads]
-        with self._running("forward", job.step):
+        with self.settling.running("forward", job.step):
             job.start(received, lambda values: self.desk.send_values(job, values))
         for producer in self.desk.predicted:
             known = self.desk.inbox.kept(producer, job.step)
@@ -153,13 +153,7 @@ class StageWorker:
         """Leave out a batch that there is no time for, and say so to everybody who waits."""
         self.desk.meet(job)
         self.steps = job.step + 1
-        for producer in job.routes.awaited:
-            while (
-                letter := self.desk.inbox.value(producer)
-            ) is not None and letter.step <= job.step:
-                taken = self.desk.inbox.take_value(producer)
-                if taken.payload is not None:
-                    self.desk.outbox.answer(producer, taken.step, None)
+        self.desk.pass_by(job)
         self.missed += 1
         self.desk.leave_out(job)
         self.desk.collect()
@@ -172,7 +166,7 @@ class StageWorker:
         if self.lag is None:
             self.desk.collect()
             if self.flow.policy == "drop_oldest":
-                self._give_up()
+                self.settling.give_up(self.flow.queue)
             else:
                 unseen = [s for s in pending if self.desk.ledger.is_unseen(s)][
                     : -self.desk.outbox.room
@@ -180,7 +174,7 @@ class StageWorker:
                 seen = lambda: not any(map(self.desk.ledger.is_unseen, unseen))  # noqa: E731
                 if unseen:
                     self.until(seen, "the values that were predicted")
-            self._settle(job.step)
+            self.settling.settle(job.step, self.loss)
         else:
             self._settle_until(job.step - (0 if job.is_locked else self.lag))
         for parameter, gradient in self._kept:
@@ -255,55 +249,15 @@ class StageWorker:
                 # Of a batch that was left out since another stage's values were missing.
                 self.desk.outbox.answer(producer, letter.step, None)
 
-    # ---- settling --------------------------------------------------------------------------------
-
     def _settle_until(self, step: int) -> None:
         """Wait for everything that is due for the batches up to one, and learn from it."""
-        due = [j for s, j in self.desk.ledger.pending.items() if s <= step]
-        unseen = self.desk.ledger.is_unseen
+        ledger = self.desk.ledger
+        due = [j for s, j in ledger.pending.items() if s <= step]
         self.until(
-            lambda: all(j.answers.is_complete and not unseen(j.step) for j in due),
+            lambda: all(j.answers.is_complete and not ledger.is_unseen(j.step) for j in due),
             f"what comes back for batch {step}",
         )
-        self._settle(step)
-
-    def _settle(self, limit: int) -> None:
-        """Pull back what was late, train the sources, and answer, for the batches up to one."""
-        for step, job in [(s, j) for s, j in self.desk.ledger.pending.items() if s <= limit]:
-            complete = job.answers.is_complete
-            if job.setting.share > 0 and not complete:
-                continue
-            with self._running("backward", step):
-                self._settle_one(job)
-            if complete and not job.waits and self.desk.ledger.is_paid(step):
-                self.desk.ledger.close(step)
-            elif self.desk.ledger.is_paid(step):
-                job.forget()
-
-    def _settle_one(self, job: Job) -> None:
-        learner, at_once = self.learner, self.learner.objective.accumulate == 1
-        late = job.waits and job.answers.is_complete and not job.is_locked
-        if late and learner.late and at_once:
-            self.update()  # every late gradient makes a step of its own
-            learner.drop_gradients()
-        learner.late |= late
-        job.advance(self.steps - 1)
-        self.desk.answer(job)
-        if learner.losses and at_once:
-            learner.update_sources()  # every answer makes a step of its own
-        learner.learn(job, self.steps - 1 - job.step)
-        if job.measure:
-            self.metrics.found.update(job.compare())
-
-    def _give_up(self) -> None:
-        """Batches whose values come so late that as many newer ones wait: their answers are not
-        sent.
-        """
-        unseen = [j for s, j in self.desk.ledger.pending.items() if self.desk.ledger.is_unseen(s)]
-        for job in unseen[: max(0, len(unseen) - self.flow.queue)]:
-            job.answers.lose()
-            for stage in self.desk.ledger.close(job.step):
-                self.desk.outbox.answer(stage, job.step, None)
+        self.settling.settle(step, self.loss)
 
     # ---- waiting and measuring -------------------------------------------------------------------
 
@@ -335,46 +289,7 @@ class StageWorker:
         """Open what has come while there is no batch: others may wait for what is owed for it."""
         self.desk.collect()
         if self.lag is None:
-            self._settle(self.steps)
-
-    @contextlib.contextmanager
-    def _running(self, what: str, step: int) -> Iterator[None]:
-        """The stage's own random numbers, where it has them, and the time that it takes."""
-        with self.learner.watch.spending(what, step):
-            if self.random is None:
-                yield
-                return
-            outside = torch.get_rng_state()
-            torch.set_rng_state(self.random)
-            try:
-                yield
-            finally:
-                self.random = torch.get_rng_state()
-                torch.set_rng_state(outside)
-
-    def status(self) -> dict[str, Any]:
-        """What :meth:`~dni_fx.distributed.Trainer.status` tells of the stage."""
-        learner, spent = self.learner, dict(self.learner.watch.seconds)
-        total = sum(spent.values())
-        return {
-            "stage": self.name,
-            "steps": self.steps,
-            "updates": learner.updates,
-            "missed": self.missed,
-            "queued": {f"stage_{c}": n for c, n in self.desk.outbox.count().items()},
-            "pending": len(self.desk.ledger.pending),
-            "staleness": learner.delays.mean,
-            "staleness_max": learner.delays.largest,
-            "seconds": spent,
-            "rate": learner.watch.rate(self.begun),
-            "idle": spent.get("wait", 0.0) / total if total else None,
-        }
-
-
-def _own_random(index: int) -> Tensor:
-    """A stream of random numbers that follows from the seed and the stage alone."""
-    seed = (torch.initial_seed() + 7919 * (index + 1)) % 2**63
-    return torch.Generator().manual_seed(seed).get_state()
+            self.settling.settle(self.steps, self.loss)
 
 
 def _bound(ask: Callable[[int], bool], stage: int) -> Callable[[], bool]:

@@ -242,6 +242,26 @@ class BatchState:
         known = self.known() if self.input_predictions else self.values
         self.sent = {n: known[n] for n in setting.carried if n in known}
 
+    def note_parts(
+        self, setting: Setting, stage: int, found: dict[str, Any], before: dict[str, Any]
+    ) -> None:
+        """What one consumer adds to the gradients of its inputs, for sources with a part for it.
+
+        Args:
+            setting: what holds for the batch.
+            stage: the consumer.
+            found: gradients of its inputs.
+            before: what later stages had made of them.
+        """
+        parts = self.progress.parts
+        for group in setting.divided:
+            for name in group.names if stage in group.consumers else ():
+                gradient, later = found.get(name), before.get(name)
+                if gradient is not None:
+                    part = gradient if later is None else gradient - later
+                    known = parts.get((name, stage))
+                    parts[name, stage] = part if known is None else known + part
+
     def forget(self, groups: tuple[Served, ...]) -> None:
         """Drop what nothing that is still under way needs.
 

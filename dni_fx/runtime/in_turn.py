@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from .objective import Metrics
 from .optimizing import StageOptimizers
 from .rollback import AllOrNothing
 from .stage_batch import StageBatch
+from .under_way import UnderWay
 
 Later = Callable[[Tensor | None], Tensor | None]
 
@@ -211,37 +212,6 @@ class Batch:
     def places(self) -> list[tuple[str, Tensor]]:
         """What must be finite besides values, with its name."""
         return self.state.places(self.setting.served)
-
-
-class UnderWay(Protocol):
-    """What the executor knows of a batch: a :class:`Batch`, or a window."""
-
-    @property
-    def state(self) -> BatchState:
-        """What is known of it."""
-
-    @property
-    def setting(self) -> Setting:
-        """What holds for it."""
-
-    @property
-    def is_done(self) -> bool:
-        """Whether nothing of it is under way any more."""
-
-    def advance(self, now: int) -> None:
-        """Pull back what waited for what is there now."""
-
-    def learn(self) -> list[tuple[str, Tensor]]:
-        """Train every source whose message is there."""
-
-    def forget(self) -> None:
-        """Drop what nothing that is still under way needs."""
-
-    def compare(self, step: int) -> dict[str, InterfaceReport]:
-        """How near each prediction is to what arrived."""
-
-    def places(self) -> list[tuple[str, Tensor]]:
-        """What must be finite besides values, with its name."""
 
 
 class InTurn:

@@ -142,7 +142,7 @@ class StageBatch:
     def _sent_back(self, outputs: dict[str, Any], found: dict[str, Tensor | None]) -> None:
         """Values that are known now, and what flows back to the stage's inputs."""
         self.state.values.update(outputs)
-        self._note_parts(found, {})
+        self.state.note_parts(self.setting, self.index, found, {})
         gradients = self.progress.gradients
         for name, gradient in found.items():
             arrived = gradients.get(name)
@@ -260,7 +260,7 @@ class StageBatch:
             partials[name], parameter.grad = parameter.grad, None
         backward = self.setting.functions[self.index].backward
         found = backward(tape.outputs, tape.leaves, tape.entries, given, partials, retain)
-        self._note_parts(found, partials)
+        self.state.note_parts(self.setting, self.index, found, partials)
         for leaf in tape.leaves.values():
             leaf.clear()
         if once:
@@ -274,16 +274,6 @@ class StageBatch:
                 gradients[name] = functools.reduce(torch.add, parts) if parts else None
         if complete:
             progress.finished[self.index] = self.state.now
-
-    def _note_parts(self, found: dict[str, Any], before: dict[str, Any]) -> None:
-        """What this consumer adds to the gradients of its inputs."""
-        for group in self.setting.divided:
-            for name in group.names if self.index in group.consumers else ():
-                gradient, later = found.get(name), before.get(name)
-                if gradient is not None:
-                    part = gradient if later is None else gradient - later
-                    known = self.progress.parts.get((name, self.index))
-                    self.progress.parts[name, self.index] = part if known is None else known + part
 
 
 def _error_of(output: Any, loss: Tensor) -> Tensor:

@@ -11,8 +11,7 @@ with ``"exact"``, what the sender has waited for (Jaderberg et al. 2016, arXiv:1
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import networkx as nx
@@ -20,118 +19,10 @@ import torch
 from torch import Tensor
 
 from ..errors import DecouplingError, did_you_mean
-from ..graphs.nested import flatten, map_tensors
+from ..graphs.nested import map_tensors
 from ..passes.trace.ports import STATE
+from .seats import INPUT, Link, Member, Seat, Sent, check_member, stack, take
 from .trainer import ThroughTime, WindowReport
-from .window_batch import WindowBatch
-
-INPUT = "input"  # what comes from outside, in the input of a member that receives messages, too
-
-
-@dataclass(frozen=True)
-class Link:
-    """A message from one member to another, which takes the latest one at each of its ticks.
-
-    Attributes:
-        sender: name of a member.
-        message: which of its messages.
-        receiver: name of a member, whose trainer has ``input_gradients=True``.
-        into: what the receiver calls it, where it is not all of its input; the message's own name
-            by default.
-        initial: what it receives before the first message, ``(batch, ...)``; by default that is an
-            error.
-    """
-
-    sender: str
-    message: str
-    receiver: str
-    into: str | None = None
-    initial: Tensor | None = None
-
-    @property
-    def key(self) -> str:
-        """What the receiver calls it."""
-        return self.into or self.message
-
-    def __str__(self) -> str:
-        return f"{self.sender!r} -> {self.receiver!r} ({self.message!r})"
-
-
-@dataclass(frozen=True)
-class Member:
-    """A network of a collection and its clock.
-
-    Attributes:
-        trainer: of the network; it updates at every ``trainer.window``-th tick of the member.
-        every: how many ticks of the collection make one of the member, which comes with the last of
-            them.
-        combine: ``combine(x, messages)`` makes the input of one tick of what comes from outside
-            (None where nothing does) and a dict of messages; gradients flow through it. By default
-            what is alone is taken as it is, and several are a dict, in which x is called
-            ``"input"``.
-        target_each_tick: targets come with each tick and are stacked like the inputs; by default
-            one comes with the last tick of a window, and belongs to all of it.
-    """
-
-    trainer: ThroughTime
-    every: int = 1
-    combine: Callable[[Any, dict[str, Tensor]], Any] | None = None
-    target_each_tick: bool = False
-
-
-@dataclass(eq=False)
-class _Sent:
-    """A message under way."""
-
-    step: int  # of the sender's report
-    value: Tensor
-    gradient: Tensor | None = None  # sent back so far
-    open: int = 0  # how often it is part of a window that has not sent anything back yet
-
-
-@dataclass(eq=False)
-class _Tick:
-    """The input of one tick, with its graph, and the messages that went into it."""
-
-    x: Any
-    received: list[tuple[_Sent, Tensor]]
-    target: Any = None
-
-
-@dataclass(eq=False)
-class _Seat:
-    """A member, and what is between its updates."""
-
-    name: str
-    place: int  # in a tick, members take their turns in order
-    member: Member
-    incoming: list[Link] = field(default_factory=list)
-    outgoing: list[Link] = field(default_factory=list)
-    ticks: list[_Tick] = field(default_factory=list)
-    sent: dict[str, list[_Sent]] = field(default_factory=dict)  # not answered yet, oldest first
-    latest: dict[str, _Sent] = field(default_factory=dict)
-    held: list[tuple[WindowBatch, list[_Tick]]] = field(default_factory=list)
-
-    def forget(self) -> None:
-        """A new sequence begins."""
-        self.ticks, self.held, self.sent, self.latest = [], [], {}, {}
-
-    def next_tick(self, now: int) -> tuple[int, int]:
-        """When it ticks next; tuples compare as the turns come."""
-        return (now // self.member.every + 1) * self.member.every, self.place
-
-    def next_update(self, now: int) -> tuple[int, int]:
-        """When it sends next, unless the sequence ends before."""
-        left = self.member.trainer.window - len(self.ticks)
-        return (now // self.member.every + left) * self.member.every, self.place
-
-    @contextlib.contextmanager
-    def named(self) -> Iterator[None]:
-        """Errors say which member they are about."""
-        try:
-            yield
-        except DecouplingError as error:
-            raise type(error)(f"member {self.name!r}: {error}") from error
 
 
 class Collection:
@@ -174,37 +65,16 @@ class Collection:
         self, members: Mapping[str, Member | ThroughTime], links: Sequence[Link] = ()
     ) -> None:
         made = {n: m if isinstance(m, Member) else Member(m) for n, m in members.items()}
-        self._seats = {n: _Seat(n, k, member) for k, (n, member) in enumerate(made.items())}
+        self._seats = {n: Seat(n, k, member) for k, (n, member) in enumerate(made.items())}
         self.members: dict[str, Member] = made
         self.links = tuple(links)
         self.now = 0
         self._circles_checked = False
         for seat in self._seats.values():
             with seat.named():
-                _check_member(seat.member)
+                check_member(seat.member)
         for link in self.links:
-            for name in (link.sender, link.receiver):
-                self._check_known(name, f"link {link}")
-            receiver = self._seats[link.receiver]
-            if not receiver.member.trainer.sends_input_gradients:
-                raise DecouplingError(
-                    f"link {link}: the receiver sends no gradients back; make its trainer with "
-                    "input_gradients=True"
-                )
-            if link.message not in (sent := self.members[link.sender].trainer.messages):
-                known = ", ".join(map(repr, sent)) or "none"
-                raise DecouplingError(
-                    f"link {link}: the sender sends no such "
-                    f"message{did_you_mean(link.message, sent)}; its trainer was made with "
-                    f"messages: {known}"
-                )
-            if link.key == INPUT or any(link.key == other.key for other in receiver.incoming):
-                raise DecouplingError(
-                    f"link {link}: the receiver has another input {link.key!r}; name this one by "
-                    "into="
-                )
-            receiver.incoming.append(link)
-            self._seats[link.sender].outgoing.append(link)
+            self._connect(link)
 
     def tick(
         self,
@@ -241,7 +111,8 @@ class Collection:
         for name, seat in self._seats.items():
             with seat.named():
                 if self.now % seat.member.every == 0:
-                    seat.ticks.append(self._take(seat, inputs, targets.get(name)))
+                    tick = take(seat, self._seats, self.now, inputs, targets.get(name))
+                    seat.ticks.append(tick)
                 if len(seat.ticks) == seat.member.trainer.window or (done and seat.ticks):
                     reports[name] = self._update(seat, targets.get(name), done)
         self._settle(done)
@@ -293,83 +164,32 @@ class Collection:
 
     # ---- a member's turn -------------------------------------------------------------------------
 
-    def _take(self, seat: _Seat, inputs: Mapping[str, Any], target: Any) -> _Tick:
-        """The input of one tick."""
-        received, messages = [], {}
-        for link in seat.incoming:
-            sent = self._seats[link.sender].latest.get(link.message)
-            if sent is None and link.initial is None:
-                raise DecouplingError(
-                    f"tick {self.now}: nothing has come by {link} yet. Give the link an initial= "
-                    "message, (batch, ...), or let the receiver tick later (every=, and members "
-                    "take their turns in order)"
-                )
-            sent = sent or _Sent(0, link.initial)  # type: ignore[arg-type]
-            sent.open += 1
-            messages[link.key] = sent.value.detach().requires_grad_()
-            received.append((sent, messages[link.key]))
-        if seat.name not in inputs and not messages:
-            raise DecouplingError(f"tick {self.now}: it ticks, but inputs= has nothing for it")
-        with torch.enable_grad():
-            if seat.member.combine is not None:
-                x = seat.member.combine(inputs.get(seat.name), messages)
-            elif seat.name in inputs:
-                x = {INPUT: inputs[seat.name], **messages} if messages else inputs[seat.name]
-            else:
-                x = messages if len(messages) > 1 else next(iter(messages.values()))
-        return _Tick(x, received, target)
-
-    def _update(self, seat: _Seat, target: Any, done: bool) -> WindowReport:
+    def _update(self, seat: Seat, target: Any, done: bool) -> WindowReport:
         trainer, ticks, seat.ticks = seat.member.trainer, seat.ticks, []
-        x = _stack(trainer, [map_tensors(torch.detach, tick.x) for tick in ticks], "inputs")
+        x = stack(trainer, [map_tensors(torch.detach, tick.x) for tick in ticks], "inputs")
         if seat.member.target_each_tick:
-            target = _stack(trainer, [tick.target for tick in ticks], "targets")
+            target = stack(trainer, [tick.target for tick in ticks], "targets")
         report = trainer.step(x, done=done, target=target)
         for message, value in report.messages.items():
-            seat.latest[message] = _Sent(report.step, value)
+            seat.latest[message] = Sent(report.step, value)
             seat.sent.setdefault(message, []).append(seat.latest[message])
         if seat.incoming:
             held = [w for w in trainer.windows if w.step == report.step and w.is_held]
             if held:
                 seat.held.append((held[0], ticks))
             else:
-                self._send_back(seat, ticks, list(report.input_gradients.values()))
+                seat.send_back(ticks, list(report.input_gradients.values()))
         return report
 
     # ---- gradients on their way back -------------------------------------------------------------
-
-    def _send_back(self, seat: _Seat, ticks: list[_Tick], gradients: list[Tensor | None]) -> None:
-        """What a window sends back, tick by tick through the making of its input."""
-        stacked = not seat.member.trainer.framed.stateless
-        dim = seat.member.trainer.framed.time_dim
-        for k, tick in enumerate(ticks):
-            values = [t for t in flatten(tick.x)[0] if t.is_floating_point()]
-            found = [
-                (v, g.select(dim, k) if stacked else g)
-                for v, g in zip(values, gradients, strict=True)
-                if g is not None and v.requires_grad
-            ]
-            leaves = [leaf for _, leaf in tick.received]
-            parts: Sequence[Tensor | None] = [None] * len(leaves)
-            if found:
-                parts = torch.autograd.grad(
-                    [v for v, _ in found], leaves, [g for _, g in found], allow_unused=True
-                )
-            for (sent, _), part in zip(tick.received, parts, strict=True):
-                sent.open -= 1
-                if part is not None:
-                    part = (
-                        part * seat.member.trainer.accumulate
-                        if seat.member.trainer.accumulate > 1
-                        else part
-                    )
-                    sent.gradient = part if sent.gradient is None else sent.gradient + part
 
     def _settle(self, done: bool) -> None:
         """Answer senders until nothing more is known: an answer may release what another one waits
         for.
         """
-        self._check_circles()
+        if not self._circles_checked and all(s.latest for s in self._seats.values() if s.outgoing):
+            _check_circles(self.links, self.members)
+            self._circles_checked = True
         again = True
         while again:
             again = False
@@ -378,14 +198,12 @@ class Collection:
                     again |= self._answer(seat, done)
                     for run, ticks in [pair for pair in seat.held if not pair[0].is_held]:
                         seat.held.remove((run, ticks))
-                        self._send_back(
-                            seat,
-                            ticks,
-                            [g for n, g in run.sent_back.items() if not n.startswith(STATE)],
+                        seat.send_back(
+                            ticks, [g for n, g in run.sent_back.items() if not n.startswith(STATE)]
                         )
                         again = True
 
-    def _answer(self, seat: _Seat, done: bool) -> bool:
+    def _answer(self, seat: Seat, done: bool) -> bool:
         """Hand in the gradients that are complete; whether there were any."""
         trainer = seat.member.trainer
         known = [
@@ -406,7 +224,7 @@ class Collection:
         trainer.answer(answers)
         return True
 
-    def _is_complete(self, seat: _Seat, message: str, sent: _Sent, done: bool) -> bool:
+    def _is_complete(self, seat: Seat, message: str, sent: Sent, done: bool) -> bool:
         """Whether no gradient for it can come any more."""
         if sent.open:
             return False
@@ -424,6 +242,30 @@ class Collection:
             seat.forget()
         self.now = 0
 
+    def _connect(self, link: Link) -> None:
+        """Seat both ends of a link."""
+        for name in (link.sender, link.receiver):
+            self._check_known(name, f"link {link}")
+        receiver = self._seats[link.receiver]
+        if not receiver.member.trainer.sends_input_gradients:
+            raise DecouplingError(
+                f"link {link}: the receiver sends no gradients back; make its trainer with "
+                "input_gradients=True"
+            )
+        if link.message not in (sent := self.members[link.sender].trainer.messages):
+            known = ", ".join(map(repr, sent)) or "none"
+            raise DecouplingError(
+                f"link {link}: the sender sends no such "
+                f"message{did_you_mean(link.message, sent)}; its trainer was made with "
+                f"messages: {known}"
+            )
+        if link.key == INPUT or any(link.key == other.key for other in receiver.incoming):
+            raise DecouplingError(
+                f"link {link}: the receiver has another input {link.key!r}; name this one by into="
+            )
+        receiver.incoming.append(link)
+        self._seats[link.sender].outgoing.append(link)
+
     def _check_known(self, name: str, where: str) -> None:
         if name not in self.members:
             hint = did_you_mean(name, self.members)
@@ -432,58 +274,14 @@ class Collection:
                 f"{', '.join(map(repr, self.members))}{hint}"
             )
 
-    def _check_circles(self) -> None:
-        """Once all sources are known: members that wait for each other would wait forever."""
-        if self._circles_checked or not all(s.latest for s in self._seats.values() if s.outgoing):
-            return
-        self._circles_checked = True
-        exact = [
-            k for k in self.links if self.members[k.sender].trainer.sources[k.message].asks.exact
-        ]
-        graph = nx.MultiDiGraph([(k.sender, k.receiver) for k in exact])
-        with contextlib.suppress(nx.NetworkXNoCycle):
-            circle = " -> ".join(repr(edge[0]) for edge in nx.find_cycle(graph))
-            raise DecouplingError(
-                f"{circle} -> ... wait for each other's exact gradients in a circle: give one of "
-                "these messages a source that predicts, such as 'linear'"
-            )
 
-
-def _check_member(member: Member) -> None:
-    if not isinstance(member.trainer, ThroughTime):
+def _check_circles(links: Sequence[Link], members: Mapping[str, Member]) -> None:
+    """Members that wait for each other would wait forever; once all sources are known."""
+    exact = [k for k in links if members[k.sender].trainer.sources[k.message].asks.exact]
+    graph = nx.MultiDiGraph([(k.sender, k.receiver) for k in exact])
+    with contextlib.suppress(nx.NetworkXNoCycle):
+        circle = " -> ".join(repr(edge[0]) for edge in nx.find_cycle(graph))
         raise DecouplingError(
-            "expected what decouple_through_time returns, or a Member of it, not "
-            f"{type(member.trainer).__name__}"
+            f"{circle} -> ... wait for each other's exact gradients in a circle: give one of "
+            "these messages a source that predicts, such as 'linear'"
         )
-    if type(member.every) is not int or member.every < 1:
-        raise DecouplingError(f"every={member.every!r}: expected a number of ticks, at least 1")
-    if member.trainer.framed.stateless and member.trainer.window > 1:
-        raise DecouplingError(
-            "its model has no state, so a window is one batch, but "
-            f"window={member.trainer.window}: use window=1, and accumulate= to update less often"
-        )
-
-
-def _stack(trainer: ThroughTime, values: list[Any], what: str) -> Any:
-    """The ticks of a window in one; a network without state takes its only tick as it is."""
-    if trainer.framed.stateless:
-        return values[0]
-    taken = [flatten(value) for value in values]
-    (first, structure), rest = taken[0], taken[1:]
-    shapes = [t.shape for t in first]
-    for leaves, other in rest:
-        if other != structure or [t.shape for t in leaves] != shapes:
-            raise DecouplingError(
-                f"the {what} of one window must be alike, but tensors of shapes "
-                f"{[tuple(s) for s in shapes]} are followed by {[tuple(t.shape) for t in leaves]}; "
-                "give the same at every tick"
-            )
-    dim = trainer.framed.time_dim
-    return structure.build(
-        iter(
-            [
-                torch.stack(every, dim)
-                for every in zip(*(leaves for leaves, _ in taken), strict=True)
-            ]
-        )
-    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 from ..decoupled import Decoupled, Stage
 from ..errors import DecouplingError
-from ..graphs.nested import flatten, map_tensors
+from ..graphs.nested import map_tensors
 from ..passes.trace.ports import ANOTHER, STATE
 from ..plan import CutPlan
 from ..reports.steps import StepReport
 from ..runtime.base import BaseTrainer
-from ..runtime.in_turn import InTurn
 from ..runtime.saving import load_trained, trained_state
 from ..sources import GradientSource
 from .carried import Carried, begin_anew, read_done
 from .states import InitialState, States
+from .under_way import Windows
 from .window import Window
 from .window_batch import WindowBatch
 
@@ -73,7 +73,7 @@ class ThroughTime(BaseTrainer):
         self.model, self.framed = decoupled.model, framed
         self.sends_input_gradients = input_gradients
         self._see_context, self._initial_state = see_context, initial_state
-        self._in_turn = InTurn(decoupled, self.optimizing, self.metrics, self.accumulate)
+        self._windows = Windows(decoupled, self.optimizing, self.metrics, self.accumulate)
         self._carried = Carried()
 
     @property
@@ -107,7 +107,7 @@ class ThroughTime(BaseTrainer):
     @property
     def windows(self) -> list[WindowBatch]:
         """Those under way, oldest first."""
-        return list(self._in_turn.under_way)
+        return self._windows.under_way
 
     def step(  # type: ignore[override]
         self, x_window: Any, state: Any = None, done: Any = None, target: Any = None
@@ -132,7 +132,7 @@ class ThroughTime(BaseTrainer):
             NonFiniteError: a value or gradient is NaN or infinite; nothing is updated.
             DecouplingError: a window, state or ``done`` that does not fit.
         """
-        batch = self._check_window(x_window)
+        batch = self.framed.check(x_window, self.window)
         states, carried = self._known_states(x_window), self._carried
         carried.check_untouched()
         goes_on = state is None or carried.is_same(state)
@@ -140,9 +140,10 @@ class ThroughTime(BaseTrainer):
         if leaves is None:
             leaves = states.initial(batch)
         carried.check_fits(states, leaves, batch)
-        before = next((w for w in reversed(self.windows) if not w.has_ended), None)
+        before = self._windows.open_ended()
         if before is not None and not goes_on and before.is_held:
-            self._advance(None, before.end)  # its update must come before the next forward
+            # Its update must come before the next forward.
+            self._windows.advance(self.steps, None, before.end)
             before = None
         ended = read_done(done, batch, next(self.model.parameters()).device)
         context = self.objective.context(target)
@@ -153,7 +154,7 @@ class ThroughTime(BaseTrainer):
         known: dict[str, Any] = {}
 
         def begin() -> None:
-            made.begin(values, context, target, self._in_turn.clock)
+            made.begin(values, context, target, self._windows.clock)
             sent = made.state.values
             known["output"] = made.state.output
             known["after"] = [sent[f"next_{n}"].detach() for n in states.names]
@@ -165,7 +166,7 @@ class ThroughTime(BaseTrainer):
             if ended is not None and bool(ended.all()):
                 made.end()
 
-        self._advance(made, begin)
+        self._windows.advance(self.steps, made, begin)
         self.steps += 1
         after = known["after"]
         if ended is not None:
@@ -201,7 +202,7 @@ class ThroughTime(BaseTrainer):
         Raises:
             DecouplingError: a window that does not fit.
         """
-        batch = self._check_window(x_window)
+        batch = self.framed.check(x_window, self.window)
         context = self.objective.context(target)
         self._bind(x_window, self._known_states(x_window).initial(batch), context)
         return self
@@ -234,47 +235,7 @@ class ThroughTime(BaseTrainer):
             DecouplingError: no such step waits for an answer, no such message, a gradient of
                 another shape, or only some of the windows that are held together.
         """
-        windows = {w.step: w for w in self.windows}
-        found: list[tuple[WindowBatch, str, Tensor]] = []
-        for step, answers in gradients.items():
-            for name, gradient in answers.items():
-                window = windows.get(step)
-                if self._is_awaited(step, name, window):
-                    assert window is not None
-                    expected = window.state.sent[name].shape
-                    if gradient.shape != expected:
-                        raise DecouplingError(
-                            f"the gradient of message {name!r} has shape {tuple(gradient.shape)}, "
-                            f"but the message {tuple(expected)}"
-                        )
-                    found.append((window, name, gradient.detach()))
-        _check_held(list(windows.values()), {(w.step, n) for w, n, _ in found})
-
-        def deliver() -> None:
-            for window, name, gradient in found:
-                window.hear(name, gradient)
-
-        if found:
-            self._advance(None, deliver)
-
-    def _is_awaited(self, step: int, name: str, window: WindowBatch | None) -> bool:
-        """Whether a window waits for an answer to a message; not where nothing is learnt from
-        it.
-        """
-        sent = [i.name for i in self.decoupled.interfaces if i.feeds == ANOTHER]
-        if name not in sent or not 1 <= step <= self.steps:
-            raise DecouplingError(
-                f"answer to step {step}, message {name!r}: there was no such step, or the model "
-                "sends no such message"
-            )
-        if window is not None and name not in window.heard:
-            return True
-        asks = self.decoupled.sources[name].asks
-        if "gradient" in asks.learns_from or asks.exact:
-            raise DecouplingError(
-                f"message {name!r} of step {step} does not wait for an answer (any more)"
-            )
-        return False
+        self._windows.answer(gradients, self.steps)
 
     def reset(self) -> None:
         """Start a new sequence with the next window, for all samples."""
@@ -290,18 +251,7 @@ class ThroughTime(BaseTrainer):
         Returns:
             How many updates that made.
         """
-        held = [w for w in self.windows if w.is_held]
-
-        def close() -> None:
-            for window in held:
-                for name in window.waits_for - window.heard:
-                    if window is held[-1] or window.leaving[name].feeds == ANOTHER:
-                        window.hear(name, None)
-
-        if held:
-            self._advance(None, close)
-        self._in_turn.under_way = []
-        return bool(held)
+        return self._windows.drain(self.steps)
 
     def state_dict(self) -> dict[str, Any]:
         """As :meth:`dni_fx.Trainer.state_dict`, with the state that the next window starts from.
@@ -323,58 +273,8 @@ class ThroughTime(BaseTrainer):
         self.optimizing.prepare(self.decoupled.graphs, self.stages, 1 / self.accumulate)
         load_trained(state, self.decoupled, self.optimizing)
         self.steps = state["steps"]
-        self._in_turn.under_way = []
+        self._windows.forget()
         self._carried.forget([t.clone() for t in state.get("carried", [])] or None)
-
-    # ---- parts -----------------------------------------------------------------------------------
-
-    def _check_window(self, x: Any) -> int:
-        leaves = flatten(x)[0]
-        if self.framed.stateless:
-            return int(leaves[0].shape[0]) if leaves and leaves[0].dim() else 0
-        time, batch = self.framed.time_dim, self.framed.batch_dim
-        layout = "(batch, time, ...)" if self.framed.batch_first else "(time, batch, ...)"
-        if not leaves or any(t.dim() < 2 for t in leaves):
-            found = [tuple(t.shape) for t in leaves] or type(x).__name__
-            raise DecouplingError(
-                f"a window must be a tensor, or several, of shape {layout}, but is {found}"
-            )
-        sizes = {(t.shape[time], t.shape[batch]) for t in leaves}
-        if len(sizes) > 1:
-            raise DecouplingError(
-                f"the tensors of a window must agree in time and batch, {layout}, but are {sizes}"
-            )
-        ((steps, count),) = sizes
-        if steps < 1 or count < 1:
-            raise DecouplingError(f"a window of shape {tuple(leaves[0].shape)}, {layout}, is empty")
-        if steps > self.window:
-            raise DecouplingError(
-                f"this window has {steps} time steps ({layout}, shape {tuple(leaves[0].shape)}), "
-                f"but window={self.window}: split the sequence into windows of at most "
-                f"{self.window}, for example x.split({self.window}, dim={time}); the last one may "
-                "be shorter"
-            )
-        return int(count)
-
-    def _advance(self, new: WindowBatch | None, begin: Callable[[], None]) -> None:
-        """One step of time; a failure after graphs were pulled back costs the sequences that were
-        held.
-        """
-        try:
-            self._in_turn.advance(self.steps, new, begin, self._check_update)
-        except BaseException:
-            if any(w.torn and w.is_held for w in self.windows):
-                self._in_turn.under_way = []
-            raise
-
-    def _check_update(self, windows: Sequence[WindowBatch]) -> None:
-        held = any(w.is_held for w in windows)
-        if held and any(p.grad is not None for p in self.model.parameters()):
-            raise DecouplingError(
-                "accumulate= counts windows, and this update would come while later windows are "
-                "held for exact gradients, which it would spoil: leave it out, or let updates come "
-                "at the ends of sequences"
-            )
 
     def _check_sources(self) -> None:
         waiting = [n for n, s in self.decoupled.sources.items() if s.asks.wait and not s.asks.exact]
@@ -383,23 +283,6 @@ class ThroughTime(BaseTrainer):
                 f"the source at {waiting[0]!r} waits for a message, which windows cannot: use one "
                 "that predicts at once"
             )
-
-
-def _check_held(windows: list[WindowBatch], new: set[tuple[int, str]]) -> None:
-    """Windows that are held for messages are pulled back together, with all their answers."""
-    held = {
-        w: {n for n in w.waits_for - w.heard if (w.step, n) not in new}
-        for w in windows
-        if w.is_held
-    }
-    missing = {w: {n for n in names if w.leaving[n].feeds == ANOTHER} for w, names in held.items()}
-    left = [w for w, names in missing.items() if names]
-    if new and left and not all(held.values()):
-        raise DecouplingError(
-            "with these answers a window is pulled back and the weights are updated, but step "
-            f"{left[0].step} is held, too, and waits for "
-            f"{', '.join(map(repr, sorted(missing[left[0]])))}: answer all held windows in one call"
-        )
 
 
 def _fresh(tensor: Tensor) -> Tensor:

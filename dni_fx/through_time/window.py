@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import DecouplingError
+from ..graphs.nested import flatten
 from .held_state import HeldState
 from .layers import Layers
 from .states import GivenState, InitialState, NoState, States
@@ -99,6 +100,43 @@ class Window(nn.Module):
     def states(self) -> States | None:
         """What is known of the state, from the first window on."""
         return self.carrier.states
+
+    def check(self, x: Any, most: int) -> int:
+        """The batch size of a window that can be run.
+
+        Args:
+            x: the window.
+            most: time steps that it may have.
+
+        Raises:
+            DecouplingError: tensors of other shapes, or too many steps.
+        """
+        leaves = flatten(x)[0]
+        if self.stateless:
+            return int(leaves[0].shape[0]) if leaves and leaves[0].dim() else 0
+        time, batch = self.time_dim, self.batch_dim
+        layout = "(batch, time, ...)" if self.batch_first else "(time, batch, ...)"
+        if not leaves or any(t.dim() < 2 for t in leaves):
+            found = [tuple(t.shape) for t in leaves] or type(x).__name__
+            raise DecouplingError(
+                f"a window must be a tensor, or several, of shape {layout}, but is {found}"
+            )
+        sizes = {(t.shape[time], t.shape[batch]) for t in leaves}
+        if len(sizes) > 1:
+            raise DecouplingError(
+                f"the tensors of a window must agree in time and batch, {layout}, but are {sizes}"
+            )
+        ((steps, count),) = sizes
+        if steps < 1 or count < 1:
+            raise DecouplingError(f"a window of shape {tuple(leaves[0].shape)}, {layout}, is empty")
+        if steps > most:
+            raise DecouplingError(
+                f"this window has {steps} time steps ({layout}, shape {tuple(leaves[0].shape)}), "
+                f"but window={most}: split the sequence into windows of at most "
+                f"{most}, for example x.split({most}, dim={time}); the last one may "
+                "be shorter"
+            )
+        return int(count)
 
     def forward(self, x: Any, state: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
         """One window.

@@ -38,12 +38,13 @@ class Observer(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.reset()
-
-    def reset(self) -> None:
         self.random = False
         self.parameters: dict[int, None] = {}
         self.tensors: dict[int, torch.Tensor] = {}
+
+    def reset(self) -> None:
+        """Before another node."""
+        self.random, self.parameters, self.tensors = False, {}, {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

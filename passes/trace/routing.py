@@ -49,13 +49,15 @@ def recording(recorder: Recorder) -> Iterator[None]:
         return leave(region, *error)
 
     nn.Module.__call__ = call  # type: ignore[method-assign]
-    torch.autograd.Function.apply = classmethod(function_apply)  # type: ignore[assignment, method-assign]
-    torch.autocast.__enter__, torch.autocast.__exit__ = autocast_enter, autocast_exit  # type: ignore[method-assign]
+    function: Any = torch.autograd.Function
+    region: Any = torch.autocast
+    function.apply = classmethod(function_apply)
+    region.__enter__, region.__exit__ = autocast_enter, autocast_exit
     try:
         with recorder.fake or contextlib.nullcontext(), recorder:
             yield
     finally:
         recorder.sizes.looks.over = True
         nn.Module.__call__ = module_call  # type: ignore[method-assign]
-        torch.autograd.Function.apply = apply  # type: ignore[method-assign]
-        torch.autocast.__enter__, torch.autocast.__exit__ = enter, leave  # type: ignore[method-assign]
+        function.apply = apply
+        region.__enter__, region.__exit__ = enter, leave

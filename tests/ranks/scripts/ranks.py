@@ -293,7 +293,7 @@ def lengths() -> None:
 
 def free(gradients: str, **options: Any) -> None:
     trainer = train(trainer_of(gradients, queue=2, **options), 15)
-    for worker in trainer.workers.values():
+    for worker in trainer.process.workers.values():
         assert worker.learner.updates >= 15, (
             f"{gradients}: {worker.name} made {worker.learner.updates} updates in 15 steps"
         )
@@ -359,7 +359,7 @@ def dropping() -> None:
                     time.sleep(0.01)
                 if dist.get_rank() == 1 and step == steps * 2 // 5 and placement is None:
                     store.wait([key])
-            workers = trainer.workers.values()
+            workers = trainer.process.workers.values()
             if dist.get_rank() == 0 and placement is None:
                 assert gradients == "delayed" or all(w.learner.updates == steps for w in workers)
                 store.set(key, "made all steps")
@@ -395,7 +395,7 @@ def whole_model() -> None:
         model = built(Skips, torch.float32)
         model.load_state_dict(state)
         want = model(x)
-        has_last = 3 in trainer.workers
+        has_last = 3 in trainer.process.workers
         assert (output is not None) == has_last
         if has_last:
             assert torch.equal(output, want)
