@@ -166,6 +166,7 @@ def test_distill_takes_features_last_or_second() -> None:
     assert head.fit(prediction, (logits,)) != head.fit(prediction, (logits.roll(1, 1),))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("make", HEADS)
 def test_contract(make: type[LossHead], kind: str) -> None:
@@ -213,6 +214,7 @@ def test_counts_itself_without_storage(make: type[LossHead], kind: str) -> None:
     assert prediction.gradients[0].abs().sum() > 0
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["vector", "tokens", "map2d"])

@@ -60,6 +60,7 @@ FIXED = [
 ]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", ["auto", "linear", "mlp"])
 @pytest.mark.parametrize(("value", "given"), PAIRS)
 def test_every_value_from_every_input(value: str, given: str, name: str) -> None:
@@ -87,6 +88,7 @@ def test_every_value_from_every_input(value: str, given: str, name: str) -> None
     assert {key: tuple(tensor.shape) for key, tensor in source.state_dict().items()} == keys
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("given", MODEL_INPUTS)
 @pytest.mark.parametrize("value", ["map1d", "map2d", "map3d"])
 def test_convolutions_over_maps_from_every_input(value: str, given: str) -> None:

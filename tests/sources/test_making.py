@@ -223,6 +223,7 @@ def test_global_random_state_stays(name: str) -> None:
     )
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("with_context", [False, True])
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_flops_formula(name: str, kind: str, with_context: bool) -> None:

@@ -16,6 +16,7 @@ from dni_fx.sources import MLP, Conv, make_source, one_hot
 from .regressions import CASES, LABELS, random_tensor, spec_of, train
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("with_context", [False, True])
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_starts_at_zero_then_learns(name: str, kind: str, with_context: bool) -> None:
@@ -171,6 +172,7 @@ def test_memory_format_follows_the_value() -> None:
     )
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("name", "kind"), [case for case in CASES if case[1] != "scalar"])
 def test_other_batch_sizes(name: str, kind: str) -> None:
     source = make_source(name, [spec_of(kind)], TensorSpec((4, 3), torch.float32))
