@@ -45,6 +45,7 @@ def backprop(name: str, dtype: torch.dtype, optimizer: oracles.Optimizers) -> or
     return oracles.backprop_run(BY_NAME[name], dtype, optimizer)
 
 
+@pytest.mark.matrix
 @DTYPES
 @OPTIMIZERS
 @EVERY_CASE
@@ -55,6 +56,7 @@ def test_exact_equals_backprop(
     assert_bits_equal(got, backprop(case.name, dtype, optimizer), f"{case.name}: exact mode")
 
 
+@pytest.mark.matrix
 @OPTIMIZERS
 @EVERY_CASE
 def test_a_share_of_one_equals_backprop(case: Case, optimizer: oracles.Optimizers) -> None:
@@ -77,6 +79,7 @@ def test_the_oracle_sees_a_share_of_less_than_one() -> None:
     )
 
 
+@pytest.mark.matrix
 @DTYPES
 @OPTIMIZERS
 @EVERY_CASE
@@ -87,6 +90,7 @@ def test_replay_equals_backprop(
     assert_bits_equal(got, backprop(case.name, dtype, optimizer), f"{case.name}: replay")
 
 
+@pytest.mark.matrix
 @DTYPES
 @EVERY_CASE
 def test_composed_stages_equal_the_model(case: Case, dtype: torch.dtype) -> None:
@@ -94,11 +98,13 @@ def test_composed_stages_equal_the_model(case: Case, dtype: torch.dtype) -> None
     assert oracles.composed_check(case, dtype, batches=batches) >= len(batches)
 
 
+@pytest.mark.matrix
 @EVERY_CASE
 def test_nothing_crosses_before_fit(case: Case) -> None:
     assert oracles.nothing_crosses(case, torch.float32) > 0
 
 
+@pytest.mark.matrix
 @EVERY_CASE
 def test_cut_at_every_legal_place_at_once(case: Case) -> None:
     model = case.build()
@@ -121,6 +127,7 @@ def plan_of(case: Case) -> dni_fx.CutPlan:
     return oracles.transform(case, torch.float32, "zero").plan
 
 
+@pytest.mark.matrix
 @EVERY_CASE
 def test_plan_is_the_same_on_retrace(case: Case) -> None:
     first, second = plan_of(case), plan_of(case)
@@ -161,6 +168,7 @@ def test_plans_do_not_depend_on_the_hash_seed() -> None:
     assert printed[0] == printed[1] == printed[2]
 
 
+@pytest.mark.matrix
 @EVERY_CASE
 def test_the_self_check_passes(case: Case) -> None:
     """The check that users get by default finds nothing wrong, and leaves model and generator as

@@ -171,6 +171,7 @@ def run(
     return seen
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("shard", range(-(-COUNT // SHARD)))
 def test_random_graphs(
     shard: int, capsys: pytest.CaptureFixture[str], record_property: Callable[[str, Any], None]

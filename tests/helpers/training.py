@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ import dni_fx
 
 from ..models.cases import Case, named_leaves, seed_generator
 from ..models.small import CHAIN
-from .optimisers import sgd
+from .optimisers import adam, sgd
 
 ONE_HOT = dni_fx.one_hot(3)
 DECOUPLE = inspect.signature(dni_fx.decouple).parameters
@@ -99,6 +99,31 @@ def train(
         if pause:
             time.sleep(pause)
     return trainer
+
+
+def teach(
+    source: Any,
+    arguments: tuple[Any, ...],
+    message: Any,
+    steps: int = 10,
+    optimizer: Callable[[Any], torch.optim.Optimizer] = adam,
+) -> list[float]:
+    """Fit a source to one message by hand, again and again.
+
+    Args:
+        arguments: of ``predict``.
+
+    Returns:
+        The losses.
+    """
+    made, losses = optimizer(source.parameters()), []
+    for _ in range(steps):
+        made.zero_grad()
+        loss = source.fit(source.predict(*arguments), message)
+        loss.backward()
+        made.step()
+        losses.append(loss.item())
+    return losses
 
 
 def record(trainer: Any) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from ..models.zoo import ZOO
 from .searches import Towers, X, chain, plan, search_of
 
 
+@pytest.mark.matrix
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of weight_norm's old form
 @pytest.mark.parametrize("case", ZOO, ids=lambda case: case.name)
 def test_every_model_of_the_zoo_can_be_weighed(case: Case) -> None:

@@ -59,6 +59,7 @@ def runs_of(case: Case, found: CutPlan | None) -> tuple[Any, Any]:
     return oracles.exact_run(case, torch.float64, sgd, decoupled=decoupled, **options), wanted
 
 
+@pytest.mark.matrix
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("case", ZOO, ids=lambda case: case.name)
 def test_found_cuts_train_as_backpropagation_does(case: Case) -> None:
@@ -101,6 +102,7 @@ def random_assignment(model: nn.Module, args: Any, kwargs: Any, rng: random.Rand
     )
 
 
+@pytest.mark.matrix
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("case", ZOO, ids=lambda case: case.name)

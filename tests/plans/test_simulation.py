@@ -128,6 +128,7 @@ def run_decoupled(
     return max(events.run().values())
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", PIPELINES)
 @pytest.mark.parametrize("seed", range(40))
 def test_pipelines_of_unequal_stages_are_exact(name: str, seed: int) -> None:
@@ -147,6 +148,7 @@ def test_pipelines_of_unequal_stages_are_exact(name: str, seed: int) -> None:
             )
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", PIPELINES)
 @pytest.mark.parametrize("seed", range(40))
 def test_pipelines_of_other_graphs_are_never_too_fast(name: str, seed: int) -> None:
@@ -232,6 +234,7 @@ def test_the_oracle_tells_schedules_apart(name: str) -> None:
         assert found != pytest.approx(told, rel=1e-4)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("seed", range(40))
 def test_decoupled_step_is_the_slope_and_fill_the_offset(seed: int) -> None:
     rng = random.Random(seed)

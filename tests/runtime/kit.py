@@ -21,7 +21,7 @@ NORMS = replace(CHAIN, name="norms", make=norm_dropout_chain, cuts=("3", "6"))
 CUTS = list(NORMS.cuts)
 
 
-SOURCES = ("linear", "mlp", "stale", "zero", "exact")
+SOURCES = [name for name in dni_fx.sources.SOURCES if name != "conv"]  # of a value without space
 
 
 def fresh() -> nn.Module:

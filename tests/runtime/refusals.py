@@ -6,7 +6,6 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ import dni_fx
 
 from ..helpers.comparing import assert_bits_equal, state_of
 from ..helpers.optimisers import adam
+from ..helpers.refusing import refused
 from ..models.feedforward import mlp_chain, norm_dropout_chain
 
 X, Y = torch.randn(4, 6, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1, 2, 1])
@@ -49,16 +49,6 @@ def _copied(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_copied(v) for v in value]
     return value.clone() if isinstance(value, Tensor) else value
-
-
-def refused(error: type[BaseException], call: Callable[[], Any], *words: str) -> str:
-    """The call raises the error, with a message that holds all words."""
-    with pytest.raises(error) as caught:
-        call()
-    text = str(caught.value)
-    missing = [w for w in words if w not in text]
-    assert not missing, f"{missing} not in: {text}"
-    return text
 
 
 def refused_step(

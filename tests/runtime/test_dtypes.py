@@ -16,7 +16,7 @@ from ..helpers.optimisers import sgd
 from ..helpers.oracles import decoupled_run, exact_run
 from ..models.feedforward import mlp_chain
 from ..models.zoo import BY_NAME
-from .kit import SOURCES, batches, fresh, make_trainer
+from .kit import SOURCES, batches, decouple, fresh, make_trainer
 
 
 @pytest.mark.parametrize("backward_inside", [True, False])
@@ -88,10 +88,7 @@ def test_channels_last_is_kept() -> None:
 
 @pytest.mark.parametrize("gradients", SOURCES)
 def test_batches_of_any_size(gradients: str) -> None:
-    model = mlp_chain()
-    decoupled = dni_fx.decouple(
-        model, ["1", "3"], example_inputs=(torch.randn(4, 6),), gradients=gradients
-    )
+    decoupled = decouple(gradients, model=mlp_chain(), cuts=["1", "3"])
     trainer = dni_fx.Trainer(decoupled, F.cross_entropy, optimizer=sgd)
     for size in (4, 1, 7, 2, 1):
         report = trainer.step(torch.randn(size, 6), target=torch.randint(0, 3, (size,)))

@@ -14,8 +14,9 @@ from dni_fx.errors import CutError, DecouplingError, PlanMismatchError
 from dni_fx.sources import Linear
 
 from ..helpers.optimisers import sgd
+from ..helpers.refusing import refused
 from ..models.feedforward import mlp_chain
-from .refusals import Named, X, Y, decouple, make_trainer, refused, refused_step
+from .refusals import Named, X, Y, decouple, make_trainer, refused_step
 
 pytestmark = pytest.mark.usefixtures("quiet")
 

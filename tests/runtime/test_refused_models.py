@@ -14,9 +14,10 @@ import dni_fx
 from dni_fx.errors import CutError, DecouplingError
 
 from ..helpers.comparing import assert_bits_equal, state_of
+from ..helpers.refusing import refused
 from ..models.feedforward import mlp_chain, norm_dropout_chain
 from ..models.shared import Views
-from .refusals import Named, X, decouple, refused
+from .refusals import Named, X, decouple
 
 pytestmark = pytest.mark.usefixtures("quiet")
 

@@ -14,8 +14,9 @@ from dni_fx.errors import CutError, DecouplingError, NonFiniteError, PlanMismatc
 from dni_fx.sources import GradientSource, Linear, Prediction
 
 from ..helpers.optimisers import adam, sgd
+from ..helpers.refusing import refused
 from ..models.feedforward import mlp_chain
-from .refusals import X, Y, decouple, make_trainer, refused, refused_step
+from .refusals import X, Y, decouple, make_trainer, refused_step
 
 pytestmark = pytest.mark.usefixtures("quiet")
 

@@ -56,17 +56,3 @@ def message_for(head: LossHead, values: tuple[Tensor, ...], seed: int = 5) -> tu
     }
     kinds = [] if head.message == "none" else head.message.split("+")
     return tuple(tensor for kind in kinds for tensor in parts[kind])
-
-
-def train(head: LossHead, values, context, message, steps: int, lr: float = 0.01) -> list[float]:
-    """Adam on a message, or on what ``message`` makes of a prediction; the losses."""
-    optimizer = torch.optim.Adam(head.parameters(), lr=lr)
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        prediction = head(values, context)
-        loss = head.fit(prediction, message)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from dni_fx.plan import TensorSpec
-from dni_fx.sources import GradientSource
 
 KINDS = {
     "vector": ((4, 6), -1),
@@ -41,17 +40,3 @@ def random_tensor(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64
     return torch.randn(
         shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
     ).to(dtype)
-
-
-def train(
-    source: GradientSource, values, labels, targets, steps: int = 3, lr: float = 0.1
-) -> list[float]:
-    optimizer = torch.optim.SGD(source.parameters(), lr=lr)
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = source.fit(source(values, labels), targets)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses

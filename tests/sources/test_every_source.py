@@ -25,6 +25,7 @@ from .kit import noted
 NAMES = [name for name in SOURCES if name not in ("exact", "conv")]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("inputs", [None, "auto"])
 @pytest.mark.parametrize("case", [CHAIN, CROSSING, CONVOLUTIONS], ids=lambda case: case.name)
 @pytest.mark.parametrize("name", NAMES)

@@ -14,7 +14,8 @@ from dni_fx.plan import TensorSpec
 from dni_fx.sources import GradientSource, make_source, one_hot
 from dni_fx.sources.heads import Critic, Distill, Local, LossHead, Sobolev
 
-from .heads import HEADS, KINDS, LABELS, Y, cosine, message_for, random_tensor, spec_of, train
+from ..helpers.training import teach
+from .heads import HEADS, KINDS, LABELS, Y, cosine, message_for, random_tensor, spec_of
 
 
 def problem(kind: str = "vector", batch: int = 32) -> tuple[TensorSpec, Tensor, Tensor]:
@@ -32,7 +33,7 @@ def test_local_learns_the_labels(kind: str) -> None:
     spec, value, labels = problem(kind)
     head = Local([spec], TensorSpec(labels.shape, labels.dtype))
     assert head.message == "none"
-    losses = train(head, (value,), labels, (), 60)
+    losses = teach(head, ((value,), labels), (), 60)
     assert losses[-1] < 0.6 * losses[0]
 
 
@@ -46,7 +47,7 @@ def test_critic_learns_losses_that_are_a_heads(distance: str) -> None:
     known = teacher((value,), labels)
     critic = Critic([spec], context, distance=distance)
     before = critic((value,), labels)
-    losses = train(critic, (value,), labels, (known.loss,), 300)
+    losses = teach(critic, ((value,), labels), (known.loss,), 300)
     assert losses[-1] < 0.1 * losses[0]
     after = critic((value,), labels)
     measure = F.l1_loss if distance == "l1" else F.mse_loss
@@ -56,7 +57,7 @@ def test_critic_learns_losses_that_are_a_heads(distance: str) -> None:
     )
 
     wrong = Critic([spec], context, distance=distance)  # control: the losses of other samples
-    train(wrong, (value,), labels, (known.loss.roll(1),), 300)
+    teach(wrong, ((value,), labels), (known.loss.roll(1),), 300)
     assert cosine(wrong((value,), labels).gradients[0], known.gradients[0]) < 0.8
     with pytest.raises(DecouplingError, match=r"unknown distance 'l3' .* known: 'l1', 'l2'"):
         Critic([spec], context, distance="l3")
@@ -77,7 +78,7 @@ def test_sobolev_also_learns_gradients() -> None:
         head = Sobolev([spec], context, weight=weight)
         head.unit = 1 / 8
         start = cosine(head((value,), labels).gradients[0], known.gradients[0])
-        train(head, (value,), labels, message, 200)
+        teach(head, ((value,), labels), message, 200)
         found[weight] = cosine(head((value,), labels).gradients[0], known.gradients[0])
         assert head.running.scale.item() == pytest.approx(message[0].square().mean().sqrt().item())
     assert found[10.0] > 0.9 > start
@@ -138,7 +139,7 @@ def test_distill_learns_logits(labels: float, loss: str) -> None:
     known = teacher((value,), context)
     head = Distill([spec], shape, loss=loss, labels=labels, temperature=2.0)
     first = head((value,), context)
-    train(head, (value,), context, (known.logits,), 400)
+    teach(head, ((value,), context), (known.logits,), 400)
     last = head((value,), context)
     gaps = [(p.logits - known.logits).log_softmax(1).std().item() for p in (first, last)]
     if loss == "mse":
@@ -166,6 +167,7 @@ def test_distill_takes_features_last_or_second() -> None:
     assert head.fit(prediction, (logits,)) != head.fit(prediction, (logits.roll(1, 1),))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("make", HEADS)
 def test_contract(make: type[LossHead], kind: str) -> None:
@@ -213,6 +215,7 @@ def test_counts_itself_without_storage(make: type[LossHead], kind: str) -> None:
     assert prediction.gradients[0].abs().sum() > 0
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["vector", "tokens", "map2d"])

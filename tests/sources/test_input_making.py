@@ -22,7 +22,8 @@ from dni_fx.sources.inputs import (
     make_input,
 )
 
-from .values import FLOAT, IDS, MODEL_INPUTS, draw, input_spec, specs_of, train, value_spec
+from ..helpers.training import teach
+from .values import FLOAT, IDS, MODEL_INPUTS, draw, input_spec, specs_of, value_spec
 
 
 def test_auto_takes_convolutions_for_maps_that_an_input_lines_up_with() -> None:
@@ -55,7 +56,7 @@ def test_sources_of_ones_own() -> None:
 
     spec, x = TensorSpec((4, 6), FLOAT), draw((4, 3), FLOAT)
     source = make_input(Constant, spec, specs_of(x))
-    assert train(source, (x,), torch.ones(4, 6), 300)[-1] < 0.01
+    assert teach(source, ((x,),), torch.ones(4, 6), 300)[-1] < 0.01
     assert source.flops() == 0
     wide = make_input(partial(MLPInput, hidden=2, width=10), spec, specs_of(x))
     assert [layer.weight.shape for layer in wide.layers] == [(10, 3), (10, 10), (6, 10)]

@@ -15,7 +15,8 @@ from torch import Tensor
 from dni_fx.plan import TensorSpec
 from dni_fx.sources.inputs import ConvInput, InputRegression, InputSource, LinearInput, make_input
 
-from .values import FLOAT, IDS, VALUES, draw, input_spec, specs_of, train, value_spec
+from ..helpers.training import teach
+from .values import FLOAT, IDS, VALUES, draw, input_spec, specs_of, value_spec
 
 
 def solve(source: InputSource, inputs, real: Tensor) -> float:
@@ -71,7 +72,7 @@ def test_a_hidden_layer_predicts_what_linear_cannot() -> None:
     value = (x[:, :1] * x[:, 1:]).expand(-1, 3)
     spec = TensorSpec((64, 3), torch.float64)
     linear, mlp = (
-        train(make_input(name, spec, specs_of(x)), (x,), value, 400)[-1]
+        teach(make_input(name, spec, specs_of(x)), ((x,),), value, 400)[-1]
         for name in ("linear", "mlp")
     )
     assert mlp < 0.1 < 0.5 < linear
@@ -82,7 +83,8 @@ def test_convolutions_see_neighbours_and_the_rest_does_not() -> None:
     value = F.conv2d(x, draw((2, 1, 3, 3), seed=1), padding=1)
     spec = TensorSpec((16, 2, 8, 8), torch.float64, 1)
     linear, conv = (
-        train(make_input(name, spec, specs_of(x)), (x,), value, 300)[-1] for name in ("mlp", "conv")
+        teach(make_input(name, spec, specs_of(x)), ((x,),), value, 300)[-1]
+        for name in ("mlp", "conv")
     )
     assert conv < 0.1 < 0.5 < linear
 
@@ -146,7 +148,7 @@ def test_predictions_have_the_dtype_of_the_value(dtype: torch.dtype) -> None:
     assert {p.dtype for p in source.parameters()} == {
         torch.float64 if dtype == torch.float64 else torch.float32
     }
-    losses = train(source, (x,), real)
+    losses = teach(source, ((x,),), real)
     assert losses[-1] < losses[0]
     assert source.double()((x.double(),)).value.dtype == torch.float64  # along with the model
 
@@ -206,7 +208,7 @@ def test_no_random_number_is_drawn() -> None:
 def test_a_state_dict_is_the_whole_state() -> None:
     x, spec = draw((4, 5), IDS), value_spec("sequence")
     source, other = (make_input("mlp", spec, specs_of(x)) for _ in range(2))
-    train(source, (x,), draw(spec.shape, FLOAT))
+    teach(source, ((x,),), draw(spec.shape, FLOAT))
     assert not torch.equal(source((x,)).value, other((x,)).value)
     other.load_state_dict(source.state_dict())
     assert torch.equal(source((x,)).value, other((x,)).value)

@@ -13,7 +13,8 @@ from dni_fx.plan import TensorSpec
 from dni_fx.sources.align_inputs import Lineup
 from dni_fx.sources.inputs import LinearInput, MLPInput, make_input
 
-from .values import FLOAT, IDS, MODEL_INPUTS, VALUES, draw, input_spec, specs_of, train, value_spec
+from ..helpers.training import teach
+from .values import FLOAT, IDS, MODEL_INPUTS, VALUES, draw, input_spec, specs_of, value_spec
 
 # What doubles in a value when an input's time or space doubles; all else keeps its size.
 DOUBLED = {
@@ -60,6 +61,7 @@ FIXED = [
 ]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", ["auto", "linear", "mlp"])
 @pytest.mark.parametrize(("value", "given"), PAIRS)
 def test_every_value_from_every_input(value: str, given: str, name: str) -> None:
@@ -72,7 +74,7 @@ def test_every_value_from_every_input(value: str, given: str, name: str) -> None
     assert prediction.value.shape == spec.shape
     assert prediction.value.dtype == spec.dtype
     assert not prediction.value.requires_grad
-    losses = train(source, (x,), draw(spec.shape, spec.dtype, seed=1))
+    losses = teach(source, ((x,),), draw(spec.shape, spec.dtype, seed=1))
     assert losses[-1] < losses[0]
     assert all(parameter.grad is not None for parameter in source.parameters())
 
@@ -87,6 +89,7 @@ def test_every_value_from_every_input(value: str, given: str, name: str) -> None
     assert {key: tuple(tensor.shape) for key, tensor in source.state_dict().items()} == keys
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("given", MODEL_INPUTS)
 @pytest.mark.parametrize("value", ["map1d", "map2d", "map3d"])
 def test_convolutions_over_maps_from_every_input(value: str, given: str) -> None:
@@ -94,7 +97,7 @@ def test_convolutions_over_maps_from_every_input(value: str, given: str) -> None
     source = make_input("conv", spec, (input_spec(given),))
     x = draw(shape, dtype)
     assert source((x,)).value.shape == spec.shape
-    losses = train(source, (x,), draw(spec.shape, spec.dtype, seed=1))
+    losses = teach(source, ((x,),), draw(spec.shape, spec.dtype, seed=1))
     assert losses[-1] < losses[0]
 
 

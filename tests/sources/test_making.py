@@ -29,7 +29,8 @@ from dni_fx.sources import (
     one_hot,
 )
 
-from .regressions import CASES, KINDS, LABELS, MAPS, random_tensor, spec_of, train
+from ..helpers.training import teach
+from .regressions import CASES, KINDS, LABELS, MAPS, random_tensor, spec_of
 
 
 def test_one_hot() -> None:
@@ -223,6 +224,7 @@ def test_global_random_state_stays(name: str) -> None:
     )
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("with_context", [False, True])
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_flops_formula(name: str, kind: str, with_context: bool) -> None:
@@ -244,9 +246,10 @@ def test_state_resumes_bit_for_bit() -> None:
     source, other = (
         make_source("mlp", [spec_of("vector")], TensorSpec((4, 3), torch.float32)) for _ in range(2)
     )
-    train(source, values, labels, targets)
+    teach(source, (values, labels), targets)
     other.load_state_dict(source.state_dict())
-    assert train(source, values, labels, targets) == train(other, values, labels, targets)
+    first, second = (teach(s, (values, labels), targets) for s in (source, other))
+    assert first == second
     assert torch.equal(source(values, labels).gradients[0], other(values, labels).gradients[0])
 
 

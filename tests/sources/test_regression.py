@@ -13,9 +13,13 @@ from dni_fx.errors import DecouplingError
 from dni_fx.plan import TensorSpec
 from dni_fx.sources import MLP, Conv, make_source, one_hot
 
-from .regressions import CASES, LABELS, random_tensor, spec_of, train
+from ..helpers.training import teach
+from .regressions import CASES, LABELS, random_tensor, spec_of
+
+SGD = partial(torch.optim.SGD, lr=0.1)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("with_context", [False, True])
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_starts_at_zero_then_learns(name: str, kind: str, with_context: bool) -> None:
@@ -31,7 +35,7 @@ def test_starts_at_zero_then_learns(name: str, kind: str, with_context: bool) ->
     assert not first.requires_grad
     assert torch.count_nonzero(first) == 0
 
-    losses = train(source, (value,), labels, (target,), steps=20)
+    losses = teach(source, ((value,), labels), (target,), 20, SGD)
     assert losses[-1] < losses[0]
     assert losses[0] == pytest.approx(
         1.0, rel=1e-5
@@ -45,7 +49,7 @@ def test_only_fit_reaches_the_synthesizer_and_only_the_synthesizer(name: str) ->
     stage = nn.Linear(3, 6)
     h = stage(random_tensor(4, 3, dtype=torch.float32))
     source = make_source(name, [spec_of("vector")])
-    train(source, (h.detach(),), None, (torch.ones(4, 6),))
+    teach(source, ((h.detach(),), None), (torch.ones(4, 6),), 3, SGD)
     source.zero_grad()
 
     prediction = source((h.detach(),), None)
@@ -72,7 +76,7 @@ def test_linear_with_labels_is_exact_under_a_linear_head_and_squared_error(
     F.mse_loss(leaf @ head.T, y).backward()
     spec = TensorSpec(h.shape, h.dtype)
     source = make_source("linear", [spec], TensorSpec(y.shape, y.dtype) if with_labels else None)
-    train(source, (h,), y, (leaf.grad,), steps=400, lr=2.0)
+    teach(source, ((h,), y), (leaf.grad,), 400, partial(torch.optim.SGD, lr=2.0))
     error = (source((h,), y).gradients[0] - leaf.grad).norm() / leaf.grad.norm()
     assert error < 1e-6 if with_labels else error > 0.1  # without labels it cannot be
 
@@ -87,7 +91,7 @@ def test_size_of_the_target_does_not_matter(name: str, kind: str) -> None:
     for factor in (1.0, 1e-6, 1e-15):
         torch.manual_seed(0)
         source = make_source(name, [spec])
-        losses.append(train(source, (value,), None, (target * factor,), steps=5))
+        losses.append(teach(source, ((value,), None), (target * factor,), 5, SGD))
         predictions.append(source((value,), None).gradients[0] / factor)
     torch.testing.assert_close(
         torch.tensor(losses[1:]), torch.tensor([losses[0]] * 2), rtol=1e-4, atol=0
@@ -171,6 +175,7 @@ def test_memory_format_follows_the_value() -> None:
     )
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("name", "kind"), [case for case in CASES if case[1] != "scalar"])
 def test_other_batch_sizes(name: str, kind: str) -> None:
     source = make_source(name, [spec_of(kind)], TensorSpec((4, 3), torch.float32))
@@ -186,7 +191,7 @@ def test_a_boundary_of_several_values() -> None:
     source = make_source("auto", specs, TensorSpec((4, 3), torch.float32))
     values = tuple(random_tensor(*spec.shape, dtype=spec.dtype) for spec in specs)
     targets = (values[0] * 1e-3, values[1] * 10)
-    first, *_, last = train(source, values, one_hot(3)(LABELS), targets, steps=10)
+    first, *_, last = teach(source, (values, one_hot(3)(LABELS)), targets, 10, SGD)
     assert (first, last < first) == (pytest.approx(2.0, rel=1e-5), True)
     assert source.scale[1] / source.scale[0] > 1e3
     assert [g.dtype for g in source(values, one_hot(3)(LABELS)).gradients] == [

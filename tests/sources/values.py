@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from dni_fx.plan import TensorSpec
-from dni_fx.sources.inputs import InputSource
 
 VALUES = {
     "vector": ((4, 6), -1),
@@ -58,17 +57,3 @@ def draw(shape, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
 
 def specs_of(*tensors: Tensor) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(tuple(x.shape), x.dtype, 1 if x.dim() > 3 else -1) for x in tensors)
-
-
-def train(
-    source: InputSource, inputs, real: Tensor, steps: int = 10, rate: float = 0.01
-) -> list[float]:
-    optimizer = torch.optim.Adam(source.parameters(), rate)
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = source.fit(source.predict(inputs), real)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses

@@ -51,6 +51,7 @@ def on_threads(
     return state_of(decoupled.model)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", TREES)
 def test_exact_gradients_equal_backprop(name: str) -> None:
     for dtype in (torch.float64, torch.bfloat16):

@@ -21,6 +21,7 @@ from .kit import SECONDS, counts, fails_once, slow, stage_threads, train, traine
 FREE = [n for n in SOURCES if n != "conv"] + ["joint:linear", "each:linear"]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("inputs", [None, "mlp"])
 @pytest.mark.parametrize("gradients", FREE)
 def test_free_running_ends(gradients: str, inputs: str | None) -> None:
@@ -46,6 +47,7 @@ def test_free_running_ends_with_any_schedule(inputs: str | None, then: Schedule)
         train(trainer_of(Threads(queue=1, then=then), "linear", slow(where, 0.004), inputs), 12)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("inputs", [None, "mlp"])
 @pytest.mark.parametrize("gradients", [n for n in FREE if n not in ("exact", "mix", "feedback")])
 def test_dropping_ends(gradients: str, inputs: str | None) -> None:

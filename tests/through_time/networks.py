@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from dni_fx.networks import Collection, Link, Member
 from dni_fx.recurrent import ThroughTime, decouple_through_time
 
+from ..helpers.optimisers import adam
+
 BATCH, FEATURES, LENGTH = 6, 3, 8
 
 
@@ -41,10 +43,6 @@ class Judge(nn.Module):
     def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         hidden, state = self.core(x, state)
         return self.head(hidden[-1]), state
-
-
-def adam(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.Adam(parameters, lr=0.01)
 
 
 def loss_of(output: Any, target: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dni_fx.errors import DecouplingError
 from dni_fx.networks import Collection, Link, Member
 
+from ..helpers.optimisers import adam
 from .networks import (
     BATCH,
     FEATURES,
@@ -19,7 +20,6 @@ from .networks import (
     MESSAGE,
     Eye,
     Judge,
-    adam,
     assert_close,
     cut,
     episode,

@@ -14,6 +14,7 @@ from dni_fx.errors import DecouplingError, NonFiniteError
 from dni_fx.networks import Collection, Link, Member
 from dni_fx.recurrent import decouple_through_time
 
+from ..helpers.optimisers import adam
 from .networks import (
     BATCH,
     FEATURES,
@@ -21,7 +22,6 @@ from .networks import (
     MESSAGE,
     Eye,
     Judge,
-    adam,
     assert_close,
     episode,
     eye_trainer,
