@@ -91,8 +91,8 @@ class Process:
         return [_status_of(w) | {"rank": self.peers.rank} for w in self.workers.values()]
 
     def prepare(self) -> None:
-        """Make the optimisers of the stages here, once the model is traced, and have them adopt what
-        a new graph uses.
+        """Make the optimisers of the stages here, once the model is traced; later, have them adopt
+        what a new graph uses.
         """
         if not self.decoupled.is_traced:
             return
