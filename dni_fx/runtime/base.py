@@ -60,7 +60,7 @@ class BaseTrainer(ABC):
         if clip_norm is not None and not (isinstance(clip_norm, int | float) and clip_norm > 0):
             raise DecouplingError(f"clip_norm must be positive, not {clip_norm!r}")
         self.decoupled = decoupled
-        self.objective = Objective(loss, accumulate, context or decoupled.context)
+        self.objective = Objective(loss, accumulate, lambda: context or decoupled.context)
         self.optimizing = StageOptimizers(optimizer, synthesizer_optimizer, clip_norm)
         self.metrics = Metrics(metrics_every)
         self.steps = 0

@@ -21,12 +21,13 @@ class Objective:
     Attributes:
         loss: ``loss(output, target)``, a scalar tensor.
         accumulate: how many steps' gradients make one update; each loss counts 1 / accumulate.
-        make_context: turns a target into what sources see; None where they see nothing.
+        encoder: gives what turns a target into what sources see, asked at every step; that is None
+            where they see nothing.
     """
 
     loss: Loss
     accumulate: int = 1
-    make_context: Callable[[Any], Tensor] | None = None
+    encoder: Callable[[], Callable[[Any], Tensor] | None] = lambda: None
 
     def scaled(self, output: Any, target: Any) -> Tensor:
         """The loss that is pulled back.
@@ -39,7 +40,8 @@ class Objective:
 
     def context(self, target: Any) -> Tensor | None:
         """What sources see of a target."""
-        return None if self.make_context is None or target is None else self.make_context(target)
+        encode = self.encoder()
+        return None if encode is None or target is None else encode(target)
 
 
 @dataclass
