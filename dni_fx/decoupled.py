@@ -13,11 +13,10 @@ from torch import nn
 from .graphs.graphs import Graphs
 from .graphs.stage import Stage as Stage
 from .passes.cut.composing import run_stages
-from .passes.cut.emission import StageFunctions
 from .plan import CutPlan, Interface
 from .runtime.emitted import keep_modes
 from .runtime.module import DropIn, make_module
-from .sources import GradientSource, InputSource, Served
+from .sources import GradientSource, InputSource
 
 
 class Decoupled(nn.Module):
@@ -108,18 +107,6 @@ class Decoupled(nn.Module):
     def has_graph_for(self, *args: Any, **kwargs: Any) -> bool:
         """Whether stages for this kind of call exist, so that ``bind`` need not trace."""
         return self.graphs.has_graph_for(*args, **kwargs)
-
-    def functions(self) -> tuple[StageFunctions, ...]:
-        """As :meth:`Graphs.functions`."""
-        return self.graphs.functions()
-
-    def served(self) -> tuple[Served, ...]:
-        """As :meth:`Graphs.served`."""
-        return self.graphs.served()
-
-    def find_inputs(self) -> dict[str, InputSource]:
-        """As :meth:`Graphs.find_inputs`."""
-        return self.graphs.find_inputs()
 
     def as_module(
         self,

@@ -74,7 +74,7 @@ class Graphs:
     @property
     def is_exact(self) -> bool:
         """Whether the stages are trained with the true gradients."""
-        return any(s.exact for s in self.sources.values())
+        return any(s.asks.exact for s in self.sources.values())
 
     def named_learners(self, stages: Collection[int] | None = None) -> list[tuple[str, nn.Module]]:
         """As :meth:`dni_fx.Decoupled.named_learners`."""

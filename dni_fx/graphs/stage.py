@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from ..errors import DecouplingError
 from ..passes.cut.emission import StageFunctions, readable_code
 from ..passes.cut.splitting import StageGraph
-from ..sources import GradientSource, Prediction, message_kinds
+from ..sources import GradientSource, Prediction
 from .graphs import Graphs
 
 
@@ -46,7 +46,7 @@ class Stage:
                 then.
         """
         self._graphs.served()  # raises where a source lacks one of its values
-        waiting = [n for n, s in self.sources.items() if s.lag is not None]
+        waiting = [n for n, s in self.sources.items() if s.asks.wait]
         if waiting:
             raise DecouplingError(
                 f"the source at {waiting[0]!r} waits for a message from later stages, so "
@@ -72,7 +72,7 @@ class Stage:
     @property
     def code(self) -> str:
         """Python source of ``step``; of both halves where a source waits for a message."""
-        waits = any(s.lag is not None for s in self.sources.values())
+        waits = any(s.asks.wait for s in self.sources.values())
         parts = [self.forward, self.backward] if waits else [self.step]
         return "\n".join(readable_code(part) for part in parts)
 
@@ -118,7 +118,7 @@ class Stage:
             predictions: ``StepResult.predictions`` of this stage's step.
             targets: per interface the sum of its consumers' input gradients.
             **messages: ``loss=``, ``logits=`` or ``error=`` for sources that ask for these; see
-                :attr:`GradientSource.message`.
+                :class:`~dni_fx.sources.Asks`.
 
         Returns:
             The loss of every source that learned, detached.
@@ -130,7 +130,7 @@ class Stage:
         for group in self._graphs.served():
             if group.name not in predictions:
                 continue
-            kinds = message_kinds(group.source)
+            kinds = group.source.asks.learns_from
             missing = [k for k in kinds if k != "gradient" and k not in messages]
             if missing:
                 raise DecouplingError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .asks import Asks, Wait
 from .auto import Auto, auto_name
-from .base import GradientSource, Prediction, SourceFactory, awaited_kinds, message_kinds
+from .base import GradientSource, Prediction, SourceFactory
 from .checking import try_predict
 from .context import OneHot, align_context, one_hot
 from .controls import Exact, Stale, Zero
@@ -57,13 +57,11 @@ __all__ = [
     "Zero",
     "align_context",
     "auto_name",
-    "awaited_kinds",
     "for_consumers",
     "is_each",
     "is_joint",
     "make_input",
     "make_source",
-    "message_kinds",
     "mix",
     "one_hot",
     "serve",

@@ -252,16 +252,6 @@ def count_flops(source: Any, specs: Sequence[TensorSpec], *context: TensorSpec |
     return int(counter.get_total_flops())
 
 
-def message_kinds(source: GradientSource) -> tuple[str, ...]:
-    """The kinds of message that a source learns from, in order."""
-    return source.asks.learns_from
-
-
-def awaited_kinds(source: GradientSource) -> tuple[str, ...]:
-    """The kinds of message that a source waits for, in order; none for one that does not wait."""
-    return source.asks.awaited
-
-
 def wide_dtype(specs: Sequence[TensorSpec]) -> torch.dtype:
     """Double for values in double, else single: half is too coarse for small steps of learning."""
     double = any(spec.dtype == torch.float64 for spec in specs)

@@ -104,7 +104,7 @@ class AcrossTime(GradientSource):
 
     def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
         """``factor`` times the prediction, zero for samples whose sequence ends."""
-        joined = self.join(values)
+        joined = side_by_side(values, self.specs)
         with kept_weights(self.source):  # they are updated before the target comes
             self.hand_on(self.source)
             inner = self.source((joined,), context)
@@ -117,17 +117,12 @@ class AcrossTime(GradientSource):
         state = (inner, joined, self.ended)
         return Prediction(self._part(used, values), state, guess=self._part(guess, values))
 
-    @property
-    def wants_jacobian(self) -> bool:
-        """Whether the source learns from how the state depends on that of the window before."""
-        return self.asks.jacobian
-
     def fit(self, prediction: Prediction, message: tuple[Tensor, ...]) -> Tensor | None:
         """As the other source learns; with the auxiliary loss, its gradient is in the targets."""
         inner, joined, ended = prediction.state
         if not self.asks.learns_from:
             return self.source.fit(inner, ())
-        target = self.join(message)
+        target = side_by_side(message, self.specs)
         if self.teller is None:
             return self.source.fit(inner, (target,))
         state = joined.detach().requires_grad_()
@@ -147,10 +142,6 @@ class AcrossTime(GradientSource):
         batch = self.specs[0].shape[self.specs[0].batch_dim]
         told = 0 if self.teller is None else 2 * batch * self.teller.weight.numel()
         return self.source.flops() + told
-
-    def join(self, values: Sequence[Tensor]) -> Tensor:
-        """All tensors of the state side by side, ``(batch, features)``."""
-        return side_by_side(values, self.specs)
 
     def _part(self, joined: Tensor, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
         found, first = [], 0

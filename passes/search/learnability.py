@@ -15,7 +15,7 @@ from ...errors import DecouplingError
 from ...graphs.nested import flatten
 from ...plan import TensorSpec
 from ...runtime.emitted import evaluate
-from ...sources import GradientSource, awaited_kinds, make_source
+from ...sources import GradientSource, make_source
 from ..cut.cutting import Flow, needs_gradient
 from ..cut.insertion import infer_context
 from ..trace.nodes import run_node
@@ -155,10 +155,12 @@ def _fit(
     with torch.enable_grad():
         # What messages of other kinds would say is not known here: those sources are judged as they
         # start.
-        for step in range(FITS if optimizer and source.message in ("gradient", "none") else 0):
+        for step in range(
+            FITS if optimizer and source.asks.learns_from in (("gradient",), ()) else 0
+        ):
             (value, gradient), context = pairs[step % (len(pairs) - judged)]
             error = source.fit(
-                source((value,), context), (gradient,) if source.message == "gradient" else ()
+                source((value,), context), (gradient,) if source.asks.learns_from else ()
             )
             if error is None:
                 break
@@ -172,7 +174,7 @@ def _fit(
             guess = source((value,), context).gradients
             if guess is not None:
                 wrong += float((guess[0] - gradient).double().square().sum())
-            elif "gradient" not in awaited_kinds(source):  # else it waits for the true one
+            elif "gradient" not in source.asks.awaited:  # else it waits for the true one
                 wrong += float(gradient.double().square().sum())
             whole += float(gradient.double().square().sum())
     return wrong, whole

@@ -12,7 +12,7 @@ from torch import fx
 
 from ...errors import DecouplingError
 from ...plan import TensorSpec
-from ...sources import GradientSource, Prediction, SourceFactory, make_source, message_kinds
+from ...sources import GradientSource, Prediction, SourceFactory, make_source
 from ..cut.cutting import Flow
 from ..trace.values import storage_key
 from .costing import COPIES, Cost
@@ -152,7 +152,7 @@ def _example_message(
         "logits": value if prediction.logits is None else torch.zeros_like(prediction.logits),
         "error": value,
     }
-    return tuple(likely[kind] for kind in message_kinds(source))
+    return tuple(likely[kind] for kind in source.asks.learns_from)
 
 
 def _time_source(

@@ -11,36 +11,6 @@ import pytest
 from . import structure
 from .structure import EXCEPTIONS, RULES, Offenders, Sources
 
-# Offenders of the day, by rule: none may be added.
-PENDING: dict[str, set[str]] = {
-    "file_sizes": {
-        "dni_fx.runtime.in_turn",
-        "dni_fx.runtime.module",
-        "dni_fx.through_time.collection",
-        "dni_fx.through_time.trainer",
-    },
-    "line_lengths": {
-        "dni_fx.passes.trace.routing",
-        "dni_fx.runtime.rollback",
-    },
-    "function_sizes": {
-        "dni_fx.through_time.making.decouple_through_time",
-    },
-    "class_sizes": {
-        "dni_fx.parallel.trainer.Trainer",
-        "dni_fx.parallel.worker.StageWorker",
-        "dni_fx.runtime.stage_batch.StageBatch",
-        "dni_fx.through_time.collection.Collection",
-        "dni_fx.through_time.trainer.ThroughTime",
-    },
-    "late_attributes": {
-        "dni_fx.passes.trace.calls.Observer.parameters",
-        "dni_fx.passes.trace.calls.Observer.random",
-        "dni_fx.passes.trace.calls.Observer.tensors",
-        "dni_fx.runtime.module._Turn.received",
-    },
-}
-
 
 @functools.cache
 def library() -> Sources:
@@ -56,7 +26,7 @@ def found(rule: str) -> Offenders:
 
 @pytest.mark.parametrize("rule", [rule.__name__ for rule in RULES])
 def test_the_library_keeps_every_rule(rule: str) -> None:
-    allowed = PENDING.get(rule, set()) | set(EXCEPTIONS.get(rule, {}))
+    allowed = set(EXCEPTIONS.get(rule, {}))
     new = [f"{where}: {what}" for where, what in found(rule).items() if where not in allowed]
     assert new == []
 

@@ -25,7 +25,6 @@ from dni_fx.sources import (
     base,
     context,
     make_source,
-    message_kinds,
     one_hot,
 )
 
@@ -215,7 +214,7 @@ def test_global_random_state_stays(name: str) -> None:
         "error": torch.ones(4, 3),
     }
     if not source.exact:
-        message = tuple(parts[kind] for kind in message_kinds(source))
+        message = tuple(parts[kind] for kind in source.asks.learns_from)
         source.fit(source((value,), one_hot(3)(LABELS)), message)
     assert torch.equal(torch.get_rng_state(), state)
     again = make_source(name, [spec_of("map2d")], TensorSpec((4, 3), torch.float32))
