@@ -21,9 +21,9 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "ranks" / "scripts"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import endings
+from tests.ranks.scripts import endings
 
 CONTROLS = 5
 HEAD = ("ending", "starts", "aborts", "wrong codes", "hung", "orphans", "seconds")

@@ -11,7 +11,7 @@ import copy
 import functools
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,7 +23,7 @@ import dni_fx
 from dni_fx.passes.trace.symbols import TracedInt
 
 from ..helpers import oracles
-from ..helpers.comparing import assert_bits_equal
+from ..helpers.comparing import assert_bits_equal, frozen
 from ..helpers.optimisers import sgd
 from ..models.cases import Case
 from ..models.random_models import Program, RandomModel, programs
@@ -32,12 +32,6 @@ COUNT = int(os.environ.get("DNI_FX_RANDOM_GRAPHS", "2000"))
 SHARD = 1000
 DTYPE = torch.float64
 BY_MODE = "computes something else in eval mode"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with oracles.one_thread():
-        yield
 
 
 def case_of(program: Program) -> Case:
@@ -110,7 +104,7 @@ def called_by_itself(case: Case, decoupled: dni_fx.Decoupled) -> None:
         outputs = []
         for each in (decoupled.model.train(), model.train()):
             oracles.seed_generator(0)
-            outputs.append(oracles.frozen(each(*args)))
+            outputs.append(frozen(each(*args)))
         assert_bits_equal(*outputs, f"the model itself, batch {batch}")
 
 

@@ -8,6 +8,7 @@ is in :data:`TASKS` because it is in the list that the code itself goes by.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,10 +162,15 @@ def on_ranks(task: Task, processes: int, shared: Path) -> Record:
     once(folder, torchrun(processes, "tests.matrix.tasks_on_ranks", str(folder)), limit=500)
     path = folder / "records.pt"
     assert path.exists(), (folder / "output.txt").read_text()[-3000:]
-    found = torch.load(path)[str(task)]
+    found = _loaded(path)[str(task)]
     if isinstance(found, str):
         raise DecouplingError(found)
     return {"decoupled": _model(found)}
+
+
+@functools.cache
+def _loaded(path: Path) -> dict[str, Any]:
+    return torch.load(path)
 
 
 def _trainer(task: Task, **options: Any) -> Any:

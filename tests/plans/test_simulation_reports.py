@@ -126,8 +126,10 @@ def test_many_stages_take_near_linear_time() -> None:
 
 def test_plans_without_costs_name_the_next_step() -> None:
     plan = make_plan(balanced(6))
-    again = "dni_fx.plan_cuts(model, example_inputs, cuts=['layer0', 'layer1', 'layer2', ...], "
-    again += 'costs="measured")'
+    again = (
+        "dni_fx.plan_cuts(model, example_inputs, cuts=['layer0', 'layer1', 'layer2', ...], "
+        'costs="measured")'
+    )
     refused(
         DecouplingError,
         lambda: simulate(CutPlan.from_json(plan.to_json())),

@@ -1,6 +1,6 @@
 """The ways in which a script with trainers ends, each with the exit codes that its ranks must have.
 
-    python endings.py OUT
+    python -m tests.ranks.scripts.endings OUT
 
 Whatever the way, no thread of a trainer may be left when the interpreter ends: it would abort.
 """
@@ -16,15 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import forked
-
-import ranks
-from ranks import batch, built, train, trainer_of
+from ...helpers.training import batch
+from ...models.small import TOWERS
+from .. import kit
+from ..kit import fails, train, trainer_of
+from . import forked, ranks
 
 LIMIT = 150.0  # seconds after which what is left hangs
 kept: list[Any] = []  # trainers that are there when the interpreter ends
@@ -39,7 +37,7 @@ def threads() -> list[str]:
 def failed() -> Any:
     """A trainer whose first step has failed in every process, and that is not closed."""
     trainer = trainer_of("mix", policy="drop_oldest")
-    ranks.fails("pass policy='wait'", lambda: train(trainer, 1))
+    fails("pass policy='wait'", lambda: train(trainer, 1))
     return trainer
 
 
@@ -102,7 +100,7 @@ def raises_in_a_module(rank: int) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("a module broke")
 
-    model = built(ranks.Skips, torch.float32)
+    model = TOWERS.build()
     trainer = trained(model=model)
     for layer in (model.b, model.d):  # one is on each rank
         layer.register_forward_pre_hook(fail)
@@ -132,7 +130,7 @@ def several(rank: int) -> None:
 
 def four_cases(rank: int) -> None:
     """Those of ``ranks.py`` after which a start in ten aborted."""
-    ranks.SHORTER = 4
+    kit.SHORTER = 4
     results = ranks.run(FOUR)
     errors = {name: error for name, (error, _) in results.items() if error}
     assert not errors, errors
@@ -171,7 +169,7 @@ class Start:
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.began = name, time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
-        ranks.OUT = folder
+        kit.OUT = folder
         self.ranks = forked.Ranks(BY_NAME[name], group=name != "four_cases")
 
     def is_over(self) -> bool:

@@ -1,7 +1,7 @@
 """What becomes of the others when a process fails; started without torchrun, which would end them
 itself.
 
-    python failures.py OUT CASE...
+    python -m tests.ranks.scripts.failures OUT CASE...
 
 Each case has two processes of its own, forked from this one, and a time limit. OUT gets, for each,
 exit codes and output.
@@ -18,13 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-import forked
-
-from ranks import Skips, batch, built, train, trainer_of
+from ...helpers.training import batch
+from ...models.small import TOWERS
+from ..kit import train, trainer_of
+from . import forked
 
 LIMIT = 40.0  # seconds after which what is left hangs
 TIMEOUT = 3.0
@@ -62,7 +59,7 @@ def raising_in_with(rank: int, who: int) -> None:
 
 
 def raising_inside(rank: int, who: int) -> None:
-    model, calls = built(Skips, torch.float32), []
+    model, calls = TOWERS.build(), []
 
     def fail(*_: Any) -> None:
         calls.append(1)
