@@ -153,7 +153,7 @@ class Desk:
     def answer(self, job: Job) -> None:
         """Send what is known and not sent yet."""
         for stage in self.ledger.due(job.step):
-            known, answer = job.answer(stage)
+            known, answer = job.answers.answer(stage)
             if known:
                 self.ledger.settled(job.step, stage)
                 self.outbox.answer(stage, job.step, answer)

@@ -51,7 +51,8 @@ class Team:
 
     Attributes:
         workers: by stage.
-        copies: the stages' own copies of synthetic inputs that others train, by stage and name.
+        copies: the stages' own copies of synthetic inputs that others train, by stage and by the
+            identity of the original (graphs may name its interface differently).
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Team:
     ) -> None:
         self.decoupled, self.objective = decoupled, objective
         self.metrics, self.mail, self.flow = metrics, mail, flow
-        self.copies: dict[int, dict[str, Any]] = {}
+        self.copies: dict[int, dict[int, Any]] = {}
         self._rows_of = rows_of
         self._routes: tuple[Setting, dict[int, Routes]] | None = None
         self.workers: dict[int, StageWorker] = {}
@@ -104,11 +105,11 @@ class Team:
             self._routes = setting, {k: Routes.of(setting, k) for k in self.workers}
         for index, routes in self._routes[1].items():
             own = self.copies.get(index, {})
-            inputs = {n: own.get(n, s) for n, s in setting.inputs.items()}
+            inputs = {n: own.get(id(s), s) for n, s in setting.inputs.items()}
             # A synthetic input that several stages use learns in the first of them, or each has its
             # copy.
             names = [n for n in setting.stages[index].inputs if n in inputs]
-            teaches = {n for n in names if n in own or n not in taught}
+            teaches = {n for n in names if id(setting.inputs[n]) in own or n not in taught}
             taught |= teaches
             job = Job(setting, index, step, routes, inputs, teaches)
             job.values, job.target = values, target
@@ -239,7 +240,7 @@ class OnThreads:
             for consumer in interface.consumers[1:] if interface.name in inputs else ():
                 name = f"{interface.name}@input"
                 copied = copy.deepcopy(inputs[interface.name])
-                self.team.copies.setdefault(consumer, {})[interface.name] = copied
+                self.team.copies.setdefault(consumer, {})[id(inputs[interface.name])] = copied
                 if known := optimizers.sources.get(name):
                     made = optimizers.made_for_source(name, list(copied.named_parameters()))
                     made.load_state_dict(copy.deepcopy(known.state_dict()))
@@ -263,6 +264,7 @@ class OnThreads:
                 waiting = [i for i, letter in enumerate(box) if _is_run(letter.payload)]
                 if len(waiting) >= self.flow.queue:
                     oldest = box[waiting[0]]
+                    oldest.payload[0].drop()
                     box[waiting[0]] = Letter(oldest.step, (oldest.payload[0], False))
             self.mail.send(_box(job.index), job.step, (job, True))
 

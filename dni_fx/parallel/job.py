@@ -13,7 +13,7 @@ from ..runtime.batch_state import BatchState, Setting
 from ..runtime.emitted import kept_weights
 from ..runtime.stage_batch import StageBatch
 from ..sources import InputSource
-from .arrived import Answer, ArrivedAnswers
+from .arrived import ArrivedAnswers
 from .routes import Routes
 
 Values = dict[str, Any]
@@ -81,6 +81,7 @@ class Job:
         state, locked = self.state, self.setting.share > 0
         state.values = {n: self.values[n] for n in self.setting.split.model_inputs} | received
         state.context, state.target = self.context, self.target
+        self.drop()  # the state has them, and forgets them in time
         self._predict_inputs()
         names = [n for n in self.batch.stage.outputs if n != "output"]
         self.batch.run(self._delays(), lambda: send({n: state.values[n] for n in names}))
@@ -88,6 +89,10 @@ class Job:
         state.note_sent(self.setting)
         if not locked:
             self.batch.advance()
+
+    def drop(self) -> None:
+        """Let go of the batch: it is run, or left out."""
+        self.values, self.context, self.target = {}, None, None
 
     def _predict_inputs(self) -> None:
         model_inputs = tuple(self.state.values[n] for n in self.setting.split.model_inputs)
@@ -117,13 +122,7 @@ class Job:
         Returns:
             Losses with their graph, by name.
         """
-        losses = self.batch.sources.learn()
-        state = self.state
-        for name in [n for n in state.input_predictions if n in state.values]:
-            predicted = state.input_predictions.pop(name)
-            loss = self.inputs[name].fit(predicted, state.values[name])
-            losses += [] if loss is None else [(f"{name}@input", loss)]
-        return losses
+        return self.batch.sources.learn() + self.state.teach_inputs(self.inputs)
 
     # ---- messages --------------------------------------------------------------------------------
 
@@ -138,10 +137,6 @@ class Job:
         needs, predicted = self.routes.needs, self.state.input_predictions
         for name in [n for n in predicted if needs.get(n) == producer]:
             del predicted[name]
-
-    def answer(self, stage: int) -> tuple[bool, Answer | None]:
-        """See :meth:`ArrivedAnswers.answer`."""
-        return self.answers.answer(stage)
 
     # ---- what is known ---------------------------------------------------------------------------
 

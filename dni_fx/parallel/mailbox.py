@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ..errors import DecouplingError
-from .monitoring import Stopwatch as Stopwatch  # for worker.py
 
 VALUE, ANSWER = "value", "answer"
 

@@ -59,8 +59,8 @@ class Status:
     """How the stages of some processes are doing; prints as a table.
 
     Attributes:
-        rows: for each stage what its worker's ``status`` tells, its rank, and its steps a second
-            (``rate``).
+        rows: for each stage its name, rank, counts, queues and times, as
+            ``Process.status_rows`` has them.
     """
 
     rows: tuple[dict[str, Any], ...]

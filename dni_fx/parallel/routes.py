@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from ..runtime.batch_state import Setting
 from ..sources import Served
@@ -13,6 +14,7 @@ class Routes:
     """One stage's part in the exchange.
 
     Attributes:
+        index: of the stage.
         needs: the stage that makes each value that it takes.
         producers: stages whose values it takes; each is answered.
         consumers: stages that take its values; each answers.
@@ -25,6 +27,7 @@ class Routes:
             back to where the value was made, which keeps autograd's order of addition.
     """
 
+    index: int
     needs: dict[str, int]
     producers: tuple[int, ...]
     consumers: tuple[int, ...]
@@ -49,6 +52,7 @@ class Routes:
         waits = "error" in _kinds(setting.by_producer[index])
         locked = setting.share > 0
         return cls(
+            index=index,
             needs=needs,
             producers=producers,
             consumers=tuple(
@@ -61,21 +65,18 @@ class Routes:
             chain=_chain(setting, index) if locked else {},
         )
 
-    @property
+    @cached_property
     def answering(self) -> frozenset[int]:
         """Stages that something comes back from."""
         chained = {after for _, after in self.chain.values() if after is not None}
         extra = set() if self.error_from is None else {self.error_from}
         return frozenset({*self.consumers, *chained, *extra})
 
-    def answered(self, index: int) -> frozenset[int]:
-        """Stages that something is sent back to.
-
-        Args:
-            index: of this stage.
-        """
+    @cached_property
+    def answered(self) -> frozenset[int]:
+        """Stages that something is sent back to."""
         before = (before for before, _ in self.chain.values())
-        return frozenset({*self.producers, *before, *self.error_to} - {index})
+        return frozenset({*self.producers, *before, *self.error_to} - {self.index})
 
 
 def _chain(setting: Setting, index: int) -> dict[str, tuple[int, int | None]]:

@@ -127,9 +127,9 @@ class StageWorker:
             self.missed += 1
             self.desk.leave_out(job)
             return False
-        routes = job.routes
-        here = [p in routes.awaited or p not in routes.producers for p in range(len(routes.asked))]
-        self.desk.ledger.open(job, {p: here[p] for p in routes.answered(self.index)})
+        awaited, producers = job.routes.awaited, job.routes.producers
+        owed = {p: p in awaited or p not in producers for p in job.routes.answered}
+        self.desk.ledger.open(job, owed)
         if job.setting.share > 0 and not job.batch.is_active:
             # All have to run for the true gradient.
             grads = [(p, p.grad) for p in self.learner.parameters()]

@@ -88,8 +88,17 @@ class BaseTrainer(ABC):
         self.optimizing.clip_norm = clip_norm
 
     @property
+    def metrics_every(self) -> int:
+        """How often predictions are compared with their targets, in steps; may be changed."""
+        return self.metrics.every
+
+    @metrics_every.setter
+    def metrics_every(self, every: int) -> None:
+        self.metrics.every = every
+
+    @property
     def accumulate(self) -> int:
-        """How many steps' gradients make one update."""
+        """How many steps' gradients make one update; fixed when the trainer is made."""
         return self.objective.accumulate
 
     @property

@@ -25,7 +25,7 @@ class Setting:
     Attributes:
         split: the batch's own graph; another may be active when the batch is finished.
         functions: the emitted functions of every stage.
-        served: the sources that are asked; none in exact mode and for measuring.
+        served: the sources that are asked; none in exact mode.
         inputs: synthetic inputs by interface name.
         loss: the loss that is pulled back.
         plain_loss: the user's own loss, asked for one value per sample where a source wants that.
@@ -57,7 +57,7 @@ class Setting:
             graphs: of the model.
             objective: the loss.
             mode: what the schedule says of the step.
-            ask: whether sources are asked; measuring needs none.
+            ask: whether sources are asked at all.
             loss: what is pulled back; by default the objective's scaled loss.
 
         Raises:
@@ -236,6 +236,21 @@ class BatchState:
     def known(self) -> dict[str, Any]:
         """Values, or what was predicted for them where they were not computed."""
         return {n: p.value for n, p in self.input_predictions.items()} | self.values
+
+    def teach_inputs(self, inputs: dict[str, InputSource]) -> list[tuple[str, Tensor]]:
+        """Train the synthetic inputs whose real value is there.
+
+        Args:
+            inputs: by interface name.
+
+        Returns:
+            Losses with their graph, by ``name@input``.
+        """
+        losses: list[tuple[str, Tensor]] = []
+        for name in [n for n in self.input_predictions if n in self.values]:
+            loss = inputs[name].fit(self.input_predictions.pop(name), self.values[name])
+            losses += [] if loss is None else [(f"{name}@input", loss)]
+        return losses
 
     def note_sent(self, setting: Setting) -> None:
         """Remember the values that carry a gradient, predicted ones where no others are known."""

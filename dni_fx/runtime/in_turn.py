@@ -170,12 +170,7 @@ class Batch:
             Losses with their graph, by name.
         """
         losses = [pair for stage in self.stages for pair in stage.sources.learn()]
-        state, inputs = self.state, self.setting.inputs
-        for name in [n for n in state.input_predictions if n in state.values]:
-            predicted = state.input_predictions.pop(name)
-            loss = inputs[name].fit(predicted, state.values[name])
-            losses += [] if loss is None else [(f"{name}@input", loss)]
-        return losses
+        return losses + self.state.teach_inputs(self.setting.inputs)
 
     # ---- what is known ---------------------------------------------------------------------------
 
@@ -220,7 +215,7 @@ class InTurn:
     A step happens whole or not at all: after an error everything is as it was before.
 
     Args:
-        decoupled: the model, traced.
+        decoupled: the model, traced before the first step.
         optimizers: of its stages and sources.
         metrics: when predictions are compared, and what was found.
         accumulate: how many steps' gradients make one update.
@@ -268,7 +263,7 @@ class InTurn:
             ):
                 begin()
                 self._advance(batches, new)
-                self._learn(batches, steps)
+                self._learn(batches, steps, before)
                 before.add_held()
                 if self.metrics.is_due(steps):
                     for batch in batches:
@@ -333,21 +328,26 @@ class InTurn:
             if parameter not in kept:
                 parameter.grad = None
 
-    def _learn(self, batches: list[Any], steps: int) -> None:
+    def _learn(self, batches: list[Any], steps: int, before: AllOrNothing) -> None:
         losses = [pair for batch in batches for pair in batch.learn()]
         if losses:
             # A failure must leave the graphs of sources whose message came late.
             retain = bool(self.under_way)
             torch.autograd.backward([loss for _, loss in losses], retain_graph=retain)
-        self._check_finite(batches, [(n, loss.detach()) for n, loss in losses], steps)
+        gradients = [p.grad for p in before.parameters if p.grad is not None]
+        found = [(n, loss.detach()) for n, loss in losses]
+        self._check_finite(batches, found, gradients, steps)
 
     def _check_finite(
-        self, batches: list[Any], losses: list[tuple[str, Tensor]], steps: int
+        self,
+        batches: list[Any],
+        losses: list[tuple[str, Tensor]],
+        gradients: list[Tensor],
+        steps: int,
     ) -> None:
         """Losses and parameters' gradients, which everything else flows into; the place is looked
         for on failure only.
         """
-        gradients = [p.grad for p in self._guard().parameters if p.grad is not None]
         found = [b.state.loss for b in batches if b.state.loss is not None]
         if all_finite([*found, *(loss for _, loss in losses), *gradients]):
             return

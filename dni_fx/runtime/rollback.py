@@ -68,6 +68,8 @@ class AllOrNothing:
                 ):  # else graphs that hold it must find it untouched
                     buffer.copy_(content)
         for module, attributes in self.sources:
+            for name in vars(module).keys() - attributes.keys():  # born in the step
+                del vars(module)[name]
             vars(module).update(attributes)
         self.rng()
 

@@ -55,8 +55,9 @@ class WindowBatch:
         self.torn = False
         self.sent_back: dict[str, Tensor | None] = {}
         self.waits_for = {n for s in exact for n in s.names if n in self.leaving}
-        self._tracing = [s for s in everyone if s.source.asks.jacobian]
-        for group in (s for s in everyone if s.source.asks.ends):
+        leaves = [s for s in everyone if s.leaves]
+        self._tracing = [s for s in leaves if s.source.asks.jacobian]
+        for group in (s for s in leaves if s.source.asks.ends):
             to_itself = self.leaving[group.name].feeds != ANOTHER
             group.source.ended = ended if to_itself else None
         self._holds = bool(exact or self._tracing)

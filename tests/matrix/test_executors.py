@@ -76,7 +76,7 @@ def assert_agree(got: Record, want: Record, what: str, tolerance: float = 0.0) -
 def is_late(gradients: str) -> bool:
     """Whether a source's answer comes steps later, which on threads and ranks is another matter."""
     case = CONVOLUTIONS if gradients == "conv" else CHAIN
-    return any(source.lag for source in decoupled_of(gradients, case).sources.values())
+    return any(source.asks.lag for source in decoupled_of(gradients, case).sources.values())
 
 
 @pytest.mark.matrix

@@ -206,3 +206,9 @@ def test_gradients_left_by_the_user_do_not_count() -> None:
     assert_bits_equal(
         state_of(dirty.decoupled), state_of(clean.decoupled), "with old gradients about"
     )
+
+
+def test_how_often_predictions_are_compared_can_be_changed() -> None:
+    trainer = make_trainer("linear", sgd)
+    trainer.metrics_every = 2
+    assert [trainer.metrics.is_due(step) for step in range(4)] == [True, False, True, False]
