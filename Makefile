@@ -2,6 +2,7 @@
 #
 #   make demo                  backprop, exact mode, DNI, cDNI and both controls side by side, on real digits
 #   make test | lint           the tests | ruff and mypy
+#   make matrix                every source and model on every executor; make test takes each of them once
 #   make ecosystem             the tests that need transformers, accelerate, peft, Lightning or a browser
 #   make docs                  the pages of docs/ as a site in site/, links and anchors checked
 #   make zoo | zoo-random      about 510 models -> docs/coverage.md (ZOO_ARGS="--sample 60") | 100,000 random graphs
@@ -35,7 +36,7 @@ DOCS_READY := $(VENV)/.docs-ready
 PRETRAINED_READY := $(VENV)/.pretrained-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test ecosystem lint docs zoo zoo-random bench parallel soak exits results finetune clean
+.PHONY: help setup demo test matrix ecosystem lint docs zoo zoo-random bench parallel soak exits results finetune clean
 
 help:
 	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
@@ -85,6 +86,9 @@ lint: $(READY)
 # Not --quiet: it would keep warnings from --strict, too.
 docs: $(DOCS_READY)
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+matrix: $(READY)
+	DNI_FX_MATRIX=all $(PY) -m pytest $(PYTEST_ARGS) tests/matrix
 
 zoo: $(ZOO_READY)
 	$(PY) benchmarks/zoo.py $(ZOO_ARGS)

@@ -211,7 +211,7 @@ def test_the_error_lists_what_each_rung_said() -> None:
     assert "trace_calls" in text
     assert "trace_export" in text
     assert "'item'" in text
-    assert "test_tracing.py:" in text  # the user's line
+    assert "test_ladder.py:" in text  # the user's line
     assert "submodule" in text  # what to do
 
 
@@ -231,7 +231,7 @@ def test_opaque_leaves_are_noted_in_the_plan() -> None:
     (note,) = decoupled.plan.report.notes
     assert note.startswith("'1.1' is one opaque node")
     assert "'item'" in note
-    assert "test_tracing.py:" in note
+    assert "test_ladder.py:" in note
     assert note in str(decoupled.plan)
     x = torch.randn(5, 6)
     assert_bits_equal(decoupled(x), model(x), "with an opaque leaf")
