@@ -211,7 +211,7 @@ def test_the_error_lists_what_each_rung_said() -> None:
     assert "trace_calls" in text
     assert "trace_export" in text
     assert "'item'" in text
-    assert "test_ladder.py:" in text  # the user's line
+    assert "kit.py:" in text  # the user's line
     assert "submodule" in text  # what to do
 
 

@@ -16,7 +16,7 @@ import torch
 from dni_fx.errors import DecouplingError
 
 from ..helpers.comparing import assert_bits_equal
-from ..helpers.executors import EXECUTORS, TASKS, Executor, Record, Task, in_turn
+from ..helpers.executors import EXECUTORS, PLAIN, TASKS, Executor, Record, Task, in_turn
 from ..helpers.optimisers import sgd
 from ..helpers.training import decoupled_of, largest_difference
 from ..models.small import CHAIN, CONVOLUTIONS, SMALL
@@ -113,7 +113,7 @@ def test_exact_gradients_are_backpropagation(executor: Executor, task: Task, sha
         assert_agree(got, backpropagation(task), f"{task} on {executor.name}")
 
 
-@pytest.mark.parametrize("gradients", ["linear", "mlp", "zero", "stale", "exact"])
+@pytest.mark.parametrize("gradients", PLAIN)
 @pytest.mark.parametrize("executor", EXECUTORS, ids=lambda e: e.name)
 def test_no_executor_refuses_what_is_plain(
     executor: Executor, gradients: str, shared: Path
