@@ -11,7 +11,7 @@ from .batch_state import BatchState, Setting
 
 
 class UnderWay(Protocol):
-    """What the executor knows of a batch: a :class:`Batch`, or a window."""
+    """What the executor knows of a batch: a :class:`~dni_fx.runtime.in_turn.Batch`, or a window."""
 
     @property
     def state(self) -> BatchState:

@@ -75,7 +75,7 @@ class Windows:
             )
 
     def answer(self, gradients: Mapping[int, Mapping[str, Tensor]], steps: int) -> None:
-        """See :meth:`ThroughTime.answer`.
+        """See :meth:`dni_fx.recurrent.ThroughTime.answer`.
 
         Args:
             gradients: by window and message.
@@ -123,7 +123,7 @@ class Windows:
             )
 
     def drain(self, steps: int) -> int:
-        """See :meth:`ThroughTime.drain`."""
+        """See :meth:`dni_fx.recurrent.ThroughTime.drain`."""
         held = [w for w in self.under_way if w.is_held]
 
         def close() -> None:
