@@ -167,7 +167,7 @@ def test_lightning_resumes_where_it_was(hooks: bool, tmp_path: Path) -> None:
     half = folder_of(tmp_path, "half")
     run_script("lightning_decoupled", half, changes=changes | {"max_epochs=4": "max_epochs=2"})
     resumed = changes | {
-        "DataLoader(test, 128))": f"DataLoader(test, 128), ckpt_path={str(half / 'last.ckpt')!r})"
+        "DataLoader(test, 128),": f"DataLoader(test, 128), ckpt_path={str(half / 'last.ckpt')!r},"
     }
     rest = run_script("lightning_decoupled", folder_of(tmp_path, "rest"), half, changes=resumed)
     assert len(rest["losses"]) == len(whole["losses"]) / 2

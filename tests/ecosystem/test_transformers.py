@@ -199,7 +199,7 @@ def test_masks(name: str, mask: str, attention: str) -> None:
 
 def test_masks_of_grouped_queries(monkeypatch: pytest.MonkeyPatch) -> None:
     """There sdpa repeats keys only beside a mask, so a mask of ones makes a difference in the last
-    bits.
+    bits, on most processors.
 
     It is none where the model builds the mask, too, as its graph does; where no mask is passed
     neither does.
@@ -207,8 +207,6 @@ def test_masks_of_grouped_queries(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama", num_key_value_heads=2)
     decoupled, inputs = cut("llama", "zero", model=model), masked(example("llama", 0), "ones")
     want, got = (measured(model, call, inputs) for call in (model, decoupled))
-    with pytest.raises(AssertionError, match="differ"):
-        assert_bits_equal(got, want, "shortcut")
     for name, value in want.items():
         assert (got[name] - value).abs().max() <= 1e-6 * value.abs().max(), name
     absent = masked(inputs, "absent")

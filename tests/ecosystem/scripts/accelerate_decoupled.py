@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import dni_fx
+from dni_fx import decouple, one_hot
 
 accelerate.utils.set_seed(0)
 accelerator = accelerate.Accelerator(
@@ -23,9 +23,7 @@ loader = torch.utils.data.DataLoader(
     torch.utils.data.TensorDataset(x[:384], y[:384]), 16, shuffle=True
 )
 model = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 2))
-model = dni_fx.decouple(model, ["1", "3"], gradients="local", context=dni_fx.one_hot(2)).as_module(
-    unit=1 / 2
-)
+model = decouple(model, ["1", "3"], gradients="local", context=one_hot(2)).as_module(unit=1 / 2)
 optimizer = torch.optim.Adam(model.parameters(), 1e-2)
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 losses = []

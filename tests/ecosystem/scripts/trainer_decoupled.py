@@ -52,9 +52,7 @@ config = BertConfig(
     max_position_embeddings=16,
 )
 model = BertForSequenceClassification(config)
-cut = decouple(
-    model, ["bert.encoder.layer.0", "bert.encoder.layer.1"], gradients="local", context=one_hot(2)
-)
+cut = decouple(model, ["bert.encoder.layer.0", "bert.encoder.layer.1"], gradients="local", context=one_hot(2))  # fmt: skip  # noqa: E501
 model = cut.as_module(context=lambda *_, labels, **__: labels)
 arguments = TrainingArguments(
     output_dir=sys.argv[1],
