@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..reports.steps import InterfaceReport
 from ..runtime.batch_state import BatchState, Setting
-from ..runtime.emitted import kept_weights
 from ..runtime.stage_batch import StageBatch
 from ..sources import InputSource
+from ..sources.keeping import kept_weights
 from .arrived import ArrivedAnswers
 from .routes import Routes
 

@@ -12,7 +12,6 @@ import torch
 from ..errors import DecouplingError
 from ..graphs.nested import map_tensors
 from ..sources.base import Prediction
-from ..sources.keeping import kept_weights as kept_weights
 
 
 @dataclass

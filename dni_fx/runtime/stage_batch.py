@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DecouplingError
+from ..sources.keeping import kept_weights
 from .answers import Answers
 from .batch_state import BatchState, Progress, Setting
-from .emitted import detached, evaluate, kept_weights, pull_back
+from .emitted import detached, evaluate, pull_back
 from .sample_losses import logits_of
 from .stage_sources import StageSources
 from .tape import Rerun, Tape

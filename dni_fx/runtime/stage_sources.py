@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ..errors import DecouplingError
 from ..reports.steps import InterfaceReport, compare
 from ..sources import Prediction, Served, Wait, mix
+from ..sources.keeping import kept_weights
 from .answers import Answers
 from .batch_state import BatchState, Setting
-from .emitted import kept_weights
 
 
 class StageSources:
