@@ -17,6 +17,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..errors import DecouplingError
+from .pictures import picture
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Structure:
 
     Attributes:
         kind: ``"leaf"``, ``"constant"``, ``"dataclass"`` or ``"node"``.
+        was: what the constant held, since it may be an object that changes.
         payload: the constant, the dataclass instance used as a template, or the pytree node's type
             and context.
         children: structures of the children; names of the fields for a dataclass are in ``fields``.
@@ -34,6 +36,7 @@ class Structure:
     payload: Any = None
     children: tuple[Structure, ...] = ()
     fields: tuple[str, ...] = ()
+    was: tuple[Any, ...] = ()
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Structure) or (self.kind, self.fields) != (
@@ -45,7 +48,7 @@ class Structure:
             if type(self.payload) is not type(other.payload):
                 return False
         elif self.kind == "constant":
-            if not _same_constant(self.payload, other.payload):
+            if self.was != other.was:
                 return False
         elif self.payload != other.payload:
             return False
@@ -57,6 +60,13 @@ class Structure:
     def leaf_count(self) -> int:
         """Number of leaves."""
         return 1 if self.kind == "leaf" else sum(c.leaf_count for c in self.children)
+
+    def constants(self) -> Iterator[Any]:
+        """The constants, in order."""
+        if self.kind == "constant":
+            yield self.payload
+        for child in self.children:
+            yield from child.constants()
 
     def build(self, leaves: Iterator[Any]) -> Any:
         """Put the leaves back."""
@@ -72,13 +82,6 @@ class Structure:
             return value
         node_type, context = self.payload
         return pytree.SUPPORTED_NODES[node_type].unflatten_fn(children, context)
-
-
-def _same_constant(a: Any, b: Any) -> bool:
-    try:
-        return a is b or (type(a) is type(b) and bool(a == b))
-    except (ValueError, RuntimeError, TypeError):  # arrays do not compare to one truth value
-        return False
 
 
 _LEAF = Structure("leaf")
@@ -122,7 +125,7 @@ def _take_apart(item: Any, leaves: list[Any], is_leaf: Callable[[Any], bool]) ->
             object.__setattr__(template, name, None)
         parts = tuple(_take_apart(c, leaves, is_leaf) for c in children)
         return Structure("dataclass", template, parts, names)
-    return Structure("constant", item)
+    return Structure("constant", item, was=picture(item))
 
 
 def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:

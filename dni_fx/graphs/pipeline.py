@@ -19,6 +19,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import BakedInError, CutError, PlanMismatchError, TracingError
@@ -37,6 +38,7 @@ from ..passes.search.choosing import (
     weigh_model,
 )
 from ..passes.trace.exporting import trace_export
+from ..passes.trace.held import GRAD_MODE
 from ..passes.trace.tracing import Trace, trace_calls
 from ..plan import CutPlan
 from .nested import flatten
@@ -71,7 +73,9 @@ def build_variant(
     digests: list[str] = []  # of graphs that the recipe's plan was not made for
     for tracer in (trace_calls, trace_export):
         try:
-            trace = tracer(called, args, kwargs)
+            trace, grad = tracer(called, args, kwargs), True
+            if any(h.place == GRAD_MODE for h in trace.held) and not torch.is_grad_enabled():
+                trace, grad = tracer(called, args, kwargs, grad=False), False
         except TracingError as error:
             refusals.append(f"{tracer.__name__}: {error}")
             if len(refusals) == 1:
@@ -90,7 +94,8 @@ def build_variant(
         variant = Variant.of(trace, choice, split, flatten((args, kwargs))[0])
         if not recipe.check:
             return variant
-        result = check_stages(called, functools.partial(call_stages, trace, split), args, kwargs)
+        composed = functools.partial(call_stages, trace, split)
+        result = check_stages(called, composed, args, kwargs, grad)
         if result.mismatch is None:
             variant.exact = result.exact
             return variant

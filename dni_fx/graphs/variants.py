@@ -4,16 +4,18 @@ model looked at.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..passes.cut.checking import guards_hold
+from ..passes.cut.checking import guards_hold, values_hold
 from ..passes.cut.emission import StageFunctions
 from ..passes.cut.splitting import Split
 from ..passes.search.choosing import Choice
+from ..passes.trace.held import broken
 from ..passes.trace.tracing import Trace
 from ..sources import GradientSource, Served
 from .nested import Structure
@@ -34,7 +36,8 @@ class Variant:
         parameters: the model's parameters when traced.
         frozen: their ``requires_grad`` when traced.
         bound: where the model keeps what the stages refer to, and what it was.
-        shapes: shapes of inputs for which the graph is known to be valid.
+        layouts: shapes and strides of inputs, under which modes, for which the graph is known to
+            be valid.
         exact: whether the self-check found it equal bit for bit; None where it was not run.
         sources: the gradient source of each interface; None until first asked for.
         served: the same, grouped by source.
@@ -48,7 +51,7 @@ class Variant:
     parameters: tuple[nn.Parameter, ...]
     frozen: tuple[bool, ...]
     bound: tuple[tuple[dict[str, Any], str, Any], ...]
-    shapes: set[tuple[torch.Size, ...]]
+    layouts: set[tuple[Any, ...]]
     exact: bool | None = None
     functions: tuple[StageFunctions, ...] = ()
     sources: dict[str, GradientSource] | None = None
@@ -67,7 +70,7 @@ class Variant:
             parameters=parameters,
             frozen=tuple(p.requires_grad for p in parameters),
             bound=_bound_attributes(split, trace.model),
-            shapes={tuple(t.shape for t in leaves)},
+            layouts={layouts_of(leaves)},
         )
 
     @property
@@ -79,6 +82,7 @@ class Variant:
         """Whether the model is in a mode, and of the objects, that the graph was traced with."""
         return (
             tuple([m.training for m in self.trace.modes]) in self.modes
+            and broken(self.trace.held) is None
             and all(table.get(key) is value for table, key, value in self.bound)
             and tuple([p.requires_grad for p in self.parameters]) == self.frozen
         )
@@ -100,14 +104,13 @@ class Variant:
         evaluation mode.
         """
         same = (
-            not self.trace.guards
-            and not other.trace.guards
+            self.trace.has_same_guards(other.trace)
             and all(
                 other.trace.attributes.get(k) is v
                 for k, v in self.trace.attributes.items()
                 if k[0] == "_"
             )
-            and self.trace.digest == other.trace.digest
+            and self.trace.is_same_graph(other.trace)
             and self.trace.inputs == other.trace.inputs
             and self.trace.modes == other.trace.modes
             and self.kinds == other.kinds
@@ -115,7 +118,7 @@ class Variant:
         )
         if same:
             self.modes |= other.modes
-            self.shapes |= other.shapes
+            self.layouts |= other.layouts
         return same
 
     def accepts(self, structure: Structure, leaves: list[torch.Tensor]) -> bool:
@@ -126,22 +129,32 @@ class Variant:
             or structure != self.trace.inputs
         ):
             return False
-        shapes = tuple([t.shape for t in leaves])
-        if shapes not in self.shapes:
-            if not self._differs_in_batch_only(shapes) and not guards_hold(self.trace, leaves):
+        if any(payload is not known for payload, known in self._held_constants(structure)):
+            return False
+        key = layouts_of(leaves)
+        if key not in self.layouts:
+            if self.trace.rung == "export" or not guards_hold(self.trace, leaves):
                 return False
-            self.shapes.add(shapes)
-        return True
+            self.layouts.add(key)
+        return values_hold(self.trace, leaves)
 
-    def _differs_in_batch_only(self, shapes: tuple[torch.Size, ...]) -> bool:
-        """A new batch size of a graph without guards needs no proof."""
-        known = next(iter(self.shapes))
-        return not self.trace.guards and [s[1:] for s in shapes] == [s[1:] for s in known]
+    def _held_constants(self, structure: Structure) -> Iterator[tuple[Any, Any]]:
+        """Objects among the inputs that the graph itself refers to, and what it was made for."""
+        if self.trace.holds_inputs:
+            pairs = zip(structure.constants(), self.trace.inputs.constants(), strict=True)
+            yield from ((a, b) for a, b in pairs if id(b) in self.trace.holds_inputs)
 
 
 def kinds_of(leaves: list[torch.Tensor]) -> tuple[Any, ...]:
     """What must not change between calls of one graph, besides sizes that the model looked at."""
-    return tuple((t.dtype, t.dim(), t.device, t.requires_grad) for t in leaves)
+    return tuple((type(t), t.dtype, t.dim(), t.device, t.layout, t.requires_grad) for t in leaves)
+
+
+def layouts_of(leaves: list[torch.Tensor]) -> tuple[Any, ...]:
+    """What guards may depend on and need not be proved twice: shapes, strides and autocast."""
+    cast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+    strided = torch.strided
+    return cast, *((t.shape, t.stride() if t.layout is strided else ()) for t in leaves)
 
 
 def _bound_attributes(

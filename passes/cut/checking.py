@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ...errors import DecouplingError
 from ...graphs.nested import flatten, map_tensors
 from ..trace.nodes import run_node
+from ..trace.prefixes import ancestors, run_prefix
 from ..trace.state import restored, untouched
 from ..trace.symbols import plain
 from ..trace.tracing import Trace
@@ -43,7 +44,11 @@ class Check:
 
 
 def check_stages(
-    model: nn.Module, composed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: nn.Module,
+    composed: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    grad: bool = True,
 ) -> Check:
     """Compare composed stages with the model: outputs, every parameter's gradient, buffers; same
     seed, same inputs.
@@ -55,13 +60,14 @@ def check_stages(
         composed: runs the stages, called as the model is.
         args: example positional inputs.
         kwargs: example keyword inputs.
+        grad: whether gradients are asked for.
 
     Returns:
         Whether they agree. Model, gradients, buffers and random states are as they were.
     """
-    first = check_model(model, args, kwargs)
-    second = _measure(model, model, args, kwargs)
-    stages = _measure(model, composed, args, kwargs)
+    first = check_model(model, args, kwargs, grad=grad)
+    second = _measure(model, model, args, kwargs, grad)
+    stages = _measure(model, composed, args, kwargs, grad)
     if list(first) != list(stages):
         return Check(
             f"the stages return other tensors than the model ({len(stages)} against {len(first)})",
@@ -118,7 +124,11 @@ def _difference(
 
 
 def check_model(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seen: str = ""
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    seen: str = "",
+    grad: bool = True,
 ) -> dict[str, torch.Tensor | None]:
     """Run the model itself, so that its own complaint about its inputs is the one that is heard.
 
@@ -127,6 +137,7 @@ def check_model(
         args: positional inputs.
         kwargs: keyword inputs.
         seen: what tracing said, which names the place.
+        grad: whether gradients are asked for.
 
     Returns:
         Its outputs, parameter gradients and buffers, by name.
@@ -135,7 +146,7 @@ def check_model(
         DecouplingError: the model fails.
     """
     try:
-        return _measure(model, model, args, kwargs)
+        return _measure(model, model, args, kwargs, grad)
     except Exception as error:
         raise DecouplingError(
             f"{type(model).__name__} itself fails on these inputs: {type(error).__name__}: "
@@ -145,8 +156,8 @@ def check_model(
 
 
 def guards_hold(trace: Trace, leaves: list[torch.Tensor]) -> bool:
-    """Whether a trace made for other shapes is valid for these inputs: sizes that the model looked
-    at are the same.
+    """Whether a trace made for other shapes is valid for these inputs: what the model looked at
+    (sizes, strides, dtypes) is the same.
 
     Args:
         trace: the trace.
@@ -155,21 +166,24 @@ def guards_hold(trace: Trace, leaves: list[torch.Tensor]) -> bool:
     Returns:
         False also where it cannot be told without running the model.
     """
-    expected = dict(trace.guards)
+    expected = trace.guards_by_shape
+    if not expected:
+        return True
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     values: dict[Any, Any] = {}
     inputs = iter(leaves)
+    wanted = set(ancestors(expected))
     try:
         with untouched(trace.model), fake, torch.no_grad():
             for node in trace.graph.nodes:
                 if node.op == "placeholder":
                     values[node] = fake.from_tensor(next(inputs).detach())
+                elif node not in wanted:
+                    continue
                 elif node.op == "get_attr":
                     value = trace.attributes[str(node.target)]
                     copied = isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter)
                     values[node] = value.clone() if copied else value
-                elif node.op == "output":
-                    return True
                 else:
                     values[node] = run_node(trace, node, values)
                 if node in expected and plain(values[node]) != expected[node]:
@@ -179,10 +193,28 @@ def guards_hold(trace: Trace, leaves: list[torch.Tensor]) -> bool:
     return True
 
 
+def values_hold(trace: Trace, leaves: list[torch.Tensor]) -> bool:
+    """Whether the values of the inputs lead the model the same way as when it was traced."""
+    expected = trace.guards_by_value
+    if not expected:
+        return True
+    places = [n for n in trace.graph.nodes if n.op == "placeholder"]
+    inputs = dict(zip(places, leaves, strict=True))
+    try:
+        values = run_prefix(expected, trace.attributes, inputs)
+    except Exception:
+        return False
+    return all(plain(values[node]) == value for node, value in expected.items())
+
+
 def _measure(
-    model: nn.Module, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: nn.Module,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    grad: bool,
 ) -> dict[str, torch.Tensor | None]:
-    with restored(model), torch.enable_grad():
+    with restored(model), torch.set_grad_enabled(grad):
         # Not the state in which the model was traced: draws must not be baked in.
         torch.manual_seed(1)
         random.seed(1)

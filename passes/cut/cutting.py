@@ -13,6 +13,7 @@ from torch import fx
 
 from ...errors import CutError, did_you_mean
 from ...plan import CutPoint, TensorSpec
+from ..trace.calls import ReadAttribute
 from ..trace.tracing import Trace
 from .specs import infer_specs, name_values
 from .views import torn_positions
@@ -120,6 +121,7 @@ def find_flow(trace: Trace) -> Flow:
     for i, node in enumerate(nodes):
         if node.meta.get("glued"):
             illegal[i] = f"{node.name!r} belongs to the node before it"
+    illegal.update(_divided(nodes))
     return Flow(
         trace=trace,
         nodes=nodes,
@@ -344,6 +346,19 @@ def _writes(nodes: tuple[fx.Node, ...]) -> dict[int, fx.Node]:
     return {storage: n for n in nodes for storage in n.meta.get("mutates", ())}
 
 
+def _divided(nodes: tuple[fx.Node, ...]) -> dict[int, str]:
+    """Positions inside regions that must stay whole, with the reason."""
+    marked: dict[tuple[str, str], list[int]] = {}
+    for i, node in enumerate(nodes):
+        for mark in node.meta.get("together", ()):
+            marked.setdefault(mark, []).append(i)
+    return {
+        i: reason
+        for (_, reason), places in marked.items()
+        for i in range(places[0] + 1, places[-1] + 1)
+    }
+
+
 def _returning(nodes: tuple[fx.Node, ...]) -> frozenset[fx.Node]:
     asked: set[fx.Node] = set()
     found: list[fx.Node] = []
@@ -362,13 +377,15 @@ def _replicated(nodes: tuple[fx.Node, ...], written: dict[int, fx.Node]) -> froz
             node.op not in ("call_function", "call_method")
             or node.meta.get("mutates")
             or node.meta.get("random")
+            or node.meta.get("together")
         ):
             continue
         value: Any = node.meta.get("value")
         if value is None and "value" in node.meta:  # a container of tensors
             continue
+        large = isinstance(value, torch.Tensor) and value.numel() > _REPLICATED_ELEMENTS
         if isinstance(value, torch.Tensor) and (
-            value.requires_grad or value.numel() > _REPLICATED_ELEMENTS
+            value.requires_grad or (large and not isinstance(node.target, ReadAttribute))
         ):
             continue
         if node.meta.get("parameters") or node.meta.get("storage") in written:

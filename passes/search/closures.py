@@ -76,6 +76,7 @@ def _contract(
     written = {s for n in flow.nodes for s in n.meta.get("mutates", ())}
     kept = kept_storages(flow.nodes)
     memory: dict[int, fx.Node] = {}
+    whole: dict[tuple[str, str], fx.Node] = {}
     for node in computed:
         if node.meta.get("glued"):
             groups.union(*[n for n in node.all_input_nodes if flow.is_computed(n)], node)
@@ -87,6 +88,8 @@ def _contract(
             elif storage in chains:
                 edges.append((chains[storage], node))
             chains[storage] = node
+        for mark in node.meta.get("together", ()):
+            groups.union(whole.setdefault(mark, node), node)
         if node.meta.get("random"):
             if "random" in chains:
                 edges.append((chains["random"], node))

@@ -19,6 +19,12 @@ class FunctionCall:
     def __call__(self, *args: Any) -> Any:
         return self.function.apply(*args)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FunctionCall) and self.function is other.function
+
+    def __hash__(self) -> int:
+        return hash(self.function)
+
 
 def setitem(tensor: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
     """``tensor[index] = value``; returns the tensor, so that later uses depend on the write."""
@@ -26,25 +32,83 @@ def setitem(tensor: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
     return tensor
 
 
+class _Attribute:
+    """Something done with one attribute of one module."""
+
+    verb = ""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.module, self.name = module, name
+        self.__name__ = self.__qualname__ = f"{self.verb}_{name}"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Attribute) or type(self) is not type(other):
+            return False
+        return self.is_of(other.module, other.name)
+
+    def __hash__(self) -> int:
+        return hash((self.verb, id(self.module), self.name))
+
+    def is_of(self, module: nn.Module, name: str) -> bool:
+        """Whether it is this attribute."""
+        return self.module is module and self.name == name
+
+
+class ReadAttribute(_Attribute):
+    """A tensor that a module keeps as a plain attribute, as it is in the call at hand."""
+
+    verb = "read"
+
+    def __call__(self) -> torch.Tensor:
+        tensor: torch.Tensor = getattr(self.module, self.name)
+        return tensor
+
+
+class StoreAttribute(_Attribute):
+    """``self.name = tensor`` in the model's ``forward``."""
+
+    verb = "store"
+
+    def __call__(self, tensor: torch.Tensor) -> None:
+        setattr(self.module, self.name, tensor)
+
+
 def after(tensor: torch.Tensor, write: Any) -> torch.Tensor:
     """The tensor, once a write through another view of its memory has happened."""
     return tensor
 
 
+_INDEXING = frozenset(
+    {torch.ops.aten.index.Tensor, torch.ops.aten._unsafe_index.Tensor}
+)  # their results are as large as the indices, but for masks
+
+
+def _has_mask(indices: Any) -> bool:
+    return any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in indices)
+
+
 class Observer(TorchDispatchMode):
-    """Notes what the operators below one node do."""
+    """Notes what the operators below one node do.
+
+    Attributes:
+        random: whether one drew random numbers.
+        by_value: whether the shape of a result depends on the values of the operands.
+        parameters: identities of the parameters that were read.
+        tensors: what was read, by identity.
+    """
 
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()
-        self.random = False
+        self.random = self.by_value = False
         self.parameters: dict[int, None] = {}
         self.tensors: dict[int, torch.Tensor] = {}
 
     def reset(self) -> None:
         """Before another node."""
-        self.random, self.parameters, self.tensors = False, {}, {}
+        self.random = self.by_value = False
+        self.parameters, self.tensors = {}, {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -54,6 +118,10 @@ class Observer(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags:
             self.random = True
+        if torch.Tag.dynamic_output_shape in func.tags:
+            self.by_value |= func not in _INDEXING or _has_mask(args[1])
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.by_value = True
         for arg in args:
             if isinstance(arg, torch.Tensor):
                 self.tensors[id(arg)] = arg

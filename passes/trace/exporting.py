@@ -17,7 +17,9 @@ from .state import untouched
 from .tracing import Trace, bind_originals, reason_of, record
 
 
-def trace_export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+def trace_export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], grad: bool = True
+) -> Trace:
     """Trace by ``torch.export`` and record the exported operators.
 
     The batch dimension is dynamic where export allows it. The training mode is baked into the
@@ -27,6 +29,7 @@ def trace_export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         model: any module.
         args: example positional inputs.
         kwargs: example keyword inputs.
+        grad: whether gradients are asked for, which code may look at.
 
     Returns:
         The trace; its parameters and buffers are the model's own.
@@ -34,13 +37,13 @@ def trace_export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     Raises:
         TracingError: export refuses the model; holds its message.
     """
-    with untouched(model):
+    with untouched(model), torch.set_grad_enabled(grad):
         try:
             program = _export(model, args, kwargs)
             exported = program.module(check_guards=False)
         except Exception as error:
             raise TracingError(f"torch.export: {reason_of(error)}") from error
-        recorder = Recorder(model, FakeTensorMode(allow_non_fake_inputs=True))
+        recorder = Recorder(model, FakeTensorMode(allow_non_fake_inputs=True), grad=grad)
         recorder.known.paths.clear()  # no module is called
         try:
             trace = record(recorder, _Replayed(exported, recorder), args, kwargs, {})

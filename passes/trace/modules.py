@@ -10,6 +10,9 @@ import torch
 from torch import fx, nn
 
 from ...errors import BakedInError
+from ...graphs.pictures import picture
+from .calls import ReadAttribute, StoreAttribute
+from .held import Reads, is_hooked
 from .provenance import Provenance
 from .state import MODULE_INTERNALS, python_draws
 
@@ -25,6 +28,7 @@ class Visits:
     Args:
         known: the graph, and the nodes of tensors.
         opaque: paths of modules to keep as single nodes.
+        reads: notes what is read off modules.
 
     Attributes:
         stack: paths of the modules that the recording is in, outermost first.
@@ -35,7 +39,7 @@ class Visits:
         notes: remarks for the plan.
     """
 
-    def __init__(self, known: Provenance, opaque: frozenset[str]) -> None:
+    def __init__(self, known: Provenance, opaque: frozenset[str], reads: Reads) -> None:
         self.opaque = opaque
         self.stack: list[str] = []
         self.visited: dict[str, nn.Module] = {}
@@ -43,7 +47,7 @@ class Visits:
         self.failed_at: str | None = None
         self.failed_leaf = False
         self.notes: list[str] = []
-        self._known = known
+        self._known, self._reads = known, reads
         self._draws = python_draws()
 
     def is_leaf(self, module: nn.Module, path: str) -> bool:
@@ -52,13 +56,7 @@ class Visits:
         """
         if not path:
             return False
-        hooked = (
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-        )
-        if path in self.opaque or hooked or getattr(module, "is_graph_leaf", False):
+        if path in self.opaque or is_hooked(module) or getattr(module, "is_graph_leaf", False):
             return True
         from_torch = type(module).__module__.startswith(("torch.nn", "torch.ao.nn"))
         return from_torch and not isinstance(module, _TRANSPARENT)
@@ -71,12 +69,14 @@ class Visits:
             BakedInError: it changes its own attributes, or draws numbers that no graph can draw.
         """
         self.visited[path] = module
+        self._reads.visited(module, path)
         self.stack.append(path)
         before = _state_of(module)
+        entries = _entries_of(module)
         try:
             yield
             self._check_draws()
-            self._check_changes(module, path, before)
+            self._check_changes(module, path, before, entries)
         except Exception:
             self._fails(path, leaf=False)
             raise
@@ -110,21 +110,88 @@ class Visits:
         if python_draws() != self._draws:
             raise BakedInError("the model draws from Python's or NumPy's random numbers")
 
-    def _check_changes(self, module: nn.Module, path: str, before: dict[str, Any]) -> None:
+    def _check_changes(
+        self,
+        module: nn.Module,
+        path: str,
+        before: dict[str, Any],
+        entries: dict[str, dict[Any, Any]],
+    ) -> None:
         now = _state_of(module)
-        changed = {k: v for k, v in now.items() if before.get(k, _MISSING) is not v}
-        # the top level cannot be opaque; what it only stores is not read again
-        if not path and all(isinstance(v, torch.Tensor) for v in changed.values()):
-            self.notes += [
-                f"forward stores a tensor in self.{name}; the stages do not" for name in changed
-            ]
+        changed = [
+            k
+            for k, v in now.items()
+            if before.get(k, _MISSING) != v and not self._only_remembers(module, k, entries)
+        ]
+        values = {name: getattr(module, name) for name in changed}
+        # the top level cannot be opaque
+        if not path and all(self._can_store(module, n, v) for n, v in values.items()):
+            for name, value in values.items():
+                self._store(module, name, value)
         elif changed:
             raise BakedInError(
-                f"forward changes the module's own attribute '{next(iter(changed))}': if only "
+                f"forward changes the module's own attribute '{changed[0]}': if only "
                 "its first call does that, call the model once before"
             )
 
+    def _only_remembers(
+        self, module: nn.Module, name: str, entries: dict[str, dict[Any, Any]]
+    ) -> bool:
+        """Whether a dictionary has only gained what sizes alone determine: a graph computes it
+        anew.
+        """
+        table, known = vars(module).get(name), entries.get(name)
+        if not isinstance(table, dict) or known is None:
+            return False
+        new = [v for k, v in table.items() if k not in known]
+        kept = all(k in table and table[k] is v for k, v in known.items())
+        return kept and all(
+            isinstance(v, torch.Tensor) and self._known.is_computed(v) and self._is_of_sizes(v)
+            for v in new
+        )
+
+    def _is_of_sizes(self, value: torch.Tensor) -> bool:
+        pending = [self._known.nodes[id(value)]]
+        while pending:
+            node = pending.pop()
+            if node.op in ("placeholder", "get_attr", "call_module") or node.meta.get("random"):
+                return False
+            pending += [n for n in node.all_input_nodes if "value" in n.meta]
+        return True
+
+    def _can_store(self, module: nn.Module, name: str, value: Any) -> bool:
+        own = name in vars(module)
+        return own and isinstance(value, torch.Tensor) and self._known.is_computed(value)
+
+    def _store(self, module: nn.Module, name: str, value: torch.Tensor) -> None:
+        """Write a computed tensor to an attribute, where the model has read it last."""
+        graph, node = self._known.graph, self._known.nodes[id(value)]
+        reads = [
+            n
+            for n in graph.nodes
+            if isinstance(n.target, ReadAttribute) and n.target.is_of(module, name)
+        ]
+        users = [u for n in reads for u in n.users]
+        order = {n: i for i, n in enumerate(graph.nodes)}
+        last = max([node, *reads, *users], key=order.__getitem__)
+        with graph.inserting_after(last):
+            store = graph.call_function(StoreAttribute(module, name), (node,))
+        store.meta.update(
+            {"mutates": (), "random": False, "no_grad": False, "autocast": (), "parameters": ()},
+            modules=tuple(self.stack[:1]),
+            storage=None,
+            value=None,
+        )
+        place = (name, f"forward keeps self.{name} from call to call: it is read and written there")
+        for touching in [node, *reads, store]:
+            touching.meta["together"] = (*touching.meta.get("together", ()), place)
+
+
+def _entries_of(module: nn.Module) -> dict[str, dict[Any, Any]]:
+    return {k: dict(v) for k, v in vars(module).items() if type(v) is dict}
+
 
 def _state_of(module: nn.Module) -> dict[str, Any]:
+    """Pictures of a module's own attributes, and of what they hold."""
     state = {k: v for k, v in vars(module).items() if k not in MODULE_INTERNALS}
-    return {**state, **module._buffers, **module._parameters}
+    return {k: picture(v) for k, v in {**state, **module._buffers, **module._parameters}.items()}

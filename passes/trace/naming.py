@@ -15,17 +15,8 @@ def input_names(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> li
     """A name for every tensor among the inputs: the parameter's, with keys and indices where it is
     nested.
     """
-    parameters = list(inspect.signature(model.forward).parameters.values())
-    positional = [
-        p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-    rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "input")
-    named = [
-        (positional[i] if i < len(positional) else f"{rest}_{i - len(positional)}", v)
-        for i, v in enumerate(args)
-    ]
     names: list[str] = []
-    for name, value in [*named, *kwargs.items()]:
+    for name, value in argument_names(model, args, kwargs).items():
         count = len(flatten(value)[0])
         if count == 1 and isinstance(value, torch.Tensor):
             names.append(name)
@@ -38,6 +29,20 @@ def input_names(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> li
             name += "_"
         result.append(name)
     return result
+
+
+def argument_names(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments by the names that ``forward`` gives them."""
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    positional = [
+        p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "input")
+    named = {
+        positional[i] if i < len(positional) else f"{rest}_{i - len(positional)}": v
+        for i, v in enumerate(args)
+    }
+    return named | kwargs
 
 
 def leaf_keys(value: Any) -> list[str]:

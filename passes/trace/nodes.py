@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx
 
+from .prefixes import call_node
 from .tracing import Trace
 
 
@@ -19,11 +20,4 @@ def identifier(name: str) -> str:
 
 def run_node(trace: Trace, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
     """Call what a recorded node calls, on the values of the nodes that it uses."""
-    args, kwargs = fx.node.map_aggregate(
-        (node.args, dict(node.kwargs)), lambda a: values[a] if isinstance(a, fx.Node) else a
-    )
-    if node.op == "call_module":
-        return trace.attributes[str(node.target)](*args, **kwargs)
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+    return call_node(trace.attributes, node, values)

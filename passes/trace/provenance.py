@@ -14,6 +14,8 @@ What is known of a node is kept in the ``meta`` of the new graph's nodes:
 ``modules``         paths of the modules that it ran in, outermost first
 ``no_grad``         whether it ran under ``torch.no_grad``
 ``autocast``        the autocast regions around it that the model itself entered
+``by_value``        whether its shape, or answer, depends on the values that it is computed from
+``together``        marks of regions that no cut may divide: pairs (key, reason)
 ``glued``           whether it must stay with the node before it (members of containers, notes of a
                     write)
 ==================  ==============================================================================
@@ -30,7 +32,8 @@ from torch import fx, nn
 
 from ...errors import TracingError
 from ...graphs.nested import flatten
-from .calls import after
+from .calls import ReadAttribute, after
+from .held import Reads
 from .state import MODULE_INTERNALS
 from .symbols import TracedInt
 from .values import storage_key, tensors_in
@@ -46,6 +49,7 @@ class Provenance:
     Args:
         model: the root module.
         fake: whether the model runs on fake tensors.
+        reads: where tensors were read that are plain attributes.
 
     Attributes:
         graph: what has been recorded.
@@ -55,7 +59,7 @@ class Provenance:
         nodes: of tensors, by identity.
     """
 
-    def __init__(self, model: nn.Module, fake: bool) -> None:
+    def __init__(self, model: nn.Module, fake: bool, reads: Reads) -> None:
         self.graph = fx.Graph()
         self.attributes: dict[str, Any] = {}
         self.paths: dict[int, str] = {}
@@ -71,7 +75,7 @@ class Provenance:
             if key not in MODULE_INTERNALS
         ]
         self.nodes: dict[int, fx.Node] = {}
-        self._fake = fake
+        self._fake, self._reads = fake, reads
         self._constants = {id(t) for t in tensors_in(own)}
         self._alive: list[Any] = []  # so that no identity is given to another tensor
         self._storages: dict[int, tuple[int, list[torch.Tensor]]] = {}
@@ -172,12 +176,22 @@ class Provenance:
             if self._fake
             else id(tensor) in self._constants
         )
+        if seen_before and id(tensor) in self._reads.tensors:
+            return self._live(tensor)
         if not seen_before:
             raise TracingError(
                 "a tensor was computed by code that tracing does not see (a scripted function, "
                 "vmap, ...)"
             )
         return self._constant(tensor)
+
+    def _live(self, tensor: torch.Tensor) -> fx.Node:
+        """A plain attribute of a module is read in every call, since it may be another tensor."""
+        target = ReadAttribute(*self._reads.tensors[id(tensor)])
+        node = self.graph.call_function(target)
+        node.meta.update(_BARE, parameters=())
+        self.attach(node, tensor)
+        return node
 
     def _get_attr(self, name: str, value: Any) -> fx.Node:
         node = self.graph.create_node("get_attr", name, name=name.replace(".", "_"))

@@ -16,14 +16,17 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from ...errors import DataDependentError, TracingError
 from ...graphs.nested import flatten
 from .calls import FunctionCall, Observer, setitem
+from .held import GRAD, Reads
 from .modules import Visits
+from .prefixes import obstacle, run_prefix
 from .provenance import Provenance
-from .sizes import LAYOUT_QUERIES, QUERIES, Sizes
+from .sizes import QUERIES, Sizes
 from .symbols import Size, TracedInt
 from .values import plain_tree, storage_key, tensors_in
 
@@ -31,6 +34,20 @@ _DATA_QUERIES = {
     "item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__complex__",
     "is_nonzero", "equal", "allclose", "__contains__", "__array__", "__format__", "data_ptr",
 }  # fmt: skip
+_YES_OR_NO = {"__bool__", "is_nonzero", "equal", "allclose", "__contains__"}
+_WHOLE_NUMBERS = {"item", "tolist", "__int__", "__index__"}
+_PLAIN_ANSWERS = bool | int | float | complex | str | tuple | torch.dtype | torch.device
+# facts that go with dtype, rank and device of what a value was computed from; with shapes and
+# strides, too; and with whether gradients are asked for
+_OF_KINDS = {
+    "dim", "ndim", "ndimension", "dtype", "device", "layout", "is_floating_point", "is_complex",
+    "is_signed", "element_size", "itemsize", "is_sparse", "is_cuda", "is_cpu", "is_meta", "is_mps",
+    "is_quantized", "is_nested", "is_mkldnn", "is_xpu", "get_device", "is_inference", "is_conj",
+    "is_neg", "result_type", "can_cast", "promote_types", "is_tensor", "is_storage", "type",
+    "is_sparse_csr", "names", "has_names", "__class__", "is_vulkan", "is_xla", "is_ipu", "is_maia",
+}  # fmt: skip
+_OF_SHAPES = {"is_same_size", "nbytes", "nelement", "is_contiguous", "stride", "storage_offset"}
+_OF_GRADIENTS = {"requires_grad", "is_leaf", "retains_grad"}
 # how many tensors these return is a size, which the code around them has made use of
 _COUNTED = {
     "unbind", "split", "chunk", "tensor_split", "hsplit", "vsplit", "dsplit", "unsafe_split",
@@ -54,9 +71,12 @@ class Recorder(TorchFunctionMode):
         fake: a fake tensor mode, or None to run on real tensors.
         opaque: paths of modules to keep as single nodes.
         plain: sizes that the model's code needs as plain integers.
+        grad: whether gradients are asked for.
 
     Attributes:
         known: the graph, and the nodes of tensors.
+        reads: plain values that the model's code has read.
+        inputs: the example's tensors, by placeholder.
         sizes: what is answered about shapes.
         visits: the modules on the way.
         autocasts: regions that the model itself entered, outermost first.
@@ -69,12 +89,16 @@ class Recorder(TorchFunctionMode):
         fake: Any,
         opaque: frozenset[str] = frozenset(),
         plain: frozenset[Size] = frozenset(),
+        grad: bool = True,
     ) -> None:
         super().__init__()
+        self.grad = grad
         self.fake = fake
-        self.known = Provenance(model, bool(fake))
+        self.reads = Reads()
+        self.known = Provenance(model, bool(fake), self.reads)
         self.sizes = Sizes(self.known, plain)
-        self.visits = Visits(self.known, opaque)
+        self.visits = Visits(self.known, opaque, self.reads)
+        self.inputs: dict[fx.Node, torch.Tensor] = {}
         self.autocasts: list[tuple[Any, ...]] = []
         self.paused = False
         self._observer = Observer()
@@ -97,9 +121,7 @@ class Recorder(TorchFunctionMode):
         if name in QUERIES:
             return self.sizes.answer(name, args, kwargs)
         if short in _DATA_QUERIES and any(isinstance(a, torch.Tensor) for a in args):
-            raise DataDependentError(
-                f"the model reads the values of a tensor (by '{short}') while it runs"
-            )
+            return self._read_value(func, short, args, kwargs)
         if name.startswith("torch.sym_") or short.startswith("_sym_"):
             return func(*[a.look() if isinstance(a, TracedInt) else a for a in args], **kwargs)
         return self._record_function(func, name, short, args, kwargs)
@@ -117,6 +139,10 @@ class Recorder(TorchFunctionMode):
             output = original(module, *args, **kwargs)
         self.visits.returned(path, output)
         return output
+
+    def read_attribute(self, module: nn.Module, name: str, value: Any) -> None:
+        """The model's code reads an attribute of a module."""
+        self.reads.attribute(module, self.known.paths.get(id(module)), name, value)
 
     def call_function(self, function: type[torch.autograd.Function], args: Any) -> Any:
         """Stand-in for ``autograd.Function.apply`` while recording."""
@@ -139,14 +165,34 @@ class Recorder(TorchFunctionMode):
             return self._create("call_function", _OPERATORS[name], args, kwargs, run)
         if not name.startswith("torch.Tensor."):
             return self._create("call_function", func, args, kwargs, run)
-        if short not in LAYOUT_QUERIES:
-            return self._create("call_method", short, args, kwargs, run)
-        self.paused = True
-        try:
-            answer = func(*args, **kwargs)
-        finally:
-            self.paused = False
-        self.sizes.guard_layout(short, args, kwargs, answer)
+        return self._create("call_method", short, args, kwargs, run)
+
+    def _read_value(self, func: Any, short: str, args: Any, kwargs: Any) -> Any:
+        """Yes or no, read off the values of inputs: a guard, for which a part of the graph is run
+        before each call. At the top level, which cannot be opaque, whole numbers likewise.
+        """
+        asked = short in _YES_OR_NO or (
+            len(self.visits.stack) == 1
+            and short in _WHOLE_NUMBERS
+            and not (args[0].is_floating_point() or args[0].is_complex())
+        )
+        node_args, node_kwargs = self.known.argument((args, kwargs))
+        graph = self.known.graph
+        node = graph.create_node(
+            "call_method" if isinstance(args[0], torch.Tensor) else "call_function",
+            short if isinstance(args[0], torch.Tensor) else func,
+            node_args,
+            dict(node_kwargs),
+        )
+        node.meta["by_value"] = True
+        if not asked or obstacle(node) is not None:
+            graph.erase_node(node)
+            raise DataDependentError(
+                f"the model reads the values of a tensor (by '{short}') while it runs"
+            )
+        with unset_fake_temporarily():
+            answer = run_prefix([node], self.known.attributes, self.inputs)[node]
+        self.sizes.looks.guard(node, answer)
         return answer
 
     def _call_leaf(
@@ -191,7 +237,7 @@ class Recorder(TorchFunctionMode):
             if structure.kind != "constant" or (output is not None and op == "call_module"):
                 raise TracingError(f"{target} returns no tensors but {type(output).__name__}")
             if output is not None:
-                return output
+                return self._answer(op, target, node_args, node_kwargs, output)
         node = self.known.graph.create_node(
             op, target, node_args, node_kwargs, name=_node_name(op, target)
         )
@@ -201,6 +247,28 @@ class Recorder(TorchFunctionMode):
             self.sizes.looks.guard(node.graph.call_function(len, (node,)), len(output))
         for tensor in written:
             self.known.refresh_aliases(tensor, node, output)
+        return output
+
+    def _answer(self, op: str, target: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        """A plain value, told about tensors: the graph holds where it is the same."""
+        if not isinstance(output, _PLAIN_ANSWERS):
+            return output
+        name = args[1] if target is getattr else getattr(target, "__name__", target)
+        if name in _OF_GRADIENTS:
+            self.reads.mode(GRAD)
+            return output
+        nodes = [a for a in (*args, *kwargs.values()) if isinstance(a, fx.Node)]
+        fixed = ("placeholder", "get_attr") if name in _OF_KINDS else ("get_attr",)
+        if all(n.op in fixed for n in nodes):
+            return output
+        node = self.known.graph.create_node(op, target, args, kwargs)
+        node.meta["by_value"] = name not in _OF_SHAPES and name not in _OF_KINDS
+        if node.meta["by_value"] and (why := obstacle(node)) is not None:
+            raise DataDependentError(
+                f"the model reads a plain value off a tensor (by '{name}' of '{why.name}') while "
+                "it runs"
+            )
+        self.sizes.looks.guard(node, output)
         return output
 
     def _observed(self, target: Any, run: Callable[[], Any]) -> Any:
@@ -229,6 +297,7 @@ class Recorder(TorchFunctionMode):
             mutates=tuple(dict.fromkeys(known.storage(t) for t in written)),
             rebases=tuple(dict.fromkeys(known.storage(t) for t in written if t._is_view())),
             random=observer.random,
+            by_value=observer.by_value and node.op != "call_module",
             parameters=tuple(dict.fromkeys(names)),
             modules=tuple(self.visits.stack),
             no_grad=not torch.is_grad_enabled(),

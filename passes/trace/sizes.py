@@ -17,7 +17,6 @@ QUERIES = {
     "torch.Tensor.numel",
     "torch.Tensor.__len__",
 }
-LAYOUT_QUERIES = {"is_contiguous", "stride", "storage_offset"}
 
 
 class Sizes:
@@ -77,12 +76,3 @@ class Sizes:
             wants_plain = self.looks.wants_plain((what, value))
             self._made[node, what] = made.look() if wants_plain else made
         return self._made[node, what]
-
-    def guard_layout(self, query: str, args: Any, kwargs: Any, answer: Any) -> None:
-        """Strides and contiguity were answered plainly: the graph holds where the answer is the
-        same.
-        """
-        node = self._known.nodes.get(id(args[0]))
-        if node is not None and node.op != "get_attr":
-            asked = node.graph.call_method(query, (node, *args[1:]), dict(kwargs))
-            self.looks.guard(asked, answer)

@@ -22,6 +22,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...errors import DataDependentError
+from .prefixes import is_by_value, obstacle
+
 _MOST_PLAIN = 16
 
 Size = tuple[int | str, int]  # a dimension, or "numel", and how large it is in the example
@@ -69,9 +72,19 @@ class Looks:
         return size in self._plain or len(self._plain) > _MOST_PLAIN
 
     def guard(self, node: fx.Node, value: Any) -> None:
-        """The graph holds only where the node has this value."""
-        if not self.over:
-            self.guards.setdefault(node, value)
+        """The graph holds only where the node has this value.
+
+        Raises:
+            DataDependentError: which only a run of the model could tell.
+        """
+        if self.over or node in self.guards:
+            return
+        if is_by_value(node) and (why := obstacle(node)) is not None:
+            raise DataDependentError(
+                f"the model's control flow depends on a value that is computed ('{why.name}'), "
+                "not only on its inputs"
+            )
+        self.guards[node] = value
 
 
 class _PlainValue:

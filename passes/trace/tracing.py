@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,8 +22,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...errors import BakedInError, DataDependentError, TracingError, user_line
 from ...graphs.nested import Structure, flatten
+from ...graphs.pictures import picture
+from .calls import ReadAttribute
+from .held import GRAD_MODE, Held
 from .modules import Visits
-from .naming import input_names
+from .naming import argument_names, input_names
+from .prefixes import is_by_value
 from .recorder import Recorder
 from .routing import recording
 from .state import untouched
@@ -68,6 +71,7 @@ class Trace:
         calls: module path, output node and last node made in it, in the order in which modules
             returned.
         modes: modules whose ``training`` flag this graph holds fast.
+        held: plain values that it holds fast.
         rung: which tracer made the graph: ``"calls"``, ``"calls on real tensors"`` or ``"export"``.
         opaque: paths of modules kept as one node because they could not be looked into, with the
             reason.
@@ -85,10 +89,21 @@ class Trace:
     calls: tuple[tuple[str, fx.Node | None, fx.Node], ...]
     modes: tuple[nn.Module, ...]
     rung: str
+    held: tuple[Held, ...] = ()
     opaque: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     ports: tuple[Port, ...] = ()
     incoming: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def guards_by_shape(self) -> dict[fx.Node, Any]:
+        """Those that tell themselves from shapes, strides and kinds of the inputs."""
+        return {n: value for n, value in self.guards if not is_by_value(n)}
+
+    @functools.cached_property
+    def guards_by_value(self) -> dict[fx.Node, Any]:
+        """Those for which a part of the graph is run before each call."""
+        return {n: value for n, value in self.guards if is_by_value(n)}
 
     @property
     def output_leaves(self) -> tuple[Any, ...]:
@@ -101,6 +116,29 @@ class Trace:
         leaves: Any = next(reversed(self.graph.nodes)).args[0]
         node: fx.Node = leaves[port.index]
         return node
+
+    @functools.cached_property
+    def holds_inputs(self) -> frozenset[int]:
+        """Identities of objects among the inputs that nodes refer to."""
+        inputs = {id(value) for value in self.inputs.constants()}
+        return frozenset(inputs & {id(v) for k, v in self.attributes.items() if k[0] == "_"})
+
+    def has_same_guards(self, other: Trace) -> bool:
+        """Whether two graphs hold in the same calls."""
+        mine = [(n.name, value) for n, value in self.guards]
+        held = [h for h in self.held if h.place != GRAD_MODE]
+        return (
+            mine == [(n.name, v) for n, v in other.guards]
+            and all(any(h.place == o.place and h.was == o.was for o in other.held) for h in held)
+            and len(self.held) == len(other.held)
+        )
+
+    def is_same_graph(self, other: Trace) -> bool:
+        """Whether two graphs call the same functions and modules on the same values."""
+        if self.digest != other.digest:
+            return False
+        pairs = zip(self.graph.nodes, other.graph.nodes, strict=True)
+        return all(a.target == b.target for a, b in pairs)
 
     @property
     def digest(self) -> str:
@@ -121,13 +159,16 @@ class Trace:
         return f"{getattr(node.target, '__module__', '')}.{name}"
 
 
-def trace_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+def trace_calls(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], grad: bool = True
+) -> Trace:
     """Record the model's functions and leaf modules on fake tensors, else on real ones.
 
     Args:
         model: any module, in the mode in which it is to run.
         args: example positional inputs, nested as the model takes them.
         kwargs: example keyword inputs.
+        grad: whether gradients are asked for, which code may look at.
 
     Returns:
         The trace. The model, its buffers and the random state are as they were.
@@ -139,7 +180,7 @@ def trace_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     while True:
         with untouched(model):
             fake = None if attempts.real else FakeTensorMode(allow_non_fake_inputs=True)
-            recorder = Recorder(model, fake, frozenset(attempts.opaque), attempts.plain)
+            recorder = Recorder(model, fake, frozenset(attempts.opaque), attempts.plain, grad)
             try:
                 trace = record(recorder, model, args, kwargs, attempts.opaque)
             except Exception as error:
@@ -253,10 +294,19 @@ def record(
         alone = leaf.detach().requires_grad_(leaf.requires_grad)
         value = recorder.fake.from_tensor(alone) if recorder.fake else _copied(leaf)
         known.placeholder(name, value)
+        recorder.inputs[known.nodes[id(value)]] = leaf
         values.append(value)
     own_args, own_kwargs = structure.build(iter(values))
-    with recording(recorder), torch.enable_grad():
+    before = _pictures(model, own_args, own_kwargs)
+    with recording(recorder), torch.set_grad_enabled(recorder.grad):
         output = model(*own_args, **own_kwargs)
+    after = _pictures(model, own_args, own_kwargs)
+    written = [name for name, was in before.items() if after[name] != was]
+    if written:
+        raise BakedInError(
+            f"forward changes what is in argument '{written[0]}', which stages cannot: return it "
+            "instead"
+        )
     out_leaves, out_structure = flatten(output, lambda v: isinstance(v, torch.Tensor | TracedInt))
     _check_sight(out_structure)
     known.graph.output(tuple(known.argument(leaf) for leaf in out_leaves))
@@ -278,10 +328,16 @@ def record(
             for path, node, last in visits.calls
         ),
         modes=tuple(visits.visited.values()),
+        held=recorder.reads.held,
         rung="calls",
         opaque=dict(opaque),
         notes=tuple(visits.notes),
     )
+
+
+def _pictures(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What each argument holds, by its place or name."""
+    return {name: picture(value) for name, value in argument_names(model, args, kwargs).items()}
 
 
 def _copied(leaf: torch.Tensor) -> torch.Tensor:
@@ -290,20 +346,13 @@ def _copied(leaf: torch.Tensor) -> torch.Tensor:
 
 def _check_sight(outputs: Structure) -> None:
     """Refuse outputs that hold tensors where they cannot be seen."""
-    for part in _constants(outputs):
+    for part in outputs.constants():
         if flatten(dict(getattr(part, "__dict__", {})))[0]:
             raise TracingError(
                 f"the model returns a {type(part).__name__}, whose tensors cannot be seen; "
                 "return tuples, dicts or dataclasses, or register the class with "
                 "torch.utils._pytree"
             )
-
-
-def _constants(structure: Structure) -> Iterator[Any]:
-    if structure.kind == "constant":
-        yield structure.payload
-    for child in structure.children:
-        yield from _constants(child)
 
 
 def _prune(graph: fx.Graph, keep: set[fx.Node]) -> None:
@@ -313,6 +362,7 @@ def _prune(graph: fx.Graph, keep: set[fx.Node]) -> None:
             continue
         note = getattr(node.target, "__name__", "") in ("getitem", "after", "getattr")
         effect = node.meta.get("mutates") or node.meta.get("random")
+        note = note or isinstance(node.target, ReadAttribute)
         looked_at = "value" not in node.meta  # an integer that was not computed with
         if node.op == "get_attr" or (note and not effect) or looked_at:
             graph.erase_node(node)

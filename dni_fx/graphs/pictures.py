@@ -1,0 +1,100 @@
+"""Pictures of what an object holds, so that a later look tells whether it is still the same."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import enum
+import functools
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+_MOST_PARTS = 20_000  # of one object; a larger one is taken for the same while it is itself
+_LARGEST_ARRAY = 1 << 16  # bytes that are compared
+_EQUAL_BY_VALUE = (
+    bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range, slice,
+    torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size,
+)  # fmt: skip
+_BY_IDENTITY = (
+    torch.Tensor, nn.Module, torch.Generator, type, types.FunctionType, types.BuiltinFunctionType,
+    types.ModuleType, functools.partial,
+)  # fmt: skip
+
+
+class _Itself:
+    """Equal to the same object only."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and self.value is other.value
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def picture(value: Any) -> tuple[Any, ...]:
+    """All plain values that an object holds, to be compared with a later picture.
+
+    Tensors, modules, functions and whatever cannot be opened are the same while they are
+    themselves; containers and objects are opened.
+    """
+    kind = type(value)
+    if kind in _EQUAL_BY_VALUE:
+        return kind, repr(value) if value != value else value
+    parts: list[Any] = []
+    try:
+        for part in _parts(value, set()):
+            parts.append(part)
+            if len(parts) > _MOST_PARTS:
+                return (_Itself(value),)
+    except RuntimeError:  # changed by another thread meanwhile, or bottomless
+        return (_Itself(value),)
+    return tuple(parts)
+
+
+def _parts(value: Any, seen: set[int]) -> Iterator[Any]:
+    kind = type(value)
+    if kind in _EQUAL_BY_VALUE:
+        yield kind, repr(value) if value != value else value
+    elif isinstance(value, enum.Enum):
+        yield kind, value.name
+    elif isinstance(value, types.MethodType):
+        yield value.__func__, _Itself(value.__self__)
+    elif isinstance(value, _BY_IDENTITY):
+        yield _Itself(value)
+    elif id(value) in seen:
+        yield "again"
+    else:
+        seen.add(id(value))
+        yield kind
+        yield from _opened(value, seen)
+
+
+def _opened(value: Any, seen: set[int]) -> Iterator[Any]:
+    numpy = sys.modules.get("numpy")
+    if isinstance(value, list | tuple | collections.deque):
+        yield len(value)
+        for item in value:
+            yield from _parts(item, seen)
+    elif isinstance(value, dict | collections.UserDict):
+        yield len(value)
+        for key, item in value.items():
+            yield from _parts(key, seen)
+            yield from _parts(item, seen)
+    elif isinstance(value, set | frozenset):
+        yield frozenset(value)
+    elif numpy and isinstance(value, numpy.ndarray) and value.nbytes <= _LARGEST_ARRAY:
+        yield value.shape, value.dtype, value.tobytes()
+    elif hasattr(value, "__dict__"):
+        yield from _parts(vars(value), seen)
+    elif dataclasses.is_dataclass(value):  # with slots
+        for field in dataclasses.fields(value):
+            yield from _parts(getattr(value, field.name, None), seen)
+    else:
+        yield _Itself(value)

@@ -1,0 +1,130 @@
+"""Plain values that a model's code has read while it was traced, and whether they are still so.
+
+A graph holds fast what Python saw: the numbers, flags and strings among the attributes of the
+modules that were looked into, what helper objects and arguments hold, hooks that were not there,
+and modes of torch that were asked for. Each becomes a guard here, looked at in every call.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...graphs.pictures import picture
+from .state import MODULE_INTERNALS
+
+_NOT_READ_BY_FORWARD = MODULE_INTERNALS | {
+    "_compiled_call_impl", "call_super_init", "dump_patches", "_version",
+}  # fmt: skip
+# what code may ask torch for, without a tensor in hand
+_DEVICES = ("cpu", "cuda", "xpu", "mps")
+_MODES: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    *((n, ()) for n in ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled")),
+    *((n, ()) for n in ("get_default_dtype", "is_anomaly_enabled")),
+    *((n, ()) for n in ("are_deterministic_algorithms_enabled", "get_float32_matmul_precision")),
+    *(("is_autocast_enabled", (d,)) for d in _DEVICES),
+    *(("get_autocast_dtype", (d,)) for d in _DEVICES),
+)
+MODES = frozenset(name for name, _ in _MODES)
+GRAD = "is_grad_enabled"
+GRAD_MODE = f"torch.{GRAD}"  # the place of its guard
+
+
+@dataclass(frozen=True)
+class Held:
+    """A value that a graph holds fast.
+
+    Attributes:
+        place: what was read, for people.
+        read: reads it again.
+        was: its picture while the graph was recorded.
+    """
+
+    place: str
+    read: Callable[[], Any]
+    was: tuple[Any, ...]
+
+    def holds(self) -> bool:
+        """Whether it is still the same."""
+        try:
+            return picture(self.read()) == self.was
+        except AttributeError:
+            return False
+
+
+class Reads:
+    """Notes what is read in one recording.
+
+    Attributes:
+        tensors: where tensors that are attributes were read, by identity: module and name.
+    """
+
+    def __init__(self) -> None:
+        # as it is around the model, whatever regions the model enters itself
+        self._ambient = {(n, a): getattr(torch, n)(*a) for n, a in _MODES}
+        self.tensors: dict[int, tuple[nn.Module, str]] = {}
+        self._held: dict[tuple[int, str], Held] = {}
+        self._alive: list[Any] = []
+
+    @property
+    def held(self) -> tuple[Held, ...]:
+        """All that was read."""
+        return tuple(self._held.values())
+
+    def attribute(self, module: nn.Module, path: str | None, name: str, value: Any) -> None:
+        """A module's attribute was read."""
+        if (
+            name in _NOT_READ_BY_FORWARD
+            or name.startswith("__")
+            or (id(module), name) in self._held
+        ):
+            return
+        if isinstance(value, torch.Tensor):
+            if name in vars(module):
+                self.tensors[id(value)] = module, name
+                self._alive.append(value)
+            return
+        if isinstance(value, types.MethodType | nn.Module):
+            return
+        if isinstance(getattr(type(module), name, None), property):
+            return  # what it reads is noted by itself
+        place = f"'{path}.{name}'" if path else f"'{name}'"
+        read = functools.partial(getattr, module, name)
+        self._held[id(module), name] = Held(place, read, picture(value))
+
+    def visited(self, module: nn.Module, path: str) -> None:
+        """A module was looked into: it must stay what it was, without hooks."""
+        read = functools.partial(_character, module)
+        self._held[id(module), ""] = Held(f"hooks of '{path}'", read, picture(read()))
+
+    def mode(self, name: str, args: tuple[Any, ...] = ()) -> None:
+        """One of torch's modes was asked for."""
+        if (name, args) in self._ambient:
+            read = functools.partial(getattr(torch, name), *args)
+            was = picture(self._ambient[name, args])
+            self._held[hash(args), name] = Held(f"torch.{name}", read, was)
+
+
+def broken(held: Sequence[Held]) -> Held | None:
+    """The first value that has changed."""
+    return next((h for h in held if not h.holds()), None)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling a module does more than its ``forward``."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def _character(module: nn.Module) -> tuple[Any, ...]:
+    return type(module), is_hooked(module), vars(module).get("forward")
