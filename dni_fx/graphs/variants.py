@@ -4,7 +4,6 @@ model looked at.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,12 +79,19 @@ class Variant:
 
     def is_current(self) -> bool:
         """Whether the model is in a mode, and of the objects, that the graph was traced with."""
-        return (
-            tuple([m.training for m in self.trace.modes]) in self.modes
-            and broken(self.trace.held) is None
-            and all(table.get(key) is value for table, key, value in self.bound)
-            and tuple([p.requires_grad for p in self.parameters]) == self.frozen
-        )
+        return self._change() is None
+
+    def _change(self) -> str | None:
+        """What has changed in the model since the graph was traced."""
+        if tuple([m.training for m in self.trace.modes]) not in self.modes:
+            return "a module's mode"
+        if (changed := broken(self.trace.held)) is not None:
+            return changed.place
+        if not all(table.get(key) is value for table, key, value in self.bound):
+            return next(repr(k) for t, k, v in self.bound if t.get(k) is not v)
+        if tuple([p.requires_grad for p in self.parameters]) != self.frozen:
+            return "requires_grad of a parameter"
+        return None
 
     def is_outdated(self) -> bool:
         """Whether something that the graph refers to was replaced, frozen or unfrozen since."""
@@ -123,26 +129,29 @@ class Variant:
 
     def accepts(self, structure: Structure, leaves: list[torch.Tensor]) -> bool:
         """Whether the graph is valid for a call."""
-        if (
-            not self.is_current()
-            or kinds_of(leaves) != self.kinds
-            or structure != self.trace.inputs
-        ):
-            return False
-        if any(payload is not known for payload, known in self._held_constants(structure)):
-            return False
+        return self.objection(structure, leaves) is None
+
+    def objection(self, structure: Structure, leaves: list[torch.Tensor]) -> str | None:
+        """Why the graph is not valid for a call, in a few words; None where it is."""
+        if (change := self._change()) is not None:
+            return change
+        if kinds_of(leaves) != self.kinds:
+            return "dtype, rank, device or requires_grad of an input"
+        if structure != self.trace.inputs or not self._holds_objects(structure):
+            return "an input that is no tensor"
         key = layouts_of(leaves)
         if key not in self.layouts:
             if self.trace.rung == "export" or not guards_hold(self.trace, leaves):
-                return False
+                return "sizes or strides of inputs"
             self.layouts.add(key)
-        return values_hold(self.trace, leaves)
+        return None if values_hold(self.trace, leaves) else "values of inputs"
 
-    def _held_constants(self, structure: Structure) -> Iterator[tuple[Any, Any]]:
-        """Objects among the inputs that the graph itself refers to, and what it was made for."""
-        if self.trace.holds_inputs:
-            pairs = zip(structure.constants(), self.trace.inputs.constants(), strict=True)
-            yield from ((a, b) for a, b in pairs if id(b) in self.trace.holds_inputs)
+    def _holds_objects(self, structure: Structure) -> bool:
+        """Whether objects among the inputs that the graph itself refers to are the same."""
+        if not self.trace.holds_inputs:
+            return True
+        pairs = zip(structure.constants(), self.trace.inputs.constants(), strict=True)
+        return all(a is b for a, b in pairs if id(b) in self.trace.holds_inputs)
 
 
 def kinds_of(leaves: list[torch.Tensor]) -> tuple[Any, ...]:

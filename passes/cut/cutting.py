@@ -16,7 +16,7 @@ from ...plan import CutPoint, TensorSpec
 from ..trace.calls import ReadAttribute
 from ..trace.tracing import Trace
 from .specs import infer_specs, name_values
-from .views import torn_positions
+from .views import divided_regions, torn_positions
 
 _REPLICATED_ELEMENTS = 1 << 20  # a larger mask or table is sent rather than computed again
 
@@ -121,7 +121,7 @@ def find_flow(trace: Trace) -> Flow:
     for i, node in enumerate(nodes):
         if node.meta.get("glued"):
             illegal[i] = f"{node.name!r} belongs to the node before it"
-    illegal.update(_divided(nodes))
+    illegal.update(divided_regions(nodes))
     return Flow(
         trace=trace,
         nodes=nodes,
@@ -344,19 +344,6 @@ def kept_storages(nodes: tuple[fx.Node, ...]) -> set[int]:
 def _writes(nodes: tuple[fx.Node, ...]) -> dict[int, fx.Node]:
     """The last node that writes to each storage."""
     return {storage: n for n in nodes for storage in n.meta.get("mutates", ())}
-
-
-def _divided(nodes: tuple[fx.Node, ...]) -> dict[int, str]:
-    """Positions inside regions that must stay whole, with the reason."""
-    marked: dict[tuple[str, str], list[int]] = {}
-    for i, node in enumerate(nodes):
-        for mark in node.meta.get("together", ()):
-            marked.setdefault(mark, []).append(i)
-    return {
-        i: reason
-        for (_, reason), places in marked.items()
-        for i in range(places[0] + 1, places[-1] + 1)
-    }
 
 
 def _returning(nodes: tuple[fx.Node, ...]) -> frozenset[fx.Node]:

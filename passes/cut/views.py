@@ -102,3 +102,16 @@ def _uses(node: fx.Node, start: int, index: Mapping[fx.Node, int]) -> int:
         if user.target is not after and start <= index[user] and not (is_view and start == 0):
             fx.node.map_arg((user.args, user.kwargs), arguments.append)
     return sum(a is node for a in arguments)
+
+
+def divided_regions(nodes: tuple[fx.Node, ...]) -> dict[int, str]:
+    """Positions inside regions that must stay whole, with the reason."""
+    marked: dict[tuple[str, str], list[int]] = {}
+    for i, node in enumerate(nodes):
+        for mark in node.meta.get("together", ()):
+            marked.setdefault(mark, []).append(i)
+    return {
+        i: reason
+        for (_, reason), places in marked.items()
+        for i in range(places[0] + 1, places[-1] + 1)
+    }

@@ -89,14 +89,19 @@ class Reads:
             if name in vars(module):
                 self.tensors[id(value)] = module, name
                 self._alive.append(value)
+                self._hold(module, path, name, functools.partial(_facts, module, name))
             return
         if isinstance(value, types.MethodType | nn.Module):
             return
         if isinstance(getattr(type(module), name, None), property):
             return  # what it reads is noted by itself
+        self._hold(module, path, name, functools.partial(getattr, module, name))
+
+    def _hold(
+        self, module: nn.Module, path: str | None, name: str, read: Callable[[], Any]
+    ) -> None:
         place = f"'{path}.{name}'" if path else f"'{name}'"
-        read = functools.partial(getattr, module, name)
-        self._held[id(module), name] = Held(place, read, picture(value))
+        self._held[id(module), name] = Held(place, read, picture(read()))
 
     def visited(self, module: nn.Module, path: str) -> None:
         """A module was looked into: it must stay what it was, without hooks."""
@@ -124,6 +129,15 @@ def is_hooked(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
     )
+
+
+def _facts(module: nn.Module, name: str) -> Any:
+    """What a graph holds fast of a tensor that it reads in every call."""
+    value = getattr(module, name)
+    if not isinstance(value, torch.Tensor):
+        return value
+    strides = value.stride() if value.layout is torch.strided else None
+    return value.shape, strides, value.dtype, value.device, value.layout, value.requires_grad
 
 
 def _character(module: nn.Module) -> tuple[Any, ...]:

@@ -142,7 +142,13 @@ class Recorder(TorchFunctionMode):
 
     def read_attribute(self, module: nn.Module, name: str, value: Any) -> None:
         """The model's code reads an attribute of a module."""
-        self.reads.attribute(module, self.known.paths.get(id(module)), name, value)
+        if isinstance(value, torch.Tensor) and self.known.is_computed(value):
+            return  # written before in this call
+        self.paused = True
+        try:
+            self.reads.attribute(module, self.known.paths.get(id(module)), name, value)
+        finally:
+            self.paused = False
 
     def call_function(self, function: type[torch.autograd.Function], args: Any) -> Any:
         """Stand-in for ``autograd.Function.apply`` while recording."""

@@ -28,76 +28,107 @@ _APPLY.__globals__["_dni_fx_leads"] = _leads
 
 @contextlib.contextmanager
 def recording(recorder: Recorder) -> Iterator[None]:
-    """Route module calls, custom functions and autocast regions of this thread to the recorder."""
-    module_call = nn.Module.__call__
-    enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
+    """Route module calls, attributes read, custom functions and autocast regions of this thread to
+    the recorder.
+    """
     thread = threading.get_ident()
-    entered: list[Any] = []  # regions, innermost last
+    routes = _Routes(recorder, lambda: not recorder.paused and threading.get_ident() == thread)
+    _leads.append(routes.apply)
+    try:
+        with contextlib.ExitStack() as stack:
+            for owner, name, value in routes.table():
+                stack.enter_context(_replaced(owner, name, value))
+            stack.enter_context(recorder.fake or contextlib.nullcontext())
+            stack.enter_context(recorder)
+            yield
+    finally:
+        recorder.sizes.looks.over = True
+        _leads.pop()
 
-    def watches() -> bool:
-        return not recorder.paused and threading.get_ident() == thread
 
-    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if watches():
-            return recorder.call_module(module_call, module, args, kwargs)
-        return module_call(module, *args, **kwargs)
+class _Routes:
+    """What stands in the place of torch's own functions meanwhile."""
 
-    def function_apply(cls: Any, args: Any, kwargs: Any) -> Any:
-        if watches():
-            return recorder.call_function(cls, args)
+    def __init__(self, recorder: Recorder, watches: Callable[[], bool]) -> None:
+        self.recorder, self.watches = recorder, watches
+        self._entered: list[Any] = []  # autocast regions, innermost last
+
+    def table(self) -> Iterator[tuple[Any, str, Any]]:
+        """Where, under which name, and what."""
+        yield nn.Module, "__call__", self._call(nn.Module.__call__)
+        yield nn.Module, "__getattribute__", self._attribute()
+        yield torch.autocast, "__enter__", self._enter(torch.autocast.__enter__)
+        yield torch.autocast, "__exit__", self._leave(torch.autocast.__exit__)
+        yield _APPLY, "__code__", _Shell.__dict__["apply"].__func__.__code__
+        for name in MODES:
+            yield torch, name, self._mode(name, getattr(torch, name))
+
+    def apply(self, cls: Any, args: Any, kwargs: Any) -> Any:
+        """In place of ``Function.apply``."""
+        if self.watches():
+            return self.recorder.call_function(cls, args)
         return _ORIGINAL(cls, *args, **kwargs)
 
-    def asked(name: str, original: Any) -> Any:
+    def _call(self, original: Any) -> Any:
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if self.watches():
+                return self.recorder.call_module(original, module, args, kwargs)
+            return original(module, *args, **kwargs)
+
+        return call
+
+    def _attribute(self) -> Any:
+        def attribute(module: Any, name: str) -> Any:
+            value = object.__getattribute__(module, name)
+            if self.watches():
+                self.recorder.read_attribute(module, name, value)
+            return value
+
+        return attribute
+
+    def _mode(self, name: str, original: Any) -> Any:
         def mode(*args: Any) -> Any:
             by_torch = sys._getframe(1).f_code.co_filename.startswith(_LIBRARY)
-            if watches() and not by_torch:
-                recorder.reads.mode(name, args)
+            if self.watches() and not by_torch:
+                self.recorder.reads.mode(name, args)
             return original(*args)
 
         return mode
 
-    def autocast_enter(region: Any) -> Any:
-        if watches():
-            entered.append(region)
-            recorder.autocasts.append(
-                (region.device, region.fast_dtype, region._enabled, region._cache_enabled)
-            )
-        return enter(region)
+    def _enter(self, original: Any) -> Any:
+        def enter(region: Any) -> Any:
+            if self.watches():
+                self._entered.append(region)
+                self.recorder.autocasts.append(
+                    (region.device, region.fast_dtype, region._enabled, region._cache_enabled)
+                )
+            return original(region)
 
-    def autocast_exit(region: Any, *error: Any) -> Any:
-        if entered and entered[-1] is region and threading.get_ident() == thread:
-            entered.pop()
-            recorder.autocasts.pop()
-        return leave(region, *error)
+        return enter
 
-    def attribute(module: Any, name: str) -> Any:
-        value = object.__getattribute__(module, name)
-        if watches():
-            recorder.read_attribute(module, name, value)
-        return value
+    def _leave(self, original: Any) -> Any:
+        def leave(region: Any, *error: Any) -> Any:
+            if self._entered and self._entered[-1] is region:
+                self._entered.pop()
+                self.recorder.autocasts.pop()
+            return original(region, *error)
 
-    nn.Module.__getattribute__ = attribute  # type: ignore[method-assign]
-    nn.Module.__call__ = call  # type: ignore[method-assign]
-    region: Any = torch.autocast
-    modes = {name: getattr(torch, name) for name in MODES}
-    for name, original in modes.items():
-        setattr(torch, name, asked(name, original))
-    _leads.append(function_apply)
-    _APPLY.__code__ = _Shell.__dict__["apply"].__func__.__code__
-    region.__enter__, region.__exit__ = autocast_enter, autocast_exit
+        return leave
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Another value for an attribute, meanwhile."""
+    own = name in vars(owner) or name == "__code__"
+    before = getattr(owner, name)
+    setattr(owner, name, value)
     try:
-        with recorder.fake or contextlib.nullcontext(), recorder:
-            yield
+        yield
     finally:
-        recorder.sizes.looks.over = True
-        del nn.Module.__getattribute__  # it was object's
-        nn.Module.__call__ = module_call  # type: ignore[method-assign]
-        _leads.pop()
-        if not _leads:
-            _APPLY.__code__ = _ORIGINAL.__code__
-        for name, original in modes.items():
-            setattr(torch, name, original)
-        region.__enter__, region.__exit__ = enter, leave
+        if own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)  # it was inherited
 
 
 class _Shell:

@@ -24,7 +24,7 @@ from ...errors import BakedInError, DataDependentError, TracingError, user_line
 from ...graphs.nested import Structure, flatten
 from ...graphs.pictures import picture
 from .calls import ReadAttribute
-from .held import GRAD_MODE, Held
+from .held import Held
 from .modules import Visits
 from .naming import argument_names, input_names
 from .prefixes import is_by_value
@@ -125,13 +125,9 @@ class Trace:
 
     def has_same_guards(self, other: Trace) -> bool:
         """Whether two graphs hold in the same calls."""
-        mine = [(n.name, value) for n, value in self.guards]
-        held = [h for h in self.held if h.place != GRAD_MODE]
-        return (
-            mine == [(n.name, v) for n, v in other.guards]
-            and all(any(h.place == o.place and h.was == o.was for o in other.held) for h in held)
-            and len(self.held) == len(other.held)
-        )
+        mine, others = [[(n.name, v) for n, v in t.guards] for t in (self, other)]
+        held, held_there = [[(h.place, h.was) for h in t.held] for t in (self, other)]
+        return mine == others and held == held_there
 
     def is_same_graph(self, other: Trace) -> bool:
         """Whether two graphs call the same functions and modules on the same values."""
