@@ -7,7 +7,9 @@ and modes of torch that were asked for. Each becomes a guard here, looked at in 
 
 from __future__ import annotations
 
+import dis
 import functools
+import inspect
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,6 +33,9 @@ _MODES: tuple[tuple[str, tuple[Any, ...]], ...] = (
     *(("is_autocast_enabled", (d,)) for d in _DEVICES),
     *(("get_autocast_dtype", (d,)) for d in _DEVICES),
 )
+LIBRARY = str(torch.__path__[0])  # torch's own code is not what the user writes
+_DEEPEST = 3  # functions that call functions, whose globals are looked at
+_PLAIN_GLOBALS = (bool, int, float, complex, str, bytes, list, tuple, dict, set, torch.Tensor)
 MODES = frozenset(name for name, _ in _MODES)
 GRAD = "is_grad_enabled"
 GRAD_MODE = f"torch.{GRAD}"  # the place of its guard
@@ -43,19 +48,22 @@ class Held:
     Attributes:
         place: what was read, for people.
         read: reads it again.
-        was: its picture while the graph was recorded.
+        was: what was read while the graph was recorded, or its picture.
+        opened: whether it is a picture, since the object may change.
     """
 
     place: str
     read: Callable[[], Any]
-    was: tuple[Any, ...]
+    was: Any
+    opened: bool = True
 
     def holds(self) -> bool:
         """Whether it is still the same."""
         try:
-            return picture(self.read()) == self.was
+            now = self.read()
         except AttributeError:
             return False
+        return bool((picture(now) if self.opened else now) == self.was)
 
 
 class Reads:
@@ -71,6 +79,7 @@ class Reads:
         self.tensors: dict[int, tuple[nn.Module, str]] = {}
         self._held: dict[tuple[int, str], Held] = {}
         self._alive: list[Any] = []
+        self._seen: set[types.FunctionType] = set()
 
     @property
     def held(self) -> tuple[Held, ...]:
@@ -106,7 +115,27 @@ class Reads:
     def visited(self, module: nn.Module, path: str) -> None:
         """A module was looked into: it must stay what it was, without hooks."""
         read = functools.partial(_character, module)
-        self._held[id(module), ""] = Held(f"hooks of '{path}'", read, picture(read()))
+        self._held[id(module), ""] = Held(f"hooks of '{path}'", read, read(), opened=False)
+        self._globals_of(type(module).forward, _DEEPEST)
+
+    def _globals_of(self, function: Any, depth: int) -> None:
+        """Plain values outside the function that its code refers to, and functions of the same kind
+        that it calls.
+        """
+        function = inspect.unwrap(function)
+        if not isinstance(function, types.FunctionType) or function in self._seen:
+            return
+        self._seen.add(function)
+        if function.__code__.co_filename.startswith(LIBRARY):
+            return
+        table = function.__globals__
+        for name in _names_of(function.__code__):
+            value = table.get(name)
+            if isinstance(value, _PLAIN_GLOBALS):
+                read = functools.partial(table.get, name)
+                self._held[id(table), name] = Held(f"global {name}", read, picture(value))
+            elif depth:
+                self._globals_of(value, depth - 1)
 
     def mode(self, name: str, args: tuple[Any, ...] = ()) -> None:
         """One of torch's modes was asked for."""
@@ -114,6 +143,13 @@ class Reads:
             read = functools.partial(getattr(torch, name), *args)
             was = picture(self._ambient[name, args])
             self._held[hash(args), name] = Held(f"torch.{name}", read, was)
+
+
+def _names_of(code: types.CodeType) -> set[str]:
+    """Global names that a function's code loads, those of functions inside it included."""
+    inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    own = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
+    return own.union(*(_names_of(c) for c in inner))
 
 
 def broken(held: Sequence[Held]) -> Held | None:

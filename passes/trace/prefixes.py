@@ -70,3 +70,32 @@ def run_prefix(
             else:
                 values[node] = call_node(attributes, node, values)
     return values
+
+
+def mark_differentiated(call: fx.Node) -> None:
+    """What ``torch.autograd.grad`` differentiates inside a model must stay in one stage: no
+    history reaches across a cut.
+
+    Args:
+        call: the node of the call, whose first two arguments are what is differentiated, and by
+            what.
+    """
+    named = {**dict(zip(("outputs", "inputs"), call.args, strict=False)), **call.kwargs}
+    above = set(ancestors(_nodes_in(named["outputs"])))
+    sources = _nodes_in(named["inputs"])
+    below: set[fx.Node] = set()
+    pending = list(sources)
+    while pending:
+        node = pending.pop()
+        if node not in below and node in above:
+            below.add(node)
+            pending.extend(node.users)
+    mark = (call.name, "torch.autograd.grad inside the model differentiates across it")
+    for node in (*sorted(below), call):
+        node.meta["together"] = (*node.meta.get("together", ()), mark)
+
+
+def _nodes_in(arguments: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.node.map_arg(arguments, lambda n: found.append(n))
+    return found

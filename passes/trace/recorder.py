@@ -24,7 +24,7 @@ from ...graphs.nested import flatten
 from .calls import FunctionCall, Observer, setitem
 from .held import GRAD, Reads
 from .modules import Visits
-from .prefixes import obstacle, run_prefix
+from .prefixes import mark_differentiated, obstacle, run_prefix
 from .provenance import Provenance
 from .sizes import QUERIES, Sizes
 from .symbols import Size, TracedInt
@@ -121,7 +121,7 @@ class Recorder(TorchFunctionMode):
         if name in QUERIES:
             return self.sizes.answer(name, args, kwargs)
         if short in _DATA_QUERIES and any(isinstance(a, torch.Tensor) for a in args):
-            return self._read_value(func, short, args, kwargs)
+            return self._read_value(short, args, kwargs)
         if name.startswith("torch.sym_") or short.startswith("_sym_"):
             return func(*[a.look() if isinstance(a, TracedInt) else a for a in args], **kwargs)
         return self._record_function(func, name, short, args, kwargs)
@@ -173,7 +173,7 @@ class Recorder(TorchFunctionMode):
             return self._create("call_function", func, args, kwargs, run)
         return self._create("call_method", short, args, kwargs, run)
 
-    def _read_value(self, func: Any, short: str, args: Any, kwargs: Any) -> Any:
+    def _read_value(self, short: str, args: Any, kwargs: Any) -> Any:
         """Yes or no, read off the values of inputs: a guard, for which a part of the graph is run
         before each call. At the top level, which cannot be opaque, whole numbers likewise.
         """
@@ -182,17 +182,10 @@ class Recorder(TorchFunctionMode):
             and short in _WHOLE_NUMBERS
             and not (args[0].is_floating_point() or args[0].is_complex())
         )
-        node_args, node_kwargs = self.known.argument((args, kwargs))
-        graph = self.known.graph
-        node = graph.create_node(
-            "call_method" if isinstance(args[0], torch.Tensor) else "call_function",
-            short if isinstance(args[0], torch.Tensor) else func,
-            node_args,
-            dict(node_kwargs),
-        )
+        node = self.known.graph.call_method(short, *self.known.argument((args, kwargs)))
         node.meta["by_value"] = True
         if not asked or obstacle(node) is not None:
-            graph.erase_node(node)
+            self.known.graph.erase_node(node)
             raise DataDependentError(
                 f"the model reads the values of a tensor (by '{short}') while it runs"
             )
@@ -248,6 +241,8 @@ class Recorder(TorchFunctionMode):
             op, target, node_args, node_kwargs, name=_node_name(op, target)
         )
         self._describe(node, written)
+        if target is torch.autograd.grad:
+            mark_differentiated(node)
         self.known.attach(node, output)
         if getattr(target, "__name__", target) in _COUNTED and isinstance(output, tuple | list):
             self.sizes.looks.guard(node.graph.call_function(len, (node,)), len(output))

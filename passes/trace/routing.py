@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .held import MODES
+from .held import LIBRARY, MODES
 from .recorder import Recorder
 
-_LIBRARY = str(torch.__path__[0])
 # torch's own, whose code is exchanged while something is recorded: names that were bound to
 # ``SomeFunction.apply`` at import (the usual idiom) must lead to the recorder, too
 _APPLY = torch.autograd.Function.__dict__["apply"].__func__
@@ -88,7 +87,7 @@ class _Routes:
 
     def _mode(self, name: str, original: Any) -> Any:
         def mode(*args: Any) -> Any:
-            by_torch = sys._getframe(1).f_code.co_filename.startswith(_LIBRARY)
+            by_torch = sys._getframe(1).f_code.co_filename.startswith(LIBRARY)
             if self.watches() and not by_torch:
                 self.recorder.reads.mode(name, args)
             return original(*args)

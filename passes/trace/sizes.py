@@ -53,7 +53,7 @@ class Sizes:
                 return len(tensor)
             return tensor.shape if dim is None else tensor.shape[dim]
         if name.endswith("numel"):
-            make = lambda: node.graph.call_method("numel", (node,))  # noqa: E731
+            make = lambda: _beside(node, "numel")  # noqa: E731
             return self._integer(node, "numel", tensor.numel(), make)
         if name.endswith("__len__"):
             length = self._dim(node, tensor, 0)
@@ -64,7 +64,7 @@ class Sizes:
         return torch.Size(sizes)
 
     def _dim(self, node: fx.Node, tensor: torch.Tensor, dim: int) -> int | TracedInt:
-        make = lambda: node.graph.call_method("size", (node, dim))  # noqa: E731
+        make = lambda: _beside(node, "size", dim)  # noqa: E731
         return self._integer(node, dim, tensor.shape[dim], make)
 
     def _integer(
@@ -76,3 +76,12 @@ class Sizes:
             wants_plain = self.looks.wants_plain((what, value))
             self._made[node, what] = made.look() if wants_plain else made
         return self._made[node, what]
+
+
+def _beside(node: fx.Node, query: str, *args: int) -> fx.Node:
+    """A size, asked where its tensor is made: later stages then get a number and not the tensor."""
+    last = node
+    while last.next.meta.get("glued"):
+        last = last.next
+    with node.graph.inserting_after(last):
+        return node.graph.call_method(query, (node, *args))

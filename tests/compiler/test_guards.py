@@ -401,3 +401,28 @@ def test_two_functions_of_one_name_are_two() -> None:
     for mode in (True, False, True):
         model.train(mode)
         assert_equal(decoupled, X)
+
+
+# ---- globals -------------------------------------------------------------------------------------
+
+FACTOR = 1.0
+SETTINGS = {"shift": 0.0}
+
+
+def shifted(h: torch.Tensor) -> torch.Tensor:
+    return h + SETTINGS["shift"]
+
+
+class Global(Net):
+    def forward(self, x: torch.Tensor, *more: Any) -> torch.Tensor:
+        result: torch.Tensor = self.b(shifted(torch.tanh(self.a(x))) * FACTOR)
+        return result
+
+
+def test_globals_that_forward_and_its_helpers_refer_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoupled = cut(Global(scaled), X)
+    assert_equal(decoupled, X)
+    monkeypatch.setitem(globals(), "FACTOR", 2.0)
+    assert_equal(decoupled, X)
+    monkeypatch.setitem(SETTINGS, "shift", 1.0)
+    assert_equal(decoupled, X)
