@@ -220,6 +220,15 @@ class Graphs:
         names = self._planned_names(self.variant.split.interfaces)
         return {n: known[planned] for n, planned in names.items() if planned in known}
 
+    def learner_names(self) -> dict[str, str]:
+        """What :meth:`named_learners` calls the sources of the active graph, which may have other
+        names for their interfaces than the plan.
+        """
+        planned = self._planned_names(self.variant.split.interfaces)
+        return {n: self._leads[p] for n, p in planned.items()} | {
+            f"{n}@input": f"{p}@input" for n, p in planned.items()
+        }
+
     def parameter_names(self, stage: int) -> set[str]:
         """Names of the parameters that a stage uses in any mode and for any inputs so far."""
         whole = [v.split.stages for v in self.variants if len(v.cuts) == len(self.plan.cuts)]

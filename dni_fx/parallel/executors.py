@@ -72,7 +72,7 @@ class Team:
         self.metrics, self.mail, self.flow = metrics, mail, flow
         self.copies: dict[int, dict[int, Any]] = {}
         self._rows_of = rows_of
-        self._routes: tuple[Setting, dict[int, Routes]] | None = None
+        self._routes: tuple[Setting, dict[int, Routes], dict[str, str]] | None = None
         self.workers: dict[int, StageWorker] = {}
         lags = find_lags(decoupled, flow.staleness)
         for k in stages:
@@ -102,8 +102,10 @@ class Team:
         jobs, taught = [], set[str]()
         setting = self._settings.of(mode)
         if self._routes is None or self._routes[0] is not setting:
-            self._routes = setting, {k: Routes.of(setting, k) for k in self.workers}
-        for index, routes in self._routes[1].items():
+            routes_of = {k: Routes.of(setting, k) for k in self.workers}
+            self._routes = setting, routes_of, self.decoupled.graphs.learner_names()
+        _, every, planned = self._routes
+        for index, routes in every.items():
             own = self.copies.get(index, {})
             inputs = {n: own.get(id(s), s) for n, s in setting.inputs.items()}
             # A synthetic input that several stages use learns in the first of them, or each has its
@@ -111,7 +113,7 @@ class Team:
             names = [n for n in setting.stages[index].inputs if n in inputs]
             teaches = {n for n in names if id(setting.inputs[n]) in own or n not in taught}
             taught |= teaches
-            job = Job(setting, index, step, routes, inputs, teaches)
+            job = Job(setting, index, step, routes, inputs, teaches, planned)
             job.values, job.target = values, target
             if self._rows_of is not None:
                 job.values, job.target = self._rows_of(index, values, target)

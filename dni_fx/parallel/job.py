@@ -29,6 +29,7 @@ class Job:
         routes: whom the stage exchanges messages with about it.
         inputs: synthetic inputs by interface name, the stage's own copies where it has such.
         teaches: those of them that learn in this stage; others are only used.
+        planned: what the plan calls the sources, by the names of the batch's own graph.
 
     Attributes:
         values: the model's inputs by name, of the rows that the stage works on.
@@ -46,9 +47,11 @@ class Job:
         routes: Routes,
         inputs: dict[str, InputSource],
         teaches: set[str],
+        planned: dict[str, str],
     ) -> None:
         self.setting, self.index, self.step = setting, index, step
         self.routes, self.inputs, self.teaches = routes, inputs, teaches
+        self.planned = planned
         self.state = BatchState(started=step, now=step)
         self.answers = ArrivedAnswers(setting, self.state, index, routes)
         self.batch = StageBatch(setting, index, self.state, self.answers, asks_again=True)
@@ -120,9 +123,10 @@ class Job:
         """Train every source whose message is there, and the synthetic inputs.
 
         Returns:
-            Losses with their graph, by name.
+            Losses with their graph, by the plan's name of each source.
         """
-        return self.batch.sources.learn() + self.state.teach_inputs(self.inputs)
+        losses = self.batch.sources.learn() + self.state.teach_inputs(self.inputs)
+        return [(self.planned[name], loss) for name, loss in losses]
 
     # ---- messages --------------------------------------------------------------------------------
 

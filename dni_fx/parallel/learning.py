@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..errors import DecouplingError
 from ..runtime.finite import all_finite, refuse, value_places
 from ..runtime.objective import Objective
 from ..runtime.optimizing import StageOptimizers
@@ -137,15 +138,23 @@ class StageLearner:
         self.update_sources()
 
     def update_sources(self) -> None:
-        """Step the optimisers of the sources that have learnt."""
+        """Step the optimisers of the sources that have learnt.
+
+        Raises:
+            DecouplingError: one of them has none.
+        """
         for name in dict.fromkeys(n for n, _ in self.losses):
             optimizer = self.own.get(name) or self.optimizers.sources.get(name)
-            if optimizer is not None:
-                if self.reduce is not None:
-                    groups = optimizer.param_groups
-                    self.reduce([p for group in groups for p in group["params"]])
-                optimizer.step()
-                optimizer.zero_grad()
+            if optimizer is None:
+                raise DecouplingError(
+                    f"the source at {name!r} has learnt, but has no optimiser: its parameters must "
+                    "be found by source.named_parameters() when the trainer is made (assign them "
+                    "as nn.Parameter)"
+                )
+            if self.reduce is not None:
+                self.reduce([p for group in optimizer.param_groups for p in group["params"]])
+            optimizer.step()
+            optimizer.zero_grad()
         self.losses = []
 
     def _places(self, loss: Tensor | None, pending: Iterable[Job]) -> list[tuple[str, Tensor]]:
