@@ -1,16 +1,68 @@
-"""Answers between stages that see nothing of each other: what they hold, and what has come."""
+"""Answers between stages that see nothing of each other: who owes one, what it holds, what came."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from ..runtime.answers import Answers, mean_of
 from ..runtime.batch_state import BatchState, Setting
 from ..sources import Served
 from ..sources.base import like
-from .routes import Routes
+
+
+class Routes:
+    """Who sends what to whom: one stage's part in the exchange about a batch.
+
+    Attributes:
+        needs: the stage that makes each value that it takes.
+        producers: stages whose values it takes; each is answered.
+        consumers: stages that take its values; each answers.
+        awaited: producers whose values are waited for; those of the others are predicted.
+        asked: by producer, the kinds of message that its sources ask of this stage.
+        error_to: stages that hear the output's error without sending a value here.
+        error_from: the stage that the output's error comes from; None where nobody asks for it.
+        chain: for every interface of a locked step, whom the stage answers, and who answers it:
+            the user of a value that is last in program order answers the one before it, and so on
+            back to where the value was made, which keeps autograd's order of addition.
+        answering: stages that something comes back from.
+        answered: stages that something is sent back to.
+    """
+
+    def __init__(self, setting: Setting, index: int) -> None:
+        stages, makers, last = setting.stages, setting.makers, setting.last
+        locked, asking = setting.share > 0, setting.by_producer
+        self.needs = {n: makers[n] for n in stages[index].inputs if n in makers}
+        self.producers = sorted(set(self.needs.values()))
+        takes = [{makers.get(n) for n in s.inputs} for s in stages]
+        self.consumers = [k for k, made_in in enumerate(takes) if index in made_in]
+        self.awaited = {p for n, p in self.needs.items() if n not in setting.inputs or locked}
+        self.asked = {p: _asked(asking[p], index, index == last) for p in asking}
+        errors = [p for p, kinds in self.asked.items() if "error" in kinds]
+        self.error_to = [p for p in errors if p not in self.producers]
+        waits = any("error" in s.source.asks.hears for s in asking[index])
+        self.error_from = last if waits and index != last else None
+        self.chain: dict[str, tuple[int, int | None]] = {}
+        for interface in setting.split.interfaces if locked else ():
+            users = [interface.producer, *interface.consumers]
+            if index in users:
+                place = users.index(index)
+                before, after = users[max(place - 1, 0)], [*users, None][place + 1]
+                self.chain[interface.name] = (before, after)
+        ends = [*self.consumers, *(after for _, after in self.chain.values()), self.error_from]
+        self.answering = {k for k in ends if k is not None}
+        befores = [before for before, _ in self.chain.values()]
+        self.answered = {*self.producers, *befores, *self.error_to} - {index}
+
+
+def _asked(groups: list[Served], consumer: int, is_last: bool) -> list[str]:
+    """Kinds of message that a producer's sources ask of a consumer."""
+    kinds = [(k, s) for s in groups for k in s.source.asks.hears]
+    asked = [k for k, s in kinds if (is_last if k == "error" else consumer in s.consumers)]
+    return list(dict.fromkeys(asked))
 
 
 @dataclass(frozen=True)
@@ -33,69 +85,54 @@ class Answer:
 class ArrivedAnswers(Answers):
     """What other stages have answered to one stage about one batch.
 
-    Args:
-        setting: what holds for the batch.
-        state: what is known of it in this stage.
-        index: of the stage.
-        routes: who answers whom.
-
     Attributes:
-        heard: stages that have answered, or will not.
-        lost: those of them that have nothing to say.
+        arrived: the answers by stage; None of a stage that has nothing to say.
     """
 
     def __init__(self, setting: Setting, state: BatchState, index: int, routes: Routes) -> None:
         super().__init__(setting, state)
         self.index, self.routes = index, routes
-        self.heard: set[int] = set()
-        self.lost: set[int] = set()
-        self._estimates: dict[tuple[str, int], Tensor] = {}
-        self._gradients: dict[tuple[str, int], Tensor | None] = {}
+        self.arrived: dict[int, Answer | None] = {}
+        self._true: dict[str, Tensor] = {}  # of the last stage, by kind
 
     # ---- answers come ----------------------------------------------------------------------------
 
     def hear(self, stage: int, answer: Answer | None) -> None:
         """An answer has come; None where that stage was not updated with this batch."""
-        self.heard.add(stage)
+        self.arrived[stage] = answer
         if answer is None:
-            self.lost.add(stage)
             return
         progress, locked = self.state.progress, self.setting.share > 0
-        for name, gradient in answer.gradients.items():
-            self._gradients[name, stage] = gradient
-            if gradient is not None and not locked:
-                progress.parts[name, stage] = gradient
-        progress.parts.update({(n, stage): part for n, part in answer.parts.items()})
-        self._estimates.update({(k, stage): e for k, e in answer.estimates.items()})
+        parts = answer.parts if locked else answer.gradients
+        progress.parts.update({(n, stage): p for n, p in parts.items() if p is not None})
         if answer.error is not None:
             self.state.error = answer.error
+        if locked:
+            progress.gradients.update(answer.gradients)
+            return
         for interface in self.setting.split.interfaces:
-            name = interface.name
-            if locked:
-                if (name, stage) in self._gradients:
-                    progress.gradients[name] = self._gradients[name, stage]
-            elif interface.producer == self.index:
-                users = interface.consumers
-                if set(users) <= self.heard - self.lost:
-                    progress.gradients[name] = self._total(name, users)
-
-    def _total(self, name: str, users: tuple[int, ...]) -> Tensor | None:
-        total = None
-        for gradient in (self._gradients.get((name, c)) for c in users):
-            if gradient is not None:
-                total = gradient if total is None else total + gradient
-        return total
+            if interface.producer == self.index and stage in interface.consumers:
+                said = [self.arrived.get(c) for c in interface.consumers]
+                if all(a is not None for a in said):
+                    given = [a.gradients.get(interface.name) for a in said if a is not None]
+                    found = [g for g in given if g is not None]
+                    total = functools.reduce(torch.add, found) if found else None
+                    progress.gradients[interface.name] = total
 
     def lose(self) -> None:
         """Nothing more is to come."""
-        missing = self.routes.answering - self.heard
-        self.heard |= missing
-        self.lost |= missing
+        for stage in self.routes.answering:
+            self.arrived.setdefault(stage, None)
+
+    @property
+    def lost(self) -> set[int]:
+        """Stages that have nothing to say."""
+        return {k for k, answer in self.arrived.items() if answer is None}
 
     @property
     def is_complete(self) -> bool:
         """Whether everybody who answers has done so."""
-        return self.routes.answering <= self.heard
+        return self.routes.answering <= self.arrived.keys()
 
     # ---- what this stage answers -----------------------------------------------------------------
 
@@ -118,33 +155,24 @@ class ArrivedAnswers(Answers):
         if len(known) < len(estimates):
             return bool(self.lost) and self.is_complete, None
         error = self.state.error if "error" in asked and index == setting.last else None
-        return True, Answer(self._gradients_for(stage), self._parts_for(stage), known, error)
-
-    def _gradients_for(self, stage: int) -> dict[str, Tensor | None]:
-        found: dict[str, Tensor | None] = {}
-        locked, chain = self.setting.share > 0, self.routes.chain
-        for interface in self.setting.split.interfaces:
+        gradients, parts = dict[str, Tensor | None](), dict[str, Tensor]()
+        for interface in setting.split.interfaces:
             name = interface.name
-            before = chain[name][0] if name in chain else interface.producer
-            if self.index in interface.consumers and before == stage:
-                gradient = self.state.progress.gradients.get(name)
+            before = self.routes.chain.get(name, (interface.producer, None))[0]
+            if index in interface.consumers and before == stage:
+                gradient = progress.gradients.get(name)
                 if gradient is not None and not locked:  # in the value's own layout, as .grad is
                     gradient = like(gradient, self.state.known()[name])
-                found[name] = gradient
-        return found
-
-    def _parts_for(self, stage: int) -> dict[str, Tensor]:
-        if self.setting.share == 0:
-            return {}
-        sent = [i.name for i in self.setting.split.interfaces if i.producer == stage]
-        parts = self.state.progress.parts
-        return {n: parts[n, self.index] for n in sent if (n, self.index) in parts}
+                gradients[name] = gradient
+            if locked and interface.producer == stage and (name, index) in progress.parts:
+                parts[name] = progress.parts[name, index]
+        return True, Answer(gradients, parts, known, error)
 
     # ---- what the sources ask --------------------------------------------------------------------
 
     def has_answered(self, stage: int) -> bool:
         """Whether a stage has sent back its gradients."""
-        return stage in self.heard - self.lost
+        return self.arrived.get(stage) is not None
 
     def has_heard(self, group: Served) -> bool:
         """Whether every consumer has sent its gradient."""
@@ -174,16 +202,16 @@ class ArrivedAnswers(Answers):
 
     def estimate(self, kind: str, stage: int) -> Tensor | None:
         """As the stage answered; of this one, from its own sources, else from what came."""
-        if stage != self.index or (kind, stage) in self._estimates:
-            return self._estimates.get((kind, stage))
+        if stage != self.index:
+            answer = self.arrived.get(stage)
+            return None if answer is None else answer.estimates.get(kind)
         if self.index == self.setting.last:
-            if self.state.loss is None:
-                return None
-            self._estimates[kind, stage] = self.true(kind)
-            return self._estimates[kind, stage]
+            if kind not in self._true and self.state.loss is not None:
+                self._true[kind] = self.true(kind)
+            return self._true.get(kind)
         own = self.predicted(kind, self.setting.by_producer[self.index])
         if own:
             return mean_of(own)
-        behind = [self._estimates.get((kind, c)) for c in self.routes.consumers]
+        behind = [self.estimate(kind, c) for c in self.routes.consumers]
         found = [e for e in behind if e is not None]
         return None if not found or len(found) < len(behind) else mean_of(found)

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..reports.steps import InterfaceReport
 from ..runtime.batch_state import BatchState, Setting
 from ..runtime.stage_batch import StageBatch
 from ..sources import InputSource
 from ..sources.keeping import kept_weights
-from .arrived import ArrivedAnswers
-from .routes import Routes
+from .arrived import ArrivedAnswers, Routes
 
 Values = dict[str, Any]
 
 
+@dataclass(eq=False)
 class Job:
     """A batch for one stage.
 
-    Args:
+    Attributes:
         setting: what holds for the batch.
         index: of the stage.
         step: number of the batch, from 0.
@@ -30,36 +30,32 @@ class Job:
         inputs: synthetic inputs by interface name, the stage's own copies where it has such.
         teaches: those of them that learn in this stage; others are only used.
         planned: what the plan calls the sources, by the names of the batch's own graph.
-
-    Attributes:
-        values: the model's inputs by name, of the rows that the stage works on.
-        context: what sources see besides values.
-        target: what the loss takes.
         measure: whether predictions are compared with what arrives.
+        values: the model's inputs by name, of the rows that the stage works on.
+        target: what the loss takes.
+        context: what sources see besides values.
         casts: the caller's autocast, for a thread of the stage's own.
+        left_out: whether there was no time for it, and others are only told so.
     """
 
-    def __init__(
-        self,
-        setting: Setting,
-        index: int,
-        step: int,
-        routes: Routes,
-        inputs: dict[str, InputSource],
-        teaches: set[str],
-        planned: dict[str, str],
-    ) -> None:
-        self.setting, self.index, self.step = setting, index, step
-        self.routes, self.inputs, self.teaches = routes, inputs, teaches
-        self.planned = planned
-        self.state = BatchState(started=step, now=step)
-        self.answers = ArrivedAnswers(setting, self.state, index, routes)
-        self.batch = StageBatch(setting, index, self.state, self.answers, asks_again=True)
-        self.values: Values = {}
-        self.context: Any = None
-        self.target: Any = None
-        self.measure = False
-        self.casts: list[torch.autocast] = []
+    setting: Setting
+    index: int
+    step: int
+    routes: Routes
+    inputs: dict[str, InputSource]
+    teaches: Set[str]
+    planned: dict[str, str]
+    measure: bool
+    values: Values
+    target: Any
+    context: Any
+    casts: list[torch.autocast] = field(default_factory=list)
+    left_out: bool = False
+
+    def __post_init__(self) -> None:
+        self.state = BatchState(started=self.step, now=self.step)
+        self.answers = ArrivedAnswers(self.setting, self.state, self.index, self.routes)
+        self.batch = StageBatch(self.setting, self.index, self.state, self.answers, asks_again=True)
 
     @property
     def is_locked(self) -> bool:
@@ -71,8 +67,6 @@ class Job:
     def waits(self) -> bool:
         """Whether a backward is still to come."""
         return bool(self.state.progress.tapes)
-
-    # ---- the stage runs --------------------------------------------------------------------------
 
     def start(self, received: Values, send: Callable[[Values], None]) -> None:
         """Run forward, ask the sources, and pull back what is known at once.
@@ -114,11 +108,6 @@ class Job:
         late = max((s.source.asks.lag or 0 for s in self.batch.sources.groups), default=0)
         return dict.fromkeys(every, 1) | {self.index: late}
 
-    def advance(self, now: int) -> None:
-        """Pull back what was late, if what it waits for is there."""
-        self.state.now = now
-        self.batch.advance()
-
     def learn(self) -> list[tuple[str, Tensor]]:
         """Train every source whose message is there, and the synthetic inputs.
 
@@ -128,40 +117,23 @@ class Job:
         losses = self.batch.sources.learn() + self.state.teach_inputs(self.inputs)
         return [(self.planned[name], loss) for name, loss in losses]
 
-    # ---- messages --------------------------------------------------------------------------------
-
     def see(self, values: Values) -> None:
         """Values that were predicted have come."""
         self.state.values.update(values)
-        for name in [n for n in self.state.input_predictions if n not in self.teaches]:
-            del self.state.input_predictions[name]
+        self._forget_predictions(lambda name: name not in self.teaches)
 
     def miss(self, producer: int) -> None:
         """Values that were predicted will not come."""
-        needs, predicted = self.routes.needs, self.state.input_predictions
-        for name in [n for n in predicted if needs.get(n) == producer]:
-            del predicted[name]
+        self._forget_predictions(lambda name: self.routes.needs.get(name) == producer)
 
-    # ---- what is known ---------------------------------------------------------------------------
+    def _forget_predictions(self, which: Callable[[str], bool]) -> None:
+        for name in list(filter(which, self.state.input_predictions)):
+            del self.state.input_predictions[name]
 
-    def forget(self) -> None:
-        """Drop what nothing that is still under way needs."""
-        self.state.forget(tuple(self.batch.sources.groups))
-
-    def compare(self) -> dict[str, InterfaceReport]:
-        """How near each prediction is to what arrived."""
-        return self.batch.sources.compare(self.step)
-
-    def heard_places(self) -> list[tuple[str, Tensor]]:
-        """What sources learn from, with its name: they keep averages of it."""
+    def learnt_from(self) -> list[tuple[str, Tensor]]:
+        """What sources learn from, with its name."""
         state = self.state
-        arrived = state.progress.gradients
-        heard = [
-            (f"the gradient of interface {n!r}", g) for n, g in arrived.items() if g is not None
-        ]
+        arrived = state.progress.gradients.items()
+        found = [(f"the gradient of interface {n!r}", g) for n, g in arrived if g is not None]
         seen = [n for n in state.input_predictions if n in state.values]
-        return heard + [(f"the value of interface {n!r}", state.values[n]) for n in seen]
-
-    def places(self) -> list[tuple[str, Tensor]]:
-        """What must be finite besides values, with its name."""
-        return self.state.places(tuple(self.batch.sources.groups))
+        return found + [(f"the value of interface {n!r}", state.values[n]) for n in seen]

@@ -1,86 +1,97 @@
-"""What one stage learns beside the others: gradients gathered, checked, and stepped."""
+"""What one stage learns beside the others: answers settled, gradients checked, and stepped."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import DecouplingError
 from ..runtime.finite import all_finite, refuse, value_places
-from ..runtime.objective import Objective
+from ..runtime.objective import Metrics, Objective
 from ..runtime.optimizing import StageOptimizers
+from .desk import Desk
 from .job import Job
 from .monitoring import Stopwatch
 
-Reduce = Callable[[list[nn.Parameter]], None]
 
+class OwnRandom:
+    """A stream of random numbers of a stage's own; it follows from the seed and the stage alone.
 
-@dataclass
-class Delays:
-    """How many steps after its batch the sources have learnt from an answer."""
+    Attributes:
+        state: of the generator, between two regions.
+    """
 
-    total: int = 0
-    count: int = 0
-    largest: int = 0
+    def __init__(self, index: int) -> None:
+        seed = (torch.initial_seed() + 7919 * (index + 1)) % 2**63
+        self.state: Tensor = torch.Generator().manual_seed(seed).get_state()
 
-    def add(self, delay: int) -> None:
-        """Note one."""
-        self.total, self.count = self.total + delay, self.count + 1
-        self.largest = max(self.largest, delay)
-
-    @property
-    def mean(self) -> float | None:
-        """Their mean, None where there are none."""
-        return self.total / self.count if self.count else None
+    @contextlib.contextmanager
+    def drawn(self) -> Iterator[None]:
+        """Draw from it."""
+        outside = torch.get_rng_state()
+        torch.set_rng_state(self.state)
+        try:
+            yield
+        finally:
+            self.state = torch.get_rng_state()
+            torch.set_rng_state(outside)
 
 
 class StageLearner:
     """The updates of one stage and its sources.
 
     Args:
-        name: of the stage.
+        desk: the stage's correspondence.
         objective: the loss, and how many steps make one update.
         optimizers: of all stages that are trained here.
+        metrics: what was found of the predictions.
         discount: what comes d steps late counts ``discount ** d`` in a source's regression.
-        watch: measures the time of updates.
+        random: the stage's own random numbers; None where it draws from the process's.
 
     Attributes:
+        watch: measures the time that it takes.
         own: optimisers of the stage's own copies of synthetic inputs, by name.
-        share: of the batch's rows that this process works on.
+        fraction: of the batch's rows that this process works on.
         reduce: sums gradients over the processes that share the stage.
         losses: regressions of the sources that are pulled back and not stepped, by name.
+        loss: of the newest batch, where the model's output is.
         late: whether the gradients of the next update hold a late one already.
         updates: number of updates of the stage's parameters.
-        delays: of what the sources have learnt from.
+        delays: how often the sources have learnt from an answer so many steps after its batch.
     """
 
     def __init__(
         self,
-        name: str,
+        desk: Desk,
         objective: Objective,
         optimizers: StageOptimizers,
+        metrics: Metrics,
         discount: float,
-        watch: Stopwatch,
+        random: OwnRandom | None,
     ) -> None:
-        self.name, self.objective, self.optimizers = name, objective, optimizers
-        self.discount, self.watch = discount, watch
+        self.name = f"stage_{desk.index}"
+        self.desk, self.objective, self.optimizers = desk, objective, optimizers
+        self.metrics, self.discount, self.random = metrics, discount, random
+        self.watch = Stopwatch(desk.index)
         self.own: dict[str, torch.optim.Optimizer] = {}
-        self.share = 1.0
-        self.reduce: Reduce | None = None
+        self.fraction = 1.0
+        self.reduce: Callable[[list[nn.Parameter]], None] | None = None
         self.losses: list[tuple[str, Tensor]] = []
+        self.loss: Tensor | None = None
         self.late = False
         self.updates = 0
-        self.delays = Delays()
+        self.delays = Counter[int]()
 
     def scaled_loss(self, output: object, target: object) -> Tensor:
         """Of the rows that are worked on here: a mean, which counts as much as they are of the
         batch.
         """
         value = self.objective.scaled(output, target)
-        return value if self.share == 1 else value * self.share
+        return value if self.fraction == 1 else value * self.fraction
 
     def parameters(self) -> list[nn.Parameter]:
         """What the stage's optimiser owns."""
@@ -91,45 +102,87 @@ class StageLearner:
         for parameter in self.parameters():
             parameter.grad = None
 
-    def learn(self, job: Job, delay: int) -> None:
-        """Train the sources whose message is there.
+    @contextlib.contextmanager
+    def running(self, what: str, step: int) -> Iterator[None]:
+        """The stage's own random numbers, where it has them, and the time that it takes."""
+        draws = contextlib.nullcontext() if self.random is None else self.random.drawn()
+        with self.watch.spending(what, step), draws:
+            yield
 
-        Args:
-            job: the batch.
-            delay: how many steps ago it was run.
+    # ---- answers ---------------------------------------------------------------------------------
 
-        Raises:
-            NonFiniteError: what they would learn from is not finite: they keep averages of it.
+    def settle(self, limit: int) -> None:
+        """Pull back what was late, train the sources, and answer, for the batches up to one."""
+        ledger = self.desk.ledger
+        for job in ledger.up_to(limit):
+            complete = job.answers.is_complete
+            if job.setting.share > 0 and not complete:
+                continue
+            with self.running("backward", job.step):
+                self._settle(job)
+            if not ledger.owed[job.step]:
+                if complete and not job.waits:
+                    ledger.close(job.step)
+                else:
+                    job.state.forget(tuple(job.batch.sources.groups))
+
+    def _settle(self, job: Job) -> None:
+        newest, at_once = self.desk.steps - 1, self.objective.accumulate == 1
+        late = job.waits and job.answers.is_complete and not job.is_locked
+        if late and self.late and at_once:
+            self.update()  # a step of its own
+            self.drop_gradients()
+        self.late |= late
+        job.state.now = newest
+        job.batch.advance()
+        self.desk.answer(job)
+        if self.losses and at_once:
+            self.update_sources()  # every answer makes a step of its own
+        self._learn(job, newest - job.step)
+        if job.measure:
+            self.metrics.found.update(job.batch.sources.compare(job.step))
+
+    def _learn(self, job: Job, delay: int) -> None:
+        """Train the sources whose message is there, unless it is not finite: they keep averages of
+        it.
         """
-        heard = job.heard_places()
-        if not all_finite([t for _, t in heard]):
-            self._refuse(heard, job.step)
+        message = job.learnt_from()
+        if not all_finite([t for _, t in message]):
+            self._refuse(message, job.step)
         if losses := job.learn():
-            self.delays.add(delay)
-            weight = self.discount**delay * self.share
+            self.delays[delay] += 1
+            weight = self.discount**delay * self.fraction
             torch.autograd.backward([loss * weight if weight != 1 else loss for _, loss in losses])
             self.losses += [(n, loss.detach()) for n, loss in losses]
 
-    def update(self, steps: int, loss: Tensor | None, pending: Iterable[Job]) -> None:
-        """Step the optimisers where an update is due, once everything is known to be finite.
+    def give_up(self, most: int) -> None:
+        """Where more batches than that still wait for values, the answers to the oldest are not
+        sent.
+        """
+        unseen = self.desk.ledger.unseen()
+        for job in unseen[: max(0, len(unseen) - most)]:
+            job.answers.lose()
+            for stage in self.desk.ledger.close(job.step):
+                self.desk.outbox.answer(stage, job.step, None)
 
-        Args:
-            steps: batches that the stage has begun.
-            loss: the last one, where the model's output is.
-            pending: batches that are not finished.
+    # ---- updates ---------------------------------------------------------------------------------
+
+    def update(self) -> None:
+        """Step the optimisers where an update is due, once everything is known to be finite.
 
         Raises:
             NonFiniteError: a gradient or regression is not finite; the stage is not updated.
         """
+        steps = self.desk.steps
         if steps % self.objective.accumulate:
             return
         parameters = self.parameters()
         if self.reduce is not None:
             self.reduce(parameters)
         gradients = [p.grad for p in parameters if p.grad is not None]
-        found = [*(r for _, r in self.losses), *([] if loss is None else [loss]), *gradients]
-        if not all_finite(found):
-            self._refuse(self._places(loss, pending), steps - 1)
+        losses = [r for _, r in self.losses] + ([] if self.loss is None else [self.loss])
+        if not all_finite([*losses, *gradients]):
+            self._refuse(self._places(), steps - 1)
         if gradients and self.name in self.optimizers.stages:
             with self.watch.spending("update", steps - 1):
                 self.optimizers.step_stage(self.name)
@@ -157,11 +210,13 @@ class StageLearner:
             optimizer.zero_grad()
         self.losses = []
 
-    def _places(self, loss: Tensor | None, pending: Iterable[Job]) -> list[tuple[str, Tensor]]:
+    def _places(self) -> list[tuple[str, Tensor]]:
+        """All that an update takes part in, with its name."""
         places: list[tuple[str, Tensor]] = []
-        for job in pending:
-            places += [*value_places(job.state.sent), *job.places()]
-        places += [("the loss", loss)] if loss is not None else []
+        for job in self.desk.ledger.pending.values():
+            groups = tuple(job.batch.sources.groups)
+            places += [*value_places(job.state.sent), *job.state.places(groups)]
+        places += [] if self.loss is None else [("the loss", self.loss)]
         places += [(f"the regression of the source at interface {n!r}", r) for n, r in self.losses]
         named = self.optimizers.parameters.get(self.name, [])
         grads = [(f"the gradient of parameter {n!r}", p.grad) for n, p in named]

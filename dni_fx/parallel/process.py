@@ -15,7 +15,7 @@ from ..runtime.emitted import detached, keep_modes
 from ..runtime.objective import Metrics, Objective
 from ..runtime.optimizing import StageOptimizers
 from ..schedules import Mode
-from .executors import OneByOne, Team
+from .executors import OneByOne
 from .limits import Flow
 from .mailbox import Address, Mail, ParallelError
 from .monitoring import Stopwatch
@@ -80,7 +80,7 @@ class Process:
     @property
     def workers(self) -> Mapping[int, StageWorker]:
         """The stages here at work, by index; none before the first step."""
-        return {} if self._executor is None else self._executor.team.workers
+        return {} if self._executor is None else self._executor.workers
 
     def watches(self) -> list[Stopwatch]:
         """Of the stages here."""
@@ -113,14 +113,14 @@ class Process:
         executor = self.connect(steps)
         self.prepare()
         self._share_rows(steps, values)
-        executor.step(executor.team.make_jobs(steps, mode, values, target))
-        return executor.team.report(steps + 1)
+        executor.step(executor.make_jobs(steps, mode, values, target))
+        return executor.report(steps + 1)
 
     def _share_rows(self, step: int, values: dict[str, Any]) -> None:
         assert self._rows is not None
         self._rows.set_size(step, values)
         for index, worker in self.workers.items():
-            worker.learner.share = self._rows.share(index)
+            worker.learner.fraction = self._rows.share(index)
 
     def drain(self) -> int:
         """See :meth:`dni_fx.distributed.Trainer.drain`."""
@@ -192,7 +192,7 @@ class Process:
             self._agree()
             peers, places = self.peers, self.places
             self._rows = Rows(places, peers.rank, self.flow.queue)
-            team = Team(
+            team = OneByOne(
                 self.decoupled,
                 self.objective,
                 self.optimizers,
@@ -209,7 +209,7 @@ class Process:
             for index, worker in team.workers.items():
                 if group := groups.get(places.ranks[index]):
                     share_stage(self.decoupled, worker, group)
-            self._executor = OneByOne(team)
+            self._executor = team
             if peers.world > 1:
                 self.links = Links(self.mail, places, peers.group, self.timeout, owner=self)
         return self._executor
@@ -256,17 +256,18 @@ class Process:
 def _status_of(worker: StageWorker) -> dict[str, Any]:
     """How one stage is doing."""
     learner, desk = worker.learner, worker.desk
+    delays = learner.delays
     spent = dict(learner.watch.seconds)
     total = sum(spent.values())
     return {
         "stage": worker.name,
-        "steps": worker.steps,
+        "steps": desk.steps,
         "updates": learner.updates,
         "missed": worker.missed,
         "queued": {f"stage_{c}": n for c, n in desk.outbox.count().items()},
         "pending": len(desk.ledger.pending),
-        "staleness": learner.delays.mean,
-        "staleness_max": learner.delays.largest,
+        "staleness": sum(d * n for d, n in delays.items()) / delays.total() if delays else None,
+        "staleness_max": max(delays, default=0),
         "seconds": spent,
         "rate": learner.watch.rate(worker.begun),
         "idle": spent.get("wait", 0.0) / total if total else None,

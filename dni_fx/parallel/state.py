@@ -36,7 +36,7 @@ def collect(process: Process, steps: int, extra: Any) -> dict[str, Any]:
         leaves, structure = flatten(_stage_state(process, index, steps))
         state |= {f"stage_{index}/{i}": leaf.detach() for i, leaf in enumerate(leaves)}
         state[f"stage_{index}"] = structure
-        own = worker.settling.random
+        own = worker.learner.random
         state[_at("random", process, index)] = None if own is None else own.state
         state[_at("devices", process, index)] = generators["devices"]
     if process.peers.rank == 0:
@@ -80,7 +80,7 @@ def apply(process: Process, state: dict[str, Any], path: Path) -> tuple[int, Any
         count = sum(name.startswith(f"stage_{index}/") for name in state)
         leaves = [state[f"stage_{index}/{i}"] for i in range(count)]
         _load_stage_state(process, index, state[f"stage_{index}"].build(iter(leaves)))
-        if (own := worker.settling.random) is not None:
+        if (own := worker.learner.random) is not None:
             own.state = state.get(_at("random", process, index), own.state)
     first = next(iter(process.workers))  # all stages of a process draw from the same devices
     devices = state.get(_at("devices", process, first), {})
@@ -149,7 +149,7 @@ def _load_stage_state(process: Process, index: int, state: dict[str, Any]) -> No
         optimizers.sources[learner_name].load_state_dict(saved)
     for parameter_name, parameter in optimizers.parameters.get(name, []):
         parameter.grad = state["gradients"].get(parameter_name)
-    process.workers[index].steps = state["steps"]
+    process.workers[index].desk.steps = state["steps"]
 
 
 def _learners_of(decoupled: Decoupled, index: int) -> dict[str, nn.Module]:

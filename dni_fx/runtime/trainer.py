@@ -151,11 +151,11 @@ class Trainer(Measures):
                     schedule.flow,
                     self.steps,
                 )
-            threads, team = self.threads, self.threads.team
-            threads.submit(team.make_jobs(self.steps, self._mode(), values, target))
+            threads = self.threads
+            threads.submit(threads.make_jobs(self.steps, self._mode(), values, target))
             self.metrics.requested = False
             self.steps += 1
-            return team.report(self.steps)
+            return threads.report(self.steps)
         except BaseException:
             self.close()
             raise

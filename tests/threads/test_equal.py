@@ -159,7 +159,7 @@ def test_reports_come_from_the_last_stage() -> None:
         want = sequential.step(x, target=y)
         trainer.drain()
         assert trainer.threads is not None
-        got = trainer.threads.team.report(trainer.steps)
+        got = trainer.threads.report(trainer.steps)
         assert torch.equal(got.loss, want.loss)
         assert torch.equal(got.outputs, want.outputs)
         assert got.interfaces.keys() == want.interfaces.keys()
