@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from ..errors import DecouplingError
-from .peers import Peers
+from .sharing import Peers
 
 _NAME = re.compile(r"step-(\d{9})")
 
@@ -107,8 +107,8 @@ class Checkpoints:
         """The newest complete checkpoint that rank 0 sees; to be called in every process."""
         self.wait()
         found = _complete(folder)
-        path: Path | None = self.peers.hear_first(found[-1][1] if found else None)
-        return path
+        first: Path | None = self.peers.gather(found[-1][1] if found else None)[0]
+        return first
 
     def load(self, path: Path, wanted: Callable[[set[str]], set[str]]) -> dict[str, Any]:
         """Read a checkpoint; to be called in every process.

@@ -10,8 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..decoupled import Decoupled
 from ..errors import DecouplingError, did_you_mean
 from ..graphs.nested import map_tensors
+from .executors import shared_state
+from .job import Values
+from .limits import Flow
 from .mailbox import Letter
 
 Placement = Sequence[int | Sequence[int]] | Mapping[str, int | Sequence[int]]
@@ -35,10 +39,14 @@ class Places:
     Attributes:
         ranks: of every stage, in order.
         sizes: of batches, by step.
+        rank: of this process.
+        size: of the newest batch.
     """
 
     ranks: tuple[tuple[int, ...], ...]
     sizes: dict[int, int] = field(default_factory=dict)
+    rank: int = 0
+    size: int = 0
 
     def stages_of(self, rank: int) -> list[int]:
         """Stages that a rank runs, ascending."""
@@ -55,6 +63,45 @@ class Places:
         """Stages that several ranks share."""
         return [k for k, ranks in enumerate(self.ranks) if len(ranks) > 1]
 
+    def note_size(self, step: int, values: Values, queue: int) -> None:
+        """Remember a batch's size where some stage works on rows of it: those of the first input
+        that has any.
+
+        Args:
+            step: number of the batch.
+            values: the model's inputs by name.
+            queue: how many batches may be under way.
+
+        Raises:
+            DecouplingError: it has fewer rows than ranks that share a stage.
+        """
+        if not self.divided:
+            return
+        tensors = (v for v in values.values() if isinstance(v, Tensor) and v.dim())
+        self.size = next((t.shape[0] for t in tensors), 0)
+        least = max(len(ranks) for ranks in self.ranks)
+        if self.size < least:
+            raise DecouplingError(
+                f"a batch of {self.size} has no row for each of {least} ranks that share a stage"
+            )
+        self.sizes[step] = self.size
+        self.sizes.pop(step - 4 * queue - 64, None)
+
+    def fraction(self, stage: int) -> float:
+        """Of the newest batch's rows, those that a stage works on here."""
+        if stage not in self.divided:
+            return 1.0
+        first, end = self.rows(stage, self.rank, self.size)
+        return (end - first) / self.size
+
+    def rows_of(self, stage: int, values: Values, target: Any) -> tuple[Values, Any]:
+        """The newest batch's inputs and target, of the rows that a stage works on here."""
+        if stage not in self.divided:
+            return values, target
+        first, end = self.rows(stage, self.rank, self.size)
+        values, target = (slice_rows(v, first, end, self.size) for v in (values, target))
+        return values, target
+
     def divide(
         self, sender: int, taker: int, rank: int, letter: Letter
     ) -> Iterator[tuple[int, Part, Any]]:
@@ -66,9 +113,8 @@ class Places:
         first, end = self.rows(sender, rank, size)
         for r in self.ranks[taker]:
             low, high = self.rows(taker, r, size)
-            senders = [
-                s for s in self.ranks[sender] if _overlap(self.rows(sender, s, size), (low, high))
-            ]
+            spans = {s: self.rows(sender, s, size) for s in self.ranks[sender]}
+            senders = [s for s, (a, b) in spans.items() if max(a, low) < min(b, high)]
             if rank in senders:
                 start, stop = max(first, low) - first, min(end, high) - first
                 part = Part(senders.index(rank), len(senders), stop - start)
@@ -112,8 +158,39 @@ def _joined(values: list[Any], rows: list[int], add: bool) -> Any:
     return torch.cat(known)
 
 
-def _overlap(a: tuple[int, int], b: tuple[int, int]) -> bool:
-    return max(a[0], b[0]) < min(a[1], b[1])
+def find_places(
+    decoupled: Decoupled, placement: Placement | None, rank: int, world: int, flow: Flow
+) -> Places:
+    """Which rank runs which stage.
+
+    Args:
+        decoupled: the model.
+        placement: what the user asks for; see :func:`place_stages`.
+        rank: of this process.
+        world: number of ranks.
+        flow: how far stages may drift apart.
+
+    Raises:
+        DecouplingError: stages that cannot be placed so: they share state, or need a fixed
+            staleness.
+    """
+    places = place_stages(placement, [s.name for s in decoupled.stages], world)
+    places.rank = rank
+    for name, where in shared_state(decoupled):
+        if len({places.ranks[k] for k in where}) > 1:
+            stages = ", ".join(f"stage_{k}" for k in where)
+            raise DecouplingError(
+                f"{name!r} is used by {stages}, which are placed on different ranks: put them "
+                "on one (placement=), or keep them in one stage "
+                "(dni_fx.plan_cuts(keep_together=...))"
+            )
+    if places.divided and flow.staleness is None:
+        shared = places.divided[0]
+        raise DecouplingError(
+            f"stage_{shared} is shared by ranks {list(places.ranks[shared])}, which must update in "
+            "step: pass staleness=, say 2"
+        )
+    return places
 
 
 def place_stages(placement: Placement | None, stages: Sequence[str], world: int) -> Places:

@@ -18,10 +18,8 @@ from ..schedules import Mode
 from .executors import OneByOne
 from .limits import Flow
 from .mailbox import Address, Mail, ParallelError
-from .monitoring import Stopwatch
-from .peers import Peers
-from .placement import Placement, Places
-from .sharing import Rows, find_places, share_batches, share_stage
+from .placement import Placement, Places, find_places
+from .sharing import Peers, share_batches, share_stage
 from .streams import Links
 from .worker import StageWorker
 
@@ -66,7 +64,6 @@ class Process:
         self.mail = Mail(1.5 * self.timeout)  # that a process hangs is known before, and by name
         self.links: Links | None = None
         self._places: Places | None = None
-        self._rows: Rows | None = None
         self._executor: OneByOne | None = None
         self._evaluations = 0
 
@@ -74,17 +71,14 @@ class Process:
     def places(self) -> Places:
         """Which rank runs which stage; known once the model is traced."""
         if self._places is None:
-            self._places = find_places(self.decoupled, self.placement, self.peers.world, self.flow)
+            rank, world = self.peers.rank, self.peers.world
+            self._places = find_places(self.decoupled, self.placement, rank, world, self.flow)
         return self._places
 
     @property
     def workers(self) -> Mapping[int, StageWorker]:
         """The stages here at work, by index; none before the first step."""
         return {} if self._executor is None else self._executor.workers
-
-    def watches(self) -> list[Stopwatch]:
-        """Of the stages here."""
-        return [worker.learner.watch for worker in self.workers.values()]
 
     def status_rows(self) -> list[dict[str, Any]]:
         """How the stages here are doing, as a ``Status`` takes it."""
@@ -117,10 +111,9 @@ class Process:
         return executor.report(steps + 1)
 
     def _share_rows(self, step: int, values: dict[str, Any]) -> None:
-        assert self._rows is not None
-        self._rows.set_size(step, values)
+        self.places.note_size(step, values, self.flow.queue)
         for index, worker in self.workers.items():
-            worker.learner.fraction = self._rows.share(index)
+            worker.learner.fraction = self.places.fraction(index)
 
     def drain(self) -> int:
         """See :meth:`dni_fx.distributed.Trainer.drain`."""
@@ -149,10 +142,9 @@ class Process:
         """The stages here, one after the other, on what the stages before them send."""
         stages = [(s.module, s.inputs, s.outputs) for s in self.decoupled.stages]
         made = {name: k for k, (_, _, outputs) in enumerate(stages) for name in outputs}
-        assert self._rows is not None
         for index in self.workers:
             module, inputs, outputs = stages[index]
-            mine = dict(self._rows.of(index, values, None)[0])
+            mine = dict(self.places.rows_of(index, values, None)[0])
             for producer in sorted({made[n] for n in inputs if n in made}):
                 address = Address(EVALUATION, producer, index)
                 mine |= self.mail.await_letter(address, f"the values of stage_{producer}").payload
@@ -177,7 +169,7 @@ class Process:
         self.mail.check()
         if self.links is None:
             return iter(batches)
-        return share_batches(batches, self.mail, self.links, self.peers, 2 * self.flow.queue)
+        return share_batches(batches, self.links, 2 * self.flow.queue)
 
     # ---- beginning and end -----------------------------------------------------------------------
 
@@ -191,7 +183,6 @@ class Process:
             self.prepare()
             self._agree()
             peers, places = self.peers, self.places
-            self._rows = Rows(places, peers.rank, self.flow.queue)
             team = OneByOne(
                 self.decoupled,
                 self.objective,
@@ -202,7 +193,7 @@ class Process:
                 self.mail,
                 steps,
                 own_random=peers.parallel,
-                rows_of=self._rows.of,
+                rows_of=places.rows_of,
             )
             shared = [ranks for ranks in dict.fromkeys(places.ranks) if len(ranks) > 1]
             groups = {ranks: peers.subgroup(ranks) for ranks in shared}

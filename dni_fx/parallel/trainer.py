@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ..decoupled import Decoupled
 from ..errors import DecouplingError
@@ -27,10 +28,9 @@ from . import state
 from .checkpoints import Checkpoints
 from .limits import Flow
 from .monitoring import Status, trace_events
-from .peers import Peers
 from .placement import Placement
 from .process import Process
-from .sharing import gather_model
+from .sharing import Peers, owned_tensors
 
 
 class Trainer(BaseTrainer):
@@ -206,7 +206,9 @@ class Trainer(BaseTrainer):
         self.drain()
         if self.world > 1:
             self.process.connect(self.steps)
-            gather_model(self.decoupled, self.process.places, self._peers)
+            for stage, tensor in owned_tensors(self.decoupled):
+                owner = min(self.process.places.ranks[stage])
+                dist.broadcast(tensor.detach(), group=self._peers.group, group_src=owner)
         return self.decoupled.model.state_dict()
 
     def mean(self, value: float, weight: float = 1.0) -> float:
@@ -234,7 +236,8 @@ class Trainer(BaseTrainer):
             path: of the JSON file, which rank 0 writes; of each stage the newest spans.
         """
         self.process.meet()
-        every = self._peers.gather(trace_events(self.process.watches(), self.rank))
+        watches = [worker.learner.watch for worker in self.process.workers.values()]
+        every = self._peers.gather(trace_events(watches, self.rank))
         if self.rank == 0:
             write_atomically(path, json.dumps({"traceEvents": [e for part in every for e in part]}))
 
