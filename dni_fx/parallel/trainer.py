@@ -24,7 +24,6 @@ from ..reports.steps import StepReport
 from ..runtime.base import BaseTrainer
 from ..runtime.optimizing import MakeOptimizer
 from ..schedules import Schedule, Threads, make_schedule, mode_of
-from . import state
 from .checkpoints import Checkpoints
 from .limits import Flow
 from .monitoring import Status, trace_events
@@ -114,7 +113,7 @@ class Trainer(BaseTrainer):
             placement=placement,
             timeout=timeout,
         )
-        self._checkpoints = Checkpoints(self._peers)
+        self._checkpoints = Checkpoints(self.process)
         self.process.prepare()
 
     def step(self, *args: Any, target: Any = None, **kwargs: Any) -> StepReport:
@@ -260,8 +259,7 @@ class Trainer(BaseTrainer):
         """
         self.drain()
         self.process.connect(self.steps)
-        mine = state.collect(self.process, self.steps, extra)
-        return self._checkpoints.save(Path(directory), self.steps, mine, asynchronous, keep)
+        return self._checkpoints.save(Path(directory), self.steps, extra, asynchronous, keep)
 
     def resume(self, directory: str | Path) -> Any:
         """Go on from the newest complete checkpoint, if there is one; in every process.
@@ -280,11 +278,7 @@ class Trainer(BaseTrainer):
         """
         self.drain()
         self.process.connect(self.steps)
-        path = self._checkpoints.newest(Path(directory))
-        if path is None:
-            return None
-        found = self._checkpoints.load(path, lambda saved: state.wanted(self.process, saved))
-        self.steps, extra = state.apply(self.process, found, path)
+        self.steps, extra = self._checkpoints.load(Path(directory)) or (self.steps, None)
         return extra
 
 
