@@ -95,8 +95,6 @@ class ArrivedAnswers(Answers):
         self.arrived: dict[int, Answer | None] = {}
         self._true: dict[str, Tensor] = {}  # of the last stage, by kind
 
-    # ---- answers come ----------------------------------------------------------------------------
-
     def hear(self, stage: int, answer: Answer | None) -> None:
         """An answer has come; None where that stage was not updated with this batch."""
         self.arrived[stage] = answer
@@ -133,8 +131,6 @@ class ArrivedAnswers(Answers):
     def is_complete(self) -> bool:
         """Whether everybody who answers has done so."""
         return self.routes.answering <= self.arrived.keys()
-
-    # ---- what this stage answers -----------------------------------------------------------------
 
     def answer(self, stage: int) -> tuple[bool, Answer | None]:
         """What to send back to a stage, once it is known.

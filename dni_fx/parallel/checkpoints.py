@@ -35,8 +35,6 @@ from .sharing import owned_tensors
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{9})")
 
-# ---- files ---------------------------------------------------------------------------------------
-
 
 class Checkpoints:
     """Writes and reads checkpoints: plain dicts, of which each process has its part.
@@ -70,9 +68,10 @@ class Checkpoints:
         if asynchronous:
             state = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
         self.peers.barrier()
+        first = self.peers.rank == 0  # the future must not hold the process
 
         def complete(future: Any = None) -> None:
-            if self.peers.rank == 0 and (future is None or future.exception() is None):
+            if first and (future is None or future.exception() is None):
                 if final.exists():
                     shutil.rmtree(final)
                 temporary.replace(final)
@@ -144,9 +143,6 @@ def _complete(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
     found = {int(m[1]): p for p in folder.glob("step-*") if (m := _NAME.fullmatch(p.name))}
     return [found[step] for step in sorted(found) if (found[step] / ".metadata").exists()]
-
-
-# ---- content -------------------------------------------------------------------------------------
 
 
 def _collect(process: Process, steps: int, extra: Any) -> dict[str, Any]:

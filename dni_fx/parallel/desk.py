@@ -8,7 +8,6 @@ that are not finished and whom each of them still has to answer.
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
 
 from .arrived import Answer
 from .job import Job, Values
@@ -20,8 +19,6 @@ class Outbox:
     """Values on their way to the stages that take them, and those that there is no room for.
 
     Args:
-        mail: the messages of the process.
-        index: of the stage.
         room: how many values may be under way to one consumer, not answered yet.
         keep: how many newer ones wait where there is no room; older ones are dropped.
 
@@ -177,13 +174,6 @@ class Ledger:
 class Desk:
     """Opens what comes to a stage, without waiting for anything, and answers what it can.
 
-    Args:
-        index: of the stage.
-        mail: the messages of the process.
-        flow: how far the stage may run ahead.
-        lag: steps after which answers are learnt from; None: whenever they come.
-        steps: batches that are done already.
-
     Attributes:
         producers, consumers, answering: stages that it has exchanged messages with.
         predicted: producers whose values are not waited for.
@@ -205,8 +195,8 @@ class Desk:
     @property
     def is_idle(self) -> bool:
         """Whether every batch is finished, and everything that was sent is answered."""
-        books: list[Any] = [self.inbox.ahead, self.inbox.early, self.ledger.pending]
-        return self.outbox.is_empty and not any(books)
+        early = self.inbox.ahead or self.inbox.early
+        return self.outbox.is_empty and not early and not self.ledger.pending
 
     def check(self) -> None:
         """Assert what always holds of the three books."""
@@ -255,9 +245,7 @@ class Desk:
             self.outbox.pass_over(consumer, self.steps)
 
     def pass_by(self, job: Job) -> None:
-        """What was sent for a batch that is not run, and for those before it, is answered with
-        nothing.
-        """
+        """Answer with nothing what was sent for a batch that is not run, or before that."""
         for producer in job.routes.awaited:
             while (letter := self.inbox.value(producer)) is not None and letter.step <= job.step:
                 if self.inbox.take_value(producer).payload is not None:

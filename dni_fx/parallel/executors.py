@@ -35,13 +35,7 @@ class Team:
     """Workers for some of the stages, and the batches as each of them sees them.
 
     Args:
-        decoupled: the model, traced.
-        objective: the loss, and what sources see of the target.
-        optimizers: of these stages and their sources.
-        metrics: when predictions are compared, and what was found.
-        flow: how far the stages may drift apart.
         stages: indices of the stages, ascending.
-        mail: their messages.
         steps: batches that are done already.
         own_random: whether each stage has a stream of random numbers of its own.
         rows_of: of the model's inputs and the target, the rows that a stage works on here.
@@ -84,13 +78,7 @@ class Team:
         self._settings = Settings(decoupled.graphs, objective, loss)
 
     def make_jobs(self, step: int, mode: Mode, values: Values, target: Any) -> list[Job]:
-        """A batch as each of the stages sees it; the graph that fits it must be active.
-
-        Args:
-            step: number of the batch.
-            mode: what the schedule says.
-            values: the model's inputs by name, the whole batch.
-            target: the training target, or None.
+        """A batch, whole, as each of the stages sees it; the graph that fits it must be active.
 
         Raises:
             DecouplingError: a stage would wait within the step for others that may leave it out.
@@ -131,45 +119,23 @@ class Team:
 
 
 class OneByOne(Team):
-    """Executor: the stages of a team, one after the other in the caller's thread."""
+    """Executor: the stages, one after the other in the caller's thread."""
 
     def step(self, jobs: list[Job]) -> None:
         """One batch, stage after stage."""
         with keep_modes(), torch.enable_grad():
-            for worker in self.workers.values():
-                worker.clear()
-            for job in jobs:
-                with _named(job.index, job.step):
-                    self.workers[job.index].begin(job)
-            for job in reversed(jobs):
-                with _named(job.index, job.step):
-                    self.workers[job.index].finish(job)
+            _run(list(self.workers.values()), jobs)
 
     def drain(self) -> int:
         """Finish the batches that are under way. Returns how many there were."""
-        workers = self.workers.values()
         with keep_modes(), torch.enable_grad():
-            for worker in workers:
-                worker.end()
-            steps = sorted({s for w in workers for s in w.desk.ledger.pending})
-            for step in steps:
-                for worker in workers:
-                    worker.clear()
-                for worker in reversed(workers):
-                    with _named(worker.index, step):
-                        worker.drain(step)
-            for worker in reversed(workers):
-                worker.rest()
-        return len(steps)
+            return _drain(list(self.workers.values()))
 
 
 class OnThreads(Team):
     """Executor: each stage on a thread of its own.
 
     After a failure it is of no more use: its threads have ended.
-
-    Args:
-        decoupled, objective, optimizers, metrics, flow, steps: as for :class:`Team`.
 
     Raises:
         DecouplingError: several stages would write to the same parameter or buffer.
@@ -265,27 +231,25 @@ class OnThreads(Team):
 
     def _work(self, index: int) -> None:
         worker = self.workers[index]
-        # A new thread starts from the machine's number, not from the caller's.
-        torch.set_num_threads(self._operators)
+        torch.set_num_threads(self._operators)  # else a thread starts from the machine's number
         try:
             while True:
                 with self.mail.changed:
                     self.idle[index] = not self._box(index)
                     self.mail.changed.notify_all()
-                letter = self._next(worker)
-                with torch.enable_grad(), _named(index, letter.step):
-                    _do(worker, letter.payload)
+                with torch.enable_grad():
+                    _do(worker, self._next(worker))
         except Exception as error:
             self.mail.fail(error)
         except BaseException as error:  # it ends this thread, and with it the training
             where = f"stage_{index}, step {worker.desk.steps}"
             self.mail.fail(ParallelError(f"{where}: {type(error).__name__}: {error}"))
 
-    def _next(self, worker: StageWorker) -> Letter:
+    def _next(self, worker: StageWorker) -> Job | None:
         index, desk = worker.index, worker.desk
         while not self._box(index):
             self.mail.wait(lambda: bool(self._box(index)) or desk.has_messages(), "a batch")
-            with torch.enable_grad(), _named(index, desk.steps - 1):
+            with _named(index, desk.steps - 1):
                 worker.clear()
                 worker.attend()
                 worker.learner.update()
@@ -294,7 +258,8 @@ class OnThreads(Team):
             letter = self.mail.take(_address(index))
             self.mail.changed.notify_all()  # there is room for another one
         assert letter is not None
-        return letter
+        job: Job | None = letter.payload
+        return job
 
 
 def _address(stage: int) -> Address:
@@ -304,20 +269,45 @@ def _address(stage: int) -> Address:
 def _do(worker: StageWorker, job: Job | None) -> None:
     """A batch, one that is left out, or, where there is none, what is under way."""
     if job is None:
-        worker.end()
-        for step in list(worker.desk.ledger.pending):
-            worker.clear()
-            worker.drain(step)
-        worker.rest()
+        _drain([worker])
     elif job.left_out:
-        worker.skip(job)
+        with _named(job.index, job.step):
+            worker.skip(job)
     else:
         with contextlib.ExitStack() as stack:
             for cast in job.casts:
                 stack.enter_context(cast)
+            _run([worker], [job])
+
+
+def _run(workers: Sequence[StageWorker], jobs: Sequence[Job]) -> None:
+    """One batch, in the stages of one thread."""
+    for worker, job in zip(workers, jobs, strict=True):
+        with _named(job.index, job.step):
             worker.clear()
+    for worker, job in zip(workers, jobs, strict=True):
+        with _named(job.index, job.step):
             worker.begin(job)
+    for worker, job in reversed([*zip(workers, jobs, strict=True)]):
+        with _named(job.index, job.step):
             worker.finish(job)
+
+
+def _drain(workers: Sequence[StageWorker]) -> int:
+    """Finish what is under way in the stages of one thread. Returns how many batches that were."""
+    for worker in workers:
+        worker.end()
+    steps = sorted({s for w in workers for s in w.desk.ledger.pending})
+    for step in steps:
+        for worker in workers:
+            worker.clear()
+        for worker in reversed(workers):
+            with _named(worker.index, step):
+                worker.drain(step)
+    for worker in reversed(workers):
+        with _named(worker.index, worker.desk.steps - 1):
+            worker.rest()
+    return len(steps)
 
 
 @contextlib.contextmanager
@@ -326,13 +316,12 @@ def _named(index: int, step: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        name = f"stage_{index}"
+        where = f"stage_{index}, step {step + 1}"
         if not isinstance(error, DecouplingError):
-            error_name = type(error).__name__
-            raise ParallelError(f"{name}, step {step + 1}: {error_name}: {error}") from error
-        if str(error).startswith(name) or isinstance(error, ParallelError):
+            raise ParallelError(f"{where}: {type(error).__name__}: {error}") from error
+        if str(error).startswith(f"stage_{index}") or isinstance(error, ParallelError):
             raise
-        raise type(error)(f"{name}, step {step + 1}: {error}") from error
+        raise type(error)(f"{where}: {error}") from error
 
 
 def shared_state(decoupled: Decoupled) -> list[tuple[str, tuple[int, ...]]]:

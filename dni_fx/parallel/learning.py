@@ -45,10 +45,7 @@ class StageLearner:
     """The updates of one stage and its sources.
 
     Args:
-        desk: the stage's correspondence.
-        objective: the loss, and how many steps make one update.
         optimizers: of all stages that are trained here.
-        metrics: what was found of the predictions.
         discount: what comes d steps late counts ``discount ** d`` in a source's regression.
         random: the stage's own random numbers; None where it draws from the process's.
 
@@ -87,9 +84,7 @@ class StageLearner:
         self.delays = Counter[int]()
 
     def scaled_loss(self, output: object, target: object) -> Tensor:
-        """Of the rows that are worked on here: a mean, which counts as much as they are of the
-        batch.
-        """
+        """Of the rows that are here: a mean, which counts as much as they are of the batch."""
         value = self.objective.scaled(output, target)
         return value if self.fraction == 1 else value * self.fraction
 
@@ -108,8 +103,6 @@ class StageLearner:
         draws = contextlib.nullcontext() if self.random is None else self.random.drawn()
         with self.watch.spending(what, step), draws:
             yield
-
-    # ---- answers ---------------------------------------------------------------------------------
 
     def settle(self, limit: int) -> None:
         """Pull back what was late, train the sources, and answer, for the batches up to one."""
@@ -164,8 +157,6 @@ class StageLearner:
             job.answers.lose()
             for stage in self.desk.ledger.close(job.step):
                 self.desk.outbox.answer(stage, job.step, None)
-
-    # ---- updates ---------------------------------------------------------------------------------
 
     def update(self) -> None:
         """Step the optimisers where an update is due, once everything is known to be finite.

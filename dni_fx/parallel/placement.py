@@ -64,13 +64,8 @@ class Places:
         return [k for k, ranks in enumerate(self.ranks) if len(ranks) > 1]
 
     def note_size(self, step: int, values: Values, queue: int) -> None:
-        """Remember a batch's size where some stage works on rows of it: those of the first input
-        that has any.
-
-        Args:
-            step: number of the batch.
-            values: the model's inputs by name.
-            queue: how many batches may be under way.
+        """Remember the size of a batch, of which a queue may be under way, where some stage works
+        on rows of it: those of the first input that has any.
 
         Raises:
             DecouplingError: it has fewer rows than ranks that share a stage.
@@ -129,11 +124,8 @@ def slice_rows(value: Any, start: int, stop: int, count: int) -> Any:
 
 
 def join(parts: list[tuple[Part, Any]], add: bool) -> Any:
-    """One letter's payload from its parts, in the order of their rows.
-
-    Args:
-        parts: what each process sent.
-        add: whether what has no rows is summed, as gradients are; else all have sent the same.
+    """One letter's payload from its parts, in the order of their rows; what has no rows is summed
+    where ``add`` says so, as gradients are, else all have sent the same.
     """
     payloads = [payload for _, payload in parts]
     if any(payload is None for payload in payloads):
@@ -161,18 +153,10 @@ def _joined(values: list[Any], rows: list[int], add: bool) -> Any:
 def find_places(
     decoupled: Decoupled, placement: Placement | None, rank: int, world: int, flow: Flow
 ) -> Places:
-    """Which rank runs which stage.
-
-    Args:
-        decoupled: the model.
-        placement: what the user asks for; see :func:`place_stages`.
-        rank: of this process.
-        world: number of ranks.
-        flow: how far stages may drift apart.
+    """As :func:`place_stages`, for this rank of so many, where stages can be placed so.
 
     Raises:
-        DecouplingError: stages that cannot be placed so: they share state, or need a fixed
-            staleness.
+        DecouplingError: they share state, or need a fixed staleness.
     """
     places = place_stages(placement, [s.name for s in decoupled.stages], world)
     places.rank = rank

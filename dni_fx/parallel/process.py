@@ -30,13 +30,6 @@ class Process:
     """Trains the stages of this process beside the other processes.
 
     Args:
-        decoupled: the model.
-        objective: the loss, and what sources see of the target.
-        optimizers: of the stages here, and their sources.
-        metrics: when predictions are compared, and what was found.
-        peers: the processes.
-        flow: how far stages may drift apart.
-        placement: a rank, or several, for every stage.
         timeout: seconds without a sign of life after which another process is given up.
 
     Raises:
@@ -82,28 +75,18 @@ class Process:
 
     def status_rows(self) -> list[dict[str, Any]]:
         """How the stages here are doing, as a ``Status`` takes it."""
-        return [_status_of(w) | {"rank": self.peers.rank} for w in self.workers.values()]
+        return [_status_of(w, self.peers.rank) for w in self.workers.values()]
 
     def prepare(self) -> None:
         """Make the optimisers of the stages here, once the model is traced; later, have them adopt
         what a new graph uses.
         """
-        if not self.decoupled.is_traced:
-            return
-        mine = [self.decoupled.stages[k] for k in self.places.stages_of(self.peers.rank)]
-        self.optimizers.prepare(self.decoupled.graphs, mine, 1 / self.objective.accumulate)
-
-    # ---- steps -----------------------------------------------------------------------------------
+        if self.decoupled.is_traced:
+            mine = [self.decoupled.stages[k] for k in self.places.stages_of(self.peers.rank)]
+            self.optimizers.prepare(self.decoupled.graphs, mine, 1 / self.objective.accumulate)
 
     def step(self, steps: int, mode: Mode, values: dict[str, Any], target: Any) -> StepReport:
-        """One batch through the stages here.
-
-        Args:
-            steps: number of batches before this one.
-            mode: what the schedule says of it.
-            values: the model's inputs by name.
-            target: what the loss and the context take.
-        """
+        """One batch, after so many, through the stages here."""
         executor = self.connect(steps)
         self.prepare()
         self._share_rows(steps, values)
@@ -140,21 +123,20 @@ class Process:
 
     def _evaluate_stages(self, values: dict[str, Any]) -> Any:
         """The stages here, one after the other, on what the stages before them send."""
-        stages = [(s.module, s.inputs, s.outputs) for s in self.decoupled.stages]
-        made = {name: k for k, (_, _, outputs) in enumerate(stages) for name in outputs}
+        stages = self.decoupled.stages
+        made = {name: k for k, s in enumerate(stages) for name in s.outputs}
         for index in self.workers:
-            module, inputs, outputs = stages[index]
+            stage = stages[index]
             mine = dict(self.places.rows_of(index, values, None)[0])
-            for producer in sorted({made[n] for n in inputs if n in made}):
+            for producer in sorted({made[n] for n in stage.inputs if n in made}):
                 address = Address(EVALUATION, producer, index)
                 mine |= self.mail.await_letter(address, f"the values of stage_{producer}").payload
-            result = detached(module(*(mine[n] for n in inputs)))
+            result = detached(stage.module(*(mine[n] for n in stage.inputs)))
             if index == len(stages) - 1:
                 return result
-            found = dict(zip(outputs, result, strict=True))
-            for taker, (_, wanted, _) in enumerate(stages):
-                payload = {n: found[n] for n in wanted if n in found}
-                if payload:
+            found = dict(zip(stage.outputs, result, strict=True))
+            for taker, other in enumerate(stages):
+                if payload := {n: found[n] for n in other.inputs if n in found}:
                     address = Address(EVALUATION, index, taker)
                     self.mail.send(address, -self._evaluations, payload)
         return None
@@ -171,13 +153,9 @@ class Process:
             return iter(batches)
         return share_batches(batches, self.links, 2 * self.flow.queue)
 
-    # ---- beginning and end -----------------------------------------------------------------------
-
     def connect(self, steps: int) -> OneByOne:
-        """The stages here; at the first call, in every process: agree, connect, start.
-
-        Args:
-            steps: batches that are done already.
+        """The stages here; at the first call, in every process, after so many batches: agree,
+        connect, start.
         """
         if self._executor is None:
             self.prepare()
@@ -195,7 +173,7 @@ class Process:
                 own_random=peers.parallel,
                 rows_of=places.rows_of,
             )
-            shared = [ranks for ranks in dict.fromkeys(places.ranks) if len(ranks) > 1]
+            shared = dict.fromkeys(ranks for ranks in places.ranks if len(ranks) > 1)
             groups = {ranks: peers.subgroup(ranks) for ranks in shared}
             for index, worker in team.workers.items():
                 if group := groups.get(places.ranks[index]):
@@ -207,12 +185,14 @@ class Process:
 
     def _agree(self) -> None:
         """All processes must cut, place and wait in the same way."""
-        kinds = ("plan", "queue, policy, staleness or discount", "placement")
-        mine = (self.decoupled.plan.to_json(), self.flow, self.places.ranks)
+        mine = {
+            "plan": self.decoupled.plan.to_json(),
+            "queue, policy, staleness or discount": self.flow,
+            "placement": self.places.ranks,
+        }
         every = self.peers.gather(mine)
-        for index, what in enumerate(kinds):
-            other = [r for r, told in enumerate(every) if told[index] != every[0][index]]
-            if other:
+        for what in mine:
+            if other := [r for r, told in enumerate(every) if told[what] != every[0][what]]:
                 raise DecouplingError(
                     f"rank {other[0]} has another {what} than rank 0: build the same model "
                     "everywhere, and cut it with dni_fx.distributed.decouple, which makes one plan "
@@ -244,14 +224,14 @@ class Process:
             raise
 
 
-def _status_of(worker: StageWorker) -> dict[str, Any]:
+def _status_of(worker: StageWorker, rank: int) -> dict[str, Any]:
     """How one stage is doing."""
-    learner, desk = worker.learner, worker.desk
-    delays = learner.delays
+    learner, desk, delays = worker.learner, worker.desk, worker.learner.delays
     spent = dict(learner.watch.seconds)
     total = sum(spent.values())
     return {
         "stage": worker.name,
+        "rank": rank,
         "steps": desk.steps,
         "updates": learner.updates,
         "missed": worker.missed,

@@ -24,9 +24,6 @@ BATCH, TAKEN = "batch", "batch taken"
 class Peers:
     """The processes of a group; this one alone where there is no process group.
 
-    Args:
-        group: the process group; the default one.
-
     Attributes:
         parallel: whether there is a process group, of one process or more.
         rank: of this process.
@@ -79,13 +76,7 @@ def owned_tensors(decoupled: Decoupled) -> list[tuple[int, torch.Tensor]]:
 
 
 def share_stage(decoupled: Decoupled, worker: StageWorker, group: Any) -> None:
-    """Start equal, and sum gradients, where several processes work on one stage.
-
-    Args:
-        decoupled: the model.
-        worker: of the stage here.
-        group: of the processes that work on it.
-    """
+    """Start equal, and sum gradients, where a group's processes work on one stage."""
     learners = [learner for _, learner in decoupled.named_learners([worker.index])]
     tensors = [t for k, t in owned_tensors(decoupled) if k == worker.index]
     tensors += [t for learner in learners for t in (*learner.parameters(), *learner.buffers())]
@@ -101,13 +92,7 @@ def share_stage(decoupled: Decoupled, worker: StageWorker, group: Any) -> None:
 
 
 def share_batches(batches: Iterable[Any], links: Links, most: int) -> Iterator[Any]:
-    """Rank 0's batches, in every process.
-
-    Args:
-        batches: looked at in rank 0 alone.
-        links: the streams to the others.
-        most: how many batches rank 0 may be ahead of the slowest process.
-    """
+    """Rank 0's batches, in every process; rank 0 is at most so many ahead of the slowest."""
     mail, rank = links.mail, links.rank
     while rank:
         letter = mail.await_letter(Address(BATCH, 0, rank), "a batch of rank 0")

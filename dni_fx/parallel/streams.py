@@ -79,7 +79,6 @@ class Stream:
     Args:
         rank: of the other process.
         tag: of the letters; the next one is of those that go beside the stream.
-        group: that carries them.
         take: called with each letter that comes.
         fail: called with the error that ends the stream.
 
@@ -122,9 +121,8 @@ class Stream:
             parts = [(buffer, self.tag)]
             if buffer.numel() > self.lengths[0][1]:
                 parts = [(pack(buffer.numel()), self.tag), (buffer, self.tag + 1)]
-                self.lengths.append(
-                    (self.count + AHEAD, max(self.lengths[-1][1], _later(buffer.numel())))
-                )
+                fits = max(self.lengths[-1][1], _later(buffer.numel()))
+                self.lengths.append((self.count + AHEAD, fits))
             self.count += 1
             try:
                 self.works.extend((self.group.send([b], self.rank, t), b) for b, t in parts)
@@ -158,10 +156,8 @@ class Stream:
     def _receive(self) -> None:
         try:
             self._receive_all()
-        except RuntimeError as error:
-            self.fail(self.dead(error))
         except BaseException as error:
-            self.fail(error)
+            self.fail(self.dead(error) if isinstance(error, RuntimeError) else error)
 
     def _receive_all(self) -> None:
         """Take every letter up to the last word."""
@@ -209,8 +205,6 @@ class Links:
     nobody holds the owner any more; none of them holds it.
 
     Args:
-        mail: where letters for this process go.
-        places: who runs which rows of which stage.
         group: the process group, of whose ranks a group of its own is made; gloo carries tensors of
             the CPU, and those of other devices by way of it.
         timeout: seconds to wait for others at the end, and for a sign of their life.
@@ -228,16 +222,12 @@ class Links:
         self.mail, self.places, self.timeout = mail, places, timeout
         # Of letters from several processes.
         self.parts: dict[tuple[Address, int], dict[int, tuple[Part, Any]]] = {}
-        self.rank = dist.get_rank(group)
+        self.rank = places.rank
         ranks = dist.get_process_group_ranks(dist.group.WORLD if group is None else group)
         self.ranks = tuple(ranks)
         self.group = _group_of(self.ranks)
-        tag = _TAG + 2 * _trainers
-        self.streams = {
-            r: Stream(r, tag, self.group, self._take, mail.fail)
-            for r in range(len(ranks))
-            if r != self.rank
-        }
+        others, tag = [r for r in range(len(ranks)) if r != self.rank], _TAG + 2 * _trainers
+        self.streams = {r: Stream(r, tag, self.group, self._take, mail.fail) for r in others}
         self._owner, self._stopped = weakref.ref(owner), threading.Event()
         ways = [t for s in self.streams.values() for t in (s.incoming, s.outgoing)]
         self.threads = [*ways, _thread(self._give_signs, "pulse")]

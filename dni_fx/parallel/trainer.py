@@ -100,7 +100,10 @@ class Trainer(BaseTrainer):
             metrics_every=metrics_every,
         )
         self.schedule = make_schedule(schedule)
-        _refuse_threads(self.schedule)
+        if isinstance(self.schedule, Threads):
+            raise DecouplingError(
+                "schedules.Threads is for dni_fx.Trainer; here each process runs its stages in turn"
+            )
         self._peers = Peers(group)
         self.rank, self.world = self._peers.rank, self._peers.world
         self.process = Process(
@@ -280,10 +283,3 @@ class Trainer(BaseTrainer):
         self.process.connect(self.steps)
         self.steps, extra = self._checkpoints.load(Path(directory)) or (self.steps, None)
         return extra
-
-
-def _refuse_threads(schedule: Schedule) -> None:
-    if isinstance(schedule, Threads):
-        raise DecouplingError(
-            "schedules.Threads is for dni_fx.Trainer; here each process runs its stages in turn"
-        )

@@ -210,14 +210,7 @@ class StageWorker:
         """Open messages, and learn from them where no staleness is fixed, until something is so.
 
         Those of all stages in this thread: what is waited for may wait for an answer that another
-        of them owes.
-
-        Args:
-            ready: asked after each message that comes.
-            what: is waited for, for messages.
-
-        Raises:
-            ParallelError: some stage has failed, or nothing comes.
+        of them owes. As :meth:`Mail.wait` besides.
         """
         desk, team = self.desk, self.team
         desk.collect()
