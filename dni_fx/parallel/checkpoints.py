@@ -153,8 +153,7 @@ def _collect(process: Process, steps: int, extra: Any) -> dict[str, Any]:
         leaves, structure = flatten(_stage_state(process, index, steps))
         state |= {f"stage_{index}/{i}": leaf.detach() for i, leaf in enumerate(leaves)}
         state[f"stage_{index}"] = structure
-        own = worker.learner.random
-        state[_at("random", process, index)] = None if own is None else own.state
+        state[_at("random", process, index)] = worker.learner.random
         state[_at("devices", process, index)] = generators["devices"]
     if process.peers.rank == 0:
         plan = process.decoupled.plan.to_json()
@@ -200,7 +199,7 @@ def _apply(process: Process, state: dict[str, Any]) -> tuple[int, Any]:
         leaves = (state[f"stage_{index}/{i}"] for i in range(count))
         _load_stage_state(process, index, state[f"stage_{index}"].build(leaves))
         if (own := worker.learner.random) is not None:
-            own.state = state.get(_at("random", process, index), own.state)
+            worker.learner.random = state.get(_at("random", process, index), own)
     run, first = state["run"], next(iter(process.workers))
     # All stages of a process draw from the same devices; the other generators are the same in all
     # processes.

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from .arrived import Answer
-from .job import Job, Values
+from .job import Answer, Job, Values
 from .limits import Flow
 from .mailbox import ANSWER, VALUE, Address, Letter, Mail
 
@@ -55,11 +54,7 @@ class Outbox:
         return {c: len(steps) + len(waiting.get(c, ())) for c, steps in self.under_way.items()}
 
     def send(self, consumer: int, step: int, values: Values) -> int | None:
-        """Send values, or keep them until there is room.
-
-        Returns:
-            The step of a batch whose values are dropped for that.
-        """
+        """Send values, or keep them until there is room. Returns the step that this drops."""
         if self.has_room(consumer):
             self.under_way[consumer].add(step)
             self.mail.send(Address(VALUE, self.index, consumer), step, values)
@@ -80,11 +75,7 @@ class Outbox:
         self.mail.send(Address(VALUE, self.index, consumer), steps, None)
 
     def close(self, consumer: int, steps: int) -> list[int]:
-        """What was not sent is not sent any more, and nobody need wait for it.
-
-        Returns:
-            The steps of the batches whose values are dropped.
-        """
+        """What waits is not sent any more, and nobody need wait for it. Returns its steps."""
         dropped = [step for step, _ in self._backlog.pop(consumer, ())]
         self.pass_over(consumer, steps)
         return dropped
@@ -161,11 +152,7 @@ class Ledger:
         return [job for s, job in self.pending.items() if not all(self.owed[s].values())]
 
     def close(self, step: int) -> list[int]:
-        """A batch is finished, or given up.
-
-        Returns:
-            Stages whose values came, but which were not answered.
-        """
+        """A batch is finished, or given up. Returns whom it did not answer, though values came."""
         unanswered = self.due(step)
         del self.pending[step], self.owed[step]
         return unanswered

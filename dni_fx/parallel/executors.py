@@ -20,15 +20,15 @@ from ..runtime.emitted import keep_modes
 from ..runtime.objective import Metrics, Objective
 from ..runtime.optimizing import StageOptimizers
 from ..schedules import Mode
-from .arrived import Routes
 from .desk import Desk
-from .job import Job, Values
-from .learning import OwnRandom, StageLearner
+from .job import Job, Routes, Values
+from .learning import StageLearner
 from .limits import Flow
 from .mailbox import Address, Letter, Mail, ParallelError
 from .worker import StageWorker
 
 JOB = "job"
+RowsOf = Callable[[int, Values, Any], tuple[Values, Any]]
 
 
 class Team:
@@ -37,7 +37,7 @@ class Team:
     Args:
         stages: indices of the stages, ascending.
         steps: batches that are done already.
-        own_random: whether each stage has a stream of random numbers of its own.
+        own_random: as for :class:`StageLearner`.
         rows_of: of the model's inputs and the target, the rows that a stage works on here.
 
     Attributes:
@@ -57,7 +57,7 @@ class Team:
         mail: Mail,
         steps: int = 0,
         own_random: bool = False,
-        rows_of: Callable[[int, Values, Any], tuple[Values, Any]] = lambda _, *whole: whole,
+        rows_of: RowsOf = lambda _, values, target: (values, target),
     ) -> None:
         self.decoupled, self.objective = decoupled, objective
         self.metrics, self.mail, self.flow = metrics, mail, flow
@@ -68,9 +68,8 @@ class Team:
         lags = find_lags(decoupled, flow.staleness)
         for k in stages:
             desk = Desk(k, mail, flow, lags[k], steps)
-            random = OwnRandom(k) if own_random else None
-            learner = StageLearner(desk, objective, optimizers, metrics, flow.discount, random)
-            self.workers[k] = StageWorker(learner, flow, lags[k])
+            parts = (objective, optimizers, metrics, flow.discount, own_random)
+            self.workers[k] = StageWorker(StageLearner(desk, *parts), flow, lags[k])
         for worker in self.workers.values():
             worker.team = list(self.workers.values())
         self._last = self.workers.get(len(decoupled.stages) - 1)

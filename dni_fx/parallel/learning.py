@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import DecouplingError
@@ -18,42 +20,21 @@ from .job import Job
 from .monitoring import Stopwatch
 
 
-class OwnRandom:
-    """A stream of random numbers of a stage's own; it follows from the seed and the stage alone.
-
-    Attributes:
-        state: of the generator, between two regions.
-    """
-
-    def __init__(self, index: int) -> None:
-        seed = (torch.initial_seed() + 7919 * (index + 1)) % 2**63
-        self.state: Tensor = torch.Generator().manual_seed(seed).get_state()
-
-    @contextlib.contextmanager
-    def drawn(self) -> Iterator[None]:
-        """Draw from it."""
-        outside = torch.get_rng_state()
-        torch.set_rng_state(self.state)
-        try:
-            yield
-        finally:
-            self.state = torch.get_rng_state()
-            torch.set_rng_state(outside)
-
-
 class StageLearner:
     """The updates of one stage and its sources.
 
     Args:
         optimizers: of all stages that are trained here.
         discount: what comes d steps late counts ``discount ** d`` in a source's regression.
-        random: the stage's own random numbers; None where it draws from the process's.
+        own_random: whether the stage has a stream of random numbers of its own, which follows from
+            the seed and the stage alone.
 
     Attributes:
+        random: the state of that stream, between two regions; None where there is none.
         watch: measures the time that it takes.
         own: optimisers of the stage's own copies of synthetic inputs, by name.
         fraction: of the batch's rows that this process works on.
-        reduce: sums gradients over the processes that share the stage.
+        group: of the processes that share the stage, over which gradients are summed.
         losses: regressions of the sources that are pulled back and not stepped, by name.
         loss: of the newest batch, where the model's output is.
         late: whether the gradients of the next update hold a late one already.
@@ -68,15 +49,18 @@ class StageLearner:
         optimizers: StageOptimizers,
         metrics: Metrics,
         discount: float,
-        random: OwnRandom | None,
+        own_random: bool,
     ) -> None:
         self.name = f"stage_{desk.index}"
         self.desk, self.objective, self.optimizers = desk, objective, optimizers
-        self.metrics, self.discount, self.random = metrics, discount, random
+        self.metrics, self.discount = metrics, discount
+        seed = (torch.initial_seed() + 7919 * (desk.index + 1)) % 2**63
+        generator = torch.Generator().manual_seed(seed)
+        self.random = generator.get_state() if own_random else None
         self.watch = Stopwatch(desk.index)
         self.own: dict[str, torch.optim.Optimizer] = {}
         self.fraction = 1.0
-        self.reduce: Callable[[list[nn.Parameter]], None] | None = None
+        self.group: Any = None
         self.losses: list[tuple[str, Tensor]] = []
         self.loss: Tensor | None = None
         self.late = False
@@ -100,9 +84,17 @@ class StageLearner:
     @contextlib.contextmanager
     def running(self, what: str, step: int) -> Iterator[None]:
         """The stage's own random numbers, where it has them, and the time that it takes."""
-        draws = contextlib.nullcontext() if self.random is None else self.random.drawn()
-        with self.watch.spending(what, step), draws:
-            yield
+        with self.watch.spending(what, step):
+            if self.random is None:
+                yield
+                return
+            outside = torch.get_rng_state()
+            torch.set_rng_state(self.random)
+            try:
+                yield
+            finally:
+                self.random = torch.get_rng_state()
+                torch.set_rng_state(outside)
 
     def settle(self, limit: int) -> None:
         """Pull back what was late, train the sources, and answer, for the batches up to one."""
@@ -167,10 +159,7 @@ class StageLearner:
         steps = self.desk.steps
         if steps % self.objective.accumulate:
             return
-        parameters = self.parameters()
-        if self.reduce is not None:
-            self.reduce(parameters)
-        gradients = [p.grad for p in parameters if p.grad is not None]
+        gradients = self._sum_gradients(self.parameters())
         losses = [r for _, r in self.losses] + ([] if self.loss is None else [self.loss])
         if not all_finite([*losses, *gradients]):
             self._refuse(self._places(), steps - 1)
@@ -195,11 +184,16 @@ class StageLearner:
                     "be found by source.named_parameters() when the trainer is made (assign them "
                     "as nn.Parameter)"
                 )
-            if self.reduce is not None:
-                self.reduce([p for group in optimizer.param_groups for p in group["params"]])
+            self._sum_gradients(p for group in optimizer.param_groups for p in group["params"])
             optimizer.step()
             optimizer.zero_grad()
         self.losses = []
+
+    def _sum_gradients(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        for gradient in gradients if self.group is not None else ():
+            dist.all_reduce(gradient, group=self.group)
+        return gradients
 
     def _places(self) -> list[tuple[str, Tensor]]:
         """All that an update takes part in, with its name."""

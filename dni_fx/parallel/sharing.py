@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from ..decoupled import Decoupled
 from .mailbox import Address
@@ -82,13 +81,7 @@ def share_stage(decoupled: Decoupled, worker: StageWorker, group: Any) -> None:
     tensors += [t for learner in learners for t in (*learner.parameters(), *learner.buffers())]
     for tensor in tensors:
         dist.broadcast(tensor.detach(), group=group, group_src=0)
-
-    def reduce(parameters: Sequence[nn.Parameter]) -> None:
-        for parameter in parameters:
-            if parameter.grad is not None:
-                dist.all_reduce(parameter.grad, group=group)
-
-    worker.learner.reduce = reduce
+    worker.learner.group = group
 
 
 def share_batches(batches: Iterable[Any], links: Links, most: int) -> Iterator[Any]:

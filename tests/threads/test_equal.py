@@ -141,7 +141,7 @@ def test_sources_learn_where_a_graph_has_other_names(
 
 def test_a_source_without_an_optimiser_is_told() -> None:
     trainer = train(trainer_of(Threads(staleness=0)), 1)
-    trainer.synthesizer_optimizers.clear()
+    del trainer.synthesizer_optimizers["a"]
     with pytest.raises(DecouplingError, match="stage_0, step 2: the source at 'a' has learnt, but"):
         train(trainer, 1)
 
