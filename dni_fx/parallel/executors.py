@@ -202,7 +202,6 @@ class OnThreads(Team):
                 queued = [letter.payload for letter in self._box(job.index)]
                 waiting = [other for other in queued if other and not other.left_out]
                 if len(waiting) >= self.flow.queue:
-                    waiting[0].left_out = True
                     waiting[0].drop()
             self.mail.send(_address(job.index), job.step, job)
 

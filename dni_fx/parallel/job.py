@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Set
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import torch
@@ -234,9 +234,7 @@ class Job:
         teaches: those of them that learn in this stage; others are only used.
         planned: what the plan calls the sources, by the names of the batch's own graph.
         measure: whether predictions are compared with what arrives.
-        values: the model's inputs by name, of the rows that the stage works on.
-        target: what the loss takes.
-        context: what sources see besides values.
+        values, target, context: what the state begins with, of the rows that the stage works on.
         casts: the caller's autocast, for a thread of the stage's own.
         left_out: whether there was no time for it, and others are only told so.
     """
@@ -249,14 +247,14 @@ class Job:
     teaches: Set[str]
     planned: dict[str, str]
     measure: bool
-    values: Values
-    target: Any
-    context: Any
+    values: InitVar[Values]
+    target: InitVar[Any]
+    context: InitVar[Any]
     casts: list[torch.autocast] = field(default_factory=list)
     left_out: bool = False
 
-    def __post_init__(self) -> None:
-        self.state = BatchState(started=self.step, now=self.step)
+    def __post_init__(self, values: Values, target: Any, context: Any) -> None:
+        self.state = BatchState(dict(values), context, target, self.step, self.step)
         self.answers = ArrivedAnswers(self.setting, self.state, self.index, self.routes)
         self.batch = StageBatch(self.setting, self.index, self.state, self.answers, asks_again=True)
 
@@ -279,9 +277,7 @@ class Job:
             send: called with the stage's values, as soon as they are known.
         """
         state, locked = self.state, self.setting.share > 0
-        state.values = {n: self.values[n] for n in self.setting.split.model_inputs} | received
-        state.context, state.target = self.context, self.target
-        self.drop()  # the state has them, and forgets them in time
+        state.values.update(received)
         self._predict_inputs()
         names = [n for n in self.batch.stage.outputs if n != "output"]
         self.batch.run(self._delays(), lambda: send({n: state.values[n] for n in names}))
@@ -291,8 +287,9 @@ class Job:
             self.batch.advance()
 
     def drop(self) -> None:
-        """Let go of the batch: it is run, or left out."""
-        self.values, self.context, self.target = {}, None, None
+        """Leave the batch out, and let go of it."""
+        self.left_out = True
+        self.state.values, self.state.context, self.state.target = {}, None, None
 
     def _predict_inputs(self) -> None:
         model_inputs = tuple(self.state.values[n] for n in self.setting.split.model_inputs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from ..decoupled import Decoupled
 from ..errors import DecouplingError, did_you_mean
 from ..graphs.nested import map_tensors
 from .executors import shared_state
-from .job import Values
+from .job import Answer, Values
 from .limits import Flow
 from .mailbox import Letter
 
@@ -137,10 +136,8 @@ def _joined(values: list[Any], rows: list[int], add: bool) -> Any:
     first = values[0]
     if isinstance(first, dict):
         return {key: _joined([v.get(key) for v in values], rows, add) for key in first}
-    if dataclasses.is_dataclass(first) and not isinstance(first, type):
-        names = [field.name for field in dataclasses.fields(first)]
-        tables = [{n: getattr(v, n) for n in names} for v in values]
-        return dataclasses.replace(first, **_joined(tables, rows, add))
+    if isinstance(first, Answer):
+        return Answer(**_joined(list(map(vars, values)), rows, add))
     known = [v for v in values if isinstance(v, Tensor)]
     if not known:
         return values[0]

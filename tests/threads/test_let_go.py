@@ -50,7 +50,9 @@ def test_a_batch_that_is_left_out_holds_nothing() -> None:
     executor, trainer = team(staleness=0)
     values = trainer.decoupled.bind(X)
     job: Job = executor.make_jobs(0, Mode(), values, Y)[0]
-    assert job.values  # control: before
-    assert job.target is not None
+    state = job.state
+    assert state.values  # control: before
+    assert state.target is not None
     job.drop()
-    assert (job.values, job.context, job.target) == ({}, None, None)
+    assert job.left_out
+    assert (state.values, state.context, state.target) == ({}, None, None)
