@@ -71,7 +71,7 @@ class Outbox:
             self.send(consumer, *waiting.popleft())
 
     def pass_over(self, consumer: int, steps: int) -> None:
-        """Say that nothing comes any more of the batches before one."""
+        """Nothing comes any more of the batches before one."""
         self.mail.send(Address(VALUE, self.index, consumer), steps, None)
 
     def close(self, consumer: int, steps: int) -> list[int]:
@@ -91,8 +91,7 @@ class Inbox:
     Attributes:
         ended: producers that will send nothing of the batches before one.
         ahead: values of batches to come, by producer and step.
-        early: answers about batches to come, by step, of stages that did not wait for this one's
-            values.
+        early: answers about batches to come, by step: of stages that did not wait for values.
     """
 
     def __init__(self, mail: Mail, index: int) -> None:
@@ -254,15 +253,12 @@ class Desk:
         return any(a is not None for a in answers) or any(map(self._is_due, self.producers))
 
     def _is_due(self, producer: int) -> bool:
-        """Whether values have come that were predicted, or belong to an earlier step: whoever
-        waits, they are opened.
-        """
+        """Whether values have come that nobody waits for: predicted, or of an earlier step."""
         letter = self.inbox.value(producer)
         opens = self.draining or producer in self.predicted
         return letter is not None and (opens or letter.step < self.steps)
 
     def _open(self, producer: int, letter: Letter) -> None:
-        """Values that nobody waits for."""
         step, values = letter
         for older in self.ledger.up_to(step - 1):
             self._miss(older, producer)  # its values were dropped

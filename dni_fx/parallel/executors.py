@@ -37,7 +37,6 @@ class Team:
     Args:
         stages: indices of the stages, ascending.
         steps: batches that are done already.
-        own_random: as for :class:`StageLearner`.
         rows_of: of the model's inputs and the target, the rows that a stage works on here.
 
     Attributes:
@@ -91,8 +90,7 @@ class Team:
         for k, routes in every.items():
             own = self.copies.get(k, {})
             inputs = {n: own.get(id(s), s) for n, s in setting.inputs.items()}
-            # A synthetic input that several stages use learns in the first of them, or each has its
-            # copy.
+            # What several stages use learns in the first of them, or each has its copy.
             names = [n for n in setting.stages[k].inputs if n in inputs]
             teaches = {n for n in names if id(setting.inputs[n]) in own or n not in taught}
             taught |= teaches
@@ -132,9 +130,7 @@ class OneByOne(Team):
 
 
 class OnThreads(Team):
-    """Executor: each stage on a thread of its own.
-
-    After a failure it is of no more use: its threads have ended.
+    """Executor: each stage on a thread of its own, until one fails: all threads end then.
 
     Raises:
         DecouplingError: several stages would write to the same parameter or buffer.
@@ -170,9 +166,7 @@ class OnThreads(Team):
             thread.start()
 
     def _copy_inputs(self, optimizers: StageOptimizers) -> None:
-        """Of what several stages predict from, all but the first get copies: another thread must
-        not train them.
-        """
+        """Of a synthetic input all users but the first get copies: no other thread trains those."""
         users = {i.name: i.consumers for i in self.decoupled.interfaces}
         for interface, source in self.decoupled.inputs.items():
             for consumer in users[interface][1:]:

@@ -172,8 +172,6 @@ class ArrivedAnswers(Answers):
                 parts[name] = progress.parts[name, index]
         return True, Answer(gradients, parts, known, error)
 
-    # ---- what the sources ask --------------------------------------------------------------------
-
     def has_answered(self, stage: int) -> bool:
         """Whether a stage has sent back its gradients."""
         return self.arrived.get(stage) is not None

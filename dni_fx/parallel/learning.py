@@ -26,8 +26,8 @@ class StageLearner:
     Args:
         optimizers: of all stages that are trained here.
         discount: what comes d steps late counts ``discount ** d`` in a source's regression.
-        own_random: whether the stage has a stream of random numbers of its own, which follows from
-            the seed and the stage alone.
+        own_random: whether the stage draws from a stream of its own, which follows from the seed
+            and the stage alone.
 
     Attributes:
         random: the state of that stream, between two regions; None where there is none.
@@ -128,9 +128,7 @@ class StageLearner:
             self.metrics.found.update(job.batch.sources.compare(job.step))
 
     def _learn(self, job: Job, delay: int) -> None:
-        """Train the sources whose message is there, unless it is not finite: they keep averages of
-        it.
-        """
+        """Train the sources whose message is there, and finite: they keep averages of it."""
         message = job.learnt_from()
         if not all_finite([t for _, t in message]):
             self._refuse(message, job.step)
@@ -141,9 +139,7 @@ class StageLearner:
             self.losses += [(n, loss.detach()) for n, loss in losses]
 
     def give_up(self, most: int) -> None:
-        """Where more batches than that still wait for values, the answers to the oldest are not
-        sent.
-        """
+        """Do not answer the oldest where more batches than that still wait for values."""
         unseen = self.desk.ledger.unseen()
         for job in unseen[: max(0, len(unseen) - most)]:
             job.answers.lose()
@@ -151,10 +147,8 @@ class StageLearner:
                 self.desk.outbox.answer(stage, job.step, None)
 
     def update(self) -> None:
-        """Step the optimisers where an update is due, once everything is known to be finite.
-
-        Raises:
-            NonFiniteError: a gradient or regression is not finite; the stage is not updated.
+        """Step the optimisers where an update is due, if all gradients and regressions are finite;
+        else raise :class:`NonFiniteError`.
         """
         steps = self.desk.steps
         if steps % self.objective.accumulate:
@@ -171,11 +165,7 @@ class StageLearner:
         self.update_sources()
 
     def update_sources(self) -> None:
-        """Step the optimisers of the sources that have learnt.
-
-        Raises:
-            DecouplingError: one of them has none.
-        """
+        """Step the optimisers of the sources that have learnt."""
         for name in dict.fromkeys(n for n, _ in self.losses):
             optimizer = self.own.get(name) or self.optimizers.sources.get(name)
             if optimizer is None:
@@ -196,7 +186,7 @@ class StageLearner:
         return gradients
 
     def _places(self) -> list[tuple[str, Tensor]]:
-        """All that an update takes part in, with its name."""
+        """What may not be finite, with its name."""
         places: list[tuple[str, Tensor]] = []
         for job in self.desk.ledger.pending.values():
             groups = tuple(job.batch.sources.groups)

@@ -87,14 +87,10 @@ class Mail:
         return letter
 
     def wait(self, ready: Callable[[], bool], what: str) -> None:
-        """Sleep until something is so.
-
-        Args:
-            ready: asked after each letter that comes.
-            what: is waited for, for messages.
+        """Sleep until something is so, which is asked after each letter that comes.
 
         Raises:
-            ParallelError: some stage has failed, or ``timeout`` has passed.
+            ParallelError: some stage has failed, or ``timeout`` has passed: ``what`` did not come.
         """
         until = time.perf_counter() + self.timeout
         with self.changed:

@@ -63,11 +63,8 @@ class Places:
         return [k for k, ranks in enumerate(self.ranks) if len(ranks) > 1]
 
     def note_size(self, step: int, values: Values, queue: int) -> None:
-        """Remember the size of a batch, of which a queue may be under way, where some stage works
-        on rows of it: those of the first input that has any.
-
-        Raises:
-            DecouplingError: it has fewer rows than ranks that share a stage.
+        """Remember how many rows the first input that has any has, if a stage works on part of
+        them; of batches that cannot be under way any more forget it.
         """
         if not self.divided:
             return

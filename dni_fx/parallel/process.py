@@ -78,9 +78,7 @@ class Process:
         return [_status_of(w, self.peers.rank) for w in self.workers.values()]
 
     def prepare(self) -> None:
-        """Make the optimisers of the stages here, once the model is traced; later, have them adopt
-        what a new graph uses.
-        """
+        """Make the optimisers of the stages here, or have them adopt what a new graph uses."""
         if self.decoupled.is_traced:
             mine = [self.decoupled.stages[k] for k in self.places.stages_of(self.peers.rank)]
             self.optimizers.prepare(self.decoupled.graphs, mine, 1 / self.objective.accumulate)
@@ -104,9 +102,7 @@ class Process:
             return 0 if self._executor is None else self._executor.drain()
 
     def meet(self) -> None:
-        """Before processes wait for each other: those behind must know which values were dropped
-        for good.
-        """
+        """Before all wait for each other: who is behind must know which values were dropped."""
         if self.flow.policy == "drop_oldest":
             self.drain()
 
@@ -154,9 +150,7 @@ class Process:
         return share_batches(batches, self.links, 2 * self.flow.queue)
 
     def connect(self, steps: int) -> OneByOne:
-        """The stages here; at the first call, in every process, after so many batches: agree,
-        connect, start.
-        """
+        """The stages here; at the first call, in every process: agree, connect, start."""
         if self._executor is None:
             self.prepare()
             self._agree()

@@ -53,9 +53,7 @@ def _later(length: int) -> int:
 
 
 def _group_of(ranks: tuple[int, ...]) -> Any:
-    """A group for one trainer; of an earlier one where that has closed, since a group keeps threads
-    and sockets.
-    """
+    """A group for one trainer; that of a closed one if any, since it keeps threads and sockets."""
     group = _idle.pop(ranks, None)
     with contextlib.suppress(KeyError, ValueError):
         if group is not None and dist.get_process_group_ranks(group):
@@ -106,11 +104,7 @@ class Stream:
         self.incoming = _thread(self._receive, f"from rank {rank}")
 
     def send(self, letter: Any) -> None:
-        """Put a letter on its way; nothing, once the last word was said.
-
-        Raises:
-            RuntimeError: the other process cannot be reached.
-        """
+        """Put a letter on its way; nothing, once the last word was said."""
         buffer = pack(letter)
         with self.changed:
             if self.ended:
@@ -208,10 +202,6 @@ class Links:
         group: the process group, of whose ranks a group of its own is made; gloo carries tensors of
             the CPU, and those of other devices by way of it.
         timeout: seconds to wait for others at the end, and for a sign of their life.
-        owner: the object whose letters these are.
-
-    Attributes:
-        threads: all that work for this process's letters.
     """
 
     def __init__(
@@ -304,8 +294,8 @@ class Links:
         self._end_threads()
 
     def _end_threads(self) -> bool:
-        """Wait for the last words of the others, but not for long. Returns whether the connections
-        were closed, so that the group is of no more use.
+        """Wait for the others' last words, but not for long. Returns whether connections were
+        closed, so that the group is of no more use.
         """
         self._stopped.set()
         threads = [t for t in self.threads if t is not threading.current_thread()]
@@ -321,31 +311,25 @@ class Links:
         return cut
 
     def _give_signs(self) -> None:
-        """Tell the others that this process lives, and watch whether they do; leave where nobody
-        can close this any more.
-        """
+        """Tell the others that this process lives, and watch them, while somebody can close it."""
         while not self._stopped.wait(min(1.0, self.timeout / 4)):
             if self._owner() is None:
                 self.leave("its trainer was dropped before trainer.close()")
                 return
             for stream in self.streams.values():
                 stream.say(_Word(False))
+            oldest = time.monotonic() - self.timeout
             for rank, stream in self.streams.items():
-                silent = time.monotonic() - stream.last_sign > self.timeout
-                if silent and stream.incoming.is_alive():
-                    self.mail.fail(
-                        ParallelError(
-                            f"rank {rank} has shown no sign of life for {self.timeout:g} s: "
-                            "its process hangs, or was stopped; end it, or set timeout= if "
-                            "that is usual"
-                        )
+                if stream.last_sign < oldest and stream.incoming.is_alive():
+                    error = ParallelError(
+                        f"rank {rank} has shown no sign of life for {self.timeout:g} s: its "
+                        "process hangs, or was stopped; end it, or set timeout= if that is usual"
                     )
+                    self.mail.fail(error)
                     return
 
     def _cut(self) -> None:
-        """Close gloo's connections, which fails whatever waits in them; a receive whose time is up
-        does that.
-        """
+        """Fail what waits in gloo: a receive whose time is up closes its connection."""
         nothing = torch.empty(1, dtype=torch.uint8)
         for rank in self.streams:  # to some of them there may be no connection any more
             with contextlib.suppress(RuntimeError):

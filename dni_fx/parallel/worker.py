@@ -42,13 +42,8 @@ from .limits import Flow
 class StageWorker:
     """A stage's side of decoupled training.
 
-    Args:
-        learner: the stage's updates.
-        flow: how far it may run ahead.
-        lag: steps after which answers are learnt from; None: whenever they come.
-
     Attributes:
-        desk: its correspondence.
+        lag: steps after which answers are learnt from; None: whenever they come.
         team: all workers in the same thread.
         begun, missed: number of batches begun, and of those left out.
         output: of the newest batch, where the model's output is.
@@ -62,8 +57,6 @@ class StageWorker:
         self.output: Any = None
         self._kept: list[tuple[nn.Parameter, Tensor | None]] = []  # that a step must not change
 
-    # ---- one batch -------------------------------------------------------------------------------
-
     def clear(self) -> None:
         """Drop the gradients of a finished update; a late one that came since makes its own."""
         if self.learner.late:
@@ -72,8 +65,8 @@ class StageWorker:
             self.learner.drop_gradients()
 
     def begin(self, job: Job) -> None:
-        """Take what the batch needs, run forward and pull back what is known at once; leave it out
-        if what it needs was dropped.
+        """Take what the batch needs, run forward and pull back what is known at once; or leave it
+        out, where that was dropped.
         """
         desk = self.desk
         desk.meet(job)
@@ -137,18 +130,14 @@ class StageWorker:
             self.learner.update()
 
     def end(self) -> None:
-        """No batch comes for now: what was not sent is not sent any more, and nobody need wait for
-        it.
-        """
+        """No batch comes for now: what was not sent will not be, and nobody need wait for it."""
         self.desk.draining = True
         for consumer in sorted(self.desk.consumers):
             for step in self.desk.outbox.close(consumer, self.desk.steps):
                 self.desk.hear(step, consumer, None)
 
     def rest(self) -> None:
-        """After the last batch is settled: until nobody has anything to say to this stage, or to
-        hear from it.
-        """
+        """Wait, all being settled, until nobody has anything to say to this stage, or to hear."""
         desk = self.desk
         self.until(
             lambda: (
@@ -159,8 +148,6 @@ class StageWorker:
         )
         desk.draining = False
         self.clear()
-
-    # ---- values ----------------------------------------------------------------------------------
 
     def _receive(self, job: Job) -> Values | None:
         """What the producers sent; None where some of it was dropped."""
@@ -203,8 +190,6 @@ class StageWorker:
             f"what comes back for batch {step}",
         )
         self.learner.settle(step)
-
-    # ---- waiting ---------------------------------------------------------------------------------
 
     def until(self, ready: Callable[[], bool], what: str) -> None:
         """Open messages, and learn from them where no staleness is fixed, until something is so.
