@@ -1,4 +1,4 @@
-"""One stage's correspondence: messages opened, sorted into three books, and answered.
+"""One stage's correspondence: letters opened, sorted into three books, and answered.
 
 Every value is answered, so the answer is also the receipt: :class:`Outbox` bounds the values under
 way to each consumer, :class:`Inbox` keeps what came before its batch, :class:`Ledger` the batches
@@ -106,7 +106,7 @@ class Inbox:
         assert all(step >= steps for step in self.early), "answers about batches that are begun"
 
     def value(self, producer: int) -> Letter | None:
-        """The oldest message with values, left where it is."""
+        """The oldest letter with values, left where it is."""
         return self.mail.peek(Address(VALUE, producer, self.index))
 
     def take_value(self, producer: int) -> Letter:
@@ -161,7 +161,7 @@ class Desk:
     """Opens what comes to a stage, without waiting for anything, and answers what it can.
 
     Attributes:
-        producers, consumers, answering: stages that it has exchanged messages with.
+        producers, consumers, answering: stages that it has exchanged letters with.
         predicted: producers whose values are not waited for.
         steps: batches that the stage has begun.
         draining: whether no batch comes for now.
@@ -238,7 +238,7 @@ class Desk:
                     self.outbox.answer(producer, letter.step, None)
 
     def collect(self) -> None:
-        """Open the messages that have come."""
+        """Open the letters that have come."""
         for stage in sorted(self.answering):
             while (letter := self.mail.take(Address(ANSWER, stage, self.index))) is not None:
                 self.hear(letter.step, stage, letter.payload)
@@ -247,7 +247,7 @@ class Desk:
             while self._is_due(producer):
                 self._open(producer, self.inbox.take_value(producer))
 
-    def has_messages(self) -> bool:
+    def has_letters(self) -> bool:
         """Whether something has come that was not opened."""
         answers = (self.mail.peek(Address(ANSWER, k, self.index)) for k in self.answering)
         return any(a is not None for a in answers) or any(map(self._is_due, self.producers))

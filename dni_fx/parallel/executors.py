@@ -240,7 +240,7 @@ class OnThreads(Team):
     def _next(self, worker: StageWorker) -> Job | None:
         index, desk = worker.index, worker.desk
         while not self._box(index):
-            self.mail.wait(lambda: bool(self._box(index)) or desk.has_messages(), "a batch")
+            self.mail.wait(lambda: bool(self._box(index)) or desk.has_letters(), "a batch")
             with _named(index, desk.steps - 1):
                 worker.clear()
                 worker.attend()

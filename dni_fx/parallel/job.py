@@ -1,4 +1,4 @@
-"""One batch in one stage that runs beside the others: whom it exchanges messages with, what they
+"""One batch in one stage that runs beside the others: whom it exchanges letters with, what they
 answered, and the kernel.
 """
 
@@ -227,7 +227,7 @@ class Job:
         setting: what holds for the batch.
         index: of the stage.
         step: number of the batch, from 0.
-        routes: whom the stage exchanges messages with about it.
+        routes: whom the stage exchanges letters with about it.
         inputs: synthetic inputs by interface name, the stage's own copies where it has such.
         teaches: those of them that learn in this stage; others are only used.
         planned: what the plan calls the sources, by the names of the batch's own graph.

@@ -21,7 +21,7 @@ Placement = Sequence[int | Sequence[int]] | Mapping[str, int | Sequence[int]]
 
 
 class Part(NamedTuple):
-    """A process's share of a letter."""
+    """Which rows of a letter a process has sent."""
 
     place: int  # among the processes of the sender that have something for this taker
     total: int  # number of those

@@ -230,12 +230,12 @@ class Links:
         """Send a letter to the processes of its taker, to each the rows that it works on."""
         _, sender, taker = address
         for rank, part, payload in self.places.divide(sender, taker, self.rank, letter):
-            share = (tuple(address), letter.step, tuple(part), payload)
+            sent = (tuple(address), letter.step, tuple(part), payload)
             if rank == self.rank:
-                self._take(share)
+                self._take(sent)
                 continue
             try:
-                self.streams[rank].send(share)
+                self.streams[rank].send(sent)
             except RuntimeError as error:
                 self.mail.check()
                 raise self.streams[rank].dead(error) from error
@@ -246,10 +246,9 @@ class Links:
             letter = (tuple(Address(kind, self.rank, rank)), step, tuple(Part(0, 1, 0)), payload)
             self.streams[rank].send(letter)
 
-    def _take(self, share: tuple[Any, int, Any, Any]) -> None:
+    def _take(self, sent: tuple[Any, int, Any, Any]) -> None:
         """Deliver a letter once the parts of it that others send are there."""
-        address, part = Address(*share[0]), Part(*share[2])
-        _, step, _, payload = share
+        address, step, part, payload = Address(*sent[0]), sent[1], Part(*sent[2]), sent[3]
         if part.total > 1:
             with self.mail.changed:
                 parts = self.parts.setdefault((address, step), {})
@@ -283,14 +282,14 @@ class Links:
         if not cut:
             _idle[self.ranks] = self.group
 
-    def leave(self, message: str) -> None:
+    def leave(self, reason: str) -> None:
         """Tell the others why this process ends, and end its threads.
 
         It may be called again, from any thread and at any time.
         """
-        self.mail.fail(ParallelError(f"rank {self.rank} failed: {message}"))
+        self.mail.fail(ParallelError(f"rank {self.rank} failed: {reason}"))
         for stream in self.streams.values():
-            stream.say(_Word(True, message))
+            stream.say(_Word(True, reason))
         self._end_threads()
 
     def _end_threads(self) -> bool:

@@ -115,8 +115,10 @@ class StageWorker:
                 desk.collect()
                 self.learner.give_up(self.flow.queue)
             else:
-                few = lambda: len(desk.ledger.unseen()) <= desk.outbox.room  # noqa: E731
-                self.until(few, "the values that were predicted")
+                self.until(
+                    lambda: len(desk.ledger.unseen()) <= desk.outbox.room,
+                    "the values that were predicted",
+                )
             self.learner.settle(job.step)
         for parameter, gradient in self._kept:
             parameter.grad = gradient
@@ -164,7 +166,7 @@ class StageWorker:
         return None
 
     def _next(self, producer: int, step: int) -> Values | None:
-        """A producer's values of a batch; None where a later message shows that they are lost."""
+        """A producer's values of a batch; None where a later letter shows that they are lost."""
         desk, what = self.desk, f"the values of stage_{producer} for batch {step}"
         while True:
             self.until(lambda: desk.inbox.value(producer) is not None, what)
@@ -192,7 +194,7 @@ class StageWorker:
         self.learner.settle(step)
 
     def until(self, ready: Callable[[], bool], what: str) -> None:
-        """Open messages, and learn from them where no staleness is fixed, until something is so.
+        """Open letters, and learn from them where no staleness is fixed, until something is so.
 
         Those of all stages in this thread: what is waited for may wait for an answer that another
         of them owes. As :meth:`Mail.wait` besides.
@@ -204,7 +206,7 @@ class StageWorker:
                 worker.attend()
             with self.learner.watch.spending("wait", desk.steps):
                 desk.mail.wait(
-                    lambda: ready() or any(w.desk.has_messages() for w in team),
+                    lambda: ready() or any(w.desk.has_letters() for w in team),
                     f"{self.name}: {what}",
                 )
             desk.collect()

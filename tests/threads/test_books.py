@@ -68,10 +68,10 @@ def test_what_comes_before_its_batch_is_kept_for_it(mail: Mail) -> None:
     desk.producers, desk.predicted, desk.answering = {0}, {0}, {2}
     mail.send(Address(VALUE, 0, 1), 5, {"v": 1})
     mail.send(Address(ANSWER, 2, 1), 5, None)
-    assert desk.has_messages()
+    assert desk.has_letters()
     desk.collect()
     desk.check()
-    assert not desk.has_messages()
+    assert not desk.has_letters()
     assert not desk.is_idle
     assert desk.inbox.ahead == {(0, 5): {"v": 1}}
     assert desk.inbox.early == {5: [(2, None)]}
