@@ -148,7 +148,7 @@ class StageLearner:
 
     def update(self) -> None:
         """Step the optimisers where an update is due, if all gradients and regressions are finite;
-        else raise :class:`NonFiniteError`.
+        else raise ``NonFiniteError``.
         """
         steps = self.desk.steps
         if steps % self.objective.accumulate:

@@ -197,7 +197,7 @@ class StageWorker:
         """Open letters, and learn from them where no staleness is fixed, until something is so.
 
         Those of all stages in this thread: what is waited for may wait for an answer that another
-        of them owes. As :meth:`Mail.wait` besides.
+        of them owes. As ``Mail.wait`` besides.
         """
         desk, team = self.desk, self.team
         desk.collect()
