@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ..decoupled import Decoupled
 from ..errors import DecouplingError
@@ -19,7 +20,7 @@ from .executors import OneByOne
 from .limits import Flow
 from .mailbox import Address, Mail, ParallelError
 from .placement import Placement, Places, find_places
-from .sharing import Peers, share_batches, share_stage
+from .sharing import Peers, owned_tensors, share_batches, share_stage
 from .streams import Links
 from .worker import StageWorker
 
@@ -136,6 +137,15 @@ class Process:
                     address = Address(EVALUATION, index, taker)
                     self.mail.send(address, -self._evaluations, payload)
         return None
+
+    def gather(self, steps: int) -> None:
+        """Bring every stage's parameters and buffers into this process's model."""
+        self.drain()
+        if self.peers.world > 1:
+            self.connect(steps)
+            for stage, tensor in owned_tensors(self.decoupled):
+                owner = min(self.places.ranks[stage])
+                dist.broadcast(tensor.detach(), group=self.peers.group, group_src=owner)
 
     def share(self, steps: int, batches: Iterable[Any]) -> Iterator[Any]:
         """See :meth:`dni_fx.distributed.Trainer.share`."""

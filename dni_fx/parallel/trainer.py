@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from ..decoupled import Decoupled
 from ..errors import DecouplingError
@@ -29,7 +28,7 @@ from .limits import Flow
 from .monitoring import Status, trace_events
 from .placement import Placement
 from .process import Process
-from .sharing import Peers, owned_tensors
+from .sharing import Peers
 
 
 class Trainer(BaseTrainer):
@@ -205,12 +204,7 @@ class Trainer(BaseTrainer):
         Returns:
             ``model.state_dict()``, under the model's own names, complete.
         """
-        self.drain()
-        if self.world > 1:
-            self.process.connect(self.steps)
-            for stage, tensor in owned_tensors(self.decoupled):
-                owner = min(self.process.places.ranks[stage])
-                dist.broadcast(tensor.detach(), group=self._peers.group, group_src=owner)
+        self.process.gather(self.steps)
         return self.decoupled.model.state_dict()
 
     def mean(self, value: float, weight: float = 1.0) -> float:
