@@ -110,10 +110,8 @@ def plan_variant(recipe: Recipe, variant: Variant) -> tuple[CutPlan, Inserted]:
     Raises:
         DecouplingError: names of no interface, unknown sources, or some that cannot serve a value.
     """
-    leaving = None if recipe.opening is None else recipe.opening.leaving
-    inserted = insert_sources(
-        variant.trace, variant.split, recipe.gradients, recipe.inputs, recipe.context, leaving
-    )
+    asked = recipe.gradients, recipe.inputs, recipe.context
+    inserted = insert_sources(variant.trace, variant.split, *asked, recipe.opening)
     return describe_plan(variant, inserted, recipe.wanted), inserted
 
 

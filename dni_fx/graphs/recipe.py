@@ -15,19 +15,15 @@ from ..passes.trace.tracing import Trace
 from ..plan import CutPlan
 
 
-class Opening(Protocol):
+class Opening(Leaving, Protocol):
     """A model seen as a function with further inputs and outputs, such as one over a window.
 
     Attributes:
         module: what is called, traced and checked in the model's place.
-        leaving: how the values that leave the graph are served.
     """
 
     @property
     def module(self) -> nn.Module: ...
-
-    @property
-    def leaving(self) -> Leaving: ...
 
     def open(self, trace: Trace) -> Trace:
         """The trace of the model itself, whose further values come in and leave by themselves."""

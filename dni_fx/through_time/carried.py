@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import DecouplingError
 from ..graphs.nested import flatten
-from .states import States
+from .window import States
 from .window_batch import along
 
 
@@ -25,19 +25,15 @@ class Carried:
         self._handed: list[tuple[Tensor, int]] = []  # as the last report has it, with versions
         self._shapes: dict[int, list[tuple[torch.Size, torch.dtype]]] = {}  # by batch size
 
-    def keep(self, leaves: list[Tensor] | None, reported: Any) -> None:
+    def keep(self, leaves: list[Tensor] | None = None, reported: Any = None) -> None:
         """Take the state after a window.
 
         Args:
             leaves: its tensors; None where all sequences have ended.
-            reported: the same as the user gets it.
+            reported: the same as the user gets it; None where nobody does.
         """
         self.leaves = leaves
-        self._handed = [] if leaves is None else [(t, t._version) for t in flatten(reported)[0]]
-
-    def forget(self, leaves: list[Tensor] | None = None) -> None:
-        """Start anew, or from a state that nobody else has."""
-        self.leaves, self._handed = leaves, []
+        self._handed = [(t, t._version) for t in flatten(reported)[0]]
 
     def is_same(self, state: Any) -> bool:
         """Whether a state is the one of the last report: the same memory, detached or not."""
@@ -103,14 +99,19 @@ def read_done(done: Any, batch: int, device: torch.device) -> Tensor | None:
 
 
 def begin_anew(
-    states: States, after: list[Tensor], initial: list[Tensor], ended: Tensor
+    states: States, after: list[Tensor], initial: list[Tensor], ended: Tensor, is_over: bool
 ) -> list[Tensor]:
-    """The state after a window, with that of a new sequence for samples whose own has ended."""
-    whole = bool(ended.all())
-    found = []
-    for a, b, dim in zip(after, initial, states.batch_dims, strict=True):
-        if dim is None:
-            found.append(b if whole else a)
-        else:
-            found.append(torch.where(along(ended, a, dim), b, a))
-    return found
+    """The state after a window, with that of a new sequence for samples whose own has ended.
+
+    Args:
+        states: what is known of it.
+        after: its tensors.
+        initial: those at a start.
+        ended: whose sequence has ended.
+        is_over: whether everybody's.
+    """
+    parts = zip(after, initial, states.batch_dims, strict=True)
+    return [
+        (b if is_over else a) if dim is None else torch.where(along(ended, a, dim), b, a)
+        for a, b, dim in parts
+    ]

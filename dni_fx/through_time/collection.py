@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ..errors import DecouplingError, did_you_mean
 from ..graphs.nested import map_tensors
-from ..passes.trace.ports import STATE
 from .seats import INPUT, Link, Member, Seat, Sent, check_member, stack, take
 from .trainer import ThroughTime, WindowReport
 
@@ -198,9 +197,7 @@ class Collection:
                     again |= self._answer(seat, done)
                     for run, ticks in [pair for pair in seat.held if not pair[0].is_held]:
                         seat.held.remove((run, ticks))
-                        seat.send_back(
-                            ticks, [g for n, g in run.sent_back.items() if not n.startswith(STATE)]
-                        )
+                        seat.send_back(ticks, list(run.input_gradients.values()))
                         again = True
 
     def _answer(self, seat: Seat, done: bool) -> bool:
@@ -247,7 +244,7 @@ class Collection:
         for name in (link.sender, link.receiver):
             self._check_known(name, f"link {link}")
         receiver = self._seats[link.receiver]
-        if not receiver.member.trainer.sends_input_gradients:
+        if not receiver.member.trainer.opening.input_gradients:
             raise DecouplingError(
                 f"link {link}: the receiver sends no gradients back; make its trainer with "
                 "input_gradients=True"

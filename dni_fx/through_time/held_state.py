@@ -13,7 +13,7 @@ from ..errors import DecouplingError
 from ..graphs.nested import flatten
 from ..passes.trace.state import restored
 from .layers import Layers
-from .states import InitialState, States, batch_size
+from .window import InitialState, States, Window
 
 
 class _Standin(nn.Module):
@@ -50,33 +50,44 @@ class _Standin(nn.Module):
         return getattr(self.__dict__["held"][0], name)
 
 
-class HeldState:
-    """The state of every ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` that a model of ``x`` alone holds,
-    or is.
+class HeldState(Window):
+    """A model of ``x`` alone that holds ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN`` modules, or is one:
+    their state is put in and taken out where they are called.
 
     Args:
-        model: the user's module.
-        cores: its recurrent modules, by path.
-        layers: those of them that are taken apart.
-        batch_dim: dimension of the batch in a window.
+        model, batch_first, initial_state: as for :class:`Window`.
+        cores: the recurrent modules, by path.
+        layered: take stacked ones apart into their layers, so that cuts can fall between them.
     """
+
+    stateless = False
 
     def __init__(
         self,
         model: nn.Module,
+        batch_first: bool,
+        initial_state: InitialState | None,
         cores: dict[str, nn.RNNBase],
-        layers: dict[str, Layers],
-        batch_dim: int,
+        layered: bool,
     ) -> None:
-        self.model, self.cores, self.layers = model, cores, layers
-        self.batch_dim = batch_dim
-        self.states: States | None = None
+        super().__init__(model, batch_first, initial_state)
+        self.cores = cores
+        stacks = {p: c for p, c in cores.items() if layered and c.num_layers > 1}
+        self.layers = {path: Layers(core) for path, core in stacks.items()}
+        self.apart = self.layers.get("", nn.Module())  # under the modules' own paths
+        for path, layers in self.layers.items() if "" not in self.layers else ():
+            holder = self.apart
+            *outer, last = path.split(".")
+            for name in outer:
+                if name not in dict(holder.named_children()):
+                    holder.add_module(name, nn.Module())
+                holder = holder.get_submodule(name)
+            holder.add_module(last, layers)
 
-    def run(self, x: Any, state: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
-        """The model's output over a window, and the state after it, by name."""
-        y, found, _ = self._through(x, self._by_core(list(state.values())))
-        leaves = [leaf for path in self.cores for leaf in flatten(found[path])[0]]
-        return y, dict(zip(state, leaves, strict=True))
+    def run(self, x: Any, state: list[Tensor]) -> tuple[Any, list[Tensor]]:
+        """The model's output over a window, and the state after it."""
+        y, found, _ = self._through(x, self._by_core(state))
+        return y, [leaf for path in self.cores for leaf in flatten(found[path])[0]]
 
     def _through(
         self, x: Any, states: dict[str, Any]
@@ -103,37 +114,29 @@ class HeldState:
         """What each recurrent module takes: its state, or a list of its layers' states."""
         rest, found = iter(leaves), {}
         for path, core in self.cores.items():
-            pair = isinstance(core, nn.LSTM)
-            each = [
-                (next(rest), next(rest)) if pair else next(rest) for _ in range(self._parts(path))
-            ]
+            pair, parts = isinstance(core, nn.LSTM), range(self._parts(path))
+            each = [(next(rest), next(rest)) if pair else next(rest) for _ in parts]
             found[path] = each if path in self.layers else each[0]
         return found
 
     def _parts(self, path: str) -> int:
         return self.cores[path].num_layers if path in self.layers else 1
 
-    def find(self, x: Any, initial: InitialState | None) -> States:
+    def find_states(self, x: Any) -> States:
         """Learn of the state from the recurrent modules.
 
         Raises:
             DecouplingError: the model starts one of them from a state of its own, or does not
                 compute the same when they are taken apart.
         """
-
-        def make(batch: int) -> list[Tensor]:
-            if initial is not None:
-                return self.unpack(initial(batch))
-            parts = [path for path in self.cores for _ in range(self._parts(path))]
-            return [t for path in parts for t in self._zeros(path, batch)]
-
-        names = self._names()
-        start = make(batch_size(x, self.batch_dim))
-        self._check_start(x, start)
-        if self.layers and initial is None:
+        names, initial = self._names(), self.initial_state
+        make = self._zeros if initial is None else lambda batch: self.unpack(initial(batch))
+        start = make(int(flatten(x)[0][0].shape[self.batch_dim]))
+        if not self.layers:
+            self._check_start(x, start)
+        elif initial is None:
             self._check_layers(x, start)
-        self.states = States(names, (1,) * len(names), None, make)
-        return self.states
+        return States(names, (1,) * len(names), make)
 
     def _names(self) -> tuple[str, ...]:
         names = []
@@ -146,31 +149,26 @@ class HeldState:
                 names += ["_".join([*starts, *ends, kind]) for kind in kinds]
         return tuple(n if n not in names[:i] else f"{n}_{i}" for i, n in enumerate(names))
 
-    def _zeros(self, path: str, batch: int) -> list[Tensor]:
-        core = self.cores[path]
-        layers = 1 if path in self.layers else core.num_layers
-        weight = next(core.parameters())
-        sizes = [core.proj_size or core.hidden_size]
-        sizes += [core.hidden_size] * isinstance(core, nn.LSTM)
-        return [
-            torch.zeros(layers, batch, size, dtype=weight.dtype, device=weight.device)
-            for size in sizes
-        ]
+    def _zeros(self, batch: int) -> list[Tensor]:
+        zeros = []
+        for path, core in self.cores.items():
+            weight, parts = next(core.parameters()), self._parts(path)
+            sizes = [core.proj_size or core.hidden_size]
+            sizes += [core.hidden_size] * isinstance(core, nn.LSTM)
+            shapes = [(core.num_layers // parts, batch, size) for size in sizes]
+            zeros += [weight.new_zeros(shape) for _ in range(parts) for shape in shapes]
+        return zeros
 
     def _check_start(self, x: Any, start: list[Tensor]) -> None:
         """The model must leave its modules to start from zeros."""
         with torch.enable_grad(), restored(self.model):
-            given = self._through(x, self._by_core(start))[2] if not self.layers else {}
-        own = [
-            p
-            for p, hx in given.items()
-            if any(t.requires_grad or bool((t != 0).any()) for t in flatten(hx)[0])
-        ]
-        if own:
-            raise DecouplingError(
-                f"the model starts {own[0]!r} from a state of its own, which is learnt or not "
-                "zero; let the model take and return its state: forward(x, state) -> (y, state)"
-            )
+            given = self._through(x, self._by_core(start))[2]
+        for path, hx in given.items():
+            if any(t.requires_grad or bool((t != 0).any()) for t in flatten(hx)[0]):
+                raise DecouplingError(
+                    f"the model starts {path!r} from a state of its own, which is learnt or not "
+                    "zero; let the model take and return its state: forward(x, state) -> (y, state)"
+                )
 
     def _check_layers(self, x: Any, start: list[Tensor]) -> None:
         """Taken apart, the model must compute what it did."""
@@ -178,18 +176,17 @@ class HeldState:
             with torch.no_grad(), restored(self.model):
                 whole = self.model(x)
             with torch.no_grad(), restored(self.model):
-                apart = self._through(x, self._by_core(start))[0]
+                apart = self.run(x, start)[0]
             ours, theirs = flatten(apart)[0], flatten(whole[0] if "" in self.cores else whole)[0]
             same = [t.shape for t in ours] == [t.shape for t in theirs] and all(
                 torch.allclose(a, b, rtol=1e-4, atol=1e-6)
                 for a, b in zip(ours, theirs, strict=True)
             )
+            reason = ""
         except DecouplingError:
             raise
         except Exception as error:
             same, reason = False, f" ({type(error).__name__}: {error})"
-        else:
-            reason = ""
         if not same:
             names = ", ".join(repr(p or type(self.model).__name__) for p in self.layers)
             raise DecouplingError(

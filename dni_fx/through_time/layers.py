@@ -32,23 +32,13 @@ class _Follows:
         return self
 
 
-class _LSTM(_Follows, nn.LSTM):
-    pass
-
-
-class _GRU(_Follows, nn.GRU):
-    pass
-
-
-class _RNN(_Follows, nn.RNN):
-    pass
-
-
 class _Dropout(_Follows, nn.Dropout):
     pass
 
 
-_KINDS: dict[type[nn.RNNBase], Any] = {nn.LSTM: _LSTM, nn.GRU: _GRU, nn.RNN: _RNN}
+_KINDS: dict[type[nn.RNNBase], Any] = {
+    kind: type(f"_{kind.__name__}", (_Follows, kind), {}) for kind in (nn.LSTM, nn.GRU, nn.RNN)
+}
 
 
 class Layers(nn.Module):
@@ -61,31 +51,27 @@ class Layers(nn.Module):
 
     def __init__(self, stacked: nn.RNNBase) -> None:
         super().__init__()
-        self.count, self.dropout = stacked.num_layers, stacked.dropout
         for k in range(stacked.num_layers):
+            if k and stacked.dropout:
+                self.add_module(f"dropout_{k - 1}", _Dropout(stacked.dropout).follow(stacked))
             self.add_module(f"layer_{k}", _single_layer(stacked, k))
-            if stacked.dropout and k + 1 < stacked.num_layers:
-                self.add_module(f"dropout_{k}", _Dropout(stacked.dropout).follow(stacked))
 
     def forward(self, x: Tensor, states: Sequence[Any]) -> tuple[Tensor, list[Any]]:
         """Run all layers; a state for each goes in and comes out."""
-        found = []
-        for k in range(self.count):
-            x, state = self.get_submodule(f"layer_{k}")(x, states[k])
-            found.append(state)
-            if self.dropout and k + 1 < self.count:
-                x = self.get_submodule(f"dropout_{k}")(x)
+        rest, found = iter(states), []
+        for module in self.children():
+            if isinstance(module, _Dropout):
+                x = module(x)
+            else:
+                x, state = module(x, next(rest))
+                found.append(state)
         return x, found
 
 
 def _single_layer(stacked: nn.RNNBase, k: int) -> nn.RNNBase:
     kind = next((c for base, c in _KINDS.items() if isinstance(stacked, base)), None)
-    ends = [
-        "weight_ih",
-        "weight_hh",
-        *(["bias_ih", "bias_hh"] * stacked.bias),
-        *(["weight_hr"] * bool(stacked.proj_size)),
-    ]
+    ends = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] * stacked.bias)]
+    ends += ["weight_hr"] * bool(stacked.proj_size)
     names = [n for n, _ in stacked.named_parameters() if n.endswith(f"_l{k}")]
     if kind is None or set(names) != {f"{end}_l{k}" for end in ends}:
         raise DecouplingError(

@@ -9,24 +9,25 @@ and credit reaches further (Jaderberg et al. 2016, arXiv:1608.05343, section 2.2
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..compiler.refusals import check_whole
+from ..compiler.refusals import check_cuts, check_whole
+from ..decoupled import Decoupled
 from ..errors import DecouplingError
+from ..graphs.graphs import Graphs
+from ..graphs.recipe import Recipe
 from ..passes.cut.insertion import Gradients
-from ..passes.trace.ports import ANOTHER
-from ..plan import Interface, TensorSpec
 from ..runtime.optimizing import MakeOptimizer
-from ..sources import AcrossTime, Joint
-from .opening import WindowOpening, decouple_window
-from .states import InitialState
+from .given_state import GivenState
+from .held_state import HeldState
+from .opening import WindowOpening
 from .trainer import ThroughTime
-from .window import Window
+from .window import InitialState, Window
 
 
 def decouple_through_time(
@@ -112,30 +113,35 @@ def decouple_through_time(
         raise DecouplingError(
             f"messages={messages!r}: pass a list of keys, messages=[{messages!r}]"
         )
-    framed = Window(
-        model, unroll, batch_first, layered=bool(cuts), stateless=bool(messages) or input_gradients
+    framed = frame(
+        model,
+        initial_state,
+        unroll,
+        batch_first,
+        layered=bool(cuts),
+        stateless=bool(messages) or input_gradients,
     )
-    if messages and framed.unrolls:
+    takes_steps = unroll or (isinstance(framed, GivenState) and framed.unrolls)
+    if messages and takes_steps:
         raise DecouplingError(
             f"{type(model).__name__} takes single steps, so that it would send a message at each "
             "of them: let the model take windows, with its steps inside, and send one message for "
             "each"
         )
-    serving = Serving(factor, float(auxiliary), message_factor)
-    opening = WindowOpening(framed, serving, tuple(messages), input_gradients)
-    decoupled = decouple_window(opening, cuts, gradients, check)
+    opening = WindowOpening(
+        framed, tuple(messages), input_gradients, factor, float(auxiliary), message_factor
+    )
+    names = check_cuts(list(cuts), None)
+    assert isinstance(names, tuple)
+    recipe = Recipe(names, gradients, check=check, opening=opening)
     return ThroughTime(
-        decoupled,
-        framed,
+        Decoupled(Graphs(model, recipe)),
+        opening,
         window,
-        serving.see_context,
-        messages=tuple(messages),
-        input_gradients=input_gradients,
-        loss=loss,
+        loss,
         optimizer=optimizer,
         synthesizer_optimizer=synthesizer_optimizer,
         context=context,
-        initial_state=initial_state,
         clip_norm=clip_norm,
         accumulate=accumulate,
         metrics_every=metrics_every,
@@ -150,32 +156,57 @@ def _check_numbers(window: int, others: dict[str, float]) -> None:
             raise DecouplingError(f"{name}={number!r}: expected a number, at least 0")
 
 
-class Serving:
-    """Makes the sources at the end of a window: one for all tensors of the state that ask for the
-    same.
+def frame(
+    model: nn.Module,
+    initial_state: InitialState | None = None,
+    unroll: bool | None = None,
+    batch_first: bool | None = None,
+    layered: bool = False,
+    stateless: bool = False,
+) -> Window:
+    """A model as a function of one window.
+
+    Kinds of model are told apart: ``nn.LSTM`` and its like; a model ``(x, state) -> (y, state)`` of
+    whole windows, or of single steps, which are then unrolled; and a model of ``x`` alone that
+    holds recurrent modules, whose state is put in and taken out where they are called.
+
+    Args:
+        model, initial_state, unroll, batch_first: as for :func:`decouple_through_time`.
+        layered: take stacked recurrent modules apart into their layers.
+        stateless: allow a model that carries nothing, ``x -> y``.
+
+    Raises:
+        DecouplingError: a model of no kind that can be carried from window to window.
     """
-
-    def __init__(self, factor: float, auxiliary: float, message_factor: float) -> None:
-        self.factor, self.auxiliary, self.message_factor = factor, auxiliary, message_factor
-        self.context: TensorSpec | None = None
-        self.known: list[tuple[Any, Joint]] = []
-
-    def see_context(self, context: Tensor) -> None:
-        """What the sources will see, at the first step."""
-        if self.context is None:
-            self.context = TensorSpec(tuple(context.shape), context.dtype)
-
-    def serve(self, interface: Interface, option: Any) -> Any:
-        """What makes the source of something that leaves the window."""
-        if option == "exact":
-            return "joint:exact"
-        if interface.feeds == ANOTHER:
-            return partial(AcrossTime, source=option, factor=self.message_factor)
-        for asked, joint in self.known:
-            if asked is option or asked == option:
-                return joint
-        made = Joint(
-            partial(AcrossTime, source=option, factor=self.factor, auxiliary=self.auxiliary)
+    cores = {p: m for p, m in model.named_modules() if isinstance(m, nn.RNNBase)}
+    for path, core in cores.items():
+        if core.bidirectional:
+            raise DecouplingError(
+                f"{path or type(model).__name__!r} is bidirectional: its backward direction "
+                "starts at the end of the sequence and cannot be carried from window to window"
+            )
+    takes_state = isinstance(model, nn.RNNBase | nn.RNNCellBase) or _positional(model) > 1
+    if not takes_state and not cores:
+        if stateless:
+            return Window(model)
+        raise DecouplingError(
+            f"{type(model).__name__}.forward takes one argument and the model holds no "
+            "nn.LSTM, nn.GRU or nn.RNN whose state could be carried; let it take and return "
+            "its state: forward(x, state) -> (y, state)"
         )
-        self.known.append((option, made))
-        return made
+    layouts = {core.batch_first for core in cores.values()}
+    if batch_first is None:
+        if len(layouts) > 1:
+            raise DecouplingError(
+                "the model's recurrent modules differ in batch_first; pass batch_first="
+            )
+        batch_first = True in layouts
+    if cores and (isinstance(model, nn.RNNBase) or not takes_state):
+        return HeldState(model, batch_first, initial_state, cores, layered)
+    # A model that takes its state as an argument is left to do so.
+    return GivenState(model, batch_first, initial_state, not cores if unroll is None else unroll)
+
+
+def _positional(model: nn.Module) -> int:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in kinds for p in inspect.signature(model.forward).parameters.values())

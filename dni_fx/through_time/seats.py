@@ -118,8 +118,8 @@ class Seat:
 
     def send_back(self, ticks: list[Tick], gradients: list[Tensor | None]) -> None:
         """What a window sends back, tick by tick through the making of its input."""
-        stacked = not self.member.trainer.framed.stateless
-        dim = self.member.trainer.framed.time_dim
+        stacked = not self.member.trainer.opening.module.stateless
+        dim = self.member.trainer.opening.module.time_dim
         for k, tick in enumerate(ticks):
             values = [t for t in flatten(tick.x)[0] if t.is_floating_point()]
             found = [
@@ -189,7 +189,7 @@ def check_member(member: Member) -> None:
         )
     if type(member.every) is not int or member.every < 1:
         raise DecouplingError(f"every={member.every!r}: expected a number of ticks, at least 1")
-    if member.trainer.framed.stateless and member.trainer.window > 1:
+    if member.trainer.opening.module.stateless and member.trainer.window > 1:
         raise DecouplingError(
             "its model has no state, so a window is one batch, but "
             f"window={member.trainer.window}: use window=1, and accumulate= to update less often"
@@ -198,7 +198,7 @@ def check_member(member: Member) -> None:
 
 def stack(trainer: ThroughTime, values: list[Any], what: str) -> Any:
     """The ticks of a window in one; a network without state takes its only tick as it is."""
-    if trainer.framed.stateless:
+    if trainer.opening.module.stateless:
         return values[0]
     taken = [flatten(value) for value in values]
     (first, structure), rest = taken[0], taken[1:]
@@ -210,7 +210,7 @@ def stack(trainer: ThroughTime, values: list[Any], what: str) -> Any:
                 f"{[tuple(s) for s in shapes]} are followed by {[tuple(t.shape) for t in leaves]}; "
                 "give the same at every tick"
             )
-    dim = trainer.framed.time_dim
+    dim = trainer.opening.module.time_dim
     return structure.build(
         iter(
             [
