@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import DecouplingError, did_you_mean
 from ..graphs.nested import map_tensors
-from .seats import INPUT, Link, Member, Seat, Sent, check_member, stack, take
+from .seats import INPUT, Link, Member, Seat, Sent, check_member, take
 from .trainer import ThroughTime, WindowReport
 
 
@@ -63,9 +63,8 @@ class Collection:
     def __init__(
         self, members: Mapping[str, Member | ThroughTime], links: Sequence[Link] = ()
     ) -> None:
-        made = {n: m if isinstance(m, Member) else Member(m) for n, m in members.items()}
-        self._seats = {n: Seat(n, k, member) for k, (n, member) in enumerate(made.items())}
-        self.members: dict[str, Member] = made
+        self.members = {n: m if isinstance(m, Member) else Member(m) for n, m in members.items()}
+        self._seats = {n: Seat(n, k, m) for k, (n, m) in enumerate(self.members.items())}
         self.links = tuple(links)
         self.now = 0
         self._circles_checked = False
@@ -112,12 +111,12 @@ class Collection:
                 if self.now % seat.member.every == 0:
                     tick = take(seat, self._seats, self.now, inputs, targets.get(name))
                     seat.ticks.append(tick)
-                if len(seat.ticks) == seat.member.trainer.window or (done and seat.ticks):
+                if len(seat.ticks) == seat.trainer.window or (done and seat.ticks):
                     reports[name] = self._update(seat, targets.get(name), done)
         self._settle(done)
         if done:
             for seat in (s for n, s in self._seats.items() if n not in reports):
-                seat.member.trainer.reset()  # its last window was full before
+                seat.trainer.reset()  # its last window was full before
             self._settle(done)
             self._begin_sequence()
         return reports
@@ -129,7 +128,7 @@ class Collection:
         What was held for exact gradients is pulled back without them.
         """
         for seat in self._seats.values():
-            seat.member.trainer.reset()
+            seat.trainer.reset()
         self._begin_sequence()
 
     def state_dict(self) -> dict[str, Any]:
@@ -158,26 +157,25 @@ class Collection:
             )
         for name, seat in self._seats.items():
             with seat.named():
-                seat.member.trainer.load_state_dict(state[name])
+                seat.trainer.load_state_dict(state[name])
         self._begin_sequence()
 
     # ---- a member's turn -------------------------------------------------------------------------
 
     def _update(self, seat: Seat, target: Any, done: bool) -> WindowReport:
-        trainer, ticks, seat.ticks = seat.member.trainer, seat.ticks, []
-        x = stack(trainer, [map_tensors(torch.detach, tick.x) for tick in ticks], "inputs")
+        trainer, ticks, seat.ticks = seat.trainer, seat.ticks, []
+        x = seat.stack([map_tensors(torch.detach, tick.x) for tick in ticks], "inputs")
         if seat.member.target_each_tick:
-            target = stack(trainer, [tick.target for tick in ticks], "targets")
+            target = seat.stack([tick.target for tick in ticks], "targets")
         report = trainer.step(x, done=done, target=target)
         for message, value in report.messages.items():
             seat.latest[message] = Sent(report.step, value)
             seat.sent.setdefault(message, []).append(seat.latest[message])
-        if seat.incoming:
-            held = [w for w in trainer.windows if w.step == report.step and w.is_held]
-            if held:
-                seat.held.append((held[0], ticks))
-            else:
-                seat.send_back(ticks, list(report.input_gradients.values()))
+        held = [w for w in trainer.windows if w.step == report.step and w.is_held]
+        if seat.incoming and held:
+            seat.held.append((held[0], ticks))
+        elif seat.incoming:
+            seat.send_back(ticks, report.input_gradients.values())
         return report
 
     # ---- gradients on their way back -------------------------------------------------------------
@@ -195,22 +193,19 @@ class Collection:
             for seat in reversed(self._seats.values()):
                 with seat.named():
                     again |= self._answer(seat, done)
-                    for run, ticks in [pair for pair in seat.held if not pair[0].is_held]:
-                        seat.held.remove((run, ticks))
-                        seat.send_back(ticks, list(run.input_gradients.values()))
-                        again = True
+                    free = [pair for pair in seat.held if not pair[0].is_held]
+                    for window, ticks in free:
+                        seat.held.remove((window, ticks))
+                        seat.send_back(ticks, window.input_gradients.values())
+                    again |= bool(free)
 
     def _answer(self, seat: Seat, done: bool) -> bool:
         """Hand in the gradients that are complete; whether there were any."""
-        trainer = seat.member.trainer
-        known = [
-            (m, s)
-            for m, every in seat.sent.items()
-            for s in every
-            if self._is_complete(seat, m, s, done)
-        ]
+        trainer = seat.trainer
+        every = [(message, sent) for message, those in seat.sent.items() for sent in those]
+        known = [(m, s) for m, s in every if self._is_complete(seat, m, s, done)]
         waits = any(trainer.sources[m].asks.exact for m in seat.sent)
-        if not known or (waits and len(known) < sum(map(len, seat.sent.values()))):
+        if not known or (waits and len(known) < len(every)):
             return False
         answers: dict[int, dict[str, Tensor]] = {}
         for message, sent in known:
@@ -227,10 +222,9 @@ class Collection:
             return False
         if done or sent is not seat.latest[message]:
             return True
-        receivers = [
-            self._seats[link.receiver] for link in seat.outgoing if link.message == message
-        ]
-        return all(seat.next_update(self.now) < r.next_tick(self.now) for r in receivers)
+        links = [link for link in seat.outgoing if link.message == message]
+        ticks = [self._seats[link.receiver].next_tick(self.now) for link in links]
+        return all(seat.next_update(self.now) < tick for tick in ticks)
 
     # ---- parts -----------------------------------------------------------------------------------
 

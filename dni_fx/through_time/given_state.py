@@ -41,7 +41,6 @@ class GivenState(Window):
         self.structure = flatten(None)[1]  # of the state; known with its tensors
 
     def run(self, x: Any, state: list[Tensor]) -> tuple[Any, list[Tensor]]:
-        """The model's output over a window, and the state after it."""
         y, nested = self._call(x, self.pack(state))
         leaves, found = flatten(nested)
         if found != self.structure:
@@ -135,15 +134,9 @@ class GivenState(Window):
             )
 
     def pack(self, leaves: Sequence[Tensor]) -> Any:
-        """The state as the model takes it."""
         return self.structure.build(iter(leaves))
 
     def unpack(self, state: Any) -> list[Tensor]:
-        """The tensors of a state.
-
-        Raises:
-            DecouplingError: its structure is not the model's.
-        """
         leaves, structure = flatten(state)
         if structure != self.structure:
             raise DecouplingError(

@@ -1,4 +1,6 @@
-"""The state of recurrent modules that a model holds: put in and taken out where they are called."""
+"""The state of recurrent modules that a model holds: put in and taken out where they are called;
+and stacked ones taken apart into their layers, so that cuts can fall between them.
+"""
 
 from __future__ import annotations
 
@@ -12,38 +14,108 @@ from torch import Tensor, nn
 from ..errors import DecouplingError
 from ..graphs.nested import flatten
 from ..passes.trace.state import restored
-from .layers import Layers
 from .window import InitialState, States, Window
+
+
+class _Follows:
+    """Mixed into a module that stands for a part of another one: trains when that does, and stays
+    one graph node.
+    """
+
+    is_graph_leaf = True
+
+    @property
+    def training(self) -> bool:
+        return self.__dict__["_owner"][0].training if "_owner" in self.__dict__ else True
+
+    @training.setter
+    def training(self, value: bool) -> None:
+        pass
+
+    def follow(self, owner: nn.Module) -> Any:
+        self.__dict__["_owner"] = [owner]  # no submodule
+        return self
+
+
+class _Dropout(_Follows, nn.Dropout):
+    pass
+
+
+_KINDS: dict[type[nn.RNNBase], Any] = {
+    kind: type(f"_{kind.__name__}", (_Follows, kind), {}) for kind in (nn.LSTM, nn.GRU, nn.RNN)
+}
+
+
+class Layers(nn.Module):
+    """A stacked ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN`` as its layers, one after the other; the
+    parameters are shared.
+
+    Args:
+        stacked: the module.
+    """
+
+    def __init__(self, stacked: nn.RNNBase) -> None:
+        super().__init__()
+        for k in range(stacked.num_layers):
+            if k and stacked.dropout:
+                self.add_module(f"dropout_{k - 1}", _Dropout(stacked.dropout).follow(stacked))
+            self.add_module(f"layer_{k}", _single_layer(stacked, k))
+
+    def forward(self, x: Tensor, states: Sequence[Any]) -> tuple[Tensor, list[Any]]:
+        """Run all layers; a state for each goes in and comes out."""
+        rest, found = iter(states), []
+        for module in self.children():
+            if isinstance(module, _Dropout):
+                x = module(x)
+            else:
+                x, state = module(x, next(rest))
+                found.append(state)
+        return x, found
+
+
+def _single_layer(stacked: nn.RNNBase, k: int) -> nn.RNNBase:
+    kind = next((c for base, c in _KINDS.items() if isinstance(stacked, base)), None)
+    ends = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] * stacked.bias)]
+    ends += ["weight_hr"] * bool(stacked.proj_size)
+    names = [n for n, _ in stacked.named_parameters() if n.endswith(f"_l{k}")]
+    if kind is None or set(names) != {f"{end}_l{k}" for end in ends}:
+        raise DecouplingError(
+            f"a {type(stacked).__name__} with re-made weights cannot be cut between its layers; "
+            "cut before or after it"
+        )
+    size = stacked.input_size if k == 0 else (stacked.proj_size or stacked.hidden_size)
+    told = ["bias", "batch_first", *(["proj_size"] * bool(stacked.proj_size))]
+    told += ["nonlinearity"] * isinstance(stacked, nn.RNN)
+    options = {name: getattr(stacked, name) for name in told}
+    layer: Any = kind(size, stacked.hidden_size, device="meta", **options)
+    for name in names:
+        setattr(layer, f"{name.removesuffix(f'_l{k}')}_l0", getattr(stacked, name))
+    made: nn.RNNBase = layer.follow(stacked)
+    return made
 
 
 class _Standin(nn.Module):
     """Stands in a model for one of its recurrent modules while a window runs: puts the state in,
-    and takes it out.
+    and takes it out. What it is asked for otherwise is the module's own.
     """
 
-    def __init__(
-        self, module: nn.RNNBase, run: Callable[[Tensor, Any], tuple[Any, Any]], state: Any
-    ) -> None:
+    def __init__(self, module: nn.RNNBase, run: Callable[..., Any], state: Any) -> None:
         super().__init__()
-        self.__dict__["held"] = (module, run)
-        self.__dict__["state"] = state
         self.training = module.training
-        self.__dict__["found"] = self.__dict__["given"] = None
+        vars(self).update(held=(module, run), state=state, found=None, given=None)
 
     def forward(self, x: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
-        """The module's own call; the state that the model gives is passed over."""
         if self.found is not None:
             raise DecouplingError(
                 f"a {type(self.held[0]).__name__} is called more than once in a forward pass, so "
                 "it has no one state to carry; let the model take and return its state: forward(x, "
                 "state) -> (y, state)"
             )
-        self.__dict__["given"] = hx
-        y, self.__dict__["found"] = self.held[1](x, self.state)
-        return y, self.found
+        y, found = self.held[1](x, self.state)
+        vars(self).update(found=found, given=hx)
+        return y, found
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """The module's own."""
         return iter(self.held[0].named_parameters(*args, **kwargs))
 
     def __getattr__(self, name: str) -> Any:
@@ -85,7 +157,6 @@ class HeldState(Window):
             holder.add_module(last, layers)
 
     def run(self, x: Any, state: list[Tensor]) -> tuple[Any, list[Tensor]]:
-        """The model's output over a window, and the state after it."""
         y, found, _ = self._through(x, self._by_core(state))
         return y, [leaf for path in self.cores for leaf in flatten(found[path])[0]]
 
@@ -102,11 +173,11 @@ class HeldState(Window):
         inside = {p: _Standin(core, runs[p], states[p]) for p, core in self.cores.items()}
         with _exchanged(self.model, inside):
             y = self.model(x)
-        unused = [p for p, core in inside.items() if core.found is None]
-        if unused:
-            raise DecouplingError(
-                f"the forward pass does not call {unused[0]!r}, whose state was to be carried"
-            )
+        for path, core in inside.items():
+            if core.found is None:
+                raise DecouplingError(
+                    f"the forward pass does not call {path!r}, whose state was to be carried"
+                )
         after = {p: core.found for p, core in inside.items()}
         return y, after, {p: core.given for p, core in inside.items()}
 
@@ -197,7 +268,6 @@ class HeldState(Window):
             )
 
     def pack(self, leaves: Sequence[Tensor]) -> Any:
-        """The state as ``nn.LSTM`` and its kind take it, by path where there are several."""
         found = {}
         for path, state in self._by_core(list(leaves)).items():
             if path in self.layers:
@@ -208,11 +278,6 @@ class HeldState(Window):
         return found if len(found) > 1 else next(iter(found.values()))
 
     def unpack(self, state: Any) -> list[Tensor]:
-        """The tensors of a state.
-
-        Raises:
-            DecouplingError: its structure is not the modules'.
-        """
         by_path = state if len(self.cores) > 1 else {next(iter(self.cores)): state}
         if not isinstance(by_path, dict) or set(by_path) != set(self.cores):
             raise DecouplingError(
@@ -230,27 +295,20 @@ class HeldState(Window):
 
 def _state_of(core: nn.RNNBase, given: Any) -> list[Tensor]:
     """The tensors of one recurrent module's state."""
-    wanted = 2 if isinstance(core, nn.LSTM) else 1
-    tensors = [given] if isinstance(given, Tensor) else []
-    if isinstance(given, tuple | list):
-        tensors = list(given)
-    is_layered = all(isinstance(t, Tensor) and t.dim() == 3 for t in tensors)
-    if len(tensors) != wanted or not is_layered:
-        kind = "a pair (hidden, cell)" if wanted == 2 else "one tensor"
+    tensors, is_pair = [given] if isinstance(given, Tensor) else given, isinstance(core, nn.LSTM)
+    if (
+        not isinstance(tensors, tuple | list)
+        or len(tensors) != 1 + is_pair
+        or not all(isinstance(t, Tensor) and t.dim() == 3 for t in tensors)
+    ):
+        kind = "a pair (hidden, cell)" if is_pair else "one tensor"
+        shapes = [tuple(t.shape) for t in flatten(given)[0]]
+        found = f"{type(given).__name__} of shapes {shapes}" if shapes else repr(given)[:60]
         raise DecouplingError(
             f"the state of a {type(core).__name__} must be {kind} of 3 dimensions (layers, "
-            f"batch, features), but is {_described(given)}"
+            f"batch, features), but is {found}"
         )
-    return tensors
-
-
-def _described(value: Any) -> str:
-    leaves = flatten(value)[0]
-    return (
-        f"{type(value).__name__} of shapes {[tuple(t.shape) for t in leaves]}"
-        if leaves
-        else repr(value)[:60]
-    )
+    return list(tensors)
 
 
 @contextlib.contextmanager

@@ -114,20 +114,8 @@ def decouple_through_time(
             f"messages={messages!r}: pass a list of keys, messages=[{messages!r}]"
         )
     framed = frame(
-        model,
-        initial_state,
-        unroll,
-        batch_first,
-        layered=bool(cuts),
-        stateless=bool(messages) or input_gradients,
+        model, initial_state, unroll, batch_first, bool(cuts), bool(messages), input_gradients
     )
-    takes_steps = unroll or (isinstance(framed, GivenState) and framed.unrolls)
-    if messages and takes_steps:
-        raise DecouplingError(
-            f"{type(model).__name__} takes single steps, so that it would send a message at each "
-            "of them: let the model take windows, with its steps inside, and send one message for "
-            "each"
-        )
     opening = WindowOpening(
         framed, tuple(messages), input_gradients, factor, float(auxiliary), message_factor
     )
@@ -162,7 +150,8 @@ def frame(
     unroll: bool | None = None,
     batch_first: bool | None = None,
     layered: bool = False,
-    stateless: bool = False,
+    messages: bool = False,
+    input_gradients: bool = False,
 ) -> Window:
     """A model as a function of one window.
 
@@ -173,7 +162,8 @@ def frame(
     Args:
         model, initial_state, unroll, batch_first: as for :func:`decouple_through_time`.
         layered: take stacked recurrent modules apart into their layers.
-        stateless: allow a model that carries nothing, ``x -> y``.
+        messages, input_gradients: whether there are such; a model that carries nothing, ``x -> y``,
+            has its use then.
 
     Raises:
         DecouplingError: a model of no kind that can be carried from window to window.
@@ -186,8 +176,15 @@ def frame(
                 "starts at the end of the sequence and cannot be carried from window to window"
             )
     takes_state = isinstance(model, nn.RNNBase | nn.RNNCellBase) or _positional(model) > 1
+    unrolls = (takes_state and not cores) if unroll is None else unroll
+    if messages and unrolls:
+        raise DecouplingError(
+            f"{type(model).__name__} takes single steps, so that it would send a message at each "
+            "of them: let the model take windows, with its steps inside, and send one message for "
+            "each"
+        )
     if not takes_state and not cores:
-        if stateless:
+        if messages or input_gradients:
             return Window(model)
         raise DecouplingError(
             f"{type(model).__name__}.forward takes one argument and the model holds no "
@@ -204,7 +201,7 @@ def frame(
     if cores and (isinstance(model, nn.RNNBase) or not takes_state):
         return HeldState(model, batch_first, initial_state, cores, layered)
     # A model that takes its state as an argument is left to do so.
-    return GivenState(model, batch_first, initial_state, not cores if unroll is None else unroll)
+    return GivenState(model, batch_first, initial_state, unrolls)
 
 
 def _positional(model: nn.Module) -> int:

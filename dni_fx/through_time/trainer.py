@@ -17,10 +17,9 @@ from ..runtime.base import BaseTrainer
 from ..runtime.in_turn import InTurn
 from ..runtime.saving import load_trained, trained_state
 from ..sources import GradientSource
-from .answering import close, find_answers
 from .carried import Carried, begin_anew, read_done
 from .opening import WindowOpening
-from .window_batch import WindowBatch
+from .window_batch import WindowBatch, close, find_answers
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,10 @@
-"""One window on its way: what leaves it waits for the next window, or for another network."""
+"""One window on its way: what leaves it waits for the next window, or for another network, whose
+answers are told apart here.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -88,10 +91,7 @@ class WindowBatch(Batch):
     # ---- run -------------------------------------------------------------------------------------
 
     def begin(self, values: dict[str, Any], context: Any, target: Any, now: int = 0) -> None:
-        """Run the window; where some gradient is exact forward only.
-
-        Args:
-            values, context, target, now: as for :meth:`Batch.begin`.
+        """As for any batch; where some gradient is exact forward only.
 
         Raises:
             NonFiniteError: a held window's loss or values are not finite.
@@ -118,11 +118,8 @@ class WindowBatch(Batch):
         state.note_sent(self.setting)
         assert state.loss is not None
         # Before windows are pulled back that could not be again.
-        refuse(
-            [("the loss", state.loss), *state.sent.items()],
-            f"step {self.step}",
-            "nothing was updated",
-        )
+        places = [("the loss", state.loss), *state.sent.items()]
+        refuse(places, f"step {self.step}", "nothing was updated")
 
     def _jacobian(self, group: Served, tape: Tape) -> Tensor | None:
         """Of the state after the window for that before it, ``(batch, features, features)``; None
@@ -195,6 +192,74 @@ class WindowBatch(Batch):
         super().forget()
         state.sent |= waiting
         state.progress.gradients |= answers
+
+
+def find_answers(
+    gradients: Mapping[int, Mapping[str, Tensor]],
+    under_way: Sequence[WindowBatch],
+    decoupled: Decoupled,
+    steps: int,
+) -> list[tuple[WindowBatch, str, Tensor]]:
+    """The windows that answers are for, with the message and its gradient.
+
+    Args:
+        gradients: by the step of a window, and message.
+        under_way: the windows that something is still expected for.
+        decoupled: the model.
+        steps: number of windows so far.
+
+    Raises:
+        DecouplingError: see :meth:`dni_fx.recurrent.ThroughTime.answer`.
+    """
+    windows = {w.step: w for w in under_way}
+    messages = [i.name for i in decoupled.interfaces if i.feeds == ANOTHER]
+    found: list[tuple[WindowBatch, str, Tensor]] = []
+    for step, name in [(step, name) for step, answers in gradients.items() for name in answers]:
+        if name not in messages or not 1 <= step <= steps:
+            raise DecouplingError(
+                f"answer to step {step}, message {name!r}: there was no such step, or the model "
+                "sends no such message"
+            )
+        window, gradient = windows.get(step), gradients[step][name]
+        if window is None or name in window.heard:
+            asks = decoupled.sources[name].asks
+            if "gradient" in asks.learns_from or asks.exact:
+                raise DecouplingError(
+                    f"message {name!r} of step {step} does not wait for an answer (any more)"
+                )
+            continue  # too late, but nothing would be learnt from it
+        expected = window.state.sent[name].shape
+        if gradient.shape != expected:
+            raise DecouplingError(
+                f"the gradient of message {name!r} has shape {tuple(gradient.shape)}, but "
+                f"the message {tuple(expected)}"
+            )
+        found.append((window, name, gradient.detach()))
+    _check_held(under_way, {(w.step, n) for w, n, _ in found})
+    return found
+
+
+def close(held: Sequence[WindowBatch]) -> None:
+    """End held windows as if nothing followed them."""
+    for window in held:
+        for name in window.waits_for - window.heard:
+            if window is held[-1] or name in window.messages:
+                window.hear(name, None)
+
+
+def _check_held(windows: Sequence[WindowBatch], new: set[tuple[int, str]]) -> None:
+    """Windows that are held for messages are pulled back together, with all their answers."""
+    held = {w: w.waits_for - w.heard for w in windows if w.is_held}
+    open_ = {w: {n for n in names if (w.step, n) not in new} for w, names in held.items()}
+    if not new or all(open_.values()):
+        return
+    for window, names in open_.items():
+        if missing := sorted(names.intersection(window.messages)):
+            raise DecouplingError(
+                "with these answers a window is pulled back and the weights are updated, but step "
+                f"{window.step} is held, too, and waits for {', '.join(map(repr, missing))}: "
+                "answer all held windows in one call"
+            )
 
 
 def along(mask: Tensor, tensor: Tensor, dim: int) -> Tensor:
