@@ -201,7 +201,7 @@ class ThroughTime(BaseTrainer):
         names = self.opening.module.known_states(x_window).names
         named = {n: _fresh(t) for n, t in zip(names, leaves, strict=True)}
         values = self.decoupled.bind(x_window, named)
-        self._check_sources()
+        _check_sources(self.sources)
         self.optimizing.prepare(self.decoupled.graphs, self.stages, 1 / self.accumulate)
         return values
 
@@ -289,11 +289,12 @@ class ThroughTime(BaseTrainer):
         self._in_turn.under_way = []
         self._carried.keep([t.clone() for t in state.get("carried", [])] or None)
 
-    def _check_sources(self) -> None:
-        waiting = [n for n, s in self.decoupled.sources.items() if s.asks.wait and not s.asks.exact]
-        if waiting:
+
+def _check_sources(sources: Mapping[str, GradientSource]) -> None:
+    for name, source in sources.items():
+        if source.asks.wait and not source.asks.exact:
             raise DecouplingError(
-                f"the source at {waiting[0]!r} waits for a message, which windows cannot: use one "
+                f"the source at {name!r} waits for a message, which windows cannot: use one "
                 "that predicts at once"
             )
 
