@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Collection
 from typing import Any
 
@@ -14,8 +15,7 @@ from ..passes.cut.insertion import Inserted
 from ..plan import CutPlan, Interface
 from ..sources import GradientSource, InputSource, Served, serve
 from .nested import flatten
-from .pipeline import build_variant, plan_variant
-from .recipe import Recipe
+from .pipeline import Recipe, build_variant, plan_variant
 from .variants import Variant
 
 _MOST_VARIANTS = 16
@@ -110,10 +110,10 @@ class Graphs:
                 plan.
         """
         leaves, structure = flatten((args, kwargs))
-        for name, leaf in enumerate(leaves):
+        for index, leaf in enumerate(leaves):
             if leaf.dim() and leaf.shape[0] == 0:
                 raise PlanMismatchError(
-                    f"tensor input {name} has an empty batch: its shape is {tuple(leaf.shape)}"
+                    f"tensor input {index} has an empty batch: its shape is {tuple(leaf.shape)}"
                 )
         if self.active is None or not self.active.accepts(structure, leaves):
             fitting = (v for v in self.variants if v.accepts(structure, leaves))
@@ -190,8 +190,17 @@ class Graphs:
         """
         variant = self.variant
         if variant.sources is None:
-            sources = self._find_sources(variant.split.interfaces)
-            variant.served = serve(variant.split.interfaces, sources)
+            interfaces, known = variant.split.interfaces, self.sources
+            names = self._planned_names(interfaces)
+            missing = [i.name for i in interfaces if i.name not in names]
+            if missing:
+                raise PlanMismatchError(
+                    f"gradients now cross at {', '.join(map(repr, missing))}, where the plan has "
+                    "no source (a parameter was unfrozen, or the model takes another path for "
+                    "these inputs or in this mode); decouple again"
+                )
+            sources = {n: known[planned] for n, planned in names.items()}
+            variant.served = serve(interfaces, sources)
             variant.sources = sources
         return variant.sources
 
@@ -215,9 +224,7 @@ class Graphs:
     def find_inputs(self) -> dict[str, InputSource]:
         """The synthetic inputs of the active graph, by its own interface names."""
         known = self.inputs
-        if not known:
-            return {}
-        names = self._planned_names(self.variant.split.interfaces)
+        names = self._planned_names(self.variant.split.interfaces) if known else {}
         return {n: known[planned] for n, planned in names.items() if planned in known}
 
     def parameter_names(self, stage: int) -> set[str]:
@@ -225,31 +232,17 @@ class Graphs:
         whole = [v.split.stages for v in self.variants if len(v.cuts) == len(self.plan.cuts)]
         return {name for stages in whole for name in stages[stage].parameters}
 
-    def _find_sources(self, interfaces: tuple[Interface, ...]) -> dict[str, GradientSource]:
-        known = self.sources
-        names = self._planned_names(interfaces)
-        missing = [i.name for i in interfaces if i.name not in names]
-        if missing:
-            raise PlanMismatchError(
-                f"gradients now cross at {', '.join(map(repr, missing))}, where the plan has no "
-                "source (a parameter was unfrozen, or the model takes another path for these "
-                "inputs or in this mode); decouple again"
-            )
-        return {n: known[planned] for n, planned in names.items()}
-
     def _planned_names(self, interfaces: tuple[Interface, ...]) -> dict[str, str]:
         """What the plan calls the interfaces of another graph, where it has them."""
         planned = {n: i.name for i in self.interfaces for n in (*i.aliases, i.name)}
-        found = {}
-        for interface in interfaces:
-            names = [n for n in (interface.name, *interface.aliases) if n in planned]
-            if names:
-                found[interface.name] = planned[names[0]]
-        return found
+        pairs = [(i.name, n) for i in interfaces for n in reversed((i.name, *i.aliases))]
+        return {name: planned[n] for name, n in pairs if n in planned}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
         """A copy of model and sources under the same plan, traced anew at its first call."""
-        other = Graphs(copy.deepcopy(self.model, memo), self.recipe.for_copy(memo))
+        model, mine = copy.deepcopy(self.model, memo), self.recipe
+        context, opening = copy.deepcopy((mine.context, mine.opening), memo)
+        other = Graphs(model, dataclasses.replace(mine, context=context, opening=opening))
         if self._plan is not None:
             other.synthesizers = copy.deepcopy(self.synthesizers, memo)
             other._plan, other._leads = self._plan, dict(self._leads)

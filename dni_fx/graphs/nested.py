@@ -36,20 +36,14 @@ class Structure:
     fields: tuple[str, ...] = ()
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Structure) or (self.kind, self.fields) != (
-            other.kind,
-            other.fields,
-        ):
+        if not isinstance(other, Structure):
             return False
-        if self.kind == "dataclass":
-            if type(self.payload) is not type(other.payload):
-                return False
-        elif self.kind == "constant":
-            if not _same_constant(self.payload, other.payload):
-                return False
-        elif self.payload != other.payload:
-            return False
-        return self.children == other.children
+        a, b = self.payload, other.payload
+        return (
+            (self.kind, self.fields) == (other.kind, other.fields)
+            and (type(a) is type(b) if self.kind == "dataclass" else _same_constant(a, b))
+            and self.children == other.children
+        )
 
     __hash__ = None  # type: ignore[assignment]
 

@@ -1,4 +1,5 @@
-"""From a model and a call to stages with training functions: the passes, in order.
+"""What a model is cut by, and from it and a call to stages with training functions: the passes, in
+order.
 
 ==========  =====================================================  =========================
 trace       the calls of the model, or ``torch.export``'s           passes/trace/tracing
@@ -17,7 +18,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -26,7 +28,14 @@ from ..passes.cut.checking import check_model, check_stages
 from ..passes.cut.composing import call_stages
 from ..passes.cut.cutting import Flow, find_flow
 from ..passes.cut.describing import describe_plan
-from ..passes.cut.insertion import Inserted, insert_sources
+from ..passes.cut.insertion import (
+    Context,
+    Gradients,
+    Inputs,
+    Inserted,
+    Leaving,
+    insert_sources,
+)
 from ..passes.cut.splitting import split_stages
 from ..passes.search.choosing import (
     Choice,
@@ -40,8 +49,49 @@ from ..passes.trace.exporting import trace_export
 from ..passes.trace.tracing import Trace, trace_calls
 from ..plan import CutPlan
 from .nested import flatten
-from .recipe import Recipe
 from .variants import Variant
+
+
+class Opening(Leaving, Protocol):
+    """A model seen as a function with further inputs and outputs, such as one over a window.
+
+    Attributes:
+        module: what is called, traced and checked in the model's place.
+    """
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    def open(self, trace: Trace) -> Trace:
+        """The trace of the model itself, whose further values come in and leave by themselves."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What was asked for; the arguments of :func:`dni_fx.decouple`, checked.
+
+    Attributes:
+        cuts: names to cut after, a plan to follow, or a search.
+        gradients: gradient sources, by one name or factory or by interface.
+        inputs: synthetic inputs likewise; None for none.
+        context: turns a training target into what the sources see.
+        check: whether every graph is compared with the model.
+        weigh: how cuts that were not searched for are weighed; None where nobody asks.
+        opening: how the graph is opened; None for a model as it is.
+    """
+
+    cuts: tuple[str, ...] | CutPlan | Search
+    gradients: Gradients = "auto"
+    inputs: Inputs | None = None
+    context: Context | None = None
+    check: bool = True
+    weigh: Search | None = None
+    opening: Opening | None = None
+
+    @property
+    def wanted(self) -> int | None:
+        """How many stages a search was asked for; None where cuts were named."""
+        return self.cuts.count if isinstance(self.cuts, Search) else None
 
 
 def build_variant(
@@ -87,7 +137,7 @@ def build_variant(
         flow = find_flow(trace)
         choice = _choose(recipe, flow, args, kwargs, plan)
         split = split_stages(flow, choice.stage_of, choice.cuts)
-        variant = Variant.of(trace, choice, split, flatten((args, kwargs))[0])
+        variant = Variant(trace, choice, split, flatten((args, kwargs))[0])
         if not recipe.check:
             return variant
         result = check_stages(called, functools.partial(call_stages, trace, split), args, kwargs)

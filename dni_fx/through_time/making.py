@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compiler.refusals import check_cuts, check_whole
+from ..compiler import check_cuts, check_whole
 from ..decoupled import Decoupled
 from ..errors import DecouplingError
 from ..graphs.graphs import Graphs
-from ..graphs.recipe import Recipe
+from ..graphs.pipeline import Recipe
 from ..passes.cut.insertion import Gradients
+from ..passes.search.choosing import Search
 from ..runtime.optimizing import MakeOptimizer
 from .given_state import GivenState
 from .held_state import HeldState
@@ -119,9 +120,7 @@ def decouple_through_time(
     opening = WindowOpening(
         framed, tuple(messages), input_gradients, factor, float(auxiliary), message_factor
     )
-    names = check_cuts(list(cuts), None)
-    assert isinstance(names, tuple)
-    recipe = Recipe(names, gradients, check=check, opening=opening)
+    recipe = Recipe(check_cuts(list(cuts), Search()), gradients, check=check, opening=opening)
     return ThroughTime(
         Decoupled(Graphs(model, recipe)),
         opening,
