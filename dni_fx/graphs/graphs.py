@@ -103,12 +103,7 @@ class Graphs:
         return self.variant
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Model inputs by name; makes or finds the graph that fits the call.
-
-        Raises:
-            PlanMismatchError: an empty batch, or stages for this kind of call cannot be cut by the
-                plan.
-        """
+        """As :meth:`dni_fx.Decoupled.bind`."""
         leaves, structure = flatten((args, kwargs))
         for index, leaf in enumerate(leaves):
             if leaf.dim() and leaf.shape[0] == 0:
@@ -126,9 +121,7 @@ class Graphs:
         return any(v.accepts(structure, leaves) for v in self.variants)
 
     def bind_other_mode(self, *args: Any, **kwargs: Any) -> None:
-        """Trace and check the mode that the model is not in, since tracers bake ``self.training``
-        in.
-        """
+        """Trace and check the mode that the model is not in: tracers bake in ``self.training``."""
         modes = [(m, m.training) for m in self.model.modules()]
         active = self.active
         self.model.train(not self.model.training)

@@ -73,11 +73,8 @@ class GivenState(Window):
         return found[0], found[1]
 
     def find_states(self, x: Any) -> States:
-        """Learn of the state from what the model starts from.
-
-        Raises:
-            DecouplingError: the state cannot be told, is shared by samples or learnt, or the model
-                does not start from zeros.
+        """From what the model starts from, or is to; refused where samples share it, where it is
+        learnt, or where the model does not start from zeros.
         """
         batch = int(flatten(x)[0][0].shape[self.batch_dim])
         first = map_tensors(lambda leaf: leaf.narrow(self.time_dim, 0, 1), x)

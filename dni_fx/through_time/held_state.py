@@ -49,9 +49,6 @@ _KINDS: dict[type[nn.RNNBase], Any] = {
 class Layers(nn.Module):
     """A stacked ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN`` as its layers, one after the other; the
     parameters are shared.
-
-    Args:
-        stacked: the module.
     """
 
     def __init__(self, stacked: nn.RNNBase) -> None:
@@ -62,7 +59,6 @@ class Layers(nn.Module):
             self.add_module(f"layer_{k}", _single_layer(stacked, k))
 
     def forward(self, x: Tensor, states: Sequence[Any]) -> tuple[Tensor, list[Any]]:
-        """Run all layers; a state for each goes in and comes out."""
         rest, found = iter(states), []
         for module in self.children():
             if isinstance(module, _Dropout):
@@ -194,11 +190,8 @@ class HeldState(Window):
         return self.cores[path].num_layers if path in self.layers else 1
 
     def find_states(self, x: Any) -> States:
-        """Learn of the state from the recurrent modules.
-
-        Raises:
-            DecouplingError: the model starts one of them from a state of its own, or does not
-                compute the same when they are taken apart.
+        """From the recurrent modules; refused where the model starts one of them from a state of
+        its own, or does not compute the same when they are taken apart.
         """
         names, initial = self._names(), self.initial_state
         make = self._zeros if initial is None else lambda batch: self.unpack(initial(batch))

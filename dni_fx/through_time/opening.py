@@ -22,10 +22,8 @@ class WindowOpening:
 
     Attributes:
         module: the model over one window, which knows its state by the first call.
-        messages: keys of the model's output, a dict, that leave for another network.
-        input_gradients: whether gradients leave for what the window takes.
-        factor, auxiliary, message_factor: as for :func:`dni_fx.recurrent.decouple_through_time`.
         context: what the sources see, from the first step on.
+        messages and others: as for :func:`dni_fx.recurrent.decouple_through_time`.
     """
 
     module: Window

@@ -202,11 +202,7 @@ def take(
 
 
 def check_member(member: Member) -> None:
-    """Refuse what cannot tick.
-
-    Raises:
-        DecouplingError: no trainer of windows, or a clock that does not fit it.
-    """
+    """Refuse what cannot tick: no trainer of windows, or a clock that does not fit it."""
     trainer, every = member.trainer, member.every
     if not isinstance(trainer, ThroughTime):
         raise DecouplingError(

@@ -17,7 +17,7 @@ from ..runtime.base import BaseTrainer
 from ..runtime.in_turn import InTurn
 from ..runtime.saving import load_trained, trained_state
 from ..sources import GradientSource
-from .carried import Carried, begin_anew, read_done
+from .carried import Carried, read_done
 from .opening import WindowOpening
 from .window_batch import WindowBatch, close, find_answers
 
@@ -158,7 +158,7 @@ class ThroughTime(BaseTrainer):
         self._advance(made, begin)
         self.steps += 1
         if ended is not None:
-            after = begin_anew(states, after, states.initial(batch), ended, is_over)
+            after = states.begin_anew(after, ended, is_over)
         assert made.state.loss is not None
         report = WindowReport(
             made.state.loss * self.accumulate,

@@ -31,6 +31,19 @@ class States:
     batch_dims: tuple[int | None, ...]
     initial: Callable[[int], list[Tensor]]
 
+    def begin_anew(self, after: list[Tensor], ended: Tensor, is_over: bool) -> list[Tensor]:
+        """The state after a window, with that of a new sequence for samples whose own has ended."""
+        parts = zip(after, self.initial(len(ended)), self.batch_dims, strict=True)
+        return [
+            (b if is_over else a) if dim is None else torch.where(along(ended, a, dim), b, a)
+            for a, b, dim in parts
+        ]
+
+
+def along(mask: Tensor, tensor: Tensor, dim: int) -> Tensor:
+    """A mask over the batch in a shape that lines up with a tensor's batch dimension."""
+    return mask.view([-1 if d == dim else 1 for d in range(tensor.dim())])
+
 
 class Window(nn.Module):
     """A model as ``(x, state) -> (y, state)`` over the steps of ``x``, the state as a dict of
@@ -60,15 +73,12 @@ class Window(nn.Module):
         self.states: States | None = None
 
     def forward(self, x: Any, state: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
-        """One window.
+        """The model's output over a window, and the state after it.
 
         Args:
             x: a tensor, or a nesting of tensors, each ``(time, batch, ...)`` or ``(batch, time,
                 ...)``.
             state: the state's tensors, by name.
-
-        Returns:
-            The model's output over the window, and the state after it.
         """
         y, after = self.run(x, list(state.values()))
         # Autocast makes a state of its own type; it goes on as what it was.
@@ -76,12 +86,7 @@ class Window(nn.Module):
         return y, {n: t if t.dtype == old.dtype else t.to(old.dtype) for (n, old), t in pairs}
 
     def known_states(self, x: Any) -> States:
-        """What is known of the state, learnt of from a first window.
-
-        Raises:
-            DecouplingError: the state cannot be told, or does not start from what the model starts
-                from.
-        """
+        """What is known of the state, learnt of from a first window."""
         if self.states is None:
             self.states = self.find_states(x)
         return self.states
@@ -93,7 +98,11 @@ class Window(nn.Module):
         return self.model(x), []
 
     def find_states(self, x: Any) -> States:
-        """Learn of the state from a window."""
+        """Learn of the state from a window.
+
+        Raises:
+            DecouplingError: it cannot be told, or is not what the model itself starts from.
+        """
         return States((), (), lambda batch: [])
 
     def pack(self, leaves: Sequence[Tensor]) -> Any:
@@ -116,11 +125,7 @@ class Window(nn.Module):
     # ---- the window itself -----------------------------------------------------------------------
 
     def check(self, x: Any, most: int) -> int:
-        """The batch size of a window that can be run.
-
-        Args:
-            x: the window.
-            most: time steps that it may have.
+        """The batch size of a window that can be run, of at most so many time steps.
 
         Raises:
             DecouplingError: tensors of other shapes, or too many steps.

@@ -19,10 +19,11 @@ from ..runtime.in_turn import Batch
 from ..runtime.objective import Objective
 from ..runtime.tape import Tape
 from ..sources import Served, side_by_side
+from .window import along
 
 
 class WindowBatch(Batch):
-    """One window: what leaves it waits for the next one, or for another network.
+    """One window.
 
     Sources that predict are asked at once. Where the gradient of something that leaves is to be
     exact, the whole window waits for it.
@@ -182,9 +183,7 @@ class WindowBatch(Batch):
             self.previous = None
 
     def forget(self) -> None:
-        """Drop what nothing that is still under way needs: what has left may be answered, and wait
-        with the answer.
-        """
+        """What has left may be answered still, and waits with the answer."""
         state, leaving = self.state, self.leaving
         waiting = {n: v for n, v in state.sent.items() if n in leaving and n not in self.heard}
         gradients = state.progress.gradients
@@ -200,16 +199,8 @@ def find_answers(
     decoupled: Decoupled,
     steps: int,
 ) -> list[tuple[WindowBatch, str, Tensor]]:
-    """The windows that answers are for, with the message and its gradient.
-
-    Args:
-        gradients: by the step of a window, and message.
-        under_way: the windows that something is still expected for.
-        decoupled: the model.
-        steps: number of windows so far.
-
-    Raises:
-        DecouplingError: see :meth:`dni_fx.recurrent.ThroughTime.answer`.
+    """The windows that answers are for, with the message and its gradient; see
+    :meth:`dni_fx.recurrent.ThroughTime.answer`.
     """
     windows = {w.step: w for w in under_way}
     messages = [i.name for i in decoupled.interfaces if i.feeds == ANOTHER]
@@ -260,8 +251,3 @@ def _check_held(windows: Sequence[WindowBatch], new: set[tuple[int, str]]) -> No
                 f"{window.step} is held, too, and waits for {', '.join(map(repr, missing))}: "
                 "answer all held windows in one call"
             )
-
-
-def along(mask: Tensor, tensor: Tensor, dim: int) -> Tensor:
-    """A mask over the batch in a shape that lines up with a tensor's batch dimension."""
-    return mask.view([-1 if d == dim else 1 for d in range(tensor.dim())])
