@@ -8,7 +8,7 @@ handed down.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -237,40 +237,35 @@ def check_whole(model: Any) -> None:
     """Refuse what cannot be decoupled as a whole: compiled, scripted, wrapped, lazy or hooked
     models.
     """
+    if why := next(_obstacles(model), None):
+        raise DecouplingError(why)
+
+
+def _obstacles(model: Any) -> Iterator[str]:
+    name, scripted = type(model).__name__, torch.jit.ScriptModule
     if not isinstance(model, nn.Module):
-        raise DecouplingError(f"decouple takes an nn.Module, not {type(model).__name__}")
+        yield f"decouple takes an nn.Module, not {name}"
     if isinstance(model, Decoupled):
-        raise DecouplingError(
-            "this model is decoupled already; pass decoupled.model to cut it in another way"
-        )
-    name = type(model).__name__
+        yield "this model is decoupled already; pass decoupled.model to cut it in another way"
     if hasattr(model, "_orig_mod"):
-        raise DecouplingError(
-            f"{name} is a compiled module; decouple the original one: model._orig_mod"
-        )
+        yield f"{name} is a compiled module; decouple the original one: model._orig_mod"
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        raise DecouplingError(f"{name} wraps another module; decouple that one: model.module")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise DecouplingError(
-            f"{name} is a scripted module, which cannot be traced; decouple the Python module"
-        )
+        yield f"{name} wraps another module; decouple that one: model.module"
+    if isinstance(model, scripted):
+        yield f"{name} is a scripted module, which cannot be traced; decouple the Python module"
     for path, module in model.named_modules():
         if any(nn.parameter.is_lazy(p) for p in module.parameters(recurse=False)):
-            raise DecouplingError(
-                f"lazy module {path!r} has no parameters yet: run the model once on a batch first"
-            )
-        if isinstance(module, torch.jit.ScriptModule):
-            raise DecouplingError(
+            yield f"lazy module {path!r} has no parameters yet: run the model once on a batch first"
+        if isinstance(module, scripted):
+            yield (
                 f"submodule {path!r} is scripted, which cannot be traced; put the Python module "
                 "there"
             )
         if path and hasattr(module, "_orig_mod"):
-            raise DecouplingError(
-                f"submodule {path!r} is compiled; decouple the model before compiling parts of it"
-            )
+            yield f"submodule {path!r} is compiled; decouple the model before compiling parts of it"
     for hooks in ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks"):
         if getattr(model, f"_{hooks}"):
-            raise DecouplingError(
+            yield (
                 f"{name} itself has {hooks.replace('_', ' ')}, which would not run: stages replace "
                 "its forward. Remove them, or put them on submodules"
             )
@@ -278,14 +273,10 @@ def check_whole(model: Any) -> None:
 
 def check_examples(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword inputs of an example batch, or an error that says what to pass."""
-    if isinstance(args, torch.Tensor):
-        raise DecouplingError(
-            "example_inputs= must be a tuple of positional inputs; for one tensor pass (x,)"
-        )
     if not isinstance(args, tuple | list | None) or not isinstance(kwargs, dict | None):
-        raise DecouplingError(
-            "example_inputs= must be a tuple of positional inputs, and example_kwargs= a dict"
-        )
+        is_one = isinstance(args, torch.Tensor)
+        rest = "; for one tensor pass (x,)" if is_one else ", and example_kwargs= a dict"
+        raise DecouplingError(f"example_inputs= must be a tuple of positional inputs{rest}")
     args, kwargs = tuple(args or ()), dict(kwargs or {})
     for i, leaf in enumerate(flatten((args, kwargs))[0]):
         if leaf.is_inference():

@@ -11,7 +11,6 @@ from torch import nn
 
 from ..errors import DecouplingError, PlanMismatchError
 from ..passes.cut.emission import StageFunctions, emit_functions, source_key
-from ..passes.cut.insertion import Inserted
 from ..plan import CutPlan, Interface
 from ..sources import GradientSource, InputSource, Served, serve
 from .nested import flatten
@@ -97,9 +96,8 @@ class Graphs:
     def current(self) -> Variant:
         """The graph for the mode that the model is in now, where one was made already."""
         if not self.variant.is_current():
-            for variant in self.variants:
-                if variant.is_current():
-                    self.active = variant
+            fitting = (v for v in reversed(self.variants) if v.is_current())
+            self.active = next(fitting, self.active)
         return self.variant
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -137,7 +135,11 @@ class Graphs:
         variant = build_variant(self.recipe, self.model, args, kwargs, self._plan)
         if self._plan is None:
             plan, inserted = plan_variant(self.recipe, variant)
-            self._insert(plan.interfaces, inserted)
+            for group in serve(plan.interfaces, inserted.gradients):
+                self.synthesizers[source_key(group.name)] = group.source
+                self._leads.update(dict.fromkeys(group.names, group.name))
+            for name, source in inserted.inputs.items():
+                self.synthesizers[_input_key(name)] = source
             self._plan = plan
         for other in self.variants:
             if other.absorb(variant):
@@ -145,13 +147,6 @@ class Graphs:
         kept = [v for v in self.variants if not v.is_outdated()]
         self.variants = [*kept[:1], *kept[1:][-_MOST_VARIANTS:], variant]
         return variant
-
-    def _insert(self, interfaces: tuple[Interface, ...], inserted: Inserted) -> None:
-        for group in serve(interfaces, inserted.gradients):
-            self.synthesizers[source_key(group.name)] = group.source
-            self._leads.update(dict.fromkeys(group.names, group.name))
-        for name, source in inserted.inputs.items():
-            self.synthesizers[_input_key(name)] = source
 
     def functions(self, whole: bool = True) -> tuple[StageFunctions, ...]:
         """The emitted functions of the active graph, written when first trained with.
@@ -228,6 +223,7 @@ class Graphs:
     def _planned_names(self, interfaces: tuple[Interface, ...]) -> dict[str, str]:
         """What the plan calls the interfaces of another graph, where it has them."""
         planned = {n: i.name for i in self.interfaces for n in (*i.aliases, i.name)}
+        # An interface's own name goes before others of its value.
         pairs = [(i.name, n) for i in interfaces for n in reversed((i.name, *i.aliases))]
         return {name: planned[n] for name, n in pairs if n in planned}
 

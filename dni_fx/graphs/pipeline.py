@@ -146,8 +146,18 @@ def build_variant(
             return variant
         refusals.append(f"{tracer.__name__}: the traced model is not the model: {result.mismatch}")
     if isinstance(recipe.cuts, CutPlan) and digests and not refusals:
-        raise _other_graph(recipe.cuts, called, digests[0])
-    raise _untraceable(called, refusals)
+        planned = recipe.cuts
+        raise PlanMismatchError(
+            f"the plan was made for a {planned.model} with graph {planned.digest}, but this "
+            f"{type(called).__name__} has graph {digests[0]}; make a new plan with "
+            "dni_fx.plan_cuts, or pass its cuts: cuts=list(plan.cuts)"
+        )
+    reasons = "\n".join(f"  - {r}" for r in refusals)
+    raise TracingError(
+        f"{type(called).__name__} cannot be traced faithfully:\n{reasons}\n"
+        "Move the code that is named into a submodule of its own (it then stays one opaque node), "
+        "or pass that part of the model to decouple"
+    )
 
 
 def plan_variant(recipe: Recipe, variant: Variant) -> tuple[CutPlan, Inserted]:
@@ -206,20 +216,3 @@ def _follow(plan: CutPlan, flow: Flow, lenient: bool = False) -> Choice:
     if plan.assignment:
         return choose_assigned(flow, plan)
     return choose_named(flow, plan.cuts, lenient)
-
-
-def _other_graph(plan: CutPlan, model: nn.Module, digest: str) -> PlanMismatchError:
-    return PlanMismatchError(
-        f"the plan was made for a {plan.model} with graph {plan.digest}, but this "
-        f"{type(model).__name__} has graph {digest}; make a new plan with dni_fx.plan_cuts, "
-        "or pass its cuts: cuts=list(plan.cuts)"
-    )
-
-
-def _untraceable(model: nn.Module, refusals: list[str]) -> TracingError:
-    reasons = "\n".join(f"  - {r}" for r in refusals)
-    return TracingError(
-        f"{type(model).__name__} cannot be traced faithfully:\n{reasons}\n"
-        "Move the code that is named into a submodule of its own (it then stays one opaque node), "
-        "or pass that part of the model to decouple"
-    )
