@@ -24,10 +24,8 @@ class Graphs:
     """The graphs of one model, their plan, and the sources of its interfaces.
 
     Attributes:
-        model: the user's module.
+        model, synthesizers: as of :class:`dni_fx.Decoupled`.
         recipe: what it is cut by.
-        synthesizers: the gradient sources by interface name (dots as slashes), synthetic inputs as
-            ``name@input``.
         variants: the graphs; the first is what the plan was made for.
         active: the graph of the last call; None before the first.
     """

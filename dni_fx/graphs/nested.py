@@ -27,7 +27,8 @@ class Structure:
         kind: ``"leaf"``, ``"constant"``, ``"dataclass"`` or ``"node"``.
         payload: the constant, the dataclass instance used as a template, or the pytree node's type
             and context.
-        children: structures of the children; names of the fields for a dataclass are in ``fields``.
+        children: their structures.
+        fields: the names of a dataclass's.
     """
 
     kind: str
@@ -110,11 +111,10 @@ def _take_apart(item: Any, leaves: list[Any], is_leaf: Callable[[Any], bool]) ->
         )
     if dataclasses.is_dataclass(item) and not isinstance(item, type):
         names = tuple(f.name for f in dataclasses.fields(item))
+        parts = tuple(_take_apart(getattr(item, n), leaves, is_leaf) for n in names)
         template = copy.copy(item)
-        children = [getattr(item, n) for n in names]
         for name in names:
             object.__setattr__(template, name, None)
-        parts = tuple(_take_apart(c, leaves, is_leaf) for c in children)
         return Structure("dataclass", template, parts, names)
     return Structure("constant", item)
 

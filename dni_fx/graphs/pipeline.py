@@ -99,16 +99,9 @@ def build_variant(
 ) -> Variant:
     """Trace a model for one kind of call, cut it, and compare the stages with it.
 
-    The tracers are tried one after the other, until the split model equals the model.
-
-    Args:
-        recipe: what was asked for.
-        model: the user's module.
-        args: positional inputs of the call.
-        kwargs: keyword inputs.
-        plan: what the model was cut by before, for calls of another kind. A graph made again may
-            lack a cut, say one inside ``if self.training``: it then has fewer stages, which do to
-            evaluate with.
+    The tracers are tried one after the other, until the split model equals the model. Where it was
+    cut by a ``plan`` before, a graph of another kind of call may lack a cut, say one inside ``if
+    self.training``: it then has fewer stages, which do to evaluate with.
 
     Raises:
         TracingError: no tracer gave a graph that equals the model.
@@ -162,10 +155,6 @@ def build_variant(
 
 def plan_variant(recipe: Recipe, variant: Variant) -> tuple[CutPlan, Inserted]:
     """Make the sources of a split model's interfaces, and its plan.
-
-    Args:
-        recipe: what was asked for.
-        variant: the split model.
 
     Raises:
         DecouplingError: names of no interface, unknown sources, or some that cannot serve a value.

@@ -126,11 +126,7 @@ def _identities(bound: Bound) -> list[tuple[int, str, int]]:
 
 def _bound_attributes(split: Split, model: nn.Module) -> Bound:
     """Where the model keeps what the stages refer to, so that a replaced parameter, buffer or
-    module is noticed.
-
-    Returns:
-        Triples (table of the owning module, key, object) for every module called and attribute
-        read.
+    module is noticed: the owner's table, key and object of all that is called or read.
     """
     called = {path for stage in split.stages for path in stage.called}
     bound: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}

@@ -169,8 +169,8 @@ class Collection:
             target = seat.stack([tick.target for tick in ticks], "targets")
         report = trainer.step(x, done=done, target=target)
         for message, value in report.messages.items():
-            seat.latest[message] = Sent(report.step, value)
-            seat.sent.setdefault(message, []).append(seat.latest[message])
+            seat.latest[message] = Sent(message, report.step, value)
+            seat.sent.append(seat.latest[message])
         held = [w for w in trainer.windows if w.step == report.step and w.is_held]
         if seat.incoming and held:
             seat.held.append((held[0], ticks))
@@ -202,27 +202,26 @@ class Collection:
     def _answer(self, seat: Seat, done: bool) -> bool:
         """Hand in the gradients that are complete; whether there were any."""
         trainer = seat.trainer
-        every = [(message, sent) for message, those in seat.sent.items() for sent in those]
-        known = [(m, s) for m, s in every if self._is_complete(seat, m, s, done)]
-        waits = any(trainer.sources[m].asks.exact for m in seat.sent)
-        if not known or (waits and len(known) < len(every)):
+        known = [sent for sent in seat.sent if self._is_complete(seat, sent, done)]
+        waits = any(trainer.sources[sent.message].asks.exact for sent in seat.sent)
+        if not known or (waits and len(known) < len(seat.sent)):
             return False
         answers: dict[int, dict[str, Tensor]] = {}
-        for message, sent in known:
-            seat.sent[message].remove(sent)
+        for sent in known:
+            seat.sent.remove(sent)
             gradient = torch.zeros_like(sent.value) if sent.gradient is None else sent.gradient
             gradient = gradient / trainer.accumulate if trainer.accumulate > 1 else gradient
-            answers.setdefault(sent.step, {})[message] = gradient
+            answers.setdefault(sent.step, {})[sent.message] = gradient
         trainer.answer(answers)
         return True
 
-    def _is_complete(self, seat: Seat, message: str, sent: Sent, done: bool) -> bool:
+    def _is_complete(self, seat: Seat, sent: Sent, done: bool) -> bool:
         """Whether no gradient for it can come any more."""
         if sent.open:
             return False
-        if done or sent is not seat.latest[message]:
+        if done or sent is not seat.latest[sent.message]:
             return True
-        links = [link for link in seat.outgoing if link.message == message]
+        links = [link for link in seat.outgoing if link.message == sent.message]
         ticks = [self._seats[link.receiver].next_tick(self.now) for link in links]
         return all(seat.next_update(self.now) < tick for tick in ticks)
 
@@ -238,16 +237,15 @@ class Collection:
         for name in (link.sender, link.receiver):
             self._check_known(name, f"link {link}")
         receiver = self._seats[link.receiver]
-        if not receiver.member.trainer.opening.input_gradients:
+        if not receiver.trainer.opening.input_gradients:
             raise DecouplingError(
                 f"link {link}: the receiver sends no gradients back; make its trainer with "
                 "input_gradients=True"
             )
         if link.message not in (sent := self.members[link.sender].trainer.messages):
-            known = ", ".join(map(repr, sent)) or "none"
+            hint, known = did_you_mean(link.message, sent), ", ".join(map(repr, sent)) or "none"
             raise DecouplingError(
-                f"link {link}: the sender sends no such "
-                f"message{did_you_mean(link.message, sent)}; its trainer was made with "
+                f"link {link}: the sender sends no such message{hint}; its trainer was made with "
                 f"messages: {known}"
             )
         if link.key == INPUT or any(link.key == other.key for other in receiver.incoming):

@@ -144,12 +144,10 @@ class HeldState(Window):
         self.layers = {path: Layers(core) for path, core in stacks.items()}
         self.apart = self.layers.get("", nn.Module())  # under the modules' own paths
         for path, layers in self.layers.items() if "" not in self.layers else ():
-            holder = self.apart
+            holder: Any = self.apart
             *outer, last = path.split(".")
             for name in outer:
-                if name not in dict(holder.named_children()):
-                    holder.add_module(name, nn.Module())
-                holder = holder.get_submodule(name)
+                holder = holder._modules.setdefault(name, nn.Module())
             holder.add_module(last, layers)
 
     def run(self, x: Any, state: list[Tensor]) -> tuple[Any, list[Tensor]]:

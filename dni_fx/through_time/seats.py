@@ -75,6 +75,7 @@ class Member:
 class Sent:
     """A message under way."""
 
+    message: str
     step: int  # of the sender's report
     value: Tensor
     gradient: Tensor | None = None  # sent back so far
@@ -100,7 +101,7 @@ class Seat:
     incoming: list[Link] = field(default_factory=list)
     outgoing: list[Link] = field(default_factory=list)
     ticks: list[Tick] = field(default_factory=list)
-    sent: dict[str, list[Sent]] = field(default_factory=dict)  # not answered yet, oldest first
+    sent: list[Sent] = field(default_factory=list)  # not answered yet, oldest first
     latest: dict[str, Sent] = field(default_factory=dict)
     held: list[tuple[WindowBatch, list[Tick]]] = field(default_factory=list)
 
@@ -111,7 +112,7 @@ class Seat:
 
     def forget(self) -> None:
         """A new sequence begins."""
-        self.ticks, self.held, self.sent, self.latest = [], [], {}, {}
+        self.ticks, self.held, self.sent, self.latest = [], [], [], {}
 
     def next_tick(self, now: int) -> tuple[int, int]:
         """When it ticks next; tuples compare as the turns come."""
@@ -185,7 +186,7 @@ def take(
                 "message, (batch, ...), or let the receiver tick later (every=, and members "
                 "take their turns in order)"
             )
-        sent = sent or Sent(0, link.initial)  # type: ignore[arg-type]
+        sent = sent or Sent(link.message, 0, link.initial)  # type: ignore[arg-type]
         sent.open += 1
         messages[link.key] = sent.value.detach().requires_grad_()
         received.append((sent, messages[link.key]))
