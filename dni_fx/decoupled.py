@@ -104,6 +104,10 @@ class Decoupled(nn.Module):
         """
         return self.graphs.bind(*args, **kwargs)
 
+    def has_graph_for(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether stages for this kind of call exist, so that ``bind`` need not trace."""
+        return self.graphs.has_graph_for(*args, **kwargs)
+
     def as_module(
         self,
         synthesizer_optimizer: Callable[[Any], torch.optim.Optimizer] = torch.optim.Adam,

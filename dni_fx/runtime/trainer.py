@@ -137,7 +137,7 @@ class Trainer(Measures):
     ) -> StepReport:
         # The caller may write into its own.
         args, kwargs, target = map_tensors(torch.clone, (args, kwargs, target))
-        if not self.decoupled.graphs.has_graph_for(*args, **kwargs):
+        if not self.decoupled.has_graph_for(*args, **kwargs):
             self.drain()  # a model is traced while nothing else uses it
         values = self.decoupled.bind(*args, **kwargs)
         self._make_optimizers()
