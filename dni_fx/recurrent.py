@@ -110,8 +110,12 @@ def decouple_through_time(
         Jaderberg et al. 2016, arXiv:1608.05343, section 2.2.
     """
     check_whole(model)
+    if type(window) is not int or window < 1:
+        raise DecouplingError(f"window={window!r}: expected a number of time steps, at least 1")
     numbers = {"factor": factor, "auxiliary": auxiliary, "message_factor": message_factor}
-    _check_numbers(window, numbers)
+    for name, number in numbers.items():
+        if not isinstance(number, int | float) or number < 0:
+            raise DecouplingError(f"{name}={number!r}: expected a number, at least 0")
     if isinstance(messages, str):
         raise DecouplingError(
             f"messages={messages!r}: pass a list of keys, messages=[{messages!r}]"
@@ -135,14 +139,6 @@ def decouple_through_time(
         accumulate=accumulate,
         metrics_every=metrics_every,
     )
-
-
-def _check_numbers(window: int, others: dict[str, float]) -> None:
-    if type(window) is not int or window < 1:
-        raise DecouplingError(f"window={window!r}: expected a number of time steps, at least 1")
-    for name, number in others.items():
-        if not isinstance(number, int | float) or number < 0:
-            raise DecouplingError(f"{name}={number!r}: expected a number, at least 0")
 
 
 def frame(

@@ -28,14 +28,7 @@ from ..passes.cut.checking import check_model, check_stages
 from ..passes.cut.composing import call_stages
 from ..passes.cut.cutting import Flow, find_flow
 from ..passes.cut.describing import describe_plan
-from ..passes.cut.insertion import (
-    Context,
-    Gradients,
-    Inputs,
-    Inserted,
-    Leaving,
-    insert_sources,
-)
+from ..passes.cut.insertion import Context, Gradients, Inputs, Inserted, Leaving, insert_sources
 from ..passes.cut.splitting import split_stages
 from ..passes.search.choosing import (
     Choice,

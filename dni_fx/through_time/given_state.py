@@ -30,11 +30,7 @@ class GivenState(Window):
     stateless = False
 
     def __init__(
-        self,
-        model: nn.Module,
-        batch_first: bool,
-        initial_state: InitialState | None,
-        unrolls: bool,
+        self, model: nn.Module, batch_first: bool, initial_state: InitialState | None, unrolls: bool
     ) -> None:
         super().__init__(model, batch_first, initial_state)
         self.unrolls = unrolls

@@ -61,10 +61,7 @@ class Window(nn.Module):
     stateless: ClassVar[bool] = True
 
     def __init__(
-        self,
-        model: nn.Module,
-        batch_first: bool = True,
-        initial_state: InitialState | None = None,
+        self, model: nn.Module, batch_first: bool = True, initial_state: InitialState | None = None
     ) -> None:
         super().__init__()
         self.model = model
