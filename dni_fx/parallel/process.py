@@ -97,7 +97,7 @@ class Process:
         if not self.decoupled.is_traced:
             return
         mine = [self.decoupled.stages[k] for k in self.places.stages_of(self.peers.rank)]
-        self.optimizers.prepare(self.decoupled.graphs, mine, 1 / self.objective.accumulate)
+        self.optimizers.prepare(self.decoupled.graphs, mine)
 
     # ---- steps -----------------------------------------------------------------------------------
 

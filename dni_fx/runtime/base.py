@@ -61,7 +61,9 @@ class BaseTrainer(ABC):
             raise DecouplingError(f"clip_norm must be positive, not {clip_norm!r}")
         self.decoupled = decoupled
         self.objective = Objective(loss, accumulate, lambda: context or decoupled.context)
-        self.optimizing = StageOptimizers(optimizer, synthesizer_optimizer, clip_norm)
+        self.optimizing = StageOptimizers(
+            optimizer, synthesizer_optimizer, clip_norm, 1 / accumulate
+        )
         self.metrics = Metrics(metrics_every)
         self.steps = 0
 

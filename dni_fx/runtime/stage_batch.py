@@ -23,7 +23,7 @@ from ..sources.keeping import kept_weights
 from .answers import Answers
 from .batch_state import BatchState, Progress, Setting
 from .emitted import detached, evaluate, pull_back
-from .sample_losses import logits_of
+from .objective import logits_of
 from .stage_sources import StageSources
 from .tape import Rerun, Tape
 
@@ -74,37 +74,34 @@ class StageBatch:
         Raises:
             DecouplingError: a predicted input of another shape than the value has.
         """
-        state = self.state
-        predicted = state.input_predictions if self.setting.share == 0 else {}  # else only to learn
-        for name in self.stage.inputs if predicted else ():
-            if name not in predicted or name not in state.values:
-                continue
-            guess, real = predicted[name].value, state.values[name]
-            if guess.shape != real.shape:
+        values, names = self.state.values, self.stage.inputs
+        if self.setting.share > 0 or not self.state.input_predictions:  # else only to learn
+            return {n: values[n] for n in names}
+        predicted = {n: p.value for n, p in self.state.input_predictions.items() if n in names}
+        for name, guess in predicted.items():
+            if name in values and guess.shape != values[name].shape:
                 raise DecouplingError(
                     f"the synthetic input at {name!r} has shape {tuple(guess.shape)}, but the "
-                    f"value that was to be predicted has {tuple(real.shape)}: decouple on such "
-                    "examples, or leave this interface out of inputs="
+                    f"value that was to be predicted has {tuple(values[name].shape)}: decouple on "
+                    "such examples, or leave this interface out of inputs="
                 )
-        names = self.stage.inputs
-        return {n: predicted[n].value if n in predicted else state.values[n] for n in names}
+        return {n: predicted[n] if n in predicted else values[n] for n in names}
 
     def run_only(self) -> None:
         """Forward without a graph: the stage is not updated, or is run again later."""
         with torch.no_grad():
-            results = self.stage.module(*self.receive().values())
+            results = detached(self.stage.module(*self.receive().values()))
         if self.is_last:
-            self.state.output = detached(results)
+            self.state.output = results
         else:
-            sent = zip(self.stage.outputs, map(detached, results), strict=True)
-            self.state.values.update(sent)
+            self.state.values.update(zip(self.stage.outputs, results, strict=True))
 
     def step(self) -> None:
         """All at once, by the emitted training function."""
-        state, setting = self.state, self.setting
-        step = setting.functions[self.index].step
+        state = self.state
+        step = self.setting.functions[self.index].step.forward  # without a call's detours
         with self.sources.named():
-            result = step(self.receive(), state.context, setting.loss, state.target)
+            result = step(self.receive(), state.context, self.setting.loss, state.target)
         state.predictions.update(result.predictions)
         if self.is_last:
             state.loss, state.output = result.loss, result.outputs["output"]
@@ -121,7 +118,7 @@ class StageBatch:
             What gives a parameter's whole gradient, from what later stages made of it.
         """
         outputs, leaves, _entries = self.setting.functions[self.index].forward(self.receive())
-        sent = {n: o.detach() if isinstance(o, Tensor) else o for n, o in outputs.items()}
+        sent = {n: detached(o) for n, o in outputs.items()}
         given: dict[str, Tensor] = {}
         for group in self.sources.groups:
             prediction = self.sources.ask(group, sent)
@@ -143,13 +140,28 @@ class StageBatch:
     def _sent_back(self, outputs: dict[str, Any], found: dict[str, Tensor | None]) -> None:
         """Values that are known now, and what flows back to the stage's inputs."""
         self.state.values.update(outputs)
-        self.state.note_parts(self.setting, self.index, found, {})
+        self._note_parts(found, {})
         gradients = self.progress.gradients
         for name, gradient in found.items():
             arrived = gradients.get(name)
             if gradient is not None:
                 gradients[name] = gradient if arrived is None else arrived + gradient
         self.progress.finished[self.index] = self.state.now
+
+    def _note_parts(self, found: dict[str, Any], before: dict[str, Any]) -> None:
+        """What the stage adds to the gradients of its inputs, for sources with a part for it; later
+        stages had made ``before`` of them.
+        """
+        parts = self.progress.parts
+        for name in {n for s in self.setting.divided if self.index in s.consumers for n in s.names}:
+            gradient, later, known = (
+                found.get(name),
+                before.get(name),
+                parts.get((name, self.index)),
+            )
+            if gradient is not None:
+                part = gradient if later is None else gradient - later
+                parts[name, self.index] = part if known is None else known + part
 
     def run(self, delays: Mapping[int, int], on_values: Callable[[], None] | None = None) -> None:
         """Run forward, ask the sources, and pull back what is known at once.
@@ -163,31 +175,31 @@ class StageBatch:
             if on_values is not None:
                 on_values()
             return
-        late = delays[self.index] > 0
-        rerun = late and all(w.recompute for w in self.sources.waits)
-        early = not self.is_last and self.sources.answer_early
+        sources, late = self.sources, delays[self.index] > 0
+        asks, complete = [s.source.asks for s in sources.groups], not sources.waiting
+        rerun = late and all(a.wait.recompute for a in asks if a.wait)
+        early = bool(asks) and self.setting.share == 0 and all(a.early for a in asks)
         inputs = self.receive()
         held: Tape | Rerun | None = Rerun.of(self.stage.module, inputs) if rerun else None
+        tape = None
         if rerun and not early:
             self.run_only()
         else:
             tape = self.forward(inputs, keep=late and not rerun)
-            held = held or tape
         if on_values is not None:
             on_values()
-        self.sources.ask_all(delays)
-        assert held is not None
-        if self.is_last:
+        sources.ask_all(delays)
+        if tape is not None and self.is_last:
             self.evaluate(tape)
             self.pull_back(tape, {})
-        elif early:
-            complete = self.sources.answer_at_once
-            retain = held is tape and not complete
-            self.pull_back(tape, self.sources.predicted(), retain, complete)
-            if not complete:
-                self.progress.tapes[self.index] = held
-        else:
-            self.progress.tapes[self.index] = held
+            return
+        if tape is not None and early:
+            retain = held is None and not complete
+            self.pull_back(tape, sources.predicted(), retain, complete)
+        if not (early and complete):
+            waits = held or tape
+            assert waits is not None
+            self.progress.tapes[self.index] = waits
 
     def forward(self, inputs: dict[str, Any], keep: bool = False) -> Tape:
         """The emitted forward, its graph kept.
@@ -261,7 +273,7 @@ class StageBatch:
             partials[name], parameter.grad = parameter.grad, None
         backward = self.setting.functions[self.index].backward
         found = backward(tape.outputs, tape.leaves, tape.entries, given, partials, retain)
-        self.state.note_parts(self.setting, self.index, found, partials)
+        self._note_parts(found, partials)
         for leaf in tape.leaves.values():
             leaf.clear()
         if once:

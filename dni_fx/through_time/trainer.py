@@ -220,7 +220,7 @@ class ThroughTime(BaseTrainer):
         named = {n: _fresh(t) for n, t in zip(states.names, leaves, strict=True)}
         values = self.decoupled.bind(x_window, named)
         self._check_sources()
-        self.optimizing.prepare(self.decoupled.graphs, self.stages, 1 / self.accumulate)
+        self.optimizing.prepare(self.decoupled.graphs, self.stages)
         return values
 
     def answer(self, gradients: Mapping[int, Mapping[str, Tensor]]) -> None:
@@ -270,7 +270,6 @@ class ThroughTime(BaseTrainer):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """As :meth:`dni_fx.Trainer.load_state_dict`."""
-        self.optimizing.prepare(self.decoupled.graphs, self.stages, 1 / self.accumulate)
         load_trained(state, self.decoupled, self.optimizing)
         self.steps = state["steps"]
         self._windows.forget()

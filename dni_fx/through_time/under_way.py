@@ -26,7 +26,7 @@ class Windows:
         self, decoupled: Decoupled, optimizers: StageOptimizers, metrics: Metrics, accumulate: int
     ) -> None:
         self.decoupled = decoupled
-        self._in_turn = InTurn(decoupled, optimizers, metrics, accumulate)
+        self._in_turn: InTurn[WindowBatch] = InTurn(decoupled, optimizers, metrics, accumulate)
 
     @property
     def under_way(self) -> list[WindowBatch]:

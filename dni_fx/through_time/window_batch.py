@@ -49,7 +49,7 @@ class WindowBatch:
         everyone = decoupled.graphs.served()
         exact = [s for s in everyone if s.source.asks.exact]
         predicting = tuple(s for s in everyone if not s.source.asks.exact)
-        self.setting = Setting.unlocked(decoupled.graphs, objective, predicting)
+        self.setting = Setting.of(decoupled.graphs, objective, served=predicting)
         self.batch = Batch(self.setting)
         self.previous: WindowBatch | None = None
         self.torn = False
