@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,42 +30,8 @@ from .stage_batch import StageBatch
 Later = Callable[[Tensor | None], Tensor | None]
 
 
-class UnderWay(Protocol):
-    """What the executor knows of a batch: a :class:`Batch`, or a window."""
-
-    @property
-    def state(self) -> BatchState: ...
-
-    @property
-    def setting(self) -> Setting: ...
-
-    @property
-    def is_done(self) -> bool: ...
-
-    def advance(self, now: int) -> None: ...
-
-    def learn(self) -> list[tuple[str, Tensor]]: ...
-
-    def forget(self) -> None: ...
-
-    def compare(self, step: int) -> dict[str, InterfaceReport]: ...
-
-    def places(self) -> list[tuple[str, Tensor]]: ...
-
-
-B = TypeVar("B", bound=UnderWay)
-
-
 class Batch:
-    """One batch through all stages, which share its state.
-
-    Args:
-        setting: what holds for the batch.
-
-    Attributes:
-        state: what is known of it.
-        stages: the batch in each of them.
-    """
+    """One batch through all stages, which share its state."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting, self.state = setting, BatchState()
@@ -73,17 +39,9 @@ class Batch:
         every = range(len(setting.stages))
         self.stages = [StageBatch(setting, k, self.state, self.answers) for k in every]
 
-    # ---- the batch arrives -----------------------------------------------------------------------
-
     def begin(self, values: dict[str, Any], context: Any, target: Any, now: int = 0) -> None:
         """Run forward what is to be updated and what that needs, and pull back what is known at
-        once.
-
-        Args:
-            values: the model's inputs by name.
-            context: what sources see besides values.
-            target: what the loss takes.
-            now: the step that it is.
+        once; the arguments are as in :class:`BatchState`.
         """
         state, setting = self.state, self.setting
         state.values, state.context, state.target = values, context, target
@@ -142,8 +100,6 @@ class Batch:
         for stage in needed:
             stage.run(delays)
 
-    # ---- messages arrive -------------------------------------------------------------------------
-
     def advance(self, now: int) -> None:
         """Pull back, last stage first, everything that waited for what is there now."""
         self.state.now = now
@@ -151,15 +107,11 @@ class Batch:
             stage.advance()
 
     def learn(self) -> list[tuple[str, Tensor]]:
-        """Train every source whose message is there, and the synthetic inputs.
-
-        Returns:
-            Losses with their graph, by name.
+        """Losses, with their graph and by name, of every source whose message is there, and of the
+        synthetic inputs.
         """
         losses = [pair for stage in self.stages for pair in stage.sources.learn()]
         return losses + self.state.teach_inputs(self.setting.inputs)
-
-    # ---- what is known ---------------------------------------------------------------------------
 
     @property
     def is_done(self) -> bool:
@@ -171,7 +123,7 @@ class Batch:
         return not progress.tapes and all(lost)
 
     def forget(self) -> None:
-        """Drop what nothing that is still under way needs."""
+        """See :meth:`BatchState.forget`."""
         self.state.forget(self.setting.served)
 
     def compare(self, step: int) -> dict[str, InterfaceReport]:
@@ -179,20 +131,17 @@ class Batch:
         return {n: r for stage in self.stages for n, r in stage.sources.compare(step).items()}
 
     def places(self) -> list[tuple[str, Tensor]]:
-        """What must be finite besides values, with its name."""
+        """See :meth:`BatchState.places`."""
         return self.state.places(self.setting.served)
+
+
+B = TypeVar("B", bound=Batch)
 
 
 class InTurn(Generic[B]):
     """Executor: every step of time runs a new batch, and what waited for it, to the update.
 
     A step happens whole or not at all: after an error everything is as it was before.
-
-    Args:
-        decoupled: the model, traced before the first step.
-        optimizers: of its stages and sources.
-        metrics: when predictions are compared, and what was found.
-        accumulate: how many steps' gradients make one update.
 
     Attributes:
         under_way: batches that something is still expected for, oldest first.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..errors import DecouplingError
 from ..sources.keeping import kept_weights
 from .answers import Answers
-from .batch_state import BatchState, Progress, Setting
+from .batch_state import BatchState, Setting
 from .emitted import detached, evaluate, pull_back
 from .objective import logits_of
 from .stage_sources import StageSources
@@ -32,11 +32,8 @@ class StageBatch:
     """One batch in one stage. Knows no other stage and no transport.
 
     Args:
-        setting: what holds for the batch.
-        index: of the stage.
-        state: what is known of the batch; shared by stages that run one after the other.
-        answers: what has come back to its sources.
-        asks_again: see :class:`StageSources`.
+        setting, index, state, answers, asks_again: as for :class:`StageSources`; the state is
+            shared by stages that run one after the other.
 
     Attributes:
         stage: the subgraph.
@@ -57,16 +54,9 @@ class StageBatch:
         self.is_last = index == setting.last
 
     @property
-    def progress(self) -> Progress:
-        """How far the batch has come."""
-        return self.state.progress
-
-    @property
     def is_active(self) -> bool:
         """Whether the stage is updated with this batch."""
         return self.index in self.setting.active
-
-    # ---- receive and run -------------------------------------------------------------------------
 
     def receive(self) -> dict[str, Any]:
         """The stage's inputs by name, predicted ones where there are such.
@@ -115,22 +105,20 @@ class StageBatch:
         parameters its pull-back is repeated.
 
         Returns:
-            What gives a parameter's whole gradient, from what later stages made of it.
+            What makes a parameter's whole gradient of what later stages made of it.
         """
-        outputs, leaves, _entries = self.setting.functions[self.index].forward(self.receive())
+        outputs, leaves, _ = self.setting.functions[self.index].forward(self.receive())
         sent = {n: detached(o) for n, o in outputs.items()}
         given: dict[str, Tensor] = {}
         for group in self.sources.groups:
             prediction = self.sources.ask(group, sent)
             given.update(zip(group.names, prediction.gradients or (), strict=True))
-        roots = [outputs[n] for n in given]
-        gradients: list[Tensor | None] = list(given.values())
+        roots, gradients = [outputs[n] for n in given], list(given.values())
         pull_back(roots, gradients, retain_graph=True)
 
         def again(parameter: nn.Parameter, later: Tensor | None) -> Tensor | None:
             parameter.grad = None
-            pairs = [*roots, parameter], [*gradients, later]
-            pull_back(*pairs, retain_graph=True, inputs=[parameter])
+            pull_back([*roots, parameter], [*gradients, later], True, [parameter])
             total, parameter.grad = parameter.grad, None
             return total
 
@@ -141,18 +129,18 @@ class StageBatch:
         """Values that are known now, and what flows back to the stage's inputs."""
         self.state.values.update(outputs)
         self._note_parts(found, {})
-        gradients = self.progress.gradients
+        gradients = self.state.progress.gradients
         for name, gradient in found.items():
             arrived = gradients.get(name)
             if gradient is not None:
                 gradients[name] = gradient if arrived is None else arrived + gradient
-        self.progress.finished[self.index] = self.state.now
+        self.state.progress.finished[self.index] = self.state.now
 
     def _note_parts(self, found: dict[str, Any], before: dict[str, Any]) -> None:
         """What the stage adds to the gradients of its inputs, for sources with a part for it; later
         stages had made ``before`` of them.
         """
-        parts = self.progress.parts
+        parts = self.state.progress.parts
         for name in {n for s in self.setting.divided if self.index in s.consumers for n in s.names}:
             gradient, later, known = (
                 found.get(name),
@@ -180,7 +168,7 @@ class StageBatch:
         rerun = late and all(a.wait.recompute for a in asks if a.wait)
         early = bool(asks) and self.setting.share == 0 and all(a.early for a in asks)
         inputs = self.receive()
-        held: Tape | Rerun | None = Rerun.of(self.stage.module, inputs) if rerun else None
+        held: Tape | Rerun | None = Rerun(self.stage.module, inputs) if rerun else None
         tape = None
         if rerun and not early:
             self.run_only()
@@ -199,7 +187,7 @@ class StageBatch:
         if not (early and complete):
             waits = held or tape
             assert waits is not None
-            self.progress.tapes[self.index] = waits
+            self.state.progress.tapes[self.index] = waits
 
     def forward(self, inputs: dict[str, Any], keep: bool = False) -> Tape:
         """The emitted forward, its graph kept.
@@ -227,22 +215,20 @@ class StageBatch:
         tape.outputs["loss"] = loss
         self.state.loss, self.state.output = loss.detach(), detached(output)
 
-    # ---- pull back -------------------------------------------------------------------------------
-
     def advance(self) -> None:
         """Pull back what waited, if what it waits for is there now."""
-        held = self.progress.tapes.get(self.index)
+        held = self.state.progress.tapes.get(self.index)
         locked, waiting = self.setting.share > 0, self.sources.waiting
         if held is None or not (locked or all(map(self.answers.is_ready, waiting))):
             return
         lost = [self.answers.is_lost(s, s.source.asks.awaited) for s in waiting]
         if any(lost) and not locked:  # a consumer is not updated
-            del self.progress.tapes[self.index]
+            del self.state.progress.tapes[self.index]
             return
         given = self.sources.completed()
-        del self.progress.tapes[self.index]
+        del self.state.progress.tapes[self.index]
         if isinstance(held, Rerun):
-            with held.as_then(self.stage.module):
+            with held.as_then():
                 forward = self.setting.functions[self.index].forward
                 self.pull_back(Tape(*forward(held.values)), given)
         else:
@@ -264,7 +250,7 @@ class StageBatch:
         """
         if "loss" in tape.outputs:
             given = {**given, "loss": torch.ones_like(tape.outputs["loss"])}
-        split, progress = self.setting.split, self.progress
+        split, progress = self.setting.split, self.state.progress
         gradients, early = progress.gradients, progress.early
         once = complete and self.index not in early
         received = split.received_in(self.index) if once else []

@@ -11,8 +11,7 @@ from ..decoupled import Decoupled
 from ..errors import DecouplingError
 from ..passes.trace.ports import ANOTHER
 from ..plan import Interface
-from ..reports.steps import InterfaceReport
-from ..runtime.batch_state import BatchState, Setting
+from ..runtime.batch_state import Setting
 from ..runtime.finite import refuse
 from ..runtime.in_turn import Batch
 from ..runtime.objective import Objective
@@ -20,7 +19,7 @@ from ..runtime.tape import Tape
 from ..sources import Served, side_by_side
 
 
-class WindowBatch:
+class WindowBatch(Batch):
     """One window: what leaves it waits for the next one, or for another network.
 
     Sources that predict are asked at once. Where the gradient of something that leaves is to be
@@ -49,8 +48,7 @@ class WindowBatch:
         everyone = decoupled.graphs.served()
         exact = [s for s in everyone if s.source.asks.exact]
         predicting = tuple(s for s in everyone if not s.source.asks.exact)
-        self.setting = Setting.of(decoupled.graphs, objective, served=predicting)
-        self.batch = Batch(self.setting)
+        super().__init__(Setting.of(decoupled.graphs, objective, served=predicting))
         self.previous: WindowBatch | None = None
         self.torn = False
         self.sent_back: dict[str, Tensor | None] = {}
@@ -61,11 +59,6 @@ class WindowBatch:
             to_itself = self.leaving[group.name].feeds != ANOTHER
             group.source.ended = ended if to_itself else None
         self._holds = bool(exact or self._tracing)
-
-    @property
-    def state(self) -> BatchState:
-        """What is known of the window."""
-        return self.batch.state
 
     @property
     def is_held(self) -> bool:
@@ -92,7 +85,7 @@ class WindowBatch:
             NonFiniteError: a held window's loss or values are not finite.
         """
         if not self._holds:
-            self.batch.begin(values, context, target, now)
+            super().begin(values, context, target, now)
             return
         # The caller may write into its tensors before the window is pulled back.
         for name in self.setting.split.model_inputs:
@@ -101,7 +94,7 @@ class WindowBatch:
         state = self.state
         state.values, state.context, state.target = values, context, target
         state.now = state.started = now
-        for stage in self.batch.stages:
+        for stage in self.stages:
             tape = stage.forward(stage.receive())
             if stage.is_last:
                 stage.evaluate(tape)
@@ -123,7 +116,7 @@ class WindowBatch:
         """Of the state after the window for that before it, ``(batch, features, features)``; None
         at a start.
         """
-        if len(self.batch.stages) > 1:
+        if len(self.stages) > 1:
             raise DecouplingError(
                 "Traces needs a window in one stage: leave out cuts=, or use another source"
             )
@@ -172,7 +165,7 @@ class WindowBatch:
             return
         self.torn = self.is_held
         for index in sorted(progress.tapes, reverse=True):
-            stage, tape = self.batch.stages[index], progress.tapes.pop(index)
+            stage, tape = self.stages[index], progress.tapes.pop(index)
             assert isinstance(tape, Tape)
             predicted = stage.sources.predicted()
             arrived = progress.gradients
@@ -187,25 +180,6 @@ class WindowBatch:
                     self.previous.hear(name, self.sent_back[interface.feeds])
             self.previous = None
 
-    # ---- what the executor asks ------------------------------------------------------------------
-
-    @property
-    def is_done(self) -> bool:
-        """Whether nothing of the window is under way any more."""
-        return self.batch.is_done
-
-    def learn(self) -> list[tuple[str, Tensor]]:
-        """Train every source whose message is there."""
-        return self.batch.learn()
-
-    def compare(self, step: int) -> dict[str, InterfaceReport]:
-        """How near each prediction is to what arrived."""
-        return self.batch.compare(step)
-
-    def places(self) -> list[tuple[str, Tensor]]:
-        """What must be finite besides values, with its name."""
-        return self.batch.places()
-
     def forget(self) -> None:
         """Drop what nothing that is still under way needs: what has left may be answered, and wait
         with the answer.
@@ -214,7 +188,7 @@ class WindowBatch:
         waiting = {n: v for n, v in state.sent.items() if n in leaving and n not in self.heard}
         gradients = state.progress.gradients
         answers = {n: g for n, g in gradients.items() if n in leaving and self.is_held}
-        self.batch.forget()
+        super().forget()
         state.sent |= waiting
         state.progress.gradients |= answers
 
