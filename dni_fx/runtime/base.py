@@ -143,8 +143,9 @@ class BaseTrainer(ABC):
         """
         report = None
         for epoch in range(epochs):
-            label = f"epoch {epoch + 1}/{epochs}"
-            with tqdm(loader, desc=label, disable=not progress, leave=False) as bar:
+            with tqdm(
+                loader, f"epoch {epoch + 1}/{epochs}", disable=not progress, leave=False
+            ) as bar:
                 for batch in bar:
                     args, kwargs, target = (unpack or unpack_batch)(batch)
                     report = self.step(*args, target=target, **kwargs)

@@ -157,11 +157,7 @@ class Setting:
 
 
 class Settings:
-    """The newest setting, kept as long as graph and mode are the same.
-
-    Args:
-        graphs, objective, loss: as for :meth:`Setting.of`.
-    """
+    """The newest setting, kept as long as graph and mode are the same."""
 
     def __init__(self, graphs: Graphs, objective: Objective, loss: Loss | None = None) -> None:
         self.graphs, self.objective, self.loss = graphs, objective, loss
@@ -242,19 +238,13 @@ class BatchState:
         return {n: p.value for n, p in self.input_predictions.items()} | self.values
 
     def teach_inputs(self, inputs: dict[str, InputSource]) -> list[tuple[str, Tensor]]:
-        """Train the synthetic inputs whose real value is there.
-
-        Args:
-            inputs: by interface name.
-
-        Returns:
-            Losses with their graph, by ``name@input``.
+        """Losses of the synthetic inputs whose real value is there, with their graph, by
+        ``name@input``.
         """
-        losses: list[tuple[str, Tensor]] = []
-        for name in [n for n in self.input_predictions if n in self.values]:
-            loss = inputs[name].fit(self.input_predictions.pop(name), self.values[name])
-            losses += [] if loss is None else [(f"{name}@input", loss)]
-        return losses
+        seen = [n for n in self.input_predictions if n in self.values]
+        pairs = [(n, self.input_predictions.pop(n)) for n in seen]
+        losses = [(f"{n}@input", inputs[n].fit(p, self.values[n])) for n, p in pairs]
+        return [(n, loss) for n, loss in losses if loss is not None]
 
     def note_sent(self, setting: Setting) -> None:
         """Remember the values that carry a gradient, predicted ones where no others are known."""
@@ -262,39 +252,27 @@ class BatchState:
         self.sent = {n: known[n] for n in carried if n in known}
 
     def forget(self, groups: Sequence[Served]) -> None:
-        """Drop what nothing that is still under way needs.
-
-        Args:
-            groups: the sources that the batch's stages ask.
-        """
+        """Drop what nothing that is still under way needs, of ``groups`` as of all others."""
         progress = self.progress
-        waiting = [
-            s for s in groups if s.name not in progress.fitted or s.producer in progress.tapes
-        ]
-        needed = {n for s in waiting for n in s.names}
-        asked = {s.name for s in waiting}
+        done = progress.fitted - {s.name for s in groups if s.producer in progress.tapes}
+        asked = {s.name for s in groups} - done
+        needed = {n for s in groups if s.name in asked for n in s.names}
         self.values, self.sent = {}, {n: v for n, v in self.sent.items() if n in needed}
         progress.gradients = {n: g for n, g in progress.gradients.items() if n in needed}
         self.predictions = {n: p for n, p in self.predictions.items() if n in asked}
         self.output = self.target = None
 
     def places(self, groups: Sequence[Served]) -> list[tuple[str, Tensor]]:
-        """What must be finite besides values, with its name; the first in program order first.
-
-        Args:
-            groups: the sources that the batch's stages ask.
+        """What must be finite besides values, with its name, the first in program order first; of
+        the sources that are asked, ``groups``.
         """
-        places: list[tuple[str, Tensor]] = []
+        places: list[tuple[str, Tensor | None]] = []
         for group in groups:
             prediction = self.predictions.get(group.name)
-            if prediction is not None and prediction.gradients is not None:
-                pairs = zip(group.names, prediction.gradients, strict=True)
-                places += [(f"the predicted gradient of interface {n!r}", g) for n, g in pairs]
-        for name, predicted in self.input_predictions.items():
-            places.append((f"the synthetic input at interface {name!r}", predicted.value))
-        if self.loss is not None:
-            places.append(("the loss", self.loss))
-        for name, gradient in reversed(list(self.progress.gradients.items())):
-            if gradient is not None:
-                places.append((f"the gradient of interface {name!r}", gradient))
-        return places
+            pairs = zip(group.names, (prediction and prediction.gradients) or (), strict=False)
+            places += [(f"the predicted gradient of interface {n!r}", g) for n, g in pairs]
+        inputs, arrived = self.input_predictions.items(), reversed(self.progress.gradients.items())
+        places += [(f"the synthetic input at interface {n!r}", p.value) for n, p in inputs]
+        places.append(("the loss", self.loss))
+        places += [(f"the gradient of interface {n!r}", g) for n, g in arrived]
+        return [(name, tensor) for name, tensor in places if tensor is not None]

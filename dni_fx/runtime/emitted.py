@@ -144,6 +144,8 @@ def evaluate(
 
 def detached(value: Any) -> Any:
     """A nested value with every tensor detached."""
+    if isinstance(value, torch.Tensor):  # as nearly always
+        return value.detach()
     return map_tensors(torch.Tensor.detach, value)
 
 
@@ -151,12 +153,9 @@ def detached(value: Any) -> Any:
 def keep_modes() -> Iterator[None]:
     """Leave gradient mode and autocast as they were if a stage fails within a region of its own."""
     gradients, cache = torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    casts = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices]
     depth = _autocast_depth()
-    casts = [
-        (d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d))
-        for d in ("cpu", "cuda")
-        if d == "cpu" or torch.cuda.is_available()
-    ]
     try:
         yield
     except BaseException:

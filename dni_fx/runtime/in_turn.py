@@ -168,8 +168,7 @@ class InTurn(Generic[B]):
 
         Args:
             steps: number of batches before this one.
-            new: the new batch; None to finish what is under way.
-            begin: runs it.
+            new: the new batch, run by ``begin``; None to finish what is under way.
             check: called with all batches before an update; may refuse it.
 
         Raises:
@@ -212,25 +211,14 @@ class InTurn(Generic[B]):
         self.clock += 1
 
     def drain(self, steps: int) -> int:
-        """Finish the batches that are under way, each of whose messages comes a step later.
-
-        Returns:
-            How many steps of time that took.
-
-        Raises:
-            DecouplingError: a source waits for something that does not come.
-        """
+        """See :meth:`dni_fx.Trainer.drain`."""
         sources = self.decoupled.sources.values()
         longest = sum(s.asks.lag or 0 for s in sources) + len(self.decoupled.stages)
-        count = 0
-        while self.under_way:
-            if count > longest:
-                raise DecouplingError(
-                    f"{len(self.under_way)} batches wait for messages that do not come"
-                )
+        for count in range(longest + 2):
+            if not self.under_way:
+                return count
             self.advance(steps, None, lambda: None)
-            count += 1
-        return count
+        raise DecouplingError(f"{len(self.under_way)} batches wait for messages that do not come")
 
     def _drop_left_out(self, setting: Setting) -> None:
         """Stages that the schedule left out, where all had to run for the true gradient."""

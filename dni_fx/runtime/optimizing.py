@@ -49,12 +49,9 @@ class StageOptimizers:
         self._variant: Variant | None = None  # the graph that all optimisers know
 
     def prepare(self, graphs: Graphs, stages: Collection[Stage]) -> None:
-        """Make all optimisers, at the first call; later, have them adopt what only a graph made
-        since uses, say that of training mode after one of evaluation.
-
-        Args:
-            graphs: of the model; the one that is trained is active.
-            stages: those that are trained here.
+        """Make all optimisers of the stages that are trained here, at the first call; later, have
+        them adopt what only a graph made since uses, say that of training mode after one of
+        evaluation.
 
         Raises:
             DecouplingError: what was returned is no optimiser, or steps what it was not given.

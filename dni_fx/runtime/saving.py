@@ -36,13 +36,8 @@ class AllOrNothing:
 
     @contextlib.contextmanager
     def step(self, keep: bool) -> Iterator[Callable[[], None]]:
-        """For one step.
-
-        Args:
-            keep: hold gradients of earlier steps of the same update.
-
-        Returns:
-            What adds those to the step's own, as autograd would.
+        """For one step. With ``keep`` the gradients of earlier steps of the same update are held;
+        the result adds these to the step's own, as autograd would.
         """
         gradients = [p.grad if keep else None for p in self.parameters]
         pairs = list(zip(self.parameters, gradients, strict=True))
@@ -96,14 +91,7 @@ class AllOrNothing:
 def trained_state(
     decoupled: Decoupled, optimizers: StageOptimizers, steps: int, accumulate: int
 ) -> dict[str, Any]:
-    """Model, sources, optimisers, unfinished gradients, random states and the number of steps.
-
-    Args:
-        decoupled: the model.
-        optimizers: of its stages and sources.
-        steps: number of steps made.
-        accumulate: how many of them make one update.
-    """
+    """Model, sources, optimisers, unfinished gradients, random states and the number of steps."""
     named = decoupled.named_parameters()
     gradients = {n: p.grad for n, p in named if p.grad is not None and steps % accumulate}
     return {
@@ -124,9 +112,7 @@ def load_trained(
     """Put back what :func:`trained_state` returned; the caller takes the number of steps.
 
     Args:
-        state: it.
-        decoupled: the model.
-        optimizers: of its stages and sources.
+        state, decoupled, optimizers: it, the model, and what trains that.
         begin: called once the state is known to fit, before anything is loaded.
 
     Raises:

@@ -190,16 +190,12 @@ class StageBatch:
             self.state.progress.tapes[self.index] = waits
 
     def forward(self, inputs: dict[str, Any], keep: bool = False) -> Tape:
-        """The emitted forward, its graph kept.
-
-        Args:
-            inputs: as :meth:`receive` gives them.
-            keep: with copies of the weights, which are updated before the backward.
+        """The emitted forward, its graph kept; ``keep`` is with copies of the weights, which are
+        updated before the backward.
         """
         with kept_weights(self.stage.module) if keep else contextlib.nullcontext():
             tape = Tape(*self.setting.functions[self.index].forward(inputs))
-        sent = {n: detached(v) for n, v in tape.outputs.items() if n != "output"}
-        self.state.values.update(sent)
+        self.state.values |= {n: detached(v) for n, v in tape.outputs.items() if n != "output"}
         return tape
 
     def evaluate(self, tape: Tape) -> None:
@@ -268,9 +264,9 @@ class StageBatch:
             early[self.index] = found
         else:
             for name, later in found.items():
-                before = gradients.get(name), early[self.index][name]
-                parts = [g for g in (*before, later) if g is not None]
-                gradients[name] = functools.reduce(torch.add, parts) if parts else None
+                parts = gradients.get(name), early[self.index][name], later
+                known = [g for g in parts if g is not None]
+                gradients[name] = functools.reduce(torch.add, known) if known else None
         if complete:
             progress.finished[self.index] = self.state.now
 

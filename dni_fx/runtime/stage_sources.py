@@ -20,10 +20,8 @@ class StageSources:
     """What a stage asks its sources about one batch, and what they learn from it.
 
     Args:
-        setting: what holds for the batch.
-        index: of the stage.
-        state: what is known of the batch.
-        answers: what has come back to the sources.
+        setting, index: what holds for the batch, and which stage it is.
+        state, answers: what is known of the batch, and what has come back to the sources.
         asks_again: where a source has learnt since it was asked, what it says now is corrected, so
             that a late message does not drive on what is right by now; else it keeps its weights
             of then.
@@ -46,15 +44,9 @@ class StageSources:
         """Those that wait for a message."""
         return [s for s in self.groups if s.source.asks.wait is not None]
 
-    # ---- ask -------------------------------------------------------------------------------------
-
     def ask(self, group: Served, values: Mapping[str, Any], keep: bool = False) -> Prediction:
-        """What a source says about its values; remembered.
-
-        Args:
-            group: the source.
-            values: by name, detached.
-            keep: with copies of its weights, which are updated before its message comes.
+        """What a source says about its values (by name, detached); remembered. ``keep`` is with
+        copies of its weights, which are updated before its message comes.
         """
         if self.asks_again:
             self._versions[group.name] = _version(group.source)
@@ -65,11 +57,7 @@ class StageSources:
         return prediction
 
     def ask_all(self, delays: Mapping[int, int]) -> None:
-        """About what the stage sends.
-
-        Args:
-            delays: in how many steps each stage will have pulled back this batch.
-        """
+        """About what the stage sends; ``delays`` are as in :class:`Setting`."""
         for group in self.groups:
             self.ask(group, self.state.values, self._hears_late(group, delays))
 
@@ -88,8 +76,6 @@ class StageSources:
         """Whether a source may be updated before the message about its prediction comes."""
         hears = not self.asks_again and "gradient" in group.source.asks.learns_from
         return hears and any(delays[c] > 0 for c in group.consumers)
-
-    # ---- what is pulled back ---------------------------------------------------------------------
 
     def predicted(self) -> dict[str, Tensor]:
         """What is pulled back at once, by value."""
@@ -135,14 +121,8 @@ class StageSources:
             return tuple(a + b for a, b in zip(found, self._said(group), strict=True))
         return found
 
-    # ---- learn -----------------------------------------------------------------------------------
-
     def learn(self) -> list[tuple[str, Tensor]]:
-        """Train every source whose message is there.
-
-        Returns:
-            Losses with their graph, by the source's name.
-        """
+        """Losses of every source whose message is there, with their graph, by its name."""
         losses: list[tuple[str, Tensor | None]] = []
         for group in filter(self._was_asked, self.groups):
             if group.by_consumer:
@@ -190,11 +170,7 @@ class StageSources:
         return self._again.get(group.name, said)
 
     def compare(self, step: int) -> dict[str, InterfaceReport]:
-        """How near each prediction is to what arrived, once for each.
-
-        Args:
-            step: number of the step, for the reports.
-        """
+        """How near each prediction is to what arrived, once for each."""
         found: dict[str, InterfaceReport] = {}
         measured, inputs = self.state.progress.measured, self.setting.inputs
         for group in filter(self._was_asked, self.groups):

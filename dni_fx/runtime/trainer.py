@@ -49,9 +49,6 @@ class Trainer(Measures):
         metrics_every: how often the predictions are compared with their targets, in steps.
 
     Attributes:
-        optimizers: by stage name, for learning-rate schedulers.
-        synthesizer_optimizers: by interface name, that of a synthetic input by ``name@input``.
-        steps: number of steps made.
         threads: the stages at work, with ``schedules.Threads``; None before the first step.
 
     Raises:

@@ -38,8 +38,7 @@ class Visit:
         teach: steps a source on the gradients of its parameters.
 
     Attributes:
-        sent: names of the values that the stage sends with a gradient.
-        received: names of those that it takes with one.
+        sent, received: names of the values that the stage sends and takes with a gradient.
         inputs: what it takes, until it has run.
     """
 
@@ -50,11 +49,8 @@ class Visit:
         self.inputs: dict[str, Any] = {}
 
     def run(self, parameters: list[nn.Parameter], done: list[str]) -> None:
-        """Run the stage; what it sends is known then.
-
-        Args:
-            parameters: the stage's.
-            done: inputs that no later stage takes.
+        """Run the stage, whose parameters these are; what it sends is known then, and the inputs
+        that no later stage takes, ``done``, are gone.
         """
         batch, values = self.batch, self.batch.state.values
         if not self.sent:  # nothing in it learns
