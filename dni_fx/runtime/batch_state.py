@@ -59,12 +59,9 @@ class Setting:
         """For a batch whose graph is active.
 
         Args:
-            graphs: of the model.
-            objective: the loss.
-            mode: what the schedule says of the step.
-            served: the sources that are asked; by default all, in exact mode none, and with the
-                true gradients.
-            loss: what is pulled back; by default the objective's scaled loss.
+            graphs, objective, mode: the model's, the loss, and what the schedule says of the step.
+            served: by default all sources; in exact mode none, and with the true gradients.
+            loss: by default the objective's scaled loss.
             whole: whether the graph must have all cuts of the plan.
 
         Raises:

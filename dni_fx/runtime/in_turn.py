@@ -47,7 +47,11 @@ class Batch:
         state.values, state.context, state.target = values, context, target
         state.now = state.started = now
         needed = [self.stages[k] for k in setting.needed]
-        self._predict_inputs(needed)
+        for name, source in setting.inputs.items():
+            # Of what a stage that runs sends, too: the synthesizer learns from that.
+            if any(name in (*s.stage.inputs, *s.stage.outputs) for s in needed):
+                seen = tuple(values[n] for n in setting.split.model_inputs)
+                state.input_predictions[name] = source.predict(seen)
         if setting.holds:
             self._hold(needed)
         else:
@@ -55,15 +59,6 @@ class Batch:
         for stage in self.stages if len(setting.active) < len(self.stages) else ():
             stage.sources.ask_to_learn(setting.delays)
         state.note_sent(setting)
-
-    def _predict_inputs(self, needed: list[StageBatch]) -> None:
-        """Of what a stage that runs receives, and of what it sends, so that the synthesizer learns
-        from that.
-        """
-        for name, source in self.setting.inputs.items():
-            if any(name in (*s.stage.inputs, *s.stage.outputs) for s in needed):
-                seen = tuple(self.state.values[n] for n in self.setting.split.model_inputs)
-                self.state.input_predictions[name] = source.predict(seen)
 
     def _step_through(self, needed: list[StageBatch]) -> None:
         """Every source answers at once: the emitted training functions."""

@@ -139,16 +139,8 @@ class DropIn(nn.Module):
 
 
 class DropInState:
-    """What a drop-in module knows besides the model.
-
-    Args:
-        graphs: of the model.
-        encode: makes of a target what sources see.
-        make_optimizer, target_of, unit: as for :meth:`dni_fx.Decoupled.as_module`.
-        module: an object without attributes yet; a new one by default.
-
-    Raises:
-        DecouplingError: sources that an ordinary loop cannot serve.
+    """What a drop-in module knows besides the model: see :meth:`dni_fx.Decoupled.as_module`;
+    ``encode`` makes of a target what sources see.
     """
 
     def __init__(
@@ -249,8 +241,9 @@ class DropInState:
         if known and all_finite(known):
             for parameter, gradient in zip(learnt_by(group), gradients, strict=True):
                 parameter.grad = gradient
-            self.optimizers_now()[group.name].step()
-            self.optimizers_now()[group.name].zero_grad()
+            optimizer = self.optimizers_now()[group.name]
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 def _module_like(model: nn.Module) -> DropIn:

@@ -122,7 +122,7 @@ def test_a_state_with_other_groups_is_refused_and_changes_nothing(newer: bool) -
     (first if newer else second).step(X, target=Y)
     state = copy.deepcopy(first.state_dict())
     before, sizes = whole(second), groups(second)
-    with pytest.raises(DecouplingError, match="stage_1.*groups of") as caught:
+    with pytest.raises(DecouplingError, match=r"stage_1.*groups of") as caught:
         second.load_state_dict(state)
     assert "a group of its own" in str(caught.value)
     assert groups(second) == sizes
