@@ -82,7 +82,7 @@ class Process:
         """Make the optimisers of the stages here, or have them adopt what a new graph uses."""
         if self.decoupled.is_traced:
             mine = [self.decoupled.stages[k] for k in self.places.stages_of(self.peers.rank)]
-            self.optimizers.prepare(self.decoupled.graphs, mine, 1 / self.objective.accumulate)
+            self.optimizers.prepare(self.decoupled.graphs, mine)
 
     def step(self, steps: int, mode: Mode, values: dict[str, Any], target: Any) -> StepReport:
         """One batch, after so many, through the stages here."""

@@ -62,7 +62,9 @@ class ThroughTime(BaseTrainer):
         super().__init__(decoupled, loss, **options)
         self.model, self.opening = decoupled.model, opening
         self.window, self.messages = window, opening.messages
-        self._in_turn = InTurn(decoupled, self.optimizing, self.metrics, self.accumulate)
+        self._in_turn: InTurn[WindowBatch] = InTurn(
+            decoupled, self.optimizing, self.metrics, self.accumulate
+        )
         self._carried = Carried()
 
     @property
@@ -202,7 +204,7 @@ class ThroughTime(BaseTrainer):
         named = {n: _fresh(t) for n, t in zip(names, leaves, strict=True)}
         values = self.decoupled.bind(x_window, named)
         _check_sources(self.sources)
-        self.optimizing.prepare(self.decoupled.graphs, self.stages, 1 / self.accumulate)
+        self.optimizing.prepare(self.decoupled.graphs, self.stages)
         return values
 
     def _advance(self, new: WindowBatch | None, begin: Callable[[], None]) -> None:
@@ -283,7 +285,6 @@ class ThroughTime(BaseTrainer):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """As :meth:`dni_fx.Trainer.load_state_dict`."""
-        self.optimizing.prepare(self.decoupled.graphs, self.stages, 1 / self.accumulate)
         load_trained(state, self.decoupled, self.optimizing)
         self.steps = state["steps"]
         self._in_turn.under_way = []

@@ -55,7 +55,7 @@ class WindowBatch(Batch):
         everyone = decoupled.graphs.served()
         exact = [s for s in everyone if s.source.asks.exact]
         predicting = tuple(s for s in everyone if not s.source.asks.exact)
-        super().__init__(Setting.unlocked(decoupled.graphs, objective, predicting))
+        super().__init__(Setting.of(decoupled.graphs, objective, served=predicting))
         self.step, self.ended, self.previous = step, ended, previous
         self.leaving = {i.name: i for i in self.setting.split.interfaces if i.leaves}
         self.messages = [n for n, i in self.leaving.items() if i.feeds == ANOTHER]
