@@ -180,55 +180,40 @@ class GradientSource(Declares, nn.Module):
         """:meth:`predict`, checked, as one module call in an emitted function.
 
         Raises:
-            DecouplingError: ``predict`` returned no prediction, or not one gradient per value.
+            DecouplingError: ``predict`` returned no prediction, not one gradient per value, or one
+                of another shape or dtype than its value.
         """
-        prediction = self.predict(values, context)
-        check_prediction(self, prediction, values)
-        return prediction
-
-    def flops(self) -> int:
-        """Floating-point operations (multiply-adds x 2) of one ``predict`` on the example batch.
-
-        Counted on a copy without storage, so that nothing here changes; subclasses may know a
-        formula.
-        """
-        return count_flops(self, self.specs, self.context_spec)
-
-
-SourceFactory = Callable[[Sequence[TensorSpec], TensorSpec | None], GradientSource]
-
-
-def check_prediction(source: GradientSource, prediction: Any, values: Sequence[Tensor]) -> None:
-    """Compare what ``predict`` returned with the values that it was asked for.
-
-    Raises:
-        DecouplingError: no prediction, not one gradient per value, or one of another shape or dtype
-            than its value.
-    """
-    name = type(source).__name__
-    given: Any = prediction.gradients if isinstance(prediction, Prediction) else ()
-    if given is None and not source.asks.early:
-        return
-    if isinstance(given, tuple) and len(given) == len(values):
+        prediction: Any = self.predict(values, context)
+        name, is_one = type(self).__name__, isinstance(prediction, Prediction)
+        given: Any = prediction.gradients if is_one else ()
+        if given is None and not self.asks.early:
+            return prediction
+        fits = is_one and isinstance(given, tuple) and len(given) == len(values)
+        if not fits or not all(isinstance(gradient, Tensor) for gradient in given):
+            found = f"Prediction({_described(given)})" if is_one else _described(prediction)
+            raise DecouplingError(
+                f"{name}.predict must return a Prediction with a tuple of one gradient per value "
+                f"({len(values)} here; None only from a source that waits), such as "
+                f"Prediction((gradient,)), but returned {found}"
+            )
         for g, v in zip(given, values, strict=True):
-            if not isinstance(g, Tensor):
-                break
             if g.shape != v.shape or g.dtype is not v.dtype:
                 raise DecouplingError(
                     f"{name}.predict returned a gradient of shape {tuple(g.shape)}, {g.dtype} for "
                     f"a value of shape {tuple(v.shape)}, {v.dtype}: each must have its value's "
                     "shape, and be cast by .to(value.dtype) where that is another one"
                 )
-        else:
-            return
-    found = _described(prediction)
-    if isinstance(prediction, Prediction):
-        found = f"Prediction({_described(given)})"
-    raise DecouplingError(
-        f"{name}.predict must return a Prediction with a tuple of one gradient per value "
-        f"({len(values)} here; None only from a source that waits), such as "
-        f"Prediction((gradient,)), but returned {found}"
-    )
+        return prediction
+
+    def flops(self) -> int:
+        """Floating-point operations (multiply-adds x 2) of one ``predict`` on the example batch.
+
+        Counted on a copy without storage, so that nothing here changes.
+        """
+        return count_flops(self, self.specs, self.context_spec)
+
+
+SourceFactory = Callable[[Sequence[TensorSpec], TensorSpec | None], GradientSource]
 
 
 def _described(found: Any) -> str:

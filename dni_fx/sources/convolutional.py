@@ -18,9 +18,7 @@ from .regression import Network, Regression, make_norms
 
 
 class ConvNetwork(Network):
-    """Convolutions with ReLUs between them, zero padded to the same size; the last layer starts at
-    0.
-    """
+    """Convolutions with ReLUs between them, zero padded to the same size; the last starts at 0."""
 
     def __init__(
         self,
@@ -44,32 +42,22 @@ class ConvNetwork(Network):
             )
         convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[self.space - 1]
         width = self.features if width is None else width
-        self.kernel = kernel
-        self.sizes = [self.features + self.context_features] + [width] * hidden + [self.features]
+        sizes = [self.features + self.context_features] + [width] * hidden + [self.features]
         self.layers = nn.ModuleList(
             convolution(a, b, kernel, padding=kernel // 2, dtype=self.dtype)
-            for a, b in pairwise(self.sizes)
+            for a, b in pairwise(sizes)
         )
-        self.norms = make_norms(norm, self.sizes[1:-1], self.dtype)
+        self.norms = make_norms(norm, sizes[1:-1], self.dtype)
         for parameter in self.layers[-1].parameters():
             nn.init.zeros_(parameter)
 
     def compute(self, value: Tensor, context: Tensor | None) -> Tensor:
-        """Convolve maps and context planes; the planes end at the border like the maps, as in the
-        paper.
-        """
-        if context is not None:
+        if context is not None:  # planes that end at the border like the maps, as in the paper
             value = torch.cat((value, as_planes(context, value)), 1)
         h = self.layers[0](value)
         for i, layer in enumerate(list(self.layers)[1:]):
             h = layer(F.relu(self.norms[i](h) if self.norms else h))
         return h
-
-    def flops(self) -> int:
-        """2 positions inputs outputs kernel^space for each layer."""
-        return sum(
-            2 * self.positions * a * b * self.kernel**self.space for a, b in pairwise(self.sizes)
-        )
 
 
 class Conv(Regression):

@@ -115,19 +115,9 @@ class RunningScale(Regression):
     def __init__(self, specs: Sequence[TensorSpec]) -> None:
         super().__init__(specs, None, Network)  # the networks' base has no parameters
 
-    def compare(self, gradients: tuple[Tensor, ...], targets: tuple[Tensor, ...]) -> Tensor:
-        """Mean squared error in units of the running scale, summed over the values; updates the
-        scale first.
-        """
-        expected, got = [tuple(g.shape) for g in gradients], [tuple(t.shape) for t in targets]
-        if expected != got:
-            raise DecouplingError(
-                f"gradients of shapes {got} came back to a head for values of shapes {expected}"
-            )
-        targets = tuple(target.detach().to(self.scale.dtype) for target in targets)
-        self._update_scale(targets)
-        # Nothing to learn while there is no scale.
-        inverses = self.scale.reciprocal().nan_to_num(posinf=0.0).unbind()
+    def compare(self, gradients: Sequence[Tensor], message: Sequence[Tensor]) -> Tensor:
+        """As :meth:`fit`, of gradients that are in no units yet."""
+        targets, inverses = self.rescale(gradients, message)
         errors = [
             F.mse_loss(gradient.to(target.dtype) * inverse, target * inverse)
             for gradient, target, inverse in zip(gradients, targets, inverses, strict=True)

@@ -8,7 +8,6 @@ whenever it arrives.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,7 +22,7 @@ from ..plan import TensorSpec
 from .align_inputs import Lineup, feature_count
 from .base import count_flops, wide_dtype
 from .making import call_factory, find_factory
-from .regression import WINDOW, Affine, make_norms
+from .regression import Affine, make_norms, update_scale
 
 
 @dataclass
@@ -193,12 +192,7 @@ class InputRegression(InputSource):
                 "this interface out of inputs."
             )
         real = real.detach().to(self.scale.dtype)
-        # As in Regression: zero and non-finite values leave the scale as it was.
-        norm = torch.linalg.vector_norm(real) / math.sqrt(real.numel())
-        square = norm.square().nan_to_num(0.0, posinf=0.0)
-        known = square > 0
-        self.count.add_(known).clamp_(max=WINDOW)
-        self.scale.copy_(self.scale.square().lerp_(square, known / self.count.clamp(min=1)).sqrt_())
+        update_scale(self.scale, self.count, (real,))
         return F.mse_loss(prediction.state.to(real.dtype), real / self.scale)
 
 

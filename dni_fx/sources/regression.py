@@ -30,7 +30,7 @@ class Network(nn.Module):
     """``M(value, context)`` for one value, in units of the running scale.
 
     Values of shape ``(batch,)`` and scalars count as one feature; a scalar has no dimension to line
-    a context up with and ignores it. Subclasses implement :meth:`compute` and :meth:`flops`.
+    a context up with and ignores it. Subclasses implement :meth:`compute`.
 
     Args:
         spec: the value.
@@ -48,7 +48,6 @@ class Network(nn.Module):
         self.space = len(self.shape) - 2 if spec.feature_dim == 1 else 0
         self.feature_dim = 1 if self.space else -1
         self.features = self.shape[self.feature_dim]
-        self.positions = math.prod(self.shape) // max(self.features, 1)
         self.context_shape = None if context is None or not spec.shape else context.shape
         self.context_features = 0 if self.context_shape is None else self.context_shape[-1]
         self.dtype = wide_dtype([spec])
@@ -96,10 +95,6 @@ class Network(nn.Module):
         """The network proper: value ``(batch, ..., features)`` or a map, context aligned with
         features last.
         """
-        raise NotImplementedError
-
-    def flops(self) -> int:
-        """Multiply-adds x 2 on the example batch."""
         raise NotImplementedError
 
 
@@ -188,29 +183,19 @@ class Pointwise(Network):
         # As wide as the value, so that the synthesizer costs what a layer of its stage costs;
         # narrow values need more.
         width = max(self.features, 64) if width is None else width
-        self.sizes = [self.features] + [width] * hidden + [self.features]
+        sizes = [self.features] + [width] * hidden + [self.features]
         self.layers = nn.ModuleList(
             Affine(a, 0 if i else self.context_features, b, self.dtype, zero=i == hidden)
-            for i, (a, b) in enumerate(pairwise(self.sizes))
+            for i, (a, b) in enumerate(pairwise(sizes))
         )
-        self.norms = make_norms(norm, self.sizes[1:-1], self.dtype)
+        self.norms = make_norms(norm, sizes[1:-1], self.dtype)
 
     def compute(self, value: Tensor, context: Tensor | None) -> Tensor:
-        """Affine layers with ReLUs between them; the first sees the context."""
         h = self.layers[0](value, context, self.space)
         for i, layer in enumerate(list(self.layers)[1:]):
             h = self.norms[i](h, 1 if self.space else -1) if self.norms else h
             h = layer(F.relu(h), None, self.space)
         return h
-
-    def flops(self) -> int:
-        """2 positions inputs outputs per layer, plus the context's part once per position that it
-        differs at.
-        """
-        total = sum(2 * self.positions * a * b for a, b in pairwise(self.sizes))
-        if self.context_shape is not None:
-            total += 2 * math.prod(self.context_shape) * self.sizes[1]
-        return total
 
 
 class Regression(GradientSource):
@@ -274,36 +259,39 @@ class Regression(GradientSource):
         Raises:
             DecouplingError: a target's shape differs from its prediction's.
         """
-        expected = [output.shape for output in prediction.state]
-        got = [target.shape for target in message]
-        if expected != got:
-            raise DecouplingError(
-                f"targets of shapes {[*map(tuple, got)]} for predictions of shapes "
-                f"{[*map(tuple, expected)]}: fit takes one target per value, of the value's shape"
-            )
-        targets = tuple(target.detach().to(self.scale.dtype) for target in message)
-        self._update_scale(targets)
-        # 1 / 0 -> 0: while no scale is known every target is zero.
-        inverses = self.scale.reciprocal().nan_to_num(posinf=0.0).unbind()
+        targets, inverses = self.rescale(prediction.state, message)
         losses = [
             F.mse_loss(output.to(target.dtype), target * inverse)
             for output, target, inverse in zip(prediction.state, targets, inverses, strict=True)
         ]
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
-    def flops(self) -> int:
-        """The networks' multiply-adds x 2; the scale is not counted."""
-        return sum(network.flops() for network in self.networks)  # type: ignore[operator]
+    def rescale(
+        self, predicted: Sequence[Tensor], message: Sequence[Tensor]
+    ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        """Update the scale; the targets in its dtype, and what each is multiplied by to be of unit
+        size.
+        """
+        expected, got = ([tuple(t.shape) for t in tensors] for tensors in (predicted, message))
+        if expected != got:
+            raise DecouplingError(
+                f"targets of shapes {got} came back for predictions of shapes {expected}: a source "
+                "learns from one target per value, of the value's shape"
+            )
+        targets = [target.detach().to(self.scale.dtype) for target in message]
+        update_scale(self.scale, self.count, targets)
+        # 1 / 0 -> 0: while no scale is known every target is zero.
+        return targets, self.scale.reciprocal().nan_to_num(posinf=0.0).unbind()
 
-    def _update_scale(self, targets: tuple[Tensor, ...]) -> None:
-        # Few and small tensor operations: reading a number back would make the host wait for the
-        # device.
-        scale, count = self.scale, self.count
-        norms = [torch.linalg.vector_norm(t) / math.sqrt(t.numel()) for t in targets]
-        square = torch.stack(norms).square_().nan_to_num_(0.0, posinf=0.0)
-        known = square > 0
-        count.add_(known).clamp_(max=WINDOW)
-        scale.copy_(scale.square().lerp_(square, known / count.clamp(min=1)).sqrt_())
+
+def update_scale(scale: Tensor, count: Tensor, targets: Sequence[Tensor]) -> None:
+    """Follow the targets' root mean squares, of up to :data:`WINDOW` of them; in place."""
+    # Few and small tensor operations: reading a number back would make the host wait.
+    norms = [torch.linalg.vector_norm(t) / math.sqrt(t.numel()) for t in targets]
+    square = torch.stack(norms).view_as(scale).square_().nan_to_num_(0.0, posinf=0.0)
+    known = square > 0
+    count.add_(known).clamp_(max=WINDOW)
+    scale.copy_(scale.square().lerp_(square, known / count.clamp(min=1)).sqrt_())
 
 
 class Linear(Regression):

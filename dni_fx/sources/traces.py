@@ -87,8 +87,7 @@ class Traces(Linear):
         """
         (target,) = message
         output, state, jacobian, ended = prediction.state
-        self._update_scale((target.detach().to(self.scale.dtype),))
-        inverse = self.scale.reciprocal().nan_to_num(posinf=0.0)
+        _, (inverse,) = self.rescale((output,), message)
         wanted = target.detach().to(output.dtype) * inverse.to(output.dtype)
         error = wanted - output.detach()
         seen = F.pad(state.detach().to(output.dtype), (0, 1), value=1.0)
