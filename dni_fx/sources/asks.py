@@ -144,7 +144,9 @@ class _Flag:
     def __get__(self, source: Any, owner: type) -> Any:
         holder: Any = owner if source is None else source
         asks = holder.asks
-        value = getattr(asks if hasattr(asks, self.field) else asks.wait or holder._later, self.field)
+        value = getattr(
+            asks if hasattr(asks, self.field) else asks.wait or holder._later, self.field
+        )
         return ("+".join(value) or "none") if isinstance(value, tuple) else value
 
     def __set__(self, source: Any, value: Any) -> None:

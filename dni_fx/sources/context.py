@@ -28,15 +28,12 @@ class OneHot:
     positions: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.classes, int) or self.classes < 1:
-            raise DecouplingError(
-                f"one_hot needs the number of classes, at least 1, but got {self.classes!r}"
-            )
-        if not isinstance(self.positions, int) or self.positions < 0:
-            raise DecouplingError(
-                "one_hot needs the number of position dimensions, at least 0, not "
-                f"{self.positions!r}"
-            )
+        wanted = ("classes", 1, self.classes), ("position dimensions", 0, self.positions)
+        for what, least, number in wanted:
+            if not isinstance(number, int) or number < least:
+                raise DecouplingError(
+                    f"one_hot needs the number of {what}, at least {least}, but got {number!r}"
+                )
 
     @property
     def features(self) -> int:
@@ -116,14 +113,7 @@ def align_context(context: Tensor, value_shape: Sequence[int], feature_dim: int 
     Raises:
         DecouplingError: the sizes do not line up; both shapes are named.
     """
-    return context.view(_aligned_shape(tuple(context.shape), tuple(value_shape), feature_dim))
-
-
-def check_context(
-    context_shape: Sequence[int], value_shape: Sequence[int], feature_dim: int = -1
-) -> None:
-    """Raise the error of :func:`align_context` from shapes alone."""
-    _aligned_shape(tuple(context_shape), tuple(value_shape), feature_dim)
+    return context.view(aligned_shape(context.shape, value_shape, feature_dim))
 
 
 def as_planes(context: Tensor, maps: Tensor) -> Tensor:
@@ -133,9 +123,11 @@ def as_planes(context: Tensor, maps: Tensor) -> Tensor:
     return context.movedim(-1, 1).expand(maps.shape[0], context.shape[-1], *maps.shape[2:])
 
 
-def _aligned_shape(
-    context: tuple[int, ...], value: tuple[int, ...], feature_dim: int
+def aligned_shape(
+    context_shape: Sequence[int], value_shape: Sequence[int], feature_dim: int = -1
 ) -> tuple[int, ...]:
+    """What :func:`align_context` views a context as, or its error, from shapes alone."""
+    context, value = tuple(context_shape), tuple(value_shape)
     lead = value[:1] + value[2:] if feature_dim == 1 else value[:-1]
     sizes = context[:-1]
     fits = len(context) > 0 and len(sizes) <= len(lead)

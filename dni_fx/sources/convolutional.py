@@ -1,5 +1,5 @@
-"""Synthesizers for maps, where a gradient depends on the neighbourhood; labels come as constant
-planes.
+"""Synthesizers for maps, where a gradient depends on the neighbourhood; and ``"auto"``, which
+takes them there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import DecouplingError
 from ..plan import TensorSpec
 from .context import as_planes
-from .regression import Network, Regression, make_norms
+from .regression import Network, Pointwise, Regression, make_norms
 
 
 class ConvNetwork(Network):
@@ -92,3 +92,37 @@ class Conv(Regression):
         super().__init__(
             specs, context, lambda spec, c: ConvNetwork(spec, c, hidden, kernel, width, norm)
         )
+
+
+def auto_name(spec: TensorSpec, context: TensorSpec | None = None) -> str:
+    """What ``"auto"`` takes for a value: ``"conv"`` for maps, else ``"linear"`` with a context and
+    ``"mlp"`` without.
+
+    With the label a linear source is the paper's choice; without it only the label's average can be
+    learnt, which is no linear function. Convolutional maps have one to three spatial dimensions.
+    """
+    if spec.feature_dim == 1 and len(spec.shape) > 2:
+        return "conv"
+    return "linear" if auto_context(spec, context) is not None else "mlp"
+
+
+def auto_context(spec: TensorSpec, context: TensorSpec | None) -> TensorSpec | None:
+    """The context, or None for a value that has no batch dimension to line it up with (scalars,
+    position tables).
+    """
+    if context is None or not spec.shape:
+        return None
+    return None if spec.shape[0] != context.shape[0] else context
+
+
+class Auto(Regression):
+    """The regression that fits each value's kind, shape and context; see :func:`auto_name`."""
+
+    def __init__(self, specs: Sequence[TensorSpec], context: TensorSpec | None = None) -> None:
+        def network(spec: TensorSpec, context: TensorSpec | None) -> Network:
+            name, context = auto_name(spec, context), auto_context(spec, context)
+            if name == "conv":
+                return ConvNetwork(spec, context)
+            return Pointwise(spec, context, hidden=1 if name == "mlp" else 0)
+
+        super().__init__(specs, context, network)

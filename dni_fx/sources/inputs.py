@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partialmethod
 from itertools import pairwise
 from typing import Any
 
@@ -21,7 +22,7 @@ from ..errors import DecouplingError
 from ..plan import TensorSpec
 from .align_inputs import Lineup, feature_count
 from .base import count_flops, wide_dtype
-from .making import call_factory, find_factory
+from .making import make
 from .regression import Affine, make_norms, update_scale
 
 
@@ -212,19 +213,7 @@ class MLPInput(InputRegression):
     :class:`InputRegression`.
     """
 
-    def __init__(
-        self,
-        spec: TensorSpec,
-        inputs: Sequence[TensorSpec],
-        *,
-        hidden: int = 1,
-        width: int | None = None,
-        norm: str = "batch",
-        buckets: int = 4096,
-    ) -> None:
-        super().__init__(
-            spec, inputs, hidden=hidden, width=width, norm=norm, kernel=0, buckets=buckets
-        )
+    __init__ = partialmethod(InputRegression.__init__, kernel=0)
 
 
 class ConvInput(InputRegression):
@@ -232,20 +221,7 @@ class ConvInput(InputRegression):
     :class:`InputRegression`.
     """
 
-    def __init__(
-        self,
-        spec: TensorSpec,
-        inputs: Sequence[TensorSpec],
-        *,
-        hidden: int = 1,
-        kernel: int = 3,
-        width: int | None = None,
-        norm: str = "batch",
-        buckets: int = 4096,
-    ) -> None:
-        super().__init__(
-            spec, inputs, hidden=hidden, width=width, norm=norm, kernel=kernel, buckets=buckets
-        )
+    __init__ = partialmethod(InputRegression.__init__, kernel=3)
 
 
 InputFactory = Callable[[TensorSpec, tuple[TensorSpec, ...]], InputSource]
@@ -279,6 +255,5 @@ def make_input(
     Raises:
         DecouplingError: unknown name; not a factory; a value that does not line up with the inputs.
     """
-    factory = find_factory(option, INPUTS, "synthetic input", InputSource)
     arguments = {"spec": spec, "inputs": tuple(inputs)}
-    return call_factory(factory, "synthetic input", InputSource, arguments)
+    return make(option, INPUTS, "synthetic input", InputSource, arguments)

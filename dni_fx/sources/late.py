@@ -63,10 +63,6 @@ class Delayed(GradientSource):
             return awaited
         return tuple(gradient * self.shrink for gradient in awaited)
 
-    def flops(self) -> int:
-        """None at all, but a forward of its stage where that is run again."""
-        return 0
-
 
 class Wrapping(GradientSource):
     """Base of the sources that put the true gradient beside another source's.

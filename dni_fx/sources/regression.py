@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..errors import DecouplingError
 from ..plan import TensorSpec
 from .base import GradientSource, Prediction, like, wide_dtype
-from .context import align_context, check_context
+from .context import align_context, aligned_shape
 
 # non-zero targets in the running scale: their plain mean at first, then a moving mean of decay 0.99
 WINDOW = 100
@@ -52,7 +52,7 @@ class Network(nn.Module):
         self.context_features = 0 if self.context_shape is None else self.context_shape[-1]
         self.dtype = wide_dtype([spec])
         if self.context_shape is not None:
-            check_context(self.context_shape, self.shape, self.feature_dim)
+            aligned_shape(self.context_shape, self.shape, self.feature_dim)
         if self.space > 3:
             raise DecouplingError(
                 "no synthesizer for maps with more than 3 spatial dimensions, but the value has "
