@@ -9,13 +9,3 @@ from .history import History as History
 from .scalars import METRICS as METRICS
 from .scalars import ScalarWriter as ScalarWriter
 from .scalars import write_tensorboard as write_tensorboard
-
-__all__ = [
-    "METRICS",
-    "Diagnosis",
-    "History",
-    "ScalarWriter",
-    "plot",
-    "summarize",
-    "write_tensorboard",
-]

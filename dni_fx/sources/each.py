@@ -39,8 +39,7 @@ class Each(GradientSource):
     that one source.
 
     Args:
-        specs: the values served.
-        context: the context, or None.
+        specs, context: as for every source.
         source: name or factory of the source for one consumer; one that hears gradients, and is
             pulled back at once.
         parts: number of consumers.

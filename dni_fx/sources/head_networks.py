@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import DecouplingError
 from ..plan import TensorSpec
-from .regression import BatchNorm, Network, Regression
+from .regression import Network, Regression, make_norms
 
 # channels of hidden layers, unless asked for: twice 1024 channels would cost more than their stage
 WIDEST = 256
@@ -42,24 +42,24 @@ class Encoder(nn.Module):
             )
         features = self.shape[self.feature_dim]
         hidden = (2 if self.space else 1) if hidden is None else hidden
-        blocks: list[nn.Module] = []
         if self.space:
             first = min(features * stride, WIDEST) if width is None else width
-            sizes = [features] + [min(first * stride**i, max(first, WIDEST)) for i in range(hidden)]
-            convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[self.space - 1]
-            for a, b in pairwise(sizes):
-                blocks.append(convolution(a, b, 3, stride, 1, bias=norm == "none", dtype=dtype))
-                blocks += [nn.ReLU()] if norm == "none" else [BatchNorm(b, dtype), nn.ReLU()]
+            widths = [min(first * stride**i, max(first, WIDEST)) for i in range(hidden)]
         else:
-            sizes = [features] + [max(features, 64) if width is None else width] * hidden
-            for a, b in pairwise(sizes):
-                blocks += [nn.Linear(a, b, dtype=dtype), nn.ReLU()]
-        self.blocks, self.outputs = nn.Sequential(*blocks), sizes[-1]
+            widths = [max(features, 64) if width is None else width] * hidden
+        norms = make_norms(norm, widths if self.space else (), dtype)
+        blocks: list[nn.Module] = []
+        for i, (a, b) in enumerate(pairwise([features, *widths])):
+            if self.space:
+                convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[self.space - 1]
+                blocks.append(convolution(a, b, 3, stride, 1, bias=not norms, dtype=dtype))
+            else:
+                blocks.append(nn.Linear(a, b, dtype=dtype))
+            blocks += [*norms[i : i + 1], nn.ReLU()]
+        self.blocks, self.outputs = nn.Sequential(*blocks), [features, *widths][-1]
 
     def forward(self, value: Tensor, context: tuple[int, ...]) -> Tensor:
-        """Features, with as many dimensions as a context of that shape; sizes are the context's or
-        1.
-        """
+        """Features, as many dimensions as a context of that shape has, of its sizes or 1."""
         self.check(tuple(value.shape), context)
         h: Tensor = self.blocks(value if value.dim() > 1 else value[:, None])
         h = h.movedim(1, -1) if self.space else h
@@ -71,9 +71,7 @@ class Encoder(nn.Module):
         return h[(..., *(None,) * (rank - h.dim()), slice(None))]
 
     def check(self, shape: tuple[int, ...], context: tuple[int, ...]) -> None:
-        """Raise an error unless a value of this shape is of the encoder's kind and lines up with
-        the context.
-        """
+        """Refuse a value of another kind, or one that does not line up with the context."""
         full = shape if len(shape) > 1 else (*shape, 1)
         if len(full) != len(self.shape) or full[self.feature_dim] != self.shape[self.feature_dim]:
             raise DecouplingError(
@@ -99,13 +97,11 @@ class HandedOver(torch.autograd.Function):
     def forward(
         ctx: Any, loss: Tensor, gradients: tuple[Tensor, ...], *parameters: Tensor
     ) -> Tensor:
-        """The loss itself."""
         ctx.gradients = gradients
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *above: Tensor) -> Any:
-        """The known gradients, times what comes from above."""
         return None, None, *(above[0] * gradient for gradient in ctx.gradients)
 
 

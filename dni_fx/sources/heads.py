@@ -115,8 +115,6 @@ class LossHead(GradientSource):
             raise DecouplingError(
                 f"unknown loss {loss!r}; known: 'cross_entropy', 'mse', or a callable"
             )
-        if norm not in ("batch", "none"):
-            raise DecouplingError(f"unknown norm {norm!r}; known: 'batch', 'none'")
         self.loss, self.factor, self.context_shape = loss, factor, tuple(context.shape)
         dtype = wide_dtype(self.specs)
         stride = stride if len(self.context_shape) == 2 else 1
@@ -141,22 +139,19 @@ class LossHead(GradientSource):
                 "Pass target= to Trainer.step, or context= to stage.step; the rank and features of "
                 "a context may not change."
             )
-        keep = torch.is_grad_enabled()
+        keep, dtype = torch.is_grad_enabled(), self.output.weight.dtype
+        learnt: list[nn.Parameter] = []
+        if keep and self.greedy:
+            learnt = [p for p in self.parameters() if p.requires_grad]
         with torch.enable_grad():
-            dtype = self.output.weight.dtype
             # In the head's dtype at once: gradients of mean losses are too small for float16.
-            leaves = tuple(value.detach().to(dtype).requires_grad_() for value in values)
+            leaves = [value.detach().to(dtype).requires_grad_() for value in values]
             # Views, since FlopCounterMode hooks what a module is given, which autograd.grad does
             # not allow for leaves.
-            logits = self.logits(tuple(leaf.view_as(leaf) for leaf in leaves), context)
+            logits = self.logits([leaf.view_as(leaf) for leaf in leaves], context)
             losses, mean, weights = self.evaluate(logits, context.detach().to(dtype))
-            learnt: tuple[nn.Parameter, ...] = ()
-            if keep and self.greedy:
-                learnt = tuple(p for p in self.parameters() if p.requires_grad)
-            retain = keep and not self.greedy
-            found = torch.autograd.grad(
-                mean, (*leaves, *learnt), None, retain, keep and self.create_graph
-            )
+            retain, again = keep and not self.greedy, keep and self.create_graph
+            found = torch.autograd.grad(mean, (*leaves, *learnt), None, retain, again)
             if learnt:
                 mean = HandedOver.apply(mean.detach(), found[len(leaves) :], *learnt)
         factor = self.unit * self.factor
@@ -166,7 +161,7 @@ class LossHead(GradientSource):
         state = Evaluation(logits, losses, mean, weights, found if self.create_graph else ())
         return Prediction(gradients, state, losses.detach(), logits.detach())
 
-    def logits(self, values: tuple[Tensor, ...], context: Tensor) -> Tensor:
+    def logits(self, values: Sequence[Tensor], context: Tensor) -> Tensor:
         """Logits ``(batch, *positions, k)``, in the parameters' dtype."""
         shape = tuple(context.shape)
         pairs = zip(self.encoders, values, strict=True)
@@ -220,11 +215,8 @@ class Local(LossHead):
     greedy = True
 
     def fit(self, prediction: Prediction, message: tuple[Tensor, ...]) -> Tensor:
-        """The mean label loss; its gradient for the head was found together with that for the
-        values.
-        """
-        mean: Tensor = prediction.state.mean
-        return mean
+        """The mean label loss; its gradient for the head was found with that for the values."""
+        return prediction.state.mean
 
 
 class Critic(LossHead):
@@ -234,10 +226,8 @@ class Critic(LossHead):
     :math:`L_b` is the loss as the next head estimates it, the true one before the last stage.
 
     Args:
-        specs: the values served.
-        context: the context. Required.
         distance: ``"l1"`` or ``"l2"``: mean absolute or squared difference.
-        **options: as for :class:`LossHead`.
+        specs, context, **options: as for :class:`LossHead`.
 
     Source:
         Lee et al. 2021, arXiv:2102.01963 (local critic training); Czarnecki et al. 2017,
@@ -255,11 +245,12 @@ class Critic(LossHead):
         **options: Any,
     ) -> None:
         super().__init__(specs, context, **options)
-        if distance not in ("l1", "l2"):
+        known = {"l1": F.l1_loss, "l2": F.mse_loss}
+        if distance not in known:
             raise DecouplingError(
                 f"unknown distance {distance!r} between losses; known: 'l1', 'l2'"
             )
-        self.distance = F.l1_loss if distance == "l1" else F.mse_loss
+        self.distance = known[distance]
 
     def fit(self, prediction: Prediction, message: tuple[Tensor, ...]) -> Tensor:
         """The mean distance of the losses.
@@ -285,10 +276,8 @@ class Sobolev(Critic):
     backward of ``fit`` differentiates twice, so the head's loss needs a second derivative.
 
     Args:
-        specs: the values served.
-        context: the context. Required.
         weight: :math:`w`.
-        **options: as for :class:`Critic`.
+        specs, context, **options: as for :class:`Critic`.
 
     Source:
         Czarnecki et al. 2017, arXiv:1706.04859, section on synthetic gradients. The normalisation
@@ -316,10 +305,9 @@ class Sobolev(Critic):
             DecouplingError: the message is not a gradient of each value's shape, then a loss per
                 sample.
         """
-        gradients = tuple(gradient * self.unit for gradient in prediction.state.gradients)
-        return super().fit(prediction, message) + self.weight * self.running.compare(
-            gradients, message[:-1]
-        )
+        gradients = [gradient * self.unit for gradient in prediction.state.gradients]
+        loss = super().fit(prediction, message)
+        return loss + self.weight * self.running.compare(gradients, message[:-1])
 
 
 class Distill(LossHead):
@@ -338,7 +326,7 @@ class Distill(LossHead):
         context: the context, with as many features as the model's output. Required.
         temperature: :math:`T`.
         labels: :math:`\lambda`; 0 to learn from the logits alone.
-        **options: as for :class:`LossHead`.
+        specs, context, **options: as for :class:`LossHead`.
 
     Source:
         Hinton et al. 2015, arXiv:1503.02531, section 2. The chain of heads is ours.

@@ -67,7 +67,6 @@ class InputSource(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must implement fit(prediction, real)")
 
     def forward(self, inputs: tuple[Tensor, ...]) -> InputPrediction:
-        """The same as :meth:`predict`."""
         return self.predict(inputs)
 
     def flops(self) -> int:
@@ -143,14 +142,13 @@ class InputRegression(InputSource):
             )
         self.kernel = kernel
         sizes = [local + shared] + [width] * hidden + [features]
-        layers: list[nn.Module] = []
-        for i, (a, b) in enumerate(pairwise(sizes)):
-            if kernel:
-                convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[space - 1]
-                layers.append(convolution(a, b, kernel, padding=kernel // 2, dtype=dtype))
-            else:
-                layers.append(Affine(a if i else local, 0 if i else shared, b, dtype))
-        self.layers = nn.ModuleList(layers)
+        convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[space - 1]
+        self.layers = nn.ModuleList(
+            convolution(a, b, kernel, padding=kernel // 2, dtype=dtype)
+            if kernel
+            else Affine(a if i else local, 0 if i else shared, b, dtype)
+            for i, (a, b) in enumerate(pairwise(sizes))
+        )
         self.norms = make_norms(norm, sizes[1:-1], dtype)
         self.register_buffer("scale", torch.ones((), dtype=dtype))
         self.register_buffer("count", torch.zeros((), dtype=dtype))
@@ -165,8 +163,7 @@ class InputRegression(InputSource):
         """
         h, shared = self.lineup(inputs, self.scale.dtype)
         space = self.lineup.space
-        if not space:
-            h = h.movedim(1, -1)
+        h = h if space else h.movedim(1, -1)
         if shared is not None and self.kernel:
             h = torch.cat((h, shared[(..., *(None,) * space)].expand(-1, -1, *h.shape[2:])), 1)
         elif shared is not None:

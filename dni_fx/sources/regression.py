@@ -116,9 +116,7 @@ class Affine(nn.Module):
             nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Linear
 
     def forward(self, value: Tensor, context: Tensor | None = None, space: int = 0) -> Tensor:
-        """Map features; ``space`` counts the trailing dimensions of maps ``(batch, features,
-        *space)``.
-        """
+        """Map features; ``space``: how many dimensions of a map are behind them."""
         if context is None:
             return self._project(value, self.weight, space)
         if value.dim() == 2 and context.shape[0] == value.shape[0]:
@@ -135,9 +133,7 @@ class Affine(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation by the batch's own statistics, in any mode; a single value per channel
-    stays as it is.
-    """
+    """Batch normalisation by the batch's own statistics; a single value per channel stays."""
 
     def __init__(self, features: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -145,9 +141,7 @@ class BatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(features, dtype=dtype))
 
     def forward(self, value: Tensor, feature_dim: int = 1) -> Tensor:
-        """Normalise ``(batch, features, *space)``, or ``(batch, ..., features)`` with
-        ``feature_dim=-1``.
-        """
+        """Normalise over all but ``feature_dim``, 1 or -1."""
         if value.numel() == value.shape[feature_dim]:  # no variance: F.batch_norm refuses
             return (value.flatten() * self.weight + self.bias).view_as(value)
         features_first = value if feature_dim == 1 or value.dim() == 2 else value.movedim(-1, 1)
@@ -167,9 +161,7 @@ def make_norms(norm: str, sizes: Sequence[int], dtype: torch.dtype) -> nn.Module
 
 
 class Pointwise(Network):
-    """The same small network at every position: affine, or with hidden layers of ReLUs; the last
-    layer starts at 0.
-    """
+    """The same network at every position: affine, or hidden ReLUs; the last layer starts at 0."""
 
     def __init__(
         self,
@@ -218,8 +210,7 @@ class Regression(GradientSource):
         ICML version). The normalisation is ours.
 
     Args:
-        specs: the values served.
-        context: the context, or None.
+        specs, context: as for every source.
         network: makes ``M`` for one value.
     """
 
@@ -245,12 +236,12 @@ class Regression(GradientSource):
             DecouplingError: a value or the context is not of the kind that the source was made for.
         """
         pairs = zip(self.networks, values, strict=True)
-        outputs = [network(value, context) for network, value in pairs]
-        gradients = [
+        outputs = tuple(network(value, context) for network, value in pairs)
+        gradients = tuple(
             like(output.detach().to(scale.dtype) * scale, value)
             for output, scale, value in zip(outputs, self.scale, values, strict=True)
-        ]
-        return Prediction(tuple(gradients), tuple(outputs))
+        )
+        return Prediction(gradients, outputs)
 
     def fit(self, prediction: Prediction, message: tuple[Tensor, ...]) -> Tensor:
         """Mean squared error in units of the running scale, summed over the values; updates the
@@ -314,8 +305,7 @@ class MLP(Regression):
     + b_1) + b_2`.
 
     Args:
-        specs: the values served.
-        context: the context, or None.
+        specs, context: as for every source.
         hidden: number of hidden layers. The paper's DNI on MNIST is
             ``partial(MLP, hidden=2, width=1024, norm="batch")``.
         width: of each; by default the value's features, at least 64, so that the synthesizer costs

@@ -54,8 +54,7 @@ class AcrossTime(GradientSource):
     part of the target.
 
     Args:
-        specs: the state's tensors.
-        context: the context, or None.
+        specs, context: as for every source; the specs are the state's tensors.
         source: name or factory of the source that predicts; ``"auto"`` is an MLP with one hidden
             layer as wide as the state, batch-normalised, without which it learnt next to nothing on
             the copy task.
@@ -77,13 +76,12 @@ class AcrossTime(GradientSource):
         auxiliary: float = 0.0,
     ) -> None:
         super().__init__(specs, context)
-
-        batch = {spec.shape[spec.batch_dim] for spec in self.specs}
-        features = [math.prod(spec.shape) // spec.shape[spec.batch_dim] for spec in self.specs]
+        batches = [spec.shape[spec.batch_dim] for spec in self.specs]
+        size = sum(math.prod(s.shape) // b for s, b in zip(self.specs, batches, strict=True))
         dtype = _common_dtype(self.specs)
-        joined = TensorSpec((batch.pop(), sum(features)), dtype)
+        joined = TensorSpec((batches[0], size), dtype)
         if source == "auto":
-            source = partial(MLP, hidden=1, width=max(sum(features), 64), norm="batch")
+            source = partial(MLP, hidden=1, width=max(size, 64), norm="batch")
         self.source = make_source(source, (joined,), context)
         asked = self.source.asks
         if replace(asked, ends=False, jacobian=False) not in (Asks(), Asks(learns_from=())):
@@ -102,7 +100,6 @@ class AcrossTime(GradientSource):
         if isinstance(self.source, Traces):
             self.source.factor = self.factor
         self._latest = torch.zeros(())
-        size = sum(features)
         self.teller = nn.Linear(size, size, dtype=dtype) if self.auxiliary else None
 
     def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
@@ -213,25 +210,15 @@ class Traces(Linear):
         return prediction
 
     def fit(self, prediction: Prediction, message: tuple[Tensor, ...]) -> Tensor:
-        """Learn from the target of one window.
-
-        Args:
-            prediction: what ``predict`` returned.
-            message: the target ``(batch, features)``.
-
-        Returns:
-            The mean squared error, whose gradient is that of the traces.
-        """
+        """The mean squared error of one window's target, whose gradient is that of the traces."""
         (target,) = message
         output, state, jacobian, ended = prediction.state
         _, (inverse,) = self.rescale((output,), message)
         wanted = target.detach().to(output.dtype) * inverse.to(output.dtype)
         error = wanted - output.detach()
         seen = F.pad(state.detach().to(output.dtype), (0, 1), value=1.0)
-        features = output.shape[1]
-        traces = torch.einsum(
-            "ip,bq->bipq", torch.eye(features, dtype=output.dtype, device=output.device), seen
-        )
+        eye = torch.eye(output.shape[1], dtype=output.dtype, device=output.device)
+        traces = torch.einsum("ip,bq->bipq", eye, seen)
         known = self._traces is not None and self._traces.shape == traces.shape
         if jacobian is not None and known:
             # Where a sequence ends nothing was bootstrapped from, so earlier windows have nothing
@@ -242,8 +229,7 @@ class Traces(Linear):
         self._traces = _without(traces, ended)
         layer: Any = self.networks[0].layers[0]  # type: ignore[index]
         slope = -(layer.weight * step[:, :-1]).sum() - (layer.bias * step[:, -1]).sum()
-        loss: Tensor = error.square().mean() + (slope - slope.detach())
-        return loss
+        return error.square().mean() + (slope - slope.detach())
 
 
 def _without(tensor: Tensor, ended: Tensor | None) -> Tensor:
