@@ -12,14 +12,14 @@ def stage_rows(report: PlanReport) -> list[tuple[str, ...]]:
     costs = [stage.cost for stage in report.stages if stage.cost is not None]
     seconds = sum(cost.seconds for cost in costs) or 1.0
     nodes = sum(stage.nodes for stage in report.stages) or 1
+    titles = ["share"]
+    shares = [[f"{stage.nodes / nodes:.0%}"] for stage in report.stages]
     if len(costs) == len(report.stages):
+        titles = ["time", "ms", "MB"]
         shares = [
-            (f"{c.seconds / seconds:.0%}", f"{c.seconds * 1e3:.2f}", f"{c.nbytes / 1e6:.1f}")
+            [f"{c.seconds / seconds:.0%}", f"{c.seconds * 1e3:.2f}", f"{c.nbytes / 1e6:.1f}"]
             for c in costs
         ]
-        titles: tuple[str, ...] = ("time", "ms", "MB")
-    else:
-        shares, titles = [(f"{stage.nodes / nodes:.0%}",) for stage in report.stages], ("share",)
     rows: list[tuple[str, ...]] = [("stage", "nodes", *titles, "parameters", "ends after", "holds")]
     for s, share in zip(report.stages, shares, strict=True):
         end, holds = s.cut or "(output)", _shortened(s.modules)
