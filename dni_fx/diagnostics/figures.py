@@ -53,10 +53,6 @@ def plot(history: History, path: str | Path) -> Path:
         raise DecouplingError(
             f"cannot draw to {str(path)!r}: its name must end in one of .{', .'.join(suffixes)}"
         )
-    if not path.parent.is_dir():
-        raise DecouplingError(
-            f"cannot draw to {str(path)!r}: there is no folder {str(path.parent)!r}"
-        )
     axes: list[Any] = list(figure.subplots(2, 2, sharex=True).flat)
     axes[0].plot(list(history.losses), list(history.losses.values()), color="0.3", linewidth=1)
     axes[0].set_ylabel("loss")

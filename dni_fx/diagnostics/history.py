@@ -136,11 +136,8 @@ class History:
             raise DecouplingError(
                 "this JSON is no dni_fx history: its 'format' is not 'dni_fx history'"
             )
-        if content.get("version") != 1:
-            raise DecouplingError(
-                f"this history has version {content.get('version')!r}, but this version of dni_fx "
-                "reads version 1"
-            )
+        if (version := content.get("version")) != 1:
+            raise DecouplingError(f"this history has version {version!r}; this dni_fx reads 1")
         try:
             history = cls(content["most"])
             losses = [_decoded(loss) for loss in content["losses"]["loss"]]

@@ -1,5 +1,4 @@
-"""What a plan's stages would take on a device each: time, utilisation and memory of five ways to
-train.
+"""What a plan's stages would take on a device each, in five ways to train.
 
 Nothing is run: all follows from the seconds and bytes in ``plan.report``. Assumptions, common to
 all: a micro-batch takes its share of the batch's time, without a fixed cost; computing and sending
@@ -19,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..errors import DecouplingError
 from ..plan import CutPlan, StageCost
@@ -161,9 +160,8 @@ def simulate(
 
     Source:
         GPipe: Huang et al. 2018, arXiv:1811.06965. 1F1B: Narayanan et al. 2021, arXiv:2006.09503
-            (PipeDream-Flush).
-        Zero-bubble: Qi et al. 2023, arXiv:2401.10241, section 2.1. Decoupled: Jaderberg et al.
-            2016, arXiv:1608.05343.
+        (PipeDream-Flush). Zero-bubble: Qi et al. 2023, arXiv:2401.10241, section 2.1. Decoupled:
+        Jaderberg et al. 2016, arXiv:1608.05343.
     """
     costs, stages, m = _check_plan(plan), plan.stages, micro_batches
     rates = [1.0] * len(stages) if speeds is None else speeds
@@ -197,34 +195,28 @@ def simulate(
             for c, n in zip(costs, held, strict=True)
         ]
         rows.append(row(name, step, busy, most, note))
-    pace = _decoupled(plan, times, links, latency)
-    rows.append(row("decoupled", pace.step, pace.work, [c.nbytes for c in costs], pace.note))
-    slowest = stages[pace.slowest].name
+    work, step, limit, fill, note = _decoupled(plan, times, links, latency)
+    rows.append(row("decoupled", step, work, [c.nbytes for c in costs], note))
+    longest = max(work)
+    slowest = stages[work.index(longest)].name
     speed = tuple(map(float, rates))
-    work = pace.work[pace.slowest]
-    return Simulation(tuple(rows), int(m), speed, slowest, work, pace.limit, pace.fill)
+    return Simulation(tuple(rows), int(m), speed, slowest, longest, limit, fill)
 
 
-class _Pace(NamedTuple):
-    """Decoupled stages, once every one of them is busy: what :class:`Simulation` says of them."""
-
-    step: float
-    work: list[float]
-    slowest: int
-    limit: str
-    fill: float
-    note: str
-
-
-def _decoupled(plan: CutPlan, times: Sequence[Seconds], links: LinkTimes, latency: float) -> _Pace:
+def _decoupled(
+    plan: CutPlan, times: Sequence[Seconds], links: LinkTimes, latency: float
+) -> tuple[list[float], float, str, float, str]:
+    """Decoupled stages once all are busy: the work of each, a step's seconds and what bounds it,
+    when every stage has met its first batch, and a note.
+    """
     forward, backward, _, _ = zip(*times, strict=True)
     kinds = {
         name: kind.removeprefix("joint:").removeprefix("each:") for name, kind in plan.gradients
     }
     again = {i.producer for i in plan.interfaces if kinds.get(i.name) in RECOMPUTING}
     work = [sum(t) + (forward[k] if k in again else 0.0) for k, t in enumerate(times)]
-    slowest = max(range(len(work)), key=work.__getitem__)
-    step, limit, notes = work[slowest], plan.stages[slowest].name, []
+    step, notes = max(work), []
+    limit = plan.stages[work.index(step)].name
     first = [0.0] * len(times)  # when each stage gets its first batch
     for (k, consumer), taken in sorted(links.items()):
         first[consumer] = max(first[consumer], first[k] + forward[k] + latency + taken)
@@ -239,7 +231,7 @@ def _decoupled(plan: CutPlan, times: Sequence[Seconds], links: LinkTimes, latenc
         late = max(1, math.ceil(back / step))
         notes.append(f"first batch {_ms(max(first))} ms more, once")
         notes.append(f"targets about {late} step{'s' * (late > 1)} late")
-    return _Pace(step, work, slowest, limit, max(first), "; ".join(notes))
+    return work, step, limit, max(first), "; ".join(notes)
 
 
 def _x(row: ScheduleReport) -> str:

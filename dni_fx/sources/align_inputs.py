@@ -146,11 +146,8 @@ class Lineup(nn.Module):
         return _Route(index, spec, dim, sizes, flat=flat)
 
     def _feature_dim(self, spec: TensorSpec) -> int:
-        """Of an input of the value's rank: what its spec says, unless sizes or the value speak for
-        the other way.
-
-        A spec cannot know it for an input ``(batch, a, b)``, where it says -1, nor for images with
-        channels last.
+        """Of an input of the value's rank: what its spec says, which cannot know it for inputs
+        ``(batch, a, b)`` or channels last, unless sizes or the value speak for the other way.
         """
         dim = 1 if self.space == 1 else spec.feature_dim
         first, last = spec.shape[2:], spec.shape[1:-1]  # positions if features are first, or last
@@ -230,9 +227,7 @@ def _mean(x: Tensor) -> Tensor:
 
 
 def _resized(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """``(batch, features, *sizes)``, by adaptive average pooling; images against one size become
-    patches.
-    """
+    """``(batch, features, *sizes)``, by average pooling; images against one size become patches."""
     have = tuple(x.shape[2:])
     if have == sizes:
         return x

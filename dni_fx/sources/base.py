@@ -1,8 +1,5 @@
-"""The one extension point for synthesizers, critics, delayed gradients and controls.
-
-A stage asks its sources for the gradients of the values that it sends out, pulls them back, and
-goes on. What a source wants to hear later from the stages behind it, and how it learns from that,
-is its own affair: this file fixes only when it is asked, what it is given, and what it must return.
+"""The one extension point for synthesizers, critics, delayed gradients and controls: when a source
+is asked, what it is given, and what it must return.
 """
 
 from __future__ import annotations
@@ -147,15 +144,12 @@ class GradientSource(Declares, nn.Module):
     def fit_part(
         self, place: int, prediction: Prediction, message: tuple[Tensor, ...]
     ) -> Tensor | None:
-        """For sources with a part for each consumer: one part learns from its own consumer.
+        """As :meth:`fit`, for sources with a part for each consumer: one part learns.
 
         Args:
             place: which of the consumers, in ascending order of their stages.
             prediction: what ``predict`` returned for the same values.
             message: that consumer's gradient for each value.
-
-        Returns:
-            A scalar loss with graph, or None where no parameter learns.
         """
         raise NotImplementedError(
             f"{type(self).__name__} asks for each consumer's gradient and must implement "
@@ -258,3 +252,11 @@ def like(gradient: Tensor, value: Tensor) -> Tensor:
     if gradient.stride() == value.stride():
         return gradient
     return torch.empty_like(value).copy_(gradient)
+
+
+def checked_share(name: str, value: Any, *, zero: bool = True) -> float:
+    """The value, or an error where it is no number from 0 (itself only where allowed) to 1."""
+    if not isinstance(value, int | float) or not 0 <= value <= 1 or not (zero or value):
+        above = "" if zero else " and above 0"
+        raise DecouplingError(f"{name} must be a number from 0 to 1{above}, not {value!r}")
+    return float(value)

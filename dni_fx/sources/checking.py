@@ -26,12 +26,7 @@ ARGUMENTS = {
 
 
 def check_source(source: GradientSource) -> None:
-    """Look whether a source has the methods that it needs.
-
-    Raises:
-        DecouplingError: ``super().__init__`` was not called; a method is missing or misspelt, or
-            takes other arguments; ``asks`` is something else, or stands under another name.
-    """
+    """Refuse a source without the methods that it needs, or that is not written as one."""
     name, asks = type(source).__name__, source.asks
     if "training" not in vars(source) or "specs" not in vars(source):
         raise _not_started(source)

@@ -41,9 +41,7 @@ class OneHot:
         return self.classes
 
     def __call__(self, target: Tensor) -> Tensor:
-        """Encode labels: ``(...)`` integers to ``(..., classes)`` in the default dtype; negative
-        labels give zeros.
-        """
+        """Encode labels, in the default dtype; see :func:`one_hot`."""
         if not isinstance(target, Tensor) or target.is_floating_point() or target.is_complex():
             got = type(target).__name__
             if isinstance(target, Tensor):
@@ -111,15 +109,13 @@ def align_context(context: Tensor, value_shape: Sequence[int], feature_dim: int 
         k)`` for labels against images.
 
     Raises:
-        DecouplingError: the sizes do not line up; both shapes are named.
+        DecouplingError: the sizes do not line up.
     """
     return context.view(aligned_shape(context.shape, value_shape, feature_dim))
 
 
 def as_planes(context: Tensor, maps: Tensor) -> Tensor:
-    """An aligned context as constant planes over maps ``(batch, channels, *space)``: ``(batch, k,
-    *space)``, a view.
-    """
+    """A view of an aligned context as constant planes ``(batch, k, *space)`` over maps."""
     return context.movedim(-1, 1).expand(maps.shape[0], context.shape[-1], *maps.shape[2:])
 
 

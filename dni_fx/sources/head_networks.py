@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from ..errors import DecouplingError
 from ..plan import TensorSpec
-from .regression import Network, Regression, make_norms
+from .regression import Network, Regression, Shaped, make_norms
 
 # channels of hidden layers, unless asked for: twice 1024 channels would cost more than their stage
 WIDEST = 256
 
 
-class Encoder(nn.Module):
+class Encoder(Shaped):
     """One value as features at the positions that the context has; arguments as for
     :class:`~dni_fx.sources.LossHead`.
     """
@@ -32,15 +32,8 @@ class Encoder(nn.Module):
         norm: str,
         dtype: torch.dtype,
     ) -> None:
-        super().__init__()
-        self.shape = spec.shape if len(spec.shape) > 1 else (*spec.shape, 1)
-        self.space = len(self.shape) - 2 if spec.feature_dim == 1 else 0
-        self.feature_dim = 1 if self.space else -1
-        if self.space > 3:
-            raise DecouplingError(
-                f"no loss head for maps with more than 3 spatial dimensions, such as {spec.shape}"
-            )
-        features = self.shape[self.feature_dim]
+        super().__init__(spec)
+        features = self.features
         hidden = (2 if self.space else 1) if hidden is None else hidden
         if self.space:
             first = min(features * stride, WIDEST) if width is None else width
@@ -60,7 +53,7 @@ class Encoder(nn.Module):
 
     def forward(self, value: Tensor, context: tuple[int, ...]) -> Tensor:
         """Features, as many dimensions as a context of that shape has, of its sizes or 1."""
-        self.check(tuple(value.shape), context)
+        self.line_up(tuple(value.shape), context)
         h: Tensor = self.blocks(value if value.dim() > 1 else value[:, None])
         h = h.movedim(1, -1) if self.space else h
         rank = len(context)
@@ -70,15 +63,9 @@ class Encoder(nn.Module):
             h = h.mean(tuple(range(rank - 1, h.dim() - 1)))
         return h[(..., *(None,) * (rank - h.dim()), slice(None))]
 
-    def check(self, shape: tuple[int, ...], context: tuple[int, ...]) -> None:
+    def line_up(self, shape: tuple[int, ...], context: tuple[int, ...]) -> None:
         """Refuse a value of another kind, or one that does not line up with the context."""
-        full = shape if len(shape) > 1 else (*shape, 1)
-        if len(full) != len(self.shape) or full[self.feature_dim] != self.shape[self.feature_dim]:
-            raise DecouplingError(
-                f"a loss head made for values like {self.shape} (features in dimension "
-                f"{self.feature_dim}) got one of shape {shape}: only batch, time and space may "
-                "change. Decouple again for a new size."
-            )
+        full = self.check(shape)
         lead = full[:1] + full[2:] if self.space else full[:-1]
         pairs = zip(lead, context[:-1], strict=False)
         if any(have != want and 1 not in (have, want) for have, want in pairs):

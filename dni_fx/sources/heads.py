@@ -1,14 +1,10 @@
 """Loss heads: small networks that guess the loss from what crosses a cut and the label; their
 gradient is pulled back.
 
-A synthesizer that regresses gradients must find out how the loss depends on the label. A head is
-told: it computes logits, and from them and the label the loss itself. What it learns from is then a
-choice: the labels alone (greedy local learning), the loss or the logits of the next head (critics,
-distillation), or also the gradient (Sobolev training). Except for the last, messages are a few
-numbers per sample, where a gradient is as large as its value.
-
-A head serves one value, or a whole boundary jointly: of two values that cross a cut together, say a
-block's output and its skip connection, either says little alone.
+A synthesizer that regresses gradients must find out how the loss depends on the label; a head is
+told. Except in Sobolev training, messages are a few numbers per sample, where a gradient is as
+large as its value. Of two values that cross a cut together, say a block's output and its skip
+connection, either says little alone: a head may serve a whole boundary jointly.
 """
 
 from __future__ import annotations
@@ -30,23 +26,13 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class Evaluation(NamedTuple):
-    """The ``state`` of a head's prediction: one forward, with its graph.
+    """The ``state`` of a head's prediction: one forward, with its graph."""
 
-    Attributes:
-        logits: ``(batch, *positions, k)``; positions are the context's, none for labels ``(batch,
-            k)``.
-        losses: ``(batch,)``, each sample's.
-        mean: the scalar whose gradient was predicted.
-        weights: ``(batch, *positions)``, how much each counts in the mean; 0 for ignored labels.
-        gradients: of ``mean``, one per value, with a graph of their own; none in heads that do not
-            learn from them.
-    """
-
-    logits: Tensor
-    losses: Tensor
-    mean: Tensor
-    weights: Tensor
-    gradients: tuple[Tensor, ...]
+    logits: Tensor  # (batch, *positions, k); positions are the context's
+    losses: Tensor  # (batch,), each sample's
+    mean: Tensor  # the scalar whose gradient was predicted
+    weights: Tensor  # (batch, *positions), of each in the mean; 0 for ignored labels
+    gradients: tuple[Tensor, ...]  # of ``mean``, with a graph; none where no head learns from them
 
 
 class LossHead(GradientSource):
@@ -120,7 +106,7 @@ class LossHead(GradientSource):
         stride = stride if len(self.context_shape) == 2 else 1
         encoders = [Encoder(spec, hidden, width, stride, norm, dtype) for spec in self.specs]
         for spec, encoder in zip(self.specs, encoders, strict=True):
-            encoder.check(spec.shape, self.context_shape)
+            encoder.line_up(spec.shape, self.context_shape)
         self.encoders = nn.ModuleList(encoders)
         inputs = sum(e.outputs for e in encoders)
         self.output = nn.Linear(inputs, self.context_shape[-1], dtype=dtype)
@@ -174,9 +160,7 @@ class LossHead(GradientSource):
         return logits.expand(*lead, -1)
 
     def evaluate(self, logits: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Each sample's loss ``(batch,)``, the mean loss, and the weights ``(batch, *positions)``
-        in the mean.
-        """
+        """Losses, mean and weights of an :class:`Evaluation`."""
         lead = logits.shape[:-1]
         counts = logits.new_ones(lead)
         if self.loss == "cross_entropy":
@@ -299,11 +283,10 @@ class Sobolev(Critic):
         self.weight, self.running = weight, RunningScale(self.specs)
 
     def fit(self, prediction: Prediction, message: tuple[Tensor, ...]) -> Tensor:
-        """The critic's loss plus the weighted error of the gradients; updates their scale first.
+        """The critic's loss plus the weighted error of the gradients, whose scale it updates.
 
         Raises:
-            DecouplingError: the message is not a gradient of each value's shape, then a loss per
-                sample.
+            DecouplingError: the message is not a gradient per value, then a loss per sample.
         """
         gradients = [gradient * self.unit for gradient in prediction.state.gradients]
         loss = super().fit(prediction, message)

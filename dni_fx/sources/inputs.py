@@ -1,9 +1,5 @@
 """Synthetic inputs: what a stage receives, predicted from the model's own inputs, so that it need
-not wait for it.
-
-With synthetic gradients alone a stage still waits for its predecessors' forward. A source of this
-file removes that lock too: the stage runs on ``h^``, and the real ``h`` is the source's target
-whenever it arrives.
+not wait for its predecessors' forward: it runs on ``h^``, and ``h`` is the target when it arrives.
 """
 
 from __future__ import annotations
@@ -195,9 +191,7 @@ class InputRegression(InputSource):
 
 
 class LinearInput(InputRegression):
-    """Affine in the inputs, at every token or pixel alike; arguments as in
-    :class:`InputRegression`.
-    """
+    """Affine in the inputs, at every token or pixel alike."""
 
     def __init__(
         self, spec: TensorSpec, inputs: Sequence[TensorSpec], *, buckets: int = 4096
@@ -206,17 +200,13 @@ class LinearInput(InputRegression):
 
 
 class MLPInput(InputRegression):
-    """Hidden layers of ReLUs, at every token or pixel alike; arguments as in
-    :class:`InputRegression`.
-    """
+    """Hidden layers of ReLUs, at every token or pixel alike."""
 
     __init__ = partialmethod(InputRegression.__init__, kernel=0)
 
 
 class ConvInput(InputRegression):
-    """Convolutions over a map and planes of what has no positions; arguments as in
-    :class:`InputRegression`.
-    """
+    """Convolutions over a map, and planes of what has no positions."""
 
     __init__ = partialmethod(InputRegression.__init__, kernel=3)
 
@@ -234,10 +224,7 @@ INPUTS: dict[str, type[InputRegression]] = {
 def make_input(
     option: str | InputFactory, spec: TensorSpec, inputs: Sequence[TensorSpec]
 ) -> InputSource:
-    """Make the source of synthetic inputs for one interface.
-
-    The global random state is left as it was; a source's initial weights follow from it all the
-    same.
+    """Make the source of synthetic inputs for one interface, as :func:`make_source` does.
 
     Args:
         option: ``"auto"`` (``"conv"`` for maps where an input lines up with their space, else

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import DecouplingError
 from ..plan import TensorSpec
 from .asks import Asks, Wait
-from .base import GradientSource, Prediction, SourceFactory, like
+from .base import GradientSource, Prediction, SourceFactory, checked_share, like
 from .making import make_source
 
 
@@ -49,7 +49,7 @@ class Delayed(GradientSource):
     ) -> None:
         super().__init__(specs)
         self.asks = Asks(learns_from=(), wait=Wait(_checked_lag(steps), recompute=recompute))
-        self.shrink = _checked_shrink(shrink)
+        self.shrink = checked_share("the shrinking factor", shrink, zero=False)
 
     def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
         """Nothing yet."""
@@ -117,7 +117,8 @@ class Corrected(Wrapping):
     ) -> None:
         super().__init__(specs, context, source)
         wait = Wait(_checked_lag(steps), recompute=recompute, corrects=True)
-        self.asks, self.shrink = replace(self.asks, wait=wait), _checked_shrink(shrink)
+        self.asks = replace(self.asks, wait=wait)
+        self.shrink = checked_share("the shrinking factor", shrink, zero=False)
 
     def complete(self, prediction: Prediction, awaited: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The true gradient, shrunk, without what was pulled back already."""
@@ -159,13 +160,10 @@ class Mix(Wrapping):
         recompute: bool = True,
     ) -> None:
         super().__init__(specs, context, source)
-        if not isinstance(share, int | float) or not 0 <= share <= 1:
-            raise DecouplingError(
-                f"Mix needs a share of the true gradient from 0 to 1, not {share!r}"
-            )
         lag = 0 if steps == 0 else _checked_lag(steps)
         wait = Wait(lag, recompute=recompute, corrects=lag > 0 and at_once)
-        self.asks, self.share = replace(self.asks, wait=wait), float(share)
+        self.asks = replace(self.asks, wait=wait)
+        self.share = checked_share("Mix's share of the true gradient", share)
 
     def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
         """The other source's prediction: its share, or held back where the stage waits."""
@@ -278,9 +276,3 @@ def _checked_lag(steps: Any) -> int:
             f"a late gradient needs a whole number of steps, at least 1, not {steps!r}"
         )
     return steps
-
-
-def _checked_shrink(shrink: Any) -> float:
-    if not isinstance(shrink, int | float) or not 0 < shrink <= 1:
-        raise DecouplingError(f"the shrinking factor must be above 0 and at most 1, not {shrink!r}")
-    return float(shrink)

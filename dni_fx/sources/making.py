@@ -57,14 +57,9 @@ def make_source(
 def make(
     option: Any, known: Mapping[str, Any], what: str, kind: type[Made], arguments: Mapping[str, Any]
 ) -> Made:
-    """Call a factory, and leave the global random states as they were.
+    """Call a factory, or the one that is known by that name, and leave the random states alone.
 
-    Args:
-        option: the factory, or its name.
-        known: factories by name.
-        what: as messages call it.
-        kind: of what it must return.
-        arguments: in the factory's order, by the names that messages give them.
+    Errors call it ``what``, and its arguments by the names that they have here.
 
     Raises:
         DecouplingError: an unknown name; no factory, one that takes other arguments or makes

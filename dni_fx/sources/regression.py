@@ -2,9 +2,8 @@
 
 Gradients at a cut are tiny (root mean square 1e-4 to 1e-6 for mean losses), far less than one Adam
 step moves a network's output: regressed raw, a synthesizer is hundreds of times too large at first,
-or does not learn at all. So the networks here learn the target divided by its running root mean
-square, which is multiplied back on use, and their last layer starts at zero, weight and bias: the
-prediction grows from exactly zero.
+or does not learn at all. So the target is divided by its running root mean square, which is
+multiplied back on use, and the last layer starts at zero: the prediction grows from exactly zero.
 """
 
 from __future__ import annotations
@@ -26,15 +25,42 @@ from .context import align_context, aligned_shape
 WINDOW = 100
 
 
-class Network(nn.Module):
+class Shaped(nn.Module):
+    """What serves vectors, sequences or maps of so many features, whatever the other sizes.
+
+    Values of shape ``(batch,)`` and scalars count as one feature.
+    """
+
+    def __init__(self, spec: TensorSpec) -> None:
+        super().__init__()
+        self.shape = _at_least_2d(spec.shape)
+        self.space = len(self.shape) - 2 if spec.feature_dim == 1 else 0
+        self.feature_dim = 1 if self.space else -1
+        self.features = self.shape[self.feature_dim]
+        if self.space > 3:
+            raise DecouplingError(
+                "no synthesizer for maps with more than 3 spatial dimensions, but the value has "
+                f"shape {spec.shape}. Pass a GradientSource of your own for this interface, or "
+                "'zero' or 'stale'."
+            )
+
+    def check(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape with a dimension of features, or an error where it is of another kind."""
+        full = _at_least_2d(shape)
+        if len(full) != len(self.shape) or full[self.feature_dim] != self.features:
+            raise DecouplingError(
+                f"a synthesizer made for values like {self.shape} (features in dimension "
+                f"{self.feature_dim}) got one of shape {tuple(shape)}: only batch, time and space "
+                "may change. Decouple again for a new size."
+            )
+        return full
+
+
+class Network(Shaped):
     """``M(value, context)`` for one value, in units of the running scale.
 
-    Values of shape ``(batch,)`` and scalars count as one feature; a scalar has no dimension to line
-    a context up with and ignores it. Subclasses implement :meth:`compute`.
-
-    Args:
-        spec: the value.
-        context: the context, or None.
+    A scalar has no dimension to line a context up with and ignores it. Subclasses implement
+    :meth:`compute`.
 
     Raises:
         DecouplingError: the context cannot be lined up with the value.
@@ -43,52 +69,32 @@ class Network(nn.Module):
     layers: nn.ModuleList  # each with a weight
 
     def __init__(self, spec: TensorSpec, context: TensorSpec | None) -> None:
-        super().__init__()
-        self.shape = _at_least_2d(spec.shape)
-        self.space = len(self.shape) - 2 if spec.feature_dim == 1 else 0
-        self.feature_dim = 1 if self.space else -1
-        self.features = self.shape[self.feature_dim]
+        super().__init__(spec)
         self.context_shape = None if context is None or not spec.shape else context.shape
-        self.context_features = 0 if self.context_shape is None else self.context_shape[-1]
-        self.dtype = wide_dtype([spec])
+        self.context_features = 0
         if self.context_shape is not None:
             aligned_shape(self.context_shape, self.shape, self.feature_dim)
-        if self.space > 3:
-            raise DecouplingError(
-                "no synthesizer for maps with more than 3 spatial dimensions, but the value has "
-                f"shape {spec.shape}. Pass a GradientSource of your own for this interface, or "
-                "'zero' or 'stale'."
-            )
+            self.context_features = self.context_shape[-1]
+        self.dtype = wide_dtype([spec])
 
     def forward(self, value: Tensor, context: Tensor | None) -> Tensor:
         """Output of the value's shape, in the parameters' dtype (or autocast's)."""
         dtype: torch.dtype = self.layers[0].weight.dtype  # type: ignore[assignment]
-        h = value.to(dtype)
+        full, h, seen = self.check(value.shape), value.to(dtype), None
         if h.dim() < 2:
-            h = h.reshape(_at_least_2d(h.shape))
-        if h.dim() != len(self.shape) or h.shape[self.feature_dim] != self.features:
-            raise DecouplingError(
-                f"a synthesizer made for values like {self.shape} (features in dimension "
-                f"{self.feature_dim}) got one of shape {tuple(value.shape)}: only batch, time and "
-                "space may change. Decouple again for a new size."
-            )
-        if self.context_shape is None:
-            context = None
-        elif context is None:
-            raise DecouplingError(
-                f"a synthesizer for values like {self.shape} was made for a context of "
-                f"{self.context_features} features, but got none. Pass target= to Trainer.step, or "
-                "context= to stage.step."
-            )
-        else:
-            context = align_context(context, h.shape, self.feature_dim).to(dtype)
-            if context.shape[-1] != self.context_features:
+            h = h.reshape(full)
+        if self.context_shape is not None:
+            if context is not None:
+                seen = align_context(context, full, self.feature_dim).to(dtype)
+            if seen is None or seen.shape[-1] != self.context_features:
+                got = "none. Pass target= to Trainer.step, or context= to stage.step."
+                if seen is not None:
+                    got = f"{seen.shape[-1]}. The callable must always return the same number."
                 raise DecouplingError(
                     f"a synthesizer for values like {self.shape} was made for a context of "
-                    f"{self.context_features} features, but got {context.shape[-1]}. The context "
-                    "callable must always return the same number."
+                    f"{self.context_features} features, but got {got}"
                 )
-        output = self.compute(h, context)
+        output = self.compute(h, seen)
         return output if output.dim() == value.dim() else output.reshape(value.shape)
 
     def compute(self, value: Tensor, context: Tensor | None) -> Tensor:
@@ -99,10 +105,8 @@ class Network(nn.Module):
 
 
 class Affine(nn.Module):
-    """``W [h, c] + b`` at every position of a vector, token sequence or map.
-
-    For anything but vectors ``W`` is split and the context's part added where it broadcasts: the
-    same mathematics without a copy of the value.
+    """``W [h, c] + b`` at every position; for anything but vectors ``W`` is split and the context's
+    part added where it broadcasts, without a copy of the value.
     """
 
     def __init__(
@@ -150,11 +154,7 @@ class BatchNorm(nn.Module):
 
 
 def make_norms(norm: str, sizes: Sequence[int], dtype: torch.dtype) -> nn.ModuleList:
-    """A normalisation for every hidden layer, or none.
-
-    Raises:
-        DecouplingError: neither ``"batch"`` nor ``"none"``.
-    """
+    """A normalisation for every hidden layer, or none; other words are refused."""
     if norm not in ("batch", "none"):
         raise DecouplingError(f"unknown norm {norm!r}; known: 'batch', 'none'")
     return nn.ModuleList(BatchNorm(size, dtype) for size in sizes if norm == "batch")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import DecouplingError
 from ..plan import TensorSpec
 from .asks import Asks
-from .base import GradientSource, Prediction, SourceFactory, like
+from .base import GradientSource, Prediction, SourceFactory, checked_share, like
 from .keeping import kept_weights
 from .making import make_source
 from .regression import MLP, Linear
@@ -186,8 +186,7 @@ class Traces(Linear):
         self, specs: Sequence[TensorSpec], context: TensorSpec | None = None, *, decay: float = 1.0
     ) -> None:
         super().__init__(specs)
-        if not isinstance(decay, int | float) or not 0 <= decay <= 1:
-            raise DecouplingError(f"Traces needs a decay from 0 to 1, not {decay!r}")
+        self.decay = checked_share("the decay of Traces", decay)
         if len(self.specs[0].shape) != 2:
             raise DecouplingError(
                 "Traces serves the state between windows, not a cut within one: ask for it by the "
@@ -200,7 +199,7 @@ class Traces(Linear):
                 f"{count:.1e} elements, more than {MOST_ELEMENTS:.1e}; use a smaller state or "
                 "batch, or 'linear'"
             )
-        self.decay, self.factor = float(decay), 1.0  # the factor is set by who uses the prediction
+        self.factor = 1.0  # set by who uses the prediction
         self._traces: Tensor | None = None
 
     def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
