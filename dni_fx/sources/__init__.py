@@ -67,21 +67,19 @@ __all__ = [
 ]
 
 SOURCES.update(
-    {
-        "auto": Auto,
-        "linear": Linear,
-        "mlp": MLP,
-        "conv": Conv,
-        "local": Local,
-        "critic": Critic,
-        "sobolev": Sobolev,
-        "distill": Distill,
-        "delayed": Delayed,
-        "corrected": Corrected,
-        "mix": Mix,
-        "feedback": Feedback,
-        "zero": Zero,
-        "stale": Stale,
-        "exact": Exact,
-    }
+    auto=Auto,
+    linear=Linear,
+    mlp=MLP,
+    conv=Conv,
+    local=Local,
+    critic=Critic,
+    sobolev=Sobolev,
+    distill=Distill,
+    delayed=Delayed,
+    corrected=Corrected,
+    mix=Mix,
+    feedback=Feedback,
+    zero=Zero,
+    stale=Stale,
+    exact=Exact,
 )

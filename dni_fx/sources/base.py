@@ -72,8 +72,8 @@ class GradientSource(Declares, nn.Module):
             context.
 
     Args:
-        specs: the values served, one interface or a whole boundary.
-        context: the context that ``predict`` will be given, None where there is none.
+        specs: the values served, one interface or a whole boundary; of every source.
+        context: the context that ``predict`` will be given, None where there is none; the same.
 
     Example:
         A source of one's own, the running mean of the gradients seen, as a regression:

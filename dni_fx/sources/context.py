@@ -56,10 +56,10 @@ class OneHot:
         if target.device.type == "cpu":
             with contextlib.suppress(RuntimeError):
                 return F.one_hot(index, self.classes).to(torch.get_default_dtype())
-            if int(index.max()) >= self.classes:
+            if (last := int(index.max())) >= self.classes:
                 raise DecouplingError(
-                    f"one_hot({self.classes}) met the label {int(index.max())}: labels run from 0 "
-                    f"to {self.classes - 1}. Use one_hot({int(index.max()) + 1}) or more."
+                    f"one_hot({self.classes}) met the label {last}: labels run from 0 to "
+                    f"{self.classes - 1}. Use one_hot({last + 1}) or more."
                 )
         index = index.unsqueeze(-1)
         encoded = torch.zeros(*target.shape, self.classes, device=target.device)

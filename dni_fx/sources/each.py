@@ -39,7 +39,6 @@ class Each(GradientSource):
     that one source.
 
     Args:
-        specs, context: as for every source.
         source: name or factory of the source for one consumer; one that hears gradients, and is
             pulled back at once.
         parts: number of consumers.
@@ -79,10 +78,8 @@ class Each(GradientSource):
         return Prediction(total, predictions)
 
     def fit(self, prediction: Prediction, message: tuple[Tensor, ...]) -> Tensor | None:
-        """A single part learns from the message; several would each need their own consumer's.
-
-        Raises:
-            DecouplingError: there are several consumers; a trainer calls :meth:`fit_part`.
+        """A single part learns from the message; several each need their own consumer's, and
+        :meth:`fit_part`, so that they are refused.
         """
         if len(self.parts) > 1:
             raise DecouplingError(
@@ -98,7 +95,6 @@ class Each(GradientSource):
         return self._every()[place].fit(prediction.state[place], message)
 
     def flops(self) -> int:
-        """Those of all parts."""
         return sum(part.flops() for part in self._every())
 
     def _every(self) -> list[GradientSource]:

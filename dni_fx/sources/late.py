@@ -100,7 +100,6 @@ class Corrected(Wrapping):
     is good.
 
     Args:
-        specs, context: as for every source.
         source: name or factory of the source that predicts.
         steps, shrink, recompute: as for :class:`Delayed`.
     """
@@ -136,7 +135,6 @@ class Mix(Wrapping):
     is there, on the batch of then.
 
     Args:
-        specs, context: as for every source.
         source: name or factory of the source that predicts.
         share: λ, from 0 to 1.
         steps: lag of the true gradient; 0 waits for it within the step.

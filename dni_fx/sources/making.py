@@ -26,8 +26,7 @@ def make_source(
 ) -> GradientSource:
     """Make the gradient source for an interface or a whole boundary.
 
-    The global random state is left as it was; a source's initial weights follow from it all the
-    same.
+    The global random state is left as it was, though a source's initial weights follow from it.
 
     Args:
         option: a name of :data:`SOURCES`, with or without ``"joint:"`` before it, or a callable

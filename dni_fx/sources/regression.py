@@ -210,7 +210,6 @@ class Regression(GradientSource):
         ICML version). The normalisation is ours.
 
     Args:
-        specs, context: as for every source.
         network: makes ``M`` for one value.
     """
 
@@ -305,7 +304,6 @@ class MLP(Regression):
     + b_1) + b_2`.
 
     Args:
-        specs, context: as for every source.
         hidden: number of hidden layers. The paper's DNI on MNIST is
             ``partial(MLP, hidden=2, width=1024, norm="batch")``.
         width: of each; by default the value's features, at least 64, so that the synthesizer costs
