@@ -5,16 +5,10 @@ takes them there.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 from ..errors import DecouplingError
 from ..plan import TensorSpec
-from .context import as_planes
-from .regression import Network, Pointwise, Regression, make_norms
+from .regression import Network, Pointwise, Regression, make_layers, make_norms
 
 
 class ConvNetwork(Network):
@@ -40,24 +34,11 @@ class ConvNetwork(Network):
             raise DecouplingError(
                 f"'conv' needs an odd kernel, so that maps keep their size, but got {kernel}"
             )
-        convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[self.space - 1]
         width = self.features if width is None else width
-        sizes = [self.features + self.context_features] + [width] * hidden + [self.features]
-        self.layers = nn.ModuleList(
-            convolution(a, b, kernel, padding=kernel // 2, dtype=self.dtype)
-            for a, b in pairwise(sizes)
-        )
+        sizes = [self.features] + [width] * hidden + [self.features]
+        shared = self.context_features
+        self.layers = make_layers(sizes, shared, self.space, kernel, self.dtype, True)
         self.norms = make_norms(norm, sizes[1:-1], self.dtype)
-        for parameter in self.layers[-1].parameters():
-            nn.init.zeros_(parameter)
-
-    def compute(self, value: Tensor, context: Tensor | None) -> Tensor:
-        if context is not None:  # planes that end at the border like the maps, as in the paper
-            value = torch.cat((value, as_planes(context, value)), 1)
-        h = self.layers[0](value)
-        for i, layer in enumerate(list(self.layers)[1:]):
-            h = layer(F.relu(self.norms[i](h) if self.norms else h))
-        return h
 
 
 class Conv(Regression):

@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partialmethod
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from ..plan import TensorSpec
 from .align_inputs import Lineup, feature_count
 from .base import count_flops, wide_dtype
 from .making import make
-from .regression import Affine, make_norms, update_scale
+from .regression import make_layers, make_norms, run_layers, update_scale
 
 
 @dataclass
@@ -137,14 +136,8 @@ class InputRegression(InputSource):
                 f"{kernel=}. Use 'linear' or 'mlp' for other values."
             )
         self.kernel = kernel
-        sizes = [local + shared] + [width] * hidden + [features]
-        convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[space - 1]
-        self.layers = nn.ModuleList(
-            convolution(a, b, kernel, padding=kernel // 2, dtype=dtype)
-            if kernel
-            else Affine(a if i else local, 0 if i else shared, b, dtype)
-            for i, (a, b) in enumerate(pairwise(sizes))
-        )
+        sizes = [local] + [width] * hidden + [features]
+        self.layers = make_layers(sizes, shared, space, kernel, dtype, False)
         self.norms = make_norms(norm, sizes[1:-1], dtype)
         self.register_buffer("scale", torch.ones((), dtype=dtype))
         self.register_buffer("count", torch.zeros((), dtype=dtype))
@@ -160,14 +153,9 @@ class InputRegression(InputSource):
         h, shared = self.lineup(inputs, self.scale.dtype)
         space = self.lineup.space
         h = h if space else h.movedim(1, -1)
-        if shared is not None and self.kernel:
-            h = torch.cat((h, shared[(..., *(None,) * space)].expand(-1, -1, *h.shape[2:])), 1)
-        elif shared is not None:
+        if shared is not None:
             shared = shared.view(shared.shape[0], *(1,) * (h.dim() - 2), -1)
-        for i, layer in enumerate(self.layers):
-            if i:
-                h = F.relu(self.norms[i - 1](h, 1 if space else -1) if self.norms else h)
-            h = layer(h) if self.kernel else layer(h, None if i else shared, space)
+        h = run_layers(self.layers, self.norms, h, shared, space)
         output = h if h.dim() == len(self.spec.shape) else h.squeeze(1)
         value = output.detach().to(self.scale.dtype) * self.scale
         return InputPrediction(value.to(self.kind.dtype), output)

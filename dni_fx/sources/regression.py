@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..errors import DecouplingError
 from ..plan import TensorSpec
 from .base import GradientSource, Prediction, like, wide_dtype
-from .context import align_context, aligned_shape
+from .context import align_context, aligned_shape, as_planes
 
 # non-zero targets in the running scale: their plain mean at first, then a moving mean of decay 0.99
 WINDOW = 100
@@ -59,14 +59,15 @@ class Shaped(nn.Module):
 class Network(Shaped):
     """``M(value, context)`` for one value, in units of the running scale.
 
-    A scalar has no dimension to line a context up with and ignores it. Subclasses implement
-    :meth:`compute`.
+    A scalar has no dimension to line a context up with and ignores it. Subclasses make the layers,
+    or implement :meth:`compute`.
 
     Raises:
         DecouplingError: the context cannot be lined up with the value.
     """
 
     layers: nn.ModuleList  # each with a weight
+    norms: nn.ModuleList
 
     def __init__(self, spec: TensorSpec, context: TensorSpec | None) -> None:
         super().__init__(spec)
@@ -101,7 +102,7 @@ class Network(Shaped):
         """The network proper: value ``(batch, ..., features)`` or a map, context aligned with
         features last.
         """
-        raise NotImplementedError
+        return run_layers(self.layers, self.norms, value, context, self.space)
 
 
 class Affine(nn.Module):
@@ -160,6 +161,44 @@ def make_norms(norm: str, sizes: Sequence[int], dtype: torch.dtype) -> nn.Module
     return nn.ModuleList(BatchNorm(size, dtype) for size in sizes if norm == "batch")
 
 
+def make_layers(
+    sizes: Sequence[int], shared: int, space: int, kernel: int, dtype: torch.dtype, zero: bool
+) -> nn.ModuleList:
+    """Convolutions over maps, or affine layers for a kernel of 0; the first has ``shared`` more
+    features, and the last may start at 0.
+    """
+    more, last = [shared] + [0] * len(sizes), len(sizes) - 2
+    if not kernel:
+        return nn.ModuleList(
+            Affine(a, more[i], b, dtype, zero and i == last)
+            for i, (a, b) in enumerate(pairwise(sizes))
+        )
+    convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[space - 1]
+    layers = nn.ModuleList(
+        convolution(a + more[i], b, kernel, padding=kernel // 2, dtype=dtype)
+        for i, (a, b) in enumerate(pairwise(sizes))
+    )
+    for parameter in layers[-1].parameters() if zero else ():
+        nn.init.zeros_(parameter)
+    return layers
+
+
+def run_layers(
+    layers: nn.ModuleList, norms: nn.ModuleList, h: Tensor, shared: Tensor | None, space: int
+) -> Tensor:
+    """Layers with normalisations and ReLUs between them; the first sees ``shared``, aligned with
+    features last, convolutions as planes that end at the border like the maps, as in the paper.
+    """
+    convolve = not isinstance(layers[0], Affine)
+    if convolve and shared is not None:
+        h = torch.cat((h, as_planes(shared, h)), 1)
+    for i, layer in enumerate(layers):
+        if i:
+            h = F.relu(norms[i - 1](h, 1 if space else -1) if norms else h)
+        h = layer(h) if convolve else layer(h, None if i else shared, space)
+    return h
+
+
 class Pointwise(Network):
     """The same network at every position: affine, or hidden ReLUs; the last layer starts at 0."""
 
@@ -176,18 +215,8 @@ class Pointwise(Network):
         # narrow values need more.
         width = max(self.features, 64) if width is None else width
         sizes = [self.features] + [width] * hidden + [self.features]
-        self.layers = nn.ModuleList(
-            Affine(a, 0 if i else self.context_features, b, self.dtype, zero=i == hidden)
-            for i, (a, b) in enumerate(pairwise(sizes))
-        )
+        self.layers = make_layers(sizes, self.context_features, self.space, 0, self.dtype, True)
         self.norms = make_norms(norm, sizes[1:-1], self.dtype)
-
-    def compute(self, value: Tensor, context: Tensor | None) -> Tensor:
-        h = self.layers[0](value, context, self.space)
-        for i, layer in enumerate(list(self.layers)[1:]):
-            h = self.norms[i](h, 1 if self.space else -1) if self.norms else h
-            h = layer(F.relu(h), None, self.space)
-        return h
 
 
 class Regression(GradientSource):
