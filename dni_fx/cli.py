@@ -1,4 +1,4 @@
-"""The command ``dni-fx``: what each of its commands does."""
+"""The command ``dni-fx``: its options, and what each of its commands does."""
 
 from __future__ import annotations
 
@@ -6,21 +6,40 @@ import argparse
 import contextlib
 import importlib
 import importlib.util
+import math
 import os
 import random
+import re
 import runpy
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import list_cut_points, plan_cuts, simulate
-from .cli_options import make_parser
+from . import __version__, list_cut_points, plan_cuts, simulate
 from .errors import DecouplingError, did_you_mean, user_line
+
+DTYPES = ("float16", "float32", "float64", "bfloat16", "int32", "int64", "bool")
+UNITS = {"": 1, "B": 1} | {p + "B": 1000**i for i, p in enumerate("kMGT", 1)}
+UNITS |= {p + "iB": 1024**i for i, p in enumerate("KMGT", 1)}
+
+DESCRIPTION = """\
+The command ``dni-fx``: where a model can be cut, a plan with what it would bring, and the demo."""
+EXAMPLES = """\
+examples:
+  dni-fx points torchvision.models:resnet18 --input 8x3x224x224
+  dni-fx plan torchvision.models:resnet18 --input 8x3x224x224 --stages 4 --out plan.json \
+--draw plan.html
+  dni-fx plan mypackage.models:small --input 8x16:int64 --input 8x16:bool --must-cut encoder \
+--memory-cap 2GiB
+  dni-fx demo --steps 100
+
+exit codes: 0 done; 1 a model, plan or file that cannot be used, and why; 2 wrong usage; \
+130 interrupted"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,8 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(
             f"unrecognized arguments: {' '.join(rest)}; see dni-fx {options.command} --help"
         )
+    options.rest = rest
     try:
-        code = run(options, rest)
+        code: int = options.run(options)
         sys.stdout.flush()  # a closed pipe shows here rather than at exit
         return code
     except DecouplingError as error:
@@ -58,43 +78,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 141
 
 
-def run(options: argparse.Namespace, rest: list[str]) -> int:
-    """Run the command that was asked for.
-
-    Args:
-        options: as parsed.
-        rest: what the parser does not know.
-
-    Returns:
-        The exit code.
-    """
-    if options.command == "demo":
-        return run_demo(rest)
-    (run_plan if options.command == "plan" else run_points)(options)
-    return 0
-
-
-def run_plan(options: argparse.Namespace) -> None:
+def run_plan(options: argparse.Namespace) -> int:
     """Plan, write, draw, and compare schedules."""
     for path in (options.out, options.draw):
         if path is not None:
             check_place(path)  # before minutes of measuring
+    devices = {"bandwidth": options.bandwidth, "speeds": options.speeds}
+    wishes = ["stages", "objective", "gradients", "costs", "memory_cap"]
+    wishes += ["keep_together", "never_cut", "must_cut"]
+    asked: dict[str, Any] = devices | {name: getattr(options, name) for name in wishes}
     model, inputs = make_model(options)
-    plan = plan_cuts(
-        model,
-        inputs,
-        stages=options.stages,
-        objective=options.objective,
-        gradients=options.gradients,
-        costs=options.costs,
-        bandwidth=options.bandwidth,
-        speeds=options.speeds,
-        memory_cap=options.memory_cap,
-        keep_together=options.keep_together,
-        never_cut=options.never_cut,
-        must_cut=options.must_cut,
-        progress=not options.quiet,
-    )
+    plan = plan_cuts(model, inputs, progress=not options.quiet, **asked)
     print(plan)
     if options.out is not None:
         with replacing(options.out) as path:
@@ -104,14 +98,15 @@ def run_plan(options: argparse.Namespace) -> None:
         with replacing(options.draw) as path:
             plan.draw(path)
         print(f"plan drawn in {options.draw}")
-    told = simulate(
-        plan,
-        micro_batches=options.micro_batches,
-        latency=options.latency,
-        bandwidth=options.bandwidth,
-        speeds=options.speeds,
-    )
-    print(f"\n{told}")
+    pipelines = {"micro_batches": options.micro_batches, "latency": options.latency}
+    print(f"\n{simulate(plan, **pipelines, **devices)}")
+    return 0
+
+
+def run_points(options: argparse.Namespace) -> int:
+    """List cut points."""
+    print(list_cut_points(*make_model(options)))
+    return 0
 
 
 def check_place(path: Path) -> None:
@@ -125,19 +120,14 @@ def check_place(path: Path) -> None:
         raise DecouplingError(f"cannot write {path}: {what}; name a file in an existing directory")
 
 
-def run_points(options: argparse.Namespace) -> None:
-    """List cut points."""
-    print(list_cut_points(*make_model(options)))
-
-
-def run_demo(rest: list[str]) -> int:
+def run_demo(options: argparse.Namespace) -> int:
     """Run the demo of the checkout that dni_fx comes from, or that is the current directory."""
     script = find_demo()
     missing = [n for n in ("matplotlib", "sklearn") if importlib.util.find_spec(n) is None]
     if missing:
         raise DecouplingError(f"the demo needs {' and '.join(missing)}: pip install 'dni_fx[demo]'")
     before = sys.argv, list(sys.path)
-    sys.argv = [str(script), *rest]
+    sys.argv = [str(script), *options.rest]
     sys.path.insert(0, str(script.parent))  # as for any script; the demo has a module beside it
     try:
         runpy.run_path(str(script), run_name="__main__")
@@ -177,28 +167,24 @@ def make_model(options: argparse.Namespace) -> tuple[nn.Module, tuple[Tensor, ..
     random.seed(options.seed)
     torch.manual_seed(options.seed)
     name, attribute = options.target
-    wanted = "a function without arguments that returns an nn.Module, or an nn.Module"
+    wanted = "expected a function without arguments that returns an nn.Module, or an nn.Module"
     found = _import(name)
     for part in attribute.split("."):
         if not hasattr(found, part):
             hint = did_you_mean(part, [n for n in dir(found) if not n.startswith("_")])
-            raise DecouplingError(f"{name} has no {attribute!r}: expected {wanted}{hint}")
+            raise DecouplingError(f"{name} has no {attribute!r}: {wanted}{hint}")
         found = getattr(found, part)
-    if not isinstance(found, nn.Module):
-        if not callable(found):
-            raise DecouplingError(
-                f"{name}:{attribute} is of type {type(found).__name__}: expected {wanted}"
-            )
+    made = "is"
+    if not isinstance(found, nn.Module) and callable(found):
+        made = "returned a value"
         try:
             found = found()
         except (Exception, SystemExit) as error:
             raise DecouplingError(
-                f"{name}:{attribute} raised {_describe(error)}; expected {wanted}"
+                f"{name}:{attribute} raised {_describe(error)}; {wanted}"
             ) from error
     if not isinstance(found, nn.Module):
-        raise DecouplingError(
-            f"{name}:{attribute} returned a value of type {type(found).__name__}: expected {wanted}"
-        )
+        raise DecouplingError(f"{name}:{attribute} {made} of type {type(found).__name__}: {wanted}")
     device = next((t.device for t in [*found.parameters(), *found.buffers()]), torch.device("cpu"))
     generator = torch.Generator().manual_seed(options.seed)
     return found, tuple(
@@ -258,5 +244,153 @@ def _random(
     return torch.randint(0, 2, sizes, generator=generator).to(dtype)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+# ---- options ------------------------------------------------------------------------------------
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Commands and options, each checked as far as its text goes."""
+    form: dict[str, Any] = {
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+        "allow_abbrev": False,
+        "epilog": EXAMPLES,
+    }
+    parser = argparse.ArgumentParser("dni-fx", description=DESCRIPTION, **form)
+    version = f"dni_fx {__version__}, torch {torch.__version__}"
+    parser.add_argument("--version", action="version", version=version)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{plan,points,demo}")
+    plan = commands.add_parser("plan", help="choose cuts; tell what they would bring", **form)
+    points = commands.add_parser("points", help="list where a model can be cut", **form)
+    about = "a function without arguments that returns the model, or the model; the current "
+    about += "directory is searched"
+    sizes = "one positional input, such as 8x3x224x224 or 8x16:int64 (whole numbers are 0 or 1); "
+    sizes += "once for each"
+    many: dict[str, Any] = {"type": parse_input, "action": "append", "required": True}
+    for command in (plan, points):
+        add = command.add_argument
+        add("target", type=_target, metavar="package.module:factory", help=about)
+        add("--input", metavar="SIZES[:DTYPE]", help=sizes, **many)
+        add("--seed", type=int, default=0, help="for parameters and inputs (default: 0)")
+    _add_wishes(plan.add_argument)
+    demo = commands.add_parser(
+        "demo",
+        help="train on handwritten digits with and without dni_fx (in a checkout)",
+        description="Runs examples/digits.py of a checkout. Options are the demo's: --data, "
+        "--steps, --seed, --out.",
+        **form,
+    )
+    for command, run in ((plan, run_plan), (points, run_points), (demo, run_demo)):
+        command.set_defaults(run=run)
+    return parser
+
+
+def _add_wishes(add: Callable[..., Any]) -> None:
+    """What cuts are chosen for, on what devices and links, and what is written."""
+    add("--stages", type=_whole, metavar="N", help="how many stages (default: 4)")
+    about = "what to keep small: the slowest stage's time (the default), its memory, or the bytes "
+    about += "that cross; learnability needs batches and a loss, so it is for dni_fx.plan_cuts only"
+    objectives = ("throughput", "memory", "traffic")
+    add("--objective", choices=objectives, default="throughput", help=about)
+    costs = ("measured", "analytic")
+    add("--costs", choices=costs, default="measured", help="time the model, or estimate only")
+    about = "auto, linear, mlp, conv, zero, ... (default: auto)"
+    add("--gradients", default="auto", metavar="SOURCE", help=about)
+    add("--memory-cap", type=parse_bytes, metavar="SIZE", help="of each stage, such as 2GiB")
+    names: dict[str, Any] = {"action": "append", "default": []}
+    add("--must-cut", metavar="NAME", help="a cut to make; may be repeated", **names)
+    add("--never-cut", metavar="NAME", help="a cut not to make; may be repeated", **names)
+    about = "a module, or several names, to keep in one stage; may be repeated"
+    add("--keep-together", type=_names, metavar="A[,B,...]", help=about, **names)
+    about = "of each link, a second (default: 1e10)"
+    add("--bandwidth", type=_positive, default=1e10, metavar="BYTES", help=about)
+    about = "of each message (default: 0)"
+    add("--latency", type=_seconds, default=0.0, metavar="SECONDS", help=about)
+    about = "in pipelines to compare with (default: 8)"
+    add("--micro-batches", type=_whole, default=8, metavar="N", help=about)
+    add("--speeds", type=_speeds, metavar="A,B,...", help="relative speed of each stage's device")
+    about = "write the plan; an existing file is replaced"
+    add("--out", type=Path, metavar="PLAN.json", help=about)
+    add("--draw", type=_drawing, metavar="PLAN.html", help="draw the plan, as .html or .svg")
+    add("--quiet", action="store_true", help="no progress bar")
+
+
+def _target(text: str) -> tuple[str, str]:
+    name, _, attribute = text.partition(":")
+    if name.endswith(".py") or "/" in name:
+        hint = name.removesuffix(".py").strip("./").replace("/", ".")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} names a file: expected {hint}:{attribute or 'factory'}"
+        )
+    if not all(part.isidentifier() for part in [*name.split("."), *attribute.split(".")]):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected package.module:factory, such as mymodels:make_net"
+        )
+    return name, attribute
+
+
+def parse_input(text: str) -> tuple[tuple[int, ...], torch.dtype | None]:
+    """Sizes and dtype of an input, from ``8x3x224x224`` or ``8x16:int64``."""
+    sizes, colon, dtype = text.partition(":")
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes, re.ASCII):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected sizes of 1 or more joined by x, batch first, such as 8x3x224x224; "
+            f"found {sizes!r}"
+        )
+    if colon and dtype not in DTYPES:
+        hint = did_you_mean(dtype, DTYPES)
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected one of {', '.join(DTYPES)}, found {dtype!r}{hint}"
+        )
+    return tuple(int(s) for s in sizes.split("x")), getattr(torch, dtype) if dtype else None
+
+
+def _number(
+    kind: Callable[[str], Any], least: float, expected: str, above: bool = False
+) -> Callable[[str], Any]:
+    """A parser of numbers in a range, whose refusal says what was expected."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (value > least if above else least <= value < math.inf):
+            raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}")
+        return value
+
+    return parse
+
+
+_whole = _number(int, 1, "a whole number, at least 1")
+_seconds = _number(float, 0, "seconds, 0 or more, such as 1e-4")
+_positive = _number(float, 0, "bytes a second, more than 0, such as 1e10", True)
+
+
+def _speeds(text: str) -> list[float]:
+    expected = "numbers above 0 joined by commas, one for each stage, such as 1,1,0.5"
+    parse = _number(float, 0, expected, True)
+    return [parse(part) for part in text.split(",")]
+
+
+def parse_bytes(text: str) -> int:
+    """A number of bytes, from ``500000000``, ``500MB`` or ``2GiB``."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?) ?([a-zA-Z]*)", text, re.ASCII)
+    if match is None or match[2] not in UNITS or not float(match[1]) * UNITS[match[2]] >= 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected bytes, such as 500000000, 500MB or 2GiB"
+        )
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def _names(text: str) -> str | tuple[str, ...]:
+    names = tuple(part.strip() for part in text.split(","))
+    if not all(names):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected a name, or names joined by commas, such as embed,head"
+        )
+    return names if len(names) > 1 else names[0]
+
+
+def _drawing(text: str) -> Path:
+    if Path(text).suffix not in (".html", ".svg"):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a name that ends in .html or .svg")
+    return Path(text)

@@ -15,7 +15,7 @@ from .graphs.stage import Stage as Stage
 from .passes.cut.composing import run_stages
 from .plan import CutPlan, Interface
 from .runtime.emitted import keep_modes
-from .runtime.module import DropIn, make_module
+from .runtime.module import DropIn, DropInState
 from .sources import GradientSource, InputSource
 
 
@@ -144,7 +144,7 @@ class Decoupled(nn.Module):
             DecouplingError: a source that waits, or learns from more than the sum of its gradients;
                 synthetic inputs.
         """
-        return make_module(self.graphs, self.context, synthesizer_optimizer, context, unit)
+        return DropInState(self.graphs, self.context, synthesizer_optimizer, context, unit).module
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Decoupled:
         """A copy of model and sources under the same plan, traced anew at its first call."""

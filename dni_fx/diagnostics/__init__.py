@@ -4,18 +4,8 @@ they predict.
 
 from .diagnosis import Diagnosis as Diagnosis
 from .diagnosis import summarize as summarize
+from .figures import METRICS as METRICS
+from .figures import ScalarWriter as ScalarWriter
 from .figures import plot as plot
+from .figures import write_tensorboard as write_tensorboard
 from .history import History as History
-from .scalars import METRICS as METRICS
-from .scalars import ScalarWriter as ScalarWriter
-from .scalars import write_tensorboard as write_tensorboard
-
-__all__ = [
-    "METRICS",
-    "Diagnosis",
-    "History",
-    "ScalarWriter",
-    "plot",
-    "summarize",
-    "write_tensorboard",
-]

@@ -61,38 +61,30 @@ class Diagnosis(Mapping[str, InterfaceReport]):
         Raises:
             DecouplingError: a prediction without a reference, or of another shape.
         """
-        missing = [name for name in predictions if name not in references]
-        if missing:
-            raise DecouplingError(
-                f"no reference for interface {missing[0]!r}; there are some for "
-                f"{sorted(references)}"
-            )
+        for name in predictions:
+            if name not in references:
+                raise DecouplingError(
+                    f"no reference for interface {name!r}; there are some for {sorted(references)}"
+                )
         found = {
             name: compare(predicted, references[name], kind, step)
             for name, predicted in predictions.items()
             if predicted is not None
         }
-        beside = {}
-        for control, given in (controls or {}).items():
-            reports = {
+        beside = {
+            control: {
                 name: compare(said, references[name], kind, step)
                 for name in found
                 if (said := given.get(name)) is not None and said.shape == references[name].shape
             }
-            if reports:
-                beside[control] = reports
-        return cls(found, beside)
+            for control, given in (controls or {}).items()
+        }
+        return cls(found, {control: reports for control, reports in beside.items() if reports})
 
     def verdict(self, name: str) -> str:
-        """The report's verdict, and what the controls say to it.
-
-        Args:
-            name: of the interface.
-        """
-        report, words = self.interfaces[name], []
-        for control, reports in self.controls.items():
-            if (other := reports.get(name)) is not None:
-                words.append(_against(report, other, control))
+        """The verdict of an interface's report, and what the controls say to it."""
+        report = self.interfaces[name]
+        words = [_against(report, r[name], c) for c, r in self.controls.items() if name in r]
         return "; ".join([report.verdict, *filter(None, words)])
 
     def __getitem__(self, name: str) -> InterfaceReport:
@@ -105,8 +97,19 @@ class Diagnosis(Mapping[str, InterfaceReport]):
         return len(self.interfaces)
 
     def __str__(self) -> str:
-        verdicts = {name: self.verdict(name) for name in self.interfaces}
-        return _described(self.interfaces, verdicts, self.controls, self.of)
+        if not self.interfaces:
+            return "nothing measured: no source predicted a gradient"
+        measures = (self.of, "cosine", "error", "size", "signs", "explained")
+        rows = [[*measures, *(f"{c}: cosine" for c in self.controls), "reference", "step"]]
+        for name, report in self.interfaces.items():
+            numbers = [_number(report.cosine), _number(report.relative_error)]
+            shares = [as_share(report.sign_agreement), as_share(report.explained)]
+            beside = [_number(r[name].cosine) if name in r else "-" for r in self.controls.values()]
+            origin = [report.reference, str(report.step)]
+            rows.append([name, *numbers, as_size(report.rms_ratio), *shares, *beside, *origin])
+        width = max(map(len, self.interfaces))
+        words = [f"{name.ljust(width)}  {self.verdict(name)}" for name in self.interfaces]
+        return "\n".join([*table(rows, left=(0, len(rows[0]) - 2)), "", *words])
 
 
 def summarize(reports: Mapping[str, InterfaceReport]) -> str:
@@ -116,50 +119,19 @@ def summarize(reports: Mapping[str, InterfaceReport]) -> str:
         reports: by interface name, such as ``StepReport.interfaces``; a :class:`Diagnosis` keeps
             its controls.
     """
-    if isinstance(reports, Diagnosis):
-        return str(reports)
-    return _described(reports, {name: report.verdict for name, report in reports.items()}, {})
+    return str(reports if isinstance(reports, Diagnosis) else Diagnosis(reports))
 
 
 def _against(report: InterfaceReport, other: InterfaceReport, control: str) -> str:
     """What a control's direction says about a prediction's; nothing where neither has one."""
-    ours = 0.0 if math.isnan(report.cosine) else report.cosine
-    theirs = other.cosine
-    if not math.isfinite(report.relative_error) or math.isnan(theirs):
-        return ""
-    if max(ours, theirs) < NOTHING:
+    ours, theirs = 0.0 if math.isnan(report.cosine) else report.cosine, other.cosine
+    known = math.isfinite(report.relative_error) and not math.isnan(theirs)
+    if not known or max(ours, theirs) < NOTHING:
         return ""
     if theirs < ours - _CLOSE:
         return f"better than the {control} control (cosine {theirs:.2f})"
     how = "as well" if theirs <= ours + _CLOSE else "better"
     return f"the {control} control would do {how} (cosine {theirs:.2f})"
-
-
-def _described(
-    reports: Mapping[str, InterfaceReport],
-    verdicts: Mapping[str, str],
-    controls: Mapping[str, Mapping[str, InterfaceReport]],
-    of: str = "interface",
-) -> str:
-    """A table of numbers, and under it a line of words for every interface."""
-    if not reports:
-        return "nothing measured: no source predicted a gradient"
-    measures = (of, "cosine", "error", "size", "signs", "explained")
-    rows = [[*measures, *(f"{c}: cosine" for c in controls), "reference", "step"]]
-    for name, report in reports.items():
-        beside = [found[name].cosine if name in found else math.nan for found in controls.values()]
-        origin = (report.reference, str(report.step))
-        rows.append([name, *_cells(report), *map(_number, beside), *origin])
-    lines = table(rows, left=(0, len(rows[0]) - 2))
-    width = max(map(len, verdicts))
-    words = [f"{name.ljust(width)}  {verdict}" for name, verdict in verdicts.items()]
-    return "\n".join([*lines, "", *words])
-
-
-def _cells(report: InterfaceReport) -> list[str]:
-    """Cosine, error, size, signs, explained."""
-    numbers = [_number(report.cosine), _number(report.relative_error), as_size(report.rms_ratio)]
-    return [*numbers, as_share(report.sign_agreement), as_share(report.explained)]
 
 
 def _number(value: float) -> str:

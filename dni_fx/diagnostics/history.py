@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -90,10 +91,7 @@ class History:
     @property
     def interfaces(self) -> dict[str, list[InterfaceReport]]:
         """Measurements of every interface, oldest first."""
-        return {
-            name: [report for _, report in series.points]
-            for name, series in self._interfaces.items()
-        }
+        return {name: [r for _, r in series.points] for name, series in self._interfaces.items()}
 
     @property
     def last(self) -> dict[str, InterfaceReport]:
@@ -113,16 +111,12 @@ class History:
         """All of it as JSON text; what is nan becomes null, what is infinite ``"inf"``."""
         self._read()
         losses = [_encoded(loss) for _, loss in self._losses.points]
-        interfaces = {
-            name: {**series.facts(), **_columns(series.points)}
-            for name, series in self._interfaces.items()
-        }
         content = {
             "format": "dni_fx history",
             "version": 1,
             "most": self.most,
             "losses": {**self._losses.facts(), "loss": losses},
-            "interfaces": interfaces,
+            "interfaces": {n: {**s.facts(), **_columns(s)} for n, s in self._interfaces.items()},
         }
         return json.dumps(content, allow_nan=False) + "\n"
 
@@ -142,18 +136,16 @@ class History:
             raise DecouplingError(
                 "this JSON is no dni_fx history: its 'format' is not 'dni_fx history'"
             )
-        if content.get("version") != 1:
-            raise DecouplingError(
-                f"this history has version {content.get('version')!r}, but this version of dni_fx "
-                "reads version 1"
-            )
+        if (version := content.get("version")) != 1:
+            raise DecouplingError(f"this history has version {version!r}; this dni_fx reads 1")
         try:
             history = cls(content["most"])
             losses = [_decoded(loss) for loss in content["losses"]["loss"]]
             history._losses = _Series.restored(history.most, content["losses"], losses)
-            for name, columns in content["interfaces"].items():
-                series = _Series.restored(history.most, columns, _reports(columns))
-                history._interfaces[name] = series
+            history._interfaces = {
+                name: _Series.restored(history.most, columns, _reports(columns))
+                for name, columns in content["interfaces"].items()
+            }
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DecouplingError(
                 f"this history is damaged: {type(error).__name__}: {error}"
@@ -172,13 +164,14 @@ class History:
                     self._losses.add(step, loss)
 
 
+@dataclass
 class _Series(Generic[T]):
     """Points ``(step, value)`` in the order of their steps; of many every n-th, and the last."""
 
-    def __init__(self, most: int | None) -> None:
-        self.most = most
-        self.points: list[tuple[int, T]] = []
-        self.stride, self.seen = 1, 0
+    most: int | None
+    points: list[tuple[int, T]] = field(default_factory=list)
+    stride: int = 1
+    seen: int = 0
 
     def add(self, step: int, value: T) -> None:
         if self.points and self.points[-1][0] >= step:  # the run goes on from an earlier state
@@ -198,17 +191,15 @@ class _Series(Generic[T]):
 
     @classmethod
     def restored(cls, most: int | None, facts: dict[str, Any], values: Sequence[T]) -> _Series[T]:
-        series = cls(most)
-        series.stride, series.seen = int(facts["stride"]), int(facts["seen"])
-        steps = map(int, facts["step"])
-        series.points = list(zip(steps, values, strict=True))
+        points = list(zip(map(int, facts["step"]), values, strict=True))
+        series = cls(most, points, int(facts["stride"]), int(facts["seen"]))
         if series.stride < 1 or series.seen < len(series.points):
             raise ValueError("its counts do not fit its points")
         return series
 
 
-def _columns(points: Iterable[tuple[int, InterfaceReport]]) -> dict[str, list[Any]]:
-    reports = [report for _, report in points]
+def _columns(series: _Series[InterfaceReport]) -> dict[str, list[Any]]:
+    reports = [report for _, report in series.points]
     columns = {name: [_encoded(getattr(report, name)) for report in reports] for name in _MEASURES}
     return {**columns, "reference": [report.reference for report in reports]}
 

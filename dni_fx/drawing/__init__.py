@@ -59,10 +59,6 @@ def draw_plan(plan: Plan, path: str | Path) -> Path:
         )
     if path.suffix not in (".html", ".svg"):
         raise DecouplingError(f"cannot draw to {str(path)!r}: its name must end in .html or .svg")
-    if not path.parent.is_dir():
-        raise DecouplingError(
-            f"cannot draw to {str(path)!r}: there is no folder {str(path.parent)!r}"
-        )
     pieces = render(**_facts(plan, plan.report, path.suffix == ".html"))
     return write_atomically(path, "".join(pieces))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Collection
 from typing import Any
@@ -12,12 +13,10 @@ from torch import nn
 
 from ..errors import DecouplingError, PlanMismatchError
 from ..passes.cut.emission import StageFunctions, emit_functions, source_key
-from ..passes.cut.insertion import Inserted
 from ..plan import CutPlan, Interface
 from ..sources import GradientSource, InputSource, Served, serve
 from .nested import Structure, flatten
-from .pipeline import build_variant, plan_variant
-from .recipe import Recipe
+from .pipeline import Recipe, build_variant, plan_variant
 from .variants import Variant
 
 _MOST_VARIANTS = 16
@@ -28,10 +27,8 @@ class Graphs:
     """The graphs of one model, their plan, and the sources of its interfaces.
 
     Attributes:
-        model: the user's module.
+        model, synthesizers: as of :class:`dni_fx.Decoupled`.
         recipe: what it is cut by.
-        synthesizers: the gradient sources by interface name (dots as slashes), synthetic inputs as
-            ``name@input``.
         variants: the graphs; the first is what the plan was made for.
         active: the graph of the last call; None before the first.
     """
@@ -101,23 +98,17 @@ class Graphs:
     def current(self) -> Variant:
         """The graph for the mode that the model is in now, where one was made already."""
         if not self.variant.is_current():
-            for variant in self.variants:
-                if variant.is_current():
-                    self.active = variant
+            fitting = (v for v in reversed(self.variants) if v.is_current())
+            self.active = next(fitting, self.active)
         return self.variant
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Model inputs by name; makes or finds the graph that fits the call.
-
-        Raises:
-            PlanMismatchError: an empty batch, or stages for this kind of call cannot be cut by the
-                plan.
-        """
+        """As :meth:`dni_fx.Decoupled.bind`."""
         leaves, structure = flatten((args, kwargs))
-        for name, leaf in enumerate(leaves):
+        for index, leaf in enumerate(leaves):
             if leaf.dim() and leaf.shape[0] == 0:
                 raise PlanMismatchError(
-                    f"tensor input {name} has an empty batch: its shape is {tuple(leaf.shape)}"
+                    f"tensor input {index} has an empty batch: its shape is {tuple(leaf.shape)}"
                 )
         if self.active is None or not self.active.accepts(structure, leaves):
             fitting = (v for v in self.variants if v.accepts(structure, leaves))
@@ -146,9 +137,7 @@ class Graphs:
         return any(v.accepts(structure, leaves) for v in self.variants)
 
     def bind_other_mode(self, *args: Any, **kwargs: Any) -> None:
-        """Trace and check the mode that the model is not in, since tracers bake ``self.training``
-        in.
-        """
+        """Trace and check the mode that the model is not in: tracers bake in ``self.training``."""
         modes = [(m, m.training) for m in self.model.modules()]
         active = self.active
         self.model.train(not self.model.training)
@@ -164,7 +153,11 @@ class Graphs:
         variant = build_variant(self.recipe, self.model, args, kwargs, self._plan)
         if self._plan is None:
             plan, inserted = plan_variant(self.recipe, variant)
-            self._insert(plan.interfaces, inserted)
+            for group in serve(plan.interfaces, inserted.gradients):
+                self.synthesizers[source_key(group.name)] = group.source
+                self._leads.update(dict.fromkeys(group.names, group.name))
+            for name, source in inserted.inputs.items():
+                self.synthesizers[_input_key(name)] = source
             self._plan = plan
         for other in self.variants:
             if other.absorb(variant):
@@ -172,13 +165,6 @@ class Graphs:
         kept = [v for v in self.variants if not v.is_outdated()]
         self.variants = [*kept[:1], *kept[1:][-_MOST_VARIANTS:], variant]
         return variant
-
-    def _insert(self, interfaces: tuple[Interface, ...], inserted: Inserted) -> None:
-        for group in serve(interfaces, inserted.gradients):
-            self.synthesizers[source_key(group.name)] = group.source
-            self._leads.update(dict.fromkeys(group.names, group.name))
-        for name, source in inserted.inputs.items():
-            self.synthesizers[_input_key(name)] = source
 
     def functions(self, whole: bool = True) -> tuple[StageFunctions, ...]:
         """The emitted functions of the active graph, written when first trained with.
@@ -210,8 +196,17 @@ class Graphs:
         """
         variant = self.variant
         if variant.sources is None:
-            sources = self._find_sources(variant.split.interfaces)
-            variant.served = serve(variant.split.interfaces, sources)
+            interfaces, known = variant.split.interfaces, self.sources
+            names = self._planned_names(interfaces)
+            missing = [i.name for i in interfaces if i.name not in names]
+            if missing:
+                raise PlanMismatchError(
+                    f"gradients now cross at {', '.join(map(repr, missing))}, where the plan has "
+                    "no source (a parameter was unfrozen, or the model takes another path for "
+                    "these inputs or in this mode); decouple again"
+                )
+            sources = {n: known[planned] for n, planned in names.items()}
+            variant.served = serve(interfaces, sources)
             variant.sources = sources
         return variant.sources
 
@@ -235,41 +230,35 @@ class Graphs:
     def find_inputs(self) -> dict[str, InputSource]:
         """The synthetic inputs of the active graph, by its own interface names."""
         known = self.inputs
-        if not known:
-            return {}
-        names = self._planned_names(self.variant.split.interfaces)
+        names = self._planned_names(self.variant.split.interfaces) if known else {}
         return {n: known[planned] for n, planned in names.items() if planned in known}
+
+    def learner_names(self) -> dict[str, str]:
+        """What :meth:`named_learners` calls the sources of the active graph, which may have other
+        names for their interfaces than the plan.
+        """
+        planned = self._planned_names(self.variant.split.interfaces)
+        return {n: self._leads[p] for n, p in planned.items()} | {
+            f"{n}@input": f"{p}@input" for n, p in planned.items()
+        }
 
     def parameter_names(self, stage: int) -> set[str]:
         """Names of the parameters that a stage uses in any mode and for any inputs so far."""
         whole = [v.split.stages for v in self.variants if len(v.cuts) == len(self.plan.cuts)]
         return {name for stages in whole for name in stages[stage].parameters}
 
-    def _find_sources(self, interfaces: tuple[Interface, ...]) -> dict[str, GradientSource]:
-        known = self.sources
-        names = self._planned_names(interfaces)
-        missing = [i.name for i in interfaces if i.name not in names]
-        if missing:
-            raise PlanMismatchError(
-                f"gradients now cross at {', '.join(map(repr, missing))}, where the plan has no "
-                "source (a parameter was unfrozen, or the model takes another path for these "
-                "inputs or in this mode); decouple again"
-            )
-        return {n: known[planned] for n, planned in names.items()}
-
     def _planned_names(self, interfaces: tuple[Interface, ...]) -> dict[str, str]:
         """What the plan calls the interfaces of another graph, where it has them."""
         planned = {n: i.name for i in self.interfaces for n in (*i.aliases, i.name)}
-        found = {}
-        for interface in interfaces:
-            names = [n for n in (interface.name, *interface.aliases) if n in planned]
-            if names:
-                found[interface.name] = planned[names[0]]
-        return found
+        # An interface's own name goes before others of its value.
+        pairs = [(i.name, n) for i in interfaces for n in reversed((i.name, *i.aliases))]
+        return {name: planned[n] for name, n in pairs if n in planned}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
         """A copy of model and sources under the same plan, traced anew at its first call."""
-        other = Graphs(copy.deepcopy(self.model, memo), self.recipe.for_copy(memo))
+        model, mine = copy.deepcopy(self.model, memo), self.recipe
+        context, opening = copy.deepcopy((mine.context, mine.opening), memo)
+        other = Graphs(model, dataclasses.replace(mine, context=context, opening=opening))
         if self._plan is not None:
             other.synthesizers = copy.deepcopy(self.synthesizers, memo)
             other._plan, other._leads = self._plan, dict(self._leads)

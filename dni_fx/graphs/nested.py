@@ -29,7 +29,8 @@ class Structure:
         was: what the constant held, since it may be an object that changes.
         payload: the constant, the dataclass instance used as a template, or the pytree node's type
             and context.
-        children: structures of the children; names of the fields for a dataclass are in ``fields``.
+        children: their structures.
+        fields: the names of a dataclass's.
     """
 
     kind: str
@@ -39,20 +40,16 @@ class Structure:
     was: tuple[Any, ...] = ()
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Structure) or (self.kind, self.fields) != (
-            other.kind,
-            other.fields,
-        ):
+        if not isinstance(other, Structure):
             return False
-        if self.kind == "dataclass":
-            if type(self.payload) is not type(other.payload):
-                return False
-        elif self.kind == "constant":
-            if self.was != other.was:
-                return False
-        elif self.payload != other.payload:
-            return False
-        return self.children == other.children
+        a, b = self.payload, other.payload
+        if self.kind == "constant":
+            return other.kind == "constant" and self.was == other.was
+        return (
+            (self.kind, self.fields) == (other.kind, other.fields)
+            and (type(a) is type(b) if self.kind == "dataclass" else a == b)
+            and self.children == other.children
+        )
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -119,11 +116,10 @@ def _take_apart(item: Any, leaves: list[Any], is_leaf: Callable[[Any], bool]) ->
         )
     if dataclasses.is_dataclass(item) and not isinstance(item, type):
         names = tuple(f.name for f in dataclasses.fields(item))
+        parts = tuple(_take_apart(getattr(item, n), leaves, is_leaf) for n in names)
         template = copy.copy(item)
-        children = [getattr(item, n) for n in names]
         for name in names:
             object.__setattr__(template, name, None)
-        parts = tuple(_take_apart(c, leaves, is_leaf) for c in children)
         return Structure("dataclass", template, parts, names)
     return Structure("constant", item, was=picture(item))
 

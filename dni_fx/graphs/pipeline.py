@@ -1,4 +1,5 @@
-"""From a model and a call to stages with training functions: the passes, in order.
+"""What a model is cut by, and from it and a call to stages with training functions: the passes, in
+order.
 
 ==========  =====================================================  =========================
 trace       the calls of the model, or ``torch.export``'s           passes/trace/tracing
@@ -17,7 +18,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -27,7 +29,7 @@ from ..passes.cut.checking import check_model, check_stages
 from ..passes.cut.composing import call_stages
 from ..passes.cut.cutting import Flow, find_flow
 from ..passes.cut.describing import describe_plan
-from ..passes.cut.insertion import Inserted, insert_sources
+from ..passes.cut.insertion import Context, Gradients, Inputs, Inserted, Leaving, insert_sources
 from ..passes.cut.splitting import split_stages
 from ..passes.search.choosing import (
     Choice,
@@ -42,8 +44,49 @@ from ..passes.trace.held import GRAD_MODE
 from ..passes.trace.tracing import Trace, trace_calls
 from ..plan import CutPlan
 from .nested import flatten
-from .recipe import Recipe
 from .variants import Variant
+
+
+class Opening(Leaving, Protocol):
+    """A model seen as a function with further inputs and outputs, such as one over a window.
+
+    Attributes:
+        module: what is called, traced and checked in the model's place.
+    """
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    def open(self, trace: Trace) -> Trace:
+        """The trace of the model itself, whose further values come in and leave by themselves."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What was asked for; the arguments of :func:`dni_fx.decouple`, checked.
+
+    Attributes:
+        cuts: names to cut after, a plan to follow, or a search.
+        gradients: gradient sources, by one name or factory or by interface.
+        inputs: synthetic inputs likewise; None for none.
+        context: turns a training target into what the sources see.
+        check: whether every graph is compared with the model.
+        weigh: how cuts that were not searched for are weighed; None where nobody asks.
+        opening: how the graph is opened; None for a model as it is.
+    """
+
+    cuts: tuple[str, ...] | CutPlan | Search
+    gradients: Gradients = "auto"
+    inputs: Inputs | None = None
+    context: Context | None = None
+    check: bool = True
+    weigh: Search | None = None
+    opening: Opening | None = None
+
+    @property
+    def wanted(self) -> int | None:
+        """How many stages a search was asked for; None where cuts were named."""
+        return self.cuts.count if isinstance(self.cuts, Search) else None
 
 
 def build_variant(
@@ -51,16 +94,9 @@ def build_variant(
 ) -> Variant:
     """Trace a model for one kind of call, cut it, and compare the stages with it.
 
-    The tracers are tried one after the other, until the split model equals the model.
-
-    Args:
-        recipe: what was asked for.
-        model: the user's module.
-        args: positional inputs of the call.
-        kwargs: keyword inputs.
-        plan: what the model was cut by before, for calls of another kind. A graph made again may
-            lack a cut, say one inside ``if self.training``: it then has fewer stages, which do to
-            evaluate with.
+    The tracers are tried one after the other, until the split model equals the model. Where it was
+    cut by a ``plan`` before, a graph of another kind of call may lack a cut, say one inside ``if
+    self.training``: it then has fewer stages, which do to evaluate with.
 
     Raises:
         TracingError: no tracer gave a graph that equals the model.
@@ -91,7 +127,7 @@ def build_variant(
         flow = find_flow(trace)
         choice = _choose(recipe, flow, args, kwargs, plan)
         split = split_stages(flow, choice.stage_of, choice.cuts)
-        variant = Variant.of(trace, choice, split, flatten((args, kwargs))[0])
+        variant = Variant(trace, choice, split, flatten((args, kwargs))[0])
         if not recipe.check:
             return variant
         composed = functools.partial(call_stages, trace, split)
@@ -101,24 +137,28 @@ def build_variant(
             return variant
         refusals.append(f"{tracer.__name__}: the traced model is not the model: {result.mismatch}")
     if isinstance(recipe.cuts, CutPlan) and digests and not refusals:
-        raise _other_graph(recipe.cuts, called, digests[0])
-    raise _untraceable(called, refusals)
+        planned = recipe.cuts
+        raise PlanMismatchError(
+            f"the plan was made for a {planned.model} with graph {planned.digest}, but this "
+            f"{type(called).__name__} has graph {digests[0]}; make a new plan with "
+            "dni_fx.plan_cuts, or pass its cuts: cuts=list(plan.cuts)"
+        )
+    reasons = "\n".join(f"  - {r}" for r in refusals)
+    raise TracingError(
+        f"{type(called).__name__} cannot be traced faithfully:\n{reasons}\n"
+        "Move the code that is named into a submodule of its own (it then stays one opaque node), "
+        "or pass that part of the model to decouple"
+    )
 
 
 def plan_variant(recipe: Recipe, variant: Variant) -> tuple[CutPlan, Inserted]:
     """Make the sources of a split model's interfaces, and its plan.
 
-    Args:
-        recipe: what was asked for.
-        variant: the split model.
-
     Raises:
         DecouplingError: names of no interface, unknown sources, or some that cannot serve a value.
     """
-    leaving = None if recipe.opening is None else recipe.opening.leaving
-    inserted = insert_sources(
-        variant.trace, variant.split, recipe.gradients, recipe.inputs, recipe.context, leaving
-    )
+    asked = recipe.gradients, recipe.inputs, recipe.context
+    inserted = insert_sources(variant.trace, variant.split, *asked, recipe.opening)
     return describe_plan(variant, inserted, recipe.wanted), inserted
 
 
@@ -163,20 +203,3 @@ def _follow(plan: CutPlan, flow: Flow, lenient: bool = False) -> Choice:
     if plan.assignment:
         return choose_assigned(flow, plan)
     return choose_named(flow, plan.cuts, lenient)
-
-
-def _other_graph(plan: CutPlan, model: nn.Module, digest: str) -> PlanMismatchError:
-    return PlanMismatchError(
-        f"the plan was made for a {plan.model} with graph {plan.digest}, but this "
-        f"{type(model).__name__} has graph {digest}; make a new plan with dni_fx.plan_cuts, "
-        "or pass its cuts: cuts=list(plan.cuts)"
-    )
-
-
-def _untraceable(model: nn.Module, refusals: list[str]) -> TracingError:
-    reasons = "\n".join(f"  - {r}" for r in refusals)
-    return TracingError(
-        f"{type(model).__name__} cannot be traced faithfully:\n{reasons}\n"
-        "Move the code that is named into a submodule of its own (it then stays one opaque node), "
-        "or pass that part of the model to decouple"
-    )

@@ -97,9 +97,7 @@ class Stage:
         each.
         """
         used = self._graphs.parameter_names(self.index)
-        for name, parameter in self._graphs.model.named_parameters():
-            if name in used:
-                yield name, parameter
+        return ((n, p) for n, p in self._graphs.model.named_parameters() if n in used)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The stage's parameters."""
@@ -127,26 +125,20 @@ class Stage:
             DecouplingError: a source asks for a message that is not given.
         """
         losses: dict[str, torch.Tensor] = {}
-        for group in self._graphs.served():
-            if group.name not in predictions:
-                continue
+        for group in (g for g in self._graphs.served() if g.name in predictions):
             kinds = group.source.asks.learns_from
             missing = [k for k in kinds if k != "gradient" and k not in messages]
             if missing:
                 raise DecouplingError(
                     f"the source at {group.name!r} asks for its message: pass {missing[0]}= to fit"
                 )
-            message: list[torch.Tensor] = []
-            for kind in kinds:
-                message += (
-                    [targets[n] for n in group.names if n in targets]
-                    if kind == "gradient"
-                    else [messages[kind]]
-                )
-            if "gradient" in kinds and any(n not in targets for n in group.names):
+            if "gradient" in kinds and not all(n in targets for n in group.names):
                 continue
+            arrived = {k: [messages[k]] for k in kinds if k != "gradient"}
+            arrived["gradient"] = [targets[n] for n in group.names if n in targets]
+            message = tuple(part for kind in kinds for part in arrived[kind])
             with torch.enable_grad():
-                loss = group.source.fit(predictions[group.name], tuple(message))
+                loss = group.source.fit(predictions[group.name], message)
             if loss is not None:
                 losses[group.name] = loss
         if losses:

@@ -4,7 +4,6 @@ model looked at.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,58 +18,47 @@ from ..passes.trace.tracing import Trace
 from ..sources import GradientSource, Served
 from .nested import Structure
 
+Bound = tuple[tuple[dict[str, Any], str, Any], ...]
 
-@dataclass
+
 class Variant:
     """The stages for one kind of call: structure of the inputs, modes, and sizes that the model
     looked at.
 
-    Attributes:
+    Args:
         trace: the traced graph.
         choice: which node belongs to which stage.
         split: its stages.
-        functions: emitted functions by stage.
+        leaves: the tensors of the call that it was traced with.
+
+    Attributes:
         kinds: dtype, rank, device and ``requires_grad`` of each tensor input.
         modes: values of the training flags that the graph is valid for.
+        layouts: shapes and strides of inputs, under which autocast, for which the graph is known to
+            be valid.
         parameters: the model's parameters when traced.
         frozen: their ``requires_grad`` when traced.
         bound: where the model keeps what the stages refer to, and what it was.
-        layouts: shapes and strides of inputs, under which modes, for which the graph is known to
-            be valid.
         exact: whether the self-check found it equal bit for bit; None where it was not run.
+        functions: emitted functions by stage, once first trained with.
         sources: the gradient source of each interface; None until first asked for.
         served: the same, grouped by source.
     """
 
-    trace: Trace
-    choice: Choice
-    split: Split
-    kinds: tuple[Any, ...]
-    modes: set[tuple[bool, ...]]
-    parameters: tuple[nn.Parameter, ...]
-    frozen: tuple[bool, ...]
-    bound: tuple[tuple[dict[str, Any], str, Any], ...]
-    layouts: set[tuple[Any, ...]]
-    exact: bool | None = None
-    functions: tuple[StageFunctions, ...] = ()
-    sources: dict[str, GradientSource] | None = None
-    served: tuple[Served, ...] = ()
-
-    @classmethod
-    def of(cls, trace: Trace, choice: Choice, split: Split, leaves: list[torch.Tensor]) -> Variant:
-        """The variant for the call that it was traced with, whose tensors are ``leaves``."""
-        parameters = tuple(trace.model.parameters())
-        return cls(
-            trace=trace,
-            choice=choice,
-            split=split,
-            kinds=kinds_of(leaves),
-            modes={tuple(m.training for m in trace.modes)},
-            parameters=parameters,
-            frozen=tuple(p.requires_grad for p in parameters),
-            bound=_bound_attributes(split, trace.model),
-            layouts={layouts_of(leaves)},
-        )
+    def __init__(
+        self, trace: Trace, choice: Choice, split: Split, leaves: list[torch.Tensor]
+    ) -> None:
+        self.trace, self.choice, self.split = trace, choice, split
+        self.kinds = kinds_of(leaves)
+        self.modes = {tuple(m.training for m in trace.modes)}
+        self.layouts = {layouts_of(leaves)}
+        self.parameters = tuple(trace.model.parameters())
+        self.frozen = tuple(p.requires_grad for p in self.parameters)
+        self.bound = _bound_attributes(split, trace.model)
+        self.exact: bool | None = None
+        self.functions: tuple[StageFunctions, ...] = ()
+        self.sources: dict[str, GradientSource] | None = None
+        self.served: tuple[Served, ...] = ()
 
     @property
     def cuts(self) -> tuple[str, ...]:
@@ -87,40 +75,28 @@ class Variant:
             return "a module's mode"
         if (changed := broken(self.trace.held)) is not None:
             return changed.place
-        if not all(table.get(key) is value for table, key, value in self.bound):
-            return next(repr(k) for t, k, v in self.bound if t.get(k) is not v)
-        if tuple([p.requires_grad for p in self.parameters]) != self.frozen:
-            return "requires_grad of a parameter"
-        return None
+        return "what the graph refers to" if self.is_outdated() else None
 
     def is_outdated(self) -> bool:
         """Whether something that the graph refers to was replaced, frozen or unfrozen since."""
-        same = all(table.get(key) is value for table, key, value in self.bound)
-        return not same or tuple(p.requires_grad for p in self.parameters) != self.frozen
-
-    def has_same_objects(self, other: Variant) -> bool:
-        """Whether both were traced with the same parameters, buffers and modules, frozen or not."""
-        mine = [(id(t), k, id(v)) for t, k, v in self.bound]
-        return (
-            mine == [(id(t), k, id(v)) for t, k, v in other.bound] and self.frozen == other.frozen
+        return tuple([p.requires_grad for p in self.parameters]) != self.frozen or not all(
+            table.get(key) is value for table, key, value in self.bound
         )
 
     def absorb(self, other: Variant) -> bool:
         """Take over the calls of a variant whose graph turned out to be the same, for example in
         evaluation mode.
         """
+        mine, theirs = self.trace, other.trace
+        kept = {k: v for k, v in mine.attributes.items() if k[0] == "_"}
         same = (
-            self.trace.has_same_guards(other.trace)
-            and all(
-                other.trace.attributes.get(k) is v
-                for k, v in self.trace.attributes.items()
-                if k[0] == "_"
-            )
-            and self.trace.is_same_graph(other.trace)
-            and self.trace.inputs == other.trace.inputs
-            and self.trace.modes == other.trace.modes
-            and self.kinds == other.kinds
-            and self.has_same_objects(other)
+            mine.has_same_guards(theirs)
+            and all(theirs.attributes.get(k) is v for k, v in kept.items())
+            and mine.is_same_graph(theirs)
+            and mine.inputs == theirs.inputs
+            and mine.modes == theirs.modes
+            and (self.kinds, self.frozen) == (other.kinds, other.frozen)
+            and _identities(self.bound) == _identities(other.bound)
         )
         if same:
             self.modes |= other.modes
@@ -166,15 +142,13 @@ def layouts_of(leaves: list[torch.Tensor]) -> tuple[Any, ...]:
     return cast, *((t.shape, t.stride() if t.layout is strided else ()) for t in leaves)
 
 
-def _bound_attributes(
-    split: Split, model: nn.Module
-) -> tuple[tuple[dict[str, Any], str, Any], ...]:
-    """Where the model keeps what the stages refer to, so that a replaced parameter, buffer or
-    module is noticed.
+def _identities(bound: Bound) -> list[tuple[int, str, int]]:
+    return [(id(table), key, id(value)) for table, key, value in bound]
 
-    Returns:
-        Triples (table of the owning module, key, object) for every module called and attribute
-        read.
+
+def _bound_attributes(split: Split, model: nn.Module) -> Bound:
+    """Where the model keeps what the stages refer to, so that a replaced parameter, buffer or
+    module is noticed: the owner's table, key and object of all that is called or read.
     """
     called = {path for stage in split.stages for path in stage.called}
     bound: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}

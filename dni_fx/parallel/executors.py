@@ -7,8 +7,7 @@ import contextlib
 import copy
 import math
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,12 +20,11 @@ from ..runtime.emitted import keep_modes
 from ..runtime.objective import Metrics, Objective
 from ..runtime.optimizing import StageOptimizers
 from ..schedules import Mode
-from .job import Job, Values
+from .desk import Desk
+from .job import Job, Routes, Values
 from .learning import StageLearner
 from .limits import Flow
 from .mailbox import Address, Letter, Mail, ParallelError
-from .monitoring import Stopwatch
-from .routes import Routes
 from .worker import StageWorker
 
 JOB = "job"
@@ -37,17 +35,9 @@ class Team:
     """Workers for some of the stages, and the batches as each of them sees them.
 
     Args:
-        decoupled: the model, traced.
-        objective: the loss, and what sources see of the target.
-        optimizers: of these stages and their sources.
-        metrics: when predictions are compared, and what was found.
-        flow: how far the stages may drift apart.
         stages: indices of the stages, ascending.
-        mail: their messages.
         steps: batches that are done already.
-        own_random: whether each stage has a stream of random numbers of its own.
-        rows_of: of the model's inputs and the target, the rows that a stage works on here; by
-            default all.
+        rows_of: of the model's inputs and the target, the rows that a stage works on here.
 
     Attributes:
         workers: by stage.
@@ -62,139 +52,85 @@ class Team:
         optimizers: StageOptimizers,
         metrics: Metrics,
         flow: Flow,
-        stages: Sequence[int],
+        stages: Iterable[int],
         mail: Mail,
         steps: int = 0,
         own_random: bool = False,
-        rows_of: RowsOf | None = None,
+        rows_of: RowsOf = lambda _, values, target: (values, target),
     ) -> None:
         self.decoupled, self.objective = decoupled, objective
         self.metrics, self.mail, self.flow = metrics, mail, flow
         self.copies: dict[int, dict[int, Any]] = {}
         self._rows_of = rows_of
-        self._routes: tuple[Setting, dict[int, Routes]] | None = None
+        self._known: tuple[Setting, dict[int, Routes], dict[str, str]] | None = None
         self.workers: dict[int, StageWorker] = {}
         lags = find_lags(decoupled, flow.staleness)
         for k in stages:
-            name, watch = f"stage_{k}", Stopwatch(k)
-            learner = StageLearner(name, objective, optimizers, flow.discount, watch)
-            self.workers[k] = StageWorker(
-                k, mail, flow, lags[k], learner, metrics, steps, own_random
-            )
+            desk = Desk(k, mail, flow, lags[k], steps)
+            parts = (objective, optimizers, metrics, flow.discount, own_random)
+            self.workers[k] = StageWorker(StageLearner(desk, *parts), flow, lags[k])
         for worker in self.workers.values():
             worker.team = list(self.workers.values())
-        last = self.workers.get(len(decoupled.stages) - 1)
-        loss = None if last is None else last.learner.scaled_loss
+        self._last = self.workers.get(len(decoupled.stages) - 1)
+        loss = None if self._last is None else self._last.learner.scaled_loss
         self._settings = Settings(decoupled.graphs, objective, loss)
 
     def make_jobs(self, step: int, mode: Mode, values: Values, target: Any) -> list[Job]:
-        """A batch as each of the stages sees it; the graph that fits it must be active.
-
-        Args:
-            step: number of the batch.
-            mode: what the schedule says.
-            values: the model's inputs by name, the whole batch.
-            target: the training target, or None.
+        """A batch, whole, as each of the stages sees it; the graph that fits it must be active.
 
         Raises:
             DecouplingError: a stage would wait within the step for others that may leave it out.
         """
         jobs, taught = [], set[str]()
         setting = self._settings.of(mode)
-        if self._routes is None or self._routes[0] is not setting:
-            self._routes = setting, {k: Routes.of(setting, k) for k in self.workers}
-        for index, routes in self._routes[1].items():
-            own = self.copies.get(index, {})
+        if self._known is None or self._known[0] is not setting:
+            every = {k: Routes(setting, k) for k in self.workers}
+            self._known = setting, every, self.decoupled.graphs.learner_names()
+        _, every, planned = self._known
+        for k, routes in every.items():
+            own = self.copies.get(k, {})
             inputs = {n: own.get(id(s), s) for n, s in setting.inputs.items()}
-            # A synthetic input that several stages use learns in the first of them, or each has its
-            # copy.
-            names = [n for n in setting.stages[index].inputs if n in inputs]
+            # What several stages use learns in the first of them, or each has its copy.
+            names = [n for n in setting.stages[k].inputs if n in inputs]
             teaches = {n for n in names if id(setting.inputs[n]) in own or n not in taught}
             taught |= teaches
-            job = Job(setting, index, step, routes, inputs, teaches)
-            job.values, job.target = values, target
-            if self._rows_of is not None:
-                job.values, job.target = self._rows_of(index, values, target)
-            job.context = self.objective.context(job.target)
-            job.measure = self.metrics.is_due(step)
-            if job.is_locked and self.flow.policy == "drop_oldest":
+            mine, aim = self._rows_of(k, values, target)
+            context, measure = self.objective.context(aim), self.metrics.is_due(step)
+            made = (setting, k, step, routes, inputs, teaches, planned, measure)
+            jobs.append(Job(*made, mine, aim, context))
+            if jobs[-1].is_locked and self.flow.policy == "drop_oldest":
                 raise DecouplingError(
-                    f"stage_{index} waits for others within the step (exact steps, 'mix', "
+                    f"stage_{k} waits for others within the step (exact steps, 'mix', "
                     "'feedback'), who may leave it out: pass policy='wait', or use sources that do "
                     "not wait"
                 )
-            jobs.append(job)
         return jobs
 
     def report(self, steps: int) -> StepReport:
         """Of the newest batch that the last stage has finished, where that stage is among these."""
-        last = self.workers.get(len(self.decoupled.stages) - 1)
-        loss = torch.tensor(math.nan)
-        if last is not None and last.loss is not None:
-            loss = last.loss * (self.objective.accumulate / last.learner.share)
+        loss, last = torch.tensor(math.nan), self._last
+        if last is not None and last.learner.loss is not None:
+            loss = last.learner.loss * (self.objective.accumulate / last.learner.fraction)
         output = None if last is None else last.output
         return StepReport(loss, output, dict(self.metrics.found), steps)
 
-    @contextlib.contextmanager
-    def named(self, index: int, step: int) -> Iterator[None]:
-        """Errors say which stage they are about."""
-        try:
-            yield
-        except Exception as error:
-            name = f"stage_{index}"
-            if isinstance(error, DecouplingError):
-                if str(error).startswith(name) or isinstance(error, ParallelError):
-                    raise
-                raise type(error)(f"{name}, step {step + 1}: {error}") from error
-            raise ParallelError(
-                f"{name}, step {step + 1}: {type(error).__name__}: {error}"
-            ) from error
 
-
-class OneByOne:
-    """Executor: the stages of a team, one after the other in the caller's thread."""
-
-    def __init__(self, team: Team) -> None:
-        self.team = team
+class OneByOne(Team):
+    """Executor: the stages, one after the other in the caller's thread."""
 
     def step(self, jobs: list[Job]) -> None:
         """One batch, stage after stage."""
-        team = self.team
         with keep_modes(), torch.enable_grad():
-            for worker in team.workers.values():
-                worker.clear()
-            for job in jobs:
-                with team.named(job.index, job.step):
-                    team.workers[job.index].begin(job)
-            for job in reversed(jobs):
-                with team.named(job.index, job.step):
-                    team.workers[job.index].finish(job)
+            _run(list(self.workers.values()), jobs)
 
     def drain(self) -> int:
         """Finish the batches that are under way. Returns how many there were."""
-        workers = self.team.workers.values()
         with keep_modes(), torch.enable_grad():
-            for worker in workers:
-                worker.end()
-            steps = sorted({s for w in workers for s in w.desk.ledger.pending})
-            for step in steps:
-                for worker in workers:
-                    worker.clear()
-                for worker in reversed(workers):
-                    with self.team.named(worker.index, step):
-                        worker.drain(step)
-            for worker in reversed(workers):
-                worker.rest()
-        return len(steps)
+            return _drain(list(self.workers.values()))
 
 
-class OnThreads:
-    """Executor: each stage on a thread of its own.
-
-    After a failure it is of no more use: its threads have ended.
-
-    Args:
-        decoupled, objective, optimizers, metrics, flow, steps: as for :class:`Team`.
+class OnThreads(Team):
+    """Executor: each stage on a thread of its own, until one fails: all threads end then.
 
     Raises:
         DecouplingError: several stages would write to the same parameter or buffer.
@@ -214,13 +150,11 @@ class OnThreads:
                 f"{name!r} is used by several stages, whose threads would write to it at once: cut "
                 "so that they are one stage, or use another schedule"
             )
-        stages = range(len(decoupled.stages))
-        self.mail, self.flow = Mail(timeout=math.inf), flow
-        self.team = Team(decoupled, objective, optimizers, metrics, flow, stages, self.mail, steps)
-        self.workers = self.team.workers
+        stages, mail = range(len(decoupled.stages)), Mail(timeout=math.inf)
+        super().__init__(decoupled, objective, optimizers, metrics, flow, stages, mail, steps)
         for worker in self.workers.values():
             worker.team = [worker]
-        self._copy_inputs(decoupled, optimizers)
+        self._copy_inputs(optimizers)
         self.idle = dict.fromkeys(stages, True)
         self._operators = torch.get_num_threads()
         self.threads = [
@@ -231,16 +165,13 @@ class OnThreads:
         for thread in self.threads:
             thread.start()
 
-    def _copy_inputs(self, decoupled: Decoupled, optimizers: StageOptimizers) -> None:
-        """Of what several stages predict from, all but the first get copies: another thread must
-        not train them.
-        """
-        inputs = decoupled.inputs
-        for interface in decoupled.interfaces:
-            for consumer in interface.consumers[1:] if interface.name in inputs else ():
-                name = f"{interface.name}@input"
-                copied = copy.deepcopy(inputs[interface.name])
-                self.team.copies.setdefault(consumer, {})[id(inputs[interface.name])] = copied
+    def _copy_inputs(self, optimizers: StageOptimizers) -> None:
+        """Of a synthetic input all users but the first get copies: no other thread trains those."""
+        users = {i.name: i.consumers for i in self.decoupled.interfaces}
+        for interface, source in self.decoupled.inputs.items():
+            for consumer in users[interface][1:]:
+                name, copied = f"{interface}@input", copy.deepcopy(source)
+                self.copies.setdefault(consumer, {})[id(source)] = copied
                 if known := optimizers.sources.get(name):
                     made = optimizers.made_for_source(name, list(copied.named_parameters()))
                     made.load_state_dict(copy.deepcopy(known.state_dict()))
@@ -255,25 +186,25 @@ class OnThreads:
         most = self.flow.queue
         if self.flow.policy == "drop_oldest":
             most *= 64  # of those that are left out, which hold no batch
-        self.mail.wait(lambda: all(self._count(k) < most for k in self.workers), "room for a batch")
+        self.mail.wait(
+            lambda: all(len(self._box(k)) < most for k in self.workers), "room for a batch"
+        )
+        devices = [d for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
         for job in jobs:
-            devices = [d for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
             job.casts = [torch.autocast(d, torch.get_autocast_dtype(d)) for d in devices]
             with self.mail.changed:
-                box = self.mail.boxes.setdefault(_box(job.index), deque())
-                waiting = [i for i, letter in enumerate(box) if _is_run(letter.payload)]
+                queued = [letter.payload for letter in self._box(job.index)]
+                waiting = [other for other in queued if other and not other.left_out]
                 if len(waiting) >= self.flow.queue:
-                    oldest = box[waiting[0]]
-                    oldest.payload[0].drop()
-                    box[waiting[0]] = Letter(oldest.step, (oldest.payload[0], False))
-            self.mail.send(_box(job.index), job.step, (job, True))
+                    waiting[0].drop()
+            self.mail.send(_address(job.index), job.step, job)
 
     def drain(self) -> int:
         """Finish everything; the threads are idle then."""
-        for worker in self.workers.values():
-            self.mail.send(_box(worker.index), worker.steps, None)
+        for k, worker in self.workers.items():
+            self.mail.send(_address(k), worker.desk.steps, None)
         self.mail.wait(
-            lambda: all(self.idle.values()) and not any(map(self._count, self.workers)),
+            lambda: all(self.idle.values()) and not any(map(self._box, self.workers)),
             "the end of what is under way",
         )
         return 0
@@ -286,64 +217,103 @@ class OnThreads:
             if thread is not threading.current_thread():
                 thread.join()
 
-    def _count(self, stage: int) -> int:
-        """Batches that wait for a stage."""
-        return len(self.mail.boxes.get(_box(stage), ()))
+    def _box(self, stage: int) -> Sequence[Letter]:
+        """What waits for a stage: batches, or None for the end of what is under way."""
+        return self.mail.boxes.get(_address(stage), ())
 
     def _work(self, index: int) -> None:
-        worker, team = self.workers[index], self.team
-        # A new thread starts from the machine's number, not from the caller's.
-        torch.set_num_threads(self._operators)
+        worker = self.workers[index]
+        torch.set_num_threads(self._operators)  # else a thread starts from the machine's number
         try:
             while True:
                 with self.mail.changed:
-                    self.idle[index] = not self._count(index)
+                    self.idle[index] = not self._box(index)
                     self.mail.changed.notify_all()
-                letter = self._next_job(index)
-                with torch.enable_grad(), team.named(index, letter.step):
-                    _do(worker, letter.payload)
+                with torch.enable_grad():
+                    _do(worker, self._next(worker))
         except Exception as error:
             self.mail.fail(error)
         except BaseException as error:  # it ends this thread, and with it the training
-            where = f"stage_{index}, step {worker.steps}"
+            where = f"stage_{index}, step {worker.desk.steps}"
             self.mail.fail(ParallelError(f"{where}: {type(error).__name__}: {error}"))
 
-    def _next_job(self, index: int) -> Letter:
-        worker = self.workers[index]
-        while not self._count(index):
-            self.mail.wait(
-                lambda: bool(self._count(index)) or worker.desk.has_messages(), "a batch"
-            )
-            with torch.enable_grad(), self.team.named(index, worker.steps - 1):
+    def _next(self, worker: StageWorker) -> Job | None:
+        index, desk = worker.index, worker.desk
+        while not self._box(index):
+            self.mail.wait(lambda: bool(self._box(index)) or desk.has_letters(), "a batch")
+            with _named(index, desk.steps - 1):
                 worker.clear()
                 worker.attend()
-                worker.update()
+                worker.learner.update()
         with self.mail.changed:
             self.idle[index] = False
-            letter = self.mail.boxes[_box(index)].popleft()
+            letter = self.mail.take(_address(index))
             self.mail.changed.notify_all()  # there is room for another one
-        return letter
+        assert letter is not None
+        job: Job | None = letter.payload
+        return job
 
 
-def _do(worker: StageWorker, task: tuple[Job, bool] | None) -> None:
+def _address(stage: int) -> Address:
+    return Address(JOB, -1, stage)
+
+
+def _do(worker: StageWorker, job: Job | None) -> None:
     """A batch, one that is left out, or, where there is none, what is under way."""
-    if task is None:
-        worker.end()
-        for step in list(worker.desk.ledger.pending):
+    if job is None:
+        _drain([worker])
+    elif job.left_out:
+        with _named(job.index, job.step):
+            worker.skip(job)
+    else:
+        with contextlib.ExitStack() as stack:
+            for cast in job.casts:
+                stack.enter_context(cast)
+            _run([worker], [job])
+
+
+def _run(workers: Sequence[StageWorker], jobs: Sequence[Job]) -> None:
+    """One batch, in the stages of one thread."""
+    for worker, job in zip(workers, jobs, strict=True):
+        with _named(job.index, job.step):
             worker.clear()
-            worker.drain(step)
-        worker.rest()
-        return
-    job, runs = task
-    if not runs:
-        worker.skip(job)
-        return
-    with contextlib.ExitStack() as stack:
-        for cast in job.casts:
-            stack.enter_context(cast)
-        worker.clear()
-        worker.begin(job)
-        worker.finish(job)
+    for worker, job in zip(workers, jobs, strict=True):
+        with _named(job.index, job.step):
+            worker.begin(job)
+    for worker, job in reversed([*zip(workers, jobs, strict=True)]):
+        with _named(job.index, job.step):
+            worker.finish(job)
+
+
+def _drain(workers: Sequence[StageWorker]) -> int:
+    """Finish what is under way in the stages of one thread. Returns how many batches that were."""
+    for worker in workers:
+        worker.end()
+    steps = sorted({s for w in workers for s in w.desk.ledger.pending})
+    for step in steps:
+        for worker in workers:
+            worker.clear()
+        for worker in reversed(workers):
+            with _named(worker.index, step):
+                worker.drain(step)
+    for worker in reversed(workers):
+        with _named(worker.index, worker.desk.steps - 1):
+            worker.rest()
+    return len(steps)
+
+
+@contextlib.contextmanager
+def _named(index: int, step: int) -> Iterator[None]:
+    """Errors say which stage they are about."""
+    try:
+        yield
+    except Exception as error:
+        where = f"stage_{index}, step {step + 1}"
+        if not isinstance(error, DecouplingError):
+            raise ParallelError(f"{where}: {type(error).__name__}: {error}") from error
+        if str(error).startswith(f"stage_{index}") or isinstance(error, ParallelError):
+            raise
+        raise type(error)(f"{where}: {error}") from error
 
 
 def shared_state(decoupled: Decoupled) -> list[tuple[str, tuple[int, ...]]]:
@@ -358,28 +328,17 @@ def shared_state(decoupled: Decoupled) -> list[tuple[str, tuple[int, ...]]]:
     return found
 
 
-def find_lags(decoupled: Decoupled, staleness: int | None) -> list[int | None]:
+def find_lags(decoupled: Decoupled, staleness: int | None) -> Sequence[int | None]:
     """After how many steps each stage learns from its answers, in a run with a fixed staleness.
 
     A stage whose source is late answers only when it has itself been pulled back.
     """
-    stages = decoupled.stages
+    count, interfaces, sources = len(decoupled.stages), decoupled.interfaces, decoupled.sources
     if staleness is None:
-        return [None] * len(stages)
-    sources = decoupled.sources
-    late = {i.producer for i in decoupled.interfaces if (sources[i.name].asks.lag or 0) > 0}
-    lags: list[int] = [staleness] * len(stages)
-    for index in reversed(range(len(stages))):
-        behind = [
-            c for i in decoupled.interfaces if i.producer == index for c in i.consumers if c in late
-        ]
+        return [None] * count
+    late = {i.producer for i in interfaces if (sources[i.name].asks.lag or 0) > 0}
+    lags = [staleness] * count
+    for index in reversed(range(count)):
+        behind = [c for i in interfaces if i.producer == index for c in i.consumers if c in late]
         lags[index] += max((lags[c] for c in behind), default=0)
-    return list(lags)
-
-
-def _box(stage: int) -> Address:
-    return Address(JOB, -1, stage)
-
-
-def _is_run(payload: Any) -> bool:
-    return payload is not None and payload[1]
+    return lags

@@ -1,85 +1,76 @@
-"""What one stage learns beside the others: gradients gathered, checked, and stepped."""
+"""What one stage learns beside the others: answers settled, gradients checked, and stepped."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import contextlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..errors import DecouplingError
 from ..runtime.finite import all_finite, refuse, value_places
-from ..runtime.objective import Objective
+from ..runtime.objective import Metrics, Objective
 from ..runtime.optimizing import StageOptimizers
+from .desk import Desk
 from .job import Job
 from .monitoring import Stopwatch
-
-Reduce = Callable[[list[nn.Parameter]], None]
-
-
-@dataclass
-class Delays:
-    """How many steps after its batch the sources have learnt from an answer."""
-
-    total: int = 0
-    count: int = 0
-    largest: int = 0
-
-    def add(self, delay: int) -> None:
-        """Note one."""
-        self.total, self.count = self.total + delay, self.count + 1
-        self.largest = max(self.largest, delay)
-
-    @property
-    def mean(self) -> float | None:
-        """Their mean, None where there are none."""
-        return self.total / self.count if self.count else None
 
 
 class StageLearner:
     """The updates of one stage and its sources.
 
     Args:
-        name: of the stage.
-        objective: the loss, and how many steps make one update.
         optimizers: of all stages that are trained here.
         discount: what comes d steps late counts ``discount ** d`` in a source's regression.
-        watch: measures the time of updates.
+        own_random: whether the stage draws from a stream of its own, which follows from the seed
+            and the stage alone.
 
     Attributes:
+        random: the state of that stream, between two regions; None where there is none.
+        watch: measures the time that it takes.
         own: optimisers of the stage's own copies of synthetic inputs, by name.
-        share: of the batch's rows that this process works on.
-        reduce: sums gradients over the processes that share the stage.
+        fraction: of the batch's rows that this process works on.
+        group: of the processes that share the stage, over which gradients are summed.
         losses: regressions of the sources that are pulled back and not stepped, by name.
+        loss: of the newest batch, where the model's output is.
         late: whether the gradients of the next update hold a late one already.
         updates: number of updates of the stage's parameters.
-        delays: of what the sources have learnt from.
+        delays: how often the sources have learnt from an answer so many steps after its batch.
     """
 
     def __init__(
         self,
-        name: str,
+        desk: Desk,
         objective: Objective,
         optimizers: StageOptimizers,
+        metrics: Metrics,
         discount: float,
-        watch: Stopwatch,
+        own_random: bool,
     ) -> None:
-        self.name, self.objective, self.optimizers = name, objective, optimizers
-        self.discount, self.watch = discount, watch
+        self.name = f"stage_{desk.index}"
+        self.desk, self.objective, self.optimizers = desk, objective, optimizers
+        self.metrics, self.discount = metrics, discount
+        seed = (torch.initial_seed() + 7919 * (desk.index + 1)) % 2**63
+        generator = torch.Generator().manual_seed(seed)
+        self.random = generator.get_state() if own_random else None
+        self.watch = Stopwatch(desk.index)
         self.own: dict[str, torch.optim.Optimizer] = {}
-        self.share = 1.0
-        self.reduce: Reduce | None = None
+        self.fraction = 1.0
+        self.group: Any = None
         self.losses: list[tuple[str, Tensor]] = []
+        self.loss: Tensor | None = None
         self.late = False
         self.updates = 0
-        self.delays = Delays()
+        self.delays = Counter[int]()
 
     def scaled_loss(self, output: object, target: object) -> Tensor:
-        """Of the rows that are worked on here: a mean, which counts as much as they are of the
-        batch.
-        """
+        """Of the rows that are here: a mean, which counts as much as they are of the batch."""
         value = self.objective.scaled(output, target)
-        return value if self.share == 1 else value * self.share
+        return value if self.fraction == 1 else value * self.fraction
 
     def parameters(self) -> list[nn.Parameter]:
         """What the stage's optimiser owns."""
@@ -90,45 +81,82 @@ class StageLearner:
         for parameter in self.parameters():
             parameter.grad = None
 
-    def learn(self, job: Job, delay: int) -> None:
-        """Train the sources whose message is there.
+    @contextlib.contextmanager
+    def running(self, what: str, step: int) -> Iterator[None]:
+        """The stage's own random numbers, where it has them, and the time that it takes."""
+        with self.watch.spending(what, step):
+            if self.random is None:
+                yield
+                return
+            outside = torch.get_rng_state()
+            torch.set_rng_state(self.random)
+            try:
+                yield
+            finally:
+                self.random = torch.get_rng_state()
+                torch.set_rng_state(outside)
 
-        Args:
-            job: the batch.
-            delay: how many steps ago it was run.
+    def settle(self, limit: int) -> None:
+        """Pull back what was late, train the sources, and answer, for the batches up to one."""
+        ledger = self.desk.ledger
+        for job in ledger.up_to(limit):
+            complete = job.answers.is_complete
+            if job.setting.share > 0 and not complete:
+                continue
+            with self.running("backward", job.step):
+                self._settle(job)
+            if not ledger.owed[job.step]:
+                if complete and not job.waits:
+                    ledger.close(job.step)
+                else:
+                    job.state.forget(tuple(job.batch.sources.groups))
 
-        Raises:
-            NonFiniteError: what they would learn from is not finite: they keep averages of it.
-        """
-        heard = job.heard_places()
-        if not all_finite([t for _, t in heard]):
-            self._refuse(heard, job.step)
+    def _settle(self, job: Job) -> None:
+        newest, at_once = self.desk.steps - 1, self.objective.accumulate == 1
+        late = job.waits and job.answers.is_complete and not job.is_locked
+        if late and self.late and at_once:
+            self.update()  # a step of its own
+            self.drop_gradients()
+        self.late |= late
+        job.state.now = newest
+        job.batch.advance()
+        self.desk.answer(job)
+        if self.losses and at_once:
+            self.update_sources()  # every answer makes a step of its own
+        self._learn(job, newest - job.step)
+        if job.measure:
+            self.metrics.found.update(job.batch.sources.compare(job.step))
+
+    def _learn(self, job: Job, delay: int) -> None:
+        """Train the sources whose message is there, and finite: they keep averages of it."""
+        message = job.learnt_from()
+        if not all_finite([t for _, t in message]):
+            self._refuse(message, job.step)
         if losses := job.learn():
-            self.delays.add(delay)
-            weight = self.discount**delay * self.share
+            self.delays[delay] += 1
+            weight = self.discount**delay * self.fraction
             torch.autograd.backward([loss * weight if weight != 1 else loss for _, loss in losses])
             self.losses += [(n, loss.detach()) for n, loss in losses]
 
-    def update(self, steps: int, loss: Tensor | None, pending: Iterable[Job]) -> None:
-        """Step the optimisers where an update is due, once everything is known to be finite.
+    def give_up(self, most: int) -> None:
+        """Do not answer the oldest where more batches than that still wait for values."""
+        unseen = self.desk.ledger.unseen()
+        for job in unseen[: max(0, len(unseen) - most)]:
+            job.answers.lose()
+            for stage in self.desk.ledger.close(job.step):
+                self.desk.outbox.answer(stage, job.step, None)
 
-        Args:
-            steps: batches that the stage has begun.
-            loss: the last one, where the model's output is.
-            pending: batches that are not finished.
-
-        Raises:
-            NonFiniteError: a gradient or regression is not finite; the stage is not updated.
+    def update(self) -> None:
+        """Step the optimisers where an update is due, if all gradients and regressions are finite;
+        else raise ``NonFiniteError``.
         """
+        steps = self.desk.steps
         if steps % self.objective.accumulate:
             return
-        parameters = self.parameters()
-        if self.reduce is not None:
-            self.reduce(parameters)
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        found = [*(r for _, r in self.losses), *([] if loss is None else [loss]), *gradients]
-        if not all_finite(found):
-            self._refuse(self._places(loss, pending), steps - 1)
+        gradients = self._sum_gradients(self.parameters())
+        losses = [r for _, r in self.losses] + ([] if self.loss is None else [self.loss])
+        if not all_finite([*losses, *gradients]):
+            self._refuse(self._places(), steps - 1)
         if gradients and self.name in self.optimizers.stages:
             with self.watch.spending("update", steps - 1):
                 self.optimizers.step_stage(self.name)
@@ -140,19 +168,30 @@ class StageLearner:
         """Step the optimisers of the sources that have learnt."""
         for name in dict.fromkeys(n for n, _ in self.losses):
             optimizer = self.own.get(name) or self.optimizers.sources.get(name)
-            if optimizer is not None:
-                if self.reduce is not None:
-                    groups = optimizer.param_groups
-                    self.reduce([p for group in groups for p in group["params"]])
-                optimizer.step()
-                optimizer.zero_grad()
+            if optimizer is None:
+                raise DecouplingError(
+                    f"the source at {name!r} has learnt, but has no optimiser: its parameters must "
+                    "be found by source.named_parameters() when the trainer is made (assign them "
+                    "as nn.Parameter)"
+                )
+            self._sum_gradients(p for group in optimizer.param_groups for p in group["params"])
+            optimizer.step()
+            optimizer.zero_grad()
         self.losses = []
 
-    def _places(self, loss: Tensor | None, pending: Iterable[Job]) -> list[tuple[str, Tensor]]:
+    def _sum_gradients(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        for gradient in gradients if self.group is not None else ():
+            dist.all_reduce(gradient, group=self.group)
+        return gradients
+
+    def _places(self) -> list[tuple[str, Tensor]]:
+        """What may not be finite, with its name."""
         places: list[tuple[str, Tensor]] = []
-        for job in pending:
-            places += [*value_places(job.state.sent), *job.places()]
-        places += [("the loss", loss)] if loss is not None else []
+        for job in self.desk.ledger.pending.values():
+            groups = tuple(job.batch.sources.groups)
+            places += [*value_places(job.state.sent), *job.state.places(groups)]
+        places += [] if self.loss is None else [("the loss", self.loss)]
         places += [(f"the regression of the source at interface {n!r}", r) for n, r in self.losses]
         named = self.optimizers.parameters.get(self.name, [])
         grads = [(f"the gradient of parameter {n!r}", p.grad) for n, p in named]

@@ -86,24 +86,17 @@ class Mail:
         assert letter is not None
         return letter
 
-    def wait(self, ready: Callable[[], bool], what: str) -> float:
-        """Sleep until something is so.
-
-        Args:
-            ready: asked after each letter that comes.
-            what: is waited for, for messages.
-
-        Returns:
-            Seconds slept.
+    def wait(self, ready: Callable[[], bool], what: str) -> None:
+        """Sleep until something is so, which is asked after each letter that comes.
 
         Raises:
-            ParallelError: some stage has failed, or ``timeout`` has passed.
+            ParallelError: some stage has failed, or ``timeout`` has passed: ``what`` did not come.
         """
-        start = time.perf_counter()
+        until = time.perf_counter() + self.timeout
         with self.changed:
             while not ready():
                 self.check()
-                left = start + self.timeout - time.perf_counter()
+                left = until - time.perf_counter()
                 if left <= 0:
                     raise ParallelError(
                         f"{what} did not come within {self.timeout:g} s: whoever sends it hangs, "
@@ -112,7 +105,6 @@ class Mail:
                     )
                 self.changed.wait(min(left, threading.TIMEOUT_MAX))
             self.check()
-        return time.perf_counter() - start
 
     def fail(self, error: BaseException) -> None:
         """Everybody who waits is woken, and told; the first failure counts."""
@@ -123,7 +115,6 @@ class Mail:
     def check(self) -> None:
         """Raise what somebody else has failed with."""
         if self.failure is not None:
-            kind = (
-                type(self.failure) if isinstance(self.failure, DecouplingError) else ParallelError
-            )
+            ours = isinstance(self.failure, DecouplingError)
+            kind = type(self.failure) if ours else ParallelError
             raise kind(str(self.failure)) from self.failure

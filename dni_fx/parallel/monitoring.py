@@ -17,22 +17,15 @@ COLUMNS = (
 
 
 @dataclass
-class Span:
-    """What a stage did when, in seconds of ``time.perf_counter``."""
-
-    stage: int
-    what: str
-    start: float
-    end: float
-    step: int
-
-
-@dataclass
 class Stopwatch:
-    """What one stage has spent its time on, and the newest of its spans."""
+    """What one stage has spent its time on.
+
+    Attributes:
+        spans: the newest: what, from when and until when by ``time.perf_counter``, and the step.
+    """
 
     stage: int
-    spans: deque[Span] = field(default_factory=lambda: deque(maxlen=4096))
+    spans: deque[tuple[str, float, float, int]] = field(default_factory=lambda: deque(maxlen=4096))
     seconds: dict[str, float] = field(default_factory=dict)
     began: float | None = None
 
@@ -46,7 +39,7 @@ class Stopwatch:
         finally:
             end = time.perf_counter()
             self.seconds[what] = self.seconds.get(what, 0.0) + end - start
-            self.spans.append(Span(self.stage, what, start, end, step))
+            self.spans.append((what, start, end, step))
 
     def rate(self, count: int) -> float:
         """So many batches, per second since the first span."""
@@ -83,24 +76,19 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def trace_events(watches: Iterable[Stopwatch], rank: int) -> list[dict[str, Any]]:
-    """The spans of a process's stages as events of Chrome's trace format.
-
-    Args:
-        watches: of the stages.
-        rank: of the process.
-    """
+    """The spans of a process's stages as events of Chrome's trace format."""
     offset = time.time() - time.perf_counter()  # processes share the system's clock alone
     return [
         {
-            "name": span.what,
+            "name": what,
             "cat": "dni_fx",
             "ph": "X",
-            "ts": (span.start + offset) * 1e6,
-            "dur": (span.end - span.start) * 1e6,
+            "ts": (start + offset) * 1e6,
+            "dur": (end - start) * 1e6,
             "pid": rank,
-            "tid": span.stage,
-            "args": {"batch": span.step},
+            "tid": watch.stage,
+            "args": {"batch": step},
         }
         for watch in watches
-        for span in watch.spans
+        for what, start, end, step in watch.spans
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -10,15 +9,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..decoupled import Decoupled
 from ..errors import DecouplingError, did_you_mean
 from ..graphs.nested import map_tensors
+from .executors import shared_state
+from .job import Answer, Values
+from .limits import Flow
 from .mailbox import Letter
 
 Placement = Sequence[int | Sequence[int]] | Mapping[str, int | Sequence[int]]
 
 
 class Part(NamedTuple):
-    """A process's share of a letter."""
+    """Which rows of a letter a process has sent."""
 
     place: int  # among the processes of the sender that have something for this taker
     total: int  # number of those
@@ -35,10 +38,14 @@ class Places:
     Attributes:
         ranks: of every stage, in order.
         sizes: of batches, by step.
+        rank: of this process.
+        size: of the newest batch.
     """
 
     ranks: tuple[tuple[int, ...], ...]
     sizes: dict[int, int] = field(default_factory=dict)
+    rank: int = 0
+    size: int = 0
 
     def stages_of(self, rank: int) -> list[int]:
         """Stages that a rank runs, ascending."""
@@ -55,6 +62,37 @@ class Places:
         """Stages that several ranks share."""
         return [k for k, ranks in enumerate(self.ranks) if len(ranks) > 1]
 
+    def note_size(self, step: int, values: Values, queue: int) -> None:
+        """Remember how many rows the first input that has any has, if a stage works on part of
+        them; of batches that cannot be under way any more forget it.
+        """
+        if not self.divided:
+            return
+        tensors = (v for v in values.values() if isinstance(v, Tensor) and v.dim())
+        self.size = next((t.shape[0] for t in tensors), 0)
+        least = max(len(ranks) for ranks in self.ranks)
+        if self.size < least:
+            raise DecouplingError(
+                f"a batch of {self.size} has no row for each of {least} ranks that share a stage"
+            )
+        self.sizes[step] = self.size
+        self.sizes.pop(step - 4 * queue - 64, None)
+
+    def fraction(self, stage: int) -> float:
+        """Of the newest batch's rows, those that a stage works on here."""
+        if stage not in self.divided:
+            return 1.0
+        first, end = self.rows(stage, self.rank, self.size)
+        return (end - first) / self.size
+
+    def rows_of(self, stage: int, values: Values, target: Any) -> tuple[Values, Any]:
+        """The newest batch's inputs and target, of the rows that a stage works on here."""
+        if stage not in self.divided:
+            return values, target
+        first, end = self.rows(stage, self.rank, self.size)
+        values, target = (slice_rows(v, first, end, self.size) for v in (values, target))
+        return values, target
+
     def divide(
         self, sender: int, taker: int, rank: int, letter: Letter
     ) -> Iterator[tuple[int, Part, Any]]:
@@ -66,9 +104,8 @@ class Places:
         first, end = self.rows(sender, rank, size)
         for r in self.ranks[taker]:
             low, high = self.rows(taker, r, size)
-            senders = [
-                s for s in self.ranks[sender] if _overlap(self.rows(sender, s, size), (low, high))
-            ]
+            spans = {s: self.rows(sender, s, size) for s in self.ranks[sender]}
+            senders = [s for s, (a, b) in spans.items() if max(a, low) < min(b, high)]
             if rank in senders:
                 start, stop = max(first, low) - first, min(end, high) - first
                 part = Part(senders.index(rank), len(senders), stop - start)
@@ -83,11 +120,8 @@ def slice_rows(value: Any, start: int, stop: int, count: int) -> Any:
 
 
 def join(parts: list[tuple[Part, Any]], add: bool) -> Any:
-    """One letter's payload from its parts, in the order of their rows.
-
-    Args:
-        parts: what each process sent.
-        add: whether what has no rows is summed, as gradients are; else all have sent the same.
+    """One letter's payload from its parts, in the order of their rows; what has no rows is summed
+    where ``add`` says so, as gradients are, else all have sent the same.
     """
     payloads = [payload for _, payload in parts]
     if any(payload is None for payload in payloads):
@@ -99,10 +133,8 @@ def _joined(values: list[Any], rows: list[int], add: bool) -> Any:
     first = values[0]
     if isinstance(first, dict):
         return {key: _joined([v.get(key) for v in values], rows, add) for key in first}
-    if dataclasses.is_dataclass(first) and not isinstance(first, type):
-        names = [field.name for field in dataclasses.fields(first)]
-        tables = [{n: getattr(v, n) for n in names} for v in values]
-        return dataclasses.replace(first, **_joined(tables, rows, add))
+    if isinstance(first, Answer):
+        return Answer(**_joined(list(map(vars, values)), rows, add))
     known = [v for v in values if isinstance(v, Tensor)]
     if not known:
         return values[0]
@@ -112,8 +144,31 @@ def _joined(values: list[Any], rows: list[int], add: bool) -> Any:
     return torch.cat(known)
 
 
-def _overlap(a: tuple[int, int], b: tuple[int, int]) -> bool:
-    return max(a[0], b[0]) < min(a[1], b[1])
+def find_places(
+    decoupled: Decoupled, placement: Placement | None, rank: int, world: int, flow: Flow
+) -> Places:
+    """As :func:`place_stages`, for this rank of so many, where stages can be placed so.
+
+    Raises:
+        DecouplingError: they share state, or need a fixed staleness.
+    """
+    places = place_stages(placement, [s.name for s in decoupled.stages], world)
+    places.rank = rank
+    for name, where in shared_state(decoupled):
+        if len({places.ranks[k] for k in where}) > 1:
+            stages = ", ".join(f"stage_{k}" for k in where)
+            raise DecouplingError(
+                f"{name!r} is used by {stages}, which are placed on different ranks: put them "
+                "on one (placement=), or keep them in one stage "
+                "(dni_fx.plan_cuts(keep_together=...))"
+            )
+    if places.divided and flow.staleness is None:
+        shared = places.divided[0]
+        raise DecouplingError(
+            f"stage_{shared} is shared by ranks {list(places.ranks[shared])}, which must update in "
+            "step: pass staleness=, say 2"
+        )
+    return places
 
 
 def place_stages(placement: Placement | None, stages: Sequence[str], world: int) -> Places:

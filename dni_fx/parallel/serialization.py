@@ -19,14 +19,7 @@ _HEAD = 8  # bytes of the description's length
 
 
 def pack(value: Any) -> Tensor:
-    """A nested value as a ``uint8`` tensor on the CPU.
-
-    Args:
-        value: any nesting that :func:`dni_fx.graphs.nested.flatten` opens.
-
-    Returns:
-        ``(bytes,)``, with a copy of all tensors.
-    """
+    """A nested value as a ``uint8`` tensor ``(bytes,)`` on the CPU, with a copy of all tensors."""
     leaves, structure = flatten(value)
     pieces, described, position = [], [], 0
     for leaf in leaves:
@@ -45,10 +38,8 @@ def pack(value: Any) -> Tensor:
 
 
 def unpack(buffer: Tensor) -> Any:
-    """The value that was packed; its tensors on the CPU share the buffer's memory.
-
-    Args:
-        buffer: ``(bytes,)``, which may be longer than what ``pack`` returned.
+    """The value that was packed, from a buffer that may be longer; its tensors on the CPU share the
+    buffer's memory.
     """
     length = int.from_bytes(bytes(buffer[:_HEAD].numpy()), "little")
     structure, described = pickle.loads(bytes(buffer[_HEAD : _HEAD + length].numpy()))

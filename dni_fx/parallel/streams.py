@@ -7,6 +7,9 @@ than what is posted goes beside the stream, and later receives are posted longer
 An interpreter that ends while a thread waits in gloo aborts, so the threads end before: each
 process says a last word, after which it sends nothing, and receives until it has heard the others'.
 Where these do not come in time, gloo's connections are closed, which wakes whoever waits in them.
+
+A process that hangs is noticed by all, not only by those who wait for it: each gives signs of life,
+also while its main thread computes for long; one that is stopped or gone does not.
 """
 
 from __future__ import annotations
@@ -24,7 +27,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from .heartbeat import Pulse
 from .mailbox import ANSWER, Address, Letter, Mail, ParallelError
 from .placement import Part, Places, join
 from .serialization import pack, unpack
@@ -38,18 +40,11 @@ _trainers = 0
 _idle: dict[tuple[int, ...], Any] = {}  # groups of closed trainers, by ranks
 
 
-class _Sign(NamedTuple):
-    """That a process lives."""
+class _Word(NamedTuple):
+    """What a process says of itself: that it lives; at last that it ends, and how it failed."""
 
-
-class _Failure(NamedTuple):
-    """The last letter of a process that failed."""
-
-    message: str
-
-
-class _End(NamedTuple):
-    """The last letter of a process that closes."""
+    is_last: bool
+    failure: str = ""
 
 
 def _later(length: int) -> int:
@@ -58,9 +53,7 @@ def _later(length: int) -> int:
 
 
 def _group_of(ranks: tuple[int, ...]) -> Any:
-    """A group for one trainer; of an earlier one where that has closed, since a group keeps threads
-    and sockets.
-    """
+    """A group for one trainer; that of a closed one if any, since it keeps threads and sockets."""
     group = _idle.pop(ranks, None)
     with contextlib.suppress(KeyError, ValueError):
         if group is not None and dist.get_process_group_ranks(group):
@@ -69,6 +62,10 @@ def _group_of(ranks: tuple[int, ...]) -> Any:
     return dist.new_group(
         list(ranks), backend="gloo", timeout=_YEAR, use_local_synchronization=True
     )
+
+
+def _thread(work: Callable[[], None], name: str) -> threading.Thread:
+    return threading.Thread(target=work, name=f"dni_fx {name}", daemon=True)
 
 
 class Stream:
@@ -80,12 +77,11 @@ class Stream:
     Args:
         rank: of the other process.
         tag: of the letters; the next one is of those that go beside the stream.
-        group: that carries them.
         take: called with each letter that comes.
         fail: called with the error that ends the stream.
 
     Attributes:
-        heard: when the newest letter came, in seconds of ``time.monotonic``.
+        last_sign: when the newest letter came, in seconds of ``time.monotonic``.
         over: whether the last word of the other process has come.
     """
 
@@ -98,55 +94,38 @@ class Stream:
         fail: Callable[[BaseException], None],
     ) -> None:
         self.rank, self.tag, self.group, self.take, self.fail = rank, tag, group, take, fail
-        self.heard, self.over = time.monotonic(), False
+        self.last_sign, self.over = time.monotonic(), False
         self.changed = threading.Condition()
         self.count = 0  # letters sent
         self.lengths = deque([(0, SHORTEST)])  # from which letter on how much fits
         self.works: deque[tuple[Any, torch.Tensor]] = deque()
         self.ended = False  # the last word was said
-        self.outgoing = threading.Thread(
-            target=self._reap, name=f"dni_fx to rank {rank}", daemon=True
-        )
-        self.incoming = threading.Thread(
-            target=self._receive, name=f"dni_fx from rank {rank}", daemon=True
-        )
-
-    def is_open(self) -> bool:
-        """Whether something may still come."""
-        return self.incoming.is_alive()
+        self.outgoing = _thread(self._reap, f"to rank {rank}")
+        self.incoming = _thread(self._receive, f"from rank {rank}")
 
     def send(self, letter: Any) -> None:
-        """Put a letter on its way; nothing, once the last word was said.
-
-        Raises:
-            RuntimeError: the other process cannot be reached.
-        """
+        """Put a letter on its way; nothing, once the last word was said."""
         buffer = pack(letter)
         with self.changed:
             if self.ended:
                 return
-            self.ended = isinstance(letter, _Failure | _End)
+            self.ended = isinstance(letter, _Word) and letter.is_last
             while len(self.lengths) > 1 and self.lengths[1][0] <= self.count:
                 self.lengths.popleft()
             parts = [(buffer, self.tag)]
             if buffer.numel() > self.lengths[0][1]:
                 parts = [(pack(buffer.numel()), self.tag), (buffer, self.tag + 1)]
-                self.lengths.append(
-                    (self.count + AHEAD, max(self.lengths[-1][1], _later(buffer.numel())))
-                )
+                fits = max(self.lengths[-1][1], _later(buffer.numel()))
+                self.lengths.append((self.count + AHEAD, fits))
             self.count += 1
             try:
                 self.works.extend((self.group.send([b], self.rank, t), b) for b, t in parts)
             finally:
                 self.changed.notify()
 
-    def sign(self) -> None:
-        """Let the other process know that this one lives."""
-        self.send(_Sign())
-
-    def say_last(self, word: _Failure | _End) -> None:
-        """Say the last word, where none was said yet and somebody is there to hear it."""
-        with contextlib.suppress(RuntimeError):
+    def say(self, word: _Word) -> None:
+        """Say a word, where the last was not said yet and somebody is there to hear it."""
+        with contextlib.suppress(RuntimeError):  # who receives from there tells why
             self.send(word)
 
     def _reap(self) -> None:
@@ -171,10 +150,8 @@ class Stream:
     def _receive(self) -> None:
         try:
             self._receive_all()
-        except RuntimeError as error:
-            self.fail(self.dead(error))
         except BaseException as error:
-            self.fail(error)
+            self.fail(self.dead(error) if isinstance(error, RuntimeError) else error)
 
     def _receive_all(self) -> None:
         """Take every letter up to the last word."""
@@ -191,15 +168,16 @@ class Stream:
                 work.wait()
                 length = max(length, _later(letter))
                 letter = unpack(whole)
-            self.heard = time.monotonic()
-            self.over = isinstance(letter, _Failure | _End)
-            if isinstance(letter, _Failure):
-                self.fail(ParallelError(f"rank {self.rank} failed: {letter.message}"))
-                self.say_last(_End())  # it waits for one
+            self.last_sign = time.monotonic()
+            if not isinstance(letter, _Word):
+                self.take(letter)
+                continue
+            self.over = letter.is_last
+            if letter.failure:
+                self.fail(ParallelError(f"rank {self.rank} failed: {letter.failure}"))
+                self.say(_Word(True))  # it waits for one
             if self.over:
                 return
-            if not isinstance(letter, _Sign):
-                self.take(letter)
 
     def _post(self, length: int, tag: int) -> tuple[Any, torch.Tensor]:
         buffer = torch.empty(length, dtype=torch.uint8)
@@ -221,12 +199,9 @@ class Links:
     nobody holds the owner any more; none of them holds it.
 
     Args:
-        mail: where letters for this process go.
-        places: who runs which rows of which stage.
         group: the process group, of whose ranks a group of its own is made; gloo carries tensors of
             the CPU, and those of other devices by way of it.
         timeout: seconds to wait for others at the end, and for a sign of their life.
-        owner: the object whose letters these are.
     """
 
     def __init__(
@@ -235,48 +210,32 @@ class Links:
         global _trainers
         _trainers += 1  # the same in all processes, which make their trainers in one order
         self.mail, self.places, self.timeout = mail, places, timeout
-        self.parts: dict[
-            tuple[Address, int], dict[int, Any]
-        ] = {}  # of letters from several processes
-        self.rank = dist.get_rank(group)
+        # Of letters from several processes.
+        self.parts: dict[tuple[Address, int], dict[int, tuple[Part, Any]]] = {}
+        self.rank = places.rank
         ranks = dist.get_process_group_ranks(dist.group.WORLD if group is None else group)
         self.ranks = tuple(ranks)
         self.group = _group_of(self.ranks)
-        tag = _TAG + 2 * _trainers
-        self.streams = {
-            r: Stream(r, tag, self.group, self._take, mail.fail)
-            for r in range(len(ranks))
-            if r != self.rank
-        }
-        held = weakref.ref(owner)
-        self.pulse = Pulse(
-            mail,
-            self.streams.values(),
-            timeout,
-            in_use=lambda: held() is not None,
-            abandon=lambda: self.leave("its trainer was dropped before trainer.close()"),
-        )
+        others, tag = [r for r in range(len(ranks)) if r != self.rank], _TAG + 2 * _trainers
+        self.streams = {r: Stream(r, tag, self.group, self._take, mail.fail) for r in others}
+        self._owner, self._stopped = weakref.ref(owner), threading.Event()
+        ways = [t for s in self.streams.values() for t in (s.incoming, s.outgoing)]
+        self.threads = [*ways, _thread(self._give_signs, "pulse")]
         mail.post = self.post
         atexit.register(self.leave, "its script ended before trainer.close()")
         for thread in self.threads:
             thread.start()
 
-    @property
-    def threads(self) -> list[threading.Thread]:
-        """All that work for this process's letters."""
-        ways = [t for s in self.streams.values() for t in (s.incoming, s.outgoing)]
-        return [*ways, self.pulse.thread]
-
     def post(self, address: Address, letter: Letter) -> None:
         """Send a letter to the processes of its taker, to each the rows that it works on."""
-        for rank, part, payload in self.places.divide(
-            address.sender, address.taker, self.rank, letter
-        ):
+        _, sender, taker = address
+        for rank, part, payload in self.places.divide(sender, taker, self.rank, letter):
+            sent = (tuple(address), letter.step, tuple(part), payload)
             if rank == self.rank:
-                self._put_together(address, letter.step, part, payload)
+                self._take(sent)
                 continue
             try:
-                self.streams[rank].send((tuple(address), letter.step, tuple(part), payload))
+                self.streams[rank].send(sent)
             except RuntimeError as error:
                 self.mail.check()
                 raise self.streams[rank].dead(error) from error
@@ -287,13 +246,9 @@ class Links:
             letter = (tuple(Address(kind, self.rank, rank)), step, tuple(Part(0, 1, 0)), payload)
             self.streams[rank].send(letter)
 
-    def _take(self, letter: Any) -> None:
-        """A letter has come."""
-        address, step, part, payload = letter
-        self._put_together(Address(*address), step, Part(*part), payload)
-
-    def _put_together(self, address: Address, step: int, part: Part, payload: Any) -> None:
+    def _take(self, sent: tuple[Any, int, Any, Any]) -> None:
         """Deliver a letter once the parts of it that others send are there."""
+        address, step, part, payload = Address(*sent[0]), sent[1], Part(*sent[2]), sent[3]
         if part.total > 1:
             with self.mail.changed:
                 parts = self.parts.setdefault((address, step), {})
@@ -315,9 +270,9 @@ class Links:
         """
         try:
             for stream in self.streams.values():
-                stream.say_last(_End())
+                stream.say(_Word(True))
             for stream in self.streams.values():
-                while stream.is_open() and self.mail.failure is None:
+                while stream.incoming.is_alive() and self.mail.failure is None:
                     stream.incoming.join(0.1)
             self.mail.check()
             for stream in self.streams.values():
@@ -327,27 +282,26 @@ class Links:
         if not cut:
             _idle[self.ranks] = self.group
 
-    def leave(self, message: str) -> None:
+    def leave(self, reason: str) -> None:
         """Tell the others why this process ends, and end its threads.
 
         It may be called again, from any thread and at any time.
         """
-        self.mail.fail(ParallelError(f"rank {self.rank} failed: {message}"))
+        self.mail.fail(ParallelError(f"rank {self.rank} failed: {reason}"))
         for stream in self.streams.values():
-            stream.say_last(_Failure(message))
+            stream.say(_Word(True, reason))
         self._end_threads()
 
     def _end_threads(self) -> bool:
-        """Wait for the last words of the others, but not for long. Returns whether the connections
-        were closed, so that the group is of no more use.
+        """Wait for the others' last words, but not for long. Returns whether connections were
+        closed, so that the group is of no more use.
         """
-        self.pulse.stopped.set()
+        self._stopped.set()
         threads = [t for t in self.threads if t is not threading.current_thread()]
         until = time.monotonic() + GRACE
         for thread in threads:
             thread.join(max(0.0, until - time.monotonic()))
-        heard_all = all(s.over for s in self.streams.values())
-        cut = not heard_all or any(t.is_alive() for t in threads)
+        cut = not all(s.over for s in self.streams.values()) or any(t.is_alive() for t in threads)
         if cut:
             self._cut()
         for thread in threads:
@@ -355,10 +309,26 @@ class Links:
         atexit.unregister(self.leave)
         return cut
 
+    def _give_signs(self) -> None:
+        """Tell the others that this process lives, and watch them, while somebody can close it."""
+        while not self._stopped.wait(min(1.0, self.timeout / 4)):
+            if self._owner() is None:
+                self.leave("its trainer was dropped before trainer.close()")
+                return
+            for stream in self.streams.values():
+                stream.say(_Word(False))
+            oldest = time.monotonic() - self.timeout
+            for rank, stream in self.streams.items():
+                if stream.last_sign < oldest and stream.incoming.is_alive():
+                    error = ParallelError(
+                        f"rank {rank} has shown no sign of life for {self.timeout:g} s: its "
+                        "process hangs, or was stopped; end it, or set timeout= if that is usual"
+                    )
+                    self.mail.fail(error)
+                    return
+
     def _cut(self) -> None:
-        """Close gloo's connections, which fails whatever waits in them; a receive whose time is up
-        does that.
-        """
+        """Fail what waits in gloo: a receive whose time is up closes its connection."""
         nothing = torch.empty(1, dtype=torch.uint8)
         for rank in self.streams:  # to some of them there may be no connection any more
             with contextlib.suppress(RuntimeError):

@@ -23,14 +23,12 @@ from ..reports.steps import StepReport
 from ..runtime.base import BaseTrainer
 from ..runtime.optimizing import MakeOptimizer
 from ..schedules import Schedule, Threads, make_schedule, mode_of
-from . import state
 from .checkpoints import Checkpoints
 from .limits import Flow
 from .monitoring import Status, trace_events
-from .peers import Peers
 from .placement import Placement
 from .process import Process
-from .sharing import gather_model
+from .sharing import Peers
 
 
 class Trainer(BaseTrainer):
@@ -101,7 +99,10 @@ class Trainer(BaseTrainer):
             metrics_every=metrics_every,
         )
         self.schedule = make_schedule(schedule)
-        _refuse_threads(self.schedule)
+        if isinstance(self.schedule, Threads):
+            raise DecouplingError(
+                "schedules.Threads is for dni_fx.Trainer; here each process runs its stages in turn"
+            )
         self._peers = Peers(group)
         self.rank, self.world = self._peers.rank, self._peers.world
         self.process = Process(
@@ -114,7 +115,7 @@ class Trainer(BaseTrainer):
             placement=placement,
             timeout=timeout,
         )
-        self._checkpoints = Checkpoints(self._peers)
+        self._checkpoints = Checkpoints(self.process)
         self.process.prepare()
 
     def step(self, *args: Any, target: Any = None, **kwargs: Any) -> StepReport:
@@ -203,10 +204,7 @@ class Trainer(BaseTrainer):
         Returns:
             ``model.state_dict()``, under the model's own names, complete.
         """
-        self.drain()
-        if self.world > 1:
-            self.process.connect(self.steps)
-            gather_model(self.decoupled, self.process.places, self._peers)
+        self.process.gather(self.steps)
         return self.decoupled.model.state_dict()
 
     def mean(self, value: float, weight: float = 1.0) -> float:
@@ -234,7 +232,8 @@ class Trainer(BaseTrainer):
             path: of the JSON file, which rank 0 writes; of each stage the newest spans.
         """
         self.process.meet()
-        every = self._peers.gather(trace_events(self.process.watches(), self.rank))
+        watches = [worker.learner.watch for worker in self.process.workers.values()]
+        every = self._peers.gather(trace_events(watches, self.rank))
         if self.rank == 0:
             write_atomically(path, json.dumps({"traceEvents": [e for part in every for e in part]}))
 
@@ -257,8 +256,7 @@ class Trainer(BaseTrainer):
         """
         self.drain()
         self.process.connect(self.steps)
-        mine = state.collect(self.process, self.steps, extra)
-        return self._checkpoints.save(Path(directory), self.steps, mine, asynchronous, keep)
+        return self._checkpoints.save(Path(directory), self.steps, extra, asynchronous, keep)
 
     def resume(self, directory: str | Path) -> Any:
         """Go on from the newest complete checkpoint, if there is one; in every process.
@@ -277,16 +275,5 @@ class Trainer(BaseTrainer):
         """
         self.drain()
         self.process.connect(self.steps)
-        path = self._checkpoints.newest(Path(directory))
-        if path is None:
-            return None
-        found = self._checkpoints.load(path, lambda saved: state.wanted(self.process, saved))
-        self.steps, extra = state.apply(self.process, found, path)
+        self.steps, extra = self._checkpoints.load(Path(directory)) or (self.steps, None)
         return extra
-
-
-def _refuse_threads(schedule: Schedule) -> None:
-    if isinstance(schedule, Threads):
-        raise DecouplingError(
-            "schedules.Threads is for dni_fx.Trainer; here each process runs its stages in turn"
-        )

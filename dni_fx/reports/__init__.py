@@ -3,5 +3,3 @@
 from .steps import InterfaceReport as InterfaceReport
 from .steps import StepReport as StepReport
 from .steps import compare as compare
-
-__all__ = ["InterfaceReport", "StepReport", "compare"]

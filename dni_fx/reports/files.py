@@ -30,9 +30,10 @@ def write_atomically(path: str | Path, content: str | bytes) -> Path:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
         part.replace(path)
     except OSError as error:
-        raise DecouplingError(
-            f"cannot write {str(path)!r}: {error.strerror or error}; name another file"
-        ) from error
+        why = str(error.strerror or error)
+        if not path.parent.is_dir():
+            why = f"there is no folder {str(path.parent)!r}"
+        raise DecouplingError(f"cannot write {str(path)!r}: {why}; name another file") from error
     finally:
         with contextlib.suppress(OSError):  # the move has taken it, or it was never there
             part.unlink()

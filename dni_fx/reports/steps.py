@@ -79,21 +79,20 @@ class InterfaceReport:
         """
         true = self.reference == "true"
         reference = REFERENCES.get(self.reference, f"the {self.reference} reference")
-        numbers = f"cosine {self.cosine:.2f}, size {as_size(self.rms_ratio)}"
+        cosine = f"cosine {self.cosine:.2f}"
+        numbers = f"{cosine}, size {as_size(self.rms_ratio)}"
         if math.isinf(self.relative_error):
             return "not finite: a NaN or an infinity is predicted or arrives"
         if math.isnan(self.relative_error):
             return "no gradient arrives" + ("" if true else f": {reference} is zero")
         if self.rms_ratio == 0:
             return "predicts nothing yet"
+        control = "the frozen control (`zero`) would do"
         if self.cosine <= -NOTHING:
-            what = f"points away from {reference}"
-            return f"{what}: the frozen control (`zero`) would do better ({numbers})"
+            return f"points away from {reference}: {control} better ({numbers})"
         if self.aligned < NOTHING**2:
-            what = "explains nothing" + ("" if true else f" of {reference}")
-            return (
-                f"{what}: the frozen control (`zero`) would do as well (cosine {self.cosine:.2f})"
-            )
+            what = "" if true else f" of {reference}"
+            return f"explains nothing{what}: {control} as well ({cosine})"
         if self.explained < self.aligned / 2:
             could = f"rescaled it would explain {as_share(self.aligned)} of {reference}"
             return f"right direction, wrong size: {numbers}; {could}"
@@ -140,9 +139,8 @@ def compare(
             f"reference of shape {tuple(reference.shape)}: both must have the shape of the "
             "interface's value"
         )
-    ours, theirs, product, difference, both, same, some = _sums(
-        prediction.detach(), reference.detach()
-    )
+    sums = _sums(prediction.detach(), reference.detach())
+    ours, theirs, product, difference, both, same, some = sums
     nan, length, truth = math.nan, math.sqrt(ours), math.sqrt(theirs)
     finite = math.isfinite(ours) and math.isfinite(theirs)
     error = math.sqrt(difference) / truth if finite and truth else math.inf

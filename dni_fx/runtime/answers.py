@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,9 @@ from torch import Tensor
 from ..errors import DecouplingError
 from ..sources import Served
 from .batch_state import BatchState, Setting
-from .sample_losses import logits_of, sample_losses
+from .objective import logits_of, sample_losses
+
+ESTIMATED = ("loss", "logits")  # kinds that a stage's own sources may say, else those behind it
 
 
 class Answers(ABC):
@@ -33,10 +35,6 @@ class Answers(ABC):
     @abstractmethod
     def has_answered(self, stage: int) -> bool:
         """Whether a stage has sent back its gradients."""
-
-    @abstractmethod
-    def cannot_hear(self, group: Served) -> bool:
-        """Whether something that uses a source's values is not updated with this batch."""
 
     @abstractmethod
     def is_lost(self, group: Served, kinds: tuple[str, ...]) -> bool:
@@ -65,8 +63,7 @@ class Answers(ABC):
     def gradients(self, group: Served) -> tuple[Tensor, ...]:
         """What arrived for each value; zeros where nothing did."""
         arrived, sent = self.state.progress.gradients, self.state.sent
-        found = [(n, arrived.get(n)) for n in group.names]
-        return tuple(torch.zeros_like(sent[n]) if g is None else g for n, g in found)
+        return tuple(or_zeros(arrived.get(n), sent[n]) for n in group.names)
 
     def of(self, group: Served, kinds: tuple[str, ...]) -> tuple[Tensor, ...]:
         """Everything of these kinds that comes back to a source, in their order."""
@@ -78,8 +75,9 @@ class Answers(ABC):
                 assert self.state.error is not None
                 message.append(self.state.error)
             else:
-                estimates = [self.estimate(kind, c) for c in group.consumers]
-                message.append(mean_of([e for e in estimates if e is not None]))
+                mean = mean_of(self.estimate(kind, c) for c in group.consumers)
+                assert mean is not None
+                message.append(mean)
         return tuple(message)
 
     def true(self, kind: str) -> Tensor:
@@ -90,7 +88,7 @@ class Answers(ABC):
         """
         output = self.state.output
         if kind == "loss":
-            return sample_losses(self.setting.plain_loss, output, self.state.target)
+            return sample_losses(self.setting.objective.loss, output, self.state.target)
         found = logits_of(output)
         if found is None:
             raise DecouplingError(
@@ -121,58 +119,58 @@ class LocalAnswers(Answers):
     def has_heard(self, group: Served) -> bool:
         """Of what has left the graph, somebody else brings the answer."""
         if group.leaves:
-            return all(n in self.state.progress.heard for n in group.names)
+            return self.state.progress.heard.issuperset(group.names)
         return super().has_heard(group)
 
-    def cannot_hear(self, group: Served) -> bool:
-        """Neither pulled back nor to be; an answer to what has left the graph may always come."""
-        progress = self.state.progress
-        answering = [c in progress.finished or c in progress.tapes for c in group.consumers]
-        return not group.leaves and not all(answering)
-
     def is_lost(self, group: Served, kinds: tuple[str, ...]) -> bool:
-        """Never with a share of the true gradient, for which all stages run."""
-        if self.setting.share > 0:
+        """Never with a share of the true gradient, for which all stages run; an answer to what has
+        left the graph may always come.
+        """
+        progress, setting = self.state.progress, self.setting
+        if setting.share > 0:
             return False
-        if "gradient" in kinds and self.cannot_hear(group):
+        running = {*progress.finished, *progress.tapes}
+        if "gradient" in kinds and not (group.leaves or running.issuperset(group.consumers)):
             return True
-        if "error" in kinds and self.setting.last not in self.setting.active:
+        if "error" in kinds and setting.last not in setting.active:
             return True
-        estimated = [k for k in kinds if k in ("loss", "logits")]
+        estimated = [k for k in kinds if k in ESTIMATED]
         return any(self.estimate(k, c) is None for k in estimated for c in group.consumers)
 
     def is_ready(self, group: Served) -> bool:
         """As many steps after the message came as the source says."""
-        kinds = group.source.asks.awaited
-        if self.is_lost(group, kinds):
+        state, asks = self.state, group.source.asks
+        if self.is_lost(group, asks.awaited):
             return True
-        if not self.is_there(group, kinds):
+        if not self.is_there(group, asks.awaited):
             return False
-        state = self.state
-        answered = [state.progress.finished[c] for c in group.consumers if "gradient" in kinds]
-        return state.now >= max(answered, default=state.started) + (group.source.asks.lag or 0)
+        hears = "gradient" in asks.awaited
+        answered = [state.progress.finished[c] for c in group.consumers if hears]
+        return state.now >= max(answered, default=state.started) + (asks.lag or 0)
 
     def estimate(self, kind: str, stage: int) -> Tensor | None:
         """From the sources of the stage, else from the stages behind it, else from the output."""
-        if (kind, stage) in self._known:
-            return self._known[kind, stage]
-        if stage == self.setting.last:
-            if self.state.loss is None:
-                return None
-            found = self.true(kind)
-        else:
-            groups = self.setting.by_producer[stage]
-            estimates = self.predicted(kind, groups)
-            if not estimates:
-                behind = [self.estimate(kind, c) for s in groups for c in s.consumers]
-                estimates = [e for e in behind if e is not None]
-            if not estimates:
-                return None
-            found = mean_of(estimates)
-        self._known[kind, stage] = found
+        found = self._known.get((kind, stage))
+        if found is None:
+            found = self._estimate(kind, stage)
+            if found is not None:
+                self._known[kind, stage] = found
         return found
 
+    def _estimate(self, kind: str, stage: int) -> Tensor | None:
+        if stage == self.setting.last:
+            return None if self.state.loss is None else self.true(kind)
+        groups = self.setting.by_producer[stage]
+        own = self.predicted(kind, groups)
+        return mean_of(own or [self.estimate(kind, c) for s in groups for c in s.consumers])
 
-def mean_of(tensors: Sequence[Tensor]) -> Tensor:
-    """The mean of some tensors of one shape; the only one itself."""
-    return tensors[0] if len(tensors) == 1 else torch.stack(list(tensors)).mean(0)
+
+def mean_of(tensors: Iterable[Tensor | None]) -> Tensor | None:
+    """The mean of those tensors of one shape that there are; the only one itself."""
+    known = [t for t in tensors if t is not None]
+    return torch.stack(known).mean(0) if len(known) > 1 else next(iter(known), None)
+
+
+def or_zeros(gradient: Tensor | None, value: Tensor) -> Tensor:
+    """What arrived for a value: zeros where nothing did."""
+    return torch.zeros_like(value) if gradient is None else gradient

@@ -61,7 +61,9 @@ class BaseTrainer(ABC):
             raise DecouplingError(f"clip_norm must be positive, not {clip_norm!r}")
         self.decoupled = decoupled
         self.objective = Objective(loss, accumulate, lambda: context or decoupled.context)
-        self.optimizing = StageOptimizers(optimizer, synthesizer_optimizer, clip_norm)
+        self.optimizing = StageOptimizers(
+            optimizer, synthesizer_optimizer, clip_norm, 1 / accumulate
+        )
         self.metrics = Metrics(metrics_every)
         self.steps = 0
 
@@ -141,8 +143,9 @@ class BaseTrainer(ABC):
         """
         report = None
         for epoch in range(epochs):
-            label = f"epoch {epoch + 1}/{epochs}"
-            with tqdm(loader, desc=label, disable=not progress, leave=False) as bar:
+            with tqdm(
+                loader, f"epoch {epoch + 1}/{epochs}", disable=not progress, leave=False
+            ) as bar:
                 for batch in bar:
                     args, kwargs, target = (unpack or unpack_batch)(batch)
                     report = self.step(*args, target=target, **kwargs)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -10,12 +11,15 @@ from typing import Any
 from torch import Tensor
 
 from ..graphs.graphs import Graphs
+from ..graphs.variants import Variant
 from ..passes.cut.emission import StageFunctions
 from ..passes.cut.splitting import Split, StageGraph
 from ..schedules import Mode
 from ..sources import InputSource, Prediction, Served
 from .objective import Loss, Objective
 from .tape import Rerun, Tape
+
+_DECOUPLED = Mode()  # all stages, nothing of the true gradient
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Setting:
         served: the sources that are asked; none in exact mode.
         inputs: synthetic inputs by interface name.
         loss: the loss that is pulled back.
-        plain_loss: the user's own loss, asked for one value per sample where a source wants that.
+        objective: with the user's own loss, asked for one value per sample where a source wants it.
         share: how much of the true gradient is used; above 0 the step is locked.
         active: stages that are updated.
     """
@@ -38,7 +42,7 @@ class Setting:
     served: tuple[Served, ...]
     inputs: dict[str, InputSource]
     loss: Loss
-    plain_loss: Loss
+    objective: Objective
     share: float
     active: frozenset[int]
 
@@ -47,60 +51,36 @@ class Setting:
         cls,
         graphs: Graphs,
         objective: Objective,
-        mode: Mode,
-        ask: bool = True,
+        mode: Mode = _DECOUPLED,
+        served: tuple[Served, ...] | None = None,
         loss: Loss | None = None,
+        whole: bool = True,
     ) -> Setting:
-        """For a batch whose graph is active. Exact mode asks nobody, and takes the true gradients.
+        """For a batch whose graph is active.
 
         Args:
-            graphs: of the model.
-            objective: the loss.
-            mode: what the schedule says of the step.
-            ask: whether sources are asked at all.
-            loss: what is pulled back; by default the objective's scaled loss.
+            graphs, objective, mode: the model's, the loss, and what the schedule says of the step.
+            served: by default all sources; in exact mode none, and with the true gradients.
+            loss: by default the objective's scaled loss.
+            whole: whether the graph must have all cuts of the plan.
 
         Raises:
-            PlanMismatchError: the graph cannot be cut, or lacks a source.
+            PlanMismatchError: it has not, or lacks a source.
         """
-        functions, split = graphs.functions(), graphs.variant.split
-        exact = any(s.asks.exact for s in graphs.sources_by_name().values())
+        functions, split, share = graphs.functions(whole), graphs.variant.split, mode.true_share
+        if served is None:
+            exact = any(s.asks.exact for s in graphs.sources_by_name().values())
+            served, share = ((), 1.0) if exact else (graphs.served(), share)
         every = range(len(split.stages))
         return cls(
             split=split,
             functions=functions,
-            served=graphs.served() if ask and not exact else (),
-            inputs=graphs.find_inputs(),
-            loss=loss or objective.scaled,
-            plain_loss=objective.loss,
-            share=1.0 if exact else mode.true_share,
-            active=frozenset(every if mode.active is None else mode.active),
-        )
-
-    @classmethod
-    def unlocked(
-        cls, graphs: Graphs, objective: Objective, served: tuple[Served, ...], whole: bool = True
-    ) -> Setting:
-        """For a batch that updates all stages, with nothing of the true gradient.
-
-        Args:
-            graphs, objective: as for :meth:`of`.
-            served: the sources that are asked.
-            whole: whether the graph must have all cuts of the plan.
-
-        Raises:
-            PlanMismatchError: it has not.
-        """
-        split = graphs.variant.split
-        return cls(
-            split=split,
-            functions=graphs.functions(whole),
             served=served,
             inputs=graphs.find_inputs(),
-            loss=objective.scaled,
-            plain_loss=objective.loss,
-            share=0.0,
-            active=frozenset(range(len(split.stages))),
+            loss=loss or objective.scaled,
+            objective=objective,
+            share=share,
+            active=frozenset(every if mode.active is None else mode.active),
         )
 
     @property
@@ -108,10 +88,10 @@ class Setting:
         """The stages' graphs, in program order."""
         return self.split.stages
 
-    @property
+    @cached_property
     def last(self) -> int:
         """The stage that holds the model's output."""
-        return len(self.split.stages) - 1
+        return len(self.stages) - 1
 
     @cached_property
     def by_producer(self) -> dict[int, list[Served]]:
@@ -121,8 +101,7 @@ class Setting:
     @cached_property
     def wants_error(self) -> bool:
         """Whether a source asks for the error of the model's output."""
-        asked = [s.source.asks.hears for s in self.served]
-        return any("error" in kinds for kinds in asked)
+        return any("error" in s.source.asks.hears for s in self.served)
 
     @cached_property
     def divided(self) -> list[Served]:
@@ -130,37 +109,64 @@ class Setting:
         return [s for s in self.served if s.by_consumer]
 
     @cached_property
-    def carried(self) -> list[str]:
-        """Names of the values that carry a gradient across."""
-        return [i.name for i in self.split.interfaces]
-
-    @cached_property
     def makers(self) -> dict[str, int]:
         """The stage that makes each value."""
         return {n: s.index for s in self.stages for n in s.outputs}
 
+    # ---- of stages that run one after the other --------------------------------------------------
+
+    @cached_property
+    def needed(self) -> list[int]:
+        """Stages that are updated, or whose values are needed by such a one; with a true gradient
+        all of them.
+        """
+        pending = list(range(len(self.stages)) if self.share > 0 else self.active)
+        needed: set[int] = set()
+        while pending:
+            index = pending.pop()
+            if index not in needed:
+                needed.add(index)
+                names = [n for n in self.stages[index].inputs if n not in self.inputs]
+                pending += [self.makers[n] for n in names if n in self.makers]
+        return sorted(needed)
+
+    @cached_property
+    def holds(self) -> bool:
+        """Whether some stage's backward waits for others; else every source answers at once."""
+        asked = [s.source.asks for s in self.served]
+        waits = any(asks.wait is not None or "error" in asks.learns_from for asks in asked)
+        return waits or self.share > 0
+
+    @cached_property
+    def delays(self) -> dict[int, int]:
+        """In how many steps each stage will have pulled back the batch."""
+        delays = {self.last: 0}
+        for index in reversed(range(self.last)):
+            late = [0]
+            for group in self.by_producer[index] if self.share == 0 else ():
+                asks = group.source.asks
+                behind = (
+                    max(delays[c] for c in group.consumers) if "gradient" in asks.awaited else 0
+                )
+                late.append((asks.lag or 0) + behind)
+            delays[index] = max(late)
+        return delays
+
 
 class Settings:
-    """The newest setting, kept as long as graph, mode and loss are the same.
-
-    Args:
-        graphs, objective, loss: as for :meth:`Setting.of`.
-    """
+    """The newest setting, kept as long as graph and mode are the same."""
 
     def __init__(self, graphs: Graphs, objective: Objective, loss: Loss | None = None) -> None:
         self.graphs, self.objective, self.loss = graphs, objective, loss
-        self._newest: tuple[Any, Mode, Loss, Setting] | None = None
+        self._newest: tuple[Variant, Mode, Setting] | None = None
 
     def of(self, mode: Mode) -> Setting:
         """For a batch whose graph is active."""
-        variant, loss = self.graphs.variant, self.objective.loss
-        if self._newest is not None:
-            graph, known, same, setting = self._newest
-            if graph is variant and known == mode and same is loss:
-                return setting
-        setting = Setting.of(self.graphs, self.objective, mode, loss=self.loss)
-        self._newest = (variant, mode, loss, setting)
-        return setting
+        variant, newest = self.graphs.variant, self._newest
+        if newest is None or newest[0] is not variant or newest[1] != mode:
+            setting = Setting.of(self.graphs, self.objective, mode, loss=self.loss)
+            newest = self._newest = variant, mode, setting
+        return newest[2]
 
 
 @dataclass
@@ -189,16 +195,7 @@ class Progress:
 
     def copy(self) -> Progress:
         """A copy that later changes leave alone; tensors are shared."""
-        return Progress(
-            dict(self.gradients),
-            dict(self.parts),
-            dict(self.finished),
-            set(self.fitted),
-            set(self.measured),
-            dict(self.tapes),
-            dict(self.early),
-            set(self.heard),
-        )
+        return Progress(**{name: copy.copy(value) for name, value in vars(self).items()})
 
 
 @dataclass
@@ -238,88 +235,41 @@ class BatchState:
         return {n: p.value for n, p in self.input_predictions.items()} | self.values
 
     def teach_inputs(self, inputs: dict[str, InputSource]) -> list[tuple[str, Tensor]]:
-        """Train the synthetic inputs whose real value is there.
-
-        Args:
-            inputs: by interface name.
-
-        Returns:
-            Losses with their graph, by ``name@input``.
+        """Losses of the synthetic inputs whose real value is there, with their graph, by
+        ``name@input``.
         """
-        losses: list[tuple[str, Tensor]] = []
-        for name in [n for n in self.input_predictions if n in self.values]:
-            loss = inputs[name].fit(self.input_predictions.pop(name), self.values[name])
-            losses += [] if loss is None else [(f"{name}@input", loss)]
-        return losses
+        seen = [n for n in self.input_predictions if n in self.values]
+        pairs = [(n, self.input_predictions.pop(n)) for n in seen]
+        losses = [(f"{n}@input", inputs[n].fit(p, self.values[n])) for n, p in pairs]
+        return [(n, loss) for n, loss in losses if loss is not None]
 
     def note_sent(self, setting: Setting) -> None:
         """Remember the values that carry a gradient, predicted ones where no others are known."""
-        known = self.known() if self.input_predictions else self.values
-        self.sent = {n: known[n] for n in setting.carried if n in known}
+        known, carried = self.known(), [i.name for i in setting.split.interfaces]
+        self.sent = {n: known[n] for n in carried if n in known}
 
-    def note_parts(
-        self, setting: Setting, stage: int, found: dict[str, Any], before: dict[str, Any]
-    ) -> None:
-        """What one consumer adds to the gradients of its inputs, for sources with a part for it.
-
-        Args:
-            setting: what holds for the batch.
-            stage: the consumer.
-            found: gradients of its inputs.
-            before: what later stages had made of them.
-        """
-        parts = self.progress.parts
-        for group in setting.divided:
-            for name in group.names if stage in group.consumers else ():
-                gradient, later = found.get(name), before.get(name)
-                if gradient is not None:
-                    part = gradient if later is None else gradient - later
-                    known = parts.get((name, stage))
-                    parts[name, stage] = part if known is None else known + part
-
-    def forget(self, groups: tuple[Served, ...]) -> None:
-        """Drop what nothing that is still under way needs.
-
-        Args:
-            groups: the sources that the batch's stages ask.
-        """
+    def forget(self, groups: Sequence[Served]) -> None:
+        """Drop what nothing that is still under way needs, of ``groups`` as of all others."""
         progress = self.progress
-        waiting = [
-            s for s in groups if s.name not in progress.fitted or s.producer in progress.tapes
-        ]
-        needed = {n for s in waiting for n in s.names}
-        asked = {s.name for s in waiting}
+        done = progress.fitted - {s.name for s in groups if s.producer in progress.tapes}
+        asked = {s.name for s in groups} - done
+        needed = {n for s in groups if s.name in asked for n in s.names}
         self.values, self.sent = {}, {n: v for n, v in self.sent.items() if n in needed}
         progress.gradients = {n: g for n, g in progress.gradients.items() if n in needed}
         self.predictions = {n: p for n, p in self.predictions.items() if n in asked}
         self.output = self.target = None
 
-    def snapshot(self) -> Callable[[], None]:
-        """Remember where the batch stands; the result goes back there."""
-        kept = self.progress.copy()
-
-        def restore() -> None:
-            self.progress = kept
-
-        return restore
-
-    def places(self, groups: tuple[Served, ...]) -> list[tuple[str, Tensor]]:
-        """What must be finite besides values, with its name; the first in program order first.
-
-        Args:
-            groups: the sources that the batch's stages ask.
+    def places(self, groups: Sequence[Served]) -> list[tuple[str, Tensor]]:
+        """What must be finite besides values, with its name, the first in program order first; of
+        the sources that are asked, ``groups``.
         """
-        places: list[tuple[str, Tensor]] = []
+        places: list[tuple[str, Tensor | None]] = []
         for group in groups:
             prediction = self.predictions.get(group.name)
-            if prediction is not None and prediction.gradients is not None:
-                pairs = zip(group.names, prediction.gradients, strict=True)
-                places += [(f"the predicted gradient of interface {n!r}", g) for n, g in pairs]
-        for name, predicted in self.input_predictions.items():
-            places.append((f"the synthetic input at interface {name!r}", predicted.value))
-        if self.loss is not None:
-            places.append(("the loss", self.loss))
-        for name, gradient in reversed(list(self.progress.gradients.items())):
-            if gradient is not None:
-                places.append((f"the gradient of interface {name!r}", gradient))
-        return places
+            pairs = zip(group.names, (prediction and prediction.gradients) or (), strict=False)
+            places += [(f"the predicted gradient of interface {n!r}", g) for n, g in pairs]
+        inputs, arrived = self.input_predictions.items(), reversed(self.progress.gradients.items())
+        places += [(f"the synthetic input at interface {n!r}", p.value) for n, p in inputs]
+        places.append(("the loss", self.loss))
+        places += [(f"the gradient of interface {n!r}", g) for n, g in arrived]
+        return [(name, tensor) for name, tensor in places if tensor is not None]

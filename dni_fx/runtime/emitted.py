@@ -89,22 +89,21 @@ def pull_back(
         retain_graph: keep the graph for another call.
         inputs: the tensors whose ``.grad`` to accumulate; all leaves by default.
     """
-    pairs = [
-        (root, gradient)
-        for root, gradient in zip(roots, gradients, strict=True)
-        if gradient is not None and isinstance(root, torch.Tensor) and root.requires_grad
-    ]
-    for root, gradient in pairs:
+    used: list[torch.Tensor] = []
+    given: list[torch.Tensor] = []
+    for root, gradient in zip(roots, gradients, strict=True):
+        if gradient is None or not isinstance(root, torch.Tensor) or not root.requires_grad:
+            continue
         if gradient.shape != root.shape:
             raise DecouplingError(
                 f"a source predicted a gradient of shape {tuple(gradient.shape)} for a value of "
                 f"shape {tuple(root.shape)}; predict must return one gradient of the value's own "
                 "shape per value"
             )
-    if pairs:
-        torch.autograd.backward(
-            [r for r, _ in pairs], [g for _, g in pairs], retain_graph=retain_graph, inputs=inputs
-        )
+        used.append(root)
+        given.append(gradient)
+    if used:
+        torch.autograd.backward(used, given, retain_graph=retain_graph, inputs=inputs)
 
 
 def evaluate(
@@ -128,11 +127,9 @@ def evaluate(
             ) from error
         raise
     if not isinstance(value, torch.Tensor) or value.numel() != 1:
-        found = (
-            f"a tensor of shape {tuple(value.shape)}"
-            if isinstance(value, torch.Tensor)
-            else type(value).__name__
-        )
+        found = type(value).__name__
+        if isinstance(value, torch.Tensor):
+            found = f"a tensor of shape {tuple(value.shape)}"
         raise DecouplingError(
             f"the loss must return a tensor with one element, but returned {found}; average it "
             "first"
@@ -147,6 +144,8 @@ def evaluate(
 
 def detached(value: Any) -> Any:
     """A nested value with every tensor detached."""
+    if isinstance(value, torch.Tensor):  # as nearly always
+        return value.detach()
     return map_tensors(torch.Tensor.detach, value)
 
 
@@ -154,12 +153,9 @@ def detached(value: Any) -> Any:
 def keep_modes() -> Iterator[None]:
     """Leave gradient mode and autocast as they were if a stage fails within a region of its own."""
     gradients, cache = torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    casts = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices]
     depth = _autocast_depth()
-    casts = [
-        (d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d))
-        for d in ("cpu", "cuda")
-        if d == "cpu" or torch.cuda.is_available()
-    ]
     try:
         yield
     except BaseException:

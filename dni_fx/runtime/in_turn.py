@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,101 +24,62 @@ from .emitted import keep_modes
 from .finite import all_finite, refuse, value_places
 from .objective import Metrics
 from .optimizing import StageOptimizers
-from .rollback import AllOrNothing
+from .saving import AllOrNothing
 from .stage_batch import StageBatch
-from .under_way import UnderWay
 
 Later = Callable[[Tensor | None], Tensor | None]
 
 
 class Batch:
-    """One batch through all stages, which share its state.
-
-    Args:
-        setting: what holds for the batch.
-
-    Attributes:
-        state: what is known of it.
-        stages: the batch in each of them.
-    """
+    """One batch through all stages, which share its state."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting, self.state = setting, BatchState()
         self.answers = LocalAnswers(setting, self.state)
-        count = len(setting.stages)
-        self.stages = [StageBatch(setting, k, self.state, self.answers) for k in range(count)]
-
-    # ---- the batch arrives -----------------------------------------------------------------------
+        every = range(len(setting.stages))
+        self.stages = [StageBatch(setting, k, self.state, self.answers) for k in every]
 
     def begin(self, values: dict[str, Any], context: Any, target: Any, now: int = 0) -> None:
         """Run forward what is to be updated and what that needs, and pull back what is known at
-        once.
-
-        Args:
-            values: the model's inputs by name.
-            context: what sources see besides values.
-            target: what the loss takes.
-            now: the step that it is.
+        once; the arguments are as in :class:`BatchState`.
         """
         state, setting = self.state, self.setting
         state.values, state.context, state.target = values, context, target
         state.now = state.started = now
-        needed = self._needed()
-        self._predict_inputs(needed)
-        sources = [s.source for s in setting.served]
-        waits = any(s.asks.wait is not None or "error" in s.asks.learns_from for s in sources)
-        if waits or setting.share > 0:
+        needed = [self.stages[k] for k in setting.needed]
+        for name, source in setting.inputs.items():
+            # Of what a stage that runs sends, too: the synthesizer learns from that.
+            if any(name in (*s.stage.inputs, *s.stage.outputs) for s in needed):
+                seen = tuple(values[n] for n in setting.split.model_inputs)
+                state.input_predictions[name] = source.predict(seen)
+        if setting.holds:
             self._hold(needed)
         else:
             self._step_through(needed)
+        for stage in self.stages if len(setting.active) < len(self.stages) else ():
+            stage.sources.ask_to_learn(setting.delays)
         state.note_sent(setting)
-
-    def _needed(self) -> list[StageBatch]:
-        """Stages that are updated, or whose values are needed by such a one; with a true gradient
-        all of them.
-        """
-        setting = self.setting
-        if setting.share > 0 or len(setting.active) == len(self.stages):
-            return self.stages
-        needed: set[int] = set()
-        pending = sorted(setting.active)
-        while pending:
-            index = pending.pop()
-            if index not in needed:
-                needed.add(index)
-                names = [n for n in setting.stages[index].inputs if n not in setting.inputs]
-                pending += [setting.makers[n] for n in names if n in setting.makers]
-        return [s for s in self.stages if s.index in needed]
-
-    def _predict_inputs(self, needed: list[StageBatch]) -> None:
-        """Of what a stage that runs receives, and of what it sends, so that the synthesizer learns
-        from that.
-        """
-        model_inputs = tuple(self.state.values[n] for n in self.setting.split.model_inputs)
-        for name, source in self.setting.inputs.items():
-            if any(name in (*s.stage.inputs, *s.stage.outputs) for s in needed):
-                self.state.input_predictions[name] = source.predict(model_inputs)
 
     def _step_through(self, needed: list[StageBatch]) -> None:
         """Every source answers at once: the emitted training functions."""
+        split = self.setting.split
         parts: dict[nn.Parameter, list[Later]] = {}
         for stage in needed:
             if not stage.is_active:
                 stage.run_only()
                 continue
-            shared = self.setting.split.shared_in(stage.index)
-            several = [shared[n] for k, n in self.setting.split.reused if k == stage.index]
-            reused = [p for p in several if p.requires_grad]
+            shared = split.shared_in(stage.index)
+            several = [shared[n] for k, n in split.reused if k == stage.index]
+            reused = {p for p in several if p.requires_grad}
             again = stage.step_repeatably() if reused else None
             if again is None:
                 stage.step()
             for parameter in shared.values():
                 gradient, parameter.grad = parameter.grad, None
-                if again is not None and any(parameter is p for p in reused):
+                if again is not None and parameter in reused:
                     parts.setdefault(parameter, []).append(functools.partial(again, parameter))
                 elif gradient is not None:
                     parts.setdefault(parameter, []).append(functools.partial(_add, gradient))
-        self._ask_to_learn(dict.fromkeys(range(len(self.stages)), 0))
         for parameter, steps in parts.items():  # last stage first, as autograd would
             total = None
             for add in reversed(steps):
@@ -127,98 +88,55 @@ class Batch:
 
     def _hold(self, needed: list[StageBatch]) -> None:
         """Some source waits: forward of all stages first."""
-        delays = self._delays()
-        state = self.state
+        delays, values = self.setting.delays, self.state.values
         if max(delays.values()) > 0:
             # The caller may write into its tensors before the batch is finished.
-            names = self.setting.split.model_inputs
-            state.values.update({n: state.values[n].clone() for n in names})
+            values.update({n: values[n].clone() for n in self.setting.split.model_inputs})
         for stage in needed:
             stage.run(delays)
-        self._ask_to_learn(delays)
-
-    def _ask_to_learn(self, delays: dict[int, int]) -> None:
-        if len(self.setting.active) < len(self.stages):
-            for stage in self.stages:
-                stage.sources.ask_to_learn(delays)
-
-    def _delays(self) -> dict[int, int]:
-        """In how many steps each stage will have pulled back this batch."""
-        delays = {self.setting.last: 0}
-        for stage in reversed(self.stages[:-1]):
-            late = [0]
-            for group in stage.sources.waiting if self.setting.share == 0 else ():
-                behind = max(delays[c] for c in group.consumers)
-                hears = "gradient" in group.source.asks.awaited
-                late.append((group.source.asks.lag or 0) + (behind if hears else 0))
-            delays[stage.index] = max(late)
-        return delays
-
-    # ---- messages arrive -------------------------------------------------------------------------
 
     def advance(self, now: int) -> None:
         """Pull back, last stage first, everything that waited for what is there now."""
         self.state.now = now
-        if self.state.progress.tapes:
-            for stage in reversed(self.stages):
-                stage.advance()
+        for stage in reversed(self.stages) if self.state.progress.tapes else ():
+            stage.advance()
 
     def learn(self) -> list[tuple[str, Tensor]]:
-        """Train every source whose message is there, and the synthetic inputs.
-
-        Returns:
-            Losses with their graph, by name.
+        """Losses, with their graph and by name, of every source whose message is there, and of the
+        synthetic inputs.
         """
         losses = [pair for stage in self.stages for pair in stage.sources.learn()]
         return losses + self.state.teach_inputs(self.setting.inputs)
 
-    # ---- what is known ---------------------------------------------------------------------------
-
     @property
     def is_done(self) -> bool:
         """Whether nothing of this batch is under way any more."""
-        state = self.state
-        if state.progress.tapes:
-            return False
-        asked = [s for s in self.setting.served if s.name in state.predictions]
-        late = [s for s in asked if s.name not in state.progress.fitted]
-        return all(self.answers.is_lost(s, s.source.asks.learns_from) for s in late)
+        progress = self.state.progress
+        asked = [s for s in self.setting.served if s.name in self.state.predictions]
+        late = [s for s in asked if s.name not in progress.fitted]
+        lost = (self.answers.is_lost(s, s.source.asks.learns_from) for s in late)
+        return not progress.tapes and all(lost)
 
     def forget(self) -> None:
-        """Drop what nothing that is still under way needs."""
+        """See :meth:`BatchState.forget`."""
         self.state.forget(self.setting.served)
-
-    def guesses(self) -> dict[str, Tensor]:
-        """Predicted gradients by interface, of the sources that predict."""
-        found: dict[str, Tensor] = {}
-        for group in self.setting.served:
-            prediction = self.state.predictions.get(group.name)
-            if prediction is not None and prediction.guessed:
-                found.update(zip(group.names, prediction.guessed, strict=True))
-        return found
 
     def compare(self, step: int) -> dict[str, InterfaceReport]:
         """How near each prediction is to what arrived."""
-        found: dict[str, InterfaceReport] = {}
-        for stage in self.stages:
-            found.update(stage.sources.compare(step))
-        return found
+        return {n: r for stage in self.stages for n, r in stage.sources.compare(step).items()}
 
     def places(self) -> list[tuple[str, Tensor]]:
-        """What must be finite besides values, with its name."""
+        """See :meth:`BatchState.places`."""
         return self.state.places(self.setting.served)
 
 
-class InTurn:
+B = TypeVar("B", bound=Batch)
+
+
+class InTurn(Generic[B]):
     """Executor: every step of time runs a new batch, and what waited for it, to the update.
 
     A step happens whole or not at all: after an error everything is as it was before.
-
-    Args:
-        decoupled: the model, traced before the first step.
-        optimizers: of its stages and sources.
-        metrics: when predictions are compared, and what was found.
-        accumulate: how many steps' gradients make one update.
 
     Attributes:
         under_way: batches that something is still expected for, oldest first.
@@ -230,41 +148,45 @@ class InTurn:
     ) -> None:
         self.decoupled, self.optimizers, self.metrics = decoupled, optimizers, metrics
         self.accumulate = accumulate
-        self.under_way: list[Any] = []
+        self.under_way: list[B] = []
         self.clock = 0
         self._rollback: AllOrNothing | None = None
-        self._variant: Any = None
 
     def advance(
         self,
         steps: int,
-        new: UnderWay | None,
+        new: B | None,
         begin: Callable[[], None],
-        check: Callable[[Sequence[Any]], None] | None = None,
+        check: Callable[[Sequence[B]], None] | None = None,
     ) -> None:
         """One step of time: a new batch, everything that waited until now, and the update.
 
         Args:
             steps: number of batches before this one.
-            new: the new batch; None to finish what is under way.
-            begin: runs it.
+            new: the new batch, run by ``begin``; None to finish what is under way.
             check: called with all batches before an update; may refuse it.
 
         Raises:
             NonFiniteError: a value or gradient is NaN or infinite.
         """
-        batches: list[Any] = [*self.under_way, *([] if new is None else [new])]
-        restores = [b.state.snapshot() for b in self.under_way]
+        batches = [*self.under_way, *([] if new is None else [new])]
+        progress = [b.state.progress.copy() for b in self.under_way]
+        variant, before = self.decoupled.graphs.variant, self._rollback
+        if before is None or before.variant is not variant:
+            before = self._rollback = AllOrNothing(self.decoupled)
         try:
             with (
-                self._guard().step(steps % self.accumulate != 0) as before,
+                before.step(steps % self.accumulate != 0) as add_held,
                 keep_modes(),
                 torch.enable_grad(),
             ):
                 begin()
-                self._advance(batches, new)
-                self._learn(batches, steps, before)
-                before.add_held()
+                for batch in reversed(batches):
+                    batch.advance(self.clock)
+                    if batch is new and new.setting.share > 0:
+                        self._drop_left_out(new.setting)
+                self._learn(batches, steps, before.parameters)
+                add_held()
                 if self.metrics.is_due(steps):
                     for batch in batches:
                         self.metrics.found.update(batch.compare(steps))
@@ -274,8 +196,8 @@ class InTurn:
                         check(batches)
                     self.optimizers.step()
         except BaseException as error:
-            for restore in restores:
-                restore()
+            for batch, known in zip(self.under_way, progress, strict=True):
+                batch.state.progress = known
             self._drop_if_spoilt(error, new)
             raise
         self.under_way = [b for b in batches if not b.is_done]
@@ -284,83 +206,47 @@ class InTurn:
         self.clock += 1
 
     def drain(self, steps: int) -> int:
-        """Finish the batches that are under way, each of whose messages comes a step later.
-
-        Returns:
-            How many steps of time that took.
-
-        Raises:
-            DecouplingError: a source waits for something that does not come.
-        """
+        """See :meth:`dni_fx.Trainer.drain`."""
         sources = self.decoupled.sources.values()
         longest = sum(s.asks.lag or 0 for s in sources) + len(self.decoupled.stages)
-        count = 0
-        while self.under_way:
-            if count > longest:
-                raise DecouplingError(
-                    f"{len(self.under_way)} batches wait for messages that do not come"
-                )
+        for count in range(longest + 2):
+            if not self.under_way:
+                return count
             self.advance(steps, None, lambda: None)
-            count += 1
-        return count
-
-    def _guard(self) -> AllOrNothing:
-        """For the graph that is active now, whose parameters a step may write to."""
-        if self._rollback is None or self._variant is not self.decoupled.graphs.variant:
-            self._variant = self.decoupled.graphs.variant
-            self._rollback = AllOrNothing(self.decoupled)
-        return self._rollback
-
-    def _advance(self, batches: list[Any], new: UnderWay | None) -> None:
-        """The new batch first: what the schedule leaves out of it is dropped."""
-        for batch in reversed(batches):
-            batch.advance(self.clock)
-            if new is not None and batch is new and new.setting.share > 0:
-                self._drop_left_out(new.setting)
+        raise DecouplingError(f"{len(self.under_way)} batches wait for messages that do not come")
 
     def _drop_left_out(self, setting: Setting) -> None:
         """Stages that the schedule left out, where all had to run for the true gradient."""
         stages = self.decoupled.stages
-        if len(setting.active) == len(stages):
-            return
-        kept = {p for k in setting.active for p in stages[k].parameters()}
-        for parameter in (p for stage in stages for p in stage.parameters()):
-            if parameter not in kept:
-                parameter.grad = None
+        if len(setting.active) < len(stages):
+            kept = {p for k in setting.active for p in stages[k].parameters()}
+            for parameter in (p for stage in stages for p in stage.parameters()):
+                if parameter not in kept:
+                    parameter.grad = None
 
-    def _learn(self, batches: list[Any], steps: int, before: AllOrNothing) -> None:
+    def _learn(self, batches: list[B], steps: int, parameters: list[nn.Parameter]) -> None:
+        """Losses and parameters' gradients, which everything else flows into, must be finite; the
+        place is looked for on failure only.
+        """
         losses = [pair for batch in batches for pair in batch.learn()]
         if losses:
             # A failure must leave the graphs of sources whose message came late.
             retain = bool(self.under_way)
             torch.autograd.backward([loss for _, loss in losses], retain_graph=retain)
-        gradients = [p.grad for p in before.parameters if p.grad is not None]
-        found = [(n, loss.detach()) for n, loss in losses]
-        self._check_finite(batches, found, gradients, steps)
-
-    def _check_finite(
-        self,
-        batches: list[Any],
-        losses: list[tuple[str, Tensor]],
-        gradients: list[Tensor],
-        steps: int,
-    ) -> None:
-        """Losses and parameters' gradients, which everything else flows into; the place is looked
-        for on failure only.
-        """
-        found = [b.state.loss for b in batches if b.state.loss is not None]
-        if all_finite([*found, *(loss for _, loss in losses), *gradients]):
+        known = [b.state.loss for b in batches] + [p.grad for p in parameters]
+        regressions = [(n, loss.detach()) for n, loss in losses]
+        if all_finite([*(t for t in known if t is not None), *(t for _, t in regressions)]):
             return
         places = [place for b in batches for place in (*value_places(b.state.sent), *b.places())]
         named = self.decoupled.model.named_parameters()
         places += [(f"gradient of parameter {n!r}", p.grad) for n, p in named if p.grad is not None]
         for name, source in self.decoupled.named_learners():
-            learnt = [*(loss for n, loss in losses if n == name)]
+            learnt = [*(loss for n, loss in regressions if n == name)]
             learnt += [p.grad for p in source.parameters() if p.grad is not None]
             places += [(f"the regression of the source at interface {name!r}", t) for t in learnt]
         refuse(places, f"step {steps + 1}", "nothing was updated")
 
-    def _drop_if_spoilt(self, error: BaseException, new: UnderWay | None) -> None:
+    def _drop_if_spoilt(self, error: BaseException, new: B | None) -> None:
         """Where what is under way is not finite, no step could be made any more with it."""
         if not isinstance(error, NonFiniteError) or not self.under_way:
             return

@@ -14,6 +14,7 @@ from ..graphs.nested import map_tensors
 from ..passes.trace.state import restored
 from ..reports.steps import compare
 from ..schedules import Mode
+from .answers import or_zeros
 from .base import BaseTrainer
 from .batch_state import Setting
 from .emitted import keep_modes
@@ -58,10 +59,12 @@ class Measures(BaseTrainer):
             table.
         """
         batch, _ = self._rehearse(Mode(1.0), args, kwargs, target, ask=True)
-        true, steps = _arrived(batch), self.steps
-        return Diagnosis(
-            {n: compare(g, true[n], "true", steps) for n, g in batch.guesses().items()}
-        )
+        true, found = _arrived(batch), {}
+        for group in batch.setting.served:
+            guess = batch.state.predictions[group.name].guessed or ()
+            for name, gradient in zip(group.names, guess, strict=bool(guess)):
+                found[name] = compare(gradient, true[name], "true", self.steps)
+        return Diagnosis(found)
 
     def diagnose_parameters(self, *args: Any, target: Any = None, **kwargs: Any) -> Diagnosis:
         """Compare what the predictions make of the parameters' gradients with the true ones, with
@@ -90,7 +93,7 @@ class Measures(BaseTrainer):
         found = {}
         for stage, run in zip(self.decoupled.stages, batch.stages, strict=True):
             own = [p for p in stage.parameters() if p.requires_grad and users[p] == 1]
-            if own and run.sources.answer_at_once:
+            if own and run.sources.groups and not run.sources.waiting:
                 guess, real = _joined(predicted, own), _joined(true, own)
                 found[stage.name] = compare(guess, real, "true", self.steps)
         return Diagnosis(found, of="stage")
@@ -98,9 +101,7 @@ class Measures(BaseTrainer):
     def _rehearse(
         self, mode: Mode, args: Any, kwargs: Any, target: Any, ask: bool
     ) -> tuple[Batch, Gradients]:
-        """Run a batch up to its gradients, and put everything back; also what the parameters'
-        gradients were.
-        """
+        """Run a batch up to its gradients, also of the parameters, and put everything back."""
         self.finish_threads()
         args, kwargs = map_tensors(torch.clone, (args, kwargs))
         decoupled = self.decoupled
@@ -111,8 +112,8 @@ class Measures(BaseTrainer):
             parameter.grad = None
         with restored(decoupled), keep_modes(), torch.enable_grad():
             try:
-                plain = Objective(self.loss)
-                batch = Batch(Setting.of(decoupled.graphs, plain, mode, ask))
+                served = None if ask else ()
+                batch = Batch(Setting.of(decoupled.graphs, Objective(self.loss), mode, served))
                 context = self.objective.context(target) if ask else None
                 batch.begin(values, context, target)
                 batch.advance(0)
@@ -126,12 +127,9 @@ class Measures(BaseTrainer):
 def _arrived(batch: Batch) -> dict[str, Tensor]:
     """By interface, zeros where nothing arrives."""
     arrived = batch.state.progress.gradients
-    found = [(n, v, arrived.get(n)) for n, v in batch.state.sent.items()]
-    return {n: torch.zeros_like(v) if g is None else g.detach() for n, v, g in found}
+    return {n: or_zeros(arrived.get(n), v).detach() for n, v in batch.state.sent.items()}
 
 
 def _joined(gradients: Gradients, parameters: list[nn.Parameter]) -> Tensor:
     """The gradients of some parameters in one flat piece, zeros where there is none."""
-    found = [(p, gradients[p]) for p in parameters]
-    pieces = [torch.zeros_like(p) if g is None else g.to_dense() for p, g in found]
-    return torch.cat([piece.flatten() for piece in pieces])
+    return torch.cat([or_zeros(gradients[p], p.detach()).to_dense().flatten() for p in parameters])

@@ -35,7 +35,7 @@ from .batch_state import BatchState, Setting
 from .emitted import keep_modes
 from .finite import all_finite
 from .objective import Objective
-from .optimizing import MakeOptimizer, made_optimizer
+from .optimizing import MakeOptimizer, find_misfit, load_optimizers, made_optimizer
 from .stage_batch import StageBatch
 from .visit import Visit, learnt_by
 
@@ -51,7 +51,7 @@ class DropIn(nn.Module):
     """What :meth:`dni_fx.Decoupled.as_module` adds to the user's class; see there."""
 
     # In the class, one for each module: the module's own table is the model's.
-    _dni_fx: ClassVar[_State]
+    _dni_fx: ClassVar[DropInState]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Decoupled in training with gradients; else the model's own."""
@@ -89,18 +89,12 @@ class DropIn(nn.Module):
                 f"the saved sources are those of {sorted(saved['optimizers'])}, but here are "
                 f"{sorted(mine)}: decouple with the same plan"
             )
-        have, given = (
-            {k: getattr(v, "shape", None) for k, v in d.items() if not k.endswith("_extra_state")}
-            for d in (synthesizers.state_dict(), saved["synthesizers"])
-        )
-        if have != given:
-            wrong = next(k for k in {**have, **given} if have.get(k, "") != given.get(k, ""))
+        if misfit := find_misfit(synthesizers.state_dict(), saved["synthesizers"]):
             raise DecouplingError(
-                f"the saved sources are others, see {wrong!r}: decouple with the same plan"
+                f"the saved sources are others: {misfit}; decouple with the same plan"
             )
         synthesizers.load_state_dict(saved["synthesizers"])
-        for name, optimizer in mine.items():
-            optimizer.load_state_dict(saved["optimizers"][name])
+        load_optimizers(mine, saved["optimizers"])
 
     def train(self, mode: bool = True) -> Any:
         """As ever; the sources, too."""
@@ -144,8 +138,10 @@ class DropIn(nn.Module):
         )
 
 
-class _State:
-    """What a drop-in module knows besides the model."""
+class DropInState:
+    """What a drop-in module knows besides the model: see :meth:`dni_fx.Decoupled.as_module`;
+    ``encode`` makes of a target what sources see.
+    """
 
     def __init__(
         self,
@@ -156,6 +152,8 @@ class _State:
         unit: float | Callable[[], float],
         module: DropIn | None = None,
     ) -> None:
+        if graphs.is_traced:
+            _check_sources(graphs)
         self.graphs, self.encode = graphs, encode
         self.make_optimizer, self.target_of, self.unit_of = make_optimizer, target_of, unit
         self.optimizers: dict[str, torch.optim.Optimizer] | None = None
@@ -165,31 +163,31 @@ class _State:
         # Parameters, modes, attributes: the model's.
         object.__setattr__(self.module, "__dict__", vars(graphs.model))
 
-    def copy(self, memo: dict[int, Any]) -> _State:
+    def copy(self, memo: dict[int, Any]) -> DropInState:
         """Of model, sources and optimisers."""
         module = _module_like(self.graphs.model)
         memo[id(self.module)] = module  # before the model, whose attributes may refer to it
         graphs, encode = copy.deepcopy((self.graphs, self.encode), memo)
-        other = _State(graphs, encode, self.make_optimizer, self.target_of, self.unit_of, module)
+        other = DropInState(
+            graphs, encode, self.make_optimizer, self.target_of, self.unit_of, module
+        )
         forward = vars(type(self.module))["forward"]
         if isinstance(forward, staticmethod):
             module.forward = copy.deepcopy(forward.__func__, memo)  # type: ignore[method-assign]
         if self.optimizers is not None:
-            for name, optimizer in other.optimizers_now().items():
-                optimizer.load_state_dict(copy.deepcopy(self.optimizers[name].state_dict()))
+            known = {n: o.state_dict() for n, o in self.optimizers.items()}
+            load_optimizers(other.optimizers_now(), known)
         return other
 
     def optimizers_now(self) -> dict[str, torch.optim.Optimizer]:
         """Of every source that has parameters."""
         if self.optimizers is None:
             _check_sources(self.graphs)
-            pairs = [(n, list(s.named_parameters())) for n, s in self.graphs.named_learners()]
-            made = {
-                n: made_optimizer(self.make_optimizer(named), "synthesizer_optimizer")
-                for n, named in pairs
-                if named
+            self.optimizers = {
+                name: made_optimizer(self.make_optimizer(learnt), "synthesizer_optimizer")
+                for name, source in self.graphs.named_learners()
+                if (learnt := list(source.named_parameters()))
             }
-            self.optimizers = made
         return self.optimizers
 
     def unit(self) -> float:
@@ -219,7 +217,8 @@ class _State:
         """Stage after stage, the last one with autograd's own graph; values go when nothing needs
         them any more.
         """
-        setting = Setting.unlocked(self.graphs, _OWN_LOSS, self.graphs.served(), whole=False)
+        served = self.graphs.served()
+        setting = Setting.of(self.graphs, _OWN_LOSS, served=served, whole=False)
         state = BatchState(values=values, context=context)
         answers, unit = LocalAnswers(setting, state), self.unit()
         parameters = dict(self.graphs.model.named_parameters(remove_duplicate=False))
@@ -242,8 +241,9 @@ class _State:
         if known and all_finite(known):
             for parameter, gradient in zip(learnt_by(group), gradients, strict=True):
                 parameter.grad = gradient
-            self.optimizers_now()[group.name].step()
-            self.optimizers_now()[group.name].zero_grad()
+            optimizer = self.optimizers_now()[group.name]
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 def _module_like(model: nn.Module) -> DropIn:
@@ -303,16 +303,3 @@ def _check_sources(graphs: Graphs) -> None:
         raise DecouplingError(
             "synthetic inputs have no use where stages run one after the other: leave out inputs="
         )
-
-
-def make_module(
-    graphs: Graphs,
-    encode: Context | None,
-    make_optimizer: MakeOptimizer,
-    target_of: Any,
-    unit: float | Callable[[], float],
-) -> DropIn:
-    """See :meth:`dni_fx.Decoupled.as_module`; ``encode`` makes of a target what sources see."""
-    if graphs.is_traced:
-        _check_sources(graphs)
-    return _State(graphs, encode, make_optimizer, target_of, unit).module

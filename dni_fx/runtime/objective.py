@@ -1,13 +1,18 @@
-"""What is trained for, and how often it is looked at how well."""
+"""What is trained for: the loss, what it says of single samples, and how well it is predicted."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import inspect
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from ..errors import DecouplingError
 from ..reports.steps import InterfaceReport
 from .emitted import evaluate
 
@@ -61,3 +66,76 @@ class Metrics:
     def is_due(self, step: int) -> bool:
         """Whether a step compares."""
         return self.requested or step % self.every == 0
+
+
+def logits_of(output: Any) -> Tensor | None:
+    """The output itself, or what it calls its logits (as an attribute or key); None where there is
+    no such tensor.
+    """
+    if isinstance(output, Mapping):
+        output = output.get("logits")
+    elif not isinstance(output, Tensor):
+        output = getattr(output, "logits", None)
+    return output if isinstance(output, Tensor) else None
+
+
+def sample_losses(loss: Callable[..., Tensor], output: Any, target: Any) -> Tensor:
+    """Each sample's own loss, its mean over positions that count.
+
+    Losses of torch give them by ``reduction="none"``; other callables are asked one sample at a
+    time.
+
+    Args:
+        loss: ``loss(output, target)``.
+        output: the model's output, ``(batch, ...)``.
+        target: the target, ``(batch, ...)``.
+
+    Returns:
+        ``(batch,)``, without a graph.
+
+    Raises:
+        DecouplingError: neither way is possible.
+    """
+    loss = getattr(loss, "_orig_mod", loss)  # a compiled loss shares its attributes with that
+    takes = _parameters(loss)
+    default = takes["ignore_index"].default if "ignore_index" in takes else None
+    index = getattr(loss, "ignore_index", None)
+    index = default if index is None else index
+    with torch.no_grad():
+        if isinstance(loss, nn.Module) and isinstance(getattr(loss, "reduction", None), str):
+            unreduced: Any = copy.copy(loss)
+            unreduced.reduction = "none"
+            return _per_sample(unreduced(output, target), target, index)
+        if "reduction" in takes:
+            return _per_sample(loss(output, target, reduction="none"), target, index)
+        try:
+            pairs = [(output[i : i + 1], target[i : i + 1]) for i in range(len(output))]
+            each = torch.stack([loss(o, t).reshape(()) for o, t in pairs])
+            return each.nan_to_num(posinf=math.inf, neginf=-math.inf)
+        except Exception as error:
+            raise DecouplingError(
+                "a source asks for each sample's loss, but the loss can not be had sample by "
+                f"sample ({error}): it must take reduction='none', or slices of output and target; "
+                "or use a source that needs no losses, such as 'local' or 'linear'"
+            ) from error
+
+
+def _parameters(loss: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(loss).parameters
+    except (TypeError, ValueError):
+        return {}
+
+
+def _per_sample(losses: Tensor, target: Any, index: Any) -> Tensor:
+    """The mean over what is left when labels called ``index`` count nothing."""
+    if losses.dim() == 0:
+        raise DecouplingError(
+            "a source asks for each sample's loss, but with reduction='none' the loss is one "
+            "number; it must be (batch, ...)"
+        )
+    flat = losses.reshape(len(losses), -1)
+    classes = isinstance(target, Tensor) and not target.is_floating_point()
+    if not classes or not isinstance(index, int) or target.shape != losses.shape:
+        return flat.mean(1)
+    return flat.sum(1) / (target != index).reshape(len(losses), -1).sum(1).clamp(min=1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+import copy
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from ..errors import DecouplingError
 from ..graphs.graphs import Graphs
 from ..graphs.stage import Stage
+from ..graphs.variants import Variant
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
@@ -23,6 +25,7 @@ class StageOptimizers:
         make: makes an optimiser from the ``(name, parameter)`` pairs of one stage.
         make_for_sources: the same for a source.
         clip_norm: largest norm of one stage's gradients; None for no bound.
+        unit: the factor in front of the mean loss, which sources are told.
 
     Attributes:
         stages: the optimisers by stage name; a stage without parameters has none.
@@ -32,22 +35,23 @@ class StageOptimizers:
     """
 
     def __init__(
-        self, make: MakeOptimizer, make_for_sources: MakeOptimizer, clip_norm: float | None
+        self,
+        make: MakeOptimizer,
+        make_for_sources: MakeOptimizer,
+        clip_norm: float | None,
+        unit: float,
     ) -> None:
         self._make, self._make_for_sources = make, make_for_sources
-        self.clip_norm = clip_norm
+        self.clip_norm, self.unit = clip_norm, unit
         self.stages: dict[str, torch.optim.Optimizer] = {}
         self.sources: dict[str, torch.optim.Optimizer] = {}
         self.parameters: dict[str, NamedParameters] = {}
-        self._variant: Any = None  # the graph that all optimisers know
+        self._variant: Variant | None = None  # the graph that all optimisers know
 
-    def prepare(self, graphs: Graphs, stages: Collection[Stage], unit: float) -> None:
-        """Make all optimisers, at the first call; later, have them adopt what a new graph uses.
-
-        Args:
-            graphs: of the model; the one that is trained is active.
-            stages: those that are trained here.
-            unit: the factor in front of the mean loss, which sources are told.
+    def prepare(self, graphs: Graphs, stages: Collection[Stage]) -> None:
+        """Make all optimisers of the stages that are trained here, at the first call; later, have
+        them adopt what only a graph made since uses, say that of training mode after one of
+        evaluation.
 
         Raises:
             DecouplingError: what was returned is no optimiser, or steps what it was not given.
@@ -58,37 +62,36 @@ class StageOptimizers:
         self.adopt(stages)
         if self._variant is None:
             for source in graphs.sources.values():
-                source.unit = unit
+                source.unit = self.unit
             for name, learner in graphs.named_learners({stage.index for stage in stages}):
-                learnt = list(learner.named_parameters())
-                if learnt:
+                if learnt := list(learner.named_parameters()):
                     self.sources[name] = self.made_for_source(name, learnt)
         self._variant = variant
 
-    def adopt(self, stages: Iterable[Stage]) -> None:
-        """Take in parameters that no optimiser has yet: at first all, then those that only a graph
-        made later uses, say that of training mode after one of evaluation.
-        """
-        owned = {p for group in self.parameters.values() for _, p in group}
-        for stage in stages:
-            new = [(n, p) for n, p in stage.named_parameters() if p not in owned]
-            owned.update(p for _, p in new)
-            if not new:
-                continue
-            if optimizer := self.stages.get(stage.name):
+    def adopt(self, stages: Collection[Stage]) -> None:
+        """Take in what no optimiser has yet."""
+        for name, new in self._unowned(stages).items():
+            if optimizer := self.stages.get(name):
                 named = "param_names" in optimizer.param_groups[0]
                 optimizer.add_param_group({"params": new if named else [p for _, p in new]})
             else:
-                made = made_optimizer(self._make(new), "optimizer")
-                _check_owned(made, new, "optimizer", stage.name)
-                self.stages[stage.name] = made
-            self.parameters.setdefault(stage.name, []).extend(new)
+                self.stages[name] = _made_for(name, self._make, new, "optimizer")
+            self.parameters.setdefault(name, []).extend(new)
+
+    def _unowned(self, stages: Collection[Stage]) -> dict[str, NamedParameters]:
+        """Parameters that no optimiser has yet, by the first stage that uses them."""
+        owned = {p for group in self.parameters.values() for _, p in group}
+        found = {}
+        for stage in stages:
+            if new := [(n, p) for n, p in stage.named_parameters() if p not in owned]:
+                found[stage.name] = new
+                owned.update(p for _, p in new)
+        return found
 
     def made_for_source(self, name: str, learnt: NamedParameters) -> torch.optim.Optimizer:
         """A new optimiser for a source, or for a copy of one."""
-        made = made_optimizer(self._make_for_sources(learnt), "synthesizer_optimizer")
-        _check_owned(made, learnt, "synthesizer_optimizer", f"the source at {name!r}")
-        return made
+        owner = f"the source at {name!r}"
+        return _made_for(owner, self._make_for_sources, learnt, "synthesizer_optimizer")
 
     def parameters_of(self, stage: str) -> list[nn.Parameter]:
         """The parameters that a stage's optimiser was given."""
@@ -107,66 +110,101 @@ class StageOptimizers:
             nn.utils.clip_grad_norm_(self.parameters_of(name), self.clip_norm)
         self.stages[name].step()
 
+    def _by_kind(self) -> dict[str, dict[str, torch.optim.Optimizer]]:
+        return {"optimizers": self.stages, "synthesizer_optimizers": self.sources}
+
     def state_dict(self) -> dict[str, Any]:
         """The optimisers' states, under ``optimizers`` and ``synthesizer_optimizers``."""
-        return {
-            "optimizers": {n: o.state_dict() for n, o in self.stages.items()},
-            "synthesizer_optimizers": {n: o.state_dict() for n, o in self.sources.items()},
-        }
+        kinds = self._by_kind().items()
+        return {kind: {n: o.state_dict() for n, o in mine.items()} for kind, mine in kinds}
 
-    def check_state(self, state: Mapping[str, Any]) -> None:
-        """Whether a state is of these optimisers.
+    def check_state(self, state: Mapping[str, Any], stages: Collection[Stage]) -> bool:
+        """Whether a state fits only once what newer graphs use is adopted, as it was when saved.
 
         Raises:
-            DecouplingError: it is of other stages or sources.
+            DecouplingError: it does not fit then, either.
         """
-        for kind, mine in (("optimizers", self.stages), ("synthesizer_optimizers", self.sources)):
-            if set(state[kind]) != set(mine):
+        for kind, mine in self._by_kind().items():
+            now = {n: _sizes(o.param_groups) for n, o in mine.items()}
+            new = self._unowned(stages) if kind == "optimizers" else {}
+            then = now | {n: [*now.get(n, []), len(group)] for n, group in new.items()}
+            if set(state[kind]) not in (set(now), set(then)):
                 raise DecouplingError(
                     f"this state has {kind} for {sorted(state[kind])}, but the trainer has "
-                    f"{sorted(mine)}: decouple with the plan that the state was saved with"
+                    f"{sorted(now)}: decouple with the plan that the state was saved with"
                 )
+            saved = {n: _sizes(s["param_groups"]) for n, s in state[kind].items()}
+            if saved not in (now, then):
+                name = next(n for n in saved if saved[n] != now.get(n))
+                raise DecouplingError(
+                    f"this state does not fit: the optimiser of {name!r} has groups of "
+                    f"{saved[name]} parameters in it, but of {now.get(name)} here; call the model "
+                    "in the modes and order in which it was called before the state was saved, "
+                    "since what only a later call uses makes a group of its own"
+                )
+            if saved != now:
+                return True
+        return False
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back what :meth:`state_dict` returned."""
-        for kind, mine in (("optimizers", self.stages), ("synthesizer_optimizers", self.sources)):
-            for name, optimizer in mine.items():
-                optimizer.load_state_dict(state[kind][name])
+        for kind, mine in self._by_kind().items():
+            load_optimizers(mine, state[kind])
+
+
+def load_optimizers(
+    optimizers: Mapping[str, torch.optim.Optimizer], states: Mapping[str, Any]
+) -> None:
+    """Take up copies of states, by name: torch would go on in the tensors that it is given."""
+    for name, optimizer in optimizers.items():
+        optimizer.load_state_dict(copy.deepcopy(states[name]))
+
+
+def find_misfit(have: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:
+    """The first difference between two modules' states, in words; None where one can be loaded into
+    the other.
+    """
+    for name in {**have, **given}:
+        mine, other = (_shape(state, name) for state in (have, given))
+        if mine != other and ("missing" in (mine, other) or not name.endswith("_extra_state")):
+            return f"{name!r} is {other} in it, but {mine} here"
+    return None
+
+
+def _shape(state: Mapping[str, Any], name: str) -> str:
+    return str(tuple(getattr(state[name], "shape", ()))) if name in state else "missing"
+
+
+def _sizes(groups: list[dict[str, Any]]) -> list[int]:
+    return [len(group["params"]) for group in groups]
 
 
 def made_optimizer(optimizer: Any, name: str) -> torch.optim.Optimizer:
-    """What a user's function made, if it can step once a batch.
-
-    Args:
-        optimizer: what the function returned.
-        name: the argument that the function was passed as, for the error.
-
-    Raises:
-        DecouplingError: it is no optimiser, or one that evaluates the loss several times a step.
-    """
+    """What a user's function, the argument ``name``, made, if it can step once a batch."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise DecouplingError(
             f"{name}= must return a torch.optim.Optimizer, but returned {type(optimizer).__name__}"
         )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise DecouplingError(
-            f"{name}= returned LBFGS, which evaluates the loss several times a step; use another "
-            "one"
+            f"{name}= returned LBFGS, which evaluates the loss several times a step: use another"
         )
     return optimizer
 
 
-def _check_owned(
-    optimizer: torch.optim.Optimizer, given: NamedParameters, argument: str, owner: str
-) -> None:
-    """An optimiser that steps more than it was given would step that several times a step."""
-    mine = {p for _, p in given}
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    strange = sum(p not in mine for p in held)
-    if strange:
+def _made_for(
+    owner: str, make: MakeOptimizer, given: NamedParameters, argument: str
+) -> torch.optim.Optimizer:
+    """A new optimiser that steps nothing but what it was given: else that would be stepped several
+    times a step.
+    """
+    made, mine = made_optimizer(make(given), argument), {p for _, p in given}
+    held = [p for group in made.param_groups for p in group["params"]]
+    if strange := sum(p not in mine for p in held):
         raise DecouplingError(
             f"{argument}= returned an optimiser for {owner} that steps {strange} parameters of "
             f"others besides {len(held) - strange} of its own: it is called once for each, and "
             "must make a new optimiser of the (name, parameter) pairs that it is given, such as "
             "lambda parameters: torch.optim.Adam(parameters)"
         )
+    return made

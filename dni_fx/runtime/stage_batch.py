@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from ..errors import DecouplingError
 from ..sources.keeping import kept_weights
 from .answers import Answers
-from .batch_state import BatchState, Progress, Setting
+from .batch_state import BatchState, Setting
 from .emitted import detached, evaluate, pull_back
-from .sample_losses import logits_of
+from .objective import logits_of
 from .stage_sources import StageSources
 from .tape import Rerun, Tape
 
@@ -32,11 +32,8 @@ class StageBatch:
     """One batch in one stage. Knows no other stage and no transport.
 
     Args:
-        setting: what holds for the batch.
-        index: of the stage.
-        state: what is known of the batch; shared by stages that run one after the other.
-        answers: what has come back to its sources.
-        asks_again: see :class:`StageSources`.
+        setting, index, state, answers, asks_again: as for :class:`StageSources`; the state is
+            shared by stages that run one after the other.
 
     Attributes:
         stage: the subgraph.
@@ -57,16 +54,9 @@ class StageBatch:
         self.is_last = index == setting.last
 
     @property
-    def progress(self) -> Progress:
-        """How far the batch has come."""
-        return self.state.progress
-
-    @property
     def is_active(self) -> bool:
         """Whether the stage is updated with this batch."""
         return self.index in self.setting.active
-
-    # ---- receive and run -------------------------------------------------------------------------
 
     def receive(self) -> dict[str, Any]:
         """The stage's inputs by name, predicted ones where there are such.
@@ -74,37 +64,34 @@ class StageBatch:
         Raises:
             DecouplingError: a predicted input of another shape than the value has.
         """
-        state = self.state
-        predicted = state.input_predictions if self.setting.share == 0 else {}  # else only to learn
-        for name in self.stage.inputs if predicted else ():
-            if name not in predicted or name not in state.values:
-                continue
-            guess, real = predicted[name].value, state.values[name]
-            if guess.shape != real.shape:
+        values, names = self.state.values, self.stage.inputs
+        if self.setting.share > 0 or not self.state.input_predictions:  # else only to learn
+            return {n: values[n] for n in names}
+        predicted = {n: p.value for n, p in self.state.input_predictions.items() if n in names}
+        for name, guess in predicted.items():
+            if name in values and guess.shape != values[name].shape:
                 raise DecouplingError(
                     f"the synthetic input at {name!r} has shape {tuple(guess.shape)}, but the "
-                    f"value that was to be predicted has {tuple(real.shape)}: decouple on such "
-                    "examples, or leave this interface out of inputs="
+                    f"value that was to be predicted has {tuple(values[name].shape)}: decouple on "
+                    "such examples, or leave this interface out of inputs="
                 )
-        names = self.stage.inputs
-        return {n: predicted[n].value if n in predicted else state.values[n] for n in names}
+        return {n: predicted[n] if n in predicted else values[n] for n in names}
 
     def run_only(self) -> None:
         """Forward without a graph: the stage is not updated, or is run again later."""
         with torch.no_grad():
-            results = self.stage.module(*self.receive().values())
+            results = detached(self.stage.module(*self.receive().values()))
         if self.is_last:
-            self.state.output = detached(results)
+            self.state.output = results
         else:
-            sent = zip(self.stage.outputs, map(detached, results), strict=True)
-            self.state.values.update(sent)
+            self.state.values.update(zip(self.stage.outputs, results, strict=True))
 
     def step(self) -> None:
         """All at once, by the emitted training function."""
-        state, setting = self.state, self.setting
-        step = setting.functions[self.index].step
+        state = self.state
+        step = self.setting.functions[self.index].step.forward  # without a call's detours
         with self.sources.named():
-            result = step(self.receive(), state.context, setting.loss, state.target)
+            result = step(self.receive(), state.context, self.setting.loss, state.target)
         state.predictions.update(result.predictions)
         if self.is_last:
             state.loss, state.output = result.loss, result.outputs["output"]
@@ -118,22 +105,20 @@ class StageBatch:
         parameters its pull-back is repeated.
 
         Returns:
-            What gives a parameter's whole gradient, from what later stages made of it.
+            What makes a parameter's whole gradient of what later stages made of it.
         """
-        outputs, leaves, _entries = self.setting.functions[self.index].forward(self.receive())
-        sent = {n: o.detach() if isinstance(o, Tensor) else o for n, o in outputs.items()}
+        outputs, leaves, _ = self.setting.functions[self.index].forward(self.receive())
+        sent = {n: detached(o) for n, o in outputs.items()}
         given: dict[str, Tensor] = {}
         for group in self.sources.groups:
             prediction = self.sources.ask(group, sent)
             given.update(zip(group.names, prediction.gradients or (), strict=True))
-        roots = [outputs[n] for n in given]
-        gradients: list[Tensor | None] = list(given.values())
+        roots, gradients = [outputs[n] for n in given], list(given.values())
         pull_back(roots, gradients, retain_graph=True)
 
         def again(parameter: nn.Parameter, later: Tensor | None) -> Tensor | None:
             parameter.grad = None
-            pairs = [*roots, parameter], [*gradients, later]
-            pull_back(*pairs, retain_graph=True, inputs=[parameter])
+            pull_back([*roots, parameter], [*gradients, later], True, [parameter])
             total, parameter.grad = parameter.grad, None
             return total
 
@@ -143,13 +128,28 @@ class StageBatch:
     def _sent_back(self, outputs: dict[str, Any], found: dict[str, Tensor | None]) -> None:
         """Values that are known now, and what flows back to the stage's inputs."""
         self.state.values.update(outputs)
-        self.state.note_parts(self.setting, self.index, found, {})
-        gradients = self.progress.gradients
+        self._note_parts(found, {})
+        gradients = self.state.progress.gradients
         for name, gradient in found.items():
             arrived = gradients.get(name)
             if gradient is not None:
                 gradients[name] = gradient if arrived is None else arrived + gradient
-        self.progress.finished[self.index] = self.state.now
+        self.state.progress.finished[self.index] = self.state.now
+
+    def _note_parts(self, found: dict[str, Any], before: dict[str, Any]) -> None:
+        """What the stage adds to the gradients of its inputs, for sources with a part for it; later
+        stages had made ``before`` of them.
+        """
+        parts = self.state.progress.parts
+        for name in {n for s in self.setting.divided if self.index in s.consumers for n in s.names}:
+            gradient, later, known = (
+                found.get(name),
+                before.get(name),
+                parts.get((name, self.index)),
+            )
+            if gradient is not None:
+                part = gradient if later is None else gradient - later
+                parts[name, self.index] = part if known is None else known + part
 
     def run(self, delays: Mapping[int, int], on_values: Callable[[], None] | None = None) -> None:
         """Run forward, ask the sources, and pull back what is known at once.
@@ -163,43 +163,39 @@ class StageBatch:
             if on_values is not None:
                 on_values()
             return
-        late = delays[self.index] > 0
-        rerun = late and all(w.recompute for w in self.sources.waits)
-        early = not self.is_last and self.sources.answer_early
+        sources, late = self.sources, delays[self.index] > 0
+        asks, complete = [s.source.asks for s in sources.groups], not sources.waiting
+        rerun = late and all(a.wait.recompute for a in asks if a.wait)
+        early = bool(asks) and self.setting.share == 0 and all(a.early for a in asks)
         inputs = self.receive()
-        held: Tape | Rerun | None = Rerun.of(self.stage.module, inputs) if rerun else None
+        held: Tape | Rerun | None = Rerun(self.stage.module, inputs) if rerun else None
+        tape = None
         if rerun and not early:
             self.run_only()
         else:
             tape = self.forward(inputs, keep=late and not rerun)
-            held = held or tape
         if on_values is not None:
             on_values()
-        self.sources.ask_all(delays)
-        assert held is not None
-        if self.is_last:
+        sources.ask_all(delays)
+        if tape is not None and self.is_last:
             self.evaluate(tape)
             self.pull_back(tape, {})
-        elif early:
-            complete = self.sources.answer_at_once
-            retain = held is tape and not complete
-            self.pull_back(tape, self.sources.predicted(), retain, complete)
-            if not complete:
-                self.progress.tapes[self.index] = held
-        else:
-            self.progress.tapes[self.index] = held
+            return
+        if tape is not None and early:
+            retain = held is None and not complete
+            self.pull_back(tape, sources.predicted(), retain, complete)
+        if not (early and complete):
+            waits = held or tape
+            assert waits is not None
+            self.state.progress.tapes[self.index] = waits
 
     def forward(self, inputs: dict[str, Any], keep: bool = False) -> Tape:
-        """The emitted forward, its graph kept.
-
-        Args:
-            inputs: as :meth:`receive` gives them.
-            keep: with copies of the weights, which are updated before the backward.
+        """The emitted forward, its graph kept; ``keep`` is with copies of the weights, which are
+        updated before the backward.
         """
         with kept_weights(self.stage.module) if keep else contextlib.nullcontext():
             tape = Tape(*self.setting.functions[self.index].forward(inputs))
-        sent = {n: detached(v) for n, v in tape.outputs.items() if n != "output"}
-        self.state.values.update(sent)
+        self.state.values |= {n: detached(v) for n, v in tape.outputs.items() if n != "output"}
         return tape
 
     def evaluate(self, tape: Tape) -> None:
@@ -215,22 +211,20 @@ class StageBatch:
         tape.outputs["loss"] = loss
         self.state.loss, self.state.output = loss.detach(), detached(output)
 
-    # ---- pull back -------------------------------------------------------------------------------
-
     def advance(self) -> None:
         """Pull back what waited, if what it waits for is there now."""
-        held = self.progress.tapes.get(self.index)
+        held = self.state.progress.tapes.get(self.index)
         locked, waiting = self.setting.share > 0, self.sources.waiting
         if held is None or not (locked or all(map(self.answers.is_ready, waiting))):
             return
         lost = [self.answers.is_lost(s, s.source.asks.awaited) for s in waiting]
         if any(lost) and not locked:  # a consumer is not updated
-            del self.progress.tapes[self.index]
+            del self.state.progress.tapes[self.index]
             return
         given = self.sources.completed()
-        del self.progress.tapes[self.index]
+        del self.state.progress.tapes[self.index]
         if isinstance(held, Rerun):
-            with held.as_then(self.stage.module):
+            with held.as_then():
                 forward = self.setting.functions[self.index].forward
                 self.pull_back(Tape(*forward(held.values)), given)
         else:
@@ -252,7 +246,7 @@ class StageBatch:
         """
         if "loss" in tape.outputs:
             given = {**given, "loss": torch.ones_like(tape.outputs["loss"])}
-        split, progress = self.setting.split, self.progress
+        split, progress = self.setting.split, self.state.progress
         gradients, early = progress.gradients, progress.early
         once = complete and self.index not in early
         received = split.received_in(self.index) if once else []
@@ -261,7 +255,7 @@ class StageBatch:
             partials[name], parameter.grad = parameter.grad, None
         backward = self.setting.functions[self.index].backward
         found = backward(tape.outputs, tape.leaves, tape.entries, given, partials, retain)
-        self.state.note_parts(self.setting, self.index, found, partials)
+        self._note_parts(found, partials)
         for leaf in tape.leaves.values():
             leaf.clear()
         if once:
@@ -270,9 +264,9 @@ class StageBatch:
             early[self.index] = found
         else:
             for name, later in found.items():
-                before = gradients.get(name), early[self.index][name]
-                parts = [g for g in (*before, later) if g is not None]
-                gradients[name] = functools.reduce(torch.add, parts) if parts else None
+                parts = gradients.get(name), early[self.index][name], later
+                known = [g for g in parts if g is not None]
+                gradients[name] = functools.reduce(torch.add, known) if known else None
         if complete:
             progress.finished[self.index] = self.state.now
 

@@ -6,14 +6,13 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import DecouplingError
 from ..reports.steps import InterfaceReport, compare
-from ..sources import Prediction, Served, Wait, mix
+from ..sources import Prediction, Served, mix
 from ..sources.keeping import kept_weights
-from .answers import Answers
+from .answers import Answers, or_zeros
 from .batch_state import BatchState, Setting
 
 
@@ -21,10 +20,8 @@ class StageSources:
     """What a stage asks its sources about one batch, and what they learn from it.
 
     Args:
-        setting: what holds for the batch.
-        index: of the stage.
-        state: what is known of the batch.
-        answers: what has come back to the sources.
+        setting, index: what holds for the batch, and which stage it is.
+        state, answers: what is known of the batch, and what has come back to the sources.
         asks_again: where a source has learnt since it was asked, what it says now is corrected, so
             that a late message does not drive on what is right by now; else it keeps its weights
             of then.
@@ -47,31 +44,9 @@ class StageSources:
         """Those that wait for a message."""
         return [s for s in self.groups if s.source.asks.wait is not None]
 
-    @property
-    def waits(self) -> list[Wait]:
-        """What these declare of it."""
-        return [w for s in self.groups if (w := s.source.asks.wait) is not None]
-
-    @property
-    def answer_at_once(self) -> bool:
-        """Whether all that the stage pulls back is predicted, and nothing comes late."""
-        return bool(self.groups) and not self.waiting
-
-    @property
-    def answer_early(self) -> bool:
-        """Whether the stage pulls something back before any message is there."""
-        at_once = all(s.source.asks.early for s in self.groups)
-        return self.setting.share == 0 and bool(self.groups) and at_once
-
-    # ---- ask -------------------------------------------------------------------------------------
-
     def ask(self, group: Served, values: Mapping[str, Any], keep: bool = False) -> Prediction:
-        """What a source says about its values; remembered.
-
-        Args:
-            group: the source.
-            values: by name, detached.
-            keep: with copies of its weights, which are updated before its message comes.
+        """What a source says about its values (by name, detached); remembered. ``keep`` is with
+        copies of its weights, which are updated before its message comes.
         """
         if self.asks_again:
             self._versions[group.name] = _version(group.source)
@@ -82,47 +57,41 @@ class StageSources:
         return prediction
 
     def ask_all(self, delays: Mapping[int, int]) -> None:
-        """About what the stage sends.
-
-        Args:
-            delays: in how many steps each stage will have pulled back this batch.
-        """
+        """About what the stage sends; ``delays`` are as in :class:`Setting`."""
         for group in self.groups:
             self.ask(group, self.state.values, self._hears_late(group, delays))
 
     def ask_to_learn(self, delays: Mapping[int, int]) -> None:
         """Where the stage itself is left out, but its consumers run: to learn from those."""
-        for group in () if self.index in self.setting.active else self.groups:
+        active = self.setting.active
+        for group in () if self.index in active else self.groups:
             hears = "gradient" in group.source.asks.learns_from
-            runs = all(c in self.setting.active for c in group.consumers)
-            if hears and runs and group.name not in self.state.predictions:
+            if hears and active.issuperset(group.consumers) and not self._was_asked(group):
                 self.ask(group, self.state.known(), self._hears_late(group, delays))
+
+    def _was_asked(self, group: Served) -> bool:
+        return group.name in self.state.predictions
 
     def _hears_late(self, group: Served, delays: Mapping[int, int]) -> bool:
         """Whether a source may be updated before the message about its prediction comes."""
         hears = not self.asks_again and "gradient" in group.source.asks.learns_from
         return hears and any(delays[c] > 0 for c in group.consumers)
 
-    # ---- what is pulled back ---------------------------------------------------------------------
-
     def predicted(self) -> dict[str, Tensor]:
         """What is pulled back at once, by value."""
-        return {n: g for s in self.groups for n, g in self._by_name(s, self._said(s))}
+        return {n: g for s in self.groups for n, g in zip(s.names, self._said(s), strict=True)}
 
     def completed(self) -> dict[str, Any]:
         """What is pulled back now that the messages are there, by value: what sources that wait say
         of them, the true gradient's share, and whatever was not pulled back before.
         """
-        share, early = self.setting.share, self.index in self.state.progress.early
-        if not self.groups:  # nobody was asked: the true gradients themselves
-            arrived = self.state.progress.gradients
-            return {n: arrived.get(n) for n in self.setting.stages[self.index].outputs}
+        progress, share = self.state.progress, self.setting.share
+        if share == 1 or not self.groups:  # the true gradients themselves
+            names = self.setting.stages[self.index].outputs
+            return {n: progress.gradients.get(n) for n in names}
+        early = self.index in progress.early
         groups = [s for s in self.groups if share > 0 or s.source.asks.wait or not early]
-        return {n: g for s in groups for n, g in self._by_name(s, self._completed(s))}
-
-    @staticmethod
-    def _by_name(group: Served, gradients: tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
-        return zip(group.names, gradients, strict=True)
+        return {n: g for s in groups for n, g in zip(s.names, self._completed(s), strict=True)}
 
     def _said(self, group: Served) -> tuple[Tensor, ...]:
         gradients = self.state.predictions[group.name].gradients
@@ -136,8 +105,6 @@ class StageSources:
     def _completed(self, group: Served) -> tuple[Any, ...]:
         source, share = group.source, self.setting.share
         prediction = self.state.predictions[group.name]
-        if share == 1:
-            return tuple(self.state.progress.gradients.get(n) for n in group.names)
         if share > 0:
             return mix(share, self.answers.gradients(group), prediction.guessed)
         if source.asks.wait is None:
@@ -154,19 +121,11 @@ class StageSources:
             return tuple(a + b for a, b in zip(found, self._said(group), strict=True))
         return found
 
-    # ---- learn -----------------------------------------------------------------------------------
-
     def learn(self) -> list[tuple[str, Tensor]]:
-        """Train every source whose message is there.
-
-        Returns:
-            Losses with their graph, by the source's name.
-        """
+        """Losses of every source whose message is there, with their graph, by its name."""
         losses: list[tuple[str, Tensor | None]] = []
-        for group in self.groups:
-            if group.name not in self.state.predictions:
-                continue
-            if group in self.setting.divided:
+        for group in filter(self._was_asked, self.groups):
+            if group.by_consumer:
                 losses += self._fit_parts(group)
             elif group.name not in self.state.progress.fitted:
                 kinds = group.source.asks.learns_from
@@ -190,17 +149,15 @@ class StageSources:
     def _fit_parts(self, group: Served) -> list[tuple[str, Tensor | None]]:
         """Every consumer that has answered teaches the part that is its own."""
         losses: list[tuple[str, Tensor | None]] = []
-        fitted, parts = self.state.progress.fitted, self.state.progress.parts
-        for place, consumer in enumerate(group.consumers):
-            key = f"{group.name}/{consumer}"
+        fitted, parts, sent = self.state.progress.fitted, self.state.progress.parts, self.state.sent
+        keys = [f"{group.name}/{consumer}" for consumer in group.consumers]
+        for place, (consumer, key) in enumerate(zip(group.consumers, keys, strict=True)):
             if key not in fitted and self.answers.has_answered(consumer):
                 fitted.add(key)
-                found = [(n, parts.get((n, consumer))) for n in group.names]
-                sent = self.state.sent
-                message = tuple(torch.zeros_like(sent[n]) if g is None else g for n, g in found)
+                message = tuple(or_zeros(parts.get((n, consumer)), sent[n]) for n in group.names)
                 loss = group.source.fit_part(place, self._to_teach(group), message)
                 losses.append((group.name, loss))
-        if all(f"{group.name}/{c}" in fitted for c in group.consumers):
+        if fitted.issuperset(keys):
             fitted.add(group.name)
         return losses
 
@@ -213,23 +170,18 @@ class StageSources:
         return self._again.get(group.name, said)
 
     def compare(self, step: int) -> dict[str, InterfaceReport]:
-        """How near each prediction is to what arrived, once for each.
-
-        Args:
-            step: number of the step, for the reports.
-        """
+        """How near each prediction is to what arrived, once for each."""
         found: dict[str, InterfaceReport] = {}
-        measured = self.state.progress.measured
-        for group in self.groups:
-            prediction = self.state.predictions.get(group.name)
-            guess = None if prediction is None else prediction.guessed
+        measured, inputs = self.state.progress.measured, self.setting.inputs
+        for group in filter(self._was_asked, self.groups):
+            guess = self.state.predictions[group.name].guessed
             if guess is None or group.name in measured or not self.answers.has_heard(group):
                 continue
             measured.add(group.name)
             # Else it was taken where the input was predicted, or lacks what later windows would
             # send.
-            real = not any(n in self.setting.inputs for n in group.names) and not group.leaves
-            ends = set(group.consumers) == {self.setting.last} and real
+            real = not (inputs.keys() & group.names or group.leaves)
+            ends = group.consumers == (self.setting.last,) and real
             kind = "true" if self.setting.share == 1 or ends else "bootstrapped"
             for name, a, b in zip(group.names, guess, self.answers.gradients(group), strict=True):
                 found[name] = compare(a, b, kind, step)

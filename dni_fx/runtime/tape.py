@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,52 +22,44 @@ class Tape:
     entries: dict[str, Any]
 
 
-@dataclass
 class Rerun:
     """What a stage's forward needs to be run again: its inputs, and the state of everything that it
-    depends on.
+    depends on; made before the forward.
     """
 
-    values: dict[str, Any]
-    rng: Callable[[], None]
-    modes: list[tuple[nn.Module, bool]]
-    casts: list[torch.autocast]
-
-    @classmethod
-    def of(cls, module: nn.Module, values: dict[str, Any]) -> Rerun:
-        """Before the forward."""
+    def __init__(self, module: nn.Module, values: dict[str, Any]) -> None:
+        self.module, self.values = module, values
+        self._put_back_rng = preserved_rng()
+        self._modes = [(m, m.training) for m in module.modules()]
         devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-        casts = [
+        self._casts = [
             torch.autocast(d, torch.get_autocast_dtype(d), torch.is_autocast_enabled(d))
             for d in devices
         ]
-        return cls(values, preserved_rng(), [(m, m.training) for m in module.modules()], casts)
 
     @contextlib.contextmanager
-    def as_then(self, module: nn.Module) -> Iterator[None]:
+    def as_then(self) -> Iterator[None]:
         """In the modes and casts of then, with its random numbers; generators and buffers stay as
         they are now.
 
         Buffers are exchanged, not written to: other graphs may hold them.
         """
-        tables = [m._buffers for m in module.modules() if m._buffers]
+        tables = [m._buffers for m in self.module.modules() if m._buffers]
         buffers = [dict(table) for table in tables]
-        copies = {
-            id(b): b.detach().clone() for table in tables for b in table.values() if b is not None
-        }
+        copies = {id(b): b.detach().clone() for b in self.module.buffers()}
         for table in tables:
             table.update({n: copies[id(b)] for n, b in table.items() if b is not None})
-        now, modes = preserved_rng(), [(m, m.training) for m, _ in self.modes]
-        self.rng()
-        for m, training in self.modes:
+        put_back_rng, modes = preserved_rng(), [(m, m.training) for m, _ in self._modes]
+        self._put_back_rng()
+        for m, training in self._modes:
             m.training = training
         try:
             with contextlib.ExitStack() as stack:
-                for cast in self.casts:
+                for cast in self._casts:
                     stack.enter_context(cast)
                 yield
         finally:
-            now()
+            put_back_rng()
             for m, training in modes:
                 m.training = training
             for table, content in zip(tables, buffers, strict=True):

@@ -11,6 +11,7 @@ from ..decoupled import Decoupled
 from ..errors import DecouplingError
 from ..graphs.nested import map_tensors
 from ..parallel.executors import OnThreads
+from ..parallel.limits import Flow
 from ..reports.steps import StepReport
 from ..schedules import Mode, Schedule, Threads, make_schedule, mode_of
 from .batch_state import Settings
@@ -48,9 +49,6 @@ class Trainer(Measures):
         metrics_every: how often the predictions are compared with their targets, in steps.
 
     Attributes:
-        optimizers: by stage name, for learning-rate schedulers.
-        synthesizer_optimizers: by interface name, that of a synthetic input by ``name@input``.
-        steps: number of steps made.
         threads: the stages at work, with ``schedules.Threads``; None before the first step.
 
     Raises:
@@ -79,11 +77,11 @@ class Trainer(Measures):
             metrics_every=metrics_every,
         )
         self.schedule = make_schedule(schedule)
-        self._in_turn = InTurn(decoupled, self.optimizing, self.metrics, accumulate)
+        self._in_turn: InTurn[Batch] = InTurn(decoupled, self.optimizing, self.metrics, accumulate)
         self.threads: OnThreads | None = None
         self._settings = Settings(decoupled.graphs, self.objective)
         if decoupled.is_traced:
-            self._make_optimizers()
+            self.optimizing.prepare(decoupled.graphs, decoupled.stages)
 
     # ---- steps -----------------------------------------------------------------------------------
 
@@ -106,11 +104,22 @@ class Trainer(Measures):
         unfinished update are as they were before. Those of a finished update are dropped when the
         next step starts, as ``zero_grad`` would.
         """
-        if isinstance(self.schedule, Threads):
-            return self._step_on_threads(self.schedule, args, kwargs, target)
+        schedule = self.schedule
+        if isinstance(schedule, Threads):
+            # The caller may write into its own.
+            args, kwargs, target = map_tensors(torch.clone, (args, kwargs, target))
+            if not self.decoupled.has_graph_for(*args, **kwargs):
+                self.drain()  # a model is traced while nothing else uses it
         values = self.decoupled.bind(*args, **kwargs)
-        self._make_optimizers()
-        batch = Batch(self._settings.of(self._mode()))
+        self.optimizing.prepare(self.decoupled.graphs, self.decoupled.stages)
+        mode = mode_of(schedule, self.steps, len(self.decoupled.stages))
+        if isinstance(schedule, Threads):
+            return self._hand_over(schedule.flow, mode, values, target)
+        return self._run(mode, values, target)
+
+    def _run(self, mode: Mode, values: dict[str, Any], target: Any) -> StepReport:
+        """One stage after the other."""
+        batch = Batch(self._settings.of(mode))
         output: list[Any] = []
 
         def begin() -> None:
@@ -124,38 +133,17 @@ class Trainer(Measures):
         loss = torch.tensor(math.nan) if found is None else found * self.accumulate
         return StepReport(loss, output[0], dict(self.metrics.found), self.steps)
 
-    def _mode(self) -> Mode:
-        return mode_of(self.schedule, self.steps, len(self.decoupled.stages))
-
-    def _make_optimizers(self) -> None:
-        """For everything that the active graph trains."""
-        stages = self.decoupled.stages
-        self.optimizing.prepare(self.decoupled.graphs, stages, 1 / self.accumulate)
-
-    def _step_on_threads(
-        self, schedule: Threads, args: Any, kwargs: Any, target: Any
-    ) -> StepReport:
-        # The caller may write into its own.
-        args, kwargs, target = map_tensors(torch.clone, (args, kwargs, target))
-        if not self.decoupled.has_graph_for(*args, **kwargs):
-            self.drain()  # a model is traced while nothing else uses it
-        values = self.decoupled.bind(*args, **kwargs)
-        self._make_optimizers()
+    def _hand_over(self, flow: Flow, mode: Mode, values: dict[str, Any], target: Any) -> StepReport:
+        """To the stages' threads."""
         try:
             if self.threads is None:
-                self.threads = OnThreads(
-                    self.decoupled,
-                    self.objective,
-                    self.optimizing,
-                    self.metrics,
-                    schedule.flow,
-                    self.steps,
-                )
-            threads, team = self.threads, self.threads.team
-            threads.submit(team.make_jobs(self.steps, self._mode(), values, target))
+                model, loss, optimizers = self.decoupled, self.objective, self.optimizing
+                self.threads = OnThreads(model, loss, optimizers, self.metrics, flow, self.steps)
+            threads = self.threads
+            threads.submit(threads.make_jobs(self.steps, mode, values, target))
             self.metrics.requested = False
             self.steps += 1
-            return team.report(self.steps)
+            return threads.report(self.steps)
         except BaseException:
             self.close()
             raise
@@ -224,8 +212,6 @@ class Trainer(Measures):
         Raises:
             DecouplingError: the state belongs to other stages or sources; nothing is loaded then.
         """
-        self.close()
-        self._make_optimizers()
-        load_trained(state, self.decoupled, self.optimizing)
+        load_trained(state, self.decoupled, self.optimizing, self.close)
         self.steps = state["steps"]
         self._in_turn.under_way = []

@@ -1,9 +1,4 @@
-"""One visit of a stage within the user's own graph: forward, sources and gradients at once.
-
-A visit is one ``autograd.Function``. Its forward runs the stage, asks the sources and takes the
-gradients, so that the stage's activations are gone before the next one runs; its backward hands
-these gradients over, and receives what the sources learn from.
-"""
+"""One visit of a stage within the user's own graph: one ``autograd.Function``; see ``module``."""
 
 from __future__ import annotations
 
@@ -27,17 +22,11 @@ Teach = Callable[[Served, Sequence[Tensor | None]], None]
 
 @dataclass
 class Lesson:
-    """What a source has to learn from one call.
-
-    Attributes:
-        group: the source.
-        values: what it was asked about; it is asked again when the gradients of these are there.
-        gradients: of its parameters, where it needs no message.
-    """
+    """What a source has to learn from one call."""
 
     group: Served
-    values: dict[str, Tensor]
-    gradients: tuple[Tensor | None, ...] | None = None
+    values: dict[str, Tensor]  # about which it is asked again when their gradients are there
+    gradients: tuple[Tensor | None, ...] | None = None  # its parameters', if it needs no message
 
 
 class Visit:
@@ -49,8 +38,7 @@ class Visit:
         teach: steps a source on the gradients of its parameters.
 
     Attributes:
-        sent: names of the values that the stage sends with a gradient.
-        received: names of those that it takes with one.
+        sent, received: names of the values that the stage sends and takes with a gradient.
         inputs: what it takes, until it has run.
     """
 
@@ -61,11 +49,8 @@ class Visit:
         self.inputs: dict[str, Any] = {}
 
     def run(self, parameters: list[nn.Parameter], done: list[str]) -> None:
-        """Run the stage; what it sends is known then.
-
-        Args:
-            parameters: the stage's.
-            done: inputs that no later stage takes.
+        """Run the stage, whose parameters these are; what it sends is known then, and the inputs
+        that no later stage takes, ``done``, are gone.
         """
         batch, values = self.batch, self.batch.state.values
         if not self.sent:  # nothing in it learns
@@ -73,14 +58,12 @@ class Visit:
         self.inputs = batch.receive() if self.sent else {}
         for name in done:
             del values[name]
-        if not self.sent:
-            return
-        needs = [isinstance(v, Tensor) and v.requires_grad for v in self.inputs.values()]
-        pairs = zip(self.inputs, needs, strict=True)
-        self.received = [name for name, is_needed in pairs if is_needed]
-        own = [p for p in parameters if p.requires_grad]
-        found = _StageFunction.apply(self, *(self.inputs[n] for n in self.received), *own)
-        values.update(zip(self.sent, found, strict=True))
+        if self.sent:
+            tensors = {n: v for n, v in self.inputs.items() if isinstance(v, Tensor)}
+            self.received = [n for n, v in tensors.items() if v.requires_grad]
+            own = [p for p in parameters if p.requires_grad]
+            found = _StageFunction.apply(self, *(tensors[n] for n in self.received), *own)
+            values.update(zip(self.sent, found, strict=True))
 
     def ask(self, group: Served, values: Mapping[str, Tensor]) -> Prediction:
         """What a source predicts, for the mean loss itself; nobody else keeps it.
@@ -105,10 +88,8 @@ class Visit:
     def compute(
         self, tensors: tuple[Tensor, ...]
     ) -> tuple[list[Tensor], list[Tensor | None], list[Lesson]]:
-        """Run the stage, ask the sources, take the gradients.
-
-        Args:
-            tensors: what the stage receives with a gradient, then its parameters.
+        """Run the stage on ``tensors`` (what it receives with a gradient, then its parameters), ask
+        the sources, take the gradients.
 
         Returns:
             What it sends with a gradient, detached; the gradients of ``tensors``, None where nobody
@@ -153,36 +134,27 @@ class Visit:
         setting = self.batch.setting
         hears = [s for s in setting.served if s.source.asks.learns_from]
         heard = {n for s in hears for n in s.names} | set(setting.split.model_inputs)
-        unheard = {k for k, name in enumerate(self.received) if name not in heard}
-        places = [k for k in range(len(wanted)) if k not in unheard]
-        found: list[Tensor | None] = [None] * len(wanted)
-        if not pairs or not places:
-            return found
+        names = [*self.received, *[None] * (len(wanted) - len(self.received))]
+        inputs = [t for t, n in zip(wanted, names, strict=True) if n is None or n in heard]
+        if not pairs or not inputs:
+            return [None] * len(wanted)
         roots, gradients = [root for root, _ in pairs], [gradient for _, gradient in pairs]
         with _unhooked([t for t in wanted if isinstance(t, nn.Parameter)]):
-            inputs = [wanted[k] for k in places]
             taken = torch.autograd.grad(roots, inputs, gradients, allow_unused=True)
         if any(g is None for g in taken):
             _refuse_reentrant([root.grad_fn for root in roots])
-        for k, gradient in zip(places, taken, strict=True):
-            found[k] = gradient
-        return found
+        found = iter(taken)
+        return [next(found) if n is None or n in heard else None for n in names]
 
     def learn(self, lessons: list[Lesson], arrived: Mapping[str, Tensor | None]) -> None:
-        """Teach the sources; what is not finite teaches none.
-
-        Args:
-            lessons: what they have to learn.
-            arrived: the gradients of what the stage sent.
+        """Teach the sources on the gradients of what the stage sent; what is not finite teaches
+        none.
         """
         for lesson in lessons:
             gradients = lesson.gradients
             if gradients is None:
                 pairs = [(v, arrived[n]) for n, v in lesson.values.items()]
-                message = tuple(
-                    torch.zeros_like(v) if g is None else _message(g, v, self.unit)
-                    for v, g in pairs
-                )
+                message = tuple(_message(g, v, self.unit) for v, g in pairs)
                 if not all_finite(list(message)):
                     continue  # a scaler leaves out this step, too
                 prediction = self.ask(lesson.group, lesson.values)
@@ -246,10 +218,12 @@ def _unhooked(parameters: list[nn.Parameter]) -> Iterator[None]:
             parameter._backward_hooks = own
 
 
-def _message(gradient: Tensor, value: Tensor, unit: float) -> Tensor:
+def _message(gradient: Tensor | None, value: Tensor, unit: float) -> Tensor:
     """What a source hears: of the mean loss itself, in the layout that ``.grad`` has (sums depend
     on that).
     """
+    if gradient is None:
+        return torch.zeros_like(value)
     if gradient.stride() != torch.empty_like(value, device="meta").stride():
         gradient = torch.empty_like(value).copy_(gradient)
     if unit == 1:
@@ -267,9 +241,9 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """Of what a source learns; none where it learns nothing."""
     loss, learnt = group.source.fit(prediction, message), learnt_by(group)
-    return (
-        () if loss is None or not learnt else torch.autograd.grad(loss, learnt, allow_unused=True)
-    )
+    if loss is None or not learnt:
+        return ()
+    return torch.autograd.grad(loss, learnt, allow_unused=True)
 
 
 def _cast(device: str) -> Callable[[], torch.autocast]:

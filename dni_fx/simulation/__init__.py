@@ -1,5 +1,4 @@
-"""What a plan's stages would take on a device each: time, utilisation and memory of five ways to
-train.
+"""What a plan's stages would take on a device each, in five ways to train.
 
 Nothing is run: all follows from the seconds and bytes in ``plan.report``. Assumptions, common to
 all: a micro-batch takes its share of the batch's time, without a fixed cost; computing and sending
@@ -15,13 +14,14 @@ the update, once a batch.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..errors import DecouplingError
-from ..plan import CutPlan, StageCost, StageReport
+from ..plan import CutPlan, StageCost
 from ..reports.tables import table
 from .pipelines import LinkTimes, Seconds, depths, pipelines
 
@@ -74,7 +74,6 @@ class Simulation:
     fill: float
 
     def __getitem__(self, name: str) -> ScheduleReport:
-        """The row of that name."""
         rows = {r.name: r for r in self.schedules}
         if name not in rows:
             raise KeyError(f"no schedule {name!r}; there are {', '.join(rows)}")
@@ -161,17 +160,20 @@ def simulate(
 
     Source:
         GPipe: Huang et al. 2018, arXiv:1811.06965. 1F1B: Narayanan et al. 2021, arXiv:2006.09503
-            (PipeDream-Flush).
-        Zero-bubble: Qi et al. 2023, arXiv:2401.10241, section 2.1. Decoupled: Jaderberg et al.
-            2016, arXiv:1608.05343.
+        (PipeDream-Flush). Zero-bubble: Qi et al. 2023, arXiv:2401.10241, section 2.1. Decoupled:
+        Jaderberg et al. 2016, arXiv:1608.05343.
     """
-    stages, costs = _check_plan(plan)
-    m, rates = _check_numbers(micro_batches, latency, bandwidth, speeds, len(stages))
+    costs, stages, m = _check_plan(plan), plan.stages, micro_batches
+    rates = [1.0] * len(stages) if speeds is None else speeds
+    _check_numbers(m, latency, bandwidth, rates, len(stages))
     times = [
         (c.forward / r, c.backward / r, c.update / r, c.sources / r)
         for c, r in zip(costs, rates, strict=True)
     ]
-    links = _link_times(plan, bandwidth)
+    links: LinkTimes = defaultdict(float)
+    for interface in plan.interfaces:
+        for consumer in interface.consumers:
+            links[interface.producer, consumer] += interface.spec.nbytes / bandwidth
     depth = depths(links, len(stages))
     whole = sum(c.forward + c.backward + c.update for c in costs) / max(rates)
 
@@ -193,45 +195,28 @@ def simulate(
             for c, n in zip(costs, held, strict=True)
         ]
         rows.append(row(name, step, busy, most, note))
-    pace = _decoupled(plan, times, links, latency)
-    rows.append(row("decoupled", pace.step, pace.work, [c.nbytes for c in costs], pace.note))
-    slowest = pace.slowest
-    name, work = stages[slowest].name, pace.work[slowest]
-    return Simulation(tuple(rows), m, rates, name, work, pace.limit, pace.fill)
+    work, step, limit, fill, note = _decoupled(plan, times, links, latency)
+    rows.append(row("decoupled", step, work, [c.nbytes for c in costs], note))
+    longest = max(work)
+    slowest = stages[work.index(longest)].name
+    speed = tuple(map(float, rates))
+    return Simulation(tuple(rows), int(m), speed, slowest, longest, limit, fill)
 
 
-def _link_times(plan: CutPlan, bandwidth: float) -> LinkTimes:
-    links: LinkTimes = {}
-    for interface in plan.interfaces:
-        for consumer in interface.consumers:
-            link = (interface.producer, consumer)
-            links[link] = links.get(link, 0.0) + interface.spec.nbytes / bandwidth
-    return links
-
-
-class _Pace(NamedTuple):
-    """Decoupled stages: seconds of a step, each stage's work, what bounds the step, when every
-    stage has met its first batch.
+def _decoupled(
+    plan: CutPlan, times: Sequence[Seconds], links: LinkTimes, latency: float
+) -> tuple[list[float], float, str, float, str]:
+    """Decoupled stages once all are busy: the work of each, a step's seconds and what bounds it,
+    when every stage has met its first batch, and a note.
     """
-
-    step: float
-    work: list[float]
-    slowest: int
-    limit: str
-    fill: float
-    note: str
-
-
-def _decoupled(plan: CutPlan, times: Sequence[Seconds], links: LinkTimes, latency: float) -> _Pace:
-    """How decoupled stages run, once every one of them is busy."""
     forward, backward, _, _ = zip(*times, strict=True)
     kinds = {
         name: kind.removeprefix("joint:").removeprefix("each:") for name, kind in plan.gradients
     }
     again = {i.producer for i in plan.interfaces if kinds.get(i.name) in RECOMPUTING}
     work = [sum(t) + (forward[k] if k in again else 0.0) for k, t in enumerate(times)]
-    slowest = max(range(len(work)), key=work.__getitem__)
-    step, limit, notes = work[slowest], plan.stages[slowest].name, []
+    step, notes = max(work), []
+    limit = plan.stages[work.index(step)].name
     first = [0.0] * len(times)  # when each stage gets its first batch
     for (k, consumer), taken in sorted(links.items()):
         first[consumer] = max(first[consumer], first[k] + forward[k] + latency + taken)
@@ -246,7 +231,7 @@ def _decoupled(plan: CutPlan, times: Sequence[Seconds], links: LinkTimes, latenc
         late = max(1, math.ceil(back / step))
         notes.append(f"first batch {_ms(max(first))} ms more, once")
         notes.append(f"targets about {late} step{'s' * (late > 1)} late")
-    return _Pace(step, work, slowest, limit, max(first), "; ".join(notes))
+    return work, step, limit, max(first), "; ".join(notes)
 
 
 def _x(row: ScheduleReport) -> str:
@@ -257,67 +242,57 @@ def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:,.2f}" if seconds >= 1e-4 else f"{seconds * 1e3:.2g}"
 
 
-def _check_plan(plan: Any) -> tuple[tuple[StageReport, ...], list[StageCost]]:
+def _check_plan(plan: Any) -> list[StageCost]:
+    """The costs of every stage."""
     if not isinstance(plan, CutPlan):
         raise DecouplingError(
             "simulate takes a plan of dni_fx.plan_cuts, or decoupled.plan, not a "
             f"{type(plan).__name__}"
         )
-    names = ", ".join(repr(c) for c in plan.cuts[:3]) + (", ..." if len(plan.cuts) > 3 else "")
+    names = ", ".join(map(repr, plan.cuts[:3])) + ", ..." * (len(plan.cuts) > 3)
     where = f"stages={len(plan.cuts) + 1}" if plan.assignment else f"cuts=[{names}]"
     again = f'make it again with dni_fx.plan_cuts(model, example_inputs, {where}, costs="measured")'
     if plan.report is None:
         raise DecouplingError(f"this plan holds names only, since it was read from JSON: {again}")
-    stages = plan.report.stages
-    costs = [s.cost for s in stages if s.cost is not None]
-    if len(costs) < len(stages):
-        without = (
-            ", ".join([s.name for s in stages if s.cost is None][:5]) if costs else "all of them"
-        )
+    costs = {stage.name: stage.cost for stage in plan.stages}
+    found = [cost for cost in costs.values() if cost is not None]
+    if len(found) < len(costs):
+        without = ", ".join([name for name, cost in costs.items() if cost is None][:5])
+        without = without if found else "all of them"
         raise DecouplingError(f"stages of this plan have no costs ({without}): {again}")
-    values = [
-        (s.name, n, v) for s, c in zip(stages, costs, strict=True) for n, v in vars(c).items()
-    ]
     wrong = [
         f"{stage}.cost.{n} is {v!r}"
-        for stage, n, v in values
-        if not (_is_number(v) and 0 <= v < math.inf)
+        for stage, cost in costs.items()
+        for n, v in vars(cost).items()
+        if not 0 <= _number(v) < math.inf
     ]
-    if not wrong and not sum(c.forward + c.backward for c in costs) > 0:
+    if not wrong and not sum(c.forward + c.backward for c in found) > 0:
         wrong = ["all are 0 seconds"]
     if wrong:
         raise DecouplingError(
             f"costs must be finite numbers, 0 or more, not all 0: {'; '.join(wrong[:5])}; {again}"
         )
-    return stages, costs
+    return found
 
 
-def _check_numbers(
-    m: Any, latency: Any, bandwidth: Any, speeds: Any, stages: int
-) -> tuple[int, tuple[float, ...]]:
-    if type(m) is bool or not isinstance(m, Integral) or m < 1:
-        raise DecouplingError(f"micro_batches={m!r}: expected a whole number, at least 1")
-    if not _is_number(latency) or not 0 <= latency < math.inf:
-        raise DecouplingError(
-            f"latency={latency!r}: expected seconds for each message, 0 or more, such as 1e-4"
-        )
-    if not _is_number(bandwidth) or not bandwidth > 0:
-        raise DecouplingError(
-            f"bandwidth={bandwidth!r}: expected bytes a second, more than 0, such as 1e10"
-        )
-    rates = [1.0] * stages if speeds is None else speeds
-    if not isinstance(rates, list | tuple) or not all(
-        _is_number(v) and 0 < v < math.inf for v in rates
-    ):
-        raise DecouplingError(
-            f"speeds={speeds!r}: expected a list of numbers above 0, one for each stage"
-        )
-    if len(rates) != stages:
-        raise DecouplingError(
+def _check_numbers(m: Any, latency: Any, bandwidth: Any, rates: Any, stages: int) -> None:
+    wrong = ""
+    if not isinstance(m, Integral) or not _number(m) >= 1:
+        wrong = f"micro_batches={m!r}: expected a whole number, at least 1"
+    if not 0 <= _number(latency) < math.inf:
+        wrong = f"latency={latency!r}: expected seconds for each message, 0 or more, such as 1e-4"
+    if not _number(bandwidth) > 0:
+        wrong = f"bandwidth={bandwidth!r}: expected bytes a second, more than 0, such as 1e10"
+    if not isinstance(rates, list | tuple) or not all(0 < _number(r) < math.inf for r in rates):
+        wrong = f"speeds={rates!r}: expected a list of numbers above 0, one for each stage"
+    elif len(rates) != stages:
+        wrong = (
             f"speeds= has {len(rates)} numbers, but the plan has {stages} stages; give one for each"
         )
-    return int(m), tuple(float(v) for v in rates)
+    if wrong:
+        raise DecouplingError(wrong)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+def _number(value: Any) -> float:
+    """The value, or nan where it is no number: false in every comparison."""
+    return float(value) if type(value) is not bool and isinstance(value, Real) else math.nan

@@ -32,18 +32,8 @@ def pipelines(
     latency: float,
     m: int,
 ) -> Iterator[tuple[str, float, list[int]]]:
-    """Pipeline schedules, every depth taken as one stage.
-
-    Args:
-        stages: of the plan.
-        times: seconds of each stage for a whole batch.
-        depth: of each stage.
-        links: seconds that a batch's messages take.
-        latency: seconds of each message besides.
-        m: number of micro-batches.
-
-    Yields:
-        Name, seconds of a batch, and micro-batches whose activations each stage holds.
+    """Pipeline schedules of ``m`` micro-batches, every depth taken as one stage: name, seconds of
+    a batch, and micro-batches whose activations each stage holds.
     """
     p, at = max(depth) + 1, torch.tensor(depth, device="cpu")
     forward, backward, update, _ = torch.tensor(times, dtype=torch.float64, device="cpu").T
@@ -65,8 +55,8 @@ def pipelines(
 
 
 def _flow(times: Tensor, hops: Tensor, latency: float) -> tuple[Tensor, Tensor]:
-    """When the first of equal jobs leaves each stage of a flow shop, whose links are machines too;
-    what each adds.
+    """When the first of equal jobs leaves each stage of a flow shop whose links are machines too,
+    and what each further job adds.
     """
     none = times.new_zeros(1)
     first = times.cumsum(0) + torch.cat([none, (hops + latency).cumsum(0)])

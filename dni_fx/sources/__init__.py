@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from .asks import Asks, Wait
-from .auto import Auto, auto_name
 from .base import GradientSource, Prediction, SourceFactory
 from .checking import try_predict
 from .context import OneHot, align_context, one_hot
 from .controls import Exact, Stale, Zero
-from .convolutional import Conv
+from .convolutional import Auto, Conv, auto_name
 from .each import EACH, Each, for_consumers, is_each
-from .grouping import JOINT, Joint, Served, is_joint, serve
 from .heads import Critic, Distill, Local, LossHead, Sobolev
 from .inputs import INPUTS, InputFactory, InputSource, make_input
 from .late import Corrected, Delayed, Feedback, Mix, mix
-from .making import SOURCES, make_source
+from .making import JOINT, SOURCES, Joint, Served, is_joint, make_source, serve
 from .regression import MLP, Linear, Network, Regression
-from .through_time import AcrossTime, side_by_side
-from .traces import Traces
+from .through_time import AcrossTime, Traces, side_by_side
 
 __all__ = [
     "EACH",
@@ -70,21 +67,19 @@ __all__ = [
 ]
 
 SOURCES.update(
-    {
-        "auto": Auto,
-        "linear": Linear,
-        "mlp": MLP,
-        "conv": Conv,
-        "local": Local,
-        "critic": Critic,
-        "sobolev": Sobolev,
-        "distill": Distill,
-        "delayed": Delayed,
-        "corrected": Corrected,
-        "mix": Mix,
-        "feedback": Feedback,
-        "zero": Zero,
-        "stale": Stale,
-        "exact": Exact,
-    }
+    auto=Auto,
+    linear=Linear,
+    mlp=MLP,
+    conv=Conv,
+    local=Local,
+    critic=Critic,
+    sobolev=Sobolev,
+    distill=Distill,
+    delayed=Delayed,
+    corrected=Corrected,
+    mix=Mix,
+    feedback=Feedback,
+    zero=Zero,
+    stale=Stale,
+    exact=Exact,
 )

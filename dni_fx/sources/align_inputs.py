@@ -18,9 +18,7 @@ MOST = 4096  # numbers of one input that a vector is predicted from; an ImageNet
 
 @dataclass(frozen=True)
 class _Route:
-    """How one model input gets to a value: where its features are, and what becomes of its
-    positions.
-    """
+    """How one model input gets to a value: its features, and what becomes of its positions."""
 
     index: int
     spec: TensorSpec
@@ -55,12 +53,8 @@ class Lineup(nn.Module):
     value; images ``(batch, height, width)`` and signals ``(batch, time)`` for maps, where no other
     input has a map's rank. They are one channel.
 
-    Args:
-        spec: the value.
-        inputs: the model's inputs. Complex ones and those without the value's batch dimension are
-            left out.
-        buckets: rows of each embedding.
-        dtype: of the embeddings.
+    Complex inputs and those without the value's batch dimension are left out. The embeddings have
+    ``buckets`` rows and the given dtype.
 
     Raises:
         DecouplingError: no input is left, or the value has more than 3 dimensions of positions.
@@ -79,26 +73,26 @@ class Lineup(nn.Module):
             for i, s in enumerate(inputs)
             if _kind(s.dtype) != "complex" and shape[:1] == s.shape[:1] != ()
         ]
-        problem = ""
-        if len(self.sizes) > 3:
-            problem = "it has more than 3 dimensions of time or space"
-        elif not used:
+        if len(self.sizes) > 3 or not used:
             problem = (
                 "its first dimension is not the batch dimension of any model input (shapes "
                 f"{', '.join(str(s.shape) for s in inputs) or 'none'}), so it has none, or batch "
                 "and time are merged"
             )
-        if problem:
+            if len(self.sizes) > 3:
+                problem = "it has more than 3 dimensions of time or space"
             raise DecouplingError(
                 f"no synthetic input for a value of shape {shape}: {problem}. Pass "
                 f"inputs={{'<interface>': factory}} with a factory of your own, or leave this "
                 "interface out of inputs."
             )
         self.routes = [self._route(i, s, [other for _, other in used]) for i, s in used]
-        kept = [r for r in self.routes if r.kept]
         # An input of the very same sizes comes first: a decoder's tokens rather than its encoder's.
-        kept.sort(key=lambda r: (r.sizes != self.sizes, len(r.sizes) != len(self.sizes)))
-        self.reference = kept[0] if kept else None
+        self.reference = min(
+            (r for r in self.routes if r.kept),
+            key=lambda r: (r.sizes != self.sizes, len(r.sizes) != len(self.sizes)),
+            default=None,
+        )
         width = min(max(feature_count(shape, spec.feature_dim), 8), 128)
         ids = [str(r.index) for r in self.routes if r.embedded]
         rows = {index: nn.Embedding(buckets, width, dtype=dtype) for index in ids}
@@ -115,9 +109,7 @@ class Lineup(nn.Module):
     def forward(
         self, inputs: tuple[Tensor, ...], dtype: torch.dtype
     ) -> tuple[Tensor, Tensor | None]:
-        """What differs between positions, ``(batch, features, *sizes)``, and what does not,
-        ``(batch, features)``.
-        """
+        """What differs between positions, ``(batch, features, *sizes)``; what does not, without."""
         tensors = [self._features_first(r, inputs, dtype) for r in self.routes]
         if len({x.shape[0] for x in tensors}) > 1:
             shapes = ", ".join(str(tuple(inputs[r.index].shape)) for r in self.routes)
@@ -154,11 +146,8 @@ class Lineup(nn.Module):
         return _Route(index, spec, dim, sizes, flat=flat)
 
     def _feature_dim(self, spec: TensorSpec) -> int:
-        """Of an input of the value's rank: what its spec says, unless sizes or the value speak for
-        the other way.
-
-        A spec cannot know it for an input ``(batch, a, b)``, where it says -1, nor for images with
-        channels last.
+        """Of an input of the value's rank: what its spec says, which cannot know it for inputs
+        ``(batch, a, b)`` or channels last, unless sizes or the value speak for the other way.
         """
         dim = 1 if self.space == 1 else spec.feature_dim
         first, last = spec.shape[2:], spec.shape[1:-1]  # positions if features are first, or last
@@ -204,13 +193,14 @@ class Lineup(nn.Module):
 
     def _coordinates(self, sizes: tuple[int, ...], like: Tensor) -> Tensor:
         """``(batch, len(sizes), *sizes)``, from -1 to nearly 1."""
-        planes = []
-        for dim, (now, then) in enumerate(zip(sizes, self.sizes, strict=True)):
-            # A pixel stands for a share of its image, a time step for its number.
-            whole = now if self.space else then
-            line = torch.arange(now, dtype=like.dtype, device=like.device) * (2 / whole) - 1
-            planes.append(line.view(-1, *(1,) * (len(sizes) - dim - 1)).expand(sizes))
-        return torch.stack(planes).expand(like.shape[0], -1, *sizes)
+        # A pixel stands for a share of its image, a time step for its number.
+        whole = sizes if self.space else self.sizes
+        lines = [
+            torch.arange(now, dtype=like.dtype, device=like.device) * (2 / n) - 1
+            for now, n in zip(sizes, whole, strict=True)
+        ]
+        planes = torch.stack(torch.meshgrid(*lines, indexing="ij"))
+        return planes.expand(like.shape[0], -1, *sizes)
 
 
 def _kind(dtype: torch.dtype) -> str:
@@ -237,9 +227,7 @@ def _mean(x: Tensor) -> Tensor:
 
 
 def _resized(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """``(batch, features, *sizes)``, by adaptive average pooling; images against one size become
-    patches.
-    """
+    """``(batch, features, *sizes)``, by average pooling; images against one size become patches."""
     have = tuple(x.shape[2:])
     if have == sizes:
         return x

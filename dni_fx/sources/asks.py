@@ -131,15 +131,22 @@ class Asks:
 
 
 class _Flag:
-    """A flag of before, read from a field of ``asks`` and written to it, of a class or a source."""
+    """A flag of before: a field of ``asks``, or of its ``wait``, of a class or of one source."""
 
-    def __init__(self, name: str, field: str) -> None:
-        self.name, self.field = name, field
+    name = ""
+
+    def __init__(self, field: str) -> None:
+        self.field = field
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
 
     def __get__(self, source: Any, owner: type) -> Any:
         holder: Any = owner if source is None else source
         asks = holder.asks
-        value = getattr(asks if hasattr(asks, self.field) else _wait_of(holder), self.field)
+        value = getattr(
+            asks if hasattr(asks, self.field) else asks.wait or holder._later, self.field
+        )
         return ("+".join(value) or "none") if isinstance(value, tuple) else value
 
     def __set__(self, source: Any, value: Any) -> None:
@@ -147,41 +154,30 @@ class _Flag:
 
     def write(self, holder: Any, value: Any) -> None:
         """Say the same in ``asks``; what a wait is like may be written before its lag."""
+        asks, lag = holder.asks, self.field == "lag"
         if self.field in ("learns_from", "for_"):
-            value = self._kinds(holder, value)
-        change, wait = {self.field: value}, holder.asks.wait
+            kinds = () if value == "none" else tuple(str(value).split("+"))
+            if kinds != tuple(k for k in MESSAGES if k in kinds):
+                owner = holder if isinstance(holder, type) else type(holder)
+                raise DecouplingError(
+                    f"{owner.__name__}.{self.name} is {value!r}; it must be 'none', or of "
+                    "'gradient', 'loss', 'logits' and 'error' those it asks for, in this order, "
+                    "joined by '+'"
+                )
+            value = kinds
         if self.field in ("learns_from", "exact"):
-            holder.asks = replace(holder.asks, **change)
-            return
-        if self.field == "lag":
-            wait = None if value is None else replace(_wait_of(holder), lag=value)
+            holder.asks = replace(asks, **{self.field: value})
+        elif lag and value is None:
+            holder.asks = replace(asks, wait=None)
         else:
-            holder._later = replace(holder._later, **change)
-            wait = wait and replace(wait, **change)
-        holder.asks = replace(holder.asks, wait=wait)
-
-    def _kinds(self, holder: Any, value: Any) -> tuple[str, ...]:
-        kinds = () if value == "none" else tuple(str(value).split("+"))
-        if kinds != tuple(k for k in MESSAGES if k in kinds):
-            owner = holder if isinstance(holder, type) else type(holder)
-            raise DecouplingError(
-                f"{owner.__name__}.{self.name} is {value!r}; it must be 'none', or of 'gradient', "
-                "'loss', 'logits' and 'error' those it asks for, in this order, joined by '+'"
-            )
-        return kinds
-
-
-def _wait_of(holder: Any) -> Any:
-    wait: Wait | None = holder.asks.wait
-    return holder._later if wait is None else wait
+            holder._later = replace(asks.wait or holder._later, **{self.field: value})
+            holder.asks = replace(asks, wait=holder._later if lag or asks.wait else None)
 
 
 class Declares:
     """Base of sources: holds ``asks``, and takes the flags that sources were written with before.
 
-    The flags ``message``, ``lag``, ``awaits``, ``recompute``, ``corrects`` and ``exact`` say the
-    same, one by one. Written in a class or to one source they change ``asks``, and they can be
-    read.
+    Written in a class or to one source, the flags change ``asks``; they can be read as well.
 
     Raises:
         DecouplingError: a class declares both, or a flag that is computed.
@@ -190,19 +186,19 @@ class Declares:
     asks: Asks = Asks()
     _later: Wait = Wait(0)  # what a wait is like, should a lag be written
 
-    message: str = _Flag("message", "learns_from")  # type: ignore[assignment]
-    lag: int | None = _Flag("lag", "lag")  # type: ignore[assignment]
-    awaits: str = _Flag("awaits", "for_")  # type: ignore[assignment]
-    recompute: bool = _Flag("recompute", "recompute")  # type: ignore[assignment]
-    corrects: bool = _Flag("corrects", "corrects")  # type: ignore[assignment]
-    exact: bool = _Flag("exact", "exact")  # type: ignore[assignment]
+    message: str = _Flag("learns_from")  # type: ignore[assignment]
+    lag: int | None = _Flag("lag")  # type: ignore[assignment]
+    awaits: str = _Flag("for_")  # type: ignore[assignment]
+    recompute: bool = _Flag("recompute")  # type: ignore[assignment]
+    corrects: bool = _Flag("corrects")  # type: ignore[assignment]
+    exact: bool = _Flag("exact")  # type: ignore[assignment]
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         declared = "asks" in vars(cls)
-        for name, flag in [(n, f) for n, f in vars(Declares).items() if isinstance(f, _Flag)]:
+        for name, flag in vars(Declares).items():
             written = inspect.getattr_static(cls, name)  # of a class beside this one as well
-            if written is flag:
+            if not isinstance(flag, _Flag) or written is flag:
                 continue
             if declared:
                 raise DecouplingError(

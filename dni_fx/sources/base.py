@@ -1,8 +1,5 @@
-"""The one extension point for synthesizers, critics, delayed gradients and controls.
-
-A stage asks its sources for the gradients of the values that it sends out, pulls them back, and
-goes on. What a source wants to hear later from the stages behind it, and how it learns from that,
-is its own affair: this file fixes only when it is asked, what it is given, and what it must return.
+"""The one extension point for synthesizers, critics, delayed gradients and controls: when a source
+is asked, what it is given, and what it must return.
 """
 
 from __future__ import annotations
@@ -75,8 +72,8 @@ class GradientSource(Declares, nn.Module):
             context.
 
     Args:
-        specs: the values served, one interface or a whole boundary.
-        context: the context that ``predict`` will be given, None where there is none.
+        specs: the values served, one interface or a whole boundary; of every source.
+        context: the context that ``predict`` will be given, None where there is none; the same.
 
     Example:
         A source of one's own, the running mean of the gradients seen, as a regression:
@@ -147,15 +144,12 @@ class GradientSource(Declares, nn.Module):
     def fit_part(
         self, place: int, prediction: Prediction, message: tuple[Tensor, ...]
     ) -> Tensor | None:
-        """For sources with a part for each consumer: one part learns from its own consumer.
+        """As :meth:`fit`, for sources with a part for each consumer: one part learns.
 
         Args:
             place: which of the consumers, in ascending order of their stages.
             prediction: what ``predict`` returned for the same values.
             message: that consumer's gradient for each value.
-
-        Returns:
-            A scalar loss with graph, or None where no parameter learns.
         """
         raise NotImplementedError(
             f"{type(self).__name__} asks for each consumer's gradient and must implement "
@@ -180,55 +174,40 @@ class GradientSource(Declares, nn.Module):
         """:meth:`predict`, checked, as one module call in an emitted function.
 
         Raises:
-            DecouplingError: ``predict`` returned no prediction, or not one gradient per value.
+            DecouplingError: ``predict`` returned no prediction, not one gradient per value, or one
+                of another shape or dtype than its value.
         """
-        prediction = self.predict(values, context)
-        check_prediction(self, prediction, values)
-        return prediction
-
-    def flops(self) -> int:
-        """Floating-point operations (multiply-adds x 2) of one ``predict`` on the example batch.
-
-        Counted on a copy without storage, so that nothing here changes; subclasses may know a
-        formula.
-        """
-        return count_flops(self, self.specs, self.context_spec)
-
-
-SourceFactory = Callable[[Sequence[TensorSpec], TensorSpec | None], GradientSource]
-
-
-def check_prediction(source: GradientSource, prediction: Any, values: Sequence[Tensor]) -> None:
-    """Compare what ``predict`` returned with the values that it was asked for.
-
-    Raises:
-        DecouplingError: no prediction, not one gradient per value, or one of another shape or dtype
-            than its value.
-    """
-    name = type(source).__name__
-    given: Any = prediction.gradients if isinstance(prediction, Prediction) else ()
-    if given is None and not source.asks.early:
-        return
-    if isinstance(given, tuple) and len(given) == len(values):
+        prediction: Any = self.predict(values, context)
+        name, is_one = type(self).__name__, isinstance(prediction, Prediction)
+        given: Any = prediction.gradients if is_one else ()
+        if given is None and not self.asks.early:
+            return prediction
+        fits = is_one and isinstance(given, tuple) and len(given) == len(values)
+        if not fits or not all(isinstance(gradient, Tensor) for gradient in given):
+            found = f"Prediction({_described(given)})" if is_one else _described(prediction)
+            raise DecouplingError(
+                f"{name}.predict must return a Prediction with a tuple of one gradient per value "
+                f"({len(values)} here; None only from a source that waits), such as "
+                f"Prediction((gradient,)), but returned {found}"
+            )
         for g, v in zip(given, values, strict=True):
-            if not isinstance(g, Tensor):
-                break
             if g.shape != v.shape or g.dtype is not v.dtype:
                 raise DecouplingError(
                     f"{name}.predict returned a gradient of shape {tuple(g.shape)}, {g.dtype} for "
                     f"a value of shape {tuple(v.shape)}, {v.dtype}: each must have its value's "
                     "shape, and be cast by .to(value.dtype) where that is another one"
                 )
-        else:
-            return
-    found = _described(prediction)
-    if isinstance(prediction, Prediction):
-        found = f"Prediction({_described(given)})"
-    raise DecouplingError(
-        f"{name}.predict must return a Prediction with a tuple of one gradient per value "
-        f"({len(values)} here; None only from a source that waits), such as "
-        f"Prediction((gradient,)), but returned {found}"
-    )
+        return prediction
+
+    def flops(self) -> int:
+        """Floating-point operations (multiply-adds x 2) of one ``predict`` on the example batch.
+
+        Counted on a copy without storage, so that nothing here changes.
+        """
+        return count_flops(self, self.specs, self.context_spec)
+
+
+SourceFactory = Callable[[Sequence[TensorSpec], TensorSpec | None], GradientSource]
 
 
 def _described(found: Any) -> str:
@@ -273,3 +252,11 @@ def like(gradient: Tensor, value: Tensor) -> Tensor:
     if gradient.stride() == value.stride():
         return gradient
     return torch.empty_like(value).copy_(gradient)
+
+
+def checked_share(name: str, value: Any, *, zero: bool = True) -> float:
+    """The value, or an error where it is no number from 0 (itself only where allowed) to 1."""
+    if not isinstance(value, int | float) or not 0 <= value <= 1 or not (zero or value):
+        above = "" if zero else " and above 0"
+        raise DecouplingError(f"{name} must be a number from 0 to 1{above}, not {value!r}")
+    return float(value)

@@ -26,41 +26,43 @@ ARGUMENTS = {
 
 
 def check_source(source: GradientSource) -> None:
-    """Look whether a source has the methods that it needs.
-
-    Raises:
-        DecouplingError: ``super().__init__`` was not called; a method is missing or misspelt, or
-            takes other arguments; ``asks`` is something else, or stands under another name.
-    """
-    name = type(source).__name__
+    """Refuse a source without the methods that it needs, or that is not written as one."""
+    name, asks = type(source).__name__, source.asks
     if "training" not in vars(source) or "specs" not in vars(source):
         raise _not_started(source)
-    if not isinstance(source.asks, Asks):
-        raise DecouplingError(f"{name}.asks must be an Asks(...), but is {source.asks!r}")
+    if not isinstance(asks, Asks):
+        raise DecouplingError(f"{name}.asks must be an Asks(...), but is {asks!r}")
     for attribute, value in _written(source).items():
         if isinstance(value, Asks) and attribute != "asks":
             raise DecouplingError(f"{name}.{attribute} is an Asks that nobody reads: call it asks")
     for method, arguments in ARGUMENTS.items():
         if _has(source, method):
-            _check_arguments(source, method, arguments)
+            try:
+                inspect.signature(getattr(source, method)).bind(*arguments.split(","))
+            except TypeError as error:
+                raise DecouplingError(f"{name}.{method} must take {arguments}: {error}") from error
     if not _has(source, "predict"):
         raise _missing(source, "predict", "says which gradients to pull back")
-    if source.asks.wait is not None and not _has(source, "complete"):
+    if asks.wait is not None and not _has(source, "complete"):
         raise _missing(source, "complete", "says what to pull back when what it waits for is there")
-    if source.asks.per_consumer and not _has(source, "fit_part"):
+    if asks.per_consumer and not _has(source, "fit_part"):
         raise _missing(source, "fit_part", "hears each consumer's gradient")
-    if not _has(source, "fit"):
-        _check_that_nothing_learns(source)
+    if _has(source, "fit"):
+        return
+    # Without a fit, parameters would stay as they are, and what is heard be thrown away.
+    learnt = [n for n, p in source.named_parameters() if p.requires_grad]
+    if learnt and not asks.per_consumer:
+        purpose = f"trains its parameters ({', '.join(learnt[:3])}{', ...' * (len(learnt) > 3)})"
+        raise _missing(source, "fit", purpose, "; or freeze them by requires_grad_(False)")
+    if asks.learns_from and _close_to("fit", source):
+        purpose = f"learns from {' and '.join(asks.learns_from)}"
+        otherwise = "; or let it ask for nothing: asks = Asks(learns_from=())"
+        raise _missing(source, "fit", purpose, otherwise)
 
 
 def explain_start(error: Exception) -> DecouplingError | None:
-    """What to say of an error in an ``__init__`` that ``super().__init__`` should have preceded.
-
-    Args:
-        error: what the class raised.
-
-    Returns:
-        An error that names the class; None where the cause is another one.
+    """The error to raise instead, where an ``__init__`` failed since it had not called
+    ``super().__init__``; None where the cause is another one.
     """
     for frame, _ in traceback.walk_tb(error.__traceback__):
         made = frame.f_locals.get("self")
@@ -103,34 +105,6 @@ def try_predict(source: GradientSource) -> None:
         return
 
 
-def _check_that_nothing_learns(source: GradientSource) -> None:
-    """Without a ``fit``, parameters would stay as they are, and what is heard be thrown away."""
-    learnt = [n for n, p in source.named_parameters() if p.requires_grad]
-    if learnt and not source.asks.per_consumer:
-        raise _missing(
-            source,
-            "fit",
-            f"trains its parameters ({', '.join(learnt[:3])}{', ...' if len(learnt) > 3 else ''})",
-            "; or freeze them by requires_grad_(False)",
-        )
-    if source.asks.learns_from and _close_to("fit", source):
-        raise _missing(
-            source,
-            "fit",
-            f"learns from {' and '.join(source.asks.learns_from)}",
-            "; or let it ask for nothing: asks = Asks(learns_from=())",
-        )
-
-
-def _check_arguments(source: GradientSource, method: str, arguments: str) -> None:
-    try:
-        inspect.signature(getattr(source, method)).bind(*arguments.split(","))
-    except TypeError as error:
-        raise DecouplingError(
-            f"{type(source).__name__}.{method} must take {arguments}: {error}"
-        ) from error
-
-
 def _has(source: GradientSource, method: str) -> bool:
     """Whether its class, or itself, brings the method."""
     found = getattr(source, method)
@@ -155,14 +129,10 @@ def _missing(
 ) -> DecouplingError:
     close = _close_to(method, source)
     hint = f" (is {close!r} misspelt?)" if close else ""
-    return DecouplingError(
-        f"{type(source).__name__} has no method {method}{ARGUMENTS[method]}{hint}, which "
-        f"{purpose}: write one{otherwise}"
-    )
+    lacks = f"{type(source).__name__} has no method {method}{ARGUMENTS[method]}{hint}"
+    return DecouplingError(f"{lacks}, which {purpose}: write one{otherwise}")
 
 
 def _not_started(source: GradientSource) -> DecouplingError:
-    name = type(source).__name__
-    return DecouplingError(
-        f"{name}.__init__ must call super().__init__(specs, context) before anything else"
-    )
+    call = f"{type(source).__name__}.__init__ must call super().__init__(specs, context)"
+    return DecouplingError(f"{call} before anything else")

@@ -28,15 +28,12 @@ class OneHot:
     positions: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.classes, int) or self.classes < 1:
-            raise DecouplingError(
-                f"one_hot needs the number of classes, at least 1, but got {self.classes!r}"
-            )
-        if not isinstance(self.positions, int) or self.positions < 0:
-            raise DecouplingError(
-                "one_hot needs the number of position dimensions, at least 0, not "
-                f"{self.positions!r}"
-            )
+        wanted = ("classes", 1, self.classes), ("position dimensions", 0, self.positions)
+        for what, least, number in wanted:
+            if not isinstance(number, int) or number < least:
+                raise DecouplingError(
+                    f"one_hot needs the number of {what}, at least {least}, but got {number!r}"
+                )
 
     @property
     def features(self) -> int:
@@ -44,9 +41,7 @@ class OneHot:
         return self.classes
 
     def __call__(self, target: Tensor) -> Tensor:
-        """Encode labels: ``(...)`` integers to ``(..., classes)`` in the default dtype; negative
-        labels give zeros.
-        """
+        """Encode labels, in the default dtype; see :func:`one_hot`."""
         if not isinstance(target, Tensor) or target.is_floating_point() or target.is_complex():
             got = type(target).__name__
             if isinstance(target, Tensor):
@@ -61,10 +56,10 @@ class OneHot:
         if target.device.type == "cpu":
             with contextlib.suppress(RuntimeError):
                 return F.one_hot(index, self.classes).to(torch.get_default_dtype())
-            if int(index.max()) >= self.classes:
+            if (last := int(index.max())) >= self.classes:
                 raise DecouplingError(
-                    f"one_hot({self.classes}) met the label {int(index.max())}: labels run from 0 "
-                    f"to {self.classes - 1}. Use one_hot({int(index.max()) + 1}) or more."
+                    f"one_hot({self.classes}) met the label {last}: labels run from 0 to "
+                    f"{self.classes - 1}. Use one_hot({last + 1}) or more."
                 )
         index = index.unsqueeze(-1)
         encoded = torch.zeros(*target.shape, self.classes, device=target.device)
@@ -114,28 +109,21 @@ def align_context(context: Tensor, value_shape: Sequence[int], feature_dim: int 
         k)`` for labels against images.
 
     Raises:
-        DecouplingError: the sizes do not line up; both shapes are named.
+        DecouplingError: the sizes do not line up.
     """
-    return context.view(_aligned_shape(tuple(context.shape), tuple(value_shape), feature_dim))
-
-
-def check_context(
-    context_shape: Sequence[int], value_shape: Sequence[int], feature_dim: int = -1
-) -> None:
-    """Raise the error of :func:`align_context` from shapes alone."""
-    _aligned_shape(tuple(context_shape), tuple(value_shape), feature_dim)
+    return context.view(aligned_shape(context.shape, value_shape, feature_dim))
 
 
 def as_planes(context: Tensor, maps: Tensor) -> Tensor:
-    """An aligned context as constant planes over maps ``(batch, channels, *space)``: ``(batch, k,
-    *space)``, a view.
-    """
+    """A view of an aligned context as constant planes ``(batch, k, *space)`` over maps."""
     return context.movedim(-1, 1).expand(maps.shape[0], context.shape[-1], *maps.shape[2:])
 
 
-def _aligned_shape(
-    context: tuple[int, ...], value: tuple[int, ...], feature_dim: int
+def aligned_shape(
+    context_shape: Sequence[int], value_shape: Sequence[int], feature_dim: int = -1
 ) -> tuple[int, ...]:
+    """What :func:`align_context` views a context as, or its error, from shapes alone."""
+    context, value = tuple(context_shape), tuple(value_shape)
     lead = value[:1] + value[2:] if feature_dim == 1 else value[:-1]
     sizes = context[:-1]
     fits = len(context) > 0 and len(sizes) <= len(lead)

@@ -26,12 +26,7 @@ class Zero(GradientSource):
     asks = Asks(learns_from=())
 
     def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
-        """Zeros like the values."""
         return Prediction(tuple(torch.zeros_like(value) for value in values))
-
-    def flops(self) -> int:
-        """None at all."""
-        return 0
 
 
 class Stale(GradientSource):
@@ -60,10 +55,6 @@ class Stale(GradientSource):
         """Remember the message; nothing learns."""
         # A clone: the caller may go on adding to its tensors.
         self._last = tuple(gradient.detach().clone() for gradient in message)
-
-    def flops(self) -> int:
-        """None at all."""
-        return 0
 
     def get_extra_state(self) -> dict[str, list[Tensor] | None]:
         """The remembered messages, in a form that ``torch.load(weights_only=True)`` reads."""

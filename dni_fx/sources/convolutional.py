@@ -1,26 +1,18 @@
-"""Synthesizers for maps, where a gradient depends on the neighbourhood; labels come as constant
-planes.
+"""Synthesizers for maps, where a gradient depends on the neighbourhood; and ``"auto"``, which
+takes them there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 from ..errors import DecouplingError
 from ..plan import TensorSpec
-from .context import as_planes
-from .regression import Network, Regression, make_norms
+from .regression import Network, Pointwise, Regression, make_layers, make_norms
 
 
 class ConvNetwork(Network):
-    """Convolutions with ReLUs between them, zero padded to the same size; the last layer starts at
-    0.
-    """
+    """Convolutions with ReLUs between them, zero padded to the same size; the last starts at 0."""
 
     def __init__(
         self,
@@ -42,34 +34,11 @@ class ConvNetwork(Network):
             raise DecouplingError(
                 f"'conv' needs an odd kernel, so that maps keep their size, but got {kernel}"
             )
-        convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[self.space - 1]
         width = self.features if width is None else width
-        self.kernel = kernel
-        self.sizes = [self.features + self.context_features] + [width] * hidden + [self.features]
-        self.layers = nn.ModuleList(
-            convolution(a, b, kernel, padding=kernel // 2, dtype=self.dtype)
-            for a, b in pairwise(self.sizes)
-        )
-        self.norms = make_norms(norm, self.sizes[1:-1], self.dtype)
-        for parameter in self.layers[-1].parameters():
-            nn.init.zeros_(parameter)
-
-    def compute(self, value: Tensor, context: Tensor | None) -> Tensor:
-        """Convolve maps and context planes; the planes end at the border like the maps, as in the
-        paper.
-        """
-        if context is not None:
-            value = torch.cat((value, as_planes(context, value)), 1)
-        h = self.layers[0](value)
-        for i, layer in enumerate(list(self.layers)[1:]):
-            h = layer(F.relu(self.norms[i](h) if self.norms else h))
-        return h
-
-    def flops(self) -> int:
-        """2 positions inputs outputs kernel^space for each layer."""
-        return sum(
-            2 * self.positions * a * b * self.kernel**self.space for a, b in pairwise(self.sizes)
-        )
+        sizes = [self.features] + [width] * hidden + [self.features]
+        shared = self.context_features
+        self.layers = make_layers(sizes, shared, self.space, kernel, self.dtype, True)
+        self.norms = make_norms(norm, sizes[1:-1], self.dtype)
 
 
 class Conv(Regression):
@@ -104,3 +73,37 @@ class Conv(Regression):
         super().__init__(
             specs, context, lambda spec, c: ConvNetwork(spec, c, hidden, kernel, width, norm)
         )
+
+
+def auto_name(spec: TensorSpec, context: TensorSpec | None = None) -> str:
+    """What ``"auto"`` takes for a value: ``"conv"`` for maps, else ``"linear"`` with a context and
+    ``"mlp"`` without.
+
+    With the label a linear source is the paper's choice; without it only the label's average can be
+    learnt, which is no linear function. Convolutional maps have one to three spatial dimensions.
+    """
+    if spec.feature_dim == 1 and len(spec.shape) > 2:
+        return "conv"
+    return "linear" if auto_context(spec, context) is not None else "mlp"
+
+
+def auto_context(spec: TensorSpec, context: TensorSpec | None) -> TensorSpec | None:
+    """The context, or None for a value that has no batch dimension to line it up with (scalars,
+    position tables).
+    """
+    if context is None or not spec.shape:
+        return None
+    return None if spec.shape[0] != context.shape[0] else context
+
+
+class Auto(Regression):
+    """The regression that fits each value's kind, shape and context; see :func:`auto_name`."""
+
+    def __init__(self, specs: Sequence[TensorSpec], context: TensorSpec | None = None) -> None:
+        def network(spec: TensorSpec, context: TensorSpec | None) -> Network:
+            name, context = auto_name(spec, context), auto_context(spec, context)
+            if name == "conv":
+                return ConvNetwork(spec, context)
+            return Pointwise(spec, context, hidden=1 if name == "mlp" else 0)
+
+        super().__init__(specs, context, network)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, reduce
+from typing import TypeGuard
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import DecouplingError
@@ -16,14 +18,14 @@ from .making import make_source
 EACH = "each:"
 
 
-def is_each(option: object) -> bool:
+def is_each(option: object) -> TypeGuard[str]:
     """Whether an option asks for one source for each consumer."""
     return isinstance(option, str) and option.startswith(EACH)
 
 
 def for_consumers(option: str | SourceFactory, consumers: int) -> str | SourceFactory:
     """The option itself, or for ``"each:name"`` a factory with a part for each consumer."""
-    if isinstance(option, str) and option.startswith(EACH):
+    if is_each(option):
         return partial(Each, source=option.removeprefix(EACH), parts=consumers)
     return option
 
@@ -37,8 +39,6 @@ class Each(GradientSource):
     that one source.
 
     Args:
-        specs: the values served.
-        context: the context, or None.
         source: name or factory of the source for one consumer; one that hears gradients, and is
             pulled back at once.
         parts: number of consumers.
@@ -73,17 +73,13 @@ class Each(GradientSource):
         for part in self._every():
             self.hand_on(part)
             predictions.append(part(values, context))
-        given = [p.gradients for p in predictions if p.gradients is not None]
-        total = given[0]
-        for more in given[1:]:
-            total = tuple(a + b for a, b in zip(total, more, strict=True))
+        by_value = zip(*(p.gradients or () for p in predictions), strict=True)
+        total = tuple(reduce(torch.add, gradients) for gradients in by_value)
         return Prediction(total, predictions)
 
     def fit(self, prediction: Prediction, message: tuple[Tensor, ...]) -> Tensor | None:
-        """A single part learns from the message; several would each need their own consumer's.
-
-        Raises:
-            DecouplingError: there are several consumers; a trainer calls :meth:`fit_part`.
+        """A single part learns from the message; several each need their own consumer's, and
+        :meth:`fit_part`, so that they are refused.
         """
         if len(self.parts) > 1:
             raise DecouplingError(
@@ -95,20 +91,10 @@ class Each(GradientSource):
     def fit_part(
         self, place: int, prediction: Prediction, message: tuple[Tensor, ...]
     ) -> Tensor | None:
-        """One consumer's part learns from that consumer's gradients.
-
-        Args:
-            place: which of the consumers, in ascending order of their stages.
-            prediction: what ``predict`` returned for the same values.
-            message: a gradient for each value.
-
-        Returns:
-            A scalar loss with graph.
-        """
+        """One consumer's part learns from that consumer's gradients."""
         return self._every()[place].fit(prediction.state[place], message)
 
     def flops(self) -> int:
-        """Those of all parts."""
         return sum(part.flops() for part in self._every())
 
     def _every(self) -> list[GradientSource]:

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from ..errors import DecouplingError
 from ..plan import TensorSpec
-from .regression import BatchNorm, Network, Regression
+from .regression import Network, Regression, Shaped, make_norms
 
 # channels of hidden layers, unless asked for: twice 1024 channels would cost more than their stage
 WIDEST = 256
 
 
-class Encoder(nn.Module):
+class Encoder(Shaped):
     """One value as features at the positions that the context has; arguments as for
     :class:`~dni_fx.sources.LossHead`.
     """
@@ -32,35 +32,28 @@ class Encoder(nn.Module):
         norm: str,
         dtype: torch.dtype,
     ) -> None:
-        super().__init__()
-        self.shape = spec.shape if len(spec.shape) > 1 else (*spec.shape, 1)
-        self.space = len(self.shape) - 2 if spec.feature_dim == 1 else 0
-        self.feature_dim = 1 if self.space else -1
-        if self.space > 3:
-            raise DecouplingError(
-                f"no loss head for maps with more than 3 spatial dimensions, such as {spec.shape}"
-            )
-        features = self.shape[self.feature_dim]
+        super().__init__(spec)
+        features = self.features
         hidden = (2 if self.space else 1) if hidden is None else hidden
-        blocks: list[nn.Module] = []
         if self.space:
             first = min(features * stride, WIDEST) if width is None else width
-            sizes = [features] + [min(first * stride**i, max(first, WIDEST)) for i in range(hidden)]
-            convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[self.space - 1]
-            for a, b in pairwise(sizes):
-                blocks.append(convolution(a, b, 3, stride, 1, bias=norm == "none", dtype=dtype))
-                blocks += [nn.ReLU()] if norm == "none" else [BatchNorm(b, dtype), nn.ReLU()]
+            widths = [min(first * stride**i, max(first, WIDEST)) for i in range(hidden)]
         else:
-            sizes = [features] + [max(features, 64) if width is None else width] * hidden
-            for a, b in pairwise(sizes):
-                blocks += [nn.Linear(a, b, dtype=dtype), nn.ReLU()]
-        self.blocks, self.outputs = nn.Sequential(*blocks), sizes[-1]
+            widths = [max(features, 64) if width is None else width] * hidden
+        norms = make_norms(norm, widths if self.space else (), dtype)
+        blocks: list[nn.Module] = []
+        for i, (a, b) in enumerate(pairwise([features, *widths])):
+            if self.space:
+                convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[self.space - 1]
+                blocks.append(convolution(a, b, 3, stride, 1, bias=not norms, dtype=dtype))
+            else:
+                blocks.append(nn.Linear(a, b, dtype=dtype))
+            blocks += [*norms[i : i + 1], nn.ReLU()]
+        self.blocks, self.outputs = nn.Sequential(*blocks), [features, *widths][-1]
 
     def forward(self, value: Tensor, context: tuple[int, ...]) -> Tensor:
-        """Features, with as many dimensions as a context of that shape; sizes are the context's or
-        1.
-        """
-        self.check(tuple(value.shape), context)
+        """Features, as many dimensions as a context of that shape has, of its sizes or 1."""
+        self.line_up(tuple(value.shape), context)
         h: Tensor = self.blocks(value if value.dim() > 1 else value[:, None])
         h = h.movedim(1, -1) if self.space else h
         rank = len(context)
@@ -70,17 +63,9 @@ class Encoder(nn.Module):
             h = h.mean(tuple(range(rank - 1, h.dim() - 1)))
         return h[(..., *(None,) * (rank - h.dim()), slice(None))]
 
-    def check(self, shape: tuple[int, ...], context: tuple[int, ...]) -> None:
-        """Raise an error unless a value of this shape is of the encoder's kind and lines up with
-        the context.
-        """
-        full = shape if len(shape) > 1 else (*shape, 1)
-        if len(full) != len(self.shape) or full[self.feature_dim] != self.shape[self.feature_dim]:
-            raise DecouplingError(
-                f"a loss head made for values like {self.shape} (features in dimension "
-                f"{self.feature_dim}) got one of shape {shape}: only batch, time and space may "
-                "change. Decouple again for a new size."
-            )
+    def line_up(self, shape: tuple[int, ...], context: tuple[int, ...]) -> None:
+        """Refuse a value of another kind, or one that does not line up with the context."""
+        full = self.check(shape)
         lead = full[:1] + full[2:] if self.space else full[:-1]
         pairs = zip(lead, context[:-1], strict=False)
         if any(have != want and 1 not in (have, want) for have, want in pairs):
@@ -99,13 +84,11 @@ class HandedOver(torch.autograd.Function):
     def forward(
         ctx: Any, loss: Tensor, gradients: tuple[Tensor, ...], *parameters: Tensor
     ) -> Tensor:
-        """The loss itself."""
         ctx.gradients = gradients
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *above: Tensor) -> Any:
-        """The known gradients, times what comes from above."""
         return None, None, *(above[0] * gradient for gradient in ctx.gradients)
 
 
@@ -115,19 +98,9 @@ class RunningScale(Regression):
     def __init__(self, specs: Sequence[TensorSpec]) -> None:
         super().__init__(specs, None, Network)  # the networks' base has no parameters
 
-    def compare(self, gradients: tuple[Tensor, ...], targets: tuple[Tensor, ...]) -> Tensor:
-        """Mean squared error in units of the running scale, summed over the values; updates the
-        scale first.
-        """
-        expected, got = [tuple(g.shape) for g in gradients], [tuple(t.shape) for t in targets]
-        if expected != got:
-            raise DecouplingError(
-                f"gradients of shapes {got} came back to a head for values of shapes {expected}"
-            )
-        targets = tuple(target.detach().to(self.scale.dtype) for target in targets)
-        self._update_scale(targets)
-        # Nothing to learn while there is no scale.
-        inverses = self.scale.reciprocal().nan_to_num(posinf=0.0).unbind()
+    def compare(self, gradients: Sequence[Tensor], message: Sequence[Tensor]) -> Tensor:
+        """As :meth:`fit`, of gradients that are in no units yet."""
+        targets, inverses = self.rescale(gradients, message)
         errors = [
             F.mse_loss(gradient.to(target.dtype) * inverse, target * inverse)
             for gradient, target, inverse in zip(gradients, targets, inverses, strict=True)

@@ -1,14 +1,10 @@
 """Loss heads: small networks that guess the loss from what crosses a cut and the label; their
 gradient is pulled back.
 
-A synthesizer that regresses gradients must find out how the loss depends on the label. A head is
-told: it computes logits, and from them and the label the loss itself. What it learns from is then a
-choice: the labels alone (greedy local learning), the loss or the logits of the next head (critics,
-distillation), or also the gradient (Sobolev training). Except for the last, messages are a few
-numbers per sample, where a gradient is as large as its value.
-
-A head serves one value, or a whole boundary jointly: of two values that cross a cut together, say a
-block's output and its skip connection, either says little alone.
+A synthesizer that regresses gradients must find out how the loss depends on the label; a head is
+told. Except in Sobolev training, messages are a few numbers per sample, where a gradient is as
+large as its value. Of two values that cross a cut together, say a block's output and its skip
+connection, either says little alone: a head may serve a whole boundary jointly.
 """
 
 from __future__ import annotations
@@ -30,23 +26,13 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class Evaluation(NamedTuple):
-    """The ``state`` of a head's prediction: one forward, with its graph.
+    """The ``state`` of a head's prediction: one forward, with its graph."""
 
-    Attributes:
-        logits: ``(batch, *positions, k)``; positions are the context's, none for labels ``(batch,
-            k)``.
-        losses: ``(batch,)``, each sample's.
-        mean: the scalar whose gradient was predicted.
-        weights: ``(batch, *positions)``, how much each counts in the mean; 0 for ignored labels.
-        gradients: of ``mean``, one per value, with a graph of their own; none in heads that do not
-            learn from them.
-    """
-
-    logits: Tensor
-    losses: Tensor
-    mean: Tensor
-    weights: Tensor
-    gradients: tuple[Tensor, ...]
+    logits: Tensor  # (batch, *positions, k); positions are the context's
+    losses: Tensor  # (batch,), each sample's
+    mean: Tensor  # the scalar whose gradient was predicted
+    weights: Tensor  # (batch, *positions), of each in the mean; 0 for ignored labels
+    gradients: tuple[Tensor, ...]  # of ``mean``, with a graph; none where no head learns from them
 
 
 class LossHead(GradientSource):
@@ -115,14 +101,12 @@ class LossHead(GradientSource):
             raise DecouplingError(
                 f"unknown loss {loss!r}; known: 'cross_entropy', 'mse', or a callable"
             )
-        if norm not in ("batch", "none"):
-            raise DecouplingError(f"unknown norm {norm!r}; known: 'batch', 'none'")
         self.loss, self.factor, self.context_shape = loss, factor, tuple(context.shape)
         dtype = wide_dtype(self.specs)
         stride = stride if len(self.context_shape) == 2 else 1
         encoders = [Encoder(spec, hidden, width, stride, norm, dtype) for spec in self.specs]
         for spec, encoder in zip(self.specs, encoders, strict=True):
-            encoder.check(spec.shape, self.context_shape)
+            encoder.line_up(spec.shape, self.context_shape)
         self.encoders = nn.ModuleList(encoders)
         inputs = sum(e.outputs for e in encoders)
         self.output = nn.Linear(inputs, self.context_shape[-1], dtype=dtype)
@@ -141,22 +125,19 @@ class LossHead(GradientSource):
                 "Pass target= to Trainer.step, or context= to stage.step; the rank and features of "
                 "a context may not change."
             )
-        keep = torch.is_grad_enabled()
+        keep, dtype = torch.is_grad_enabled(), self.output.weight.dtype
+        learnt: list[nn.Parameter] = []
+        if keep and self.greedy:
+            learnt = [p for p in self.parameters() if p.requires_grad]
         with torch.enable_grad():
-            dtype = self.output.weight.dtype
             # In the head's dtype at once: gradients of mean losses are too small for float16.
-            leaves = tuple(value.detach().to(dtype).requires_grad_() for value in values)
+            leaves = [value.detach().to(dtype).requires_grad_() for value in values]
             # Views, since FlopCounterMode hooks what a module is given, which autograd.grad does
             # not allow for leaves.
-            logits = self.logits(tuple(leaf.view_as(leaf) for leaf in leaves), context)
+            logits = self.logits([leaf.view_as(leaf) for leaf in leaves], context)
             losses, mean, weights = self.evaluate(logits, context.detach().to(dtype))
-            learnt: tuple[nn.Parameter, ...] = ()
-            if keep and self.greedy:
-                learnt = tuple(p for p in self.parameters() if p.requires_grad)
-            retain = keep and not self.greedy
-            found = torch.autograd.grad(
-                mean, (*leaves, *learnt), None, retain, keep and self.create_graph
-            )
+            retain, again = keep and not self.greedy, keep and self.create_graph
+            found = torch.autograd.grad(mean, (*leaves, *learnt), None, retain, again)
             if learnt:
                 mean = HandedOver.apply(mean.detach(), found[len(leaves) :], *learnt)
         factor = self.unit * self.factor
@@ -166,7 +147,7 @@ class LossHead(GradientSource):
         state = Evaluation(logits, losses, mean, weights, found if self.create_graph else ())
         return Prediction(gradients, state, losses.detach(), logits.detach())
 
-    def logits(self, values: tuple[Tensor, ...], context: Tensor) -> Tensor:
+    def logits(self, values: Sequence[Tensor], context: Tensor) -> Tensor:
         """Logits ``(batch, *positions, k)``, in the parameters' dtype."""
         shape = tuple(context.shape)
         pairs = zip(self.encoders, values, strict=True)
@@ -179,9 +160,7 @@ class LossHead(GradientSource):
         return logits.expand(*lead, -1)
 
     def evaluate(self, logits: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Each sample's loss ``(batch,)``, the mean loss, and the weights ``(batch, *positions)``
-        in the mean.
-        """
+        """Losses, mean and weights of an :class:`Evaluation`."""
         lead = logits.shape[:-1]
         counts = logits.new_ones(lead)
         if self.loss == "cross_entropy":
@@ -220,11 +199,8 @@ class Local(LossHead):
     greedy = True
 
     def fit(self, prediction: Prediction, message: tuple[Tensor, ...]) -> Tensor:
-        """The mean label loss; its gradient for the head was found together with that for the
-        values.
-        """
-        mean: Tensor = prediction.state.mean
-        return mean
+        """The mean label loss; its gradient for the head was found with that for the values."""
+        return prediction.state.mean
 
 
 class Critic(LossHead):
@@ -234,10 +210,8 @@ class Critic(LossHead):
     :math:`L_b` is the loss as the next head estimates it, the true one before the last stage.
 
     Args:
-        specs: the values served.
-        context: the context. Required.
         distance: ``"l1"`` or ``"l2"``: mean absolute or squared difference.
-        **options: as for :class:`LossHead`.
+        specs, context, **options: as for :class:`LossHead`.
 
     Source:
         Lee et al. 2021, arXiv:2102.01963 (local critic training); Czarnecki et al. 2017,
@@ -255,11 +229,12 @@ class Critic(LossHead):
         **options: Any,
     ) -> None:
         super().__init__(specs, context, **options)
-        if distance not in ("l1", "l2"):
+        known = {"l1": F.l1_loss, "l2": F.mse_loss}
+        if distance not in known:
             raise DecouplingError(
                 f"unknown distance {distance!r} between losses; known: 'l1', 'l2'"
             )
-        self.distance = F.l1_loss if distance == "l1" else F.mse_loss
+        self.distance = known[distance]
 
     def fit(self, prediction: Prediction, message: tuple[Tensor, ...]) -> Tensor:
         """The mean distance of the losses.
@@ -285,10 +260,8 @@ class Sobolev(Critic):
     backward of ``fit`` differentiates twice, so the head's loss needs a second derivative.
 
     Args:
-        specs: the values served.
-        context: the context. Required.
         weight: :math:`w`.
-        **options: as for :class:`Critic`.
+        specs, context, **options: as for :class:`Critic`.
 
     Source:
         Czarnecki et al. 2017, arXiv:1706.04859, section on synthetic gradients. The normalisation
@@ -310,16 +283,14 @@ class Sobolev(Critic):
         self.weight, self.running = weight, RunningScale(self.specs)
 
     def fit(self, prediction: Prediction, message: tuple[Tensor, ...]) -> Tensor:
-        """The critic's loss plus the weighted error of the gradients; updates their scale first.
+        """The critic's loss plus the weighted error of the gradients, whose scale it updates.
 
         Raises:
-            DecouplingError: the message is not a gradient of each value's shape, then a loss per
-                sample.
+            DecouplingError: the message is not a gradient per value, then a loss per sample.
         """
-        gradients = tuple(gradient * self.unit for gradient in prediction.state.gradients)
-        return super().fit(prediction, message) + self.weight * self.running.compare(
-            gradients, message[:-1]
-        )
+        gradients = [gradient * self.unit for gradient in prediction.state.gradients]
+        loss = super().fit(prediction, message)
+        return loss + self.weight * self.running.compare(gradients, message[:-1])
 
 
 class Distill(LossHead):
@@ -338,7 +309,7 @@ class Distill(LossHead):
         context: the context, with as many features as the model's output. Required.
         temperature: :math:`T`.
         labels: :math:`\lambda`; 0 to learn from the logits alone.
-        **options: as for :class:`LossHead`.
+        specs, context, **options: as for :class:`LossHead`.
 
     Source:
         Hinton et al. 2015, arXiv:1503.02531, section 2. The chain of heads is ours.

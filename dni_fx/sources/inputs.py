@@ -1,17 +1,12 @@
 """Synthetic inputs: what a stage receives, predicted from the model's own inputs, so that it need
-not wait for it.
-
-With synthetic gradients alone a stage still waits for its predecessors' forward. A source of this
-file removes that lock too: the stage runs on ``h^``, and the real ``h`` is the source's target
-whenever it arrives.
+not wait for its predecessors' forward: it runs on ``h^``, and ``h`` is the target when it arrives.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partialmethod
 from typing import Any
 
 import torch
@@ -22,8 +17,8 @@ from ..errors import DecouplingError
 from ..plan import TensorSpec
 from .align_inputs import Lineup, feature_count
 from .base import count_flops, wide_dtype
-from .making import call_factory, find_factory
-from .regression import WINDOW, Affine, make_norms
+from .making import make
+from .regression import make_layers, make_norms, run_layers, update_scale
 
 
 @dataclass
@@ -67,7 +62,6 @@ class InputSource(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must implement fit(prediction, real)")
 
     def forward(self, inputs: tuple[Tensor, ...]) -> InputPrediction:
-        """The same as :meth:`predict`."""
         return self.predict(inputs)
 
     def flops(self) -> int:
@@ -142,15 +136,8 @@ class InputRegression(InputSource):
                 f"{kernel=}. Use 'linear' or 'mlp' for other values."
             )
         self.kernel = kernel
-        sizes = [local + shared] + [width] * hidden + [features]
-        layers: list[nn.Module] = []
-        for i, (a, b) in enumerate(pairwise(sizes)):
-            if kernel:
-                convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[space - 1]
-                layers.append(convolution(a, b, kernel, padding=kernel // 2, dtype=dtype))
-            else:
-                layers.append(Affine(a if i else local, 0 if i else shared, b, dtype))
-        self.layers = nn.ModuleList(layers)
+        sizes = [local] + [width] * hidden + [features]
+        self.layers = make_layers(sizes, shared, space, kernel, dtype, False)
         self.norms = make_norms(norm, sizes[1:-1], dtype)
         self.register_buffer("scale", torch.ones((), dtype=dtype))
         self.register_buffer("count", torch.zeros((), dtype=dtype))
@@ -165,16 +152,10 @@ class InputRegression(InputSource):
         """
         h, shared = self.lineup(inputs, self.scale.dtype)
         space = self.lineup.space
-        if not space:
-            h = h.movedim(1, -1)
-        if shared is not None and self.kernel:
-            h = torch.cat((h, shared[(..., *(None,) * space)].expand(-1, -1, *h.shape[2:])), 1)
-        elif shared is not None:
+        h = h if space else h.movedim(1, -1)
+        if shared is not None:
             shared = shared.view(shared.shape[0], *(1,) * (h.dim() - 2), -1)
-        for i, layer in enumerate(self.layers):
-            if i:
-                h = F.relu(self.norms[i - 1](h, 1 if space else -1) if self.norms else h)
-            h = layer(h) if self.kernel else layer(h, None if i else shared, space)
+        h = run_layers(self.layers, self.norms, h, shared, space)
         output = h if h.dim() == len(self.spec.shape) else h.squeeze(1)
         value = output.detach().to(self.scale.dtype) * self.scale
         return InputPrediction(value.to(self.kind.dtype), output)
@@ -193,19 +174,12 @@ class InputRegression(InputSource):
                 "this interface out of inputs."
             )
         real = real.detach().to(self.scale.dtype)
-        # As in Regression: zero and non-finite values leave the scale as it was.
-        norm = torch.linalg.vector_norm(real) / math.sqrt(real.numel())
-        square = norm.square().nan_to_num(0.0, posinf=0.0)
-        known = square > 0
-        self.count.add_(known).clamp_(max=WINDOW)
-        self.scale.copy_(self.scale.square().lerp_(square, known / self.count.clamp(min=1)).sqrt_())
+        update_scale(self.scale, self.count, (real,))
         return F.mse_loss(prediction.state.to(real.dtype), real / self.scale)
 
 
 class LinearInput(InputRegression):
-    """Affine in the inputs, at every token or pixel alike; arguments as in
-    :class:`InputRegression`.
-    """
+    """Affine in the inputs, at every token or pixel alike."""
 
     def __init__(
         self, spec: TensorSpec, inputs: Sequence[TensorSpec], *, buckets: int = 4096
@@ -214,44 +188,15 @@ class LinearInput(InputRegression):
 
 
 class MLPInput(InputRegression):
-    """Hidden layers of ReLUs, at every token or pixel alike; arguments as in
-    :class:`InputRegression`.
-    """
+    """Hidden layers of ReLUs, at every token or pixel alike."""
 
-    def __init__(
-        self,
-        spec: TensorSpec,
-        inputs: Sequence[TensorSpec],
-        *,
-        hidden: int = 1,
-        width: int | None = None,
-        norm: str = "batch",
-        buckets: int = 4096,
-    ) -> None:
-        super().__init__(
-            spec, inputs, hidden=hidden, width=width, norm=norm, kernel=0, buckets=buckets
-        )
+    __init__ = partialmethod(InputRegression.__init__, kernel=0)
 
 
 class ConvInput(InputRegression):
-    """Convolutions over a map and planes of what has no positions; arguments as in
-    :class:`InputRegression`.
-    """
+    """Convolutions over a map, and planes of what has no positions."""
 
-    def __init__(
-        self,
-        spec: TensorSpec,
-        inputs: Sequence[TensorSpec],
-        *,
-        hidden: int = 1,
-        kernel: int = 3,
-        width: int | None = None,
-        norm: str = "batch",
-        buckets: int = 4096,
-    ) -> None:
-        super().__init__(
-            spec, inputs, hidden=hidden, width=width, norm=norm, kernel=kernel, buckets=buckets
-        )
+    __init__ = partialmethod(InputRegression.__init__, kernel=3)
 
 
 InputFactory = Callable[[TensorSpec, tuple[TensorSpec, ...]], InputSource]
@@ -267,10 +212,7 @@ INPUTS: dict[str, type[InputRegression]] = {
 def make_input(
     option: str | InputFactory, spec: TensorSpec, inputs: Sequence[TensorSpec]
 ) -> InputSource:
-    """Make the source of synthetic inputs for one interface.
-
-    The global random state is left as it was; a source's initial weights follow from it all the
-    same.
+    """Make the source of synthetic inputs for one interface, as :func:`make_source` does.
 
     Args:
         option: ``"auto"`` (``"conv"`` for maps where an input lines up with their space, else
@@ -285,6 +227,5 @@ def make_input(
     Raises:
         DecouplingError: unknown name; not a factory; a value that does not line up with the inputs.
     """
-    factory = find_factory(option, INPUTS, "synthetic input", InputSource)
     arguments = {"spec": spec, "inputs": tuple(inputs)}
-    return call_factory(factory, "synthetic input", InputSource, arguments)
+    return make(option, INPUTS, "synthetic input", InputSource, arguments)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import DecouplingError
 from ..plan import TensorSpec
 from .asks import Asks, Wait
-from .base import GradientSource, Prediction, SourceFactory, like
+from .base import GradientSource, Prediction, SourceFactory, checked_share, like
 from .making import make_source
 
 
@@ -25,8 +25,7 @@ class Delayed(GradientSource):
     learns nothing before.
 
     Args:
-        specs: the values served.
-        context: ignored.
+        specs, context: as for every source; the context is ignored.
         steps: lag, in steps; at least 1.
         shrink: :math:`\beta`; what arrives at the n-th cut from the end is shrunk n times (0.2 to
             0.8 in FDG).
@@ -35,9 +34,8 @@ class Delayed(GradientSource):
 
     Source:
         DDG: Huo et al. 2018, arXiv:1804.10574, eq. 8. Features Replay: Huo et al. 2018,
-            arXiv:1807.04511, eq. 7. The
-        shrinking factor: Zhuang et al. 2021, FDG, arXiv:1906.12108; its forward delay is not part
-            of this source.
+        arXiv:1807.04511, eq. 7. The shrinking factor: Zhuang et al. 2021, FDG, arXiv:1906.12108;
+        its forward delay is not part of this source.
     """
 
     def __init__(
@@ -51,7 +49,7 @@ class Delayed(GradientSource):
     ) -> None:
         super().__init__(specs)
         self.asks = Asks(learns_from=(), wait=Wait(_checked_lag(steps), recompute=recompute))
-        self.shrink = _checked_shrink(shrink)
+        self.shrink = checked_share("the shrinking factor", shrink, zero=False)
 
     def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
         """Nothing yet."""
@@ -59,22 +57,12 @@ class Delayed(GradientSource):
 
     def complete(self, prediction: Prediction, awaited: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The true gradient, shrunk."""
-        if self.shrink == 1:
-            return awaited
-        return tuple(gradient * self.shrink for gradient in awaited)
-
-    def flops(self) -> int:
-        """None at all, but a forward of its stage where that is run again."""
-        return 0
+        return awaited if self.shrink == 1 else tuple(g * self.shrink for g in awaited)
 
 
 class Wrapping(GradientSource):
-    """Base of the sources that put the true gradient beside another source's.
-
-    Args:
-        specs: the values served.
-        context: the context, or None.
-        source: name or factory of the other source; it learns as it would by itself.
+    """Base of the sources that put the true gradient beside another source's, which is made from a
+    name or factory, and learns as it would by itself.
     """
 
     def __init__(
@@ -92,8 +80,7 @@ class Wrapping(GradientSource):
     def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
         """What the other source predicts."""
         self.hand_on(self.source)
-        prediction: Prediction = self.source(values, context)
-        return prediction
+        return self.source(values, context)
 
     def fit(self, prediction: Prediction, message: tuple[Tensor, ...]) -> Tensor | None:
         """As the other source learns."""
@@ -113,8 +100,6 @@ class Corrected(Wrapping):
     is good.
 
     Args:
-        specs: the values served.
-        context: the context, or None.
         source: name or factory of the source that predicts.
         steps, shrink, recompute: as for :class:`Delayed`.
     """
@@ -131,7 +116,8 @@ class Corrected(Wrapping):
     ) -> None:
         super().__init__(specs, context, source)
         wait = Wait(_checked_lag(steps), recompute=recompute, corrects=True)
-        self.asks, self.shrink = replace(self.asks, wait=wait), _checked_shrink(shrink)
+        self.asks = replace(self.asks, wait=wait)
+        self.shrink = checked_share("the shrinking factor", shrink, zero=False)
 
     def complete(self, prediction: Prediction, awaited: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The true gradient, shrunk, without what was pulled back already."""
@@ -149,8 +135,6 @@ class Mix(Wrapping):
     is there, on the batch of then.
 
     Args:
-        specs: the values served.
-        context: the context, or None.
         source: name or factory of the source that predicts.
         share: λ, from 0 to 1.
         steps: lag of the true gradient; 0 waits for it within the step.
@@ -174,22 +158,18 @@ class Mix(Wrapping):
         recompute: bool = True,
     ) -> None:
         super().__init__(specs, context, source)
-        if not isinstance(share, int | float) or not 0 <= share <= 1:
-            raise DecouplingError(
-                f"Mix needs a share of the true gradient from 0 to 1, not {share!r}"
-            )
         lag = 0 if steps == 0 else _checked_lag(steps)
         wait = Wait(lag, recompute=recompute, corrects=lag > 0 and at_once)
-        self.asks, self.share = replace(self.asks, wait=wait), float(share)
+        self.asks = replace(self.asks, wait=wait)
+        self.share = checked_share("Mix's share of the true gradient", share)
 
     def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
         """The other source's prediction: its share, or held back where the stage waits."""
-        prediction = super().predict(values, context)
-        assert prediction.gradients is not None
-        early, guess = None, prediction.gradients
-        if self.asks.early:
-            early = tuple(gradient * (1 - self.share) for gradient in guess)
-        return Prediction(early, prediction, prediction.loss, prediction.logits, guess)
+        made = super().predict(values, context)
+        early = None
+        if self.asks.early and made.gradients is not None:
+            early = tuple(gradient * (1 - self.share) for gradient in made.gradients)
+        return Prediction(early, made, made.loss, made.logits, guess=made.gradients)
 
     def complete(self, prediction: Prediction, awaited: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Mixed gradients, the true ones themselves for a share of 1; the true one's share where it
@@ -263,8 +243,7 @@ class Feedback(GradientSource):
         for index, value in enumerate(prediction.state):
             matrix: Tensor = getattr(self, f"matrix_{index}")
             elements = value.numel() // value.shape[0] if value.dim() else 1
-            fits = (error.shape[1], elements) == tuple(matrix.shape)
-            if not fits or len(error) != len(value):
+            if (*error.shape, elements) != (*value.shape[:1], *matrix.shape):
                 raise DecouplingError(
                     f"'feedback' was made for {matrix.shape[0]} outputs and {matrix.shape[1]} "
                     f"elements a sample, but the output has shape {tuple(awaited[0].shape)} and "
@@ -295,9 +274,3 @@ def _checked_lag(steps: Any) -> int:
             f"a late gradient needs a whole number of steps, at least 1, not {steps!r}"
         )
     return steps
-
-
-def _checked_shrink(shrink: Any) -> float:
-    if not isinstance(shrink, int | float) or not 0 < shrink <= 1:
-        raise DecouplingError(f"the shrinking factor must be above 0 and at most 1, not {shrink!r}")
-    return float(shrink)

@@ -1,22 +1,23 @@
-"""Makes sources from names and factories."""
+"""From what is asked for at an interface, a name or a factory, to the source that serves it."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from ..errors import DecouplingError, did_you_mean
-from ..plan import TensorSpec
+from ..plan import Interface, TensorSpec
 from .base import GradientSource, SourceFactory
 from .checking import check_source, explain_start
-from .grouping import JOINT
 
 Made = TypeVar("Made", bound=nn.Module)
 
+JOINT = "joint:"
 SOURCES: dict[str, type[GradientSource]] = {}  # by name; filled where all classes are known
 
 
@@ -25,8 +26,7 @@ def make_source(
 ) -> GradientSource:
     """Make the gradient source for an interface or a whole boundary.
 
-    The global random state is left as it was; a source's initial weights follow from it all the
-    same.
+    The global random state is left as it was, though a source's initial weights follow from it.
 
     Args:
         option: a name of :data:`SOURCES`, with or without ``"joint:"`` before it, or a callable
@@ -42,10 +42,9 @@ def make_source(
             context, or that is not written as one.
     """
     name = option.removeprefix(JOINT) if isinstance(option, str) else option
-    factory = find_factory(name, SOURCES, "gradient source", GradientSource)
     arguments = {"specs": tuple(specs), "context_spec": context_spec}
     try:
-        source = call_factory(factory, "gradient source", GradientSource, arguments)
+        source = make(name, SOURCES, "gradient source", GradientSource, arguments)
     except (AttributeError, TypeError) as error:
         if (refusal := explain_start(error)) is not None:
             raise refusal from error
@@ -54,42 +53,25 @@ def make_source(
     return source
 
 
-def find_factory(option: Any, known: Mapping[str, Any], what: str, kind: type[nn.Module]) -> Any:
-    """The factory of that name, or the option itself.
+def make(
+    option: Any, known: Mapping[str, Any], what: str, kind: type[Made], arguments: Mapping[str, Any]
+) -> Made:
+    """Call a factory, or the one that is known by that name, and leave the random states alone.
 
-    Args:
-        option: a name, or a factory.
-        known: factories by name.
-        what: as messages call it.
-        kind: of what is made.
+    Errors call it ``what``, and its arguments by the names that they have here.
 
     Raises:
-        DecouplingError: an unknown name; close ones are suggested.
+        DecouplingError: an unknown name; no factory, one that takes other arguments or makes
+            something else.
     """
-    if not isinstance(option, str):
-        return option
-    if option not in known:
-        names = ", ".join(map(repr, known))
+    names = ", ".join(arguments)
+    wanted = f"a callable ({names}) -> {kind.__name__}"
+    if isinstance(option, str) and option not in known:
         raise DecouplingError(
-            f"unknown {what} {option!r}{did_you_mean(option, known)}. Known: {names}, or a factory "
-            f"that makes a {kind.__name__}."
+            f"unknown {what} {option!r}{did_you_mean(option, known)}. Known: "
+            f"{', '.join(map(repr, known))}, or a factory that makes a {kind.__name__}."
         )
-    return known[option]
-
-
-def call_factory(factory: Any, what: str, kind: type[Made], arguments: Mapping[str, Any]) -> Made:
-    """Call a factory, and leave the global random states as they were.
-
-    Args:
-        factory: called with the arguments in order.
-        what: as messages call it.
-        kind: of what it must return.
-        arguments: by the names that messages give them.
-
-    Raises:
-        DecouplingError: no factory, one that takes other arguments or makes something else.
-    """
-    wanted = f"a callable ({', '.join(arguments)}) -> {kind.__name__}"
+    factory = known[option] if isinstance(option, str) else option
     if isinstance(factory, nn.Module):
         raise DecouplingError(
             f"got a {type(factory).__name__} object as {what}, but each interface makes its own. "
@@ -101,11 +83,10 @@ def call_factory(factory: Any, what: str, kind: type[Made], arguments: Mapping[s
         inspect.signature(factory).bind(*arguments.values())
     except TypeError as error:
         raise DecouplingError(
-            f"the {what} factory {factory!r} must take ({', '.join(arguments)}): {error}"
+            f"the {what} factory {factory!r} must take ({names}): {error}"
         ) from error
     used = torch.cuda.is_available() and torch.cuda.is_initialized()
-    devices = range(torch.cuda.device_count()) if used else ()
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if used else ()):
         made = factory(*arguments.values())
     if not isinstance(made, kind):
         article = "an" if kind.__name__.startswith("I") else "a"
@@ -114,3 +95,73 @@ def call_factory(factory: Any, what: str, kind: type[Made], arguments: Mapping[s
             f"{kind.__name__}"
         )
     return made
+
+
+@dataclass(frozen=True)
+class Joint:
+    """One source for all interfaces of a stage that ask for it, as ``"joint:name"`` is for a name.
+
+    Attributes:
+        factory: makes the source from the specs of all these values.
+    """
+
+    factory: SourceFactory
+
+    def __call__(
+        self, specs: Sequence[TensorSpec], context: TensorSpec | None = None
+    ) -> GradientSource:
+        """Make the source."""
+        return self.factory(specs, context)
+
+
+def is_joint(option: object) -> bool:
+    """Whether an option asks for one source for a whole boundary."""
+    return isinstance(option, Joint) or (isinstance(option, str) and option.startswith(JOINT))
+
+
+@dataclass(frozen=True)
+class Served:
+    """A source and the interfaces of one stage that it serves.
+
+    Attributes:
+        names: interfaces, in program order; the source goes by the name of the first.
+        source: the source.
+        producer: index of the stage that asks it.
+        consumers: indices of the stages that use any of the values.
+        leaves: whether the values go to the next window or to another network.
+    """
+
+    names: tuple[str, ...]
+    source: GradientSource
+    producer: int
+    consumers: tuple[int, ...]
+    leaves: bool = False
+
+    @property
+    def name(self) -> str:
+        """The first interface."""
+        return self.names[0]
+
+    @property
+    def by_consumer(self) -> bool:
+        """Whether each of several consumers teaches a part of the source, by ``fit_part``."""
+        return self.source.asks.per_consumer and len(self.consumers) > 1
+
+
+def serve(
+    interfaces: Sequence[Interface], sources: Mapping[str, GradientSource]
+) -> tuple[Served, ...]:
+    """Group interfaces by the source that serves them, in program order."""
+    groups: dict[int, list[Interface]] = {}
+    for interface in interfaces:
+        groups.setdefault(id(sources[interface.name]), []).append(interface)
+    return tuple(
+        Served(
+            names=tuple(i.name for i in group),
+            source=sources[group[0].name],
+            producer=group[0].producer,
+            consumers=tuple(sorted({c for i in group for c in i.consumers})),
+            leaves=group[0].leaves,
+        )
+        for group in groups.values()
+    )

@@ -2,9 +2,8 @@
 
 Gradients at a cut are tiny (root mean square 1e-4 to 1e-6 for mean losses), far less than one Adam
 step moves a network's output: regressed raw, a synthesizer is hundreds of times too large at first,
-or does not learn at all. So the networks here learn the target divided by its running root mean
-square, which is multiplied back on use, and their last layer starts at zero, weight and bias: the
-prediction grows from exactly zero.
+or does not learn at all. So the target is divided by its running root mean square, which is
+multiplied back on use, and the last layer starts at zero: the prediction grows from exactly zero.
 """
 
 from __future__ import annotations
@@ -20,40 +19,24 @@ from torch import Tensor, nn
 from ..errors import DecouplingError
 from ..plan import TensorSpec
 from .base import GradientSource, Prediction, like, wide_dtype
-from .context import align_context, check_context
+from .context import align_context, aligned_shape, as_planes
 
 # non-zero targets in the running scale: their plain mean at first, then a moving mean of decay 0.99
 WINDOW = 100
 
 
-class Network(nn.Module):
-    """``M(value, context)`` for one value, in units of the running scale.
+class Shaped(nn.Module):
+    """What serves vectors, sequences or maps of so many features, whatever the other sizes.
 
-    Values of shape ``(batch,)`` and scalars count as one feature; a scalar has no dimension to line
-    a context up with and ignores it. Subclasses implement :meth:`compute` and :meth:`flops`.
-
-    Args:
-        spec: the value.
-        context: the context, or None.
-
-    Raises:
-        DecouplingError: the context cannot be lined up with the value.
+    Values of shape ``(batch,)`` and scalars count as one feature.
     """
 
-    layers: nn.ModuleList  # each with a weight
-
-    def __init__(self, spec: TensorSpec, context: TensorSpec | None) -> None:
+    def __init__(self, spec: TensorSpec) -> None:
         super().__init__()
         self.shape = _at_least_2d(spec.shape)
         self.space = len(self.shape) - 2 if spec.feature_dim == 1 else 0
         self.feature_dim = 1 if self.space else -1
         self.features = self.shape[self.feature_dim]
-        self.positions = math.prod(self.shape) // max(self.features, 1)
-        self.context_shape = None if context is None or not spec.shape else context.shape
-        self.context_features = 0 if self.context_shape is None else self.context_shape[-1]
-        self.dtype = wide_dtype([spec])
-        if self.context_shape is not None:
-            check_context(self.context_shape, self.shape, self.feature_dim)
         if self.space > 3:
             raise DecouplingError(
                 "no synthesizer for maps with more than 3 spatial dimensions, but the value has "
@@ -61,53 +44,70 @@ class Network(nn.Module):
                 "'zero' or 'stale'."
             )
 
+    def check(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape with a dimension of features, or an error where it is of another kind."""
+        full = _at_least_2d(shape)
+        if len(full) != len(self.shape) or full[self.feature_dim] != self.features:
+            raise DecouplingError(
+                f"a synthesizer made for values like {self.shape} (features in dimension "
+                f"{self.feature_dim}) got one of shape {tuple(shape)}: only batch, time and space "
+                "may change. Decouple again for a new size."
+            )
+        return full
+
+
+class Network(Shaped):
+    """``M(value, context)`` for one value, in units of the running scale.
+
+    A scalar has no dimension to line a context up with and ignores it. Subclasses make the layers,
+    or implement :meth:`compute`.
+
+    Raises:
+        DecouplingError: the context cannot be lined up with the value.
+    """
+
+    layers: nn.ModuleList  # each with a weight
+    norms: nn.ModuleList
+
+    def __init__(self, spec: TensorSpec, context: TensorSpec | None) -> None:
+        super().__init__(spec)
+        self.context_shape = None if context is None or not spec.shape else context.shape
+        self.context_features = 0
+        if self.context_shape is not None:
+            aligned_shape(self.context_shape, self.shape, self.feature_dim)
+            self.context_features = self.context_shape[-1]
+        self.dtype = wide_dtype([spec])
+
     def forward(self, value: Tensor, context: Tensor | None) -> Tensor:
         """Output of the value's shape, in the parameters' dtype (or autocast's)."""
         dtype: torch.dtype = self.layers[0].weight.dtype  # type: ignore[assignment]
-        h = value.to(dtype)
+        full, h, seen = self.check(value.shape), value.to(dtype), None
         if h.dim() < 2:
-            h = h.reshape(_at_least_2d(h.shape))
-        if h.dim() != len(self.shape) or h.shape[self.feature_dim] != self.features:
-            raise DecouplingError(
-                f"a synthesizer made for values like {self.shape} (features in dimension "
-                f"{self.feature_dim}) got one of shape {tuple(value.shape)}: only batch, time and "
-                "space may change. Decouple again for a new size."
-            )
-        if self.context_shape is None:
-            context = None
-        elif context is None:
-            raise DecouplingError(
-                f"a synthesizer for values like {self.shape} was made for a context of "
-                f"{self.context_features} features, but got none. Pass target= to Trainer.step, or "
-                "context= to stage.step."
-            )
-        else:
-            context = align_context(context, h.shape, self.feature_dim).to(dtype)
-            if context.shape[-1] != self.context_features:
+            h = h.reshape(full)
+        if self.context_shape is not None:
+            if context is not None:
+                seen = align_context(context, full, self.feature_dim).to(dtype)
+            if seen is None or seen.shape[-1] != self.context_features:
+                got = "none. Pass target= to Trainer.step, or context= to stage.step."
+                if seen is not None:
+                    got = f"{seen.shape[-1]}. The callable must always return the same number."
                 raise DecouplingError(
                     f"a synthesizer for values like {self.shape} was made for a context of "
-                    f"{self.context_features} features, but got {context.shape[-1]}. The context "
-                    "callable must always return the same number."
+                    f"{self.context_features} features, but got {got}"
                 )
-        output = self.compute(h, context)
+        output = self.compute(h, seen)
         return output if output.dim() == value.dim() else output.reshape(value.shape)
 
     def compute(self, value: Tensor, context: Tensor | None) -> Tensor:
         """The network proper: value ``(batch, ..., features)`` or a map, context aligned with
         features last.
         """
-        raise NotImplementedError
-
-    def flops(self) -> int:
-        """Multiply-adds x 2 on the example batch."""
-        raise NotImplementedError
+        return run_layers(self.layers, self.norms, value, context, self.space)
 
 
 class Affine(nn.Module):
-    """``W [h, c] + b`` at every position of a vector, token sequence or map.
-
-    For anything but vectors ``W`` is split and the context's part added where it broadcasts: the
-    same mathematics without a copy of the value.
+    """``W [h, c] + b`` at every position; for anything but vectors ``W`` is split and the context's
+    part added where it broadcasts, without a copy of the value.
     """
 
     def __init__(
@@ -121,9 +121,7 @@ class Affine(nn.Module):
             nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Linear
 
     def forward(self, value: Tensor, context: Tensor | None = None, space: int = 0) -> Tensor:
-        """Map features; ``space`` counts the trailing dimensions of maps ``(batch, features,
-        *space)``.
-        """
+        """Map features; ``space``: how many dimensions of a map are behind them."""
         if context is None:
             return self._project(value, self.weight, space)
         if value.dim() == 2 and context.shape[0] == value.shape[0]:
@@ -140,9 +138,7 @@ class Affine(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation by the batch's own statistics, in any mode; a single value per channel
-    stays as it is.
-    """
+    """Batch normalisation by the batch's own statistics; a single value per channel stays."""
 
     def __init__(self, features: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -150,9 +146,7 @@ class BatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(features, dtype=dtype))
 
     def forward(self, value: Tensor, feature_dim: int = 1) -> Tensor:
-        """Normalise ``(batch, features, *space)``, or ``(batch, ..., features)`` with
-        ``feature_dim=-1``.
-        """
+        """Normalise over all but ``feature_dim``, 1 or -1."""
         if value.numel() == value.shape[feature_dim]:  # no variance: F.batch_norm refuses
             return (value.flatten() * self.weight + self.bias).view_as(value)
         features_first = value if feature_dim == 1 or value.dim() == 2 else value.movedim(-1, 1)
@@ -161,20 +155,52 @@ class BatchNorm(nn.Module):
 
 
 def make_norms(norm: str, sizes: Sequence[int], dtype: torch.dtype) -> nn.ModuleList:
-    """A normalisation for every hidden layer, or none.
-
-    Raises:
-        DecouplingError: neither ``"batch"`` nor ``"none"``.
-    """
+    """A normalisation for every hidden layer, or none; other words are refused."""
     if norm not in ("batch", "none"):
         raise DecouplingError(f"unknown norm {norm!r}; known: 'batch', 'none'")
     return nn.ModuleList(BatchNorm(size, dtype) for size in sizes if norm == "batch")
 
 
-class Pointwise(Network):
-    """The same small network at every position: affine, or with hidden layers of ReLUs; the last
-    layer starts at 0.
+def make_layers(
+    sizes: Sequence[int], shared: int, space: int, kernel: int, dtype: torch.dtype, zero: bool
+) -> nn.ModuleList:
+    """Convolutions over maps, or affine layers for a kernel of 0; the first has ``shared`` more
+    features, and the last may start at 0.
     """
+    more, last = [shared] + [0] * len(sizes), len(sizes) - 2
+    if not kernel:
+        return nn.ModuleList(
+            Affine(a, more[i], b, dtype, zero and i == last)
+            for i, (a, b) in enumerate(pairwise(sizes))
+        )
+    convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[space - 1]
+    layers = nn.ModuleList(
+        convolution(a + more[i], b, kernel, padding=kernel // 2, dtype=dtype)
+        for i, (a, b) in enumerate(pairwise(sizes))
+    )
+    for parameter in layers[-1].parameters() if zero else ():
+        nn.init.zeros_(parameter)
+    return layers
+
+
+def run_layers(
+    layers: nn.ModuleList, norms: nn.ModuleList, h: Tensor, shared: Tensor | None, space: int
+) -> Tensor:
+    """Layers with normalisations and ReLUs between them; the first sees ``shared``, aligned with
+    features last, convolutions as planes that end at the border like the maps, as in the paper.
+    """
+    convolve = not isinstance(layers[0], Affine)
+    if convolve and shared is not None:
+        h = torch.cat((h, as_planes(shared, h)), 1)
+    for i, layer in enumerate(layers):
+        if i:
+            h = F.relu(norms[i - 1](h, 1 if space else -1) if norms else h)
+        h = layer(h) if convolve else layer(h, None if i else shared, space)
+    return h
+
+
+class Pointwise(Network):
+    """The same network at every position: affine, or hidden ReLUs; the last layer starts at 0."""
 
     def __init__(
         self,
@@ -188,29 +214,9 @@ class Pointwise(Network):
         # As wide as the value, so that the synthesizer costs what a layer of its stage costs;
         # narrow values need more.
         width = max(self.features, 64) if width is None else width
-        self.sizes = [self.features] + [width] * hidden + [self.features]
-        self.layers = nn.ModuleList(
-            Affine(a, 0 if i else self.context_features, b, self.dtype, zero=i == hidden)
-            for i, (a, b) in enumerate(pairwise(self.sizes))
-        )
-        self.norms = make_norms(norm, self.sizes[1:-1], self.dtype)
-
-    def compute(self, value: Tensor, context: Tensor | None) -> Tensor:
-        """Affine layers with ReLUs between them; the first sees the context."""
-        h = self.layers[0](value, context, self.space)
-        for i, layer in enumerate(list(self.layers)[1:]):
-            h = self.norms[i](h, 1 if self.space else -1) if self.norms else h
-            h = layer(F.relu(h), None, self.space)
-        return h
-
-    def flops(self) -> int:
-        """2 positions inputs outputs per layer, plus the context's part once per position that it
-        differs at.
-        """
-        total = sum(2 * self.positions * a * b for a, b in pairwise(self.sizes))
-        if self.context_shape is not None:
-            total += 2 * math.prod(self.context_shape) * self.sizes[1]
-        return total
+        sizes = [self.features] + [width] * hidden + [self.features]
+        self.layers = make_layers(sizes, self.context_features, self.space, 0, self.dtype, True)
+        self.norms = make_norms(norm, sizes[1:-1], self.dtype)
 
 
 class Regression(GradientSource):
@@ -233,8 +239,6 @@ class Regression(GradientSource):
         ICML version). The normalisation is ours.
 
     Args:
-        specs: the values served.
-        context: the context, or None.
         network: makes ``M`` for one value.
     """
 
@@ -260,12 +264,12 @@ class Regression(GradientSource):
             DecouplingError: a value or the context is not of the kind that the source was made for.
         """
         pairs = zip(self.networks, values, strict=True)
-        outputs = [network(value, context) for network, value in pairs]
-        gradients = [
+        outputs = tuple(network(value, context) for network, value in pairs)
+        gradients = tuple(
             like(output.detach().to(scale.dtype) * scale, value)
             for output, scale, value in zip(outputs, self.scale, values, strict=True)
-        ]
-        return Prediction(tuple(gradients), tuple(outputs))
+        )
+        return Prediction(gradients, outputs)
 
     def fit(self, prediction: Prediction, message: tuple[Tensor, ...]) -> Tensor:
         """Mean squared error in units of the running scale, summed over the values; updates the
@@ -274,36 +278,39 @@ class Regression(GradientSource):
         Raises:
             DecouplingError: a target's shape differs from its prediction's.
         """
-        expected = [output.shape for output in prediction.state]
-        got = [target.shape for target in message]
-        if expected != got:
-            raise DecouplingError(
-                f"targets of shapes {[*map(tuple, got)]} for predictions of shapes "
-                f"{[*map(tuple, expected)]}: fit takes one target per value, of the value's shape"
-            )
-        targets = tuple(target.detach().to(self.scale.dtype) for target in message)
-        self._update_scale(targets)
-        # 1 / 0 -> 0: while no scale is known every target is zero.
-        inverses = self.scale.reciprocal().nan_to_num(posinf=0.0).unbind()
+        targets, inverses = self.rescale(prediction.state, message)
         losses = [
             F.mse_loss(output.to(target.dtype), target * inverse)
             for output, target, inverse in zip(prediction.state, targets, inverses, strict=True)
         ]
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
-    def flops(self) -> int:
-        """The networks' multiply-adds x 2; the scale is not counted."""
-        return sum(network.flops() for network in self.networks)  # type: ignore[operator]
+    def rescale(
+        self, predicted: Sequence[Tensor], message: Sequence[Tensor]
+    ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        """Update the scale; the targets in its dtype, and what each is multiplied by to be of unit
+        size.
+        """
+        expected, got = ([tuple(t.shape) for t in tensors] for tensors in (predicted, message))
+        if expected != got:
+            raise DecouplingError(
+                f"targets of shapes {got} came back for predictions of shapes {expected}: a source "
+                "learns from one target per value, of the value's shape"
+            )
+        targets = [target.detach().to(self.scale.dtype) for target in message]
+        update_scale(self.scale, self.count, targets)
+        # 1 / 0 -> 0: while no scale is known every target is zero.
+        return targets, self.scale.reciprocal().nan_to_num(posinf=0.0).unbind()
 
-    def _update_scale(self, targets: tuple[Tensor, ...]) -> None:
-        # Few and small tensor operations: reading a number back would make the host wait for the
-        # device.
-        scale, count = self.scale, self.count
-        norms = [torch.linalg.vector_norm(t) / math.sqrt(t.numel()) for t in targets]
-        square = torch.stack(norms).square_().nan_to_num_(0.0, posinf=0.0)
-        known = square > 0
-        count.add_(known).clamp_(max=WINDOW)
-        scale.copy_(scale.square().lerp_(square, known / count.clamp(min=1)).sqrt_())
+
+def update_scale(scale: Tensor, count: Tensor, targets: Sequence[Tensor]) -> None:
+    """Follow the targets' root mean squares, of up to :data:`WINDOW` of them; in place."""
+    # Few and small tensor operations: reading a number back would make the host wait.
+    norms = [torch.linalg.vector_norm(t) / math.sqrt(t.numel()) for t in targets]
+    square = torch.stack(norms).view_as(scale).square_().nan_to_num_(0.0, posinf=0.0)
+    known = square > 0
+    count.add_(known).clamp_(max=WINDOW)
+    scale.copy_(scale.square().lerp_(square, known / count.clamp(min=1)).sqrt_())
 
 
 class Linear(Regression):
@@ -326,8 +333,6 @@ class MLP(Regression):
     + b_1) + b_2`.
 
     Args:
-        specs: the values served.
-        context: the context, or None.
         hidden: number of hidden layers. The paper's DNI on MNIST is
             ``partial(MLP, hidden=2, width=1024, norm="batch")``.
         width: of each; by default the value's features, at least 64, so that the synthesizer costs

@@ -1,4 +1,4 @@
-"""The source between two windows of a sequence: one for all tensors of the state."""
+"""The source between two windows of a sequence, one for all tensors of the state; and BP(λ)."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial, reduce
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import DecouplingError
 from ..plan import TensorSpec
 from .asks import Asks
-from .base import GradientSource, Prediction, SourceFactory, like
+from .base import GradientSource, Prediction, SourceFactory, checked_share, like
 from .keeping import kept_weights
 from .making import make_source
-from .regression import MLP
-from .traces import Traces
+from .regression import MLP, Linear
+
+MOST_ELEMENTS = 2**27  # of the traces: half a gigabyte in single precision
 
 
 def side_by_side(values: Sequence[Tensor], specs: Sequence[TensorSpec]) -> Tensor:
@@ -51,8 +54,7 @@ class AcrossTime(GradientSource):
     part of the target.
 
     Args:
-        specs: the state's tensors.
-        context: the context, or None.
+        specs, context: as for every source; the specs are the state's tensors.
         source: name or factory of the source that predicts; ``"auto"`` is an MLP with one hidden
             layer as wide as the state, batch-normalised, without which it learnt next to nothing on
             the copy task.
@@ -74,13 +76,12 @@ class AcrossTime(GradientSource):
         auxiliary: float = 0.0,
     ) -> None:
         super().__init__(specs, context)
-
-        batch = {spec.shape[spec.batch_dim] for spec in self.specs}
-        features = [math.prod(spec.shape) // spec.shape[spec.batch_dim] for spec in self.specs]
+        batches = [spec.shape[spec.batch_dim] for spec in self.specs]
+        size = sum(math.prod(s.shape) // b for s, b in zip(self.specs, batches, strict=True))
         dtype = _common_dtype(self.specs)
-        joined = TensorSpec((batch.pop(), sum(features)), dtype)
+        joined = TensorSpec((batches[0], size), dtype)
         if source == "auto":
-            source = partial(MLP, hidden=1, width=max(sum(features), 64), norm="batch")
+            source = partial(MLP, hidden=1, width=max(size, 64), norm="batch")
         self.source = make_source(source, (joined,), context)
         asked = self.source.asks
         if replace(asked, ends=False, jacobian=False) not in (Asks(), Asks(learns_from=())):
@@ -99,7 +100,6 @@ class AcrossTime(GradientSource):
         if isinstance(self.source, Traces):
             self.source.factor = self.factor
         self._latest = torch.zeros(())
-        size = sum(features)
         self.teller = nn.Linear(size, size, dtype=dtype) if self.auxiliary else None
 
     def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
@@ -152,3 +152,87 @@ class AcrossTime(GradientSource):
             found.append(like(part, value))
             first += count
         return tuple(found)
+
+
+class Traces(Linear):
+    r"""Affine in the state, :math:`\hat g_t = W [s_t, 1]`, regressed to λ-weighted targets without
+    keeping old windows.
+
+    .. math::
+        \delta_t &= \frac{\partial L_{t+1}}{\partial s_t}
+        + \alpha J_{t+1}^\top \hat g_{t+1} - \hat g_t, \qquad
+        J_t = \frac{\partial s_t}{\partial s_{t-1}} \\
+        e_t &= \frac{\partial \hat g_t}{\partial W} + \alpha\lambda J_t e_{t-1}, \qquad
+        \Delta W \propto \delta_t^\top e_t
+
+    λ = 0 is the bootstrapped regression of :class:`Linear`; with λ = 1 and α = 1 the bootstraps
+    cancel, and the sum over a whole sequence is the regression to the true gradient of full
+    backpropagation through time, as far as W stands still meanwhile. A trace has ``batch x state^2
+    x (state + 1)`` elements and a window costs one more backward pass for each feature of the
+    state, so this is for small states. It serves the state between windows only.
+
+    Args:
+        specs: the state's tensors side by side, one value ``(batch, features)``.
+        context: ignored.
+        decay: λ, from 0 to 1.
+
+    Source:
+        Pemberton & Costa 2024, BP(λ), Transactions on Machine Learning Research, algorithm 1.
+    """
+
+    asks = Asks(ends=True, jacobian=True)
+
+    def __init__(
+        self, specs: Sequence[TensorSpec], context: TensorSpec | None = None, *, decay: float = 1.0
+    ) -> None:
+        super().__init__(specs)
+        self.decay = checked_share("the decay of Traces", decay)
+        if len(self.specs[0].shape) != 2:
+            raise DecouplingError(
+                "Traces serves the state between windows, not a cut within one: ask for it by the "
+                "state's interfaces, gradients={'next_...': Traces}"
+            )
+        batch, features = self.specs[0].shape
+        if (count := batch * features * features * (features + 1)) > MOST_ELEMENTS:
+            raise DecouplingError(
+                f"the traces of a state of {features} features and a batch of {batch} would have "
+                f"{count:.1e} elements, more than {MOST_ELEMENTS:.1e}; use a smaller state or "
+                "batch, or 'linear'"
+            )
+        self.factor = 1.0  # set by who uses the prediction
+        self._traces: Tensor | None = None
+
+    def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
+        """As the regression; ``fit`` needs the state, its Jacobian and what ends, too."""
+        prediction = super().predict(values, context)
+        prediction.state = (*prediction.state, values[0], self.jacobian, self.ended)
+        return prediction
+
+    def fit(self, prediction: Prediction, message: tuple[Tensor, ...]) -> Tensor:
+        """The mean squared error of one window's target, whose gradient is that of the traces."""
+        (target,) = message
+        output, state, jacobian, ended = prediction.state
+        _, (inverse,) = self.rescale((output,), message)
+        wanted = target.detach().to(output.dtype) * inverse.to(output.dtype)
+        error = wanted - output.detach()
+        seen = F.pad(state.detach().to(output.dtype), (0, 1), value=1.0)
+        eye = torch.eye(output.shape[1], dtype=output.dtype, device=output.device)
+        traces = torch.einsum("ip,bq->bipq", eye, seen)
+        known = self._traces is not None and self._traces.shape == traces.shape
+        if jacobian is not None and known:
+            # Where a sequence ends nothing was bootstrapped from, so earlier windows have nothing
+            # to learn there.
+            weighted = self.factor * self.decay * _without(jacobian.to(output.dtype), ended)
+            traces += torch.einsum("bij,bjpq->bipq", weighted, self._traces)
+        step = torch.einsum("bi,bipq->pq", error, traces) * (2 / error.numel())
+        self._traces = _without(traces, ended)
+        layer: Any = self.networks[0].layers[0]  # type: ignore[index]
+        slope = -(layer.weight * step[:, :-1]).sum() - (layer.bias * step[:, -1]).sum()
+        return error.square().mean() + (slope - slope.detach())
+
+
+def _without(tensor: Tensor, ended: Tensor | None) -> Tensor:
+    """Zero for the samples whose sequence has ended."""
+    if ended is None:
+        return tensor
+    return tensor.masked_fill(ended.view(-1, *(1,) * (tensor.dim() - 1)), 0.0)

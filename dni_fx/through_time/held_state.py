@@ -1,4 +1,6 @@
-"""The state of recurrent modules that a model holds: put in and taken out where they are called."""
+"""The state of recurrent modules that a model holds: put in and taken out where they are called;
+and stacked ones taken apart into their layers, so that cuts can fall between them.
+"""
 
 from __future__ import annotations
 
@@ -12,71 +14,145 @@ from torch import Tensor, nn
 from ..errors import DecouplingError
 from ..graphs.nested import flatten
 from ..passes.trace.state import restored
-from .layers import Layers
-from .states import InitialState, States, batch_size
+from .window import InitialState, States, Window
+
+
+class _Follows:
+    """Mixed into a module that stands for a part of another one: trains when that does, and stays
+    one graph node.
+    """
+
+    is_graph_leaf = True
+
+    @property
+    def training(self) -> bool:
+        return self.__dict__["_owner"][0].training if "_owner" in self.__dict__ else True
+
+    @training.setter
+    def training(self, value: bool) -> None:
+        pass
+
+    def follow(self, owner: nn.Module) -> Any:
+        self.__dict__["_owner"] = [owner]  # no submodule
+        return self
+
+
+class _Dropout(_Follows, nn.Dropout):
+    pass
+
+
+_KINDS: dict[type[nn.RNNBase], Any] = {
+    kind: type(f"_{kind.__name__}", (_Follows, kind), {}) for kind in (nn.LSTM, nn.GRU, nn.RNN)
+}
+
+
+class Layers(nn.Module):
+    """A stacked ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN`` as its layers, one after the other; the
+    parameters are shared.
+    """
+
+    def __init__(self, stacked: nn.RNNBase) -> None:
+        super().__init__()
+        for k in range(stacked.num_layers):
+            if k and stacked.dropout:
+                self.add_module(f"dropout_{k - 1}", _Dropout(stacked.dropout).follow(stacked))
+            self.add_module(f"layer_{k}", _single_layer(stacked, k))
+
+    def forward(self, x: Tensor, states: Sequence[Any]) -> tuple[Tensor, list[Any]]:
+        rest, found = iter(states), []
+        for module in self.children():
+            if isinstance(module, _Dropout):
+                x = module(x)
+            else:
+                x, state = module(x, next(rest))
+                found.append(state)
+        return x, found
+
+
+def _single_layer(stacked: nn.RNNBase, k: int) -> nn.RNNBase:
+    kind = next((c for base, c in _KINDS.items() if isinstance(stacked, base)), None)
+    ends = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] * stacked.bias)]
+    ends += ["weight_hr"] * bool(stacked.proj_size)
+    names = [n for n, _ in stacked.named_parameters() if n.endswith(f"_l{k}")]
+    if kind is None or set(names) != {f"{end}_l{k}" for end in ends}:
+        raise DecouplingError(
+            f"a {type(stacked).__name__} with re-made weights cannot be cut between its layers; "
+            "cut before or after it"
+        )
+    size = stacked.input_size if k == 0 else (stacked.proj_size or stacked.hidden_size)
+    told = ["bias", "batch_first", *(["proj_size"] * bool(stacked.proj_size))]
+    told += ["nonlinearity"] * isinstance(stacked, nn.RNN)
+    options = {name: getattr(stacked, name) for name in told}
+    layer: Any = kind(size, stacked.hidden_size, device="meta", **options)
+    for name in names:
+        setattr(layer, f"{name.removesuffix(f'_l{k}')}_l0", getattr(stacked, name))
+    made: nn.RNNBase = layer.follow(stacked)
+    return made
 
 
 class _Standin(nn.Module):
     """Stands in a model for one of its recurrent modules while a window runs: puts the state in,
-    and takes it out.
+    and takes it out. What it is asked for otherwise is the module's own.
     """
 
-    def __init__(
-        self, module: nn.RNNBase, run: Callable[[Tensor, Any], tuple[Any, Any]], state: Any
-    ) -> None:
+    def __init__(self, module: nn.RNNBase, run: Callable[..., Any], state: Any) -> None:
         super().__init__()
-        self.__dict__["held"] = (module, run)
-        self.__dict__["state"] = state
         self.training = module.training
-        self.__dict__["found"] = self.__dict__["given"] = None
+        vars(self).update(held=(module, run), state=state, found=None, given=None)
 
     def forward(self, x: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
-        """The module's own call; the state that the model gives is passed over."""
         if self.found is not None:
             raise DecouplingError(
                 f"a {type(self.held[0]).__name__} is called more than once in a forward pass, so "
                 "it has no one state to carry; let the model take and return its state: forward(x, "
                 "state) -> (y, state)"
             )
-        self.__dict__["given"] = hx
-        y, self.__dict__["found"] = self.held[1](x, self.state)
-        return y, self.found
+        y, found = self.held[1](x, self.state)
+        vars(self).update(found=found, given=hx)
+        return y, found
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """The module's own."""
         return iter(self.held[0].named_parameters(*args, **kwargs))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["held"][0], name)
 
 
-class HeldState:
-    """The state of every ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` that a model of ``x`` alone holds,
-    or is.
+class HeldState(Window):
+    """A model of ``x`` alone that holds ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN`` modules, or is one:
+    their state is put in and taken out where they are called.
 
     Args:
-        model: the user's module.
-        cores: its recurrent modules, by path.
-        layers: those of them that are taken apart.
-        batch_dim: dimension of the batch in a window.
+        model, batch_first, initial_state: as for :class:`Window`.
+        cores: the recurrent modules, by path.
+        layered: take stacked ones apart into their layers, so that cuts can fall between them.
     """
+
+    stateless = False
 
     def __init__(
         self,
         model: nn.Module,
+        batch_first: bool,
+        initial_state: InitialState | None,
         cores: dict[str, nn.RNNBase],
-        layers: dict[str, Layers],
-        batch_dim: int,
+        layered: bool,
     ) -> None:
-        self.model, self.cores, self.layers = model, cores, layers
-        self.batch_dim = batch_dim
-        self.states: States | None = None
+        super().__init__(model, batch_first, initial_state)
+        self.cores = cores
+        stacks = {p: c for p, c in cores.items() if layered and c.num_layers > 1}
+        self.layers = {path: Layers(core) for path, core in stacks.items()}
+        self.apart = self.layers.get("", nn.Module())  # under the modules' own paths
+        for path, layers in self.layers.items() if "" not in self.layers else ():
+            holder: Any = self.apart
+            *outer, last = path.split(".")
+            for name in outer:
+                holder = holder._modules.setdefault(name, nn.Module())
+            holder.add_module(last, layers)
 
-    def run(self, x: Any, state: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
-        """The model's output over a window, and the state after it, by name."""
-        y, found, _ = self._through(x, self._by_core(list(state.values())))
-        leaves = [leaf for path in self.cores for leaf in flatten(found[path])[0]]
-        return y, dict(zip(state, leaves, strict=True))
+    def run(self, x: Any, state: list[Tensor]) -> tuple[Any, list[Tensor]]:
+        y, found, _ = self._through(x, self._by_core(state))
+        return y, [leaf for path in self.cores for leaf in flatten(found[path])[0]]
 
     def _through(
         self, x: Any, states: dict[str, Any]
@@ -91,11 +167,11 @@ class HeldState:
         inside = {p: _Standin(core, runs[p], states[p]) for p, core in self.cores.items()}
         with _exchanged(self.model, inside):
             y = self.model(x)
-        unused = [p for p, core in inside.items() if core.found is None]
-        if unused:
-            raise DecouplingError(
-                f"the forward pass does not call {unused[0]!r}, whose state was to be carried"
-            )
+        for path, core in inside.items():
+            if core.found is None:
+                raise DecouplingError(
+                    f"the forward pass does not call {path!r}, whose state was to be carried"
+                )
         after = {p: core.found for p, core in inside.items()}
         return y, after, {p: core.given for p, core in inside.items()}
 
@@ -103,37 +179,26 @@ class HeldState:
         """What each recurrent module takes: its state, or a list of its layers' states."""
         rest, found = iter(leaves), {}
         for path, core in self.cores.items():
-            pair = isinstance(core, nn.LSTM)
-            each = [
-                (next(rest), next(rest)) if pair else next(rest) for _ in range(self._parts(path))
-            ]
+            pair, parts = isinstance(core, nn.LSTM), range(self._parts(path))
+            each = [(next(rest), next(rest)) if pair else next(rest) for _ in parts]
             found[path] = each if path in self.layers else each[0]
         return found
 
     def _parts(self, path: str) -> int:
         return self.cores[path].num_layers if path in self.layers else 1
 
-    def find(self, x: Any, initial: InitialState | None) -> States:
-        """Learn of the state from the recurrent modules.
-
-        Raises:
-            DecouplingError: the model starts one of them from a state of its own, or does not
-                compute the same when they are taken apart.
+    def find_states(self, x: Any) -> States:
+        """From the recurrent modules; refused where the model starts one of them from a state of
+        its own, or does not compute the same when they are taken apart.
         """
-
-        def make(batch: int) -> list[Tensor]:
-            if initial is not None:
-                return self.unpack(initial(batch))
-            parts = [path for path in self.cores for _ in range(self._parts(path))]
-            return [t for path in parts for t in self._zeros(path, batch)]
-
-        names = self._names()
-        start = make(batch_size(x, self.batch_dim))
-        self._check_start(x, start)
-        if self.layers and initial is None:
+        names, initial = self._names(), self.initial_state
+        make = self._zeros if initial is None else lambda batch: self.unpack(initial(batch))
+        start = make(int(flatten(x)[0][0].shape[self.batch_dim]))
+        if not self.layers:
+            self._check_start(x, start)
+        elif initial is None:
             self._check_layers(x, start)
-        self.states = States(names, (1,) * len(names), None, make)
-        return self.states
+        return States(names, (1,) * len(names), make)
 
     def _names(self) -> tuple[str, ...]:
         names = []
@@ -146,31 +211,26 @@ class HeldState:
                 names += ["_".join([*starts, *ends, kind]) for kind in kinds]
         return tuple(n if n not in names[:i] else f"{n}_{i}" for i, n in enumerate(names))
 
-    def _zeros(self, path: str, batch: int) -> list[Tensor]:
-        core = self.cores[path]
-        layers = 1 if path in self.layers else core.num_layers
-        weight = next(core.parameters())
-        sizes = [core.proj_size or core.hidden_size]
-        sizes += [core.hidden_size] * isinstance(core, nn.LSTM)
-        return [
-            torch.zeros(layers, batch, size, dtype=weight.dtype, device=weight.device)
-            for size in sizes
-        ]
+    def _zeros(self, batch: int) -> list[Tensor]:
+        zeros = []
+        for path, core in self.cores.items():
+            weight, parts = next(core.parameters()), self._parts(path)
+            sizes = [core.proj_size or core.hidden_size]
+            sizes += [core.hidden_size] * isinstance(core, nn.LSTM)
+            shapes = [(core.num_layers // parts, batch, size) for size in sizes]
+            zeros += [weight.new_zeros(shape) for _ in range(parts) for shape in shapes]
+        return zeros
 
     def _check_start(self, x: Any, start: list[Tensor]) -> None:
         """The model must leave its modules to start from zeros."""
         with torch.enable_grad(), restored(self.model):
-            given = self._through(x, self._by_core(start))[2] if not self.layers else {}
-        own = [
-            p
-            for p, hx in given.items()
-            if any(t.requires_grad or bool((t != 0).any()) for t in flatten(hx)[0])
-        ]
-        if own:
-            raise DecouplingError(
-                f"the model starts {own[0]!r} from a state of its own, which is learnt or not "
-                "zero; let the model take and return its state: forward(x, state) -> (y, state)"
-            )
+            given = self._through(x, self._by_core(start))[2]
+        for path, hx in given.items():
+            if any(t.requires_grad or bool((t != 0).any()) for t in flatten(hx)[0]):
+                raise DecouplingError(
+                    f"the model starts {path!r} from a state of its own, which is learnt or not "
+                    "zero; let the model take and return its state: forward(x, state) -> (y, state)"
+                )
 
     def _check_layers(self, x: Any, start: list[Tensor]) -> None:
         """Taken apart, the model must compute what it did."""
@@ -178,18 +238,17 @@ class HeldState:
             with torch.no_grad(), restored(self.model):
                 whole = self.model(x)
             with torch.no_grad(), restored(self.model):
-                apart = self._through(x, self._by_core(start))[0]
+                apart = self.run(x, start)[0]
             ours, theirs = flatten(apart)[0], flatten(whole[0] if "" in self.cores else whole)[0]
             same = [t.shape for t in ours] == [t.shape for t in theirs] and all(
                 torch.allclose(a, b, rtol=1e-4, atol=1e-6)
                 for a, b in zip(ours, theirs, strict=True)
             )
+            reason = ""
         except DecouplingError:
             raise
         except Exception as error:
             same, reason = False, f" ({type(error).__name__}: {error})"
-        else:
-            reason = ""
         if not same:
             names = ", ".join(repr(p or type(self.model).__name__) for p in self.layers)
             raise DecouplingError(
@@ -200,7 +259,6 @@ class HeldState:
             )
 
     def pack(self, leaves: Sequence[Tensor]) -> Any:
-        """The state as ``nn.LSTM`` and its kind take it, by path where there are several."""
         found = {}
         for path, state in self._by_core(list(leaves)).items():
             if path in self.layers:
@@ -211,11 +269,6 @@ class HeldState:
         return found if len(found) > 1 else next(iter(found.values()))
 
     def unpack(self, state: Any) -> list[Tensor]:
-        """The tensors of a state.
-
-        Raises:
-            DecouplingError: its structure is not the modules'.
-        """
         by_path = state if len(self.cores) > 1 else {next(iter(self.cores)): state}
         if not isinstance(by_path, dict) or set(by_path) != set(self.cores):
             raise DecouplingError(
@@ -233,27 +286,20 @@ class HeldState:
 
 def _state_of(core: nn.RNNBase, given: Any) -> list[Tensor]:
     """The tensors of one recurrent module's state."""
-    wanted = 2 if isinstance(core, nn.LSTM) else 1
-    tensors = [given] if isinstance(given, Tensor) else []
-    if isinstance(given, tuple | list):
-        tensors = list(given)
-    is_layered = all(isinstance(t, Tensor) and t.dim() == 3 for t in tensors)
-    if len(tensors) != wanted or not is_layered:
-        kind = "a pair (hidden, cell)" if wanted == 2 else "one tensor"
+    tensors, is_pair = [given] if isinstance(given, Tensor) else given, isinstance(core, nn.LSTM)
+    if (
+        not isinstance(tensors, tuple | list)
+        or len(tensors) != 1 + is_pair
+        or not all(isinstance(t, Tensor) and t.dim() == 3 for t in tensors)
+    ):
+        kind = "a pair (hidden, cell)" if is_pair else "one tensor"
+        shapes = [tuple(t.shape) for t in flatten(given)[0]]
+        found = f"{type(given).__name__} of shapes {shapes}" if shapes else repr(given)[:60]
         raise DecouplingError(
             f"the state of a {type(core).__name__} must be {kind} of 3 dimensions (layers, "
-            f"batch, features), but is {_described(given)}"
+            f"batch, features), but is {found}"
         )
-    return tensors
-
-
-def _described(value: Any) -> str:
-    leaves = flatten(value)[0]
-    return (
-        f"{type(value).__name__} of shapes {[tuple(t.shape) for t in leaves]}"
-        if leaves
-        else repr(value)[:60]
-    )
+    return list(tensors)
 
 
 @contextlib.contextmanager

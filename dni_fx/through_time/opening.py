@@ -1,35 +1,39 @@
-"""A window's graph: cut at its end, where the state leaves, and where asked within it."""
+"""A window's graph is opened at its end, where the state and messages leave it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
-from ..compiler.refusals import check_cuts
-from ..decoupled import Decoupled
-from ..graphs.graphs import Graphs
-from ..graphs.recipe import Recipe
-from ..passes.cut.insertion import Gradients, Leaving
-from ..passes.trace.ports import open_ports
+from torch import Tensor
+
+from ..passes.trace.ports import ANOTHER, open_ports
 from ..passes.trace.tracing import Trace
+from ..plan import Interface, TensorSpec
+from ..sources import AcrossTime, Joint
 from .window import Window
 
 
-@dataclass(frozen=True)
+@dataclass
 class WindowOpening:
-    """What comes into a window's graph and leaves it besides the model's input and output.
+    """What comes into a window's graph and leaves it besides the model's input and output, and the
+    sources of what leaves: one for all tensors of the state that ask for the same.
 
     Attributes:
-        module: the model over one window; its ``states`` are known by the first call.
-        leaving: how state and messages are served.
-        messages: keys of the model's output, a dict, that leave for another network.
-        input_gradients: whether gradients leave for what the window takes.
+        module: the model over one window, which knows its state by the first call.
+        context: what the sources see, from the first step on.
+        messages and others: as for :func:`dni_fx.recurrent.decouple_through_time`.
     """
 
     module: Window
-    leaving: Leaving
-    messages: tuple[str, ...] = ()
-    input_gradients: bool = False
+    messages: tuple[str, ...]
+    input_gradients: bool
+    factor: float
+    auxiliary: float
+    message_factor: float
+    context: TensorSpec | None = None
+    _known: list[tuple[Any, Joint]] = field(default_factory=list)
 
     def open(self, trace: Trace) -> Trace:
         """The trace of the user's model, whose state comes in and leaves by itself."""
@@ -41,22 +45,22 @@ class WindowOpening:
             trace, self.module.model, prefixes, dims, self.messages, self.input_gradients
         )
 
+    def see_context(self, context: Tensor) -> None:
+        """What the sources will see, at the first step."""
+        if self.context is None:
+            self.context = TensorSpec(tuple(context.shape), context.dtype)
 
-def decouple_window(
-    opening: WindowOpening, cuts: Sequence[str], gradients: Gradients, check: bool
-) -> Decoupled:
-    """Cut the graph of a window, at its end and where asked within it.
-
-    Args:
-        opening: the window, and what leaves its graph.
-        cuts: names to cut after within the window.
-        gradients: as in :func:`dni_fx.decouple`.
-        check: compare the stages with the window.
-
-    Returns:
-        The decoupled model, called as the window is.
-    """
-    names = check_cuts(list(cuts), None)
-    assert isinstance(names, tuple)
-    recipe = Recipe(names, gradients, check=check, opening=opening)
-    return Decoupled(Graphs(opening.module.model, recipe))
+    def serve(self, interface: Interface, option: Any) -> Any:
+        """What makes the source of something that leaves the window."""
+        if option == "exact":
+            return "joint:exact"
+        if interface.feeds == ANOTHER:
+            return partial(AcrossTime, source=option, factor=self.message_factor)
+        for asked, joint in self._known:
+            if asked is option or asked == option:
+                return joint
+        made = Joint(
+            partial(AcrossTime, source=option, factor=self.factor, auxiliary=self.auxiliary)
+        )
+        self._known.append((option, made))
+        return made

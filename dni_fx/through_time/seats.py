@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import DecouplingError
 from ..graphs.nested import flatten
 from .trainer import ThroughTime
+from .window import stacked
 from .window_batch import WindowBatch
 
 # What comes from outside, in the input of a member that receives messages, too.
@@ -74,6 +75,7 @@ class Member:
 class Sent:
     """A message under way."""
 
+    message: str
     step: int  # of the sender's report
     value: Tensor
     gradient: Tensor | None = None  # sent back so far
@@ -99,13 +101,18 @@ class Seat:
     incoming: list[Link] = field(default_factory=list)
     outgoing: list[Link] = field(default_factory=list)
     ticks: list[Tick] = field(default_factory=list)
-    sent: dict[str, list[Sent]] = field(default_factory=dict)  # not answered yet, oldest first
+    sent: list[Sent] = field(default_factory=list)  # not answered yet, oldest first
     latest: dict[str, Sent] = field(default_factory=dict)
     held: list[tuple[WindowBatch, list[Tick]]] = field(default_factory=list)
 
+    @property
+    def trainer(self) -> ThroughTime:
+        """The member's."""
+        return self.member.trainer
+
     def forget(self) -> None:
         """A new sequence begins."""
-        self.ticks, self.held, self.sent, self.latest = [], [], {}, {}
+        self.ticks, self.held, self.sent, self.latest = [], [], [], {}
 
     def next_tick(self, now: int) -> tuple[int, int]:
         """When it ticks next; tuples compare as the turns come."""
@@ -113,18 +120,36 @@ class Seat:
 
     def next_update(self, now: int) -> tuple[int, int]:
         """When it sends next, unless the sequence ends before."""
-        left = self.member.trainer.window - len(self.ticks)
+        left = self.trainer.window - len(self.ticks)
         return (now // self.member.every + left) * self.member.every, self.place
 
-    def send_back(self, ticks: list[Tick], gradients: list[Tensor | None]) -> None:
+    def stack(self, values: list[Any], what: str) -> Any:
+        """The ticks of a window in one; a network without state takes its only tick as it is."""
+        framed = self.trainer.opening.module
+        if framed.stateless:
+            return values[0]
+        found = [flatten(value) for value in values]
+        kinds = [(structure, [t.shape for t in leaves]) for leaves, structure in found]
+        for kind in kinds[1:]:
+            if kind != kinds[0]:
+                first, other = (
+                    [tuple(shape) for shape in shapes] for _, shapes in (kinds[0], kind)
+                )
+                raise DecouplingError(
+                    f"the {what} of one window must be alike, but tensors of shapes {first} are "
+                    f"followed by {other}; give the same at every tick"
+                )
+        return stacked(values, framed.time_dim)
+
+    def send_back(self, ticks: list[Tick], gradients: Iterable[Tensor | None]) -> None:
         """What a window sends back, tick by tick through the making of its input."""
-        stacked = not self.member.trainer.framed.stateless
-        dim = self.member.trainer.framed.time_dim
+        framed, scale = self.trainer.opening.module, self.trainer.accumulate
+        arrived = list(gradients)
         for k, tick in enumerate(ticks):
             values = [t for t in flatten(tick.x)[0] if t.is_floating_point()]
             found = [
-                (v, g.select(dim, k) if stacked else g)
-                for v, g in zip(values, gradients, strict=True)
+                (v, g if framed.stateless else g.select(framed.time_dim, k))
+                for v, g in zip(values, arrived, strict=True)
                 if g is not None and v.requires_grad
             ]
             leaves = [leaf for _, leaf in tick.received]
@@ -136,11 +161,7 @@ class Seat:
             for (sent, _), part in zip(tick.received, parts, strict=True):
                 sent.open -= 1
                 if part is not None:
-                    part = (
-                        part * self.member.trainer.accumulate
-                        if self.member.trainer.accumulate > 1
-                        else part
-                    )
+                    part = part * scale if scale > 1 else part
                     sent.gradient = part if sent.gradient is None else sent.gradient + part
 
     @contextlib.contextmanager
@@ -165,7 +186,7 @@ def take(
                 "message, (batch, ...), or let the receiver tick later (every=, and members "
                 "take their turns in order)"
             )
-        sent = sent or Sent(0, link.initial)  # type: ignore[arg-type]
+        sent = sent or Sent(link.message, 0, link.initial)  # type: ignore[arg-type]
         sent.open += 1
         messages[link.key] = sent.value.detach().requires_grad_()
         received.append((sent, messages[link.key]))
@@ -182,40 +203,17 @@ def take(
 
 
 def check_member(member: Member) -> None:
-    if not isinstance(member.trainer, ThroughTime):
+    """Refuse what cannot tick: no trainer of windows, or a clock that does not fit it."""
+    trainer, every = member.trainer, member.every
+    if not isinstance(trainer, ThroughTime):
         raise DecouplingError(
             "expected what decouple_through_time returns, or a Member of it, not "
-            f"{type(member.trainer).__name__}"
+            f"{type(trainer).__name__}"
         )
-    if type(member.every) is not int or member.every < 1:
-        raise DecouplingError(f"every={member.every!r}: expected a number of ticks, at least 1")
-    if member.trainer.framed.stateless and member.trainer.window > 1:
+    if type(every) is not int or every < 1:
+        raise DecouplingError(f"every={every!r}: expected a number of ticks, at least 1")
+    if trainer.opening.module.stateless and trainer.window > 1:
         raise DecouplingError(
             "its model has no state, so a window is one batch, but "
-            f"window={member.trainer.window}: use window=1, and accumulate= to update less often"
+            f"window={trainer.window}: use window=1, and accumulate= to update less often"
         )
-
-
-def stack(trainer: ThroughTime, values: list[Any], what: str) -> Any:
-    """The ticks of a window in one; a network without state takes its only tick as it is."""
-    if trainer.framed.stateless:
-        return values[0]
-    taken = [flatten(value) for value in values]
-    (first, structure), rest = taken[0], taken[1:]
-    shapes = [t.shape for t in first]
-    for leaves, other in rest:
-        if other != structure or [t.shape for t in leaves] != shapes:
-            raise DecouplingError(
-                f"the {what} of one window must be alike, but tensors of shapes "
-                f"{[tuple(s) for s in shapes]} are followed by {[tuple(t.shape) for t in leaves]}; "
-                "give the same at every tick"
-            )
-    dim = trainer.framed.time_dim
-    return structure.build(
-        iter(
-            [
-                torch.stack(every, dim)
-                for every in zip(*(leaves for leaves, _ in taken), strict=True)
-            ]
-        )
-    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,17 +11,15 @@ from torch import Tensor, nn
 from ..decoupled import Decoupled, Stage
 from ..errors import DecouplingError
 from ..graphs.nested import map_tensors
-from ..passes.trace.ports import ANOTHER, STATE
 from ..plan import CutPlan
 from ..reports.steps import StepReport
 from ..runtime.base import BaseTrainer
+from ..runtime.in_turn import InTurn
 from ..runtime.saving import load_trained, trained_state
 from ..sources import GradientSource
-from .carried import Carried, begin_anew, read_done
-from .states import InitialState, States
-from .under_way import Windows
-from .window import Window
-from .window_batch import WindowBatch
+from .carried import Carried, read_done
+from .opening import WindowOpening
+from .window_batch import WindowBatch, close, find_answers
 
 
 @dataclass(frozen=True)
@@ -48,8 +46,7 @@ class ThroughTime(BaseTrainer):
     Attributes:
         window: T, the most time steps in one window.
         messages: names of what goes to other networks.
-        sends_input_gradients: whether reports carry gradients for the windows' tensors.
-        framed: the model over one window.
+        opening: the model over one window, and what leaves it.
         model: the user's, trained in place.
         decoupled: its stages and sources.
     """
@@ -57,23 +54,17 @@ class ThroughTime(BaseTrainer):
     def __init__(
         self,
         decoupled: Decoupled,
-        framed: Window,
+        opening: WindowOpening,
         window: int,
-        see_context: Callable[[Tensor], None],
-        *,
-        context: Callable[[Any], Tensor] | None,
-        initial_state: InitialState | None,
-        messages: tuple[str, ...],
-        input_gradients: bool,
         loss: Callable[[Any, Any], Tensor],
         **options: Any,
     ) -> None:
-        super().__init__(decoupled, loss, context=context, **options)
-        self.window, self.messages = window, messages
-        self.model, self.framed = decoupled.model, framed
-        self.sends_input_gradients = input_gradients
-        self._see_context, self._initial_state = see_context, initial_state
-        self._windows = Windows(decoupled, self.optimizing, self.metrics, self.accumulate)
+        super().__init__(decoupled, loss, **options)
+        self.model, self.opening = decoupled.model, opening
+        self.window, self.messages = window, opening.messages
+        self._in_turn: InTurn[WindowBatch] = InTurn(
+            decoupled, self.optimizing, self.metrics, self.accumulate
+        )
         self._carried = Carried()
 
     @property
@@ -102,12 +93,12 @@ class ThroughTime(BaseTrainer):
         sequence.
         """
         leaves = self._carried.leaves
-        return None if leaves is None else self.framed.pack(leaves)
+        return None if leaves is None else self.opening.module.pack(leaves)
 
     @property
     def windows(self) -> list[WindowBatch]:
         """Those under way, oldest first."""
-        return self._windows.under_way
+        return list(self._in_turn.under_way)
 
     def step(  # type: ignore[override]
         self, x_window: Any, state: Any = None, done: Any = None, target: Any = None
@@ -132,61 +123,56 @@ class ThroughTime(BaseTrainer):
             NonFiniteError: a value or gradient is NaN or infinite; nothing is updated.
             DecouplingError: a window, state or ``done`` that does not fit.
         """
-        batch = self.framed.check(x_window, self.window)
-        states, carried = self._known_states(x_window), self._carried
+        framed, carried = self.opening.module, self._carried
+        batch, states = framed.check(x_window, self.window), framed.known_states(x_window)
         carried.check_untouched()
         goes_on = state is None or carried.is_same(state)
-        leaves = carried.leaves if goes_on else self.framed.unpack(state)
+        leaves = carried.leaves if goes_on else framed.unpack(state)
         if leaves is None:
             leaves = states.initial(batch)
         carried.check_fits(states, leaves, batch)
-        before = self._windows.open_ended()
+        before = next((w for w in reversed(self.windows) if not w.has_ended), None)
         if before is not None and not goes_on and before.is_held:
             # Its update must come before the next forward.
-            self._windows.advance(self.steps, None, before.end)
+            self._advance(None, before.end)
             before = None
         ended = read_done(done, batch, next(self.model.parameters()).device)
+        is_over = ended is not None and bool(ended.all())
         context = self.objective.context(target)
         values = self._bind(x_window, leaves, context)
-        made = WindowBatch(self.decoupled, self.objective, ended, self.steps + 1)
-        if goes_on:
-            made.previous = before
-        known: dict[str, Any] = {}
+        previous = before if goes_on else None
+        made = WindowBatch(self.decoupled, self.objective, self.steps + 1, ended, previous)
+        output: Any = None
+        after: list[Tensor] = []
+        messages: dict[str, Tensor] = {}
 
         def begin() -> None:
-            made.begin(values, context, target, self._windows.clock)
-            sent = made.state.values
-            known["output"] = made.state.output
-            known["after"] = [sent[f"next_{n}"].detach() for n in states.names]
-            known["messages"] = {
-                n: made.state.sent[n] for n, i in made.leaving.items() if i.feeds == ANOTHER
-            }
+            nonlocal output
+            made.begin(values, context, target, self._in_turn.clock)
+            output = made.state.output
+            after.extend(made.state.values[f"next_{n}"].detach() for n in states.names)
+            messages.update({n: made.state.sent[n] for n in made.messages})
             if before is not None and not goes_on:
                 before.end()
-            if ended is not None and bool(ended.all()):
+            if is_over:
                 made.end()
 
-        self._windows.advance(self.steps, made, begin)
+        self._advance(made, begin)
         self.steps += 1
-        after = known["after"]
         if ended is not None:
-            after = begin_anew(states, after, states.initial(batch), ended)
-        report = self._report(made, known, self.framed.pack(after))
-        is_over = ended is not None and bool(ended.all())
-        carried.keep(None if is_over else after, report.state)
-        return report
-
-    def _report(self, made: WindowBatch, known: dict[str, Any], state: Any) -> WindowReport:
+            after = states.begin_anew(after, ended, is_over)
         assert made.state.loss is not None
-        return WindowReport(
+        report = WindowReport(
             made.state.loss * self.accumulate,
-            known["output"],
+            output,
             dict(self.metrics.found),
             self.steps,
-            state,
-            known["messages"],
-            {n: g for n, g in made.sent_back.items() if not n.startswith(STATE)},
+            framed.pack(after),
+            messages,
+            made.input_gradients,
         )
+        carried.keep(*(() if is_over else (after, report.state)))
+        return report
 
     def prepare(self, x_window: Any, target: Any = None) -> ThroughTime:
         """Trace a window without training on it, as the first step would: the plan, the stages and
@@ -202,26 +188,44 @@ class ThroughTime(BaseTrainer):
         Raises:
             DecouplingError: a window that does not fit.
         """
-        batch = self.framed.check(x_window, self.window)
-        context = self.objective.context(target)
-        self._bind(x_window, self._known_states(x_window).initial(batch), context)
+        framed = self.opening.module
+        batch = framed.check(x_window, self.window)
+        leaves = framed.known_states(x_window).initial(batch)
+        self._bind(x_window, leaves, self.objective.context(target))
         return self
-
-    def _known_states(self, x_window: Any) -> States:
-        return self.framed.states or self.framed.find_states(x_window, self._initial_state)
 
     def _bind(self, x_window: Any, leaves: list[Tensor], context: Tensor | None) -> dict[str, Any]:
         """The window's values by name, its graph active, and an optimiser for everything."""
-        states = self._known_states(x_window)
         if context is not None:
-            self._see_context(context)
-        if self.sends_input_gradients:
+            self.opening.see_context(context)
+        if self.opening.input_gradients:
             x_window = map_tensors(_fresh, x_window)
-        named = {n: _fresh(t) for n, t in zip(states.names, leaves, strict=True)}
+        names = self.opening.module.known_states(x_window).names
+        named = {n: _fresh(t) for n, t in zip(names, leaves, strict=True)}
         values = self.decoupled.bind(x_window, named)
-        self._check_sources()
-        self.optimizing.prepare(self.decoupled.graphs, self.stages, 1 / self.accumulate)
+        _check_sources(self.sources)
+        self.optimizing.prepare(self.decoupled.graphs, self.stages)
         return values
+
+    def _advance(self, new: WindowBatch | None, begin: Callable[[], None]) -> None:
+        """One step of time; a failure after graphs were pulled back costs the sequences that were
+        held.
+        """
+        try:
+            self._in_turn.advance(self.steps, new, begin, self._check_update)
+        except BaseException:
+            if any(w.torn and w.is_held for w in self.windows):
+                self._in_turn.under_way = []
+            raise
+
+    def _check_update(self, windows: Sequence[WindowBatch]) -> None:
+        has_gradient = any(p.grad is not None for p in self.model.parameters())
+        if has_gradient and any(w.is_held for w in windows):
+            raise DecouplingError(
+                "accumulate= counts windows, and this update would come while later windows are "
+                "held for exact gradients, which it would spoil: leave it out, or let updates come "
+                "at the ends of sequences"
+            )
 
     def answer(self, gradients: Mapping[int, Mapping[str, Tensor]]) -> None:
         """Take what other networks send back for messages: the targets of their sources, or the
@@ -235,12 +239,19 @@ class ThroughTime(BaseTrainer):
             DecouplingError: no such step waits for an answer, no such message, a gradient of
                 another shape, or only some of the windows that are held together.
         """
-        self._windows.answer(gradients, self.steps)
+        found = find_answers(gradients, self.windows, self.decoupled, self.steps)
+
+        def deliver() -> None:
+            for window, name, gradient in found:
+                window.hear(name, gradient)
+
+        if found:
+            self._advance(None, deliver)
 
     def reset(self) -> None:
         """Start a new sequence with the next window, for all samples."""
         self.drain()
-        self._carried.forget()
+        self._carried.keep()
 
     def drain(self) -> int:
         """End what is under way as if nothing followed: what was held for exact gradients is pulled
@@ -251,7 +262,11 @@ class ThroughTime(BaseTrainer):
         Returns:
             How many updates that made.
         """
-        return self._windows.drain(self.steps)
+        held = [w for w in self.windows if w.is_held]
+        if held:
+            self._advance(None, lambda: close(held))
+        self._in_turn.under_way = []
+        return bool(held)
 
     def state_dict(self) -> dict[str, Any]:
         """As :meth:`dni_fx.Trainer.state_dict`, with the state that the next window starts from.
@@ -270,17 +285,17 @@ class ThroughTime(BaseTrainer):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """As :meth:`dni_fx.Trainer.load_state_dict`."""
-        self.optimizing.prepare(self.decoupled.graphs, self.stages, 1 / self.accumulate)
         load_trained(state, self.decoupled, self.optimizing)
         self.steps = state["steps"]
-        self._windows.forget()
-        self._carried.forget([t.clone() for t in state.get("carried", [])] or None)
+        self._in_turn.under_way = []
+        self._carried.keep([t.clone() for t in state.get("carried", [])] or None)
 
-    def _check_sources(self) -> None:
-        waiting = [n for n, s in self.decoupled.sources.items() if s.asks.wait and not s.asks.exact]
-        if waiting:
+
+def _check_sources(sources: Mapping[str, GradientSource]) -> None:
+    for name, source in sources.items():
+        if source.asks.wait and not source.asks.exact:
             raise DecouplingError(
-                f"the source at {waiting[0]!r} waits for a message, which windows cannot: use one "
+                f"the source at {name!r} waits for a message, which windows cannot: use one "
                 "that predicts at once"
             )
 

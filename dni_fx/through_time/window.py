@@ -1,112 +1,128 @@
 """A recurrent model as a function of one window, ``(x, state) -> (y, state)``, whatever it takes by
 itself.
-
-Kinds of model are told apart: ``nn.LSTM`` and its like; a model ``(x, state) -> (y, state)`` of
-whole windows, or of single steps, which are then unrolled; and a model of ``x`` alone that holds
-recurrent modules, whose state is put in and taken out where they are called.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import DecouplingError
 from ..graphs.nested import flatten
-from .held_state import HeldState
-from .layers import Layers
-from .states import GivenState, InitialState, NoState, States
+
+InitialState = Callable[[int], Any]
+
+
+@dataclass(frozen=True)
+class States:
+    """The tensors of a recurrent state.
+
+    Attributes:
+        names: of each tensor.
+        batch_dims: which of its dimensions is the batch; None for one that all samples share.
+        initial: the tensors at the start of a sequence, for a batch size.
+    """
+
+    names: tuple[str, ...]
+    batch_dims: tuple[int | None, ...]
+    initial: Callable[[int], list[Tensor]]
+
+    def begin_anew(self, after: list[Tensor], ended: Tensor, is_over: bool) -> list[Tensor]:
+        """The state after a window, with that of a new sequence for samples whose own has ended."""
+        parts = zip(after, self.initial(len(ended)), self.batch_dims, strict=True)
+        return [
+            (b if is_over else a) if dim is None else torch.where(along(ended, a, dim), b, a)
+            for a, b, dim in parts
+        ]
+
+
+def along(mask: Tensor, tensor: Tensor, dim: int) -> Tensor:
+    """A mask over the batch in a shape that lines up with a tensor's batch dimension."""
+    return mask.view([-1 if d == dim else 1 for d in range(tensor.dim())])
 
 
 class Window(nn.Module):
     """A model as ``(x, state) -> (y, state)`` over the steps of ``x``, the state as a dict of
-    tensors.
+    tensors. This one carries nothing, and its windows are plain batches; others are derived.
 
     Args:
         model: the user's module.
-        unroll: whether the model takes single steps; None: it does unless it is, or holds, an
-            ``nn.LSTM`` or its kind.
-        batch_first: layout of the windows; None: as the model's recurrent modules have it, else
-            time first.
-        layered: take stacked recurrent modules apart into their layers, so that cuts can fall
-            between them.
-        stateless: allow a model that carries nothing, ``x -> y``; its windows are plain batches.
+        batch_first: layout of the windows.
+        initial_state: the state at the start of a sequence, for a batch size; zeros by default.
 
-    Raises:
-        DecouplingError: a model of no kind that can be carried from window to window.
+    Attributes:
+        states: what is known of the state, from the first window on.
     """
 
+    stateless: ClassVar[bool] = True
+
     def __init__(
-        self,
-        model: nn.Module,
-        unroll: bool | None = None,
-        batch_first: bool | None = None,
-        layered: bool = False,
-        stateless: bool = False,
+        self, model: nn.Module, batch_first: bool = True, initial_state: InitialState | None = None
     ) -> None:
         super().__init__()
         self.model = model
-        self.apart = nn.Module()  # layers of stacked modules, under the paths of these
-        cores = {p: m for p, m in model.named_modules() if isinstance(m, nn.RNNBase)}
-        for path, core in cores.items():
-            if core.bidirectional:
-                raise DecouplingError(
-                    f"{path or type(model).__name__!r} is bidirectional: its backward direction "
-                    "starts at the end of the sequence and cannot be carried from window to window"
-                )
-        takes_state = isinstance(model, nn.RNNBase | nn.RNNCellBase) or _positional(model) > 1
-        self.stateless = stateless and not takes_state and not cores
-        if not takes_state and not cores and not stateless:
-            raise DecouplingError(
-                f"{type(model).__name__}.forward takes one argument and the model holds no "
-                "nn.LSTM, nn.GRU or nn.RNN whose state could be carried; let it take and return "
-                "its state: forward(x, state) -> (y, state)"
-            )
-        self.unrolls = (takes_state and not cores) if unroll is None else unroll
-        layouts = {core.batch_first for core in cores.values()}
-        if batch_first is None and len(layouts) > 1:
-            raise DecouplingError(
-                "the model's recurrent modules differ in batch_first; pass batch_first="
-            )
-        self.batch_first = bool(layouts and layouts.pop()) if batch_first is None else batch_first
-        self.time_dim, self.batch_dim = (1, 0) if self.batch_first or self.stateless else (0, 1)
-        self.carrier: HeldState | GivenState | NoState
-        if cores and (isinstance(model, nn.RNNBase) or not takes_state):
-            stacked = {p: c for p, c in cores.items() if layered and c.num_layers > 1}
-            layers = {p: self._put_apart(p, Layers(c)) for p, c in stacked.items()}
-            self.carrier = HeldState(model, cores, layers, self.batch_dim)
-        elif self.stateless:
-            self.carrier = NoState(model)
-        else:  # a model that takes its state as an argument is left to do so
-            self.carrier = GivenState(model, self.unrolls, self.time_dim, self.batch_dim)
+        self.time_dim, self.batch_dim = (1, 0) if batch_first else (0, 1)
+        self.initial_state = initial_state
+        self.states: States | None = None
 
-    def _put_apart(self, path: str, layers: Layers) -> Layers:
-        if not path:
-            self.apart = layers
-            return layers
-        holder = self.apart
-        *outer, last = path.split(".")
-        for name in outer:
-            if name not in dict(holder.named_children()):
-                holder.add_module(name, nn.Module())
-            holder = holder.get_submodule(name)
-        holder.add_module(last, layers)
-        return layers
-
-    @property
-    def states(self) -> States | None:
-        """What is known of the state, from the first window on."""
-        return self.carrier.states
-
-    def check(self, x: Any, most: int) -> int:
-        """The batch size of a window that can be run.
+    def forward(self, x: Any, state: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+        """The model's output over a window, and the state after it.
 
         Args:
-            x: the window.
-            most: time steps that it may have.
+            x: a tensor, or a nesting of tensors, each ``(time, batch, ...)`` or ``(batch, time,
+                ...)``.
+            state: the state's tensors, by name.
+        """
+        y, after = self.run(x, list(state.values()))
+        # Autocast makes a state of its own type; it goes on as what it was.
+        pairs = zip(state.items(), after, strict=True)
+        return y, {n: t if t.dtype == old.dtype else t.to(old.dtype) for (n, old), t in pairs}
+
+    def known_states(self, x: Any) -> States:
+        """What is known of the state, learnt of from a first window."""
+        if self.states is None:
+            self.states = self.find_states(x)
+        return self.states
+
+    # ---- what depends on the kind of model -------------------------------------------------------
+
+    def run(self, x: Any, state: list[Tensor]) -> tuple[Any, list[Tensor]]:
+        """The model's output over a window, and the state after it."""
+        return self.model(x), []
+
+    def find_states(self, x: Any) -> States:
+        """Learn of the state from a window.
+
+        Raises:
+            DecouplingError: it cannot be told, or is not what the model itself starts from.
+        """
+        return States((), (), lambda batch: [])
+
+    def pack(self, leaves: Sequence[Tensor]) -> Any:
+        """The state as users see it: as the model takes it; that of ``nn.LSTM`` and its kind by
+        path where there are several.
+        """
+        return None
+
+    def unpack(self, state: Any) -> list[Tensor]:
+        """The tensors of a state as users see it.
+
+        Raises:
+            DecouplingError: its structure is not the model's.
+        """
+        raise DecouplingError(
+            f"{type(self.model).__name__} carries no state, but was given a "
+            f"{type(state).__name__}: pass state=None"
+        )
+
+    # ---- the window itself -----------------------------------------------------------------------
+
+    def check(self, x: Any, most: int) -> int:
+        """The batch size of a window that can be run, of at most so many time steps.
 
         Raises:
             DecouplingError: tensors of other shapes, or too many steps.
@@ -115,7 +131,7 @@ class Window(nn.Module):
         if self.stateless:
             return int(leaves[0].shape[0]) if leaves and leaves[0].dim() else 0
         time, batch = self.time_dim, self.batch_dim
-        layout = "(batch, time, ...)" if self.batch_first else "(time, batch, ...)"
+        layout = "(batch, time, ...)" if time else "(time, batch, ...)"
         if not leaves or any(t.dim() < 2 for t in leaves):
             found = [tuple(t.shape) for t in leaves] or type(x).__name__
             raise DecouplingError(
@@ -138,51 +154,9 @@ class Window(nn.Module):
             )
         return int(count)
 
-    def forward(self, x: Any, state: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
-        """One window.
 
-        Args:
-            x: a tensor, or a nesting of tensors, each ``(time, batch, ...)`` or ``(batch, time,
-                ...)``.
-            state: the state's tensors, by name.
-
-        Returns:
-            The model's output over the window, and the state after it.
-        """
-        y, after = self.carrier.run(x, state)
-        # Autocast makes a state of its own type; it goes on as what it was.
-        return y, {
-            n: t if t.dtype == state[n].dtype else t.to(state[n].dtype) for n, t in after.items()
-        }
-
-    def find_states(self, x: Any, initial: InitialState | None = None) -> States:
-        """Learn of the state from a first window; asked once, kept in ``states``.
-
-        Args:
-            x: a window.
-            initial: the state at the start of a sequence, for a batch size; zeros by default.
-
-        Raises:
-            DecouplingError: the state cannot be told, or does not start from what the model starts
-                from.
-        """
-        return self.carrier.find(x, initial)
-
-    def pack(self, leaves: Sequence[Tensor]) -> Any:
-        """The state as the model takes it: that of ``nn.LSTM`` and its kind, by path where there
-        are several.
-        """
-        return self.carrier.pack(leaves)
-
-    def unpack(self, state: Any) -> list[Tensor]:
-        """The tensors of a state as users see it.
-
-        Raises:
-            DecouplingError: its structure is not the model's.
-        """
-        return self.carrier.unpack(state)
-
-
-def _positional(model: nn.Module) -> int:
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(p.kind in kinds for p in inspect.signature(model.forward).parameters.values())
+def stacked(values: Sequence[Any], dim: int) -> Any:
+    """Nested values of one structure as one, each tensor with a dimension more."""
+    taken = [flatten(value) for value in values]
+    every = zip(*(leaves for leaves, _ in taken), strict=True)
+    return taken[-1][1].build(iter([torch.stack(tensors, dim) for tensors in every]))

@@ -1,7 +1,10 @@
-"""One window on its way: what leaves it waits for the next window, or for another network."""
+"""One window on its way: what leaves it waits for the next window, or for another network, whose
+answers are told apart here.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,19 +12,18 @@ from torch import Tensor
 
 from ..decoupled import Decoupled
 from ..errors import DecouplingError
-from ..passes.trace.ports import ANOTHER
-from ..plan import Interface
-from ..reports.steps import InterfaceReport
-from ..runtime.batch_state import BatchState, Setting
+from ..passes.trace.ports import ANOTHER, STATE
+from ..runtime.batch_state import Setting
 from ..runtime.finite import refuse
 from ..runtime.in_turn import Batch
 from ..runtime.objective import Objective
 from ..runtime.tape import Tape
 from ..sources import Served, side_by_side
+from .window import along
 
 
-class WindowBatch:
-    """One window: what leaves it waits for the next one, or for another network.
+class WindowBatch(Batch):
+    """One window.
 
     Sources that predict are asked at once. Where the gradient of something that leaves is to be
     exact, the whole window waits for it.
@@ -29,43 +31,43 @@ class WindowBatch:
     Args:
         decoupled: the window's model, its graph active.
         objective: the loss.
-        ended: whose sequence ends with the window, ``(batch,)``; None for nobody's.
         step: number of the window, from 1.
+        ended: whose sequence ends with the window, ``(batch,)``; None for nobody's.
+        previous: the window before, which hears what this one sends back.
 
     Attributes:
-        previous: the window before, which hears what this one sends back.
         leaving: what leaves, by name.
+        messages: names of what leaves for another network.
+        to_itself: names of what the next window takes.
         waits_for: names of what the window waits for.
         torn: whether its graphs have been pulled back, and are gone.
         sent_back: gradients of what the window took, once it has been pulled back.
     """
 
     def __init__(
-        self, decoupled: Decoupled, objective: Objective, ended: Tensor | None, step: int
+        self,
+        decoupled: Decoupled,
+        objective: Objective,
+        step: int,
+        ended: Tensor | None,
+        previous: WindowBatch | None,
     ) -> None:
-        self.ended, self.step = ended, step
-        split = decoupled.graphs.variant.split
-        self.leaving: dict[str, Interface] = {i.name: i for i in split.interfaces if i.leaves}
         everyone = decoupled.graphs.served()
         exact = [s for s in everyone if s.source.asks.exact]
         predicting = tuple(s for s in everyone if not s.source.asks.exact)
-        self.setting = Setting.unlocked(decoupled.graphs, objective, predicting)
-        self.batch = Batch(self.setting)
-        self.previous: WindowBatch | None = None
+        super().__init__(Setting.of(decoupled.graphs, objective, served=predicting))
+        self.step, self.ended, self.previous = step, ended, previous
+        self.leaving = {i.name: i for i in self.setting.split.interfaces if i.leaves}
+        self.messages = [n for n, i in self.leaving.items() if i.feeds == ANOTHER]
+        self.to_itself = [n for n in self.leaving if n not in self.messages]
+        self.waits_for = {n for s in exact for n in s.names if n in self.leaving}
         self.torn = False
         self.sent_back: dict[str, Tensor | None] = {}
-        self.waits_for = {n for s in exact for n in s.names if n in self.leaving}
         leaves = [s for s in everyone if s.leaves]
         self._tracing = [s for s in leaves if s.source.asks.jacobian]
-        for group in (s for s in leaves if s.source.asks.ends):
-            to_itself = self.leaving[group.name].feeds != ANOTHER
-            group.source.ended = ended if to_itself else None
         self._holds = bool(exact or self._tracing)
-
-    @property
-    def state(self) -> BatchState:
-        """What is known of the window."""
-        return self.batch.state
+        for group in (s for s in leaves if s.source.asks.ends):
+            group.source.ended = ended if group.name in self.to_itself else None
 
     @property
     def is_held(self) -> bool:
@@ -77,22 +79,26 @@ class WindowBatch:
         """Names of what has left and was answered."""
         return self.state.progress.heard
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the window after this one is known, or that there is none."""
+        return self.heard.issuperset(self.to_itself)
+
+    @property
+    def input_gradients(self) -> dict[str, Tensor | None]:
+        """What has been sent back for the window's own tensors, by name."""
+        return {n: g for n, g in self.sent_back.items() if not n.startswith(STATE)}
+
     # ---- run -------------------------------------------------------------------------------------
 
     def begin(self, values: dict[str, Any], context: Any, target: Any, now: int = 0) -> None:
-        """Run the window; where some gradient is exact forward only.
-
-        Args:
-            values: the window's inputs and states by name.
-            context: what sources see besides values.
-            target: what the loss takes.
-            now: the step of time that it is.
+        """As for any batch; where some gradient is exact forward only.
 
         Raises:
             NonFiniteError: a held window's loss or values are not finite.
         """
         if not self._holds:
-            self.batch.begin(values, context, target, now)
+            super().begin(values, context, target, now)
             return
         # The caller may write into its tensors before the window is pulled back.
         for name in self.setting.split.model_inputs:
@@ -101,7 +107,7 @@ class WindowBatch:
         state = self.state
         state.values, state.context, state.target = values, context, target
         state.now = state.started = now
-        for stage in self.batch.stages:
+        for stage in self.stages:
             tape = stage.forward(stage.receive())
             if stage.is_last:
                 stage.evaluate(tape)
@@ -113,17 +119,14 @@ class WindowBatch:
         state.note_sent(self.setting)
         assert state.loss is not None
         # Before windows are pulled back that could not be again.
-        refuse(
-            [("the loss", state.loss), *state.sent.items()],
-            f"step {self.step}",
-            "nothing was updated",
-        )
+        places = [("the loss", state.loss), *state.sent.items()]
+        refuse(places, f"step {self.step}", "nothing was updated")
 
     def _jacobian(self, group: Served, tape: Tape) -> Tensor | None:
         """Of the state after the window for that before it, ``(batch, features, features)``; None
         at a start.
         """
-        if len(self.batch.stages) > 1:
+        if len(self.stages) > 1:
             raise DecouplingError(
                 "Traces needs a window in one stage: leave out cuts=, or use another source"
             )
@@ -146,23 +149,17 @@ class WindowBatch:
 
     def hear(self, name: str, gradient: Tensor | None) -> None:
         """The gradient of something that left."""
-        interface = self.leaving[name]
-        if gradient is not None and self.ended is not None and interface.feeds != ANOTHER:
-            dim = interface.spec.batch_dim
+        if gradient is not None and self.ended is not None and name in self.to_itself:
+            dim = self.leaving[name].spec.batch_dim
             gradient = gradient.masked_fill(along(self.ended, gradient, dim), 0.0)
         self.state.progress.gradients[name] = gradient
         self.heard.add(name)
 
     def end(self) -> None:
         """No window follows, so nothing flows back to the state."""
-        for name, interface in self.leaving.items():
-            if name not in self.heard and interface.feeds != ANOTHER:
+        for name in self.to_itself:
+            if name not in self.heard:
                 self.hear(name, None)
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether the window after this one is known, or that there is none."""
-        return all(n in self.heard for n, i in self.leaving.items() if i.feeds != ANOTHER)
 
     def advance(self, now: int) -> None:
         """Pull back what was held, once what it waits for is there, and tell the window before."""
@@ -172,12 +169,10 @@ class WindowBatch:
             return
         self.torn = self.is_held
         for index in sorted(progress.tapes, reverse=True):
-            stage, tape = self.batch.stages[index], progress.tapes.pop(index)
+            stage, tape = self.stages[index], progress.tapes.pop(index)
             assert isinstance(tape, Tape)
-            predicted = stage.sources.predicted()
-            arrived = progress.gradients
-            given = {n: predicted.get(n, arrived.get(n)) for n in split.sent_by(index)}
-            stage.pull_back(tape, given)
+            known = progress.gradients | stage.sources.predicted()
+            stage.pull_back(tape, {n: known.get(n) for n in split.sent_by(index)})
         if self.sent_back:
             return
         self.sent_back = {n: progress.gradients.get(n) for n in split.incoming}
@@ -187,38 +182,72 @@ class WindowBatch:
                     self.previous.hear(name, self.sent_back[interface.feeds])
             self.previous = None
 
-    # ---- what the executor asks ------------------------------------------------------------------
-
-    @property
-    def is_done(self) -> bool:
-        """Whether nothing of the window is under way any more."""
-        return self.batch.is_done
-
-    def learn(self) -> list[tuple[str, Tensor]]:
-        """Train every source whose message is there."""
-        return self.batch.learn()
-
-    def compare(self, step: int) -> dict[str, InterfaceReport]:
-        """How near each prediction is to what arrived."""
-        return self.batch.compare(step)
-
-    def places(self) -> list[tuple[str, Tensor]]:
-        """What must be finite besides values, with its name."""
-        return self.batch.places()
-
     def forget(self) -> None:
-        """Drop what nothing that is still under way needs: what has left may be answered, and wait
-        with the answer.
-        """
+        """What has left may be answered still, and waits with the answer."""
         state, leaving = self.state, self.leaving
         waiting = {n: v for n, v in state.sent.items() if n in leaving and n not in self.heard}
         gradients = state.progress.gradients
         answers = {n: g for n, g in gradients.items() if n in leaving and self.is_held}
-        self.batch.forget()
+        super().forget()
         state.sent |= waiting
         state.progress.gradients |= answers
 
 
-def along(mask: Tensor, tensor: Tensor, dim: int) -> Tensor:
-    """A mask over the batch in a shape that lines up with a tensor's batch dimension."""
-    return mask.view([-1 if d == dim else 1 for d in range(tensor.dim())])
+def find_answers(
+    gradients: Mapping[int, Mapping[str, Tensor]],
+    under_way: Sequence[WindowBatch],
+    decoupled: Decoupled,
+    steps: int,
+) -> list[tuple[WindowBatch, str, Tensor]]:
+    """The windows that answers are for, with the message and its gradient; see
+    :meth:`dni_fx.recurrent.ThroughTime.answer`.
+    """
+    windows = {w.step: w for w in under_way}
+    messages = [i.name for i in decoupled.interfaces if i.feeds == ANOTHER]
+    found: list[tuple[WindowBatch, str, Tensor]] = []
+    for step, name in [(step, name) for step, answers in gradients.items() for name in answers]:
+        if name not in messages or not 1 <= step <= steps:
+            raise DecouplingError(
+                f"answer to step {step}, message {name!r}: there was no such step, or the model "
+                "sends no such message"
+            )
+        window, gradient = windows.get(step), gradients[step][name]
+        if window is None or name in window.heard:
+            asks = decoupled.sources[name].asks
+            if "gradient" in asks.learns_from or asks.exact:
+                raise DecouplingError(
+                    f"message {name!r} of step {step} does not wait for an answer (any more)"
+                )
+            continue  # too late, but nothing would be learnt from it
+        expected = window.state.sent[name].shape
+        if gradient.shape != expected:
+            raise DecouplingError(
+                f"the gradient of message {name!r} has shape {tuple(gradient.shape)}, but "
+                f"the message {tuple(expected)}"
+            )
+        found.append((window, name, gradient.detach()))
+    _check_held(under_way, {(w.step, n) for w, n, _ in found})
+    return found
+
+
+def close(held: Sequence[WindowBatch]) -> None:
+    """End held windows as if nothing followed them."""
+    for window in held:
+        for name in window.waits_for - window.heard:
+            if window is held[-1] or name in window.messages:
+                window.hear(name, None)
+
+
+def _check_held(windows: Sequence[WindowBatch], new: set[tuple[int, str]]) -> None:
+    """Windows that are held for messages are pulled back together, with all their answers."""
+    held = {w: w.waits_for - w.heard for w in windows if w.is_held}
+    open_ = {w: {n for n in names if (w.step, n) not in new} for w, names in held.items()}
+    if not new or all(open_.values()):
+        return
+    for window, names in open_.items():
+        if missing := sorted(names.intersection(window.messages)):
+            raise DecouplingError(
+                "with these answers a window is pulled back and the weights are updated, but step "
+                f"{window.step} is held, too, and waits for {', '.join(map(repr, missing))}: "
+                "answer all held windows in one call"
+            )

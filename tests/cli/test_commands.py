@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import dni_fx
-from dni_fx import cli, cli_options
+from dni_fx import cli
 from dni_fx.plan import CutPlan
 
 from ..helpers.paths import ROOT
@@ -133,9 +133,9 @@ def test_inputs_have_their_sizes_and_types(folder: Path) -> None:
     assert scale.dtype == torch.float32
 
 
-@pytest.mark.parametrize("dtype", cli_options.DTYPES)
+@pytest.mark.parametrize("dtype", cli.DTYPES)
 def test_each_dtype(dtype: str) -> None:
-    value = cli._random(*cli_options.parse_input(f"40x3:{dtype}"), torch.Generator())
+    value = cli._random(*cli.parse_input(f"40x3:{dtype}"), torch.Generator())
     assert value.dtype == getattr(torch, dtype)
     if not value.dtype.is_floating_point:
         assert set(value.unique().tolist()) == {0, 1}
@@ -251,7 +251,7 @@ def test_help_has_examples_that_parse(
     ]
     assert [line[0] for line in lines] == ["points", "plan", "plan", "demo"]
     for line in lines:
-        options, rest = cli_options.make_parser().parse_known_args(line)
+        options, rest = cli.make_parser().parse_known_args(line)
         assert rest == ([] if line[0] != "demo" else line[1:])
         assert options.command == line[0]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dni_fx import cli, cli_options
+from dni_fx import cli
 from dni_fx.plan import CutPlan
 
 from ..helpers.paths import ROOT
@@ -171,7 +171,7 @@ def test_a_wrong_dtype_names_close_ones(capsys: pytest.CaptureFixture[str]) -> N
     [("1", 1), ("1e3", 1000), ("1.5kB", 1500), ("2 MiB", 2 << 20), ("1TB", 10**12)],
 )
 def test_sizes_in_bytes(text: str, count: int) -> None:
-    assert cli_options.parse_bytes(text) == count
+    assert cli.parse_bytes(text) == count
 
 
 def test_an_interrupt_returns_130_without_a_traceback(folder: Path) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from dni_fx.errors import DecouplingError
 
+from ..helpers.comparing import assert_bits_equal
 from ..helpers.optimisers import sgd
 from ..helpers.oracles import draw
 from ..helpers.training import batch, decoupled_of
@@ -122,6 +123,16 @@ def test_files(gradients: str) -> None:
     loop(other, 2, 3, resumed)
     assert same(state(m), state(other))
     Chain(0.2).load_state_dict(saved[0])  # the plain model reads it, too
+
+
+def test_loading_does_not_share_memory_with_what_was_saved() -> None:
+    m = made("linear", synthesizer_optimizer=torch.optim.Adam)
+    loop(m, 2)
+    saved = copy.deepcopy(m.synthesizer_state_dict())
+    kept, other = copy.deepcopy(saved), made("linear", synthesizer_optimizer=torch.optim.Adam)
+    other.load_synthesizer_state_dict(saved)
+    loop(other, 2)
+    assert_bits_equal(saved, kept, "saved sources, after training on")
 
 
 def test_sources_of_another_plan_are_refused() -> None:

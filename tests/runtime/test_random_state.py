@@ -183,7 +183,7 @@ def test_a_checkpoint_of_before_still_loads(
     with trainer(distributed.Trainer) as first:
         device = plug_in(Device(), monkeypatch)
         with monkeypatch.context() as patch:
-            patch.setattr("dni_fx.parallel.state.rng_state", old)
+            patch.setattr("dni_fx.parallel.checkpoints.rng_state", old)
             first.save(tmp_path)
         wanted = draws()
         device.draw()

@@ -27,7 +27,7 @@ MADE: list[dni_fx.Trainer] = []  # the test's trainers, which are closed after i
 
 
 def trainer_of(
-    schedule: str | Schedule,
+    schedule: str | Schedule = "sequential",
     gradients: Any = "linear",
     model: nn.Module | None = None,
     inputs: Any = None,

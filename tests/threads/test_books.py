@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dni_fx.parallel.exchange import Inbox, Ledger, Outbox
+from dni_fx.parallel.desk import Desk, Inbox, Ledger, Outbox
+from dni_fx.parallel.limits import Flow
 from dni_fx.parallel.mailbox import ANSWER, VALUE, Address, Mail
 
 ROOM, KEEP = 2, 3
@@ -63,20 +64,23 @@ def test_an_outbox_that_breaks_its_bound_is_told(outbox: Outbox, steps: set[int]
 
 
 def test_what_comes_before_its_batch_is_kept_for_it(mail: Mail) -> None:
-    inbox = Inbox(mail, 1)
-    inbox.keep(0, 5, {"v": 1})
-    inbox.keep_answer(5, 2, None)
-    inbox.check(5)
-    assert inbox.kept(0, 5) == {"v": 1}
-    assert inbox.kept(0, 5) is None
-    assert inbox.kept_answers(5) == [(2, None)]
-    assert inbox.is_empty
+    desk = Desk(1, mail, Flow(), None, 5)
+    desk.producers, desk.predicted, desk.answering = {0}, {0}, {2}
+    mail.send(Address(VALUE, 0, 1), 5, {"v": 1})
+    mail.send(Address(ANSWER, 2, 1), 5, None)
+    assert desk.has_letters()
+    desk.collect()
+    desk.check()
+    assert not desk.has_letters()
+    assert not desk.is_idle
+    assert desk.inbox.ahead == {(0, 5): {"v": 1}}
+    assert desk.inbox.early == {5: [(2, None)]}
 
 
 def test_what_is_kept_for_a_batch_that_has_begun_is_told(mail: Mail) -> None:
     """Control."""
     inbox = Inbox(mail, 1)
-    inbox.keep(0, 5, {})
+    inbox.ahead[0, 5] = {}
     with pytest.raises(AssertionError, match="begun"):
         inbox.check(6)
 
@@ -84,8 +88,6 @@ def test_what_is_kept_for_a_batch_that_has_begun_is_told(mail: Mail) -> None:
 def test_nothing_comes_before_what_has_been_taken(mail: Mail) -> None:
     inbox = Inbox(mail, 1)
     mail.send(Address(VALUE, 0, 1), 3, None)
-    mail.send(Address(ANSWER, 2, 1), 0, None)
-    assert inbox.has_answers([2])
     assert inbox.take_value(0).step == 3
     assert inbox.ended == {0: 3}
 
@@ -94,15 +96,24 @@ def test_a_ledger_knows_whom_it_owes() -> None:
     ledger = Ledger()
     ledger.open(_job(4), {0: True, 1: False})
     assert ledger.due(4) == [0]
-    assert ledger.is_unseen(4)
-    assert ledger.misses(4, 1)
-    ledger.came(4, 1)
+    assert [job.step for job in ledger.unseen()] == [4]
+    ledger.owed[4][1] = True
     assert ledger.due(4) == [0, 1]
-    ledger.settled(4, 0)
-    assert not ledger.is_paid(4)
+    assert not ledger.unseen()
+    del ledger.owed[4][0]
+    ledger.check()
     assert ledger.close(4) == [1]
     assert not ledger.pending
     ledger.check()
+
+
+def test_answers_owed_for_a_batch_that_is_finished_are_told() -> None:
+    """Control."""
+    ledger = Ledger()
+    ledger.open(_job(4), {0: True})
+    del ledger.pending[4]
+    with pytest.raises(AssertionError, match="finished"):
+        ledger.check()
 
 
 def test_batches_out_of_order_are_told() -> None:

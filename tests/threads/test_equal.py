@@ -10,11 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+import dni_fx
+from dni_fx import distributed
+from dni_fx.errors import DecouplingError
 from dni_fx.schedules import Calibration, RandomUpdates, Schedule, Threads, WarmUp
 
 from ..helpers.comparing import assert_bits_equal
 from ..helpers.training import batch, largest_difference, record
+from ..models.cases import seed_generator
+from ..models.small import Skips
 from .kit import run_script, slow, train, trainer_of
 
 
@@ -100,6 +106,46 @@ def test_late_sources_learn_as_soon_as_the_answer_is_there(gradients: str) -> No
     assert all(w.learner.updates == 8 for w in late.threads.workers.values())  # type: ignore[union-attr]
 
 
+class Shortcut(Skips):
+    """In evaluation mode what the first stage sends has another name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x) if self.training else self.a[1](self.a[0](x))
+        k = self.c(self.b(h).relu())
+        return self.d(torch.cat([k.relu(), h], 1))
+
+
+@pytest.mark.parametrize("inputs", [None, "mlp"])
+@pytest.mark.parametrize("gradients", ["linear", "joint:linear", "each:linear"])
+@pytest.mark.parametrize("kind", [dni_fx.Trainer, distributed.Trainer])
+def test_sources_learn_where_a_graph_has_other_names(
+    kind: Any, gradients: str, inputs: str | None
+) -> None:
+    threads: dict[str, Any] = {"schedule": Threads(staleness=0)}
+    options = threads if kind is dni_fx.Trainer else {"kind": kind, "staleness": 0}
+    trainers = []
+    for how in ({}, options):
+        seed_generator(0)
+        trainer = trainer_of(
+            gradients=gradients, model=Shortcut(), cuts=["b", "c"], inputs=inputs, **how
+        )
+        train(trainer, 2)
+        names = {i.name for i in trainer.decoupled.graphs.variant.split.interfaces}
+        trainer.decoupled.model.eval()
+        train(trainer, 3)
+        assert {i.name for i in trainer.decoupled.graphs.variant.split.interfaces} != names
+        trainers.append(trainer)
+    got, want = (t.decoupled.state_dict() for t in trainers)
+    assert_bits_equal(got, want, f"{gradients}, {inputs}")
+
+
+def test_a_source_without_an_optimiser_is_told() -> None:
+    trainer = train(trainer_of(Threads(staleness=0)), 1)
+    del trainer.synthesizer_optimizers["a"]
+    with pytest.raises(DecouplingError, match="stage_0, step 2: the source at 'a' has learnt, but"):
+        train(trainer, 1)
+
+
 def test_reports_come_from_the_last_stage() -> None:
     trainer, sequential = (
         trainer_of(Threads(staleness=0), metrics_every=2),
@@ -113,7 +159,7 @@ def test_reports_come_from_the_last_stage() -> None:
         want = sequential.step(x, target=y)
         trainer.drain()
         assert trainer.threads is not None
-        got = trainer.threads.team.report(trainer.steps)
+        got = trainer.threads.report(trainer.steps)
         assert torch.equal(got.loss, want.loss)
         assert torch.equal(got.outputs, want.outputs)
         assert got.interfaces.keys() == want.interfaces.keys()

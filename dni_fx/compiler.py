@@ -1,4 +1,5 @@
-"""The entry points: what a user asks for is checked, made a recipe, and handed down.
+"""The entry points: what a user asks for is checked (one error, and what to do), made a recipe, and
+handed down.
 
 :class:`dni_fx.graphs.graphs.Graphs` follows the recipe, by the passes of
 :mod:`dni_fx.graphs.pipeline`.
@@ -7,25 +8,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..decoupled import Decoupled
-from ..errors import DecouplingError
-from ..graphs.graphs import Graphs
-from ..graphs.pipeline import trace_model
-from ..graphs.recipe import Recipe
-from ..passes.cut.cutting import find_flow
-from ..passes.cut.cutting import list_cut_points as list_points
-from ..passes.cut.insertion import Context, Gradients, Inputs
-from ..passes.search.choosing import Search
-from ..passes.search.costing import Seconds
-from ..plan import CutPlan, CutPointList
-from ..sources import INPUTS, SOURCES
-from .refusals import check_cuts, check_examples, check_known, check_whole
+from .decoupled import Decoupled
+from .errors import DecouplingError
+from .graphs.graphs import Graphs
+from .graphs.nested import flatten
+from .graphs.pipeline import Recipe, trace_model
+from .passes.cut.cutting import find_flow
+from .passes.cut.cutting import list_cut_points as list_points
+from .passes.cut.insertion import Context, Gradients, Inputs
+from .passes.search.choosing import Search
+from .passes.search.costing import Seconds
+from .plan import CutPlan, CutPointList
+from .sources import EACH, INPUTS, JOINT, SOURCES
 
 Cuts = str | Sequence[str] | CutPlan
 
@@ -79,11 +79,10 @@ def decouple(
         CutError: unknown or illegal cuts, all of them listed; a model without trainable parameters.
         PlanMismatchError: the plan was made for another graph.
     """
-    named = check_cuts(cuts, stages)
+    wish = check_cuts(cuts, Search(stages))
     check_whole(model)
-    wish = Search(stages) if named is None else named
-    recipe = _with_planned_sources(Recipe(wish, gradients, inputs, context, check))
-    decoupled = Decoupled(Graphs(model, recipe))
+    recipe = Recipe(wish, gradients, inputs, context, check)
+    decoupled = Decoupled(Graphs(model, _with_planned_sources(recipe)))
     if example_inputs is not None or example_kwargs is not None:
         args, kwargs = check_examples(example_inputs, example_kwargs)
         decoupled.bind(*args, **kwargs)
@@ -163,7 +162,6 @@ def plan_cuts(
         objective is that of Tarnawski et al. 2020 (arXiv:2006.16423), with the cost of the sources
         added.
     """
-    named = check_cuts("auto" if cuts is None else cuts, stages)
     search = Search(
         stages=stages,
         objective=objective,
@@ -178,12 +176,12 @@ def plan_cuts(
         loss=loss,
         progress=progress,
     )
+    wish = check_cuts("auto" if cuts is None else cuts, search)
     if example_inputs is None and example_kwargs is None:
         raise DecouplingError(
             "plan_cuts needs example_inputs=, a tuple of one batch's inputs: costs depend on them"
         )
     check_whole(model)
-    wish = search if named is None else named
     recipe = Recipe(wish, gradients, context=context, check=False, weigh=search)
     args, kwargs = check_examples(example_inputs, example_kwargs)
     graphs = Graphs(model, _with_planned_sources(recipe))
@@ -215,12 +213,108 @@ def list_cut_points(
 
 def _with_planned_sources(recipe: Recipe) -> Recipe:
     """The sources that a plan was made with, where no others are asked for."""
-    plan, gradients, inputs = recipe.cuts, recipe.gradients, recipe.inputs
+    plan = recipe.cuts
+    asked: dict[str, Any] = {"gradients": recipe.gradients, "inputs": recipe.inputs}
     if not isinstance(plan, CutPlan):
         return recipe
-    if gradients == "auto" and plan.gradients:
-        named = check_known(plan.gradients, SOURCES, "gradients")
-        gradients = "exact" if "exact" in named.values() else named
-    if inputs is None and plan.inputs:
-        inputs = check_known(plan.inputs, INPUTS, "inputs")
-    return dataclasses.replace(recipe, gradients=gradients, inputs=inputs)
+    for argument, pairs, known in (
+        ("gradients", plan.gradients if asked["gradients"] == "auto" else (), SOURCES),
+        ("inputs", plan.inputs if asked["inputs"] is None else (), INPUTS),
+    ):
+        for interface, name in pairs:
+            if name.removeprefix(JOINT).removeprefix(EACH) not in known:
+                raise DecouplingError(
+                    f"the plan was made with a source of your own at {interface!r} ({name}), which "
+                    f"JSON cannot hold; pass {argument}="
+                )
+        if pairs:
+            names = dict(pairs)
+            asked[argument] = "exact" if "exact" in names.values() else names
+    return dataclasses.replace(recipe, **asked)
+
+
+def check_whole(model: Any) -> None:
+    """Refuse what cannot be decoupled as a whole: compiled, scripted, wrapped, lazy or hooked
+    models.
+    """
+    if why := next(_obstacles(model), None):
+        raise DecouplingError(why)
+
+
+def _obstacles(model: Any) -> Iterator[str]:
+    name, scripted = type(model).__name__, torch.jit.ScriptModule
+    if not isinstance(model, nn.Module):
+        yield f"decouple takes an nn.Module, not {name}"
+    if isinstance(model, Decoupled):
+        yield "this model is decoupled already; pass decoupled.model to cut it in another way"
+    if hasattr(model, "_orig_mod"):
+        yield f"{name} is a compiled module; decouple the original one: model._orig_mod"
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        yield f"{name} wraps another module; decouple that one: model.module"
+    if isinstance(model, scripted):
+        yield f"{name} is a scripted module, which cannot be traced; decouple the Python module"
+    for path, module in model.named_modules():
+        if any(nn.parameter.is_lazy(p) for p in module.parameters(recurse=False)):
+            yield f"lazy module {path!r} has no parameters yet: run the model once on a batch first"
+        if isinstance(module, scripted):
+            yield (
+                f"submodule {path!r} is scripted, which cannot be traced; put the Python module "
+                "there"
+            )
+        if path and hasattr(module, "_orig_mod"):
+            yield f"submodule {path!r} is compiled; decouple the model before compiling parts of it"
+    for hooks in ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks"):
+        if getattr(model, f"_{hooks}"):
+            yield (
+                f"{name} itself has {hooks.replace('_', ' ')}, which would not run: stages replace "
+                "its forward. Remove them, or put them on submodules"
+            )
+
+
+def check_examples(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword inputs of an example batch, or an error that says what to pass."""
+    if not isinstance(args, tuple | list | None) or not isinstance(kwargs, dict | None):
+        is_one = isinstance(args, torch.Tensor)
+        rest = "; for one tensor pass (x,)" if is_one else ", and example_kwargs= a dict"
+        raise DecouplingError(f"example_inputs= must be a tuple of positional inputs{rest}")
+    args, kwargs = tuple(args or ()), dict(kwargs or {})
+    for i, leaf in enumerate(flatten((args, kwargs))[0]):
+        if leaf.is_inference():
+            raise DecouplingError(
+                f"example tensor {i} was made in inference mode; make it outside, or pass a clone"
+            )
+        if leaf.dim() and leaf.shape[0] == 0:
+            raise DecouplingError(
+                f"example tensor {i} has an empty batch, shape {tuple(leaf.shape)}; pass a real "
+                "batch"
+            )
+    return args, kwargs
+
+
+def check_cuts(cuts: Any, search: Search) -> tuple[str, ...] | CutPlan | Search:
+    """What to cut by: names, a plan, or the search for ``"auto"``; or an error that says what to
+    pass.
+    """
+    stages = search.stages
+    if isinstance(cuts, bool | int):
+        raise DecouplingError(
+            f"cuts={cuts!r}: for a number of stages pass stages={cuts!r}; cuts= takes names"
+        )
+    if stages is not None and (type(stages) is not int or stages < 1):
+        raise DecouplingError(f"stages={stages!r}: expected a whole number, at least 1")
+    if isinstance(cuts, str):
+        if cuts != "auto":
+            raise DecouplingError(
+                f"cuts={cuts!r}: pass a list of names, cuts=[{cuts!r}], or 'auto'"
+            )
+        return search
+    if stages is not None:
+        raise DecouplingError("stages= goes with cuts='auto'; n named cuts make n + 1 stages")
+    if isinstance(cuts, CutPlan):
+        return cuts
+    if not isinstance(cuts, list | tuple):
+        raise DecouplingError(f"cuts={cuts!r}: expected a list of names, a CutPlan, or 'auto'")
+    for name in cuts:
+        if not isinstance(name, str):
+            raise DecouplingError(f"cuts= must hold names (text), but holds {name!r}")
+    return tuple(cuts)
