@@ -29,13 +29,13 @@ from ..passes.cut.describing import describe_plan
 from ..passes.cut.insertion import Inserted, insert_sources
 from ..passes.cut.splitting import split_stages
 from ..passes.search.choosing import (
-    Choice,
     Search,
     choose_assigned,
     choose_best,
     choose_named,
     weigh_model,
 )
+from ..passes.search.searching import Choice
 from ..passes.trace.exporting import trace_export
 from ..passes.trace.tracing import Trace, trace_calls
 from ..plan import CutPlan

@@ -18,7 +18,7 @@ from ...plan import (
     StageReport,
 )
 from ...sources import GradientSource, Served, serve
-from ..search.choosing import Choice
+from ..search.searching import Choice
 from ..search.costing import Costs
 from .insertion import Inserted
 

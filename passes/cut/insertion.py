@@ -87,8 +87,7 @@ def insert_sources(
     """
     interfaces, specs = split.interfaces, infer_specs(trace)
     taken = tuple(specs[n] for n in split.model_inputs)
-    batch = taken[0].shape[0] if taken and taken[0].shape else 1
-    seen = None if leaving is not None else infer_context(context, batch)
+    seen = None if leaving is not None else infer_context(context, taken)
     device = next(trace.model.parameters()).device
     devices = {i.name: device for i in interfaces}
     asked = resolve_gradients(interfaces, gradients)
@@ -253,7 +252,7 @@ def _by_interface(interfaces: tuple[Interface, ...], options: Any, argument: str
     return {by_name[n]: option for n, option in options.items()}
 
 
-def infer_context(context: Context | None, batch: int) -> TensorSpec | None:
+def infer_context(context: Context | None, inputs: tuple[TensorSpec, ...]) -> TensorSpec | None:
     """Shape of what a context callable returns for a batch.
 
     Asked of its attributes ``features`` and ``positions`` (number of dimensions between batch and
@@ -261,7 +260,7 @@ def infer_context(context: Context | None, batch: int) -> TensorSpec | None:
 
     Args:
         context: the callable, or None.
-        batch: size of the example batch.
+        inputs: the model's tensor inputs, which tell the size of the example batch.
 
     Returns:
         ``(batch, features)`` and dtype; None without a context.
@@ -275,6 +274,7 @@ def infer_context(context: Context | None, batch: int) -> TensorSpec | None:
         raise DecouplingError(
             f"context= must be a callable from the training target to a tensor, not {context!r}"
         )
+    batch = inputs[0].shape[0] if inputs and inputs[0].shape else 1
     features = getattr(context, "features", None)
     if isinstance(features, int):
         positions = getattr(context, "positions", 0)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+
 import torch
 from torch import fx, nn
 
@@ -31,12 +34,9 @@ def name_values(trace: Trace) -> dict[fx.Node, tuple[str, ...]]:
         For each node: the paths of the modules whose output it is, outermost first (``path@1`` for
         a module's second call), then the node's own name where no module has it.
     """
-    seen: dict[str, int] = {}
     names: dict[fx.Node, list[str]] = {}
-    for path, node, _ in trace.calls:
-        count = seen.get(path, 0)
-        seen[path] = count + 1
-        if path and node is not None:
+    for path, count, node, _ in numbered_calls(trace):
+        if node is not None:
             names.setdefault(node, []).insert(0, f"{path}@{count}" if count else path)
     taken = {n for group in names.values() for n in group}
     for node in trace.graph.nodes:
@@ -45,6 +45,30 @@ def name_values(trace: Trace) -> dict[fx.Node, tuple[str, ...]]:
         elif node not in names:  # ``F.relu`` in a model that also has a module ``relu``
             names[node] = [f"{node.name}_function"]
     return {node: tuple(group) for node, group in names.items()}
+
+
+def numbered_calls(trace: Trace) -> Iterator[tuple[str, int, fx.Node | None, fx.Node]]:
+    """Every call of a submodule: its path, how often it was called before, its output node and the
+    last node made in it.
+    """
+    seen: Counter[str] = Counter()
+    for path, node, last in trace.calls:
+        if path:
+            yield path, seen[path], node, last
+            seen[path] += 1
+
+
+def modules_of(node: fx.Node) -> tuple[str, ...]:
+    """Paths of the modules that a node lies in or calls, outermost first."""
+    called = (str(node.target),) if node.op == "call_module" else ()
+    return tuple(dict.fromkeys((*node.meta.get("modules", ()), *called)))
+
+
+def parameters_of(node: fx.Node) -> tuple[str, ...]:
+    """Names of the parameters that a node uses."""
+    fetched = [i.meta["parameters"] for i in node.all_input_nodes if i.op == "get_attr"]
+    direct = sorted({name for names in fetched for name in names})
+    return tuple(dict.fromkeys((*node.meta.get("parameters", ()), *direct)))
 
 
 def infer_specs(trace: Trace) -> dict[str, TensorSpec]:
