@@ -8,7 +8,7 @@ choose      cuts that were named, planned or searched for           passes/searc
 split       one graph module for each stage                         passes/cut/splitting
 check       do the stages compute what the model computes?          passes/cut/checking
 insert      a source of gradients at every interface                passes/cut/insertion
-describe    the plan                                                passes/cut/describing
+describe    the plan                                                graphs/describing
 emit        the training functions of every stage                   passes/cut/emission
 ==========  =====================================================  =========================
 """
@@ -22,10 +22,8 @@ from typing import Any
 from torch import nn
 
 from ..errors import BakedInError, CutError, PlanMismatchError, TracingError
-from ..passes.cut.checking import check_model, check_stages
-from ..passes.cut.composing import call_stages
+from ..passes.cut.checking import call_stages, check_model, check_stages
 from ..passes.cut.cutting import Flow, find_flow
-from ..passes.cut.describing import describe_plan
 from ..passes.cut.insertion import Inserted, insert_sources
 from ..passes.cut.splitting import split_stages
 from ..passes.search.choosing import (
@@ -39,6 +37,7 @@ from ..passes.search.searching import Choice
 from ..passes.trace.exporting import trace_export
 from ..passes.trace.tracing import Trace, trace_calls
 from ..plan import CutPlan
+from .describing import describe_plan
 from .nested import flatten
 from .recipe import Recipe
 from .variants import Variant

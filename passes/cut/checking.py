@@ -17,9 +17,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ...errors import DecouplingError
 from ...graphs.nested import flatten, map_tensors
 from ..trace.nodes import run_node
+from ..trace.ports import ANOTHER
 from ..trace.state import restored, untouched
 from ..trace.symbols import plain
 from ..trace.tracing import Trace
+from .splitting import Split
 
 _RELATIVE = {
     torch.float64: 1e-10,
@@ -115,6 +117,16 @@ def _difference(
         return None
     distance = _distance(expected, found)
     return f"differs by {distance:.3g} (the model from itself by {noise:.3g})"
+
+
+def call_stages(trace: Trace, split: Split, *args: Any, **kwargs: Any) -> Any:
+    """Run the composed stages, called as what was traced: a window returns its state, too."""
+    values = dict(zip(split.model_inputs, flatten((args, kwargs))[0], strict=True))
+    output = split.run(values)
+    if not trace.ports:
+        return output
+    state = [values[p.name] for p in trace.ports if p.feeds != ANOTHER]
+    return output, state  # messages are in the output already
 
 
 def check_model(

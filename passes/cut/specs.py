@@ -61,7 +61,7 @@ def numbered_calls(trace: Trace) -> Iterator[tuple[str, int, fx.Node | None, fx.
 def modules_of(node: fx.Node) -> tuple[str, ...]:
     """Paths of the modules that a node lies in or calls, outermost first."""
     called = (str(node.target),) if node.op == "call_module" else ()
-    return tuple(dict.fromkeys((*node.meta.get("modules", ()), *called)))
+    return tuple(p for p in dict.fromkeys((*node.meta.get("modules", ()), *called)) if p)
 
 
 def parameters_of(node: fx.Node) -> tuple[str, ...]:
