@@ -89,12 +89,6 @@ def needs_gradient(node: fx.Node) -> bool:
 def find_flow(trace: Trace) -> Flow:
     """Scan a graph once for what crosses every position and where a cut is illegal. Linear in nodes
     and edges.
-
-    Args:
-        trace: a traced model.
-
-    Returns:
-        The facts that cutting and splitting need.
     """
     nodes = tuple(trace.graph.nodes)
     index = {n: i for i, n in enumerate(nodes)}
@@ -137,13 +131,8 @@ def find_flow(trace: Trace) -> Flow:
 
 
 def list_cut_points(flow: Flow) -> tuple[CutPoint, ...]:
-    """Every position that can be named, with what would cross it.
-
-    Args:
-        flow: facts of a traced model.
-
-    Returns:
-        Cut points in program order: after each module, and after each node that ends no module.
+    """Every position that can be named, in program order, with what would cross it: after each
+    module, and after each node that ends no module.
     """
     times = Counter(path for path, _, _ in flow.trace.calls)
     named: dict[int, list[str]] = {}
@@ -175,9 +164,6 @@ def find_cuts(flow: Flow, cuts: tuple[str, ...], lenient: bool = False) -> dict[
         lenient: leave out what cannot be cut. A graph made later under a plan may lack a cut, which
             lies in a branch not taken or meets another one.
 
-    Returns:
-        The name of each, by ascending position.
-
     Raises:
         CutError: unknown names, cuts that nothing trainable crosses, illegal cuts, two cuts at one
             place.
@@ -208,13 +194,7 @@ def refused(flow: Flow, what: str, problems: Iterable[str]) -> CutError:
 
 
 def reason_against(flow: Flow, name: str, names: Mapping[str, int]) -> str | None:
-    """Why a cut may not be made at a name, or None.
-
-    Args:
-        flow: facts of a traced model.
-        name: of a module or node.
-        names: the position that every name means.
-    """
+    """Why a cut may not be made at a name, or None; ``names`` are those of :func:`cut_names`."""
     if name in names:
         return _reason_at(flow, names[name])
     inside = next((path for path in flow.trace.opaque if name.startswith(f"{path}.")), None)

@@ -78,13 +78,15 @@ def insert_sources(
     Args:
         trace: the traced model.
         split: its stages.
-        gradients: gradient sources asked for.
-        inputs: synthetic inputs asked for.
+        gradients: one source for all interfaces, or a mapping from interface name (or another name
+            of the value) to sources; those that it leaves out get ``"auto"``.
+        inputs: synthetic inputs likewise; those that a mapping leaves out get none.
         context: turns targets into what the sources see.
         leaving: how values that leave the graph are served; None where there are none.
 
     Raises:
-        DecouplingError: names of no interface, unknown sources, or some that cannot serve a value.
+        DecouplingError: names of no interface, unknown sources, or some that cannot serve a value;
+            ``"exact"`` for some interfaces only.
     """
     interfaces, specs = split.interfaces, infer_specs(trace)
     taken = tuple(specs[n] for n in split.model_inputs)
@@ -151,16 +153,7 @@ def make_sources(
     device: torch.device,
 ) -> dict[str, GradientSource]:
     """Make one source for each interface; one for all of a stage's that ask for the same
-    ``"joint:..."``.
-
-    Args:
-        interfaces: values that carry a gradient across a cut.
-        chosen: what ``resolve_gradients`` returned.
-        context: shape and dtype of the context, None without one.
-        device: of the values.
-
-    Returns:
-        Sources by interface name. The global random state is left as it was.
+    ``"joint:..."``. The global random state is left as it was.
 
     Raises:
         DecouplingError: an unknown source, or one that cannot serve its value.
@@ -203,17 +196,11 @@ def _by_interface(interfaces: tuple[Interface, ...], options: Any, argument: str
 
 
 def infer_context(context: Context | None, inputs: tuple[TensorSpec, ...]) -> TensorSpec | None:
-    """Shape of what a context callable returns for a batch.
+    """Shape and dtype of what a context callable returns for a batch of the example's size; None
+    without one.
 
     Asked of its attributes ``features`` and ``positions`` (number of dimensions between batch and
     features, 0 if missing), else found by calling it with labels of zero.
-
-    Args:
-        context: the callable, or None.
-        inputs: the model's tensor inputs, which tell the size of the example batch.
-
-    Returns:
-        ``(batch, features)`` and dtype; None without a context.
 
     Raises:
         DecouplingError: the callable has no ``features`` and does not take integer labels.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -25,14 +26,9 @@ _LOOK_BACK = 40
 
 
 def name_values(trace: Trace) -> dict[fx.Node, tuple[str, ...]]:
-    """Names of every value, the preferred one first.
-
-    Args:
-        trace: a traced model.
-
-    Returns:
-        For each node: the paths of the modules whose output it is, outermost first (``path@1`` for
-        a module's second call), then the node's own name where no module has it.
+    """Names of every value, the preferred one first: the paths of the modules whose output it is,
+    outermost first (``path@1`` for a module's second call), then the node's own name where no
+    module has it.
     """
     names: dict[fx.Node, list[str]] = {}
     for path, count, node, _ in numbered_calls(trace):
@@ -72,25 +68,13 @@ def parameters_of(node: fx.Node) -> tuple[str, ...]:
 
 
 def infer_specs(trace: Trace) -> dict[str, TensorSpec]:
-    """Shape, dtype and feature dimension of every tensor of the graph.
-
-    Args:
-        trace: a traced model.
-
-    Returns:
-        Specs by node name, in program order.
-    """
-    return {
-        n.name: _spec(trace, n)
-        for n in trace.graph.nodes
-        if isinstance(n.meta.get("value"), torch.Tensor)
-    }
-
-
-def _spec(trace: Trace, node: fx.Node) -> TensorSpec:
-    value = node.meta["value"]
-    dim = _feature_dim(trace, node) if value.dim() > 2 else -1
-    return TensorSpec(tuple(int(s) for s in value.shape), value.dtype, dim)
+    """Shape, dtype and feature dimension of every tensor, by node name."""
+    specs = {}
+    for node in trace.graph.nodes:
+        if (rank := _rank(node)) >= 0:
+            value, dim = node.meta["value"], _feature_dim(trace, node) if rank > 2 else -1
+            specs[node.name] = TensorSpec(tuple(map(int, value.shape)), value.dtype, dim)
+    return specs
 
 
 def _feature_dim(trace: Trace, node: fx.Node) -> int:
@@ -108,10 +92,9 @@ def _feature_dim(trace: Trace, node: fx.Node) -> int:
         if isinstance(module, _TOKENS) or name in ("linear", "layer_norm", "embedding", "matmul"):
             return -1
         if name == "permute":
-            order = [
-                d for a in current.args[1:] for d in (a if isinstance(a, tuple | list) else [a])
-            ]
-            if order and order[-1] == 1:
+            order: list[Any] = []
+            fx.node.map_aggregate(current.args[1:], order.append)
+            if order[-1:] == [1]:
                 return -1
             if len(order) > 1 and order[1] in (len(order) - 1, -1):
                 return 1

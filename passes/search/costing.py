@@ -68,17 +68,8 @@ def measure_costs(
     *,
     progress: bool = False,
 ) -> Costs:
-    """Run every node by itself, forward and backward, and keep the least of a few times.
-
-    Args:
-        flow: facts of a traced model.
-        args: example positional inputs.
-        kwargs: example keyword inputs.
-        sources: what :func:`dni_fx.passes.search.source_costs.measure_sources` found.
-        progress: show a bar.
-
-    Returns:
-        Measured costs. The model, its buffers and random states are as they were.
+    """Run every node by itself on the example, forward and backward, and keep the least of a few
+    times. The model, its buffers and random states are left as they were.
     """
     device = next(flow.trace.model.parameters()).device
     walk = Walk(flow, functools.partial(measure, device=device))
@@ -94,16 +85,7 @@ def estimate_costs(
     flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], sources: Mapping[str, Cost]
 ) -> Costs:
     """The roofline: the longer of operations over a rate and bytes over another; nothing is run on
-    data.
-
-    Args:
-        flow: facts of a traced model.
-        args: example positional inputs.
-        kwargs: example keyword inputs.
-        sources: what :func:`dni_fx.passes.search.source_costs.estimate_sources` found.
-
-    Returns:
-        Analytic costs, equal in every process and on every machine.
+    data. Equal in every process and on every machine.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     walk = Walk(flow, estimate, has_data=False)
@@ -121,11 +103,8 @@ def given_costs(flow: Flow, seconds: Mapping[str, Seconds], sources: Mapping[str
         flow: facts of a traced model.
         seconds: by node name or module path: seconds of forward and backward together (a third is
             taken for forward), or a pair. A module's are spread evenly over its nodes; nodes that
-            are not named cost nothing.
-        sources: what :func:`dni_fx.passes.search.source_costs.estimate_sources` found.
-
-    Returns:
-        The costs; memory is what parameters and values take.
+            are not named cost nothing. Memory is what parameters and values take.
+        sources: costs of the sources, estimated.
 
     Raises:
         DecouplingError: a name that the graph does not have, or a number that is negative or not

@@ -74,12 +74,8 @@ def _sums_before(amounts: Tensor) -> Tensor:
 
 
 def from_masks(loads: Loads, masks: Iterable[int], everything: int) -> Frontiers:
-    """Frontiers given as sets of positions; empty and whole are added, the order is by size.
-
-    Args:
-        loads: the graph.
-        masks: positions of computed nodes, as bits.
-        everything: positions of all computed nodes.
+    """Frontiers given as sets of positions of computed nodes, as bits; the empty set and
+    ``everything`` are added, the order is by size.
     """
     count = len(loads.compute)
     full = everything | 1 << (count - 1)  # the output is computed with the last stage

@@ -71,13 +71,7 @@ class Loads:
 
 
 def weigh_flow(flow: Flow, costs: Costs, bandwidth: float) -> Loads:
-    """Turn a graph and its costs into numbers.
-
-    Args:
-        flow: facts of a traced model.
-        costs: of every node and source.
-        bandwidth: bytes per second between stages.
-    """
+    """Turn a graph and its costs into numbers; bandwidth in bytes per second between stages."""
 
     def summed(*tables: dict[str, int]) -> Tensor:
         computed = [n.name if flow.is_computed(n) else "" for n in flow.nodes]

@@ -54,15 +54,7 @@ class Choice:
 
 
 def search_cuts(flow: Flow, costs: Costs, wishes: Wishes) -> Choice:
-    """Find the best cuts.
-
-    Args:
-        flow: facts of a traced model.
-        costs: of its nodes and of the sources.
-        wishes: what is asked for; ``stages - 1`` is at most the number of allowed positions.
-
-    Returns:
-        A partition into stages, its cuts, and how far it can be from the best.
+    """Find the best cuts, and how far they can be from the best of all partitions.
 
     Raises:
         CutError: no choice of cuts keeps within the memory cap; by how much, and where.
