@@ -26,13 +26,7 @@ from ..passes.cut.checking import call_stages, check_model, check_stages
 from ..passes.cut.cutting import Flow, find_flow
 from ..passes.cut.insertion import Inserted, insert_sources
 from ..passes.cut.splitting import split_stages
-from ..passes.search.choosing import (
-    Search,
-    choose_assigned,
-    choose_best,
-    choose_named,
-    weigh_model,
-)
+from ..passes.search.choosing import Search, choose_best, follow, weigh_model
 from ..passes.search.searching import Choice
 from ..passes.trace.exporting import trace_export
 from ..passes.trace.tracing import Trace, trace_calls
@@ -136,7 +130,7 @@ def trace_model(model: nn.Module, args: Any, kwargs: Any) -> Trace:
 def _choose(recipe: Recipe, flow: Flow, args: Any, kwargs: Any, plan: CutPlan | None) -> Choice:
     """Which node belongs to which stage."""
     if plan is not None:
-        return _follow(plan, flow, lenient=True)
+        return follow(flow, plan, lenient=True)
     if max(flow.trainable) == 0:
         raise CutError(
             f"no parameter of this {type(flow.trace.model).__name__} is trainable; unfreeze some "
@@ -145,18 +139,11 @@ def _choose(recipe: Recipe, flow: Flow, args: Any, kwargs: Any, plan: CutPlan | 
     cuts, gradients, context = recipe.cuts, recipe.gradients, recipe.context
     if isinstance(cuts, Search):
         return choose_best(flow, args, kwargs, gradients, context, cuts)
-    choice = _follow(cuts, flow) if isinstance(cuts, CutPlan) else choose_named(flow, cuts)
+    choice = follow(flow, cuts)
     if recipe.weigh is None:
         return choice
     costs = weigh_model(flow, args, kwargs, gradients, context, recipe.weigh)
     return dataclasses.replace(choice, costs=costs)
-
-
-def _follow(plan: CutPlan, flow: Flow, lenient: bool = False) -> Choice:
-    """The cuts of a plan; ``lenient`` leaves out those that this graph lacks."""
-    if plan.assignment:
-        return choose_assigned(flow, plan)
-    return choose_named(flow, plan.cuts, lenient)
 
 
 def _other_graph(plan: CutPlan, model: nn.Module, digest: str) -> PlanMismatchError:

@@ -94,15 +94,12 @@ def _is_positive(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
-def choose_named(flow: Flow, cuts: tuple[str, ...], lenient: bool = False) -> Choice:
-    """Cuts that the user or a plan names; ``lenient`` leaves out those that a later graph lacks."""
-    found = find_cuts(flow, cuts, lenient)
+def follow(flow: Flow, cuts: tuple[str, ...] | CutPlan, lenient: bool = False) -> Choice:
+    """Named cuts, or those of a plan; ``lenient`` leaves out those that a later graph lacks."""
+    if isinstance(cuts, CutPlan) and cuts.assignment:
+        return Choice(assign_by_name(flow, dict(cuts.assignment)), cuts.cuts, free=True)
+    found = find_cuts(flow, cuts.cuts if isinstance(cuts, CutPlan) else cuts, lenient)
     return Choice(assign_stages(flow, tuple(found)), tuple(found.values()))
-
-
-def choose_assigned(flow: Flow, plan: CutPlan) -> Choice:
-    """Stages of a plan that names every node."""
-    return Choice(assign_by_name(flow, dict(plan.assignment)), plan.cuts, free=True)
 
 
 def choose_best(
