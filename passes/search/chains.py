@@ -35,6 +35,7 @@ class Wishes:
             explain.
         tidy: positions where modules end.
         polish: how much slower the slowest stage may be, as a factor, for cuts at such places.
+        in_order: whether stages must be contiguous in program order.
     """
 
     stages: int | None
@@ -48,6 +49,7 @@ class Wishes:
     unexplained: dict[int, float] = field(default_factory=dict)
     tidy: frozenset[int] = frozenset()
     polish: float = 1.01
+    in_order: bool = False
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ class Search:
 
     stages: int | None = None
     objective: str = "throughput"
-    costs: str | Mapping[str, Seconds] = "measured"
+    costs: str | Mapping[str, Seconds] = "analytic"
     bandwidth: float = 1e10
     speeds: Sequence[float] | None = None
     memory_cap: float | None = None
@@ -117,7 +117,9 @@ def choose_best(
             cannot be kept.
     """
     costs = weigh_model(flow, args, kwargs, gradients, context, search)
-    wishes = _resolve(flow, search)
+    wishes = dataclasses.replace(
+        _resolve(flow, search), in_order=gradients in ("exact", "joint:exact")
+    )
     if wishes.objective == "learnability":
         shares = measure_learnability(
             flow,

@@ -25,7 +25,7 @@ from ..trace.state import restored
 from .probes import BYTES_PER_SECOND, Walk, estimate, measure, timed
 
 COPIES = 4  # a parameter, its gradient and Adam's two moments
-_ADAM_NANOSECONDS = 32 / BYTES_PER_SECOND * 1e9  # per float32 element: read and written bytes
+ADAM_NANOSECONDS = 32 / BYTES_PER_SECOND * 1e9  # per float32: bytes read and written
 
 Seconds = float | tuple[float, float]
 Cost = tuple[int, int]  # nanoseconds and bytes
@@ -92,7 +92,7 @@ def estimate_costs(
     with restored(flow.trace.model), fake:
         walk.run(map(fake.from_tensor, flatten((args, kwargs))[0]), flow.nodes)
     return _costs(
-        "analytic", flow, sources, _ADAM_NANOSECONDS, walk.forward, walk.backward, walk.kept
+        "analytic", flow, sources, ADAM_NANOSECONDS, walk.forward, walk.backward, walk.kept
     )
 
 

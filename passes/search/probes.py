@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from ..cut.cutting import Flow, needs_gradient
@@ -19,7 +20,8 @@ from ..trace.nodes import run_node
 from ..trace.values import storage_key, tensors_in
 
 # A processor core as the analytic costs see it; a constant factor over all of them changes no plan.
-FLOPS_PER_SECOND, BYTES_PER_SECOND, SECONDS_PER_NODE = 5e10, 1e10, 2e-6
+FLOPS_PER_SECOND, BYTES_PER_SECOND = 5e10, 1e10
+_PER_CALL, _PER_BACKWARD = 8e-6, 2e-5  # seconds of one operator, and of calling autograd
 _LONG = 200_000_000  # ns; a node that takes longer is timed once
 _ATTENTION: dict[Any, Any] = {  # of the CPU, whose operators torch's counter does not know
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
@@ -126,7 +128,7 @@ class Walk:
                 raise
             spec = self._flow.specs.get(node.name)
             moved = sum(t.nbytes for t in trained) + (spec.nbytes if spec else 0)
-            times = _roofline(0, moved), _roofline(0, 2 * moved)
+            times = Counted().nanoseconds(moved), Counted().nanoseconds(2 * moved)
         else:
             results = {storage_key(t) for t in tensors_in(output)}
             if results & made.keys():
@@ -173,19 +175,54 @@ def measure(forward: Forward, trained: list[torch.Tensor], device: torch.device)
 
 def estimate(forward: Forward, trained: list[torch.Tensor]) -> tuple[int, int]:
     """By counted operations and bytes, on tensors without data."""
-    with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
+    with Counted() as ahead:
         output = forward()
-    flops = counter.get_total_flops()
     moved = sum(t.nbytes for t in (*trained, *tensors_in(output)))
     call = _pull_back(output, trained)
     if call is None:
-        return _roofline(flops, moved), 0
-    backward = 3 * flops
-    with contextlib.suppress(RuntimeError):
-        with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
-            call()
-        backward = counter.get_total_flops()
-    return _roofline(flops, moved), _roofline(backward, 2 * moved)
+        return ahead.nanoseconds(moved), 0
+    back = Counted()
+    with contextlib.suppress(RuntimeError), back:
+        call()
+    if not back.calls:  # reentrant checkpoints want a whole backward
+        back.calls, back.flops = 3 * ahead.calls, 3 * ahead.flops
+    return ahead.nanoseconds(moved), back.nanoseconds(2 * moved) + round(_PER_BACKWARD * 1e9)
+
+
+class Counted(TorchDispatchMode):
+    """Counts operators and what they compute.
+
+    Attributes:
+        calls: of operators that are no views.
+        flops: floating-point operations, once closed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = self.flops = 0
+        self._counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
+
+    def __enter__(self) -> Counted:
+        self._counter.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        self._counter.__exit__(*raised)
+        self.flops = self._counter.get_total_flops()
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Count one operator and run it."""
+        self.calls += operator.namespace == "aten" and not operator.is_view
+        return operator(*args, **(kwargs or {}))
+
+    def nanoseconds(self, moved: int) -> int:
+        """The longer of computing and of moving so many bytes, and the time of every call."""
+        longer = max(self.flops / FLOPS_PER_SECOND, moved / BYTES_PER_SECOND)
+        return round((longer + _PER_CALL * self.calls) * 1e9)
 
 
 def _pull_back(output: Any, trained: list[torch.Tensor]) -> Forward | None:
@@ -196,10 +233,6 @@ def _pull_back(output: Any, trained: list[torch.Tensor]) -> Forward | None:
         return None
     ones = [torch.ones_like(r) for r in roots]
     return lambda: torch.autograd.grad(roots, leaves, ones, allow_unused=True)
-
-
-def _roofline(flops: int, nbytes: int) -> int:
-    return round(max(flops / FLOPS_PER_SECOND, nbytes / BYTES_PER_SECOND, SECONDS_PER_NODE) * 1e9)
 
 
 def timed(call: Forward, device: torch.device) -> tuple[int, Any]:

@@ -67,7 +67,7 @@ def search_cuts(flow: Flow, costs: Costs, wishes: Wishes) -> Choice:
     sure = "program order" if len(wishes.allowed) <= _DENSE else ""
     if stages == 1:
         sure = "all partitions"
-    elif wishes.objective != "learnability" and len(flow.nodes) <= _LARGEST_UNITS:
+    elif _may_leave_order(flow, wishes):
         free, whole = _off_program_order(flow, loads, replace(wishes, stages=stages), answer)
         if whole and sure:
             sure = "all partitions"
@@ -77,6 +77,11 @@ def search_cuts(flow: Flow, costs: Costs, wishes: Wishes) -> Choice:
             # something is better, but not worth leaving the program order for
             sure = "program order"
     return _describe(flow, costs, loads, wishes, answer, sure)
+
+
+def _may_leave_order(flow: Flow, wishes: Wishes) -> bool:
+    asked = wishes.in_order or wishes.objective == "learnability"
+    return not asked and len(flow.nodes) <= _LARGEST_UNITS
 
 
 def best_positions(loads: Loads, wishes: Wishes) -> Answer | None:

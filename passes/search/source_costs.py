@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...errors import DecouplingError
 from ...plan import TensorSpec
 from ...sources import GradientSource, Prediction, SourceFactory, make_source
 from ..cut.cutting import Flow
 from ..trace.values import storage_key
-from .costing import COPIES, Cost
-from .probes import BYTES_PER_SECOND, FLOPS_PER_SECOND, timed
+from .costing import ADAM_NANOSECONDS, COPIES, Cost
+from .probes import Counted, timed
 
 UNSERVED = 1 << 50
 """The cost of a source that cannot be made: more than any stage's."""
@@ -52,10 +53,7 @@ def measure_sources(flow: Flow, option_of: OptionOf, context: TensorSpec | None)
         group = groups.setdefault((kind[0], type(source)), [])
         group.append((_operations(source, kind[1]), kind))
     known: dict[Kind, Cost] = {}
-    with (
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        torch.enable_grad(),
-    ):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for group in groups.values():
             samples: dict[Kind, tuple[int, Cost] | None] = {}
             for size, kind in _picked(group):
@@ -79,12 +77,17 @@ def estimate_sources(
     kinds = _kinds(flow, option_of)
     known: dict[Kind, Cost] = {}
     for kind, source in _made(kinds, context).items():
+        learnt, size = sum(p.numel() for p in source.parameters()), kind[1].nbytes
+        weights = sum(p.nbytes for p in source.parameters())
         known[kind] = (0, 0)
-        if weights := sum(p.nbytes for p in source.parameters()):
-            size = kind[1].nbytes
-            moved, flops = 3 * (2 * size + weights), 3 * _operations(source, kind[1])
-            seconds = max(flops / FLOPS_PER_SECOND, moved / BYTES_PER_SECOND)
-            known[kind] = (round(seconds * 1e9), COPIES * weights + 2 * size)
+        if learnt:
+            counted = Counted()
+            with contextlib.suppress(Exception):  # a source that needs data counts less
+                counted = _count(*kind, context)
+            counted.flops = max(counted.flops, 3 * _operations(source, kind[1]))
+            nanoseconds = counted.nanoseconds(3 * (2 * size + weights))
+            nanoseconds += round(ADAM_NANOSECONDS * learnt)
+            known[kind] = (nanoseconds, COPIES * weights + 2 * size)
     return {name: known.get(kind, (UNSERVED, 0)) for name, kind in kinds.items()}
 
 
@@ -162,11 +165,8 @@ def _time_source(
 ) -> Cost:
     """One prediction, regression and update, the least of three; and what is kept in between."""
     source = _make(option, spec, context).to(device)
-    value = torch.randn(spec.shape, device=device).to(spec.dtype)
-    seen = context and torch.zeros(context.shape, dtype=context.dtype, device=device)
-    parameters = [p for p in source.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(parameters) if parameters else None
-    own = {storage_key(p) for p in parameters}
+    step = _stepping(source, spec, context, device)
+    own = {storage_key(p) for p in source.parameters()}
     kept: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -174,14 +174,38 @@ def _time_source(
             kept[storage_key(tensor)] = tensor.nbytes
         return tensor
 
-    def step() -> None:
-        prediction = source((value,), seen)
-        loss = source.fit(prediction, _example_message(source, prediction, value))
-        if loss is not None and loss.requires_grad and optimizer is not None:
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         step()
     return min(timed(step, device)[0] for _ in range(3)), sum(kept.values())
+
+
+def _count(option: Option, spec: TensorSpec, context: TensorSpec | None) -> Counted:
+    """The second of two steps: the first makes the optimiser's state."""
+    with FakeTensorMode():
+        source = _make(option, spec, context)
+        step = _stepping(source, spec, context, torch.device("cpu"))
+        step()
+        with Counted() as counted:
+            step()
+    return counted
+
+
+def _stepping(
+    source: GradientSource, spec: TensorSpec, context: TensorSpec | None, device: torch.device
+) -> Callable[[], None]:
+    """A source's prediction, regression and update, to be called again and again."""
+    value = torch.randn(spec.shape, device=device).to(spec.dtype)
+    seen = context and torch.zeros(context.shape, dtype=context.dtype, device=device)
+    parameters = [p for p in source.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters) if parameters else None
+
+    def step() -> None:
+        with torch.enable_grad():
+            prediction = source((value,), seen)
+            loss = source.fit(prediction, _example_message(source, prediction, value))
+            if loss is not None and loss.requires_grad and optimizer is not None:
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+    return step
