@@ -290,8 +290,8 @@ def _add_wishes(add: Callable[..., Any]) -> None:
     about += "that cross; learnability needs batches and a loss, so it is for dni_fx.plan_cuts only"
     objectives = ("throughput", "memory", "traffic")
     add("--objective", choices=objectives, default="throughput", help=about)
-    costs = ("measured", "analytic")
-    add("--costs", choices=costs, default="measured", help="time the model, or estimate only")
+    costs = ("analytic", "measured")
+    add("--costs", choices=costs, default="analytic", help="estimate, or time the model")
     about = "auto, linear, mlp, conv, zero, ... (default: auto)"
     add("--gradients", default="auto", metavar="SOURCE", help=about)
     add("--memory-cap", type=parse_bytes, metavar="SIZE", help="of each stage, such as 2GiB")

@@ -51,8 +51,7 @@ def decouple(
     Args:
         model: any module, in the mode in which it is to be trained.
         cuts: names of modules or nodes to cut after (n cuts make n + 1 stages), a ``CutPlan``, or
-            ``"auto"``: the search of :func:`plan_cuts` for throughput, with costs measured on the
-            example batch.
+            ``"auto"``: the search of :func:`plan_cuts` for throughput.
         stages: how many stages for ``"auto"``; 4 by default, fewer with a note where the graph has
             fewer legal cuts.
         example_inputs: positional inputs of one batch. Without examples everything happens at the
@@ -99,7 +98,7 @@ def plan_cuts(
     cuts: Sequence[str] | None = None,
     objective: str = "throughput",
     gradients: Gradients = "auto",
-    costs: str | Mapping[str, Seconds] = "measured",
+    costs: str | Mapping[str, Seconds] = "analytic",
     bandwidth: float = 1e10,
     speeds: Sequence[float] | None = None,
     memory_cap: float | None = None,
@@ -124,15 +123,16 @@ def plan_cuts(
         stages: how many; 4 by default, fewer with a note where the graph has fewer legal cuts, and
             the fewest that keep within the cap for ``objective="memory"`` with a ``memory_cap`` and
             no number.
-        cuts: names to cut after, instead of a search; their costs are still measured.
+        cuts: names to cut after, instead of a search; what they cost is still reported.
         objective: ``"throughput"``: the slowest stage as fast as can be, sources and communication
             included; ``"memory"``: the largest stage as small as can be; ``"traffic"``: fewest
             bytes between stages within 5 % of the best throughput; ``"learnability"``: within 5 %
             too, where a quickly fitted source explains most of the true gradient.
-        gradients: as in :func:`decouple`; what a source costs counts.
-        costs: ``"measured"`` on the example batch, ``"analytic"`` (operations and bytes, nothing is
-            run), or seconds by node or module name: a number for forward and backward together, or
-            a pair.
+        gradients: as in :func:`decouple`; what a source costs counts. With ``"exact"`` stages keep
+            program order, so that training equals backpropagation bit for bit.
+        costs: ``"analytic"`` (operations and bytes, nothing is run: the same plan in every process
+            and on every machine), ``"measured"`` on the example batch, or seconds by node or module
+            name: a number for forward and backward together, or a pair.
         bandwidth: bytes per second between stages.
         speeds: relative speed of each stage's device, in order; equal by default.
         memory_cap: bytes that no stage may need, parameters with Adam's moments, activations and

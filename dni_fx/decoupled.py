@@ -12,7 +12,6 @@ from torch import nn
 
 from .graphs.graphs import Graphs
 from .graphs.stage import Stage as Stage
-from .passes.cut.composing import run_stages
 from .plan import CutPlan, Interface
 from .runtime.emitted import keep_modes
 from .runtime.module import DropIn, DropInState
@@ -92,7 +91,7 @@ class Decoupled(nn.Module):
         """Run the composed stages, called as the model is; outputs and gradients equal its own."""
         values = self.bind(*args, **kwargs)
         with keep_modes():
-            return run_stages(self.graphs.variant.split, values)
+            return self.graphs.variant.split.run(values)
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Model inputs by name, as ``stage.step`` takes them; makes or finds the stages that fit

@@ -9,7 +9,7 @@ choose      cuts that were named, planned or searched for           passes/searc
 split       one graph module for each stage                         passes/cut/splitting
 check       do the stages compute what the model computes?          passes/cut/checking
 insert      a source of gradients at every interface                passes/cut/insertion
-describe    the plan                                                passes/cut/describing
+describe    the plan                                                graphs/describing
 emit        the training functions of every stage                   passes/cut/emission
 ==========  =====================================================  =========================
 """
@@ -25,24 +25,17 @@ import torch
 from torch import nn
 
 from ..errors import BakedInError, CutError, PlanMismatchError, TracingError
-from ..passes.cut.checking import check_model, check_stages
-from ..passes.cut.composing import call_stages
+from ..passes.cut.checking import call_stages, check_model, check_stages
 from ..passes.cut.cutting import Flow, find_flow
-from ..passes.cut.describing import describe_plan
 from ..passes.cut.insertion import Context, Gradients, Inputs, Inserted, Leaving, insert_sources
 from ..passes.cut.splitting import split_stages
-from ..passes.search.choosing import (
-    Choice,
-    Search,
-    choose_assigned,
-    choose_best,
-    choose_named,
-    weigh_model,
-)
+from ..passes.search.choosing import Search, choose_best, follow, weigh_model
+from ..passes.search.searching import Choice
 from ..passes.trace.exporting import trace_export
 from ..passes.trace.held import GRAD_MODE
 from ..passes.trace.tracing import Trace, trace_calls
 from ..plan import CutPlan
+from .describing import describe_plan
 from .nested import flatten
 from .variants import Variant
 
@@ -182,7 +175,7 @@ def trace_model(model: nn.Module, args: Any, kwargs: Any) -> Trace:
 def _choose(recipe: Recipe, flow: Flow, args: Any, kwargs: Any, plan: CutPlan | None) -> Choice:
     """Which node belongs to which stage."""
     if plan is not None:
-        return _follow(plan, flow, lenient=True)
+        return follow(flow, plan, lenient=True)
     if max(flow.trainable) == 0:
         raise CutError(
             f"no parameter of this {type(flow.trace.model).__name__} is trainable; unfreeze some "
@@ -191,15 +184,8 @@ def _choose(recipe: Recipe, flow: Flow, args: Any, kwargs: Any, plan: CutPlan | 
     cuts, gradients, context = recipe.cuts, recipe.gradients, recipe.context
     if isinstance(cuts, Search):
         return choose_best(flow, args, kwargs, gradients, context, cuts)
-    choice = _follow(cuts, flow) if isinstance(cuts, CutPlan) else choose_named(flow, cuts)
+    choice = follow(flow, cuts)
     if recipe.weigh is None:
         return choice
     costs = weigh_model(flow, args, kwargs, gradients, context, recipe.weigh)
     return dataclasses.replace(choice, costs=costs)
-
-
-def _follow(plan: CutPlan, flow: Flow, lenient: bool = False) -> Choice:
-    """The cuts of a plan; ``lenient`` leaves out those that this graph lacks."""
-    if plan.assignment:
-        return choose_assigned(flow, plan)
-    return choose_named(flow, plan.cuts, lenient)

@@ -12,7 +12,7 @@ from torch import nn
 from ..passes.cut.checking import guards_hold, values_hold
 from ..passes.cut.emission import StageFunctions
 from ..passes.cut.splitting import Split
-from ..passes.search.choosing import Choice
+from ..passes.search.searching import Choice
 from ..passes.trace.held import broken
 from ..passes.trace.tracing import Trace
 from ..sources import GradientSource, Served

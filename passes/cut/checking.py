@@ -17,17 +17,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ...errors import DecouplingError
 from ...graphs.nested import flatten, map_tensors
 from ..trace.nodes import run_node
+from ..trace.ports import ANOTHER
 from ..trace.prefixes import ancestors, run_prefix
 from ..trace.state import restored, untouched
 from ..trace.symbols import plain
 from ..trace.tracing import Trace
+from .splitting import Split
 
-_RELATIVE = {
-    torch.float64: 1e-10,
-    torch.float32: 1e-4,
-    torch.complex64: 1e-4,
-    torch.complex128: 1e-10,
-}
+_RELATIVE = {torch.float64: 1e-10, torch.complex128: 1e-10}
+_RELATIVE |= {torch.float32: 1e-4, torch.complex64: 1e-4}
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,8 @@ def check_stages(
     """Compare composed stages with the model: outputs, every parameter's gradient, buffers; same
     seed, same inputs.
 
-    The yardstick is the model against itself, since eager PyTorch is not always repeatable.
+    The yardstick is the model against itself, since eager PyTorch is not always repeatable. Model,
+    gradients, buffers and random states are left as they were.
 
     Args:
         model: the user's model, in the mode to check.
@@ -61,9 +60,6 @@ def check_stages(
         args: example positional inputs.
         kwargs: example keyword inputs.
         grad: whether gradients are asked for.
-
-    Returns:
-        Whether they agree. Model, gradients, buffers and random states are as they were.
     """
     first = check_model(model, args, kwargs, grad=grad)
     second = _measure(model, model, args, kwargs, grad)
@@ -77,37 +73,21 @@ def check_stages(
     largest = max(map(_size, gradients), default=0.0)
     exact = True
     for name, expected in first.items():
-        found = stages[name]
-        if expected is None and found is None:
-            continue
-        mismatch = _difference_in_kind(expected, found)
-        if mismatch is None and expected is not None and found is not None:
-            if torch.equal(expected, found) or _same(expected, found, 0.0):
-                continue
-            exact = False
-            least = largest if name.startswith("gradient") else 0.0
-            mismatch = _difference(expected, found, second[name], least)
-        if mismatch is not None:
-            return Check(f"{name}: {mismatch}", False)
+        least = largest if name.startswith("gradient") else 0.0
+        check = _compare(expected, stages[name], second[name], least)
+        if check.mismatch is not None:
+            return Check(f"{name}: {check.mismatch}", False)
+        exact &= check.exact
     return Check(None, exact)
 
 
-def _difference_in_kind(expected: torch.Tensor | None, found: torch.Tensor | None) -> str | None:
-    """One is missing, or they have other shapes or dtypes; None where they can be compared."""
-    if found is None:
-        return "no gradient where the model has one"
-    if expected is None:
-        return "a gradient where the model has none"
-    if expected.shape != found.shape or expected.dtype != found.dtype:
-        given, wanted = tuple(found.shape), tuple(expected.shape)
-        return f"{given} {found.dtype}, expected {wanted} {expected.dtype}"
-    return None
-
-
-def _difference(
-    expected: torch.Tensor, found: torch.Tensor, again: torch.Tensor | None, least: float
-) -> str | None:
-    """By how much two tensors differ, if by more than rounding and the model's own noise explain.
+def _compare(
+    expected: torch.Tensor | None,
+    found: torch.Tensor | None,
+    again: torch.Tensor | None,
+    least: float,
+) -> Check:
+    """Whether two tensors differ by more than rounding and the model's own noise explain.
 
     Args:
         expected: the model's.
@@ -115,12 +95,31 @@ def _difference(
         again: the model's at another run.
         least: a size that counts as the tensor's own where that is smaller.
     """
+    if expected is None or found is None:
+        missing = "no gradient where the model has one"
+        missing = "a gradient where the model has none" if expected is None else missing
+        return Check(None, True) if expected is found else Check(missing, False)
+    if expected.shape != found.shape or expected.dtype != found.dtype:
+        given, wanted = tuple(found.shape), tuple(expected.shape)
+        return Check(f"{given} {found.dtype}, expected {wanted} {expected.dtype}", False)
+    if _same(expected, found, 0.0):
+        return Check(None, True)
     noise = 0.0 if again is None else _distance(expected, again)
     scale = max(_size(expected), least)
     if _same(expected, found, 10 * noise + _RELATIVE.get(expected.dtype, 2e-2) * scale):
-        return None
+        return Check(None, False)
     distance = _distance(expected, found)
-    return f"differs by {distance:.3g} (the model from itself by {noise:.3g})"
+    return Check(f"differs by {distance:.3g} (the model from itself by {noise:.3g})", False)
+
+
+def call_stages(trace: Trace, split: Split, *args: Any, **kwargs: Any) -> Any:
+    """Run the composed stages, called as what was traced: a window returns its state, too."""
+    values = dict(zip(split.model_inputs, flatten((args, kwargs))[0], strict=True))
+    output = split.run(values)
+    if not trace.ports:
+        return output
+    state = [values[p.name] for p in trace.ports if p.feeds != ANOTHER]
+    return output, state  # messages are in the output already
 
 
 def check_model(
@@ -130,7 +129,8 @@ def check_model(
     seen: str = "",
     grad: bool = True,
 ) -> dict[str, torch.Tensor | None]:
-    """Run the model itself, so that its own complaint about its inputs is the one that is heard.
+    """Run the model itself, so that its own complaint about its inputs is the one that is heard;
+    its outputs, parameter gradients and buffers, by name.
 
     Args:
         model: the user's model.
@@ -138,9 +138,6 @@ def check_model(
         kwargs: keyword inputs.
         seen: what tracing said, which names the place.
         grad: whether gradients are asked for.
-
-    Returns:
-        Its outputs, parameter gradients and buffers, by name.
 
     Raises:
         DecouplingError: the model fails.
@@ -228,22 +225,21 @@ def _measure(
         roots = [t for t in results.values() if t is not None and t.requires_grad]
         generator = torch.Generator().manual_seed(0)
         cotangents = [_like(r, generator) for r in roots]
-        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        before = [p.grad for _, p in trained]
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        before = {n: p.grad for n, p in trained.items()}
         try:  # not autograd.grad, which reentrant checkpoints refuse
-            for _, parameter in trained:
+            for parameter in trained.values():
                 parameter.grad = None
             if roots:
                 torch.autograd.backward(roots, cotangents)
-            found = [
-                None if p.grad is None or not p.grad.is_sparse else p.grad.to_dense()
-                for _, p in trained
-            ]
-            found = [p.grad if f is None else f for f, (_, p) in zip(found, trained, strict=True)]
+            for name, parameter in trained.items():
+                gradient = parameter.grad
+                if gradient is not None and gradient.is_sparse:
+                    gradient = gradient.to_dense()
+                results[f"gradient of {name}"] = gradient
         finally:
-            for (_, parameter), gradient in zip(trained, before, strict=True):
-                parameter.grad = gradient
-        results.update({f"gradient of {n}": g for (n, _), g in zip(trained, found, strict=True)})
+            for name, parameter in trained.items():
+                parameter.grad = before[name]
         results.update({f"buffer {n}": b.clone() for n, b in model.named_buffers()})
         return {n: None if t is None else t.detach() for n, t in results.items()}
 

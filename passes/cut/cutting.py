@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import fx
@@ -15,9 +15,10 @@ from ...errors import CutError, did_you_mean
 from ...plan import CutPoint, TensorSpec
 from ..trace.calls import ReadAttribute
 from ..trace.tracing import Trace
-from .specs import infer_specs, name_values
+from .specs import infer_specs, name_values, numbered_calls
 from .views import divided_regions, torn_positions
 
+_GIVEN = ("placeholder", "get_attr", "output")  # what is no computation
 _REPLICATED_ELEMENTS = 1 << 20  # a larger mask or table is sent rather than computed again
 
 
@@ -55,6 +56,11 @@ class Flow:
     trainable: tuple[int, ...]
     illegal: dict[int, str]
 
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """The model's tensor inputs, in order."""
+        return tuple(self.specs[n.name] for n in self.nodes if n.op == "placeholder")
+
     def crosses(self, node: fx.Node, position: int) -> bool:
         """Whether a computed value is made before the position and used at or after it."""
         return self.index[node] < position <= self.last_use[node] and self.is_computed(node)
@@ -72,12 +78,7 @@ class Flow:
         mere guard.
         """
         left_out = node in self.replicated or node in self.guards_only
-        return node.op not in ("placeholder", "get_attr", "output") and not left_out
-
-
-def _computes(node: fx.Node) -> bool:
-    bookkeeping = node.meta.get("glued") or node.op in ("placeholder", "get_attr", "output")
-    return not bookkeeping
+        return node.op not in _GIVEN and not left_out
 
 
 def needs_gradient(node: fx.Node) -> bool:
@@ -89,12 +90,6 @@ def needs_gradient(node: fx.Node) -> bool:
 def find_flow(trace: Trace) -> Flow:
     """Scan a graph once for what crosses every position and where a cut is illegal. Linear in nodes
     and edges.
-
-    Args:
-        trace: a traced model.
-
-    Returns:
-        The facts that cutting and splitting need.
     """
     nodes = tuple(trace.graph.nodes)
     index = {n: i for i, n in enumerate(nodes)}
@@ -105,23 +100,22 @@ def find_flow(trace: Trace) -> Flow:
     last_use = {
         n: max((index[u] for u in n.users if u not in guards_only), default=-1) for n in nodes
     }
-    written = _writes(nodes)
+    written = {storage: n for n in nodes for storage in n.meta.get("mutates", ())}  # the last to
     replicated = _replicated(nodes, written)
     returning = _returning(nodes)
     change = [0] * (len(nodes) + 2)
     for node in nodes:
-        computed = node.op not in ("placeholder", "get_attr", "output") and node not in replicated
-        last = max((index[u] for u in node.users if u in returning), default=index[node])
-        if computed and needs_gradient(node):
+        if node.op not in _GIVEN and node not in replicated and needs_gradient(node):
+            last = max((index[u] for u in node.users if u in returning), default=index[node])
             change[index[node] + 1] += 1
             change[last + 1] -= 1
     kept = kept_storages(nodes)
     unkept = {storage: n for storage, n in written.items() if storage not in kept}
     illegal = torn_positions(nodes, last_use, replicated, unkept)
-    for i, node in enumerate(nodes):
-        if node.meta.get("glued"):
-            illegal[i] = f"{node.name!r} belongs to the node before it"
-    illegal.update(divided_regions(nodes))
+    glued = {i: n for i, n in enumerate(nodes) if n.meta.get("glued")}
+    illegal |= {i: f"{n.name!r} belongs to the node before it" for i, n in glued.items()}
+    illegal |= divided_regions(nodes)
+    computing = [n for n in nodes if n.op not in _GIVEN and n not in guards_only]
     return Flow(
         trace=trace,
         nodes=nodes,
@@ -132,44 +126,29 @@ def find_flow(trace: Trace) -> Flow:
         replicated=replicated,
         guards_only=frozenset(guards_only),
         returning=returning,
-        last_computed=max(
-            (i for i, n in enumerate(nodes) if _computes(n) and n not in guards_only), default=-1
-        ),
+        last_computed=max((index[n] for n in computing if index[n] not in glued), default=-1),
         trainable=tuple(accumulate(change)),
         illegal=illegal,
     )
 
 
 def list_cut_points(flow: Flow) -> tuple[CutPoint, ...]:
-    """Every position that can be named, with what would cross it.
-
-    Args:
-        flow: facts of a traced model.
-
-    Returns:
-        Cut points in program order: after each module, and after each node that ends no module.
+    """Every position that can be named, in program order, with what would cross it: after each
+    module, and after each node that ends no module.
     """
+    times = Counter(path for path, _, _ in flow.trace.calls)
     named: dict[int, list[str]] = {}
-    seen: dict[str, int] = {}
-    for path, _, last in flow.trace.calls:
-        count = seen.get(path, 0)
-        seen[path] = count + 1
-        if path:
-            named.setdefault(_after(flow, last), []).insert(0, f"{path}@{count}" if count else path)
-    # The plain name of a module called several times means its last call.
-    for path in (p for p, count in seen.items() if p and count > 1):
-        for names in named.values():
-            names[:] = [f"{path}@0" if n == path else n for n in names]
+    for path, count, _, last in numbered_calls(flow.trace):
+        name = f"{path}@{count}" if times[path] > 1 else path
+        named.setdefault(_after(flow, last), []).insert(0, name)
     points = []
     live: dict[fx.Node, None] = {}
-    for position in range(1, len(flow.nodes)):
-        node = flow.nodes[position - 1]
+    for position, node in enumerate(flow.nodes[:-1], 1):
         if flow.is_computed(node):
             live[node] = None
-        for dead in [
-            n for n in (*node.all_input_nodes, node) if n in live and flow.last_use[n] < position
-        ]:
-            del live[dead]
+        for used in (*node.all_input_nodes, node):
+            if flow.last_use[used] < position:
+                live.pop(used, None)
         if not flow.is_computed(node) or flow.nodes[position].meta.get("glued"):
             continue
         for name in named.get(position, [flow.names[node][0]]):
@@ -187,9 +166,6 @@ def find_cuts(flow: Flow, cuts: tuple[str, ...], lenient: bool = False) -> dict[
         lenient: leave out what cannot be cut. A graph made later under a plan may lack a cut, which
             lies in a branch not taken or meets another one.
 
-    Returns:
-        The name of each, by ascending position.
-
     Raises:
         CutError: unknown names, cuts that nothing trainable crosses, illegal cuts, two cuts at one
             place.
@@ -198,33 +174,35 @@ def find_cuts(flow: Flow, cuts: tuple[str, ...], lenient: bool = False) -> dict[
     found: dict[int, str] = {}
     names = cut_names(flow)
     for cut in cuts:
-        position = names.get(cut)
-        if position is None:
-            inside = next((path for path in flow.trace.opaque if cut.startswith(f"{path}.")), None)
-            if inside is None:
-                problems.append(
-                    f"{cut!r}: no module or node of this graph has that "
-                    f"name{did_you_mean(cut, names)}"
-                )
-            else:
-                problems.append(
-                    f"{cut!r}: lies in {inside!r}, which is one opaque node: "
-                    f"{flow.trace.opaque[inside]}"
-                )
-        elif position in found:
+        position = names.get(cut, 0)
+        if position in found:
             problems.append(f"{cut!r}: is at the same place as {found[position]!r}")
-        elif why := reason_against(flow, position):
+        elif why := reason_against(flow, cut, names):
             problems.append(f"{cut!r}: {why}")
         else:
             found[position] = cut
     if problems and not lenient:
-        lines = "\n".join(f"  - {p}" for p in problems)
-        raise CutError(
-            f"{len(problems)} of {len(cuts)} cuts cannot be made in "
-            f"{type(flow.trace.model).__name__}:\n{lines}\nprint(dni_fx.list_cut_points(model, "
-            "example_inputs)) shows the places where it can be cut"
-        )
+        raise refused(flow, f"{len(problems)} of {len(cuts)} cuts cannot be made", problems)
     return dict(sorted(found.items()))
+
+
+def refused(flow: Flow, what: str, problems: Iterable[str]) -> CutError:
+    """An error that gathers what is wrong with several names."""
+    lines = "\n".join(f"  - {p}" for p in problems)
+    return CutError(
+        f"{what} in {type(flow.trace.model).__name__}:\n{lines}\n"
+        "print(dni_fx.list_cut_points(model, example_inputs)) shows the places where it can be cut"
+    )
+
+
+def reason_against(flow: Flow, name: str, names: Mapping[str, int]) -> str | None:
+    """Why a cut may not be made at a name, or None; ``names`` are those of :func:`cut_names`."""
+    if name in names:
+        return _reason_at(flow, names[name])
+    inside = next((path for path in flow.trace.opaque if name.startswith(f"{path}.")), None)
+    if inside is None:
+        return f"no module or node of this graph has that name{did_you_mean(name, names)}"
+    return f"lies in {inside!r}, which is one opaque node: {flow.trace.opaque[inside]}"
 
 
 def name_positions(flow: Flow, positions: tuple[int, ...]) -> tuple[str, ...]:
@@ -241,18 +219,14 @@ def name_positions(flow: Flow, positions: tuple[int, ...]) -> tuple[str, ...]:
 
 def legal_positions(flow: Flow) -> tuple[int, ...]:
     """Every position after a computed tensor where a cut is legal, ascending."""
-    tensors = [
-        i
-        for i, n in enumerate(flow.nodes)
-        if flow.is_computed(n) and n.meta.get("value") is not None
-    ]
     return tuple(
-        p for i in tensors if (p := i + 1) < len(flow.nodes) - 1 and not reason_against(flow, p)
+        p
+        for p, n in enumerate(flow.nodes[:-2], 1)
+        if flow.is_computed(n) and n.meta.get("value") is not None and not _reason_at(flow, p)
     )
 
 
-def reason_against(flow: Flow, position: int) -> str | None:
-    """Why a position may not be cut, or None."""
+def _reason_at(flow: Flow, position: int) -> str | None:
     if position > flow.last_computed:
         return "nothing is computed after it"
     if flow.trainable[position] == 0:
@@ -265,13 +239,11 @@ def reason_against(flow: Flow, position: int) -> str | None:
 
 def assign_stages(flow: Flow, positions: tuple[int, ...]) -> dict[fx.Node, int]:
     """Stage of every computed node, for cuts at the given positions."""
-    stage, stages = 0, {}
-    for i, node in enumerate(flow.nodes):
-        while stage < len(positions) and i >= positions[stage]:
-            stage += 1
-        if flow.is_computed(node):
-            stages[node] = stage
-    return stages
+    return {
+        node: bisect_right(positions, i)
+        for i, node in enumerate(flow.nodes)
+        if flow.is_computed(node)
+    }
 
 
 def assign_by_name(flow: Flow, assignment: Mapping[str, int]) -> dict[fx.Node, int]:
@@ -290,17 +262,13 @@ def cut_names(flow: Flow) -> dict[str, int]:
     """The position that every name of a module or node means: after its last node."""
     names: dict[str, int] = {}
     for node in flow.nodes:
-        if node.op not in ("placeholder", "get_attr", "output"):
+        if node.op not in _GIVEN:
             names[node.name] = names[flow.names[node][-1]] = _after(flow, node)
     times = Counter(path for path, _, _ in flow.trace.calls)
-    seen: Counter[str] = Counter()
-    for path, _, last in flow.trace.calls:
-        if path and times[path] > 1:
-            names[f"{path}@{seen[path]}"] = _after(flow, last)
-            seen[path] += 1
-    for path, _, last in flow.trace.calls:
-        if path:
-            names[path] = _after(flow, last)
+    for path, count, _, last in numbered_calls(flow.trace):
+        if times[path] > 1:
+            names[f"{path}@{count}"] = _after(flow, last)
+        names[path] = _after(flow, last)  # the plain name means the last call
     return names
 
 
@@ -315,12 +283,9 @@ def _after(flow: Flow, node: fx.Node) -> int:
 def _cut_point(flow: Flow, position: int, name: str, live: tuple[fx.Node, ...]) -> CutPoint:
     crossing = [n for n in live if flow.crosses(n, position)]
     carrying = [n for n in crossing if flow.carries_gradient(n, position)]
-    main = (
-        flow.nodes[position - 1]
-        if flow.nodes[position - 1] in carrying
-        else (carrying[-1] if carrying else None)
-    )
-    why = reason_against(flow, position)
+    last = flow.nodes[position - 1]
+    main = last if last in carrying else next(reversed(carrying), None)
+    why = _reason_at(flow, position)
     return CutPoint(
         name=name,
         shape=flow.specs[main.name].shape if main else (),
@@ -341,11 +306,6 @@ def kept_storages(nodes: tuple[fx.Node, ...]) -> set[int]:
     }
 
 
-def _writes(nodes: tuple[fx.Node, ...]) -> dict[int, fx.Node]:
-    """The last node that writes to each storage."""
-    return {storage: n for n in nodes for storage in n.meta.get("mutates", ())}
-
-
 def _returning(nodes: tuple[fx.Node, ...]) -> frozenset[fx.Node]:
     asked: set[fx.Node] = set()
     found: list[fx.Node] = []
@@ -358,32 +318,25 @@ def _returning(nodes: tuple[fx.Node, ...]) -> frozenset[fx.Node]:
 
 
 def _replicated(nodes: tuple[fx.Node, ...], written: dict[int, fx.Node]) -> frozenset[fx.Node]:
-    found: dict[fx.Node, None] = {}
+    """Nodes made from the inputs alone, neither large nor trained, that write and draw nothing."""
+    found: set[fx.Node] = set()
+
+    def is_free(node: fx.Node) -> bool:
+        given = node.op in ("placeholder", "get_attr")
+        return node in found or (given and node.meta["storage"] not in written)
+
     for node in nodes:
-        if (
-            node.op not in ("call_function", "call_method")
-            or node.meta.get("mutates")
-            or node.meta.get("random")
-            or node.meta.get("together")
-        ):
-            continue
-        value: Any = node.meta.get("value")
-        if value is None and "value" in node.meta:  # a container of tensors
-            continue
-        large = isinstance(value, torch.Tensor) and value.numel() > _REPLICATED_ELEMENTS
-        if isinstance(value, torch.Tensor) and (
-            value.requires_grad or (large and not isinstance(node.target, ReadAttribute))
-        ):
-            continue
-        if node.meta.get("parameters") or node.meta.get("storage") in written:
-            continue
-        free = all(
-            (
-                i in found
-                or (i.op in ("placeholder", "get_attr") and i.meta["storage"] not in written)
-            )
-            for i in node.all_input_nodes
+        meta, value = node.meta, node.meta.get("value")
+        wanted = isinstance(value, torch.Tensor) and (
+            value.requires_grad
+            or (value.numel() > _REPLICATED_ELEMENTS and not isinstance(node.target, ReadAttribute))
         )
-        if free:
-            found[node] = None
+        container = value is None and "value" in meta
+        own = any(meta.get(key) for key in ("mutates", "random", "parameters", "together"))
+        if (
+            node.op in ("call_function", "call_method")
+            and not (wanted or container or own or meta.get("storage") in written)
+            and all(map(is_free, node.all_input_nodes))
+        ):
+            found.add(node)
     return frozenset(found)

@@ -19,29 +19,39 @@ from __future__ import annotations
 import functools
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import fx, nn
 
 from ...runtime.emitted import Leaf, StepResult, detached, evaluate, pull_back
-from ...sources import GradientSource, Served, serve
+from ...sources import GradientSource, serve
 from ..trace.nodes import identifier
-from .splitting import OUTPUT, Split, StageGraph
+from .splitting import OUTPUT, Split
 
 _PREFIXES = re.compile(r"dni_fx_runtime_emitted_|^import .*\n|^from .*\n", re.MULTILINE)
+
+
+Nodes = dict[str, fx.Node]
 
 
 class StageFunctions:
     """The emitted functions of one stage, each written when it is first asked for; see the module's
     docstring.
+
+    The stage's module, its shared parameters and its sources are in them by reference.
+
+    Args:
+        split: all stages and what crosses.
+        index: of the stage.
+        sources: the gradient source of each interface, by interface name.
     """
 
     def __init__(self, split: Split, index: int, sources: Mapping[str, GradientSource]) -> None:
-        self._stage = split.stages[index]
-        self._served = serve(
-            [i for i in split.interfaces if i.name in self._stage.outputs], sources
-        )
+        stage = split.stages[index]
+        self._stage = stage
+        self._served = serve([i for i in split.interfaces if i.name in stage.outputs], sources)
         self._shared = split.summed_in(index)
         self._received, self._sent = split.received_in(index), split.sent_by(index)
         self._unasked = split.unasked
@@ -49,33 +59,111 @@ class StageFunctions:
     @functools.cached_property
     def forward(self) -> fx.GraphModule:
         """``inputs -> (outputs, leaves, entries)``."""
-        return _emit_forward(self._stage, self._received)
+        graph = fx.Graph()
+        values, leaves = self._open_inputs(graph, graph.placeholder("inputs"), True)
+        outputs = self._run_stage(graph, values)
+        graph.output((outputs, leaves, {name: values[name] for name in self._received}))
+        return fx.GraphModule({"stage": self._stage.module}, graph, f"Forward{self._stage.index}")
 
     @functools.cached_property
     def backward(self) -> fx.GraphModule:
         """``(outputs, leaves, entries, gradients, partials, retain_graph=False) -> input
         gradients``.
         """
-        return _emit_backward(self._stage, self._received, self._sent, self._shared)
+        graph = fx.Graph()
+        outputs, leaves, entries, gradients, partials = (
+            graph.placeholder(n) for n in ("outputs", "leaves", "entries", "gradients", "partials")
+        )
+        retain = graph.placeholder("retain_graph", default_value=False)
+        names = [*self._sent, *(["loss"] if OUTPUT in self._stage.outputs else [])]
+        roots = [_item(graph, outputs, n) for n in names]
+        roots += [_item(graph, entries, n) for n in self._received]
+        roots += [graph.create_node("get_attr", f"shared.{name}") for name in self._shared]
+        arrived = [graph.call_method("get", (gradients, n)) for n in names]
+        arrived += [graph.call_method("get", (partials, n)) for n in self._received]
+        arrived += [graph.call_method("get", (partials, n)) for n in self._shared]
+        graph.call_function(pull_back, (tuple(roots), tuple(arrived), retain))
+        graph.output(_gradients(graph, {n: _item(graph, leaves, n) for n in self._received}))
+        shared = {f"shared.{n}": p for n, p in self._shared.items()}
+        return fx.GraphModule(shared, graph, f"Backward{self._stage.index}")
 
     @functools.cached_property
     def step(self) -> fx.GraphModule:
         """``(inputs, context, loss, target) -> StepResult``."""
-        return _emit_step(self._stage, self._received, self._sent, self._unasked, self._served)
+        graph = fx.Graph()
+        inputs = graph.placeholder("inputs")
+        context, loss, target = (
+            graph.placeholder(n, default_value=None) for n in ("context", "loss", "target")
+        )
+        values, leaves = self._open_inputs(graph, inputs)
+        outputs = self._run_stage(graph, values)
+        results: Nodes = {}
+        last: list[tuple[fx.Node, fx.Node]] = []
+        loss_sent = None
+        if OUTPUT in outputs:
+            output = outputs.pop(OUTPUT)
+            value = _call(graph, "loss_value", evaluate, loss, output, target)
+            last = [(value, _call(graph, "loss_gradient", torch.ones_like, value))]
+            results[OUTPUT] = _call(graph, "output_sent", detached, output)
+            loss_sent = _call(graph, "loss_sent", detached, value)
+        for name, out in outputs.items():
+            detaches = name in self._sent or name in self._unasked
+            label = f"{identifier(name)}_sent"
+            results[name] = _call(graph, label, "detach", out) if detaches else out
+        predictions, gradients = self._ask_sources(graph, results, context)
+        pairs = [*((outputs[n], gradients[n]) for n in self._sent), *last]
+        roots, arrived = tuple(r for r, _ in pairs), tuple(g for _, g in pairs)
+        graph.call_function(pull_back, (roots, arrived))
+        result = (results, _gradients(graph, leaves), predictions, loss_sent)
+        graph.output(graph.call_function(StepResult, result))
+        sources = {f"sources.{source_key(group.name)}": group.source for group in self._served}
+        attributes = {"stage": self._stage.module, **sources}
+        return fx.GraphModule(attributes, graph, f"Step{self._stage.index}")
+
+    def _open_inputs(
+        self, graph: fx.Graph, inputs: fx.Node, *keep_layout: bool
+    ) -> tuple[Nodes, Nodes]:
+        """The stage's inputs by name, and the leaf of each that was received."""
+        values, leaves = {}, {}
+        for name in self._stage.inputs:
+            label = identifier(name)
+            if name not in self._received:
+                values[name] = _item(graph, inputs, name, label)
+                continue
+            received = _item(graph, inputs, name, f"{label}_received")
+            leaves[name] = _call(graph, f"{label}_leaf", Leaf, received, *keep_layout)
+            values[name] = _call(graph, label, "view", leaves[name])
+        return values, leaves
+
+    def _run_stage(self, graph: fx.Graph, values: Nodes) -> Nodes:
+        stage = self._stage
+        called = graph.call_module("stage", tuple(values[n] for n in stage.inputs))
+        if stage.outputs == (OUTPUT,):
+            called.name = OUTPUT
+            return {OUTPUT: called}
+        called.name = "outputs"
+        return {n: _item(graph, called, i, identifier(n)) for i, n in enumerate(stage.outputs)}
+
+    def _ask_sources(self, graph: fx.Graph, values: Nodes, context: fx.Node) -> tuple[Nodes, Nodes]:
+        """What each source predicts, by its own name, and the gradient of each value that it
+        serves.
+        """
+        predictions, gradients = {}, {}
+        for group in self._served:
+            given, label = tuple(values[n] for n in group.names), identifier(group.name)
+            asked = graph.call_module(f"sources.{source_key(group.name)}", (given, context))
+            asked.name = f"{label}_prediction"
+            predictions[group.name] = asked
+            every = _call(graph, f"{label}_gradients", getattr, asked, "gradients")
+            for i, name in enumerate(group.names):
+                gradients[name] = _item(graph, every, i, f"{identifier(name)}_gradient")
+        return predictions, gradients
 
 
 def emit_functions(
     split: Split, sources: Mapping[str, GradientSource]
 ) -> tuple[StageFunctions, ...]:
-    """Emit the training functions of every stage.
-
-    Args:
-        split: all stages and what crosses.
-        sources: the gradient source of each interface, by interface name.
-
-    Returns:
-        New graph modules; the stages' modules and the sources are in them by reference.
-    """
+    """The training functions of every stage; see :class:`StageFunctions`."""
     return tuple(StageFunctions(split, stage.index, sources) for stage in split.stages)
 
 
@@ -88,94 +176,6 @@ def readable_code(module: fx.GraphModule) -> str:
     return code.strip() + "\n"
 
 
-def _emit_forward(stage: StageGraph, received: list[str]) -> fx.GraphModule:
-    graph = fx.Graph()
-    values, leaves = _open_inputs(
-        graph, graph.placeholder("inputs"), stage, received, keep_layout=True
-    )
-    outputs = _run_stage(graph, stage, values)
-    graph.output((outputs, leaves, {name: values[name] for name in received}))
-    return fx.GraphModule({"stage": stage.module}, graph, f"Forward{stage.index}")
-
-
-def _emit_backward(
-    stage: StageGraph, received: list[str], sent: list[str], shared: dict[str, nn.Parameter]
-) -> fx.GraphModule:
-    graph = fx.Graph()
-    outputs, leaves, entries, gradients, partials = (
-        graph.placeholder(n) for n in ("outputs", "leaves", "entries", "gradients", "partials")
-    )
-    retain = graph.placeholder("retain_graph", default_value=False)
-    names = [*sent, *(["loss"] if OUTPUT in stage.outputs else [])]
-    roots = [_item(graph, outputs, n) for n in names] + [_item(graph, entries, n) for n in received]
-    roots += [graph.create_node("get_attr", f"shared.{name}") for name in shared]
-    arrived = [graph.call_method("get", (gradients, n)) for n in names]
-    arrived += [graph.call_method("get", (partials, n)) for n in [*received, *shared]]
-    graph.call_function(pull_back, (tuple(roots), tuple(arrived), retain))
-    graph.output(_gradients(graph, {n: _item(graph, leaves, n) for n in received}))
-    return fx.GraphModule(
-        {f"shared.{n}": p for n, p in shared.items()}, graph, f"Backward{stage.index}"
-    )
-
-
-def _emit_step(
-    stage: StageGraph,
-    received: list[str],
-    sent: list[str],
-    unasked: tuple[str, ...],
-    served: tuple[Served, ...],
-) -> fx.GraphModule:
-    graph = fx.Graph()
-    inputs = graph.placeholder("inputs")
-    context, loss, target = (
-        graph.placeholder(n, default_value=None) for n in ("context", "loss", "target")
-    )
-    values, leaves = _open_inputs(graph, inputs, stage, received)
-    outputs = _run_stage(graph, stage, values)
-    results: dict[str, fx.Node] = {}
-    roots: list[fx.Node] = []
-    gradients: list[fx.Node] = []
-    value_out = None
-    if OUTPUT in outputs:
-        output = outputs.pop(OUTPUT)
-        value = _named(graph.call_function(evaluate, (loss, output, target)), "loss_value")
-        roots.append(value)
-        gradients.append(_named(graph.call_function(torch.ones_like, (value,)), "loss_gradient"))
-        results[OUTPUT] = _named(graph.call_function(detached, (output,)), "output_sent")
-        value_out = _named(graph.call_function(detached, (value,)), "loss_sent")
-    for name, out in outputs.items():
-        results[name] = out
-        if name in sent or name in unasked:
-            label = f"{identifier(name)}_sent"
-            results[name] = _named(graph.call_method("detach", (out,)), label)
-    predictions, found = _ask_sources(graph, served, results, context)
-    roots = [*(outputs[n] for n in sent), *roots]
-    gradients = [*(found[n] for n in sent), *gradients]
-    graph.call_function(pull_back, (tuple(roots), tuple(gradients)))
-    result = (results, _gradients(graph, leaves), predictions, value_out)
-    graph.output(graph.call_function(StepResult, result))
-    attributes = {f"sources.{source_key(group.name)}": group.source for group in served}
-    return fx.GraphModule({"stage": stage.module, **attributes}, graph, f"Step{stage.index}")
-
-
-def _ask_sources(
-    graph: fx.Graph, served: tuple[Served, ...], values: dict[str, fx.Node], context: fx.Node
-) -> tuple[dict[str, fx.Node], dict[str, fx.Node]]:
-    """What each source predicts, by its own name, and the gradient of each value that it serves."""
-    predictions, gradients = {}, {}
-    for group in served:
-        given = (tuple(values[n] for n in group.names), context)
-        label = identifier(group.name)
-        prediction = graph.call_module(f"sources.{source_key(group.name)}", given)
-        predictions[group.name] = _named(prediction, f"{label}_prediction")
-        every = _named(
-            graph.call_function(getattr, (prediction, "gradients")), f"{label}_gradients"
-        )
-        for i, name in enumerate(group.names):
-            gradients[name] = _item(graph, every, i, f"{identifier(name)}_gradient")
-    return predictions, gradients
-
-
 def source_key(interface: str) -> str:
     """The name of an interface's source in a module table, which may hold no dots and no names of
     its own (``to``).
@@ -184,47 +184,18 @@ def source_key(interface: str) -> str:
     return f"{key}_" if hasattr(nn.ModuleDict, key) else key
 
 
-def _open_inputs(
-    graph: fx.Graph,
-    inputs: fx.Node,
-    stage: StageGraph,
-    received: list[str],
-    keep_layout: bool = False,
-) -> tuple[dict[str, fx.Node], dict[str, fx.Node]]:
-    values, leaves = {}, {}
-    kept = (True,) if keep_layout else ()
-    for name in stage.inputs:
-        label = identifier(name)
-        values[name] = _item(
-            graph, inputs, name, label if name not in received else f"{label}_received"
-        )
-        if name in received:
-            leaves[name] = _named(graph.call_function(Leaf, (values[name], *kept)), f"{label}_leaf")
-            values[name] = _named(graph.call_method("view", (leaves[name],)), label)
-    return values, leaves
+def _gradients(graph: fx.Graph, leaves: Nodes) -> Nodes:
+    return {
+        name: _call(graph, f"{identifier(name)}_input_gradient", "gradient", leaf)
+        for name, leaf in leaves.items()
+    }
 
 
-def _run_stage(
-    graph: fx.Graph, stage: StageGraph, values: dict[str, fx.Node]
-) -> dict[str, fx.Node]:
-    called = graph.call_module("stage", tuple(values[n] for n in stage.inputs))
-    if stage.outputs == (OUTPUT,):
-        called.name = OUTPUT
-        return {OUTPUT: called}
-    called.name = "outputs"
-    return {n: _item(graph, called, i, identifier(n)) for i, n in enumerate(stage.outputs)}
-
-
-def _gradients(graph: fx.Graph, leaves: dict[str, fx.Node]) -> dict[str, fx.Node]:
-    found = {}
-    for name, leaf in leaves.items():
-        found[name] = _named(
-            graph.call_method("gradient", (leaf,)), f"{identifier(name)}_input_gradient"
-        )
-    return found
-
-
-def _named(node: fx.Node, name: str) -> fx.Node:
+def _call(graph: fx.Graph, name: str, what: Callable[..., Any] | str, *args: Any) -> fx.Node:
+    """A call of a function, or of a method of the first argument, whose result has a name."""
+    node = graph.create_node(
+        "call_method" if isinstance(what, str) else "call_function", what, args
+    )
     node.name = name
     return node
 

@@ -4,7 +4,8 @@ interface.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -77,35 +78,52 @@ def insert_sources(
     Args:
         trace: the traced model.
         split: its stages.
-        gradients: gradient sources asked for.
-        inputs: synthetic inputs asked for.
+        gradients: one source for all interfaces, or a mapping from interface name (or another name
+            of the value) to sources; those that it leaves out get ``"auto"``.
+        inputs: synthetic inputs likewise; those that a mapping leaves out get none.
         context: turns targets into what the sources see.
         leaving: how values that leave the graph are served; None where there are none.
 
     Raises:
-        DecouplingError: names of no interface, unknown sources, or some that cannot serve a value.
+        DecouplingError: names of no interface, unknown sources, or some that cannot serve a value;
+            ``"exact"`` for some interfaces only.
     """
     interfaces, specs = split.interfaces, infer_specs(trace)
     taken = tuple(specs[n] for n in split.model_inputs)
-    batch = taken[0].shape[0] if taken and taken[0].shape else 1
-    seen = None if leaving is not None else infer_context(context, batch)
+    seen = None if leaving is not None else infer_context(context, taken)
     device = next(trace.model.parameters()).device
-    devices = {i.name: device for i in interfaces}
     asked = resolve_gradients(interfaces, gradients)
     within = tuple(i for i in interfaces if not i.leaves)
-    sources = make_sources(within, asked, seen, devices)
+    sources = make_sources(within, asked, seen, device)
     if leaving is not None:
         outward = tuple(i for i in interfaces if i.leaves)
         options = {i.name: leaving.serve(i, asked[i.name]) for i in outward}
-        sources = make_sources(outward, options, leaving.context, devices) | sources
+        sources = make_sources(outward, options, leaving.context, device) | sources
+    exact = {n for n, source in sources.items() if source.asks.exact}
+    some = isinstance(gradients, Mapping) or len(exact) < len(sources)
+    if some and any(i.name in exact for i in within):
+        raise DecouplingError(
+            "'exact' waits for the true gradient of every stage: pass gradients='exact' for the "
+            "whole model"
+        )
     kinds = {n: _name_of(option) for n, option in asked.items()}
     kinds.update({i.name: auto_name(i.spec, seen) for i in within if kinds[i.name] == "auto"})
-    return Inserted(
-        gradients=sources,
-        inputs=make_inputs(interfaces, inputs, taken, devices),
-        kinds=kinds,
-        unlocks={n: _name_of(o) for n, o in _chosen_inputs(interfaces, inputs).items()},
-    )
+    chosen = {} if inputs is None else _by_interface(interfaces, inputs, "inputs")
+    made = {}
+    for interface in (i for i in interfaces if i.name in chosen):
+        with _placed(f"synthetic input at interface {interface.name!r}"):
+            source = make_input(chosen[interface.name], interface.spec, taken)
+        made[interface.name] = source.to(device)
+    return Inserted(sources, made, kinds, {n: _name_of(option) for n, option in chosen.items()})
+
+
+@contextlib.contextmanager
+def _placed(place: str) -> Iterator[None]:
+    """What is refused within, with its place before it."""
+    try:
+        yield
+    except DecouplingError as error:
+        raise type(error)(f"{place}: {error}") from error
 
 
 def _name_of(option: Any) -> str:
@@ -119,29 +137,12 @@ def _name_of(option: Any) -> str:
 def resolve_gradients(
     interfaces: tuple[Interface, ...], gradients: Gradients
 ) -> dict[str, str | SourceFactory]:
-    """What was asked for at every interface.
-
-    Args:
-        interfaces: values that carry a gradient across a cut.
-        gradients: one source for all, or a mapping from interface name (or another name of the
-            value) to sources; interfaces that it leaves out get ``"auto"``.
-
-    Returns:
-        A source name or factory for every interface name.
+    """The source that was asked for at every interface; ``"auto"`` where a mapping names none.
 
     Raises:
-        DecouplingError: a name that is no interface (close names are suggested), or ``"exact"`` for
-            some of them only.
+        DecouplingError: a name that is no interface (close names are suggested).
     """
     chosen = _by_interface(interfaces, gradients, "gradients")
-    if not isinstance(gradients, Mapping):
-        return chosen
-    within = [chosen[i.name] for i in interfaces if not i.leaves and i.name in chosen]
-    if {"exact", "joint:exact"} & {c for c in within if isinstance(c, str)}:
-        raise DecouplingError(
-            "'exact' waits for the true gradient of every stage: pass gradients='exact' for the "
-            "whole model"
-        )
     return {i.name: chosen.get(i.name, "auto") for i in interfaces}
 
 
@@ -149,19 +150,10 @@ def make_sources(
     interfaces: tuple[Interface, ...],
     chosen: Mapping[str, str | SourceFactory],
     context: TensorSpec | None,
-    devices: Mapping[str, torch.device],
+    device: torch.device,
 ) -> dict[str, GradientSource]:
-    """Make one source for each interface, on the device of its value; one for all of a stage's that
-    ask for the same ``"joint:..."``.
-
-    Args:
-        interfaces: values that carry a gradient across a cut.
-        chosen: what ``resolve_gradients`` returned.
-        context: shape and dtype of the context, None without one.
-        devices: device of each interface's value.
-
-    Returns:
-        Sources by interface name. The global random state is left as it was.
+    """Make one source for each interface; one for all of a stage's that ask for the same
+    ``"joint:..."``. The global random state is left as it was.
 
     Raises:
         DecouplingError: an unknown source, or one that cannot serve its value.
@@ -174,7 +166,7 @@ def make_sources(
     sources: dict[str, GradientSource] = {}
     for group in groups.values():
         names = [i.name for i in group]
-        try:
+        with _placed(f"interface {', '.join(map(repr, names))}"):
             option = for_consumers(chosen[names[0]], len(group[0].consumers))
             source = make_source(option, tuple(i.spec for i in group), context)
             if source.asks.jacobian and not group[0].leaves:
@@ -184,58 +176,8 @@ def make_sources(
                     "interfaces, gradients={'next_...': ...}"
                 )
             try_predict(source)
-        except DecouplingError as error:
-            raise type(error)(f"interface {', '.join(map(repr, names))}: {error}") from error
-        sources.update(dict.fromkeys(names, source.to(devices[names[0]])))
-    if len({sources[i.name].asks.exact for i in interfaces if not i.leaves}) > 1:
-        raise DecouplingError(
-            "'exact' waits for the true gradient of every stage: pass gradients='exact' for the "
-            "whole model"
-        )
+        sources.update(dict.fromkeys(names, source.to(device)))
     return {i.name: sources[i.name] for i in interfaces}
-
-
-def make_inputs(
-    interfaces: tuple[Interface, ...],
-    inputs: Inputs | None,
-    model_inputs: tuple[TensorSpec, ...],
-    devices: Mapping[str, torch.device],
-) -> dict[str, InputSource]:
-    """Make a synthetic input for every interface that one was asked for.
-
-    Args:
-        interfaces: values that carry a gradient across a cut.
-        inputs: a name or factory for all, or a mapping from interface name to either (interfaces
-            that it leaves out get none); None for none at all.
-        model_inputs: the model's tensor inputs, in order.
-        devices: device of each interface's value.
-
-    Returns:
-        By interface name. The global random state is left as it was.
-
-    Raises:
-        DecouplingError: an unknown name, or a value that cannot be predicted from the model's
-            inputs.
-    """
-    chosen = _chosen_inputs(interfaces, inputs)
-    found = {}
-    for interface in interfaces:
-        if interface.name in chosen:
-            try:
-                made = make_input(chosen[interface.name], interface.spec, model_inputs)
-            except DecouplingError as error:
-                raise type(error)(
-                    f"synthetic input at interface {interface.name!r}: {error}"
-                ) from error
-            found[interface.name] = made.to(devices[interface.name])
-    return found
-
-
-def _chosen_inputs(
-    interfaces: tuple[Interface, ...], inputs: Inputs | None
-) -> dict[str, str | InputFactory]:
-    """The option of each interface that a synthetic input was asked for."""
-    return {} if inputs is None else _by_interface(interfaces, inputs, "inputs")
 
 
 def _by_interface(interfaces: tuple[Interface, ...], options: Any, argument: str) -> dict[str, Any]:
@@ -253,18 +195,12 @@ def _by_interface(interfaces: tuple[Interface, ...], options: Any, argument: str
     return {by_name[n]: option for n, option in options.items()}
 
 
-def infer_context(context: Context | None, batch: int) -> TensorSpec | None:
-    """Shape of what a context callable returns for a batch.
+def infer_context(context: Context | None, inputs: tuple[TensorSpec, ...]) -> TensorSpec | None:
+    """Shape and dtype of what a context callable returns for a batch of the example's size; None
+    without one.
 
     Asked of its attributes ``features`` and ``positions`` (number of dimensions between batch and
     features, 0 if missing), else found by calling it with labels of zero.
-
-    Args:
-        context: the callable, or None.
-        batch: size of the example batch.
-
-    Returns:
-        ``(batch, features)`` and dtype; None without a context.
 
     Raises:
         DecouplingError: the callable has no ``features`` and does not take integer labels.
@@ -275,6 +211,7 @@ def infer_context(context: Context | None, batch: int) -> TensorSpec | None:
         raise DecouplingError(
             f"context= must be a callable from the training target to a tensor, not {context!r}"
         )
+    batch = inputs[0].shape[0] if inputs and inputs[0].shape else 1
     features = getattr(context, "features", None)
     if isinstance(features, int):
         positions = getattr(context, "positions", 0)

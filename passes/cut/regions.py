@@ -7,48 +7,34 @@ from typing import Any
 import torch
 from torch import fx
 
+_NO_GRAD = ("no_grad",)
 
-class Regions:
-    """Puts no_grad and autocast regions around the nodes that were recorded inside them.
+Opened = tuple[tuple[Any, ...], fx.Node]  # a region's state, and what closes it
+
+
+def enter_regions(graph: fx.Graph, opened: list[Opened], node: fx.Node | None) -> None:
+    """Close and open regions so that a recorded node can be added to a stage's graph next.
 
     Args:
-        graph: the stage's graph, to which nodes are then added in order.
+        graph: the stage's graph.
+        opened: what is open, outermost first; is changed.
+        node: as it was recorded; None closes all.
     """
-
-    def __init__(self, graph: fx.Graph) -> None:
-        self.graph = graph
-        self.outside: fx.Node | None = None
-        self.autocasts: list[tuple[tuple[Any, ...], fx.Node]] = []
-
-    def enter(self, node: fx.Node) -> None:
-        """Open and close regions so that a recorded node can be added next."""
-        wanted = tuple(node.meta.get("autocast", ()))
-        open_ = tuple(state for state, _ in self.autocasts)
-        shared = 0
-        while shared < min(len(wanted), len(open_)) and wanted[shared] == open_[shared]:
-            shared += 1
-        self._leave_autocasts(shared)
-        for state in wanted[shared:]:
-            entered = self.graph.call_function(torch.amp.autocast_mode._enter_autocast, state)
-            self.autocasts.append((state, entered))
-        if bool(node.meta.get("no_grad")) != (self.outside is not None):
-            self._switch_gradients()
-
-    def leave(self) -> None:
-        """Close whatever is open."""
-        self._leave_autocasts(0)
-        if self.outside is not None:
-            self._switch_gradients()
-
-    def _switch_gradients(self) -> None:
-        if self.outside is None:
-            self.outside = self.graph.call_function(torch.is_grad_enabled)
-            self.graph.call_function(torch._C._set_grad_enabled, (False,))
-        else:  # whatever it was outside: evaluation may itself run without gradients
-            self.graph.call_function(torch._C._set_grad_enabled, (self.outside,))
-            self.outside = None
-
-    def _leave_autocasts(self, keep: int) -> None:
-        while len(self.autocasts) > keep:
-            _, entered = self.autocasts.pop()
-            self.graph.call_function(torch.amp.autocast_mode._exit_autocast, (entered,))
+    meta = {} if node is None else node.meta
+    wanted = [*meta.get("autocast", ()), *([_NO_GRAD] if meta.get("no_grad") else [])]
+    shared = 0
+    while shared < min(len(wanted), len(opened)) and wanted[shared] == opened[shared][0]:
+        shared += 1
+    while len(opened) > shared:
+        state, entered = opened.pop()
+        if state == _NO_GRAD:  # whatever it was outside: evaluation may itself run without
+            graph.call_function(torch._C._set_grad_enabled, (entered,))
+        else:
+            graph.call_function(torch.amp.autocast_mode._exit_autocast, (entered,))
+    for state in wanted[shared:]:
+        if state == _NO_GRAD:
+            entered = graph.call_function(torch.is_grad_enabled)
+            graph.call_function(torch._C._set_grad_enabled, (False,))
+        else:
+            entered = graph.call_function(torch.amp.autocast_mode._enter_autocast, state)
+        opened.append((state, entered))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import fx, nn
 
@@ -22,21 +26,13 @@ _LOOK_BACK = 40
 
 
 def name_values(trace: Trace) -> dict[fx.Node, tuple[str, ...]]:
-    """Names of every value, the preferred one first.
-
-    Args:
-        trace: a traced model.
-
-    Returns:
-        For each node: the paths of the modules whose output it is, outermost first (``path@1`` for
-        a module's second call), then the node's own name where no module has it.
+    """Names of every value, the preferred one first: the paths of the modules whose output it is,
+    outermost first (``path@1`` for a module's second call), then the node's own name where no
+    module has it.
     """
-    seen: dict[str, int] = {}
     names: dict[fx.Node, list[str]] = {}
-    for path, node, _ in trace.calls:
-        count = seen.get(path, 0)
-        seen[path] = count + 1
-        if path and node is not None:
+    for path, count, node, _ in numbered_calls(trace):
+        if node is not None:
             names.setdefault(node, []).insert(0, f"{path}@{count}" if count else path)
     taken = {n for group in names.values() for n in group}
     for node in trace.graph.nodes:
@@ -47,26 +43,38 @@ def name_values(trace: Trace) -> dict[fx.Node, tuple[str, ...]]:
     return {node: tuple(group) for node, group in names.items()}
 
 
-def infer_specs(trace: Trace) -> dict[str, TensorSpec]:
-    """Shape, dtype and feature dimension of every tensor of the graph.
-
-    Args:
-        trace: a traced model.
-
-    Returns:
-        Specs by node name, in program order.
+def numbered_calls(trace: Trace) -> Iterator[tuple[str, int, fx.Node | None, fx.Node]]:
+    """Every call of a submodule: its path, how often it was called before, its output node and the
+    last node made in it.
     """
-    return {
-        n.name: _spec(trace, n)
-        for n in trace.graph.nodes
-        if isinstance(n.meta.get("value"), torch.Tensor)
-    }
+    seen: Counter[str] = Counter()
+    for path, node, last in trace.calls:
+        if path:
+            yield path, seen[path], node, last
+            seen[path] += 1
 
 
-def _spec(trace: Trace, node: fx.Node) -> TensorSpec:
-    value = node.meta["value"]
-    dim = _feature_dim(trace, node) if value.dim() > 2 else -1
-    return TensorSpec(tuple(int(s) for s in value.shape), value.dtype, dim)
+def modules_of(node: fx.Node) -> tuple[str, ...]:
+    """Paths of the modules that a node lies in or calls, outermost first."""
+    called = (str(node.target),) if node.op == "call_module" else ()
+    return tuple(p for p in dict.fromkeys((*node.meta.get("modules", ()), *called)) if p)
+
+
+def parameters_of(node: fx.Node) -> tuple[str, ...]:
+    """Names of the parameters that a node uses."""
+    fetched = [i.meta["parameters"] for i in node.all_input_nodes if i.op == "get_attr"]
+    direct = sorted({name for names in fetched for name in names})
+    return tuple(dict.fromkeys((*node.meta.get("parameters", ()), *direct)))
+
+
+def infer_specs(trace: Trace) -> dict[str, TensorSpec]:
+    """Shape, dtype and feature dimension of every tensor, by node name."""
+    specs = {}
+    for node in trace.graph.nodes:
+        if (rank := _rank(node)) >= 0:
+            value, dim = node.meta["value"], _feature_dim(trace, node) if rank > 2 else -1
+            specs[node.name] = TensorSpec(tuple(map(int, value.shape)), value.dtype, dim)
+    return specs
 
 
 def _feature_dim(trace: Trace, node: fx.Node) -> int:
@@ -84,10 +92,9 @@ def _feature_dim(trace: Trace, node: fx.Node) -> int:
         if isinstance(module, _TOKENS) or name in ("linear", "layer_norm", "embedding", "matmul"):
             return -1
         if name == "permute":
-            order = [
-                d for a in current.args[1:] for d in (a if isinstance(a, tuple | list) else [a])
-            ]
-            if order and order[-1] == 1:
+            order: list[Any] = []
+            fx.node.map_aggregate(current.args[1:], order.append)
+            if order[-1:] == [1]:
                 return -1
             if len(order) > 1 and order[1] in (len(order) - 1, -1):
                 return 1

@@ -8,6 +8,7 @@ model's own, by reference.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,8 @@ from ...plan import Interface
 from ..trace.nodes import identifier
 from ..trace.tracing import Port, Trace
 from .cutting import Flow, kept_storages, needs_gradient
-from .regions import Regions
+from .regions import Opened, enter_regions
+from .specs import parameters_of
 
 OUTPUT = "output"
 
@@ -95,6 +97,18 @@ class Split:
     incoming: tuple[str, ...] = ()
     summed: tuple[tuple[str, nn.Parameter, tuple[int, ...]], ...] = ()
 
+    def run(self, values: dict[str, Any]) -> Any:
+        """The model's output, by the stages one after the other, with ordinary autograd.
+
+        Args:
+            values: the model's inputs by name; everything that crosses or leaves is added.
+        """
+        for stage in self.stages:
+            results = stage.module(*(values[n] for n in stage.inputs))
+            whole = stage.outputs == (OUTPUT,)
+            values.update(zip(stage.outputs, (results,) if whole else results, strict=True))
+        return values.pop(OUTPUT)
+
     def shared_in(self, stage: int) -> dict[str, nn.Parameter]:
         """The shared parameters that one stage uses."""
         return {name: parameter for name, parameter, where in self.shared if stage in where}
@@ -124,30 +138,35 @@ class _Crossing:
     Attributes:
         flow: facts of the traced model.
         stage_of: stage of every computed node.
-        count: number of stages.
+        last: the last stage.
+        returned: the nodes of the model's own output.
         users: the stages that use each crossing value, in program order of the values.
         names: of each crossing value.
     """
 
     flow: Flow
     stage_of: dict[fx.Node, int]
-    count: int
+    last: int
+    returned: list[fx.Node]
     users: dict[fx.Node, dict[int, None]]
     names: dict[fx.Node, str]
 
     def place(self, node: fx.Node) -> int:
         """The stage of a node; inputs and the output belong to the last one."""
-        return self.stage_of.get(node, self.count - 1)
+        return self.stage_of.get(node, self.last)
+
+    def label(self, node: fx.Node) -> str:
+        """What a stage calls a model input, or a value of another stage."""
+        return node.name if node.op == "placeholder" else self.names[node]
 
     def carries(self, node: fx.Node) -> bool:
         """Whether a gradient comes back over a crossing value."""
-        returned = any(leaf is node for leaf in self.flow.trace.output_leaves)
-        away = [
-            u
-            for u in node.users
-            if self.place(u) != self.stage_of[node] and (u.op != "output" or returned)
-        ]
-        return needs_gradient(node) and any(u in self.flow.returning for u in away)
+        return needs_gradient(node) and any(
+            user in self.flow.returning
+            for user in node.users
+            if self.place(user) != self.stage_of[node]
+            and (user.op != "output" or node in self.returned)
+        )
 
 
 def split_stages(flow: Flow, stage_of: dict[fx.Node, int], named: tuple[str, ...] = ()) -> Split:
@@ -165,7 +184,7 @@ def split_stages(flow: Flow, stage_of: dict[fx.Node, int], named: tuple[str, ...
         CutError: stages that depend on each other in a circle, or on a later one.
     """
     cross = _find_crossing(flow, stage_of, named)
-    stages = tuple(_build_stage(cross, k) for k in range(cross.count))
+    stages = tuple(_build_stage(cross, k) for k in range(cross.last + 1))
     leaving = [(p, n) for p in flow.trace.ports if needs_gradient(n := flow.trace.port_node(p))]
     carrying = [n for n in cross.users if cross.carries(n)]
     plain = [n for n in cross.users if n not in set(carrying)]
@@ -193,20 +212,20 @@ def split_stages(flow: Flow, stage_of: dict[fx.Node, int], named: tuple[str, ...
 
 
 def _find_crossing(flow: Flow, stage_of: dict[fx.Node, int], named: tuple[str, ...]) -> _Crossing:
-    count = max(stage_of.values(), default=0) + 1
+    last = max(stage_of.values(), default=0)
     returned = [leaf for leaf in flow.trace.output_leaves if isinstance(leaf, fx.Node)]
     users: dict[fx.Node, dict[int, None]] = {}
     for node in flow.nodes:
-        is_output = node.op == "output"
-        here = count - 1 if is_output else stage_of.get(node)
-        if here is None:
-            continue
-        for value in returned if is_output else node.all_input_nodes:
-            if value in stage_of and stage_of[value] != here:
+        used, here = node.all_input_nodes, stage_of.get(node, -1)
+        if node.op == "output":
+            used, here = returned, last
+        for value in used if here >= 0 else ():
+            if stage_of.get(value, here) != here:
                 users.setdefault(value, {})[here] = None
     _check_order({(stage_of[v], c) for v, consumers in users.items() for c in consumers})
     users = {n: users[n] for n in flow.nodes if n in users}
-    return _Crossing(flow, stage_of, count, users, _crossing_names(flow, list(users), named))
+    names = _crossing_names(flow, list(users), named)
+    return _Crossing(flow, stage_of, last, returned, users, names)
 
 
 def _outward(
@@ -254,20 +273,17 @@ def _check_order(edges: set[tuple[int, int]]) -> None:
 def _reused(
     flow: Flow, stage_of: dict[fx.Node, int], sharing: dict[str, list[int]]
 ) -> tuple[tuple[int, str], ...]:
-    uses: dict[tuple[int, str], int] = {}
+    uses: Counter[tuple[int, str]] = Counter()
     for node, stage in stage_of.items():
         module = flow.trace.attributes.get(str(node.target)) if node.op == "call_module" else None
         several = isinstance(module, nn.RNNBase) or str(node.target) in flow.trace.opaque
-        direct = {
-            p for i in node.all_input_nodes if i.op == "get_attr" for p in i.meta["parameters"]
-        }
-        for name in {*node.meta.get("parameters", ()), *direct}:
-            uses[stage, name] = uses.get((stage, name), 0) + (2 if several else 1)
+        for name in parameters_of(node):
+            uses[stage, name] += 2 if several else 1
     return tuple(
         sorted(
-            (s, n)
-            for (s, n), count in uses.items()
-            if count > 1 and len(sharing.get(n, ())) > 1 and s < sharing[n][-1]
+            (stage, name)
+            for (stage, name), count in uses.items()
+            if count > 1 and stage < sharing.get(name, [stage])[-1]
         )
     )
 
@@ -287,36 +303,30 @@ def _crossing_names(
 
 
 def _build_stage(cross: _Crossing, index: int) -> StageGraph:
-    flow, last = cross.flow, index == cross.count - 1
+    flow, last = cross.flow, index == cross.last
     own = [n for n in flow.nodes if cross.stage_of.get(n) == index]
-    ports = [(p, flow.trace.port_node(p)) for p in flow.trace.ports]
-    leaving = [(p, n) for p, n in ports if cross.place(n) == index]
-    results = [n for n in own if n in cross.users]
-    if last:
-        results = [n for n in flow.trace.output_leaves if isinstance(n, fx.Node)]
-    needed = _needed(flow, own, [*results, *(n for _, n in leaving)])
-    computed = set(own)
-    incoming = [
-        n for n in needed if n.op == "placeholder" or (n in cross.stage_of and n not in computed)
-    ]
+    leaving = {
+        p.name: n for p in flow.trace.ports if cross.place(n := flow.trace.port_node(p)) == index
+    }
+    results = cross.returned if last else [n for n in own if n in cross.users]
+    needed = _needed(flow, own, [*results, *leaving.values()])
+    incoming = [n for n in needed if n.op == "placeholder" or cross.stage_of.get(n, index) != index]
     graph, attributes, copies = _copy_nodes(cross, own, needed, incoming)
-    sent = tuple(copies[n] for _, n in leaving)
+    sent = tuple(copies[n] for n in leaving.values())
     if last:
         whole = _rebuilt(graph, flow.trace, copies)
         graph.output((whole, *sent) if sent else whole)
     else:
         graph.output((*(copies[n] for n in results), *sent))
     graph.lint()
-    inputs = set(incoming)
-    parameters = {p for n in needed if n not in inputs for p in n.meta.get("parameters", ())}
-    order = [n for n, _ in flow.trace.model.named_parameters()]
+    read = {p for n in set(needed).difference(incoming) for p in n.meta.get("parameters", ())}
     outputs = (OUTPUT,) if last else tuple(cross.names[n] for n in results)
     return StageGraph(
         index=index,
         module=fx.GraphModule(attributes, graph, f"Stage{index}"),
-        inputs=tuple(n.name if n.op == "placeholder" else cross.names[n] for n in incoming),
-        outputs=(*outputs, *(p.name for p, _ in leaving)),
-        parameters=tuple(n for n in order if n in parameters),
+        inputs=tuple(cross.label(n) for n in incoming),
+        outputs=(*outputs, *leaving),
+        parameters=tuple(n for n, _ in flow.trace.model.named_parameters() if n in read),
         nodes=len(own),
         called=tuple(sorted({str(n.target) for n in own if n.op == "call_module"})),
     )
@@ -331,29 +341,25 @@ def _copy_nodes(
     called = {str(n.target) for n in own if n.op == "call_module"}
     graph = fx.Graph()
     attributes: dict[str, Any] = {}
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in incoming:
-        name = node.name if node.op == "placeholder" else cross.names[node]
-        copies[node] = graph.placeholder(identifier(name))
+    copies = {n: graph.placeholder(identifier(cross.label(n))) for n in incoming}
     for node in incoming:  # the producer's copy of what is written to stays as it was sent
         if node.op != "placeholder" and node.meta.get("storage") in written:
             copies[node] = graph.call_method("clone", (copies[node],))
-    regions = Regions(graph)
-    for node in needed:
-        if node in copies:
-            continue
+    opened: list[Opened] = []
+    for node in (n for n in needed if n not in copies):
+        target = str(node.target)
         if node.op == "get_attr":
-            target = _attribute_target(str(node.target), called)
-            attributes[target] = flow.trace.attributes[str(node.target)]
-            copies[node] = graph.create_node("get_attr", target, name=node.name)
+            kept = _stage_target(target, called)
+            copies[node] = graph.create_node("get_attr", kept, name=node.name)
+            attributes[kept] = flow.trace.attributes[target]
             continue
-        regions.enter(node)
+        enter_regions(graph, opened, node)
         copies[node] = graph.node_copy(node, lambda n: copies[n])
         copies[node].meta = {}
         if node.op == "call_module":
-            copies[node].target = _free_name(str(node.target))
-            attributes[str(copies[node].target)] = flow.trace.attributes[str(node.target)]
-    regions.leave()
+            kept = copies[node].target = _stage_target(target, set())
+            attributes[kept] = flow.trace.attributes[target]
+    enter_regions(graph, opened, None)
     return graph, attributes, copies
 
 
@@ -380,16 +386,11 @@ def _needed(flow: Flow, own: list[fx.Node], results: list[fx.Node]) -> list[fx.N
     return sorted(found, key=lambda n: flow.index[n])
 
 
-def _attribute_target(target: str, called: set[str]) -> str:
-    """Where a stage keeps an attribute: under its own path, unless a module that the stage calls
-    lies in the way.
+def _stage_target(target: str, called: set[str]) -> str:
+    """Where a stage keeps a module or attribute: under its own path, unless a module that the stage
+    calls, or one of ``fx.GraphModule``'s own attributes (``code``, ``graph``, ...), is in the way.
     """
     parts = target.split(".")
     if any(".".join(parts[:i]) in called for i in range(1, len(parts))):
         return "_" + target.replace(".", "_")
-    return _free_name(target)
-
-
-def _free_name(target: str) -> str:
-    """A path that is not one of ``fx.GraphModule``'s own attributes (``code``, ``graph``, ...)."""
-    return f"model_{target}" if hasattr(fx.GraphModule, target.split(".")[0]) else target
+    return f"model_{target}" if hasattr(fx.GraphModule, parts[0]) else target

@@ -26,9 +26,6 @@ def torn_positions(
         last_use: position of the last user of each node.
         replicated: nodes that every stage makes for itself.
         written: the last node that writes to each storage, those of the model's own left out.
-
-    Returns:
-        Why each of them may not be cut.
     """
     index = {n: i for i, n in enumerate(nodes)}
     members: dict[int, list[fx.Node]] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,7 +26,8 @@ def lower_bound(loads: Loads, speeds: Sequence[float]) -> float:
     if len(speeds) < 2 or not len(loads.values):
         return floor
     done, left = _work_around(loads)
-    price = (loads.source + loads.transfer).double().masked_fill(loads.attached, INFINITE)
+    sending = (loads.source + loads.transfer).double()
+    price = sending.masked_fill(loads.attached, INFINITE)
 
     def possible(bound: float) -> bool:
         furthest = 0.0
@@ -38,7 +39,7 @@ def lower_bound(loads: Loads, speeds: Sequence[float]) -> float:
             furthest = float(torch.minimum(reach, work - left)[fits].max())
         return work - furthest <= bound * speeds[-1]
 
-    low, high = floor, floor + float((loads.source + loads.transfer).max()) / min(speeds) + work
+    low, high = floor, floor + float(sending.max()) / min(speeds) + work
     for _ in range(50):
         middle = (low + high) / 2
         low, high = (low, middle) if possible(middle) else (middle, high)
@@ -49,40 +50,31 @@ def _work_around(loads: Loads) -> tuple[Tensor, Tensor]:
     """For each value, the work that must be done when it crosses, and the least that must still be
     left.
     """
-    count = len(loads.compute)
-    before: list[list[int]] = [[] for _ in range(count)]
-    after: list[list[int]] = [[] for _ in range(count)]
+    positions = range(len(loads.compute))
+    before: list[list[int]] = [[] for _ in positions]
+    after: list[list[int]] = [[] for _ in positions]
     values = loads.values.tolist()
     for value, user in zip(loads.edge_value.tolist(), loads.edge_user.tolist(), strict=True):
         before[user].append(values[value])
         after[values[value]].append(user)
-    work = loads.compute.tolist()
-    if count <= _CLOSURE:
-        done, left = (
-            _closure_sums(before, loads.compute),
-            _closure_sums(after[::-1], loads.compute, reverse=True),
-        )
-    else:  # the longest way instead of everything on any way
-        done, left = list(work), list(work)
-        for p in range(count):
-            done[p] += max((done[q] for q in before[p]), default=0)
-        for p in reversed(range(count)):
-            left[p] += max((left[q] for q in after[p]), default=0)
+    done = _work_with(before, positions, loads.compute)
+    left = _work_with(after, reversed(positions), loads.compute).tolist()
     least = [min(left[u] for u in after[v]) for v in values]
-    return torch.tensor([done[v] for v in values], dtype=torch.float64), torch.tensor(
-        least, dtype=torch.float64
-    )
+    return done[loads.values], torch.tensor(least, dtype=torch.float64)
 
 
-def _closure_sums(needs: list[list[int]], compute: Tensor, reverse: bool = False) -> list[float]:
-    """Work of every node together with all that it needs, directly or not."""
+def _work_with(needs: list[list[int]], order: Iterable[int], compute: Tensor) -> Tensor:
+    """Work of every node together with all that it needs, directly or not; in large graphs with
+    the longest way instead.
+    """
     count = len(needs)
-    masks: list[int] = []
-    for number, direct in enumerate(needs):
-        mask = 1 << number
-        for other in direct:
-            mask |= masks[count - 1 - other if reverse else other]
-        masks.append(mask)
-    weights = compute.flip(0) if reverse else compute
-    sums = bit_rows(masks, count).double() @ weights.double()
-    return (sums.flip(0) if reverse else sums).tolist()
+    if count > _CLOSURE:
+        work = compute.tolist()
+        for node in order:
+            work[node] += max((work[other] for other in needs[node]), default=0)
+        return torch.tensor(work, dtype=torch.float64)
+    masks = [1 << node for node in range(count)]
+    for node in order:
+        for other in needs[node]:
+            masks[node] |= masks[other]
+    return bit_rows(masks, count).double() @ compute.double()

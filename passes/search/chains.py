@@ -10,8 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .frontiers import INFINITE, Frontiers, Pairs, trainable, weigh_pairs
-from .loads import Loads
+from .frontiers import INFINITE, Frontiers, Pairs, weigh_pairs
 
 OBJECTIVES = ("throughput", "memory", "traffic", "learnability")
 SLACK = 1.05  # how much slower than the best the secondary objectives may be
@@ -36,6 +35,7 @@ class Wishes:
             explain.
         tidy: positions where modules end.
         polish: how much slower the slowest stage may be, as a factor, for cuts at such places.
+        in_order: whether stages must be contiguous in program order.
     """
 
     stages: int | None
@@ -49,6 +49,7 @@ class Wishes:
     unexplained: dict[int, float] = field(default_factory=dict)
     tidy: frozenset[int] = frozenset()
     polish: float = 1.01
+    in_order: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,6 @@ class Answer:
     """The best chain of some frontiers.
 
     Attributes:
-        loads: the graph.
         frontiers: that were weighed.
         path: of frontiers, the empty and the whole one included.
         best: the least possible slowest stage over these frontiers.
@@ -65,13 +65,17 @@ class Answer:
         traffic: bytes that its stages receive.
     """
 
-    loads: Loads
     frontiers: Frontiers
     path: tuple[int, ...]
     best: float
     slowest: float
     memory: float
     traffic: float
+
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        """The position of each cut; -1 off the program order."""
+        return tuple(self.frontiers.prefix[i] for i in self.path[1:-1])
 
     def better(self, other: Answer, objective: str) -> bool:
         """Whether it is so much better that stages may leave the program order for it."""
@@ -82,15 +86,9 @@ class Answer:
         return self.slowest < _WORTH * other.slowest
 
 
-def solve(loads: Loads, frontiers: Frontiers, wishes: Wishes) -> Answer | None:
-    """The best chain of frontiers, or None where the memory cap forbids all.
-
-    Args:
-        loads: the graph.
-        frontiers: of the graph.
-        wishes: what is asked for.
-    """
-    pairs = restricted(weigh_pairs(loads, frontiers), loads, frontiers, wishes)
+def solve(frontiers: Frontiers, wishes: Wishes) -> Answer | None:
+    """The best chain of frontiers, or None where the memory cap forbids all."""
+    pairs = weigh_pairs(frontiers, wishes.required)
     counts = [wishes.stages] if wishes.stages is not None else range(1, len(frontiers.prefix))
     for count in counts:
         speeds = wishes.speeds or (1.0,) * count
@@ -104,11 +102,10 @@ def solve(loads: Loads, frontiers: Frontiers, wishes: Wishes) -> Answer | None:
     else:
         return None
     loose = SLACK if wishes.objective in ("traffic", "learnability") else wishes.polish
-    weight = _second_wish(pairs, loads, frontiers, wishes, len(speeds))
+    weight = _second_wish(pairs, frontiers, wishes, len(speeds))
     path = cheapest(capped, weight, speeds, best * loose)
     steps = list(pairwise(path))
     return Answer(
-        loads=loads,
         frontiers=frontiers,
         path=path,
         best=best,
@@ -118,14 +115,12 @@ def solve(loads: Loads, frontiers: Frontiers, wishes: Wishes) -> Answer | None:
     )
 
 
-def _second_wish(
-    pairs: Pairs, loads: Loads, frontiers: Frontiers, wishes: Wishes, stages: int
-) -> Tensor:
+def _second_wish(pairs: Pairs, frontiers: Frontiers, wishes: Wishes, stages: int) -> Tensor:
     """What is kept small among chains that are fast enough: the gradient that sources do not
     explain, else cuts where no module ends, and the bytes that cross.
     """
     weight = pairs.traffic
-    most = float(loads.nbytes.sum() + 1)
+    most = float(frontiers.loads.nbytes.sum() + 1)
     if wishes.objective == "throughput" and wishes.polish > 1.0:
         untidy = [p not in wishes.tidy for p in frontiers.prefix[:-1]] + [False]
         weight = weight + torch.tensor(untidy, dtype=torch.float64)[None] * most * stages
@@ -133,21 +128,6 @@ def _second_wish(
         shares = [wishes.unexplained.get(p, 0.0) for p in frontiers.prefix]
         weight = torch.tensor(shares, dtype=torch.float64)[None] + weight / (1e6 * most)
     return weight
-
-
-def restricted(pairs: Pairs, loads: Loads, frontiers: Frontiers, wishes: Wishes) -> Pairs:
-    """Forbid frontiers that nothing trainable crosses, and stages that pass over a required one."""
-    usable = trainable(loads, frontiers)
-    usable[0] = usable[-1] = True
-    forbidden = ~(usable[:, None] & usable[None])
-    for position in wishes.required:
-        at = frontiers.prefix.index(position)
-        passes = frontiers.below[:, at][:, None] & frontiers.below[at][None]
-        comparable = frontiers.below[:, at] | frontiers.below[at]
-        comparable[at] = True
-        forbidden |= passes | ~comparable[:, None] | ~comparable[None]
-    costs = (pairs.seconds, pairs.memory, pairs.traffic)
-    return Pairs(*(cost.masked_fill(forbidden, INFINITE) for cost in costs))
 
 
 def bottleneck(cost: Tensor, speeds: Sequence[float]) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -33,17 +33,15 @@ def find_units(flow: Flow, together: Sequence[Sequence[int]] = ()) -> Units:
     that may be cut.
 
     What is made of parameters alone, such as a table of biases, belongs with its only user; what
-    nothing uses, such as the count of a batch norm, stays with the node before it.
-
-    Nodes that draw random numbers keep their order, and so do those that share a buffer that is
-    written to.
+    nothing uses, such as the count of a batch norm, stays with the node before it. Nodes that draw
+    random numbers keep their order, and so do those that share a buffer that is written to.
 
     Args:
         flow: facts of a traced model.
         together: positions that the user wants in one stage.
     """
     computed = [n for n in flow.nodes if flow.is_computed(n)]
-    groups = nx.utils.UnionFind(n for n in computed)
+    groups = nx.utils.UnionFind(computed)
     edges = _contract(flow, computed, groups)
     for group in together:
         groups.union(*[flow.nodes[p] for p in group])
@@ -52,11 +50,10 @@ def find_units(flow: Flow, together: Sequence[Sequence[int]] = ()) -> Units:
     quotient.add_nodes_from(groups[n] for n in computed)
     quotient.add_edges_from((groups[a], groups[b]) for a, b in edges if groups[a] != groups[b])
     condensed = nx.condensation(quotient)
-    component = {root: c for c, data in condensed.nodes(data=True) for root in data["members"]}
     masks: dict[int, int] = {}
     for node in computed:
-        c = component[groups[node]]
-        masks[c] = masks.get(c, 0) | 1 << flow.index[node]
+        unit = condensed.graph["mapping"][groups[node]]
+        masks[unit] = masks.get(unit, 0) | 1 << flow.index[node]
     first = {c: (m & -m).bit_length() for c, m in masks.items()}
     order = list(nx.lexicographical_topological_sort(condensed, key=first.__getitem__))
     number = {c: i for i, c in enumerate(order)}
@@ -91,8 +88,7 @@ def _contract(
         for mark in node.meta.get("together", ()):
             groups.union(whole.setdefault(mark, node), node)
         if node.meta.get("random"):
-            if "random" in chains:
-                edges.append((chains["random"], node))
+            edges += [(chains["random"], node)] if "random" in chains else []
             chains["random"] = node
     for node, user in attached_nodes(flow).items():
         groups.union(node, user)
@@ -112,12 +108,12 @@ def closed_sets(units: Units, limit: int, base: int = 0, within: int = -1) -> li
         base: a closed set that all of them hold.
         within: a set that all of them lie in; -1 for everything.
     """
-    ready = tuple(
-        u
-        for u in range(len(units.masks))
-        if not base >> u & 1 and within >> u & 1 and not units.before[u] & ~base
-    )
-    found = {base: ready}
+
+    def ready(units_of: Iterable[int], done: int) -> tuple[int, ...]:
+        return tuple(u for u in units_of if within >> u & 1 and not units.before[u] & ~done)
+
+    everything = range(len(units.masks))
+    found = {base: ready((u for u in everything if not base >> u & 1), base)}
     queue = [base]
     for current in queue:
         for unit in found[current]:
@@ -126,10 +122,8 @@ def closed_sets(units: Units, limit: int, base: int = 0, within: int = -1) -> li
                 continue
             if len(queue) >= limit:
                 return None
-            fresh = [
-                s for s in units.after[unit] if within >> s & 1 and not units.before[s] & ~larger
-            ]
-            found[larger] = tuple(u for u in found[current] if u != unit) + tuple(fresh)
+            others = tuple(u for u in found[current] if u != unit)
+            found[larger] = others + ready(units.after[unit], larger)
             queue.append(larger)
     return queue
 

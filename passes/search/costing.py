@@ -1,5 +1,4 @@
-"""What every node of a traced graph costs in time and memory, and what a source at its value would
-cost.
+"""What every node of a traced graph costs in time and memory.
 
 Times are whole nanoseconds, so that a search over their sums is exact and the same everywhere. They
 are measured on the example batch, estimated from floating-point operations and bytes on tensors
@@ -8,22 +7,25 @@ without data, or given by the user. Only their ratios matter to a search.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from tqdm import tqdm
 
 from ...errors import DecouplingError, did_you_mean
-from ...graphs.nested import map_tensors
+from ...graphs.nested import flatten
 from ..cut.cutting import Flow
+from ..cut.specs import modules_of, parameters_of
 from ..trace.state import restored
-from .probes import BYTES_PER_SECOND, Clock, Counter, Probe, elapsed, walk
+from .probes import BYTES_PER_SECOND, Walk, estimate, measure, timed
 
 COPIES = 4  # a parameter, its gradient and Adam's two moments
-_ADAM_BYTES = 32  # read and written per float32 element
+ADAM_NANOSECONDS = 32 / BYTES_PER_SECOND * 1e9  # per float32: bytes read and written
 
 Seconds = float | tuple[float, float]
 Cost = tuple[int, int]  # nanoseconds and bytes
@@ -46,11 +48,11 @@ class Costs:
     """
 
     kind: str
-    forward: Mapping[str, int]
-    backward: Mapping[str, int]
-    update: Mapping[str, int]
-    parameter_bytes: Mapping[str, int]
-    activation_bytes: Mapping[str, int]
+    forward: dict[str, int]
+    backward: dict[str, int]
+    update: dict[str, int]
+    parameter_bytes: dict[str, int]
+    activation_bytes: dict[str, int]
     sources: Mapping[str, Cost]
 
     def seconds(self, name: str) -> float:
@@ -64,50 +66,34 @@ def measure_costs(
     kwargs: dict[str, Any],
     sources: Mapping[str, Cost],
     *,
-    repeats: int = 3,
-    watch: Callable[[Iterable[fx.Node]], Iterable[fx.Node]] = iter,
+    progress: bool = False,
 ) -> Costs:
-    """Run every node by itself, forward and backward, and keep the least of a few times.
-
-    Args:
-        flow: facts of a traced model.
-        args: example positional inputs.
-        kwargs: example keyword inputs.
-        sources: what :func:`dni_fx.passes.search.source_costs.measure_sources` found.
-        repeats: how often each node runs; once where it takes long.
-        watch: wraps the nodes, for a progress bar.
-
-    Returns:
-        Measured costs. The model, its buffers and random states are as they were.
+    """Run every node by itself on the example, forward and backward, and keep the least of a few
+    times. The model, its buffers and random states are left as they were.
     """
-    clock = Clock(repeats, flow.trace.model)
+    device = next(flow.trace.model.parameters()).device
+    walk = Walk(flow, functools.partial(measure, device=device))
+    nodes = tqdm(flow.nodes, desc="measuring", leave=False, disable=not progress)
     with restored(flow.trace.model):
-        walk(flow, args, kwargs, clock, watch)
-    element = _time_adam(next(flow.trace.model.parameters()))
-    return _costs("measured", flow, clock, sources, element)
+        walk.run(iter(flatten((args, kwargs))[0]), nodes)
+    return _costs(
+        "measured", flow, sources, _time_adam(device), walk.forward, walk.backward, walk.kept
+    )
 
 
 def estimate_costs(
     flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], sources: Mapping[str, Cost]
 ) -> Costs:
     """The roofline: the longer of operations over a rate and bytes over another; nothing is run on
-    data.
-
-    Args:
-        flow: facts of a traced model.
-        args: example positional inputs.
-        kwargs: example keyword inputs.
-        sources: what :func:`dni_fx.passes.search.source_costs.estimate_sources` found.
-
-    Returns:
-        Analytic costs, equal in every process and on every machine.
+    data. Equal in every process and on every machine.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    counter = Counter()
+    walk = Walk(flow, estimate, has_data=False)
     with restored(flow.trace.model), fake:
-        args, kwargs = map_tensors(fake.from_tensor, (args, kwargs))
-        walk(flow, args, kwargs, counter, iter)
-    return _costs("analytic", flow, counter, sources, _ADAM_BYTES / BYTES_PER_SECOND * 1e9)
+        walk.run(map(fake.from_tensor, flatten((args, kwargs))[0]), flow.nodes)
+    return _costs(
+        "analytic", flow, sources, ADAM_NANOSECONDS, walk.forward, walk.backward, walk.kept
+    )
 
 
 def given_costs(flow: Flow, seconds: Mapping[str, Seconds], sources: Mapping[str, Cost]) -> Costs:
@@ -117,24 +103,20 @@ def given_costs(flow: Flow, seconds: Mapping[str, Seconds], sources: Mapping[str
         flow: facts of a traced model.
         seconds: by node name or module path: seconds of forward and backward together (a third is
             taken for forward), or a pair. A module's are spread evenly over its nodes; nodes that
-            are not named cost nothing.
-        sources: what :func:`dni_fx.passes.search.source_costs.estimate_sources` found.
-
-    Returns:
-        The costs; memory is what parameters and values take.
+            are not named cost nothing. Memory is what parameters and values take.
+        sources: costs of the sources, estimated.
 
     Raises:
         DecouplingError: a name that the graph does not have, or a number that is negative or not
             finite.
     """
     members: dict[str, list[fx.Node]] = {}
-    for node in flow.nodes:
-        if flow.is_computed(node):
-            own = [str(node.target)] if node.op == "call_module" else []
-            names = (node.name, *flow.names[node], *node.meta.get("modules", ()), *own)
-            for name in dict.fromkeys(names):
-                members.setdefault(name, []).append(node)
-    found = Probe()
+    computed = [n for n in flow.nodes if flow.is_computed(n)]
+    for node in computed:
+        for name in dict.fromkeys((node.name, *flow.names[node], *modules_of(node))):
+            members.setdefault(name, []).append(node)
+    forward: dict[str, int] = {}
+    backward: dict[str, int] = {}
     for name, value in seconds.items():
         if name not in members:
             raise DecouplingError(
@@ -145,41 +127,37 @@ def given_costs(flow: Flow, seconds: Mapping[str, Seconds], sources: Mapping[str
             raise DecouplingError(
                 f"costs={{{name!r}: {value!r}}}: expected seconds, or a pair of them, not negative"
             )
-        for times, taken in zip((found.forward, found.backward), pair, strict=True):
+        for times, taken in zip((forward, backward), pair, strict=True):
             share = round(taken * 1e9 / len(members[name]))
             for node in members[name]:
                 times[node.name] = times.get(node.name, 0) + share
-    for node in flow.nodes:
-        if flow.is_computed(node) and node.name in flow.specs:
-            found.kept[node.name] = flow.specs[node.name].nbytes
-    return _costs("given", flow, found, sources, 0.0)
+    kept = {n.name: flow.specs[n.name].nbytes for n in computed if n.name in flow.specs}
+    return _costs("given", flow, sources, 0.0, forward, backward, kept)
 
 
 def _costs(
-    kind: str, flow: Flow, probe: Probe, sources: Mapping[str, Cost], element: float
+    kind: str,
+    flow: Flow,
+    sources: Mapping[str, Cost],
+    element: float,
+    forward: dict[str, int],
+    backward: dict[str, int],
+    kept: dict[str, int],
 ) -> Costs:
     update: dict[str, int] = {}
     memory: dict[str, int] = {}
-    activations: dict[str, int] = {}
     left = dict(flow.trace.model.named_parameters())  # not used so far
     for node in filter(flow.is_computed, flow.nodes):
-        fetched = [i for i in node.all_input_nodes if i.op == "get_attr"]
-        direct = {name for i in fetched for name in i.meta["parameters"]}
-        names = dict.fromkeys((*node.meta.get("parameters", ()), *sorted(direct)))
-        used = [left.pop(name) for name in names if name in left]
-        trained = [p for p in used if p.requires_grad]
-        update[node.name] = round(element * sum(p.numel() for p in trained))
+        used = [left.pop(name) for name in parameters_of(node) if name in left]
+        update[node.name] = round(element * sum(p.numel() for p in used if p.requires_grad))
         memory[node.name] = sum(p.nbytes * (COPIES if p.requires_grad else 1) for p in used)
-        activations[node.name] = probe.kept.get(node.name, 0)
-        if node.name in probe.keeps_value and node.name in flow.specs:
-            activations[node.name] += flow.specs[node.name].nbytes
-    return Costs(kind, probe.forward, probe.backward, update, memory, activations, sources)
+    return Costs(kind, forward, backward, update, memory, kept, sources)
 
 
-def _time_adam(like: torch.Tensor) -> float:
+def _time_adam(device: torch.device) -> float:
     """Nanoseconds that Adam takes for one element, told by a quarter of a million."""
-    parameter = nn.Parameter(torch.zeros(1 << 18, device=like.device))
+    parameter = nn.Parameter(torch.zeros(1 << 18, device=device))
     parameter.grad = torch.ones_like(parameter)
     optimizer = torch.optim.Adam([parameter])
     optimizer.step()
-    return min(elapsed(optimizer.step, like.device) for _ in range(3)) / parameter.numel()
+    return min(timed(optimizer.step, device)[0] for _ in range(3)) / parameter.numel()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .loads import Loads
+from .loads import Loads, whole
 
 INFINITE = float("inf")
 
@@ -25,6 +25,7 @@ class Frontiers:
     """Some frontiers of one graph; the first is empty and the last holds everything.
 
     Attributes:
+        loads: the graph; values that cross none of them may be left out.
         masks: the positions of each one's nodes, as the bits of an integer; empty for prefixes of
             the program order.
         compute: time of the nodes of each.
@@ -36,6 +37,7 @@ class Frontiers:
             it.
     """
 
+    loads: Loads
     masks: tuple[int, ...]
     compute: Tensor
     memory: Tensor
@@ -44,38 +46,45 @@ class Frontiers:
     below: Tensor
     prefix: tuple[int, ...]
 
+    @property
+    def crossing(self) -> Tensor:
+        """Which values cross each frontier."""
+        return self.member & (self.used < self.loads.total)
+
 
 def prefixes(loads: Loads, positions: Sequence[int]) -> Frontiers:
     """The frontiers of some ascending positions of the program order."""
-    count = len(loads.compute)
-    ends = torch.tensor([0, *positions, count])
+    loads = loads.crossing(positions)
+    ends = whole([0, *positions, len(loads.compute)])
     return Frontiers(
+        loads=loads,
         masks=(),
-        compute=torch.cat([torch.zeros(1, dtype=torch.int64), loads.compute.cumsum(0)])[ends],
-        memory=torch.cat([torch.zeros(1, dtype=torch.int64), loads.memory.cumsum(0)])[ends],
+        compute=_sums_before(loads.compute)[ends],
+        memory=_sums_before(loads.memory)[ends],
         member=loads.values[None] < ends[:, None],
         used=_counts(loads, loads.edge_user[None] < ends[:, None]),
         below=ends[:, None] < ends[None],
-        prefix=tuple(int(p) for p in ends),
+        prefix=tuple(ends.tolist()),
     )
 
 
-def from_masks(loads: Loads, masks: Iterable[int], everything: int) -> Frontiers:
-    """Frontiers given as sets of positions; empty and whole are added, the order is by size.
+def _sums_before(amounts: Tensor) -> Tensor:
+    """At each position, the sum of what is before it."""
+    return torch.cat([amounts.new_zeros(1), amounts.cumsum(0)])
 
-    Args:
-        loads: the graph.
-        masks: positions of computed nodes, as bits.
-        everything: positions of all computed nodes.
+
+def from_masks(loads: Loads, masks: Iterable[int], everything: int) -> Frontiers:
+    """Frontiers given as sets of positions of computed nodes, as bits; the empty set and
+    ``everything`` are added, the order is by size.
     """
     count = len(loads.compute)
     full = everything | 1 << (count - 1)  # the output is computed with the last stage
     ordered = sorted({0, full, *masks} - {everything}, key=lambda m: (m.bit_count(), m))
     inside = bit_rows(ordered, count)
-    sets = inside.to(torch.float32)
+    sets, exact = inside.to(torch.float32), inside.double()
     sizes = sets.sum(1)
-    exact = sets.double()
     return Frontiers(
+        loads=loads,
         masks=tuple(ordered),
         compute=(exact @ loads.compute.double()).round().long(),
         memory=(exact @ loads.memory.double()).round().long(),
@@ -105,8 +114,7 @@ def _counts(loads: Loads, done: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Pairs:
-    """What the stage between two frontiers costs, ``[i, j]``; infinite where i is no proper part of
-    j.
+    """What the stage between two frontiers costs, ``[i, j]``; infinite where there is none.
 
     Attributes:
         seconds: nanoseconds: its nodes, the sources of what it sends, sending and receiving.
@@ -119,11 +127,13 @@ class Pairs:
     traffic: Tensor
 
 
-def weigh_pairs(loads: Loads, frontiers: Frontiers) -> Pairs:
+def weigh_pairs(frontiers: Frontiers, required: Sequence[int] = ()) -> Pairs:
     """Cost of every possible stage. A value is sent once by its producer and received by every
     stage that uses it.
+
+    No stage ends where nothing trainable crosses, or passes over a required position.
     """
-    member, used = frontiers.member, frontiers.used
+    loads, member, used = frontiers.loads, frontiers.member, frontiers.used
     waiting = used < loads.total
 
     def own(amount: Tensor) -> Tensor:
@@ -137,17 +147,28 @@ def weigh_pairs(loads: Loads, frontiers: Frontiers) -> Pairs:
 
     received = torch.zeros(2, len(member), len(member), dtype=torch.float64)
     weights = torch.stack([loads.transfer, loads.nbytes]).double()
-    for i in range(len(member)):
-        live = torch.nonzero(member[i] & waiting[i]).flatten()
+    for i, crosses in enumerate(frontiers.crossing):
+        live = torch.nonzero(crosses).flatten()
         if len(live):
             arrives = (used[:, live] > used[i, live]).double()
             received[:, i] = weights[:, live] @ arrives.T
-    forbidden = ~frontiers.below
     seconds = own(frontiers.compute) + sent(loads.source + loads.transfer) + received[0]
     memory = own(frontiers.memory) + sent(loads.source_bytes) + received[1]
+    forbidden = ~frontiers.below | _unwanted(frontiers, required)
     return Pairs(*(m.masked_fill(forbidden, INFINITE) for m in (seconds, memory, received[1])))
 
 
-def trainable(loads: Loads, frontiers: Frontiers) -> Tensor:
-    """Whether a value that carries a gradient crosses each frontier."""
-    return (frontiers.member & (frontiers.used < loads.total) & loads.carries).any(1)
+def _unwanted(frontiers: Frontiers, required: Sequence[int]) -> Tensor:
+    """Ends that nothing trainable crosses, and stages that pass over a required position."""
+    usable = (frontiers.crossing & frontiers.loads.carries).any(1)
+    usable[0] = usable[-1] = True
+    for position in required:
+        at = frontiers.prefix.index(position)
+        comparable = frontiers.below[:, at] | frontiers.below[at]
+        comparable[at] = True
+        usable &= comparable
+    unwanted = ~(usable[:, None] & usable[None])
+    for position in required:
+        at = frontiers.prefix.index(position)
+        unwanted |= frontiers.below[:, at][:, None] & frontiers.below[at][None]
+    return unwanted

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
 
 from ..cut.cutting import Flow
 from .costing import Costs
+
+_OF_VALUES = (
+    "values", "total", "source", "source_bytes", "nbytes", "transfer", "carries", "attached"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,25 +50,17 @@ class Loads:
     carries: Tensor
     attached: Tensor
 
-    def crossing(self, positions: Tensor) -> Loads:
+    def crossing(self, positions: Sequence[int]) -> Loads:
         """Only values that cross at least one of some ascending positions."""
-        after = torch.searchsorted(positions, self.last_use, right=True)
-        keep = after > torch.searchsorted(positions, self.values + 1)
-        number = torch.cumsum(keep, 0) - 1
+        ends = whole(positions)
+        after = torch.searchsorted(ends, self.last_use, right=True)
+        keep = after > torch.searchsorted(ends, self.values + 1)
         edges = keep[self.edge_value]
-        return Loads(
-            compute=self.compute,
-            memory=self.memory,
-            values=self.values[keep],
-            total=self.total[keep],
-            edge_value=number[self.edge_value[edges]],
+        return replace(
+            self,
+            edge_value=(torch.cumsum(keep, 0) - 1)[self.edge_value[edges]],
             edge_user=self.edge_user[edges],
-            source=self.source[keep],
-            source_bytes=self.source_bytes[keep],
-            nbytes=self.nbytes[keep],
-            transfer=self.transfer[keep],
-            carries=self.carries[keep],
-            attached=self.attached[keep],
+            **{name: getattr(self, name)[keep] for name in _OF_VALUES},
         )
 
     @property
@@ -75,56 +71,45 @@ class Loads:
 
 
 def weigh_flow(flow: Flow, costs: Costs, bandwidth: float) -> Loads:
-    """Turn a graph and its costs into numbers.
+    """Turn a graph and its costs into numbers; bandwidth in bytes per second between stages."""
 
-    Args:
-        flow: facts of a traced model.
-        costs: of every node and source.
-        bandwidth: bytes per second between stages.
-    """
-    count = len(flow.nodes)
-    compute, memory = [0] * count, [0] * count
+    def summed(*tables: dict[str, int]) -> Tensor:
+        computed = [n.name if flow.is_computed(n) else "" for n in flow.nodes]
+        return whole([sum(table.get(name, 0) for table in tables) for name in computed])
+
     values: list[fx.Node] = []
-    edge_value: list[int] = []
-    edge_user: list[int] = []
-    for position, node in enumerate(flow.nodes):
-        if not flow.is_computed(node):
-            continue
-        times = (costs.forward, costs.backward, costs.update)
-        compute[position] = sum(table.get(node.name, 0) for table in times)
-        sizes = (costs.parameter_bytes, costs.activation_bytes)
-        memory[position] = sum(table.get(node.name, 0) for table in sizes)
+    ends: list[tuple[int, int]] = []
+    for node in filter(flow.is_computed, flow.nodes):
         users = [flow.index[u] for u in node.users if u.op == "output" or flow.is_computed(u)]
-        edge_value += [len(values)] * len(users)
-        edge_user += users
-        if users:
-            values.append(node)
+        ends += [(len(values), user) for user in users]
+        values += [node] if users else []
+    edges = whole([value for value, _ in ends])
     attached = attached_nodes(flow)
     nbytes = [flow.specs[n.name].nbytes if n.name in flow.specs else 8 for n in values]
     carries = [flow.carries_gradient(n) for n in values]
     sources = [
-        costs.sources.get(n.name, (0, 0)) if c else (0, 0)
-        for n, c in zip(values, carries, strict=True)
+        costs.sources.get(n.name, (0, 0)) if carried else (0, 0)
+        for n, carried in zip(values, carries, strict=True)
     ]
-    transfers = [b * (1 + c) / bandwidth for b, c in zip(nbytes, carries, strict=True)]
-    ends = _whole(edge_value)
+    sent = [size * (1 + carried) for size, carried in zip(nbytes, carries, strict=True)]
     return Loads(
-        compute=_whole(compute),
-        memory=_whole(memory),
-        values=_whole([flow.index[n] for n in values]),
-        total=torch.bincount(ends, minlength=len(values)) if values else _whole([]),
-        edge_value=ends,
-        edge_user=_whole(edge_user),
-        source=_whole([seconds for seconds, _ in sources]),
-        source_bytes=_whole([size for _, size in sources]),
-        nbytes=_whole(nbytes),
-        transfer=_whole([round(seconds * 1e9) for seconds in transfers]),
+        compute=summed(costs.forward, costs.backward, costs.update),
+        memory=summed(costs.parameter_bytes, costs.activation_bytes),
+        values=whole([flow.index[n] for n in values]),
+        total=torch.bincount(edges, minlength=len(values)),
+        edge_value=edges,
+        edge_user=whole([user for _, user in ends]),
+        source=whole([nanoseconds for nanoseconds, _ in sources]),
+        source_bytes=whole([size for _, size in sources]),
+        nbytes=whole(nbytes),
+        transfer=whole([round(size / bandwidth * 1e9) for size in sent]),
         carries=torch.tensor(carries, dtype=torch.bool),
         attached=torch.tensor([n in attached for n in values], dtype=torch.bool),
     )
 
 
-def _whole(numbers: Sequence[int]) -> Tensor:
+def whole(numbers: Sequence[int]) -> Tensor:
+    """Whole numbers as a tensor, none of them too."""
     return torch.tensor(numbers, dtype=torch.int64)
 
 
@@ -132,12 +117,12 @@ def attached_nodes(flow: Flow) -> dict[fx.Node, fx.Node]:
     """Nodes that are computed from parameters alone and used once, with their user."""
     constant: set[fx.Node] = set()
     found: dict[fx.Node, fx.Node] = {}
-    for node in flow.nodes:
-        if not flow.is_computed(node) or node.meta.get("random") or node.meta.get("mutates"):
+    for node in filter(flow.is_computed, flow.nodes):
+        if node.meta.get("random") or node.meta.get("mutates"):
             continue
         if all(i.op == "get_attr" or i in constant for i in node.all_input_nodes):
             constant.add(node)
-            users = [u for u in node.users if flow.is_computed(u)]
-            if len(users) == 1 and len(node.users) == 1:
+            users = list(node.users)
+            if len(users) == 1 and flow.is_computed(users[0]):
                 found[node] = users[0]
     return found

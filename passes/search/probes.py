@@ -7,237 +7,242 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from ...graphs.nested import flatten
 from ..cut.cutting import Flow, needs_gradient
 from ..trace.nodes import run_node
 from ..trace.values import storage_key, tensors_in
 
 # A processor core as the analytic costs see it; a constant factor over all of them changes no plan.
-FLOPS_PER_SECOND, BYTES_PER_SECOND, SECONDS_PER_NODE = 5e10, 1e10, 2e-6
+FLOPS_PER_SECOND, BYTES_PER_SECOND = 5e10, 1e10
+_PER_CALL, _PER_BACKWARD = 8e-6, 2e-5  # seconds of one operator, and of calling autograd
 _LONG = 200_000_000  # ns; a node that takes longer is timed once
+_ATTENTION: dict[Any, Any] = {  # of the CPU, whose operators torch's counter does not know
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+        lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(gradient, q, k, v)
+    ),
+}
 
-Watch = Callable[[Iterable[fx.Node]], Iterable[fx.Node]]  # wraps nodes, for a progress bar
+Forward = Callable[[], Any]  # runs a node, again and again
+Weigh = Callable[[Forward, list[torch.Tensor]], tuple[int, int]]
+"""From a node and all tensors that it computes from to nanoseconds of forward and backward."""
 
 
-class Probe:
-    """What a walk over the nodes finds out.
+class Walk:
+    """Runs a graph node by node; each is weighed on inputs of its own before it runs for good.
+
+    Args:
+        flow: facts of a traced model.
+        weigh: learns what a node takes.
+        has_data: whether nodes that cannot be run are an error.
 
     Attributes:
-        needs_data: whether nodes that cannot be run are an error.
         forward: nanoseconds of each node's forward, by name.
         backward: of its backward.
-        kept: bytes made inside a node and kept for its backward.
-        keeps_value: nodes whose value is kept by themselves or a user.
+        kept: bytes kept for it: what is made inside, and the value, where it or a user keeps it.
     """
 
-    needs_data = True
-
-    def __init__(self) -> None:
+    def __init__(self, flow: Flow, weigh: Weigh, *, has_data: bool = True) -> None:
         self.forward: dict[str, int] = {}
         self.backward: dict[str, int] = {}
         self.kept: dict[str, int] = {}
-        self.keeps_value: set[str] = set()
+        self._keeps_value: set[str] = set()
+        self._flow, self._weigh, self._has_data = flow, weigh, has_data
+        self._values: dict[fx.Node, Any] = {}
+        self._owners: dict[int, str] = {}  # which node made the memory that is alive
 
-    def visit(self, node: fx.Node, forward: Callable[[], Any], trained: list[torch.Tensor]) -> None:
-        """Find out about one node; ``forward`` can be called again and again."""
-        raise NotImplementedError
+    def run(self, inputs: Iterator[torch.Tensor], nodes: Iterable[fx.Node]) -> None:
+        """Weigh every node of the graph, given the example's tensors."""
+        values, pending = self._values, {n: len(n.users) for n in self._flow.nodes}
+        for node in nodes:
+            if node.op == "placeholder":
+                values[node] = next(inputs).detach().clone()
+            elif node.op == "get_attr":
+                values[node] = self._flow.trace.attributes[str(node.target)]
+            elif node.op != "output":
+                with regions(node), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # about how nodes are used here
+                    if self._flow.is_computed(node) and not node.meta.get("glued"):
+                        self._visit(node)
+                    values[node] = self._value(node)
+                self._owners.update({storage_key(t): node.name for t in tensors_in(values[node])})
+            for used in node.all_input_nodes:
+                pending[used] -= 1
+                if not pending[used] and used.op != "get_attr":
+                    del values[used]
+        for name in self._keeps_value & self._flow.specs.keys():
+            self.kept[name] = self.kept.get(name, 0) + self._flow.specs[name].nbytes
 
-    def run(self, flow: Flow, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    def _value(self, node: fx.Node) -> Any:
         """The node's value, for those that use it."""
-        with torch.no_grad():
-            return run_node(flow.trace, node, values)
-
-    def pull_back(self, output: Any, trained: list[torch.Tensor]) -> Callable[[], Any] | None:
-        """The node's backward as a call, or None where nothing needs a gradient."""
-        roots = [t for t in tensors_in(output) if t.requires_grad]
-        leaves = [t for t in trained if t.requires_grad]
-        if not roots or not leaves:
-            return None
-        ones = [torch.ones_like(r) for r in roots]
-        return lambda: torch.autograd.grad(roots, leaves, ones, allow_unused=True)
-
-
-class Clock(Probe):
-    """Measures: the least of a few times."""
-
-    def __init__(self, repeats: int, model: nn.Module) -> None:
-        super().__init__()
-        self.repeats, self.device = repeats, next(model.parameters()).device
-
-    def visit(self, node: fx.Node, forward: Callable[[], Any], trained: list[torch.Tensor]) -> None:
-        ahead, back = [], []
-        for _ in range(self.repeats):
-            nanoseconds, output = _timed(forward, self.device)
-            ahead.append(nanoseconds)
-            if call := self.pull_back(output, trained):
-                try:
-                    back.append(elapsed(call, self.device))
-                except RuntimeError:
-                    # reentrant checkpoints want a whole backward: forward again, and twice that
-                    back.append(3 * ahead[-1])
-            if ahead[-1] + sum(back[-1:]) > _LONG:
-                break
-        self.forward[node.name], self.backward[node.name] = min(ahead), min(back, default=0)
-
-
-class Counter(Probe):
-    """Estimates: counts operations and bytes, on tensors without data."""
-
-    needs_data = False
-
-    def run(self, flow: Flow, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         try:
-            return super().run(flow, node, values)
+            with torch.no_grad():
+                return run_node(self._flow.trace, node, self._values)
         except Exception:
+            if self._has_data:
+                raise
             # control flow on values that are not there: an opaque module, or a member of its result
             value = node.meta.get("value")
             return None if value is None else torch.empty(value.shape, dtype=value.dtype)
 
-    def visit(self, node: fx.Node, forward: Callable[[], Any], trained: list[torch.Tensor]) -> None:
-        aten = torch.ops.aten
-        attention: dict[Any, Any] = {  # of the CPU, whose operators the counter does not know
-            aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-            aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-        }
-        counter = FlopCounterMode(display=False, custom_mapping=attention)
-        moved = sum(t.nbytes for t in trained)
-        with counter:
-            output = forward()
-        first = counter.get_total_flops()
-        moved += sum(t.nbytes for t in tensors_in(output))
-        self.forward[node.name] = _roofline(first, moved)
-        self.backward[node.name] = 0
-        if call := self.pull_back(output, trained):
-            backward = FlopCounterMode(display=False, custom_mapping=attention)
-            try:
-                with backward:
-                    call()
-                flops = backward.get_total_flops()
-            except RuntimeError:
-                flops = 3 * first
-            self.backward[node.name] = _roofline(flops, 2 * moved)
+    def _visit(self, node: fx.Node) -> None:
+        """Weigh one node, and find out what its forward keeps."""
+        inputs, trained = self._own_inputs(node)
+        written = set(node.meta.get("mutates", ()))
+        copied = [
+            used
+            for used, value in inputs.items()
+            if isinstance(value, torch.Tensor) and used.meta.get("storage") in written
+        ]
 
+        def forward() -> Any:
+            own = {**inputs, **{u: inputs[u].clone() for u in copied}}
+            with torch.set_grad_enabled(not node.meta.get("no_grad")):
+                return run_node(self._flow.trace, node, own)
 
-def _attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(q, k, v)
+        received = {storage_key(t): self._owners.get(storage_key(t)) for t in trained}
+        made: dict[int, int] = {}  # bytes of what was made inside and kept
 
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            key = storage_key(tensor)
+            if owner := received.get(key):
+                self._keeps_value.add(owner)
+            elif key not in received and not isinstance(tensor, nn.Parameter):
+                made.setdefault(key, tensor.nbytes)
+            return tensor
 
-def _attention_backward(gradient: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-    return sdpa_backward_flop_count(gradient, q, k, v)
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                output = forward()
+        except Exception:
+            if self._has_data:
+                raise
+            spec = self._flow.specs.get(node.name)
+            moved = sum(t.nbytes for t in trained) + (spec.nbytes if spec else 0)
+            times = Counted().nanoseconds(moved), Counted().nanoseconds(2 * moved)
+        else:
+            results = {storage_key(t) for t in tensors_in(output)}
+            if results & made.keys():
+                self._keeps_value.add(node.name)
+            self.kept[node.name] = sum(n for key, n in made.items() if key not in results)
+            del output
+            times = self._weigh(forward, trained)
+        self.forward[node.name], self.backward[node.name] = times
 
-
-def _roofline(flops: int, nbytes: int) -> int:
-    return round(max(flops / FLOPS_PER_SECOND, nbytes / BYTES_PER_SECOND, SECONDS_PER_NODE) * 1e9)
-
-
-def walk(
-    flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], probe: Probe, watch: Watch
-) -> None:
-    """Run the graph node by node; a probe sees each node on inputs of its own before the node runs
-    for good.
-
-    Args:
-        flow: facts of a traced model.
-        args: example positional inputs.
-        kwargs: example keyword inputs.
-        probe: learns what there is to know.
-        watch: wraps the nodes, for a progress bar.
-    """
-    with warnings.catch_warnings():  # about how nodes are used here, not about the user's model
-        warnings.simplefilter("ignore")
-        _walk(flow, iter(flatten((args, kwargs))[0]), probe, watch)
-
-
-def _walk(flow: Flow, inputs: Iterator[Any], probe: Probe, watch: Watch) -> None:
-    values: dict[fx.Node, Any] = {}
-    pending = {n: len(n.users) for n in flow.nodes}
-    owners: dict[int, str] = {}  # which node made the memory that is alive
-    for node in watch(flow.nodes):
-        if node.op == "placeholder":
-            values[node] = next(inputs).detach().clone()
-        elif node.op == "get_attr":
-            values[node] = flow.trace.attributes[str(node.target)]
-        elif node.op != "output":
-            with regions(node):
-                if flow.is_computed(node) and not node.meta.get("glued"):
-                    _visit(flow, node, values, probe, owners)
-                values[node] = probe.run(flow, node, values)
-            for tensor in tensors_in(values[node]):
-                owners[storage_key(tensor)] = node.name
+    def _own_inputs(self, node: fx.Node) -> tuple[dict[fx.Node, Any], list[torch.Tensor]]:
+        """A node's inputs as leaves of a graph of its own, and every tensor that it computes
+        from.
+        """
+        trained: list[torch.Tensor] = []
+        inputs: dict[fx.Node, Any] = {}
         for used in node.all_input_nodes:
-            pending[used] -= 1
-            if not pending[used] and used.op != "get_attr":
-                del values[used]
+            value = self._values[used]
+            if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+                needed = needs_gradient(used) and not node.meta.get("no_grad")
+                value = value.detach().requires_grad_(needed)
+            inputs[used] = value
+            trained += tensors_in(value)
+        if node.op == "call_module":
+            trained += list(self._flow.trace.attributes[str(node.target)].parameters())
+        return inputs, trained
 
 
-def _visit(
-    flow: Flow, node: fx.Node, values: dict[fx.Node, Any], probe: Probe, owners: dict[int, str]
-) -> None:
-    """Show a probe one node; find out what its forward keeps."""
-    sources, trained = _own_inputs(flow, node, values)
-    written = set(node.meta.get("mutates", ()))
-    tensors = [u for u in sources if isinstance(sources[u], torch.Tensor)]
-    copied = [u for u in tensors if u.meta.get("storage") in written]
-
-    def forward() -> Any:
-        own = {**sources, **{u: sources[u].clone() for u in copied}}
-        with torch.set_grad_enabled(not node.meta.get("no_grad")):
-            return run_node(flow.trace, node, own)
-
-    received = {storage_key(t): owners.get(storage_key(t)) for t in trained}
-    made: dict[int, int] = {}  # bytes of what was made inside and kept
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        key = storage_key(tensor)
-        if key in received:
-            if (owner := received[key]) is not None:
-                probe.keeps_value.add(owner)
-        elif key not in made and not isinstance(tensor, nn.Parameter):
-            made[key] = tensor.nbytes
-        return tensor
-
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            output = forward()
-    except Exception:
-        if probe.needs_data:
-            raise
-        moved = sum(t.nbytes for t in trained)
-        moved += flow.specs[node.name].nbytes if node.name in flow.specs else 0
-        probe.forward[node.name] = _roofline(0, moved)
-        probe.backward[node.name] = _roofline(0, 2 * moved)
-        return
-    results = {storage_key(t) for t in tensors_in(output)}
-    if results & made.keys():
-        probe.keeps_value.add(node.name)
-    probe.kept[node.name] = sum(size for key, size in made.items() if key not in results)
-    del output
-    probe.visit(node, forward, trained)
+def measure(forward: Forward, trained: list[torch.Tensor], device: torch.device) -> tuple[int, int]:
+    """The least of three times; one time where it takes long."""
+    ahead, back = [], []
+    for _ in range(3):
+        nanoseconds, output = timed(forward, device)
+        ahead.append(nanoseconds)
+        if call := _pull_back(output, trained):
+            try:
+                back.append(timed(call, device)[0])
+            except RuntimeError:
+                # reentrant checkpoints want a whole backward: forward again, and twice that
+                back.append(3 * ahead[-1])
+        if ahead[-1] + sum(back[-1:]) > _LONG:
+            break
+    return min(ahead), min(back, default=0)
 
 
-def _own_inputs(
-    flow: Flow, node: fx.Node, values: dict[fx.Node, Any]
-) -> tuple[dict[fx.Node, Any], list[torch.Tensor]]:
-    """A node's inputs as leaves of a graph of its own, and every tensor that it computes from."""
-    trained: list[torch.Tensor] = []
-    sources: dict[fx.Node, Any] = {}
-    for used in node.all_input_nodes:
-        value = values[used]
-        if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
-            needed = needs_gradient(used) and not node.meta.get("no_grad")
-            value = value.detach().requires_grad_(needed)
-        sources[used] = value
-        trained += tensors_in(value)
-    if node.op == "call_module":
-        trained += list(flow.trace.attributes[str(node.target)].parameters())
-    return sources, trained
+def estimate(forward: Forward, trained: list[torch.Tensor]) -> tuple[int, int]:
+    """By counted operations and bytes, on tensors without data."""
+    with Counted() as ahead:
+        output = forward()
+    moved = sum(t.nbytes for t in (*trained, *tensors_in(output)))
+    call = _pull_back(output, trained)
+    if call is None:
+        return ahead.nanoseconds(moved), 0
+    back = Counted()
+    with contextlib.suppress(RuntimeError), back:
+        call()
+    if not back.calls:  # reentrant checkpoints want a whole backward
+        back.calls, back.flops = 3 * ahead.calls, 3 * ahead.flops
+    return ahead.nanoseconds(moved), back.nanoseconds(2 * moved) + round(_PER_BACKWARD * 1e9)
+
+
+class Counted(TorchDispatchMode):
+    """Counts operators and what they compute.
+
+    Attributes:
+        calls: of operators that are no views.
+        flops: floating-point operations, once closed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = self.flops = 0
+        self._counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
+
+    def __enter__(self) -> Counted:
+        self._counter.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        self._counter.__exit__(*raised)
+        self.flops = self._counter.get_total_flops()
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Count one operator and run it."""
+        self.calls += operator.namespace == "aten" and not operator.is_view
+        return operator(*args, **(kwargs or {}))
+
+    def nanoseconds(self, moved: int) -> int:
+        """The longer of computing and of moving so many bytes, and the time of every call."""
+        longer = max(self.flops / FLOPS_PER_SECOND, moved / BYTES_PER_SECOND)
+        return round((longer + _PER_CALL * self.calls) * 1e9)
+
+
+def _pull_back(output: Any, trained: list[torch.Tensor]) -> Forward | None:
+    """The node's backward as a call, or None where nothing needs a gradient."""
+    roots = [t for t in tensors_in(output) if t.requires_grad]
+    leaves = [t for t in trained if t.requires_grad]
+    if not roots or not leaves:
+        return None
+    ones = [torch.ones_like(r) for r in roots]
+    return lambda: torch.autograd.grad(roots, leaves, ones, allow_unused=True)
+
+
+def timed(call: Forward, device: torch.device) -> tuple[int, Any]:
+    """Nanoseconds, waiting for the device, and what the call returned."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else bool
+    wait(device)
+    start = time.perf_counter_ns()
+    result = call()
+    wait(device)
+    return time.perf_counter_ns() - start, result
 
 
 @contextlib.contextmanager
@@ -248,19 +253,3 @@ def regions(node: fx.Node) -> Iterator[None]:
             region = torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache)
             stack.enter_context(region)
         yield
-
-
-def _timed(call: Callable[[], Any], device: torch.device) -> tuple[int, Any]:
-    """Nanoseconds, and what the call returned."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter_ns()
-    result = call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter_ns() - start, result
-
-
-def elapsed(call: Callable[[], Any], device: torch.device) -> int:
-    """Nanoseconds of a call, waiting for the device."""
-    return _timed(call, device)[0]

@@ -1,16 +1,17 @@
 """The search for cuts: exact over topological frontiers, then off the program order where that is
 better.
 
-The slowest stage is made as fast as it can be by dynamic programming over pairs of frontiers;
-graphs with too many places for that are first solved by bisection, with costs that fall into a part
-of each frontier. Of plans whose slowest stage is within one per cent of the best, that is taken
-which cuts where modules end, then the one that sends the fewest bytes, then the first in program
-order: equal costs give equal plans everywhere.
+The slowest stage is made as fast as it can be by dynamic programming over pairs of frontiers; of
+graphs with too many places for that, some are taken, then more near the cuts that were found. Of
+plans whose slowest stage is within one per cent of the best, that is taken which cuts where modules
+end, then the one that sends the fewest bytes, then the first in program order: equal costs give
+equal plans everywhere.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -20,63 +21,54 @@ from torch import fx
 
 from ...errors import CutError
 from ...plan import SearchReport
-from ..cut.cutting import Flow, name_positions
+from ..cut.cutting import Flow, assign_stages, name_positions
 from .bounding import lower_bound
-from .chains import SLACK, Answer, Wishes, bottleneck, cheapest, restricted, solve
+from .chains import SLACK, Answer, Wishes, bottleneck, cheapest, solve
 from .closures import Units, closed_sets, find_units, nodes_of
 from .costing import Costs
-from .frontiers import INFINITE, from_masks, prefixes, weigh_pairs
-from .large_graphs import bisect_positions, thin_positions
+from .frontiers import INFINITE, Frontiers, Pairs, from_masks, prefixes, weigh_pairs
 from .loads import Loads, weigh_flow
 
-DENSE = 1800  # frontiers whose pairs are weighed at once
+_DENSE = 1800  # frontiers whose pairs are weighed at once
 _WINDOW, _SETS = 64, 300  # nodes around a cut, and frontiers, that are tried off the program order
 _LARGEST_UNITS = 20_000  # nodes of a graph that is looked at off the program order
 
 
 @dataclass(frozen=True)
-class Found:
-    """Where to cut.
+class Choice:
+    """Which node belongs to which stage, and why.
 
     Attributes:
         stage_of: stage of every computed node.
-        positions: ascending, one for each cut; empty where stages are not contiguous in program
-            order.
-        names: of the cuts, in order.
-        report: how they were found.
+        cuts: their names, in order.
+        free: whether stages are not contiguous in program order.
+        costs: of the graph, where they were asked for.
+        search: how the cuts were found, where they were searched for.
     """
 
     stage_of: dict[fx.Node, int]
-    positions: tuple[int, ...]
-    names: tuple[str, ...]
-    report: SearchReport
+    cuts: tuple[str, ...]
+    free: bool = False
+    costs: Costs | None = None
+    search: SearchReport | None = None
 
 
-def search_cuts(flow: Flow, costs: Costs, wishes: Wishes) -> Found:
-    """Find the best cuts.
-
-    Args:
-        flow: facts of a traced model.
-        costs: of its nodes and of the sources.
-        wishes: what is asked for; ``stages - 1`` is at most the number of allowed positions.
-
-    Returns:
-        A partition into stages, its cuts, and how far it can be from the best.
+def search_cuts(flow: Flow, costs: Costs, wishes: Wishes) -> Choice:
+    """Find the best cuts, and how far they can be from the best of all partitions.
 
     Raises:
         CutError: no choice of cuts keeps within the memory cap; by how much, and where.
     """
     loads = weigh_flow(flow, costs, wishes.bandwidth)
-    answer, sure = best_positions(loads, wishes)
+    answer = best_positions(loads, wishes)
     if answer is None:
         raise CutError(_too_much(flow, loads, wishes))
-    if len(answer.path) == 2:
+    stages = len(answer.path) - 1
+    sure = "program order" if len(wishes.allowed) <= _DENSE else ""
+    if stages == 1:
         sure = "all partitions"
-    computed = sum(1 << i for i, n in enumerate(flow.nodes) if flow.is_computed(n))
-    small = len(flow.nodes) <= _LARGEST_UNITS
-    if wishes.objective != "learnability" and small and len(answer.path) > 2:
-        fixed = replace(wishes, stages=len(answer.path) - 1)
-        free, whole = _off_program_order(flow, loads, fixed, answer, computed)
+    elif _may_leave_order(flow, wishes):
+        free, whole = _off_program_order(flow, loads, replace(wishes, stages=stages), answer)
         if whole and sure:
             sure = "all partitions"
         if free is not None and free.better(answer, wishes.objective):
@@ -87,31 +79,59 @@ def search_cuts(flow: Flow, costs: Costs, wishes: Wishes) -> Found:
     return _describe(flow, costs, loads, wishes, answer, sure)
 
 
-def best_positions(loads: Loads, wishes: Wishes) -> tuple[Answer | None, str]:
-    """The best cuts in program order; whether they are sure to be: ``"program order"`` or ``""``.
+def _may_leave_order(flow: Flow, wishes: Wishes) -> bool:
+    asked = wishes.in_order or wishes.objective == "learnability"
+    return not asked and len(flow.nodes) <= _LARGEST_UNITS
 
-    None where the memory cap forbids all.
+
+def best_positions(loads: Loads, wishes: Wishes) -> Answer | None:
+    """The best cuts in program order, or None where the memory cap forbids all.
+
+    Sure to be the best where all places can be weighed in pairs; else the answer over a few places
+    tells near which of them all are worth weighing.
     """
-    positions = _places(loads, wishes)
-    near = loads.crossing(torch.tensor(positions)) if positions else loads
-    sure = "program order" if len(positions) == len(wishes.allowed) else ""
-    return solve(near, prefixes(near, positions), wishes), sure
+    near: Sequence[int] = wishes.allowed
+    while len(near) > _DENSE:
+        places = _thinned(loads, wishes, near)
+        answer = solve(prefixes(loads, places), wishes)
+        if answer is None:
+            return None
+        ends = [0, 0, *places, near[-1] + 1, near[-1] + 1]
+        around: set[int] = {*wishes.required, *answer.cuts}
+        for cut in answer.cuts:
+            at = bisect_left(places, cut) + 2
+            low, high = (bisect_left(near, ends[i]) for i in (at - 2, at + 2))
+            around.update(near[low:high])
+        if len(around) == len(near):
+            return answer
+        near = sorted(around)
+    return solve(prefixes(loads, near), wishes)
+
+
+def _thinned(loads: Loads, wishes: Wishes, near: Sequence[int]) -> list[int]:
+    """The required positions, and the narrowest of each of some hundred neighbourhoods; all of them
+    where they are not too many.
+    """
+    if len(near) <= _DENSE:
+        return list(near)
+    change = loads.values.new_zeros(len(loads.compute) + 2)
+    for ends, nbytes in ((loads.values, loads.nbytes), (loads.last_use, -loads.nbytes)):
+        change.index_add_(0, ends + 1, nbytes)
+    width = change.cumsum(0).tolist()
+    size = -(-len(near) // (_DENSE // 3))
+    groups = (near[i : i + size] for i in range(0, len(near), size))
+    return sorted({*(min(group, key=width.__getitem__) for group in groups), *wishes.required})
 
 
 def near_best(flow: Flow, costs: Costs, wishes: Wishes) -> tuple[int, ...]:
     """Positions of plans whose slowest stage is within the slack of the best: those worth a closer
     look.
 
-    Args:
-        flow: facts of a traced model.
-        costs: of its nodes and of the sources.
-        wishes: what is asked for.
+    Raises:
+        CutError: as for :func:`search_cuts`.
     """
     loads = weigh_flow(flow, costs, wishes.bandwidth)
-    positions = _places(loads, wishes)
-    loads = loads.crossing(torch.tensor(positions)) if positions else loads
-    frontiers = prefixes(loads, positions)
-    pairs = restricted(weigh_pairs(loads, frontiers), loads, frontiers, wishes)
+    frontiers, pairs = _weigh_places(loads, wishes)
     seconds = pairs.seconds.masked_fill(pairs.memory > wishes.memory_cap, INFINITE)
     speeds = wishes.speeds or (1.0,) * (wishes.stages or 1)
     bound = SLACK * bottleneck(seconds, speeds)
@@ -128,44 +148,36 @@ def near_best(flow: Flow, costs: Costs, wishes: Wishes) -> tuple[int, ...]:
     return tuple(p for p, u in zip(frontiers.prefix[1:-1], used[1:-1].tolist(), strict=True) if u)
 
 
-def _places(loads: Loads, wishes: Wishes) -> tuple[int, ...]:
-    """All allowed positions, or those that are worth weighing in pairs where there are too many."""
-    if len(wishes.allowed) <= DENSE:
-        return wishes.allowed
-    chain: tuple[int, ...] = ()
-    if wishes.objective != "memory" and wishes.memory_cap == INFINITE and wishes.stages is not None:
-        speeds = wishes.speeds or (1.0,) * wishes.stages
-        chain = bisect_positions(loads, wishes.allowed, wishes.required, speeds)
-    thin = thin_positions(loads, wishes.allowed, DENSE // 3)
-    return tuple(sorted({*thin, *chain, *wishes.required}))
+def _weigh_places(loads: Loads, wishes: Wishes) -> tuple[Frontiers, Pairs]:
+    frontiers = prefixes(loads, _thinned(loads, wishes, wishes.allowed))
+    return frontiers, weigh_pairs(frontiers, wishes.required)
 
 
 # ---- off the program order -----------------------------------------------------------------------
 
 
 def _off_program_order(
-    flow: Flow, loads: Loads, wishes: Wishes, chain: Answer, computed: int
+    flow: Flow, loads: Loads, wishes: Wishes, chain: Answer
 ) -> tuple[Answer | None, bool]:
     """The best partition over every closed set of units, or over those near the chain's cuts; and
     whether over all.
     """
+    computed = sum(1 << i for i, n in enumerate(flow.nodes) if flow.is_computed(n))
+
+    def before(position: int) -> int:
+        return computed & ((1 << position) - 1)
+
     units = find_units(flow, wishes.together)
-    required = [computed & ((1 << p) - 1) for p in wishes.required]
-    sets = closed_sets(units, DENSE)
-    whole = sets is not None
-    masks = [nodes_of(units, s) for s in sets or ()]
-    if not whole:
-        for position in (chain.frontiers.prefix[i] for i in chain.path[1:-1]):
-            masks += [nodes_of(units, s) for s in _near(units, position)]
-    stride = max(1, -(-len(wishes.allowed) // max(DENSE + DENSE // 2 - len(masks), 1)))
-    whole = whole and stride == 1
-    allowed = [*wishes.allowed[::stride], *(chain.frontiers.prefix[i] for i in chain.path[1:-1])]
-    legal = {computed & ((1 << p) - 1) for p in wishes.allowed}
-    prefix = [computed & ((1 << m.bit_length()) - 1) for m in masks]
+    sets = closed_sets(units, _DENSE)
+    found = sets or [s for position in chain.cuts for s in _near(units, position)]
+    masks = [nodes_of(units, s) for s in found]
+    stride = max(1, -(-len(wishes.allowed) // max(_DENSE + _DENSE // 2 - len(masks), 1)))
+    legal = {before(p) for p in wishes.allowed}
     # positions may be forbidden
-    masks = [m for m, p in zip(masks, prefix, strict=True) if m != p or m in legal]
-    masks = list(dict.fromkeys([*masks, *required, *(computed & ((1 << p) - 1) for p in allowed)]))
-    return solve(loads, from_masks(loads, masks, computed), wishes), whole
+    masks = [m for m in masks if m != before(m.bit_length()) or m in legal]
+    masks += [before(p) for p in (*wishes.required, *wishes.allowed[::stride], *chain.cuts)]
+    whole = sets is not None and stride == 1
+    return solve(from_masks(loads, dict.fromkeys(masks), computed), wishes), whole
 
 
 def _near(units: Units, position: int) -> list[int]:
@@ -193,18 +205,17 @@ def _near(units: Units, position: int) -> list[int]:
 
 def _describe(
     flow: Flow, costs: Costs, loads: Loads, wishes: Wishes, answer: Answer, sure: str
-) -> Found:
-    stage_of = _stages(flow, answer)
+) -> Choice:
+    free = min(answer.cuts, default=0) < 0
+    stage_of = _stages(flow, answer) if free else assign_stages(flow, answer.cuts)
     last = {stage: node for node, stage in stage_of.items()}
-    cuts = [last[k] for k in range(len(answer.path) - 2)]
-    names = name_positions(flow, tuple(flow.index[n] + 1 for n in cuts))
-    places = tuple(answer.frontiers.prefix[i] for i in answer.path[1:-1])
-    speeds = wishes.speeds or (1.0,) * (len(answer.path) - 1)
-    bound = lower_bound(loads, speeds)
+    ends = [last[k] for k in range(len(answer.cuts))]
+    names = name_positions(flow, tuple(flow.index[n] + 1 for n in ends))
+    bound = lower_bound(loads, wishes.speeds or (1.0,) * (len(answer.path) - 1))
     fastest = wishes.objective == "throughput" and wishes.memory_cap == INFINITE
     if sure == "all partitions" and fastest:
         bound = max(bound, answer.best)
-    known = {n: p for n, p in zip(names, places, strict=True) if p in wishes.unexplained}
+    places = zip(names, answer.cuts, strict=True)
     report = SearchReport(
         objective=wishes.objective,
         costs=costs.kind,
@@ -213,39 +224,32 @@ def _describe(
         frontiers=len(answer.frontiers.prefix) - 2,
         exact=sure,
         reasons=_reasons(names, loads, wishes, answer),
-        explained={name: 1 - wishes.unexplained[place] for name, place in known.items()},
+        explained={n: 1 - wishes.unexplained[p] for n, p in places if p in wishes.unexplained},
     )
-    return Found(stage_of, places if min(places, default=0) >= 0 else (), names, report)
+    return Choice(stage_of, names, free, costs, report)
 
 
 def _stages(flow: Flow, answer: Answer) -> dict[fx.Node, int]:
     """The stage of every computed node: the first frontier of the chain that holds it."""
-    masks = answer.frontiers.masks
-    ends = [answer.frontiers.prefix[i] for i in answer.path]
-    contiguous = all(end >= 0 for end in ends)
-    stage_of: dict[fx.Node, int] = {}
-    for position, node in enumerate(flow.nodes):
-        if flow.is_computed(node):
-            inside = [
-                position < end if contiguous else masks[i] >> position & 1
-                for end, i in zip(ends, answer.path, strict=True)
-            ]
-            stage_of[node] = inside.index(True) - 1
-    return stage_of
+    masks = [answer.frontiers.masks[i] for i in answer.path[1:]]
+    return {
+        node: next(stage for stage, mask in enumerate(masks) if mask >> position & 1)
+        for position, node in enumerate(flow.nodes)
+        if flow.is_computed(node)
+    }
 
 
 def _reasons(names: Sequence[str], loads: Loads, wishes: Wishes, answer: Answer) -> dict[str, str]:
     """Why each cut is where it is."""
-    frontiers = answer.frontiers
+    frontiers, crossing = answer.frontiers, answer.frontiers.crossing
     total = max(float(loads.compute.sum()), 1.0)
     reasons = {}
-    for name, i in zip(names, answer.path[1:-1], strict=True):
-        asked = "asked for; " if frontiers.prefix[i] in wishes.required else ""
-        known = wishes.unexplained.get(frontiers.prefix[i])
+    for name, i, position in zip(names, answer.path[1:-1], answer.cuts, strict=True):
+        asked = "asked for; " if position in wishes.required else ""
+        known = wishes.unexplained.get(position)
         learnt = "" if known is None else f"; a source explains {1 - known:.0%} of the gradient"
-        crossing = frontiers.member[i] & (frontiers.used[i] < answer.loads.total)
-        count, size = int(crossing.sum()), float(answer.loads.nbytes[crossing].sum()) / 1e6
-        source = float(answer.loads.source[crossing].sum()) / 1e6
+        count, size = int(crossing[i].sum()), float(frontiers.loads.nbytes[crossing[i]].sum()) / 1e6
+        source = float(frontiers.loads.source[crossing[i]].sum()) / 1e6
         reasons[name] = (
             f"{asked}{float(frontiers.compute[i]) / total:.0%} of the work is done; {count} "
             f"value{'s'[: count != 1]} of {size:.2f} MB cross{'es'[: 2 * (count == 1)]}, sources "
@@ -256,19 +260,15 @@ def _reasons(names: Sequence[str], loads: Loads, wishes: Wishes, answer: Answer)
 
 def _too_much(flow: Flow, loads: Loads, wishes: Wishes) -> str:
     """What the cap would have to be, and which stage is the largest."""
-    positions = _places(loads, wishes)
-    loads = loads.crossing(torch.tensor(positions)) if positions else loads
-    frontiers = prefixes(loads, positions)
-    pairs = restricted(weigh_pairs(loads, frontiers), loads, frontiers, wishes)
+    frontiers, pairs = _weigh_places(loads, wishes)
     count = wishes.stages or min(len(frontiers.prefix) - 1, 64)
     least = bottleneck(pairs.memory, (1.0,) * count)
     path = cheapest(pairs.memory, pairs.memory, (1.0,) * count, least)
     i, j = max(pairwise(path), key=lambda step: float(pairs.memory[step]))
-    last = len(flow.nodes)
-    at = [frontiers.prefix[k] for k in (i, j)]
+    ends = {0: "the inputs", len(flow.nodes): "the output"}
     start, end = (
-        {0: "the inputs", last: "the output"}.get(p) or repr(name_positions(flow, (p,))[0])
-        for p in at
+        ends.get(p) or repr(name_positions(flow, (p,))[0])
+        for p in (frontiers.prefix[k] for k in (i, j))
     )
     return (
         f"memory_cap={wishes.memory_cap:,.0f} bytes cannot be kept with {count} stages: the stage "

@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...errors import DecouplingError
 from ...plan import TensorSpec
 from ...sources import GradientSource, Prediction, SourceFactory, make_source
 from ..cut.cutting import Flow
 from ..trace.values import storage_key
-from .costing import COPIES, Cost
-from .probes import BYTES_PER_SECOND, FLOPS_PER_SECOND, elapsed
+from .costing import ADAM_NANOSECONDS, COPIES, Cost
+from .probes import Counted, timed
 
 UNSERVED = 1 << 50
 """The cost of a source that cannot be made: more than any stage's."""
@@ -24,7 +25,9 @@ UNSERVED = 1 << 50
 _SAMPLES = 6  # sources of one kind that are timed; the others follow by their operations
 _LARGEST_SAMPLE = 1e9  # floating-point operations of one prediction
 
-OptionOf = Callable[[fx.Node], str | SourceFactory]
+Option = str | SourceFactory
+OptionOf = Callable[[fx.Node], Option]
+Kind = tuple[Option, TensorSpec]  # what a source is made from
 
 
 def measure_sources(flow: Flow, option_of: OptionOf, context: TensorSpec | None) -> dict[str, Cost]:
@@ -43,92 +46,81 @@ def measure_sources(flow: Flow, option_of: OptionOf, context: TensorSpec | None)
         Cost by node name, for every value that carries a gradient. Random states are as they were.
     """
     device = next(flow.trace.model.parameters()).device
-    groups: dict[Any, list[tuple[int, Any]]] = {}
-    wanted = _wanted(flow, option_of, context)
-    for key, source in wanted.items():
-        if source is not None:
-            groups.setdefault((key[0], type(source)), []).append((_operations(source, key[1]), key))
-    known: dict[Any, Cost] = {}
-    with (
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        torch.enable_grad(),
-    ):
+    kinds = _kinds(flow, option_of)
+    made = _made(kinds, context)
+    groups: dict[Any, list[tuple[int, Kind]]] = {}
+    for kind, source in made.items():
+        group = groups.setdefault((kind[0], type(source)), [])
+        group.append((_operations(source, kind[1]), kind))
+    known: dict[Kind, Cost] = {}
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for group in groups.values():
-            group.sort(key=lambda entry: entry[0])
-            small = [entry for entry in group if entry[0] <= _LARGEST_SAMPLE] or group[:1]
-            picked = {round(k * (len(small) - 1) / (_SAMPLES - 1)) for k in range(_SAMPLES)}
-            timed: list[tuple[int, Cost]] = []
-            failed = []
-            for size, (option, spec) in (small[i] for i in sorted(picked)):
-                try:
-                    timed.append((size, _time_source(option, spec, context, device)))
-                except Exception:  # a value that its source cannot take, such as an empty one
-                    failed.append((option, spec))
-            for size, key in group:
-                if key in failed or not timed:
-                    continue
-                near, (nanoseconds, kept) = min(
-                    timed, key=lambda entry: abs(math.log((entry[0] + 1) / (size + 1)))
-                )
-                source = wanted[key]
-                assert source is not None
-                weights = COPIES * sum(int(p.nbytes) for p in source.parameters())
-                ratio = (size + 1) / (near + 1)
-                known[key] = (round(nanoseconds * ratio), weights + round(kept * ratio))
-    return _by_name(flow, option_of, known)
+            samples: dict[Kind, tuple[int, Cost] | None] = {}
+            for size, kind in _picked(group):
+                samples[kind] = None
+                # a source may not take its value, such as an empty one
+                with contextlib.suppress(Exception):
+                    samples[kind] = (size, _time_source(*kind, context, device))
+            taken = [sample for sample in samples.values() if sample is not None]
+            for size, kind in group:
+                if taken and samples.get(kind, taken) is not None:
+                    ratio, (nanoseconds, kept) = _nearest(taken, size)
+                    weights = COPIES * sum(p.nbytes for p in made[kind].parameters())
+                    known[kind] = (round(nanoseconds * ratio), weights + round(kept * ratio))
+    return {name: known.get(kind, (UNSERVED, 0)) for name, kind in kinds.items()}
 
 
 def estimate_sources(
     flow: Flow, option_of: OptionOf, context: TensorSpec | None
 ) -> dict[str, Cost]:
     """The same by floating-point operations and bytes; see :func:`measure_sources`."""
-    known: dict[Any, Cost] = {}
-    for key, source in _wanted(flow, option_of, context).items():
-        if source is not None:
-            weights = sum(p.nbytes for p in source.parameters())
-            if not weights:
-                known[key] = (0, 0)
-                continue
-            moved, flops = 3 * (2 * key[1].nbytes + weights), 3 * _operations(source, key[1])
-            seconds = max(flops / FLOPS_PER_SECOND, moved / BYTES_PER_SECOND)
-            known[key] = (round(seconds * 1e9), COPIES * weights + 2 * key[1].nbytes)
-    return _by_name(flow, option_of, known)
+    kinds = _kinds(flow, option_of)
+    known: dict[Kind, Cost] = {}
+    for kind, source in _made(kinds, context).items():
+        learnt, size = sum(p.numel() for p in source.parameters()), kind[1].nbytes
+        weights = sum(p.nbytes for p in source.parameters())
+        known[kind] = (0, 0)
+        if learnt:
+            counted = Counted()
+            with contextlib.suppress(Exception):  # a source that needs data counts less
+                counted = _count(*kind, context)
+            counted.flops = max(counted.flops, 3 * _operations(source, kind[1]))
+            nanoseconds = counted.nanoseconds(3 * (2 * size + weights))
+            nanoseconds += round(ADAM_NANOSECONDS * learnt)
+            known[kind] = (nanoseconds, COPIES * weights + 2 * size)
+    return {name: known.get(kind, (UNSERVED, 0)) for name, kind in kinds.items()}
 
 
-def _wanted(
-    flow: Flow, option_of: OptionOf, context: TensorSpec | None
-) -> dict[Any, GradientSource | None]:
-    """A source for every kind of value; None where none can be made: a cut there is refused later,
-    with the reason.
+def _kinds(flow: Flow, option_of: OptionOf) -> dict[str, Kind]:
+    """What the source of each value that carries a gradient is made from, by node name."""
+    return {
+        node.name: (option_of(node), flow.specs[node.name])
+        for node in flow.nodes
+        if flow.is_computed(node) and flow.carries_gradient(node)
+    }
+
+
+def _made(kinds: Mapping[str, Kind], context: TensorSpec | None) -> dict[Kind, GradientSource]:
+    """A source of every kind, where one can be made: a cut elsewhere is refused later, with the
+    reason.
+
+    Made on the meta device, where its weights take no memory and no time to initialise.
     """
-    found: dict[Any, GradientSource | None] = {}
-    for node in flow.nodes:
-        if flow.is_computed(node) and flow.carries_gradient(node):
-            option, spec = option_of(node), flow.specs[node.name]
-            if (option, spec) not in found:
-                found[option, spec] = None
-                with contextlib.suppress(DecouplingError):
-                    found[option, spec] = _without_weights(option, spec, context)
+    found: dict[Kind, GradientSource] = {}
+    for kind in dict.fromkeys(kinds.values()):
+        with contextlib.suppress(DecouplingError):
+            try:
+                with torch.device("meta"):
+                    found[kind] = _make(*kind, context)
+            except DecouplingError:
+                raise
+            except Exception:  # a source of the user's own that computes something of its weights
+                found[kind] = _make(*kind, context)
     return found
 
 
-def _without_weights(
-    option: str | SourceFactory, spec: TensorSpec, context: TensorSpec | None
-) -> GradientSource:
-    """A source on the meta device, where its weights take no memory and no time to initialise."""
-    option = "zero" if option == "exact" else option
-    try:
-        with torch.device("meta"):
-            return make_source(option, (spec,), context)
-    except DecouplingError:
-        raise
-    except Exception:  # a source of the user's own that computes something of its weights
-        return make_source(option, (spec,), context)
-
-
-def _by_name(flow: Flow, option_of: OptionOf, known: Mapping[Any, Cost]) -> dict[str, Cost]:
-    nodes = [n for n in flow.nodes if flow.is_computed(n) and flow.carries_gradient(n)]
-    return {n.name: known.get((option_of(n), flow.specs[n.name]), (UNSERVED, 0)) for n in nodes}
+def _make(option: Option, spec: TensorSpec, context: TensorSpec | None) -> GradientSource:
+    return make_source("zero" if option == "exact" else option, (spec,), context)
 
 
 def _operations(source: GradientSource, spec: TensorSpec) -> int:
@@ -140,33 +132,41 @@ def _operations(source: GradientSource, spec: TensorSpec) -> int:
     return spec.nbytes
 
 
+def _picked(group: list[tuple[int, Kind]]) -> list[tuple[int, Kind]]:
+    """Some that are not too large, from the smallest to the largest."""
+    group.sort(key=lambda entry: entry[0])
+    small = [entry for entry in group if entry[0] <= _LARGEST_SAMPLE] or group[:1]
+    places = {round(k * (len(small) - 1) / (_SAMPLES - 1)) for k in range(_SAMPLES)}
+    return [small[place] for place in sorted(places)]
+
+
+def _nearest(taken: list[tuple[int, Cost]], size: int) -> tuple[float, Cost]:
+    """The timed source of the most similar size, and how much larger this one is."""
+    near, cost = min(taken, key=lambda sample: abs(math.log((sample[0] + 1) / (size + 1))))
+    return (size + 1) / (near + 1), cost
+
+
 def _example_message(
     source: GradientSource, prediction: Prediction, value: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
     """Something of the shape of what would come back."""
+    loss, logits = prediction.loss, prediction.logits
     likely = {
         "gradient": value,
-        "loss": value.new_zeros(value.shape[:1])
-        if prediction.loss is None
-        else torch.zeros_like(prediction.loss),
-        "logits": value if prediction.logits is None else torch.zeros_like(prediction.logits),
+        "loss": value.new_zeros(value.shape[:1]) if loss is None else torch.zeros_like(loss),
+        "logits": value if logits is None else torch.zeros_like(logits),
         "error": value,
     }
     return tuple(likely[kind] for kind in source.asks.learns_from)
 
 
 def _time_source(
-    option: str | SourceFactory, spec: TensorSpec, context: TensorSpec | None, device: torch.device
+    option: Option, spec: TensorSpec, context: TensorSpec | None, device: torch.device
 ) -> Cost:
     """One prediction, regression and update, the least of three; and what is kept in between."""
-    source = make_source("zero" if option == "exact" else option, (spec,), context).to(device)
-    value = torch.randn(spec.shape, device=device).to(spec.dtype)
-    seen = (
-        None if context is None else torch.zeros(context.shape, dtype=context.dtype, device=device)
-    )
-    parameters = [p for p in source.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(parameters) if parameters else None
-    own = {storage_key(p) for p in parameters}
+    source = _make(option, spec, context).to(device)
+    step = _stepping(source, spec, context, device)
+    own = {storage_key(p) for p in source.parameters()}
     kept: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -174,14 +174,38 @@ def _time_source(
             kept[storage_key(tensor)] = tensor.nbytes
         return tensor
 
-    def step() -> None:
-        prediction = source((value,), seen)
-        loss = source.fit(prediction, _example_message(source, prediction, value))
-        if loss is not None and loss.requires_grad and optimizer is not None:
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         step()
-    return min(elapsed(step, device) for _ in range(3)), sum(kept.values())
+    return min(timed(step, device)[0] for _ in range(3)), sum(kept.values())
+
+
+def _count(option: Option, spec: TensorSpec, context: TensorSpec | None) -> Counted:
+    """The second of two steps: the first makes the optimiser's state."""
+    with FakeTensorMode():
+        source = _make(option, spec, context)
+        step = _stepping(source, spec, context, torch.device("cpu"))
+        step()
+        with Counted() as counted:
+            step()
+    return counted
+
+
+def _stepping(
+    source: GradientSource, spec: TensorSpec, context: TensorSpec | None, device: torch.device
+) -> Callable[[], None]:
+    """A source's prediction, regression and update, to be called again and again."""
+    value = torch.randn(spec.shape, device=device).to(spec.dtype)
+    seen = context and torch.zeros(context.shape, dtype=context.dtype, device=device)
+    parameters = [p for p in source.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters) if parameters else None
+
+    def step() -> None:
+        with torch.enable_grad():
+            prediction = source((value,), seen)
+            loss = source.fit(prediction, _example_message(source, prediction, value))
+            if loss is not None and loss.requires_grad and optimizer is not None:
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+    return step

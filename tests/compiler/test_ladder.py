@@ -16,8 +16,7 @@ import dni_fx
 from dni_fx.errors import TracingError
 from dni_fx.graphs import pipeline
 from dni_fx.passes.cut import cutting, splitting
-from dni_fx.passes.cut.checking import check_stages
-from dni_fx.passes.cut.composing import call_stages
+from dni_fx.passes.cut.checking import call_stages, check_stages
 from dni_fx.passes.trace import exporting, tracing
 
 from ..helpers.comparing import assert_bits_equal, state_of

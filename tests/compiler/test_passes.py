@@ -61,9 +61,7 @@ def test_passes_change_nothing(name: str) -> None:
     positions = tuple(cutting.find_cuts(flow, case.cuts))
     split = splitting.split_stages(flow, cutting.assign_stages(flow, positions), case.cuts)
     chosen = insertion.resolve_gradients(split.interfaces, "auto")
-    sources = insertion.make_sources(
-        split.interfaces, chosen, None, {i.name: torch.device("cpu") for i in split.interfaces}
-    )
+    sources = insertion.make_sources(split.interfaces, chosen, None, torch.device("cpu"))
     modules = [s.module.code for s in split.stages]
     emission.emit_functions(split, sources)
     guards_hold(trace, list(args))

@@ -164,14 +164,14 @@ def test_parameters_used_in_two_places_can_be_kept_together() -> None:
         plan(Tied(), stages=2, keep_together=["first.weight"], must_cut=["middle.1"])
 
 
-def free_plan() -> tuple[Mixed, CutPlan]:
+def free_plan(gradients: str = "zero") -> tuple[Mixed, CutPlan]:
     """Two branches in turns: with dear transfers, each branch a stage is better than any
     position.
     """
     torch.manual_seed(0)
     model = Mixed()
     costs = {f"{n}.{i}": 1.0 for n in "ab" for i in range(4)}
-    return model, plan(model, stages=2, costs=costs, gradients="zero", bandwidth=1e3)
+    return model, plan(model, stages=2, costs=costs, gradients=gradients, bandwidth=1e3)
 
 
 def test_branches_become_stages_where_positions_cut_both() -> None:
@@ -180,6 +180,14 @@ def test_branches_become_stages_where_positions_cut_both() -> None:
     assert search_of(found).exact == "all partitions"
     assert len(found.interfaces) == 1
     assert any("not contiguous" in n for n in found.report.notes if found.report)  # type: ignore[union-attr]
+
+
+def test_exact_mode_keeps_program_order() -> None:
+    """There it equals backpropagation bit for bit, and not within rounding only."""
+    _, found = free_plan("exact")
+    assert not found.assignment
+    assert len(found.stages) == 2
+    assert search_of(found).exact == "program order"
 
 
 def test_a_free_plan_trains_like_backpropagation() -> None:

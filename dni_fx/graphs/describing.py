@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import fx
 
-from ...graphs.variants import Variant
-from ...plan import (
-    CutPlan,
-    Interface,
-    NodeReport,
-    PlanReport,
-    SourceReport,
-    StageCost,
-    StageReport,
-)
-from ...sources import GradientSource, Served, serve
-from ..search.choosing import Choice
-from ..search.costing import Costs
-from .insertion import Inserted
+from ..passes.cut.insertion import Inserted
+from ..passes.cut.specs import modules_of
+from ..passes.search.costing import Costs
+from ..plan import CutPlan, Interface, NodeReport, PlanReport, SourceReport, StageCost, StageReport
+from ..sources import serve
+from .variants import Variant
 
 
 def describe_plan(variant: Variant, inserted: Inserted, wanted: int | None) -> CutPlan:
@@ -32,16 +24,14 @@ def describe_plan(variant: Variant, inserted: Inserted, wanted: int | None) -> C
         wanted: stages that a search was asked for; None where cuts were named.
     """
     split, trace, choice = variant.split, variant.trace, variant.choice
-    node_of = dict(zip((i.name for i in split.interfaces), split.crossing, strict=True))
-    groups = serve(split.interfaces, inserted.gradients)
     modules = dict(trace.model.named_modules(remove_duplicate=False))
-    ran = [path for node in trace.graph.nodes for path in _scope(node) if path in modules]
+    ran = [path for node in trace.graph.nodes for path in modules_of(node) if path in modules]
     report = PlanReport(
         rung=trace.rung,
-        stages=_stage_reports(variant, node_of),
+        stages=_stage_reports(variant),
         interfaces=split.interfaces,
         plain=split.plain,
-        sources=_source_reports(inserted.kinds, groups, choice.costs, node_of),
+        sources=_source_reports(variant, inserted),
         notes=_notes(variant, inserted, wanted),
         exact=variant.exact,
         nodes=_node_reports(variant),
@@ -83,10 +73,10 @@ def _notes(variant: Variant, inserted: Inserted, wanted: int | None) -> tuple[st
     return tuple(notes)
 
 
-def _stage_reports(variant: Variant, node_of: Mapping[str, str]) -> tuple[StageReport, ...]:
-    split, choice = variant.split, variant.choice
+def _stage_reports(variant: Variant) -> tuple[StageReport, ...]:
+    costs = variant.choice.costs
     counts = {n: p.numel() for n, p in variant.trace.model.named_parameters()}
-    modules = _whole_modules(variant)
+    modules = _whole_modules(variant.choice.stage_of)
     return tuple(
         StageReport(
             name=f"stage_{s.index}",
@@ -95,25 +85,17 @@ def _stage_reports(variant: Variant, node_of: Mapping[str, str]) -> tuple[StageR
             cut=variant.cuts[s.index] if s.index < len(variant.cuts) else None,
             inputs=s.inputs,
             modules=modules.get(s.index, ()),
-            cost=None
-            if choice.costs is None
-            else _stage_cost(choice, choice.costs, s.index, split.interfaces, node_of),
+            cost=None if costs is None else _stage_cost(variant, costs, s.index),
         )
-        for s in split.stages
+        for s in variant.split.stages
     )
 
 
-def _stage_cost(
-    choice: Choice,
-    costs: Costs,
-    index: int,
-    interfaces: Sequence[Interface],
-    node_of: Mapping[str, str],
-) -> StageCost:
-    own = [n.name for n, k in choice.stage_of.items() if k == index]
+def _stage_cost(variant: Variant, costs: Costs, index: int) -> StageCost:
+    own = [n.name for n, k in variant.choice.stage_of.items() if k == index]
     total = lambda table: sum(table.get(n, 0) for n in own)  # noqa: E731
-    sent = [costs.sources.get(node_of[i.name], (0, 0)) for i in interfaces if i.producer == index]
-    received = sum(i.spec.nbytes for i in interfaces if index in i.consumers)
+    sent = [costs.sources.get(n, (0, 0)) for n, i in _crossing(variant) if i.producer == index]
+    received = sum(i.spec.nbytes for i in variant.split.interfaces if index in i.consumers)
     return StageCost(
         forward=total(costs.forward) / 1e9,
         backward=total(costs.backward) / 1e9,
@@ -125,55 +107,46 @@ def _stage_cost(
     )
 
 
-def _source_reports(
-    kinds: Mapping[str, str],
-    groups: Sequence[Served],
-    costs: Costs | None,
-    node_of: Mapping[str, str],
-) -> dict[str, SourceReport]:
+def _crossing(variant: Variant) -> Iterable[tuple[str, Interface]]:
+    """Every interface, with its node's name."""
+    return zip(variant.split.crossing, variant.split.interfaces, strict=True)
+
+
+def _source_reports(variant: Variant, inserted: Inserted) -> dict[str, SourceReport]:
     """One for each interface; those of a shared source after the first count nothing more."""
+    costs = variant.choice.costs
+    node_of = {interface.name: node for node, interface in _crossing(variant)}
     found = {}
-    for group in groups:
-        found[group.name] = _source_report(
-            kinds[group.name], group.source, costs, node_of[group.name]
-        )
-        for name in group.names[1:]:
-            found[name] = SourceReport(f"with {group.name}", 0, 0, None if costs is None else 0.0)
+    for group in serve(variant.split.interfaces, inserted.gradients):
+        first, others = group.names[0], group.names[1:]
+        try:
+            flops = group.source.flops()
+        except Exception:  # a source of the user's own that cannot run without data
+            flops = None
+        seconds = None if costs is None else costs.sources.get(node_of[first], (0, 0))[0] / 1e9
+        count = sum(p.numel() for p in group.source.parameters())
+        found[first] = SourceReport(inserted.kinds[first], count, flops, seconds)
+        nothing = SourceReport(f"with {first}", 0, 0, None if costs is None else 0.0)
+        found.update(dict.fromkeys(others, nothing))
     return found
 
 
-def _source_report(
-    kind: str, source: GradientSource, costs: Costs | None, node: str
-) -> SourceReport:
-    try:
-        flops = source.flops()
-    except Exception:  # a source of the user's own that cannot run without data
-        flops = None
-    seconds = None if costs is None else costs.sources.get(node, (0, 0))[0] / 1e9
-    return SourceReport(kind, sum(p.numel() for p in source.parameters()), flops, seconds)
-
-
-def _scope(node: fx.Node) -> tuple[str, ...]:
-    own = (str(node.target),) if node.op == "call_module" else ()
-    return tuple(p for p in dict.fromkeys((*node.meta.get("modules", ()), *own)) if p)
-
-
-def _whole_modules(variant: Variant) -> dict[int, tuple[str, ...]]:
+def _whole_modules(stage_of: Mapping[fx.Node, int]) -> dict[int, tuple[str, ...]]:
     """The largest modules that lie wholly in one stage, in program order."""
     where: dict[str, set[int]] = {}
-    for node, stage in variant.choice.stage_of.items():
-        for path in _scope(node):
+    for node, stage in stage_of.items():
+        for path in modules_of(node):
             where.setdefault(path, set()).add(stage)
     found: dict[int, dict[str, None]] = {}
-    for node, stage in variant.choice.stage_of.items():
-        largest = next((p for p in _scope(node) if len(where[p]) == 1), None)
+    for node, stage in stage_of.items():
+        largest = next((p for p in modules_of(node) if len(where[p]) == 1), None)
         if largest is not None:
             found.setdefault(stage, {})[largest] = None
     return {stage: tuple(paths) for stage, paths in found.items()}
 
 
 def _node_reports(variant: Variant) -> tuple[NodeReport, ...]:
-    costs, trace = variant.choice.costs, variant.trace
+    trace, choice = variant.trace, variant.choice
     looked_at = {node for node, _ in trace.guards}
     reports = []
     for node in trace.graph.nodes:
@@ -183,19 +156,16 @@ def _node_reports(variant: Variant) -> tuple[NodeReport, ...]:
         operator = {"placeholder": "input", "output": "output"}.get(node.op, "")
         if node.op == "call_module":
             operator = type(trace.attributes[str(node.target)]).__name__
-        elif not operator:
-            operator = str(getattr(node.target, "__name__", node.target))
+        weighed = choice.costs if node in choice.stage_of else None
         reports.append(
             NodeReport(
                 name=node.name,
-                operator=operator,
-                scope=_scope(node),
+                operator=operator or str(getattr(node.target, "__name__", node.target)),
+                scope=modules_of(node),
                 inputs=tuple(i.name for i in node.all_input_nodes if i.op != "get_attr"),
                 shape=tuple(int(s) for s in value.shape) if isinstance(value, torch.Tensor) else (),
-                stage=variant.choice.stage_of.get(node),
-                seconds=None
-                if costs is None or node not in variant.choice.stage_of
-                else costs.seconds(node.name),
+                stage=choice.stage_of.get(node),
+                seconds=None if weighed is None else weighed.seconds(node.name),
             )
         )
     return tuple(reports)
