@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ...errors import DecouplingError
 from ...graphs.nested import flatten, map_tensors
 from ..trace.nodes import run_node
-from ..trace.state import restored, untouched
+from ..trace.state import restored
 from ..trace.symbols import plain
 from ..trace.tracing import Trace
 
@@ -160,7 +160,7 @@ def guards_hold(trace: Trace, leaves: list[torch.Tensor]) -> bool:
     values: dict[Any, Any] = {}
     inputs = iter(leaves)
     try:
-        with untouched(trace.model), fake, torch.no_grad():
+        with restored(trace.model), fake, torch.no_grad():
             for node in trace.graph.nodes:
                 if node.op == "placeholder":
                     values[node] = fake.from_tensor(next(inputs).detach())
@@ -182,7 +182,7 @@ def guards_hold(trace: Trace, leaves: list[torch.Tensor]) -> bool:
 def _measure(
     model: nn.Module, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, torch.Tensor | None]:
-    with restored(model), torch.enable_grad():
+    with restored(model, args, kwargs), torch.enable_grad():
         # Not the state in which the model was traced: draws must not be baked in.
         torch.manual_seed(1)
         random.seed(1)

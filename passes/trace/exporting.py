@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...errors import TracingError
 from .recorder import Recorder
-from .state import untouched
-from .tracing import Trace, bind_originals, reason_of, record
+from .state import restored
+from .tracing import Trace, reason_of, record
 
 
 def trace_export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
@@ -34,7 +34,7 @@ def trace_export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     Raises:
         TracingError: export refuses the model; holds its message.
     """
-    with untouched(model):
+    with restored(model, args, kwargs):
         try:
             program = _export(model, args, kwargs)
             exported = program.module(check_guards=False)
@@ -49,7 +49,6 @@ def trace_export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
                 f"torch.export: its graph cannot be recorded: {reason_of(error)}"
             ) from error
     trace.model = model
-    bind_originals(trace)
     return dataclasses.replace(trace, modes=tuple(model.modules()), rung="export")
 
 

@@ -11,7 +11,6 @@ Which rung to believe is for the numeric self-check (``checking``) to say.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,15 +18,15 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...errors import BakedInError, DataDependentError, TracingError, user_line
 from ...graphs.nested import Structure, flatten
+from .caches import Fakes, forget
 from .modules import Visits
 from .naming import input_names
 from .recorder import Recorder
 from .routing import recording
-from .state import untouched
+from .state import restored
 from .symbols import Size, TracedInt, sizes_wanted
 
 _MOST_OPAQUE = 200
@@ -137,25 +136,37 @@ def trace_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     """
     attempts = _Attempts(model, _is_small(model, args, kwargs))
     while True:
-        with untouched(model):
-            fake = None if attempts.real else FakeTensorMode(allow_non_fake_inputs=True)
-            recorder = Recorder(model, fake, frozenset(attempts.opaque), attempts.plain)
-            try:
-                trace = record(recorder, model, args, kwargs, attempts.opaque)
-            except Exception as error:
-                attempts.learn(recorder.visits, error)
-                continue
-        if attempts.real and not attempts.small:
-            trace.rung = "calls on real tensors"
-        bind_originals(trace)
-        return trace
+        fake = None if attempts.real else Fakes()
+        with restored(model, args, kwargs):
+            trace = _attempt(attempts, fake, args, kwargs)
+        if fake and forget(fake):
+            attempts.real = True  # so that none can be where they are not found
+        elif trace is not None:
+            break
+    if attempts.real and not attempts.small:
+        trace.rung = "calls on real tensors"
+    return trace
+
+
+def _attempt(
+    attempts: _Attempts, fake: Fakes | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Trace | None:
+    """Record the model once; None where something was learnt from a failure."""
+    model = attempts.model
+    recorder = Recorder(model, fake, frozenset(attempts.opaque), attempts.plain)
+    try:
+        return record(recorder, model, args, kwargs, attempts.opaque)
+    except Exception as error:
+        attempts.learn(recorder.visits, error)
+        return None
 
 
 class _Attempts:
     """What the attempts so far have shown, and how the next one is made.
 
     Attributes:
-        real: whether the model runs on real tensors.
+        model: the user's model.
+        real: whether it runs on real tensors.
         small: whether real ones were chosen because they cost less.
         opaque: paths of modules to keep as single nodes, with the reason.
         plain: sizes that the model's code needs as plain integers.
@@ -165,7 +176,7 @@ class _Attempts:
         self.real = self.small = small
         self.opaque: dict[str, str] = {}
         self.plain: frozenset[Size] = frozenset()
-        self._model = model
+        self.model = model
 
     def learn(self, visits: Visits, error: Exception) -> None:
         """Choose what to do differently after a failure.
@@ -192,13 +203,13 @@ class _Attempts:
     def _open_less(self, place: str | None, is_leaf: bool, error: Exception) -> None:
         reason = reason_of(error)
         if is_leaf and place and not isinstance(error, TracingError):
-            kind = type(self._model.get_submodule(place)).__name__
+            kind = type(self.model.get_submodule(place)).__name__
             raise TracingError(f"'{place}' ({kind}) fails: {reason}") from error
-        outer = _next_outer(self._model, place, self.opaque) if place else None
+        outer = _next_outer(self.model, place, self.opaque) if place else None
         if outer is None:
             refusal = BakedInError if isinstance(error, BakedInError) else TracingError
             raise refusal(
-                f"the top level of {type(self._model).__name__} cannot be recorded: {reason}"
+                f"the top level of {type(self.model).__name__} cannot be recorded: {reason}"
             ) from error
         self.opaque[outer] = reason
 
@@ -215,13 +226,6 @@ def _without_data(value: Any, differentiable: bool) -> Any:
     if not isinstance(value, torch.Tensor) or isinstance(value, nn.Parameter):
         return value
     return torch.empty(value.shape, dtype=value.dtype, device="meta").requires_grad_(differentiable)
-
-
-def bind_originals(trace: Trace) -> None:
-    """Buffers were clones while tracing."""
-    for name in trace.attributes:
-        if not name.startswith("_constant_"):
-            trace.attributes[name] = functools.reduce(getattr, name.split("."), trace.model)
 
 
 def record(
