@@ -30,7 +30,10 @@ class AllOrNothing:
         self.gradients: list[torch.Tensor | None] = []
         self.sources: list[tuple[nn.Module, dict[str, Any]]] = []
         self.names: list[dict[str, torch.Tensor | None]] = []
+        buffers = [b for table in self.tables for b in table.values() if b is not None]
+        self.changes = decoupled.graphs.variant.trace.changes.without(buffers)
         self.rng: Callable[[], None] = lambda: None
+        self.changed: Callable[[], None] = lambda: None
         self.held: list[tuple[nn.Parameter, torch.Tensor]] = []
         self.buffers: list[torch.Tensor] = []
         self.contents: list[torch.Tensor] = []
@@ -43,7 +46,7 @@ class AllOrNothing:
     def __enter__(self) -> AllOrNothing:
         self.gradients = [p.grad if self.keep else None for p in self.parameters]
         self._keep_buffers()
-        self.rng = preserved_rng()
+        self.rng, self.changed = preserved_rng(), self.changes.keep()
         self.sources = [(m, dict(vars(m))) for m in self.modules]
         for parameter in self.parameters:
             parameter.grad = None
@@ -57,6 +60,7 @@ class AllOrNothing:
         if kind is None:
             self.gradients, self.sources = [], []
             return
+        self.changed()
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient
         with torch.no_grad():

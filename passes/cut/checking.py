@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...errors import DecouplingError
 from ...graphs.nested import flatten, map_tensors
+from ..trace.caches import Fakes, forget
 from ..trace.nodes import run_node
 from ..trace.state import restored
 from ..trace.symbols import plain
@@ -155,12 +155,19 @@ def guards_hold(trace: Trace, leaves: list[torch.Tensor]) -> bool:
     Returns:
         False also where it cannot be told without running the model.
     """
+    fake = Fakes()
+    with restored(trace.model):
+        holds = _holds_on(trace, leaves, fake)
+    forget(fake)
+    return holds
+
+
+def _holds_on(trace: Trace, leaves: list[torch.Tensor], fake: Fakes) -> bool:
     expected = dict(trace.guards)
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
     values: dict[Any, Any] = {}
     inputs = iter(leaves)
     try:
-        with restored(trace.model), fake, torch.no_grad():
+        with fake, torch.no_grad():
             for node in trace.graph.nodes:
                 if node.op == "placeholder":
                     values[node] = fake.from_tensor(next(inputs).detach())
@@ -182,7 +189,19 @@ def guards_hold(trace: Trace, leaves: list[torch.Tensor]) -> bool:
 def _measure(
     model: nn.Module, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, torch.Tensor | None]:
-    with restored(model, args, kwargs), torch.enable_grad():
+    """Outputs, gradients and buffers of one run, after which all is as it was."""
+    try:
+        with restored(model, args, kwargs):
+            return _run(model, function, args, kwargs)
+    except Exception:  # a mode may be in the way of what runs: without any, then
+        with restored(model, args, kwargs, whole=True):
+            return _run(model, function, args, kwargs)
+
+
+def _run(
+    model: nn.Module, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, torch.Tensor | None]:
+    with torch.enable_grad():
         # Not the state in which the model was traced: draws must not be baked in.
         torch.manual_seed(1)
         random.seed(1)

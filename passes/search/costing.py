@@ -8,17 +8,18 @@ without data, or given by the user. Only their ratios matter to a search.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...errors import DecouplingError, did_you_mean
 from ...graphs.nested import map_tensors
 from ..cut.cutting import Flow
+from ..trace.caches import Fakes, forget
 from ..trace.state import restored
 from .probes import BYTES_PER_SECOND, Clock, Counter, Probe, elapsed, walk
 
@@ -81,7 +82,7 @@ def measure_costs(
         Measured costs. The model, its buffers and random states are as they were.
     """
     clock = Clock(repeats, flow.trace.model)
-    with restored(flow.trace.model):
+    with restored(flow.trace.model, args, kwargs):
         walk(flow, args, kwargs, clock, watch)
     element = _time_adam(next(flow.trace.model.parameters()))
     return _costs("measured", flow, clock, sources, element)
@@ -102,11 +103,11 @@ def estimate_costs(
     Returns:
         Analytic costs, equal in every process and on every machine.
     """
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    counter = Counter()
-    with restored(flow.trace.model), fake:
-        args, kwargs = map_tensors(fake.from_tensor, (args, kwargs))
-        walk(flow, args, kwargs, counter, iter)
+    fake, counter = Fakes(), Counter()
+    with restored(flow.trace.model, args, kwargs), fake:
+        faked = functools.partial(map_tensors, fake.from_tensor)
+        walk(flow, faked(args), faked(kwargs), counter, iter)
+    forget(fake)
     return _costs("analytic", flow, counter, sources, _ADAM_BYTES / BYTES_PER_SECOND * 1e9)
 
 

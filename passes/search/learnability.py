@@ -114,7 +114,7 @@ def _true_gradients(
     inputs = iter(leaves)
     values: dict[fx.Node, Any] = {}
     found: dict[fx.Node, tuple[torch.Tensor, torch.Tensor]] = {}
-    with restored(flow.trace.model), torch.enable_grad():
+    with restored(flow.trace.model, batch), torch.enable_grad():
         for node in flow.nodes:
             if node.op == "placeholder":
                 values[node] = next(inputs)

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from ...graphs.nested import flatten
 from ..cut.cutting import Flow, needs_gradient
 from ..trace.nodes import run_node
+from ..trace.storages import unwatched
 from ..trace.values import storage_key, tensors_in
 
 # A processor core as the analytic costs see it; a constant factor over all of them changes no plan.
@@ -73,15 +74,17 @@ class Clock(Probe):
 
     def visit(self, node: fx.Node, forward: Callable[[], Any], trained: list[torch.Tensor]) -> None:
         ahead, back = [], []
-        for _ in range(self.repeats):
-            nanoseconds, output = _timed(forward, self.device)
-            ahead.append(nanoseconds)
-            if call := self.pull_back(output, trained):
-                try:
-                    back.append(elapsed(call, self.device))
-                except RuntimeError:
-                    # reentrant checkpoints want a whole backward: forward again, and twice that
-                    back.append(3 * ahead[-1])
+        for k in range(self.repeats):
+            # what writes to the model's memory is seen the first time
+            with unwatched() if k else contextlib.nullcontext():
+                nanoseconds, output = _timed(forward, self.device)
+                ahead.append(nanoseconds)
+                if call := self.pull_back(output, trained):
+                    try:
+                        back.append(elapsed(call, self.device))
+                    except RuntimeError:
+                        # reentrant checkpoints want a whole backward: forward again, and twice that
+                        back.append(3 * ahead[-1])
             if ahead[-1] + sum(back[-1:]) > _LONG:
                 break
         self.forward[node.name], self.backward[node.name] = min(ahead), min(back, default=0)

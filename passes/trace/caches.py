@@ -23,7 +23,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 LRU_CACHE: Any = type(functools.lru_cache(len))
-_ITERATORS = (itertools.count, itertools.cycle, *(type(iter(v)) for v in ([], (), range(0))))
+_STARTED: Any = (iter([]), iter(()), iter(range(0)))
+_ITERATORS = (itertools.count, itertools.cycle, *map(type, _STARTED))
 REPLACED = frozenset({LRU_CACHE, *_ITERATORS})
 _NESTED = 6  # how deep in tuples and the like a leaked tensor is looked for
 
@@ -124,30 +125,34 @@ def forget(fakes: Fakes) -> bool:
     if fakes.alive():
         gc.collect()  # most are in circles that nobody holds
     found = fakes.alive()
-    for tensor in found:
-        _take_out(tensor, [found])
+    held: list[Any] = [*found]
+    for _ in range(_NESTED if found else 0):
+        held = _take_out(held)
     return bool(found)
 
 
-def _take_out(value: Any, ours: list[Any]) -> None:
-    """Out of caches, containers, attributes and closures; out of tuples with these."""
-    if len(ours) > _NESTED:
-        return
-    holders = gc.get_referrers(value)
-    ours = [*ours, holders]
-    for holder in holders:
-        if any(holder is own for own in ours):
+def _take_out(values: list[Any]) -> list[Any]:
+    """Out of caches, containers, attributes and closures.
+
+    Returns:
+        What cannot be changed and holds some of them: tuples.
+    """
+    own = {id(value) for value in values}
+    fixed = []
+    for holder in gc.get_referrers(*values) if values else ():
+        if holder is values:
             continue
         if isinstance(holder, LRU_CACHE):
             holder.cache_clear()
         elif isinstance(holder, dict):
-            for key in [k for k, v in list(holder.items()) if v is value]:
+            for key in [k for k, v in list(holder.items()) if id(v) in own]:
                 holder.pop(key, None)
         elif isinstance(holder, list):
-            holder[:] = [v for v in holder if v is not value]
+            holder[:] = [v for v in holder if id(v) not in own]
         elif isinstance(holder, set):
-            holder.discard(value)
+            holder.difference_update([v for v in holder if id(v) in own])
         elif isinstance(holder, types.CellType):
             holder.cell_contents = None
         elif isinstance(holder, tuple | frozenset):
-            _take_out(holder, ours)
+            fixed.append(holder)
+    return fixed

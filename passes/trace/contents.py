@@ -22,8 +22,11 @@ class Contents(Protocol):
     def put(self, place: Any, value: Any) -> None:
         """Hold something else there for the time being."""
 
-    def restore(self) -> None:
-        """Hold again what was held; nothing is touched where nothing changed."""
+    def restore(self) -> bool:
+        """Hold again what was held; nothing is touched, and False returned, where it still is."""
+
+    def again(self) -> Contents:
+        """The same of what is held now."""
 
 
 class OfDict:
@@ -42,13 +45,17 @@ class OfDict:
     def put(self, place: Any, value: Any) -> None:
         self._base.__setitem__(self._owner, place, value)
 
-    def restore(self) -> None:
+    def restore(self) -> bool:
         before, base = self._before, self._base
         if len(self._owner) == len(before) and (not before or self._is_as_before()):
-            return
+            return False
         base.clear(self._owner)
         for key, value in before:
             base.__setitem__(self._owner, key, value)
+        return True
+
+    def again(self) -> Contents:
+        return OfDict(self._owner)
 
     def _is_as_before(self) -> bool:
         pairs = zip(self._base.items(self._owner), self._before, strict=True)
@@ -67,9 +74,14 @@ class OfList:
     def put(self, place: Any, value: Any) -> None:
         list.__setitem__(self._owner, place, value)
 
-    def restore(self) -> None:
-        if _differs(list.__iter__(self._owner), len(self._owner), self._before):
+    def restore(self) -> bool:
+        changed = _differs(list.__iter__(self._owner), len(self._owner), self._before)
+        if changed:
             list.__setitem__(self._owner, slice(None), self._before)
+        return changed
+
+    def again(self) -> Contents:
+        return OfList(self._owner)
 
 
 class OfDeque:
@@ -84,10 +96,15 @@ class OfDeque:
     def put(self, place: Any, value: Any) -> None:
         self._owner[place] = value
 
-    def restore(self) -> None:
-        if _differs(iter(self._owner), len(self._owner), self._before):
+    def restore(self) -> bool:
+        changed = _differs(iter(self._owner), len(self._owner), self._before)
+        if changed:
             self._owner.clear()
             self._owner.extend(self._before)
+        return changed
+
+    def again(self) -> Contents:
+        return OfDeque(self._owner)
 
 
 class OfSet:
@@ -102,10 +119,15 @@ class OfSet:
     def put(self, place: Any, value: Any) -> None:
         raise KeyError(place)
 
-    def restore(self) -> None:
-        if set.__ne__(self._owner, self._before):
+    def restore(self) -> bool:
+        changed = set.__ne__(self._owner, self._before)
+        if changed:
             set.clear(self._owner)
             set.update(self._owner, self._before)
+        return changed
+
+    def again(self) -> Contents:
+        return OfSet(self._owner)
 
 
 class OfBytes:
@@ -120,9 +142,14 @@ class OfBytes:
     def put(self, place: Any, value: Any) -> None:
         raise KeyError(place)
 
-    def restore(self) -> None:
-        if self._owner != self._before:
+    def restore(self) -> bool:
+        changed = self._owner != self._before
+        if changed:
             self._owner[:] = self._before
+        return changed
+
+    def again(self) -> Contents:
+        return OfBytes(self._owner)
 
 
 class OfCell:
@@ -138,13 +165,17 @@ class OfCell:
     def put(self, place: Any, value: Any) -> None:
         self._owner.cell_contents = value
 
-    def restore(self) -> None:
+    def restore(self) -> bool:
         if _content(self._owner) is self._before:
-            return
+            return False
         if self._before is _MISSING:
             del self._owner.cell_contents
         else:
             self._owner.cell_contents = self._before
+        return True
+
+    def again(self) -> Contents:
+        return OfCell(self._owner)
 
 
 class OfNames:
@@ -176,15 +207,20 @@ class OfNames:
     def put(self, place: Any, value: Any) -> None:
         self._put(self._owner, place, value)
 
-    def restore(self) -> None:
+    def restore(self) -> bool:
+        changed = False
         for name, value in self._before.items():
-            now = self._get(self._owner, name, _MISSING)
-            if now is value:
+            if self._get(self._owner, name, _MISSING) is value:
                 continue
+            changed = True
             if value is _MISSING:
                 self._delete(self._owner, name)
             else:
                 self._put(self._owner, name, value)
+        return changed
+
+    def again(self) -> Contents:
+        return OfNames(self._owner, list(self._before), self._get, self._put, self._delete)
 
 
 def of_globals(namespace: dict[str, Any], names: list[str]) -> Contents:

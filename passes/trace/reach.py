@@ -160,13 +160,25 @@ class Reach:
         if caches.has_stand_in(member):
             self.memories.append((kept, name, member))
 
-    def restore(self) -> None:
-        """Have everything hold again what it held."""
-        for kept in self.contents:
-            kept.restore()
-        for container in self._empty:
-            if container:
-                container.clear()
+    def send_stand_ins(self) -> None:
+        """One for each function that remembers, wherever it is found."""
+        made = {id(value): caches.stand_in(value) for _, _, value in self.memories}
+        for kept, place, value in self.memories:
+            kept.put(place, made[id(value)])
+
+    def restore(self) -> list[Contents]:
+        """Have everything hold again what it held.
+
+        Returns:
+            Of what had changed.
+        """
+        for kept, place, value in self.memories:
+            kept.put(place, value)
+        changed = [kept for kept in self.contents if kept.restore()]
+        grown = [container for container in self._empty if container]
+        for container in grown:
+            container.clear()
+        return changed + [BARE[type(container)](container) for container in grown]
 
     def _class(self, cls: type) -> None:
         for base in cls.__mro__[1:]:
@@ -232,8 +244,7 @@ def _names(code: types.CodeType) -> Iterator[str]:
 def _undo(value: Any) -> Callable[[], None] | None:
     """What puts back a random generator or an array; None for anything else."""
     if isinstance(value, torch.Generator):
-        state = value.get_state()
-        return lambda: value.set_state(state) and None
+        return functools.partial(_set_state, value, value.get_state())
     if isinstance(value, random.Random):
         return functools.partial(value.setstate, value.getstate())
     numpy = sys.modules.get("numpy")
@@ -248,6 +259,10 @@ def _undo(value: Any) -> Callable[[], None] | None:
     if isinstance(value, numpy.ndarray) and value.flags.writeable:
         return functools.partial(_refill, value, value.copy())
     return None
+
+
+def _set_state(generator: torch.Generator, state: torch.Tensor) -> None:
+    generator.set_state(state)
 
 
 def _refill(array: Any, content: Any) -> None:

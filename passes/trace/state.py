@@ -6,14 +6,14 @@ import contextlib
 import importlib
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from .caches import stand_in
+from .contents import Contents
 from .reach import Reach
 from .settings import kept_settings
 from .storages import Tensors, Watch
@@ -36,8 +36,47 @@ def no_kept_casts() -> Iterator[None]:
         torch.clear_autocast_cache()  # regions inside may have switched it on
 
 
+class Changes:
+    """What a run changed, before that was undone.
+
+    Attributes:
+        tensors: that were written to, and whether they were given other memory.
+        contents: of objects, containers, closures and globals.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: list[tuple[torch.Tensor, bool]] = []
+        self.contents: list[Contents] = []
+
+    def without(self, copied: Iterable[torch.Tensor]) -> Changes:
+        """Those that are not undone where copies of some tensors are copied back."""
+        own = {id(t) for t in copied}
+        other = Changes()
+        other.contents = self.contents
+        other.tensors = [(t, moved) for t, moved in self.tensors if moved or id(t) not in own]
+        return other
+
+    def keep(self) -> Callable[[], None]:
+        """Remember the same things now; the result puts them back."""
+        if not self.tensors and not self.contents:
+            return _nothing
+        contents = [c.again() for c in self.contents]
+        tensors = Tensors([t for t, _ in self.tensors], whole=True)
+
+        def put_back() -> None:
+            for kept in contents:
+                kept.restore()
+            tensors.restore()
+
+        return put_back
+
+
+def _nothing() -> None:
+    """To put back."""
+
+
 @contextlib.contextmanager
-def restored(*roots: Any, whole: bool = False) -> Iterator[None]:
+def restored(*roots: Any, whole: bool = False) -> Iterator[Changes]:
     """While a model is traced, checked, measured or asked whether a graph still holds: whatever
     happens to it, and to all that it can reach, is undone.
 
@@ -52,27 +91,24 @@ def restored(*roots: Any, whole: bool = False) -> Iterator[None]:
         *roots: the model, and the arguments of the call.
         whole: copy all memory at once instead of watching operators, so that the model runs outside
             any mode.
+
+    Returns:
+        What the run changed, known when it is over.
     """
     reach = Reach(roots)
     tensors = Tensors(reach.tensors, whole)
-    rng, settings = preserved_rng(), kept_settings()
-    changes = [tensors.restore, *reach.undo, rng, settings]
+    undo = [*reach.undo, preserved_rng(), kept_settings()]
     watch = Watch(tensors) if tensors.waiting else contextlib.nullcontext()
+    changes = Changes()
     try:
-        _send_stand_ins(reach)
+        reach.send_stand_ins()
         with no_kept_casts(), watch:
-            yield
+            yield changes
     finally:
-        reach.restore()
-        for put_back in changes:
+        changes.contents = reach.restore()
+        changes.tensors = tensors.restore()
+        for put_back in undo:
             put_back()
-
-
-def _send_stand_ins(reach: Reach) -> None:
-    """One for each remembering function, wherever it is found."""
-    made = {id(value): stand_in(value) for _, _, value in reach.memories}
-    for kept, place, value in reach.memories:
-        kept.put(place, made[id(value)])
 
 
 def rng_state() -> dict[str, Any]:

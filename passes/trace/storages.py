@@ -66,17 +66,21 @@ class Tensors:
         memory.copy()
         self._copied.append(memory)
 
-    def restore(self) -> None:
+    def restore(self) -> list[tuple[torch.Tensor, bool]]:
         """Put everything back. What did not change is not touched, and what did has its old version
         number, so that graphs that hold it find what they saved.
+
+        Returns:
+            The tensors that were given other memory or were written to, and which were given it.
         """
         with torch.no_grad():
-            for kept in self._kept:
-                kept.restore_place()
-            for memory in self._copied:
-                memory.restore()
-            for kept in self._kept:
-                kept.restore_history()
+            moved = [kept.restore_place() for kept in self._kept]
+            written = {memory.key for memory in self._copied if memory.restore()}
+            changed = [kept.restore_history() for kept in self._kept]
+        for at, kept in enumerate(self._kept if written else ()):
+            changed[at] |= any(memory.key in written for memory in kept.memories())
+        pairs = zip(self._kept, moved, changed, strict=True)
+        return [(k.tensor, elsewhere) for k, elsewhere, wrote in pairs if elsewhere or wrote]
 
 
 class _Memory:
@@ -97,14 +101,17 @@ class _Memory:
     def copy(self) -> None:
         self._content = (_bytes(self._storage) if self._seen is None else self._seen).clone()
 
-    def restore(self) -> None:
+    def restore(self) -> bool:
+        """Whether it had changed."""
         content = self._content
         assert content is not None
         if self._storage.nbytes() != self.nbytes:
             self._storage.resize_(self.nbytes)
         now = _bytes(self._storage) if self._seen is None else self._seen
-        if not torch.equal(now, content):
+        changed = not torch.equal(now, content)
+        if changed:
             now.copy_(content)
+        return changed
 
 
 class _Kept:
@@ -125,15 +132,19 @@ class _Kept:
         for part in _parts(self.alias):
             yield _Memory(part, part.untyped_storage())
 
-    def restore_place(self) -> None:
-        """See the memory again that it saw."""
+    def restore_place(self) -> bool:
+        """See the memory again that it saw; whether it saw another."""
         tensor = self.tensor
-        if not self.wraps and not _is_same_place(tensor, self.alias):
-            tensor.grad = None  # of another type or shape, maybe
-            tensor.data = self.alias
+        if self.wraps or _is_same_place(tensor, self.alias):
+            return False
+        tensor.grad = None  # of another type or shape, maybe
+        tensor.data = self.alias
+        return True
 
-    def restore_history(self) -> None:
-        """Be a leaf again, with the gradient, hooks and version that it had."""
+    def restore_history(self) -> bool:
+        """Be a leaf again, with the gradient, hooks and version that it had; whether it was written
+        to.
+        """
         tensor = self.tensor
         if self.is_leaf and not tensor.is_leaf and not tensor._is_view():
             tensor.detach_()
@@ -146,8 +157,10 @@ class _Kept:
         if hooks and dict(hooks) != self.hooks:
             hooks.clear()
             hooks.update(self.hooks)
-        if self.version is not None and tensor._version != self.version:
-            torch._C._autograd._unsafe_set_version_counter((tensor,), (self.version,))
+        if self.version is None or tensor._version == self.version:
+            return False
+        torch._C._autograd._unsafe_set_version_counter((tensor,), (self.version,))
+        return True
 
 
 class Watch(TorchDispatchMode):
@@ -237,7 +250,8 @@ def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     if isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
         return []
     if is_traceable_wrapper_subclass(tensor):
-        inner = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        wrapper: Any = tensor
+        inner = [getattr(wrapper, name) for name in wrapper.__tensor_flatten__()[0]]
     elif tensor.layout in _SPARSE:
         inner = _SPARSE[tensor.layout](tensor.detach())
     else:
@@ -265,4 +279,4 @@ _SPARSE = {
 def _bytes(memory: torch.UntypedStorage) -> torch.Tensor:
     """Memory as a tensor with a version of its own."""
     empty = torch.empty(0, dtype=torch.uint8, device=memory.device)
-    return empty.set_(memory)  # type: ignore[arg-type]
+    return empty.set_(memory)

@@ -26,7 +26,7 @@ from .modules import Visits
 from .naming import input_names
 from .recorder import Recorder
 from .routing import recording
-from .state import restored
+from .state import Changes, restored
 from .symbols import Size, TracedInt, sizes_wanted
 
 _MOST_OPAQUE = 200
@@ -73,6 +73,7 @@ class Trace:
         notes: further remarks for the plan.
         ports: values that leave the graph besides the output.
         incoming: names of the placeholders that such values arrive at and gradients leave from.
+        changes: what a call does besides returning something, as far as was seen.
     """
 
     graph: fx.Graph
@@ -88,6 +89,7 @@ class Trace:
     notes: tuple[str, ...] = ()
     ports: tuple[Port, ...] = ()
     incoming: tuple[str, ...] = ()
+    changes: Changes = field(default_factory=Changes)
 
     @property
     def output_leaves(self) -> tuple[Any, ...]:
@@ -137,14 +139,20 @@ def trace_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     attempts = _Attempts(model, _is_small(model, args, kwargs))
     while True:
         fake = None if attempts.real else Fakes()
-        with restored(model, args, kwargs):
-            trace = _attempt(attempts, fake, args, kwargs)
+        try:
+            with restored(model, args, kwargs) as changes:
+                trace = _attempt(attempts, fake, args, kwargs)
+        except Exception:
+            if fake:
+                forget(fake)
+            raise
         if fake and forget(fake):
             attempts.real = True  # so that none can be where they are not found
         elif trace is not None:
             break
     if attempts.real and not attempts.small:
         trace.rung = "calls on real tensors"
+    trace.changes = changes
     return trace
 
 
@@ -157,6 +165,8 @@ def _attempt(
     try:
         return record(recorder, model, args, kwargs, attempts.opaque)
     except Exception as error:
+        for node in recorder.known.graph.nodes:  # whose circles would keep its values
+            node.meta.clear()
         attempts.learn(recorder.visits, error)
         return None
 
