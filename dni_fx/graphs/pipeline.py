@@ -92,7 +92,7 @@ def build_variant(
             return variant
         result = check_stages(called, functools.partial(call_stages, trace, split), args, kwargs)
         if result.mismatch is None:
-            variant.exact = result.exact
+            variant.exact, trace.changes = result.exact, result.changes
             return variant
         refusals.append(f"{tracer.__name__}: the traced model is not the model: {result.mismatch}")
     if isinstance(recipe.cuts, CutPlan) and digests and not refusals:

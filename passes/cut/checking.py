@@ -7,7 +7,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from ...errors import DecouplingError
 from ...graphs.nested import flatten, map_tensors
 from ..trace.caches import Fakes, forget
 from ..trace.nodes import run_node
-from ..trace.state import restored
+from ..trace.state import Changes, restored
 from ..trace.symbols import plain
 from ..trace.tracing import Trace
 
@@ -36,10 +36,12 @@ class Check:
     Attributes:
         mismatch: the first thing that differs and by how much, or None.
         exact: whether everything was equal bit for bit.
+        changes: what a call of the model does besides.
     """
 
     mismatch: str | None
     exact: bool
+    changes: Changes = field(default_factory=Changes)
 
 
 def check_stages(
@@ -60,7 +62,8 @@ def check_stages(
         Whether they agree. Model, gradients, buffers and random states are as they were.
     """
     first = check_model(model, args, kwargs)
-    second = _measure(model, model, args, kwargs)
+    changes = Changes()
+    second = _measure(model, model, args, kwargs, changes)
     stages = _measure(model, composed, args, kwargs)
     if list(first) != list(stages):
         return Check(
@@ -83,7 +86,7 @@ def check_stages(
             mismatch = _difference(expected, found, second[name], least)
         if mismatch is not None:
             return Check(f"{name}: {mismatch}", False)
-    return Check(None, exact)
+    return Check(None, exact, changes)
 
 
 def _difference_in_kind(expected: torch.Tensor | None, found: torch.Tensor | None) -> str | None:
@@ -187,15 +190,22 @@ def _holds_on(trace: Trace, leaves: list[torch.Tensor], fake: Fakes) -> bool:
 
 
 def _measure(
-    model: nn.Module, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: nn.Module,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    changes: Changes | None = None,
 ) -> dict[str, torch.Tensor | None]:
     """Outputs, gradients and buffers of one run, after which all is as it was."""
     try:
-        with restored(model, args, kwargs):
-            return _run(model, function, args, kwargs)
+        with restored(model, args, kwargs) as seen:
+            found = _run(model, function, args, kwargs)
     except Exception:  # a mode may be in the way of what runs: without any, then
-        with restored(model, args, kwargs, whole=True):
-            return _run(model, function, args, kwargs)
+        with restored(model, args, kwargs, whole=True) as seen:
+            found = _run(model, function, args, kwargs)
+    if changes is not None:
+        changes.tensors, changes.contents = seen.tensors, seen.contents
+    return found
 
 
 def _run(

@@ -50,6 +50,15 @@ class Probe:
         """Find out about one node; ``forward`` can be called again and again."""
         raise NotImplementedError
 
+    def fails(self, flow: Flow, node: fx.Node, trained: list[torch.Tensor]) -> None:
+        """While an error of a node is handled: what is said of its costs, if anything."""
+        if self.needs_data:
+            raise
+        moved = sum(t.nbytes for t in trained)
+        moved += flow.specs[node.name].nbytes if node.name in flow.specs else 0
+        self.forward[node.name] = _roofline(0, moved)
+        self.backward[node.name] = _roofline(0, 2 * moved)
+
     def run(self, flow: Flow, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         """The node's value, for those that use it."""
         with torch.no_grad():
@@ -210,19 +219,17 @@ def _visit(
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             output = forward()
     except Exception:
-        if probe.needs_data:
-            raise
-        moved = sum(t.nbytes for t in trained)
-        moved += flow.specs[node.name].nbytes if node.name in flow.specs else 0
-        probe.forward[node.name] = _roofline(0, moved)
-        probe.backward[node.name] = _roofline(0, 2 * moved)
+        probe.fails(flow, node, trained)
         return
     results = {storage_key(t) for t in tensors_in(output)}
     if results & made.keys():
         probe.keeps_value.add(node.name)
     probe.kept[node.name] = sum(size for key, size in made.items() if key not in results)
     del output
-    probe.visit(node, forward, trained)
+    try:
+        probe.visit(node, forward, trained)
+    except Exception:  # it runs once only: it has exchanged its memory, say
+        probe.fails(flow, node, trained)
 
 
 def _own_inputs(

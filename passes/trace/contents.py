@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import pickle
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -221,6 +222,31 @@ class OfNames:
 
     def again(self) -> Contents:
         return OfNames(self._owner, list(self._before), self._get, self._put, self._delete)
+
+
+class OfState:
+    """What an object tells of itself: a random generator, an array."""
+
+    def __init__(
+        self, owner: Any, get: Callable[[Any], Any], put: Callable[[Any, Any], Any]
+    ) -> None:
+        self._owner, self._get, self._put = owner, get, put
+        self._before = get(owner)
+
+    def places(self) -> Iterable[tuple[Any, Any]]:
+        return ()
+
+    def put(self, place: Any, value: Any) -> None:
+        raise KeyError(place)
+
+    def restore(self) -> bool:
+        changed = pickle.dumps(self._get(self._owner)) != pickle.dumps(self._before)
+        if changed:
+            self._put(self._owner, self._before)
+        return changed
+
+    def again(self) -> Contents:
+        return OfState(self._owner, self._get, self._put)
 
 
 def of_globals(namespace: dict[str, Any], names: list[str]) -> Contents:

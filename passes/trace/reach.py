@@ -12,7 +12,7 @@ import functools
 import random
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from .contents import (
     Contents,
     OfCell,
     OfDict,
+    OfState,
     contents_of,
     of_class,
     of_globals,
@@ -41,7 +42,15 @@ _ATOMS = {
 }  # fmt: skip
 _LIBRARIES = (sys.stdlib_module_names - {"__main__"}) | {"torch", "numpy", "dni_fx"}
 # objects of these may hold what matters, though their code does not
-_OPEN = ("torch.nn", "torch.ao", "torch.optim", "torch.utils", "torch.distributions", "collections")
+_OPEN = (
+    "torch.nn",
+    "torch.ao",
+    "torch.optim",
+    "torch.utils",
+    "torch.distributions",
+    "collections",
+    "types",
+)
 
 
 class Reach:
@@ -51,17 +60,15 @@ class Reach:
         roots: where it starts.
 
     Attributes:
-        contents: of all that holds something.
+        contents: of all that holds something or has a state.
         tensors: all tensors.
         memories: functions that remember, and iterators, with where they are held.
-        undo: what puts back random generators and arrays.
     """
 
     def __init__(self, roots: Iterable[Any]) -> None:
         self.contents: list[Contents] = []
         self.tensors: list[torch.Tensor] = []
         self.memories: list[tuple[Contents, Any, Any]] = []
-        self.undo: list[Callable[[], None]] = []
         self._empty: list[Any] = []
         self._seen: dict[int, Any] = {}  # by identity, and alive
         self._names = {"forward"}
@@ -101,8 +108,8 @@ class Reach:
 
     def _plain(self, value: Any) -> bool:
         """Containers, generators and other things that are what they are."""
-        if undo := _undo(value):
-            self.undo.append(undo)
+        if state := _state_of(value):
+            self.contents.append(state)
             return True
         if isinstance(value, tuple | frozenset):
             self._next += value
@@ -241,30 +248,25 @@ def _names(code: types.CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
-def _undo(value: Any) -> Callable[[], None] | None:
-    """What puts back a random generator or an array; None for anything else."""
+def _state_of(value: Any) -> Contents | None:
+    """Of a random generator or an array; None for anything else."""
     if isinstance(value, torch.Generator):
-        return functools.partial(_set_state, value, value.get_state())
+        return OfState(value, lambda g: g.get_state().numpy().tobytes(), _set_torch_state)
     if isinstance(value, random.Random):
-        return functools.partial(value.setstate, value.getstate())
+        return OfState(value, random.Random.getstate, random.Random.setstate)
     numpy = sys.modules.get("numpy")
     if numpy is None:
         return None
     if isinstance(value, numpy.random.Generator):
-        return _undo(value.bit_generator)
+        return _state_of(value.bit_generator)
     if isinstance(value, numpy.random.RandomState):
-        return functools.partial(value.set_state, value.get_state())
+        return OfState(value, lambda g: g.get_state(), lambda g, state: g.set_state(state))
     if isinstance(value, numpy.random.BitGenerator):
-        return functools.partial(setattr, value, "state", value.state)
+        return OfState(value, lambda g: g.state, lambda g, state: setattr(g, "state", state))
     if isinstance(value, numpy.ndarray) and value.flags.writeable:
-        return functools.partial(_refill, value, value.copy())
+        return OfState(value, lambda a: a.copy(), lambda a, content: a.__setitem__(..., content))
     return None
 
 
-def _set_state(generator: torch.Generator, state: torch.Tensor) -> None:
-    generator.set_state(state)
-
-
-def _refill(array: Any, content: Any) -> None:
-    if array.tobytes() != content.tobytes():
-        array[...] = content
+def _set_torch_state(generator: torch.Generator, state: bytes) -> None:
+    generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))

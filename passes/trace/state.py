@@ -97,7 +97,7 @@ def restored(*roots: Any, whole: bool = False) -> Iterator[Changes]:
     """
     reach = Reach(roots)
     tensors = Tensors(reach.tensors, whole)
-    undo = [*reach.undo, preserved_rng(), kept_settings()]
+    undo = [preserved_rng(), kept_settings()]
     watch = Watch(tensors) if tensors.waiting else contextlib.nullcontext()
     changes = Changes()
     try:

@@ -17,9 +17,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
+    _disable_current_modes,
     _get_current_dispatch_mode,
     _pop_mode_temporarily,
-    is_traceable_wrapper_subclass,
 )
 
 from .values import tensors_in
@@ -63,7 +63,8 @@ class Tensors:
                 self._copy(memory)
 
     def _copy(self, memory: _Memory) -> None:
-        memory.copy()
+        with _disable_current_modes():
+            memory.copy()
         self._copied.append(memory)
 
     def restore(self) -> list[tuple[torch.Tensor, bool]]:
@@ -73,7 +74,7 @@ class Tensors:
         Returns:
             The tensors that were given other memory or were written to, and which were given it.
         """
-        with torch.no_grad():
+        with torch.no_grad(), _disable_current_modes():
             moved = [kept.restore_place() for kept in self._kept]
             written = {memory.key for memory in self._copied if memory.restore()}
             changed = [kept.restore_history() for kept in self._kept]
@@ -119,7 +120,7 @@ class _Kept:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
-        self.wraps = is_traceable_wrapper_subclass(tensor)
+        self.wraps = hasattr(tensor, "__tensor_flatten__")
         self.alias = tensor if self.wraps else tensor.data
         self.version = None if tensor.is_inference() else tensor._version
         self.requires_grad, self.is_leaf = tensor.requires_grad, tensor.is_leaf
@@ -184,13 +185,18 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self._tensors.waiting:
+        if self._tensors.waiting and not _is_faked():
             positions, names = _written(func)
             found = [args[k] for k in positions if k < len(args)]
             found += [kwargs[name] for name in names if name in kwargs]
             for tensor in tensors_in(found):
                 self._tensors.protect(tensor)
         return func(*args, **kwargs)
+
+
+def _is_faked() -> bool:
+    """Whether operators run on fake tensors, and write to no memory."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 @contextlib.contextmanager
@@ -249,9 +255,9 @@ def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     """Tensors with data that a tensor consists of: mostly itself."""
     if isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
         return []
-    if is_traceable_wrapper_subclass(tensor):
-        wrapper: Any = tensor
-        inner = [getattr(wrapper, name) for name in wrapper.__tensor_flatten__()[0]]
+    names: Any = getattr(tensor, "__tensor_flatten__", None)
+    if names is not None:
+        inner = [getattr(tensor, name) for name in names()[0]]
     elif tensor.layout in _SPARSE:
         inner = _SPARSE[tensor.layout](tensor.detach())
     else:
