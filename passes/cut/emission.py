@@ -20,13 +20,14 @@ import functools
 import operator
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import fx, nn
 
 from ...runtime.emitted import Leaf, StepResult, detached, evaluate, pull_back
 from ...sources import GradientSource, Served, serve
-from ..trace.nodes import identifier
+from ..trace.nodes import identifier, safe_targets
 from .splitting import OUTPUT, Split, StageGraph
 
 _PREFIXES = re.compile(r"dni_fx_runtime_emitted_|^import .*\n|^from .*\n", re.MULTILINE)
@@ -108,14 +109,14 @@ def _emit_backward(
     retain = graph.placeholder("retain_graph", default_value=False)
     names = [*sent, *(["loss"] if OUTPUT in stage.outputs else [])]
     roots = [_item(graph, outputs, n) for n in names] + [_item(graph, entries, n) for n in received]
-    roots += [graph.create_node("get_attr", f"shared.{name}") for name in shared]
+    targets = safe_targets(f"shared.{name}" for name in shared)
+    roots += [graph.create_node("get_attr", target) for target in targets.values()]
     arrived = [graph.call_method("get", (gradients, n)) for n in names]
     arrived += [graph.call_method("get", (partials, n)) for n in [*received, *shared]]
     graph.call_function(pull_back, (tuple(roots), tuple(arrived), retain))
     graph.output(_gradients(graph, {n: _item(graph, leaves, n) for n in received}))
-    return fx.GraphModule(
-        {f"shared.{n}": p for n, p in shared.items()}, graph, f"Backward{stage.index}"
-    )
+    attributes = dict(zip(targets.values(), shared.values(), strict=True))
+    return fx.GraphModule(attributes, graph, f"Backward{stage.index}")
 
 
 def _emit_step(
@@ -138,23 +139,24 @@ def _emit_step(
     value_out = None
     if OUTPUT in outputs:
         output = outputs.pop(OUTPUT)
-        value = _named(graph.call_function(evaluate, (loss, output, target)), "loss_value")
+        value = _named(graph, evaluate, (loss, output, target), "loss_value")
         roots.append(value)
-        gradients.append(_named(graph.call_function(torch.ones_like, (value,)), "loss_gradient"))
-        results[OUTPUT] = _named(graph.call_function(detached, (output,)), "output_sent")
-        value_out = _named(graph.call_function(detached, (value,)), "loss_sent")
+        gradients.append(_named(graph, torch.ones_like, (value,), "loss_gradient"))
+        results[OUTPUT] = _named(graph, detached, (output,), "output_sent")
+        value_out = _named(graph, detached, (value,), "loss_sent")
     for name, out in outputs.items():
         results[name] = out
         if name in sent or name in unasked:
             label = f"{identifier(name)}_sent"
-            results[name] = _named(graph.call_method("detach", (out,)), label)
+            results[name] = _named(graph, "detach", (out,), label)
     predictions, found = _ask_sources(graph, served, results, context)
     roots = [*(outputs[n] for n in sent), *roots]
     gradients = [*(found[n] for n in sent), *gradients]
     graph.call_function(pull_back, (tuple(roots), tuple(gradients)))
     result = (results, _gradients(graph, leaves), predictions, value_out)
     graph.output(graph.call_function(StepResult, result))
-    attributes = {f"sources.{source_key(group.name)}": group.source for group in served}
+    sources = [group.source for group in served]
+    attributes = dict(zip(_source_targets(served), sources, strict=True))
     return fx.GraphModule({"stage": stage.module, **attributes}, graph, f"Step{stage.index}")
 
 
@@ -163,17 +165,20 @@ def _ask_sources(
 ) -> tuple[dict[str, fx.Node], dict[str, fx.Node]]:
     """What each source predicts, by its own name, and the gradient of each value that it serves."""
     predictions, gradients = {}, {}
-    for group in served:
+    for group, target in zip(served, _source_targets(served), strict=True):
         given = (tuple(values[n] for n in group.names), context)
         label = identifier(group.name)
-        prediction = graph.call_module(f"sources.{source_key(group.name)}", given)
-        predictions[group.name] = _named(prediction, f"{label}_prediction")
-        every = _named(
-            graph.call_function(getattr, (prediction, "gradients")), f"{label}_gradients"
-        )
+        prediction = graph.create_node("call_module", target, given, name=f"{label}_prediction")
+        predictions[group.name] = prediction
+        every = _named(graph, getattr, (prediction, "gradients"), f"{label}_gradients")
         for i, name in enumerate(group.names):
             gradients[name] = _item(graph, every, i, f"{identifier(name)}_gradient")
     return predictions, gradients
+
+
+def _source_targets(served: tuple[Served, ...]) -> list[str]:
+    """Where a step keeps its sources."""
+    return list(safe_targets(f"sources.{source_key(group.name)}" for group in served).values())
 
 
 def source_key(interface: str) -> str:
@@ -199,34 +204,33 @@ def _open_inputs(
             graph, inputs, name, label if name not in received else f"{label}_received"
         )
         if name in received:
-            leaves[name] = _named(graph.call_function(Leaf, (values[name], *kept)), f"{label}_leaf")
-            values[name] = _named(graph.call_method("view", (leaves[name],)), label)
+            leaves[name] = _named(graph, Leaf, (values[name], *kept), f"{label}_leaf")
+            values[name] = _named(graph, "view", (leaves[name],), label)
     return values, leaves
 
 
 def _run_stage(
     graph: fx.Graph, stage: StageGraph, values: dict[str, fx.Node]
 ) -> dict[str, fx.Node]:
-    called = graph.call_module("stage", tuple(values[n] for n in stage.inputs))
+    given = tuple(values[n] for n in stage.inputs)
+    label = OUTPUT if stage.outputs == (OUTPUT,) else "outputs"
+    called = graph.create_node("call_module", "stage", given, name=label)
     if stage.outputs == (OUTPUT,):
-        called.name = OUTPUT
         return {OUTPUT: called}
-    called.name = "outputs"
     return {n: _item(graph, called, i, identifier(n)) for i, n in enumerate(stage.outputs)}
 
 
 def _gradients(graph: fx.Graph, leaves: dict[str, fx.Node]) -> dict[str, fx.Node]:
     found = {}
     for name, leaf in leaves.items():
-        found[name] = _named(
-            graph.call_method("gradient", (leaf,)), f"{identifier(name)}_input_gradient"
-        )
+        found[name] = _named(graph, "gradient", (leaf,), f"{identifier(name)}_input_gradient")
     return found
 
 
-def _named(node: fx.Node, name: str) -> fx.Node:
-    node.name = name
-    return node
+def _named(graph: fx.Graph, target: Any, args: tuple[Any, ...], name: str) -> fx.Node:
+    """A call of a function, or of a method by its name, under a name that is free and allowed."""
+    op = "call_method" if isinstance(target, str) else "call_function"
+    return graph.create_node(op, target, args, name=name)
 
 
 def _item(graph: fx.Graph, container: fx.Node, key: str | int, name: str | None = None) -> fx.Node:

@@ -17,7 +17,7 @@ from torch import fx, nn
 from ...errors import CutError
 from ...graphs.nested import Structure
 from ...plan import Interface
-from ..trace.nodes import identifier
+from ..trace.nodes import identifier, is_plain_name, targets_of, with_named
 from ..trace.tracing import Port, Trace
 from .cutting import Flow, kept_storages, needs_gradient
 from .regions import Regions
@@ -328,13 +328,16 @@ def _copy_nodes(
     """A stage's graph without its output, what its targets stand for, and the copy of each node."""
     flow = cross.flow
     written = {s for n in own for s in n.meta.get("mutates", ())} - kept_storages(flow.nodes)
-    called = {str(n.target) for n in own if n.op == "call_module"}
+    targets = targets_of(own, needed)
     graph = fx.Graph()
     attributes: dict[str, Any] = {}
     copies: dict[fx.Node, fx.Node] = {}
     for node in incoming:
         name = node.name if node.op == "placeholder" else cross.names[node]
-        copies[node] = graph.placeholder(identifier(name))
+        label = identifier(name)
+        while any(label == copy.target for copy in copies.values()):
+            label += "_"
+        copies[node] = graph.placeholder(label)
     for node in incoming:  # the producer's copy of what is written to stays as it was sent
         if node.op != "placeholder" and node.meta.get("storage") in written:
             copies[node] = graph.call_method("clone", (copies[node],))
@@ -343,16 +346,16 @@ def _copy_nodes(
         if node in copies:
             continue
         if node.op == "get_attr":
-            target = _attribute_target(str(node.target), called)
-            attributes[target] = flow.trace.attributes[str(node.target)]
-            copies[node] = graph.create_node("get_attr", target, name=node.name)
-            continue
-        regions.enter(node)
-        copies[node] = graph.node_copy(node, lambda n: copies[n])
-        copies[node].meta = {}
-        if node.op == "call_module":
-            copies[node].target = _free_name(str(node.target))
-            attributes[str(copies[node].target)] = flow.trace.attributes[str(node.target)]
+            copies[node] = graph.create_node("get_attr", targets[node], name=node.name)
+        else:
+            regions.enter(node)
+            copies[node] = graph.node_copy(node, lambda n: copies[n])
+            copies[node].meta = {}
+        if node in targets:
+            copies[node].target = targets[node]
+            attributes[targets[node]] = flow.trace.attributes[str(node.target)]
+        if not all(map(is_plain_name, node.kwargs)):
+            copies[node] = with_named(copies[node])
     regions.leave()
     return graph, attributes, copies
 
@@ -378,18 +381,3 @@ def _needed(flow: Flow, own: list[fx.Node], results: list[fx.Node]) -> list[fx.N
         if node in inside or node in flow.replicated:
             pending.extend(n for n in node.all_input_nodes if n not in found)
     return sorted(found, key=lambda n: flow.index[n])
-
-
-def _attribute_target(target: str, called: set[str]) -> str:
-    """Where a stage keeps an attribute: under its own path, unless a module that the stage calls
-    lies in the way.
-    """
-    parts = target.split(".")
-    if any(".".join(parts[:i]) in called for i in range(1, len(parts))):
-        return "_" + target.replace(".", "_")
-    return _free_name(target)
-
-
-def _free_name(target: str) -> str:
-    """A path that is not one of ``fx.GraphModule``'s own attributes (``code``, ``graph``, ...)."""
-    return f"model_{target}" if hasattr(fx.GraphModule, target.split(".")[0]) else target

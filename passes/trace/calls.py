@@ -31,6 +31,11 @@ def after(tensor: torch.Tensor, write: Any) -> torch.Tensor:
     return tensor
 
 
+def call_named(function: Any, args: Any, kwargs: Any) -> Any:
+    """A call whose named arguments generated code could not write down."""
+    return function(*args, **kwargs)
+
+
 class Observer(TorchDispatchMode):
     """Notes what the operators below one node do."""
 
