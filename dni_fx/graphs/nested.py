@@ -1,15 +1,17 @@
 """Nested inputs and outputs taken apart into tensors and put together again.
 
 Containers that torch's pytree knows (tuples, named tuples, lists, dicts, registered classes such as
-transformers' ``ModelOutput``) and any dataclass are opened. Everything else that is not a tensor is
-part of the structure.
+transformers' ``ModelOutput``), any dataclass, and mappings and lists of classes of their own (such
+as transformers' ``BatchEncoding``) are opened. Everything else that is not a tensor is part of the
+structure.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections import UserList
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,16 +26,17 @@ class Structure:
     """How a nested value is built; equal structures take the same number of leaves.
 
     Attributes:
-        kind: ``"leaf"``, ``"constant"``, ``"dataclass"`` or ``"node"``.
-        payload: the constant, the dataclass instance used as a template, or the pytree node's type
-            and context.
-        children: structures of the children; names of the fields for a dataclass are in ``fields``.
+        kind: ``"leaf"``, ``"constant"``, ``"dataclass"``, ``"items"`` or ``"node"``.
+        payload: the constant, the instance used as a template (a dataclass, or a mapping or list of
+            a class of its own), or the pytree node's type and context.
+        children: structures of the children.
+        fields: names of a dataclass's fields, keys of a mapping, indices of a list.
     """
 
     kind: str
     payload: Any = None
     children: tuple[Structure, ...] = ()
-    fields: tuple[str, ...] = ()
+    fields: tuple[Any, ...] = ()
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Structure) or (self.kind, self.fields) != (
@@ -41,7 +44,7 @@ class Structure:
             other.fields,
         ):
             return False
-        if self.kind == "dataclass":
+        if self.kind in ("dataclass", "items"):
             if type(self.payload) is not type(other.payload):
                 return False
         elif self.kind == "constant":
@@ -69,6 +72,11 @@ class Structure:
             value = copy.copy(self.payload)
             for name, child in zip(self.fields, children, strict=True):
                 object.__setattr__(value, name, child)
+            return value
+        if self.kind == "items":
+            value = copy.copy(self.payload)
+            for key, child in zip(self.fields, children, strict=True):
+                value[key] = child
             return value
         node_type, context = self.payload
         return pytree.SUPPORTED_NODES[node_type].unflatten_fn(children, context)
@@ -122,7 +130,28 @@ def _take_apart(item: Any, leaves: list[Any], is_leaf: Callable[[Any], bool]) ->
             object.__setattr__(template, name, None)
         parts = tuple(_take_apart(c, leaves, is_leaf) for c in children)
         return Structure("dataclass", template, parts, names)
-    return Structure("constant", item)
+    return _items(item, leaves, is_leaf) or Structure("constant", item)
+
+
+def _items(item: Any, leaves: list[Any], is_leaf: Callable[[Any], bool]) -> Structure | None:
+    """A mapping or list of a class of its own, if it holds leaves: what else it is stays in the
+    template.
+    """
+    if isinstance(item, MutableMapping):
+        keys = list(item)
+    elif isinstance(item, list | UserList):
+        keys = list(range(len(item)))
+    else:
+        return None
+    found: list[Any] = []
+    parts = {key: _take_apart(item[key], found, is_leaf) for key in keys}
+    if not found:
+        return None
+    template = copy.copy(item)
+    for key, part in parts.items():
+        template[key] = None if part.leaf_count else template[key]
+    leaves += found
+    return Structure("items", template, tuple(parts.values()), tuple(keys))
 
 
 def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
@@ -135,9 +164,9 @@ def unpack_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     """A loader's batch as ``(args, kwargs, target)``.
 
     Raises:
-        DecouplingError: neither ``(input, ..., target)`` nor a dict with a target.
+        DecouplingError: neither ``(input, ..., target)`` nor a mapping with a target.
     """
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         rest = dict(batch)
         key = "target" if "target" in rest else "labels"
         if key not in rest:

@@ -12,6 +12,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...errors import TracingError
+from .naming import check_inputs
 from .recorder import Recorder
 from .state import untouched
 from .tracing import Trace, bind_originals, reason_of, record
@@ -34,6 +35,7 @@ def trace_export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     Raises:
         TracingError: export refuses the model; holds its message.
     """
+    check_inputs(model, args, kwargs)
     with untouched(model):
         try:
             program = _export(model, args, kwargs)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import fx
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from .calls import call_named
 from .tracing import Trace
@@ -17,6 +18,15 @@ def identifier(name: str) -> str:
     """A value's name as a Python name: dots, slashes and the like become underscores."""
     text = re.sub(r"[^0-9a-zA-Z_]", "_", name)
     return text if is_plain_name(text) else f"_{text}"
+
+
+def _own(value: Any) -> Any:
+    """A container that a callee may change, in place of one that fx has frozen."""
+    if isinstance(value, immutable_list):
+        return [_own(v) for v in value]
+    if isinstance(value, immutable_dict):
+        return {k: _own(v) for k, v in value.items()}
+    return tuple(map(_own, value)) if type(value) is tuple else value
 
 
 def is_plain_name(text: str) -> bool:
@@ -62,6 +72,7 @@ def run_node(trace: Trace, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
     args, kwargs = fx.node.map_aggregate(
         (node.args, dict(node.kwargs)), lambda a: values[a] if isinstance(a, fx.Node) else a
     )
+    args, kwargs = _own(args), _own(kwargs)
     if node.op == "call_module":
         return trace.attributes[str(node.target)](*args, **kwargs)
     if node.op == "call_method":

@@ -22,7 +22,8 @@ What is known of a node is kept in the ``meta`` of the new graph's nodes:
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections import UserList
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
@@ -31,13 +32,13 @@ from torch import fx, nn
 from ...errors import TracingError
 from ...graphs.nested import flatten
 from .calls import after
+from .containers import TORCH_CONSTANTS, assembled, is_written_out
 from .state import MODULE_INTERNALS
 from .symbols import TracedInt
 from .values import storage_key, tensors_in
 
 _BARE = {"mutates": (), "random": False, "modules": (), "no_grad": False, "autocast": ()}
 _PLAIN = (bool, int, float, complex, str)
-_TORCH_CONSTANTS = torch.dtype | torch.device | torch.layout | torch.memory_format
 
 
 class Provenance:
@@ -86,6 +87,10 @@ class Provenance:
         """Whether a recorded node computes a tensor, or it is an input."""
         node = self.nodes.get(id(tensor))
         return node is not None and node.op != "get_attr"
+
+    def is_known(self, tensor: torch.Tensor) -> bool:
+        """Whether a node stands for a tensor, or can: it is a parameter or buffer."""
+        return id(tensor) in self.nodes or id(tensor) in self.names
 
     def attach(self, node: fx.Node, output: Any) -> None:
         """Remember which node a tensor came from; members of containers get nodes of their own."""
@@ -137,18 +142,16 @@ class Provenance:
             return self._tensor_node(value)
         if isinstance(value, TracedInt):
             return value.as_node()
-        if isinstance(value, tuple | list):
+        if is_written_out(value):
+            if isinstance(value, dict):
+                return {k: self.argument(v) for k, v in value.items()}
             items = [self.argument(v) for v in value]
-            if hasattr(value, "_fields"):
-                return type(value)(*items)
             return items if isinstance(value, list) else tuple(items)
-        if isinstance(value, dict) and all(isinstance(k, str) for k in value):
-            return {k: self.argument(v) for k, v in value.items()}
         if isinstance(value, slice):
             return slice(*(self.argument(v) for v in (value.start, value.stop, value.step)))
         if value is None or value is Ellipsis or type(value) in _PLAIN:
             return value
-        if isinstance(value, _TORCH_CONSTANTS):
+        if isinstance(value, TORCH_CONSTANTS):
             return value
         if isinstance(value, range):
             return list(value)
@@ -158,7 +161,8 @@ class Provenance:
             name = self.paths[id(value)]
             self.attributes[name] = value
             return self._get_attr(name, value)
-        return self._constant(value)
+        built = assembled(value, self.argument)
+        return self._constant(value) if built is None else built
 
     def _tensor_node(self, tensor: torch.Tensor) -> fx.Node:
         if id(tensor) in self.nodes:
@@ -209,9 +213,9 @@ def _beside(node: fx.Node) -> dict[str, Any]:
 
 def _members(node: fx.Node, output: Any) -> list[tuple[Callable[..., Any], Any, Any]]:
     """How to get at the parts of a container, with their keys and values."""
-    if isinstance(output, dict):
+    if isinstance(output, MutableMapping):
         return [(operator.getitem, key, value) for key, value in output.items()]
-    if isinstance(output, tuple | list):
+    if isinstance(output, tuple | list | UserList):
         return [(operator.getitem, i, value) for i, value in enumerate(output)]
     if hasattr(output, "__dataclass_fields__"):
         return [(getattr, name, getattr(output, name)) for name in output.__dataclass_fields__]

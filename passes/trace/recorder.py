@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from ...errors import DataDependentError, TracingError
 from ...graphs.nested import flatten
 from .calls import FunctionCall, Observer, setitem
+from .containers import Copy, take_over
 from .modules import Visits
 from .provenance import Provenance
 from .sizes import LAYOUT_QUERIES, QUERIES, Sizes
@@ -176,10 +177,13 @@ class Recorder(TorchFunctionMode):
         self, op: str, target: Any, args: Any, kwargs: Any, run: Callable[[Any, Any], Any]
     ) -> Any:
         inputs = list(tensors_in((args, kwargs)))
-        node_args, node_kwargs = self.known.argument(args), self.known.argument(kwargs)
+        node_args = self.known.argument(args)
+        node_kwargs = {k: self.known.argument(v) for k, v in kwargs.items()}
         versions = [(t, t._version) for t in inputs if not t.is_inference()]
         before = len(self.known.graph.nodes)
-        output = self._observed(target, lambda: run(plain_tree(args), plain_tree(kwargs)))
+        copies: list[Copy] = []
+        given = lambda: (plain_tree(args, copies), plain_tree(kwargs, copies))  # noqa: E731
+        output = self._observed(target, lambda: run(*given()))
         assert before == len(self.known.graph.nodes)
         if op == "call_module" or isinstance(target, FunctionCall):
             self._check_captures(target, inputs)
@@ -191,6 +195,7 @@ class Recorder(TorchFunctionMode):
             if structure.kind != "constant" or (output is not None and op == "call_module"):
                 raise TracingError(f"{target} returns no tensors but {type(output).__name__}")
             if output is not None:
+                self._tell_changes(target, copies)
                 return output
         node = self.known.graph.create_node(
             op, target, node_args, node_kwargs, name=_node_name(op, target)
@@ -201,7 +206,16 @@ class Recorder(TorchFunctionMode):
             self.sizes.looks.guard(node.graph.call_function(len, (node,)), len(output))
         for tensor in written:
             self.known.refresh_aliases(tensor, node, output)
+        self._tell_changes(target, copies)
         return output
+
+    def _tell_changes(self, target: Any, copies: list[Copy]) -> None:
+        """A callee may have changed the copies of lists and dicts that it was given."""
+        if take_over(copies, self.known.is_known):
+            self.visits.notes.append(
+                f"{getattr(target, '__name__', repr(target))} changes a list or dict that it is "
+                "given: code that reads it later reads what the example left there"
+            )
 
     def _observed(self, target: Any, run: Callable[[], Any]) -> Any:
         """Run a node and watch the operators below it."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,8 +22,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...errors import BakedInError, DataDependentError, TracingError, user_line
 from ...graphs.nested import Structure, flatten
+from .containers import Assembled, signature
 from .modules import Visits
-from .naming import input_names
+from .naming import check_inputs, constants, hidden_tensor, input_names
 from .recorder import Recorder
 from .routing import recording
 from .state import untouched
@@ -134,7 +134,9 @@ def trace_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
     Raises:
         TracingError: the model as a whole cannot be recorded; says why and where.
+        BakedInError: an argument holds tensors that cannot be seen.
     """
+    check_inputs(model, args, kwargs)
     attempts = _Attempts(model, _is_small(model, args, kwargs))
     while True:
         with untouched(model):
@@ -290,20 +292,13 @@ def _copied(leaf: torch.Tensor) -> torch.Tensor:
 
 def _check_sight(outputs: Structure) -> None:
     """Refuse outputs that hold tensors where they cannot be seen."""
-    for part in _constants(outputs):
-        if flatten(dict(getattr(part, "__dict__", {})))[0]:
+    for part in constants(outputs):
+        if hidden_tensor(part) is not None:
             raise TracingError(
                 f"the model returns a {type(part).__name__}, whose tensors cannot be seen; "
                 "return tuples, dicts or dataclasses, or register the class with "
                 "torch.utils._pytree"
             )
-
-
-def _constants(structure: Structure) -> Iterator[Any]:
-    if structure.kind == "constant":
-        yield structure.payload
-    for child in structure.children:
-        yield from _constants(child)
 
 
 def _prune(graph: fx.Graph, keep: set[fx.Node]) -> None:
@@ -349,6 +344,9 @@ def _signature(value: Any) -> str:
         return f"%{value.name}"
     if isinstance(value, dict):
         return "{" + ",".join(f"{k}:{_signature(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, Assembled):
+        built = signature(value.structure)
+        return f"{type(value).__name__}({','.join(map(_signature, value))}){built}"
     if isinstance(value, tuple | list):
         return "(" + ",".join(_signature(v) for v in value) + ")"
     return repr(value)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ...graphs.nested import flatten
+from .containers import Copy
 from .symbols import TracedInt, plain
 
 
@@ -31,23 +32,33 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, dict):
         for item in value.values():
             yield from tensors_in(item)
-    elif hasattr(value, "__dataclass_fields__"):
+    else:
         yield from flatten(value)[0]
 
 
-def plain_tree(value: Any) -> Any:
-    """Replace traced integers by their values, containers included."""
+def plain_tree(value: Any, copies: list[Copy] | None = None) -> Any:
+    """Replace traced integers by their values, containers included.
+
+    Args:
+        value: anything.
+        copies: takes the lists and dicts that are copied.
+    """
     if isinstance(value, TracedInt):
         return value.value
     if isinstance(value, torch.Size):
         return torch.Size([plain(v) for v in value])
     if isinstance(value, tuple):
-        items = [plain_tree(v) for v in value]
+        items = [plain_tree(v, copies) for v in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    given: Any = None
     if type(value) is list:
-        return [plain_tree(v) for v in value]
-    if type(value) is dict:
-        return {k: plain_tree(v) for k, v in value.items()}
+        given = [plain_tree(v, copies) for v in value]
+    elif type(value) is dict:
+        given = {k: plain_tree(v, copies) for k, v in value.items()}
+    if given is not None:
+        if copies is not None:
+            copies.append(Copy.of(value, given))
+        return given
     if isinstance(value, slice):
         return slice(plain_tree(value.start), plain_tree(value.stop), plain_tree(value.step))
     return value
