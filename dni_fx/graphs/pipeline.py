@@ -22,7 +22,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import BakedInError, CutError, PlanMismatchError, TracingError
-from ..passes.cut.checking import check_model, check_stages
+from ..passes.cut.checking import Yardstick, check_stages
 from ..passes.cut.composing import call_stages
 from ..passes.cut.cutting import Flow, find_flow
 from ..passes.cut.describing import describe_plan
@@ -39,9 +39,12 @@ from ..passes.search.choosing import (
 from ..passes.trace.exporting import trace_export
 from ..passes.trace.tracing import Trace, trace_calls
 from ..plan import CutPlan
+from .blame import find_culprits, where_is
 from .nested import flatten
 from .recipe import Recipe
 from .variants import Variant
+
+_RUNG = ("trace_calls", "trace_export")
 
 
 def build_variant(
@@ -67,22 +70,25 @@ def build_variant(
         DecouplingError: the model itself fails.
     """
     called = model if recipe.opening is None else recipe.opening.module
+    yardstick = Yardstick(called, args, kwargs, lenient=plan is not None)
     refusals: list[str] = []
     digests: list[str] = []  # of graphs that the recipe's plan was not made for
-    for tracer in (trace_calls, trace_export):
+    rungs: list[dict[str, str] | None] = [{}, None]  # modules to keep as one node; None: export
+    for opaque in rungs:
         try:
-            trace = tracer(called, args, kwargs)
+            trace = _trace(recipe, called, args, kwargs, opaque)
         except TracingError as error:
-            refusals.append(f"{tracer.__name__}: {error}")
-            if len(refusals) == 1:
-                check_model(called, args, kwargs, str(error))
+            refusals.append(f"{_RUNG[opaque is None]}: {error}")
+            yardstick.seen = str(error)
+            _ = yardstick.first  # raises where the model itself fails
             if isinstance(error, BakedInError):  # export would bake it in without a word
                 break
             continue
-        if recipe.opening is not None:
-            trace = recipe.opening.open(trace)
-        if plan is None and isinstance(recipe.cuts, CutPlan) and trace.digest != recipe.cuts.digest:
+        if plan is None and _is_other_graph(recipe.cuts, trace, bool(opaque)):
             digests.append(trace.digest)
+            if opaque == {} and recipe.check:  # the plan's may have modules that are one node
+                found = _blame(recipe, yardstick, trace)
+                rungs[1:1] = [found] if isinstance(found, dict) else []
             continue
         flow = find_flow(trace)
         choice = _choose(recipe, flow, args, kwargs, plan)
@@ -90,14 +96,66 @@ def build_variant(
         variant = Variant.of(trace, choice, split, flatten((args, kwargs))[0])
         if not recipe.check:
             return variant
-        result = check_stages(called, functools.partial(call_stages, trace, split), args, kwargs)
+        result = check_stages(
+            called, functools.partial(call_stages, trace, split), args, kwargs, yardstick
+        )
         if result.mismatch is None:
             variant.exact = result.exact
+            trace.notes += (yardstick.note,) if yardstick.note else ()
             return variant
-        refusals.append(f"{tracer.__name__}: the traced model is not the model: {result.mismatch}")
+        refusal = f"{_RUNG[opaque is None]}: the traced model is not the model: {result.mismatch}"
+        if opaque == {}:
+            found = _blame(recipe, yardstick, trace)
+            if isinstance(found, str):
+                refusal += f"; {found}"
+            else:
+                rungs.insert(1, found)
+        refusals.append(refusal)
     if isinstance(recipe.cuts, CutPlan) and digests and not refusals:
         raise _other_graph(recipe.cuts, called, digests[0])
     raise _untraceable(called, refusals)
+
+
+def _trace(
+    recipe: Recipe, model: nn.Module, args: Any, kwargs: Any, opaque: dict[str, str] | None
+) -> Trace:
+    """The graph that one rung gives, opened where its state is to leave it."""
+    if opaque is None:
+        trace = trace_export(model, args, kwargs)
+    else:
+        given = (opaque,) if opaque else ()
+        trace = trace_calls(model, args, kwargs, *given)
+    return trace if recipe.opening is None else recipe.opening.open(trace)
+
+
+def _blame(recipe: Recipe, yardstick: Yardstick, trace: Trace) -> dict[str, str] | str:
+    """Why a graph is not its model: modules to keep as one node each, or a reason why none help."""
+    model, args, kwargs = yardstick.model, yardstick.args, yardstick.kwargs
+    mismatch = ""
+
+    def is_right(opaque: frozenset[str]) -> bool:
+        nonlocal mismatch
+        try:
+            trial = _trace(recipe, model, args, kwargs, dict.fromkeys(opaque, ""))
+        except TracingError:
+            return False
+        flow = find_flow(trial)
+        whole = split_stages(flow, {n: 0 for n in flow.nodes if flow.is_computed(n)})
+        run = functools.partial(call_stages, trial, whole)
+        found = check_stages(model, run, args, kwargs, yardstick).mismatch
+        mismatch = mismatch or found or ""
+        return found is None
+
+    culprits = find_culprits(trace, is_right)
+    if culprits is None:
+        return f"what differs is done by {where_is(model, '')} itself, not by a submodule"
+    if not culprits:
+        return "it is without cuts: they divide what must stay together; cut elsewhere"
+    return {
+        path: f"looked into, it is not what it computes as a whole: {mismatch}; it is "
+        f"{where_is(model, path)}"
+        for path in sorted(culprits)
+    }
 
 
 def plan_variant(recipe: Recipe, variant: Variant) -> tuple[CutPlan, Inserted]:
@@ -125,6 +183,8 @@ def trace_model(model: nn.Module, args: Any, kwargs: Any) -> Trace:
     """
     try:
         return trace_calls(model, args, kwargs)
+    except BakedInError:  # export would bake it in without a word
+        raise
     except TracingError as first:
         try:
             return trace_export(model, args, kwargs)
@@ -158,6 +218,14 @@ def _follow(plan: CutPlan, flow: Flow, lenient: bool = False) -> Choice:
     if plan.assignment:
         return choose_assigned(flow, plan)
     return choose_named(flow, plan.cuts, lenient)
+
+
+def _is_other_graph(cuts: Any, trace: Trace, blamed: bool) -> bool:
+    """Whether a plan was made for another graph. Where modules turned out to be single nodes, the
+    names of its cuts are followed.
+    """
+    followed = isinstance(cuts, CutPlan) and not (blamed and not cuts.assignment)
+    return followed and trace.digest != cuts.digest
 
 
 def _other_graph(plan: CutPlan, model: nn.Module, digest: str) -> PlanMismatchError:

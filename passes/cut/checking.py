@@ -4,6 +4,7 @@ silently wrong.
 
 from __future__ import annotations
 
+import functools
 import random
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ...errors import DecouplingError
+from ...errors import DecouplingError, user_line
 from ...graphs.nested import flatten, map_tensors
 from ..trace.nodes import run_node
 from ..trace.state import restored, untouched
@@ -27,6 +28,12 @@ _RELATIVE = {
     torch.complex64: 1e-4,
     torch.complex128: 1e-10,
 }
+
+
+_SPARSE = {
+    torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc
+}  # fmt: skip
+Measured = dict[str, torch.Tensor | None]  # outputs, parameters' gradients and buffers, by name
 
 
 @dataclass(frozen=True)
@@ -42,26 +49,104 @@ class Check:
     exact: bool
 
 
+class Yardstick:
+    """What a model computes in a call: outputs, every parameter's gradient, buffers; measured when
+    first asked for.
+
+    Args:
+        model: the user's model, in the mode to check.
+        args: example positional inputs.
+        kwargs: example keyword inputs.
+        lenient: whether to do without gradients where the model has none in this mode (reversible
+            blocks that record what their backward needs in training alone).
+
+    Attributes:
+        note: a remark for the plan: that gradients were not compared.
+        seen: what tracing said, which names the place.
+    """
+
+    def __init__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], lenient: bool = False
+    ) -> None:
+        self.model, self.args, self.kwargs = model, args, kwargs
+        self.note: str | None = None
+        self.seen = ""
+        self._lenient = lenient
+
+    def measure(self, function: Callable[..., Any]) -> Measured:
+        """The same of anything that is called as the model is, with the same seed and inputs."""
+        pulled = self.note is None
+        return _measure(self.model, function, self.args, self.kwargs, pulled)
+
+    @functools.cached_property
+    def first(self) -> Measured:
+        """Of the model.
+
+        Raises:
+            DecouplingError: the model itself fails, so that its own complaint is the one that is
+                heard.
+        """
+        try:
+            return self.measure(self.model)
+        except _RunError as error:
+            if not error.in_backward or not self._lenient:
+                raise self._failure(error) from error.__cause__
+            mode = "training" if self.model.training else "evaluation"
+            self.note = (
+                f"in {mode} mode the model's own backward fails ({_text(error.__cause__)}): "
+                "outputs and buffers were compared there, gradients were not"
+            )
+        return self.measure(self.model)
+
+    def _failure(self, error: _RunError) -> DecouplingError:
+        name, line = type(self.model).__name__, user_line(error)
+        seen = self.seen or line
+        where = f" ({seen})" if seen else ""
+        if error.in_backward:
+            return DecouplingError(
+                f"{name}'s own backward fails: {_text(error.__cause__)}{where}; pass inputs that "
+                "it can be trained with, and put it into the mode for that"
+            )
+        return DecouplingError(
+            f"{name} itself fails on these inputs: {_text(error.__cause__)}; pass inputs that "
+            f"model(*args, **kwargs) takes{where}"
+        )
+
+    @functools.cached_property
+    def second(self) -> Measured:
+        """Of the model again, since eager PyTorch is not always repeatable."""
+        return self.measure(self.model)
+
+
 def check_stages(
-    model: nn.Module, composed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: nn.Module,
+    composed: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    yardstick: Yardstick | None = None,
 ) -> Check:
     """Compare composed stages with the model: outputs, every parameter's gradient, buffers; same
     seed, same inputs.
-
-    The yardstick is the model against itself, since eager PyTorch is not always repeatable.
 
     Args:
         model: the user's model, in the mode to check.
         composed: runs the stages, called as the model is.
         args: example positional inputs.
         kwargs: example keyword inputs.
+        yardstick: of the model in this call, where there is one already.
 
     Returns:
         Whether they agree. Model, gradients, buffers and random states are as they were.
     """
-    first = check_model(model, args, kwargs)
-    second = _measure(model, model, args, kwargs)
-    stages = _measure(model, composed, args, kwargs)
+    yardstick = yardstick or Yardstick(model, args, kwargs)
+    first, second = yardstick.first, yardstick.second
+    try:
+        stages = yardstick.measure(composed)
+    except _RunError as error:
+        if isinstance(error.__cause__, DecouplingError):
+            raise error.__cause__ from None
+        part = "the backward of the stages" if error.in_backward else "the stages"
+        return Check(f"{part} failed: {_text(error.__cause__)}", False)
     if list(first) != list(stages):
         return Check(
             f"the stages return other tensors than the model ({len(stages)} against {len(first)})",
@@ -117,31 +202,16 @@ def _difference(
     return f"differs by {distance:.3g} (the model from itself by {noise:.3g})"
 
 
-def check_model(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seen: str = ""
-) -> dict[str, torch.Tensor | None]:
-    """Run the model itself, so that its own complaint about its inputs is the one that is heard.
+class _RunError(Exception):
+    """What was measured failed by itself; its cause is the error."""
 
-    Args:
-        model: the user's model.
-        args: positional inputs.
-        kwargs: keyword inputs.
-        seen: what tracing said, which names the place.
+    def __init__(self, in_backward: bool) -> None:
+        super().__init__()
+        self.in_backward = in_backward
 
-    Returns:
-        Its outputs, parameter gradients and buffers, by name.
 
-    Raises:
-        DecouplingError: the model fails.
-    """
-    try:
-        return _measure(model, model, args, kwargs)
-    except Exception as error:
-        raise DecouplingError(
-            f"{type(model).__name__} itself fails on these inputs: {type(error).__name__}: "
-            f"{error}; pass inputs that "
-            "model(*args, **kwargs) takes" + (f" ({seen})" if seen else "")
-        ) from error
+def _text(error: BaseException | None) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def guards_hold(trace: Trace, leaves: list[torch.Tensor]) -> bool:
@@ -180,8 +250,17 @@ def guards_hold(trace: Trace, leaves: list[torch.Tensor]) -> bool:
 
 
 def _measure(
-    model: nn.Module, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, torch.Tensor | None]:
+    model: nn.Module,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    pulled: bool = True,
+) -> Measured:
+    """Outputs, buffers and, if gradients are to be pulled back, those of the parameters.
+
+    Raises:
+        _RunError: the function fails, or its backward.
+    """
     with restored(model), torch.enable_grad():
         # Not the state in which the model was traced: draws must not be baked in.
         torch.manual_seed(1)
@@ -189,31 +268,40 @@ def _measure(
         if "numpy.random" in sys.modules:
             sys.modules["numpy.random"].seed(1)
         args, kwargs = map_tensors(lambda t: t.detach().clone(), (args, kwargs))
-        output = function(*args, **kwargs)
-        results: dict[str, torch.Tensor | None] = {
-            f"output {i}": t for i, t in enumerate(flatten(output)[0])
-        }
-        roots = [t for t in results.values() if t is not None and t.requires_grad]
-        generator = torch.Generator().manual_seed(0)
-        cotangents = [_like(r, generator) for r in roots]
-        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        before = [p.grad for _, p in trained]
-        try:  # not autograd.grad, which reentrant checkpoints refuse
-            for _, parameter in trained:
-                parameter.grad = None
-            if roots:
-                torch.autograd.backward(roots, cotangents)
-            found = [
-                None if p.grad is None or not p.grad.is_sparse else p.grad.to_dense()
-                for _, p in trained
-            ]
-            found = [p.grad if f is None else f for f, (_, p) in zip(found, trained, strict=True)]
-        finally:
-            for (_, parameter), gradient in zip(trained, before, strict=True):
-                parameter.grad = gradient
-        results.update({f"gradient of {n}": g for (n, _), g in zip(trained, found, strict=True)})
-        results.update({f"buffer {n}": b.clone() for n, b in model.named_buffers()})
+        try:
+            output = function(*args, **kwargs)
+        except Exception as error:
+            raise _RunError(in_backward=False) from error
+        results: Measured = {f"output {i}": _dense(t) for i, t in enumerate(flatten(output)[0])}
+        if pulled:
+            roots = [t for t in results.values() if t is not None and t.requires_grad]
+            results.update(_gradients(model, roots))
+        results.update({f"buffer {n}": _dense(b).clone() for n, b in model.named_buffers()})
         return {n: None if t is None else t.detach() for n, t in results.items()}
+
+
+def _gradients(model: nn.Module, roots: list[torch.Tensor]) -> Measured:
+    """Of every trainable parameter, for cotangents that are the same each time."""
+    generator = torch.Generator().manual_seed(0)
+    cotangents = [_like(r, generator) for r in roots]
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    before = [p.grad for _, p in trained]
+    try:  # not autograd.grad, which reentrant checkpoints refuse
+        for _, parameter in trained:
+            parameter.grad = None
+        if roots:
+            torch.autograd.backward(roots, cotangents)
+        return {f"gradient of {n}": None if p.grad is None else _dense(p.grad) for n, p in trained}
+    except Exception as error:
+        raise _RunError(in_backward=True) from error
+    finally:
+        for (_, parameter), gradient in zip(trained, before, strict=True):
+            parameter.grad = gradient
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that can be compared: sparse ones have no elements in place."""
+    return tensor.to_dense() if tensor.layout in _SPARSE else tensor
 
 
 def _like(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -8,6 +8,13 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ...errors import TracingError
+
+# what they do to gradients is in no node's backward
+GRADIENT_HOOKS = {"register_hook", "register_post_accumulate_grad_hook"}
+# these give back what was saved: the numbers are the same without them
+_FAITHFUL = ("torch.utils.checkpoint", "torch.autograd.graph")
+
 
 class FunctionCall:
     """A custom ``autograd.Function`` as one node, so that its own backward is kept."""
@@ -34,6 +41,17 @@ def after(tensor: torch.Tensor, write: Any) -> torch.Tensor:
 def call_named(function: Any, args: Any, kwargs: Any) -> Any:
     """A call whose named arguments generated code could not write down."""
     return function(*args, **kwargs)
+
+
+def check_saving() -> None:
+    """Refuse hooks of the model's own on what is saved for the backward: no node has them.
+
+    Raises:
+        TracingError: there are some.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if hooks is not None and not str(getattr(hooks[0], "__module__", "")).startswith(_FAITHFUL):
+        raise TracingError("the model saves tensors through hooks of its own (saved_tensors_hooks)")
 
 
 class Observer(TorchDispatchMode):

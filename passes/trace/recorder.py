@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from ...errors import DataDependentError, TracingError
 from ...graphs.nested import flatten
-from .calls import FunctionCall, Observer, setitem
+from .calls import GRADIENT_HOOKS, FunctionCall, Observer, check_saving, setitem
 from .containers import Copy, take_over
 from .modules import Visits
 from .provenance import Provenance
@@ -93,6 +93,8 @@ class Recorder(TorchFunctionMode):
         except Exception:  # resolve_name refuses a few wrapped functions
             name = getattr(func, "__name__", str(func))
         short = name.removesuffix(".__get__").rsplit(".", 1)[-1]
+        if short in GRADIENT_HOOKS:
+            raise TracingError(f"the model hooks into a gradient (by '{short}') while it runs")
         if name.endswith(".__set__"):
             raise TracingError(f"the model assigns to a tensor's attribute ({name})")
         if name in QUERIES:
@@ -176,6 +178,7 @@ class Recorder(TorchFunctionMode):
     def _create_paused(
         self, op: str, target: Any, args: Any, kwargs: Any, run: Callable[[Any, Any], Any]
     ) -> Any:
+        check_saving()
         inputs = list(tensors_in((args, kwargs)))
         node_args = self.known.argument(args)
         node_kwargs = {k: self.known.argument(v) for k, v in kwargs.items()}

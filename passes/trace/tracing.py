@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,13 +122,19 @@ class Trace:
         return f"{getattr(node.target, '__module__', '')}.{name}"
 
 
-def trace_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+def trace_calls(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    opaque: Mapping[str, str] | None = None,
+) -> Trace:
     """Record the model's functions and leaf modules on fake tensors, else on real ones.
 
     Args:
         model: any module, in the mode in which it is to run.
         args: example positional inputs, nested as the model takes them.
         kwargs: example keyword inputs.
+        opaque: paths of modules to keep as single nodes from the start, with the reason.
 
     Returns:
         The trace. The model, its buffers and the random state are as they were.
@@ -137,7 +144,7 @@ def trace_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         BakedInError: an argument holds tensors that cannot be seen.
     """
     check_inputs(model, args, kwargs)
-    attempts = _Attempts(model, _is_small(model, args, kwargs))
+    attempts = _Attempts(model, _is_small(model, args, kwargs), opaque or {})
     while True:
         with untouched(model):
             fake = None if attempts.real else FakeTensorMode(allow_non_fake_inputs=True)
@@ -163,9 +170,10 @@ class _Attempts:
         plain: sizes that the model's code needs as plain integers.
     """
 
-    def __init__(self, model: nn.Module, small: bool) -> None:
+    def __init__(self, model: nn.Module, small: bool, opaque: Mapping[str, str]) -> None:
         self.real = self.small = small
-        self.opaque: dict[str, str] = {}
+        self.opaque = dict(opaque)
+        self._given = opaque
         self.plain: frozenset[Size] = frozenset()
         self._model = model
 
@@ -182,7 +190,7 @@ class _Attempts:
         elif self.real and self.small and isinstance(error, DataDependentError):
             # code that asks whether it is traced knows fake tensors, and reads no values
             self.real = self.small = False
-            self.opaque.clear()
+            self.opaque = dict(self._given)
         elif place and not is_leaf and place not in self.opaque and len(self.opaque) < _MOST_OPAQUE:
             self.opaque[place] = reason_of(error)
         elif not self.real and (is_leaf or not isinstance(error, _SAME_ON_REAL_TENSORS)):
