@@ -4,10 +4,7 @@ not as one node each.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection
-
-from torch import nn
 
 from ..passes.trace.tracing import Trace
 
@@ -45,15 +42,6 @@ def looked_into(trace: Trace) -> tuple[str, ...]:
     """Paths of the submodules that a recording went through, in order."""
     whole = {str(n.target) for n in trace.graph.nodes if n.op == "call_module"}
     return tuple(dict.fromkeys(p for p, _, _ in trace.calls if p and p not in whole))
-
-
-def where_is(model: nn.Module, path: str) -> str:
-    """A submodule with its class and where its code stands."""
-    module = model.get_submodule(path)
-    name = repr(path) if path else "the top level"
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    line = f", {code.co_filename}:{code.co_firstlineno}" if code else ""
-    return f"{name} ({type(module).__name__}{line})"
 
 
 class _Search:

@@ -37,9 +37,10 @@ from ..passes.search.choosing import (
     weigh_model,
 )
 from ..passes.trace.exporting import trace_export
+from ..passes.trace.naming import check_inputs, where_is
 from ..passes.trace.tracing import Trace, trace_calls
 from ..plan import CutPlan
-from .blame import find_culprits, where_is
+from .blame import find_culprits
 from .nested import flatten
 from .recipe import Recipe
 from .variants import Variant
@@ -70,6 +71,7 @@ def build_variant(
         DecouplingError: the model itself fails.
     """
     called = model if recipe.opening is None else recipe.opening.module
+    check_inputs(called, args, kwargs)
     yardstick = Yardstick(called, args, kwargs, lenient=plan is not None)
     refusals: list[str] = []
     digests: list[str] = []  # of graphs that the recipe's plan was not made for

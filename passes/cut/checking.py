@@ -21,6 +21,7 @@ from ..trace.nodes import run_node
 from ..trace.state import restored, untouched
 from ..trace.symbols import plain
 from ..trace.tracing import Trace
+from ..trace.values import dense
 
 _RELATIVE = {
     torch.float64: 1e-10,
@@ -30,9 +31,6 @@ _RELATIVE = {
 }
 
 
-_SPARSE = {
-    torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc
-}  # fmt: skip
 Measured = dict[str, torch.Tensor | None]  # outputs, parameters' gradients and buffers, by name
 
 
@@ -99,8 +97,8 @@ class Yardstick:
         return self.measure(self.model)
 
     def _failure(self, error: _RunError) -> DecouplingError:
-        name, line = type(self.model).__name__, user_line(error)
-        seen = self.seen or line
+        cause = error.__cause__ or error
+        name, seen = type(self.model).__name__, self.seen or user_line(cause)
         where = f" ({seen})" if seen else ""
         if error.in_backward:
             return DecouplingError(
@@ -272,11 +270,11 @@ def _measure(
             output = function(*args, **kwargs)
         except Exception as error:
             raise _RunError(in_backward=False) from error
-        results: Measured = {f"output {i}": _dense(t) for i, t in enumerate(flatten(output)[0])}
+        results: Measured = {f"output {i}": dense(t) for i, t in enumerate(flatten(output)[0])}
         if pulled:
             roots = [t for t in results.values() if t is not None and t.requires_grad]
             results.update(_gradients(model, roots))
-        results.update({f"buffer {n}": _dense(b).clone() for n, b in model.named_buffers()})
+        results.update({f"buffer {n}": dense(b).clone() for n, b in model.named_buffers()})
         return {n: None if t is None else t.detach() for n, t in results.items()}
 
 
@@ -291,17 +289,12 @@ def _gradients(model: nn.Module, roots: list[torch.Tensor]) -> Measured:
             parameter.grad = None
         if roots:
             torch.autograd.backward(roots, cotangents)
-        return {f"gradient of {n}": None if p.grad is None else _dense(p.grad) for n, p in trained}
+        return {f"gradient of {n}": None if p.grad is None else dense(p.grad) for n, p in trained}
     except Exception as error:
         raise _RunError(in_backward=True) from error
     finally:
         for (_, parameter), gradient in zip(trained, before, strict=True):
             parameter.grad = gradient
-
-
-def _dense(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that can be compared: sparse ones have no elements in place."""
-    return tensor.to_dense() if tensor.layout in _SPARSE else tensor
 
 
 def _like(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ...errors import BakedInError
+from ...errors import BakedInError, TracingError
 from .provenance import Provenance
 from .state import MODULE_INTERNALS, python_draws
 
@@ -101,6 +101,16 @@ class Visits:
             output = output[0]
         node = self._known.nodes.get(id(output)) if isinstance(output, torch.Tensor) else None
         self.calls.append((path, node, next(iter(reversed(self._known.graph.nodes)))))
+
+    def check_count(self, target: Any, output: Any) -> None:
+        """What contains a module that could not be looked into and returns a list is kept whole
+        with it: its length may depend on values. At the top level the stages watch the length.
+
+        Raises:
+            TracingError: there is such a module around it.
+        """
+        if target in self.opaque and isinstance(output, list) and any(self.stack):
+            raise TracingError(f"{target!r} returns a list, whose length may depend on values")
 
     def _fails(self, path: str, leaf: bool) -> None:
         if self.failed_at is None:

@@ -1,4 +1,6 @@
-"""Names of the tensors in nested inputs, and inputs whose tensors cannot be seen."""
+"""Names of the tensors in nested inputs, of modules in errors, and inputs whose tensors cannot be
+seen.
+"""
 
 from __future__ import annotations
 
@@ -52,6 +54,15 @@ def leaf_keys(value: Any) -> list[str]:
     else:
         return [str(i) for i in range(len(flatten(value)[0]))]
     return [f"{k}_{rest}".strip("_") for k, v in items for rest in leaf_keys(v)]
+
+
+def where_is(model: nn.Module, path: str) -> str:
+    """A submodule with its class and where its code stands."""
+    module = model.get_submodule(path)
+    name = repr(path) if path else "the top level"
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    line = f", {code.co_filename}:{code.co_firstlineno}" if code else ""
+    return f"{name} ({type(module).__name__}{line})"
 
 
 def check_inputs(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

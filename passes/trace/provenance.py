@@ -31,7 +31,7 @@ from torch import fx, nn
 
 from ...errors import TracingError
 from ...graphs.nested import flatten
-from .calls import after
+from .calls import after, counted
 from .containers import TORCH_CONSTANTS, assembled, is_written_out
 from .state import MODULE_INTERNALS
 from .symbols import TracedInt
@@ -111,6 +111,13 @@ class Provenance:
                 member = self.graph.call_function(access, (node, key))
                 member.meta.update(_beside(node))
                 self.attach(member, value)
+
+    def note_count(self, node: fx.Node, output: Any) -> None:
+        """The model's code will see how many values a module of the user's has returned."""
+        if isinstance(output, list | UserList | MutableMapping):
+            name = repr(getattr(node.target, "__name__", node.target))
+            note = self.graph.call_function(counted, (node, len(output), name))
+            note.meta.update(_beside(node), value=None, storage=None)
 
     def refresh_aliases(self, written: torch.Tensor, node: fx.Node, output: Any) -> None:
         """Views of written memory: their later uses depend on the write, whichever stage it ends up

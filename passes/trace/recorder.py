@@ -94,7 +94,7 @@ class Recorder(TorchFunctionMode):
             name = getattr(func, "__name__", str(func))
         short = name.removesuffix(".__get__").rsplit(".", 1)[-1]
         if short in GRADIENT_HOOKS:
-            raise TracingError(f"the model hooks into a gradient (by '{short}') while it runs")
+            raise TracingError(f"the model reaches into its backward (by '{short}') while it runs")
         if name.endswith(".__set__"):
             raise TracingError(f"the model assigns to a tensor's attribute ({name})")
         if name in QUERIES:
@@ -204,6 +204,9 @@ class Recorder(TorchFunctionMode):
             op, target, node_args, node_kwargs, name=_node_name(op, target)
         )
         self._describe(node, written)
+        if op == "call_module" or isinstance(target, FunctionCall):
+            self.visits.check_count(target, output)
+            self.known.note_count(node, output)
         self.known.attach(node, output)
         if getattr(target, "__name__", target) in _COUNTED and isinstance(output, tuple | list):
             self.sizes.looks.guard(node.graph.call_function(len, (node,)), len(output))

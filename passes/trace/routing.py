@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .calls import unvalidated
 from .recorder import Recorder
 
 
@@ -54,7 +55,7 @@ def recording(recorder: Recorder) -> Iterator[None]:
     function.apply = classmethod(function_apply)
     region.__enter__, region.__exit__ = autocast_enter, autocast_exit
     try:
-        with recorder.fake or contextlib.nullcontext(), recorder:
+        with unvalidated(), recorder.fake or contextlib.nullcontext(), recorder:
             yield
     finally:
         recorder.sizes.looks.over = True

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .values import dense
+
 MODULE_INTERNALS = frozenset(vars(nn.Module()))
 TABLES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict))
 
@@ -173,10 +175,8 @@ def restored(model: nn.Module) -> Iterator[None]:
         put_back_parameters(parameters)
         with torch.no_grad():
             for buffer, content in buffers:
-                if not torch.equal(
-                    buffer, content
-                ):  # else graphs that hold it must find it untouched
-                    buffer.copy_(content)
+                if not torch.equal(dense(buffer), dense(content)):
+                    buffer.copy_(content)  # else graphs that hold it must find it untouched
         rng()
 
 

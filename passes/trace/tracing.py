@@ -25,7 +25,7 @@ from ...errors import BakedInError, DataDependentError, TracingError, user_line
 from ...graphs.nested import Structure, flatten
 from .containers import Assembled, signature
 from .modules import Visits
-from .naming import check_inputs, constants, hidden_tensor, input_names
+from .naming import check_inputs, constants, hidden_tensor, input_names, where_is
 from .recorder import Recorder
 from .routing import recording
 from .state import untouched
@@ -207,9 +207,9 @@ class _Attempts:
         outer = _next_outer(self._model, place, self.opaque) if place else None
         if outer is None:
             refusal = BakedInError if isinstance(error, BakedInError) else TracingError
-            raise refusal(
-                f"the top level of {type(self._model).__name__} cannot be recorded: {reason}"
-            ) from error
+            name = type(self._model).__name__
+            where = "" if user_line(error) else f"; it is {where_is(self._model, '')}"
+            raise refusal(f"the top level of {name} cannot be recorded: {reason}{where}") from error
         self.opaque[outer] = reason
 
 

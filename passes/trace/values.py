@@ -11,6 +11,10 @@ from ...graphs.nested import flatten
 from .containers import Copy
 from .symbols import TracedInt, plain
 
+_SPARSE = {
+    torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc
+}  # fmt: skip
+
 
 def storage_key(tensor: torch.Tensor) -> int:
     try:
@@ -20,6 +24,11 @@ def storage_key(tensor: torch.Tensor) -> int:
         RuntimeError,
     ):  # sparse and other tensors without memory of their own
         return -id(tensor)
+
+
+def dense(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that can be compared: sparse ones have no elements in place."""
+    return tensor.to_dense() if tensor.layout in _SPARSE else tensor
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
