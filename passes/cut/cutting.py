@@ -120,6 +120,9 @@ def find_flow(trace: Trace) -> Flow:
     for i, node in enumerate(nodes):
         if node.meta.get("glued"):
             illegal[i] = f"{node.name!r} belongs to the node before it"
+        if node.meta.get("sparse") and node.op != "get_attr" and node not in replicated:
+            reason = f"{node.name!r} is sparse, and no source serves such a value"
+            illegal.update(dict.fromkeys(range(i + 1, last_use[node] + 1), reason))
     return Flow(
         trace=trace,
         nodes=nodes,

@@ -6,6 +6,7 @@ What is known of a node is kept in the ``meta`` of the new graph's nodes:
 ``value``           the example tensor (without data once traced), or None
 ``differentiable``  whether the value required a gradient when it was made
 ``storage``         a number shared by values that alias each other
+``sparse``          whether the value is sparse, so that it cannot cross a cut
 ``view``            whether the value is a view of another tensor
 ``mutates``         storages that the node writes to
 ``rebases``         those that it writes to through a view, where autograd rebuilds histories
@@ -35,7 +36,7 @@ from .calls import after, counted
 from .containers import TORCH_CONSTANTS, assembled, is_written_out
 from .state import MODULE_INTERNALS
 from .symbols import TracedInt
-from .values import storage_key, tensors_in
+from .values import SPARSE, storage_key, tensors_in
 
 _BARE = {"mutates": (), "random": False, "modules": (), "no_grad": False, "autocast": ()}
 _PLAIN = (bool, int, float, complex, str)
@@ -100,6 +101,7 @@ class Provenance:
             # a later write may change that of the same object
             node.meta["differentiable"] = output.requires_grad
             node.meta["view"] = output._is_view()
+            node.meta["sparse"] = output.layout in SPARSE
             self.nodes[id(output)] = node
             self._alive.append(output)
             return

@@ -290,7 +290,7 @@ def record(
         modes=tuple(visits.visited.values()),
         rung="calls",
         opaque=dict(opaque),
-        notes=tuple(visits.notes),
+        notes=tuple(dict.fromkeys(visits.notes)),
     )
 
 

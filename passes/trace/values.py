@@ -11,7 +11,7 @@ from ...graphs.nested import flatten
 from .containers import Copy
 from .symbols import TracedInt, plain
 
-_SPARSE = {
+SPARSE = {
     torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc
 }  # fmt: skip
 
@@ -28,7 +28,7 @@ def storage_key(tensor: torch.Tensor) -> int:
 
 def dense(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor that can be compared: sparse ones have no elements in place."""
-    return tensor.to_dense() if tensor.layout in _SPARSE else tensor
+    return tensor.to_dense() if tensor.layout in SPARSE else tensor
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:

@@ -314,6 +314,21 @@ def test_sparse_buffers_values_and_outputs(layout: str, reads: bool) -> None:
     model = Convolved(LAYOUTS[layout](torch.eye(4)), reads)
     _, notes = decoupled_alike(model, ["a"], torch.randn(4, 6))
     assert ("'weigh' is one opaque node" in notes) == reads
+    with pytest.raises(CutError, match=r"'weigh': '[a-z_]+' is sparse"):
+        dni_fx.decouple(model, ["weigh"], example_inputs=(torch.randn(4, 6),))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_every_place_that_is_said_to_be_legal_trains() -> None:
+    x = torch.randn(4, 6)
+    legal = [
+        p.name for p in dni_fx.list_cut_points(Convolved(torch.eye(4).to_sparse()), (x,)) if p.legal
+    ]
+    assert legal == ["a", "_sparse_mm", "relu", "sum_1", "mul"]
+    for name in legal:
+        model = Convolved(torch.eye(4).to_sparse())
+        decoupled = dni_fx.decouple(model, [name], example_inputs=(x,), gradients="exact")
+        assert_bits_equal(grads_of(model, decoupled, (x,)), grads_of(model, model, (x,)), name)
 
 
 @pytest.mark.filterwarnings("ignore:Sparse")
