@@ -471,7 +471,7 @@ def test_what_torch_compiles_inside_runs_afterwards(
     model(torch.randn(7, 6)).sum().backward()
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_buffers_that_forward_resizes(size: str) -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)).train()
     model.qconfig = quantization.get_default_qat_qconfig("fbgemm")
