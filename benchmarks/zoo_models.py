@@ -12,6 +12,8 @@ from torch import nn
 
 import torchvision_cpu  # noqa: F401  (before torchvision and timm)
 import zoo_einops
+import zoo_package_tables
+import zoo_torchaudio  # noqa: F401  (before torchaudio)
 import zoo_transformers
 
 IMAGE = 64
@@ -108,6 +110,8 @@ class Entry:
     image: int
     frames: int = 0
     options: dict[str, Any] = field(default_factory=dict)
+    stages: int = 4
+    typical: bool = False  # decoupled as a user does it: cuts found, self-check on
 
     def build(self) -> nn.Module:
         """The model, randomly initialised."""
@@ -116,6 +120,8 @@ class Entry:
             return zoo_transformers.build(name)
         if library in zoo_einops.NAMES:
             return zoo_einops.build(library, name)
+        if self.name in zoo_package_tables.TABLE:
+            return zoo_package_tables.TABLE[self.name].build()
         if library == "timm":
             import timm
 
@@ -135,6 +141,8 @@ class Entry:
             return (), zoo_transformers.example(name, batch, seed, dtype)
         if library in zoo_einops.NAMES:
             return zoo_einops.example(library, name, batch, seed, dtype), {}
+        if self.name in zoo_package_tables.TABLE:
+            return zoo_package_tables.TABLE[self.name].example(batch, seed, dtype)
         frames = (self.frames,) if self.frames else ()
         generator = torch.Generator().manual_seed(seed)
         shape = batch, 3, *frames, self.image, self.image
@@ -161,6 +169,8 @@ def catalogue() -> list[Entry]:
     entries += [Entry(f"transformers/{name}", "transformers", 0) for name in zoo_transformers.TABLE]
     for library, names in zoo_einops.NAMES.items():
         entries += [Entry(f"{library}/{name}", "einops", 0) for name in names]
+    for name in zoo_package_tables.TABLE:
+        entries.append(Entry(name, "packages", 0, stages=3, typical=True))
     return entries
 
 

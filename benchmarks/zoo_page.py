@@ -15,7 +15,7 @@ import torch
 import zoo_einops
 import zoo_transformers
 from zoo_comparing import BATCH, SEED, STEPS
-from zoo_examining import EQUAL, LARGEST, NOT_ASKED, PARTS, STAGES, Row, is_miss
+from zoo_examining import EQUAL, LARGEST, NOT_ASKED, PARTS, Row, is_miss
 from zoo_models import IMAGE, SIZES, VIDEO_IMAGE
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,0 +1,8 @@
+"""All models of `zoo_packages`' tables, by "package/name"."""
+
+from __future__ import annotations
+
+import zoo_packages_texts
+from zoo_packages import Row
+
+TABLE: dict[str, Row] = {**zoo_packages_texts.TABLE}
