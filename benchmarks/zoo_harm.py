@@ -107,10 +107,11 @@ def _bits(value: Tensor) -> Tensor:
 
 def leftover(model: nn.Module) -> str:
     """A traced or fake value that the model, a cache or a module of its package still holds."""
-    caches = [x for x in gc.get_objects() if type(x) is functools._lru_cache_wrapper]
-    caches = [x for x in caches if not str(x.__module__).startswith(_OURS)]
+    kind = type(functools.lru_cache(int))
+    caches = [x for x in gc.get_objects() if type(x) is kind]
+    caches = [x for x in caches if not str(getattr(x, "__module__", "")).startswith(_OURS)]
     roots: list[tuple[str, Any]] = [("the model", vars(model))]
-    roots += [(f"the cache of {x.__module__}.{x.__qualname__}", x) for x in caches]
+    roots += [(f"the cache of {getattr(x, '__wrapped__', x)}", x) for x in caches]
     for name, module in sys.modules.items():
         if module is not None and not name.startswith(_OURS) and hasattr(module, "__file__"):
             if "site-packages" in str(module.__file__):

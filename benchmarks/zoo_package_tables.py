@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+import zoo_packages_images
 import zoo_packages_texts
 from zoo_packages import Row
 
-TABLE: dict[str, Row] = {**zoo_packages_texts.TABLE}
+TABLE: dict[str, Row] = {**zoo_packages_texts.TABLE, **zoo_packages_images.TABLE}
