@@ -124,6 +124,13 @@ def first_difference(expected: Iterable[Snapshot], got: Iterable[Snapshot]) -> s
     return ""
 
 
+def _noted(module: nn.Module) -> list[str]:
+    """Attributes of the kinds that a call may leave other than they were; not the mode."""
+    kinds = bool, int, float, str, Tensor, type(None)
+    noted = [key for key, value in vars(module).items() if isinstance(value, kinds)]
+    return [key for key in noted if key != "training"]
+
+
 class Subject:
     """A model, its start state, its batches, and backprop's results to compare with."""
 
@@ -134,6 +141,10 @@ class Subject:
         wake(self.model)
         self.batches = [entry.example(BATCH, SEED + number, dtype) for number in range(STEPS)]
         self.start = {name: value.detach().clone() for name, value in self._state()}
+        self.attributes = {
+            module: {key: vars(module)[key] for key in _noted(module)}
+            for module in self.model.modules()
+        }
         self.gradients: dict[int, Tensor | None] = {}
         self.seconds: list[float] = []
 
@@ -143,8 +154,12 @@ class Subject:
 
     def restore(self) -> None:
         """Back to the start, without gradients; a buffer that the model has made, or replaced by
-        another size, is as it was.
+        another size, is as it was, and so are numbers, texts and tensors that a module notes.
         """
+        for module, noted in self.attributes.items():
+            for key in set(_noted(module)) - noted.keys():
+                delattr(module, key)
+            vars(module).update(noted)
         with torch.no_grad():
             for name, value in list(self._state()):
                 start = self.start.get(name)

@@ -64,7 +64,7 @@ def _efficientnet() -> nn.Module:
 
 
 def _open_clip(name: str = "CLIP", **options: Any) -> nn.Module:
-    module = named("importlib:import_module")(f"open_clip.{'coca_model' if 'Co' in name else 'model'}")
+    module = named("importlib:import_module")("open_clip.model")
     vision = module.CLIPVisionCfg(layers=3, width=32, head_width=8, patch_size=8, image_size=32)
     text = module.CLIPTextCfg(context_length=16, vocab_size=60, width=32, heads=4, layers=3)
     return getattr(module, name)(embed_dim=24, vision_cfg=vision, text_cfg=text, **options)
@@ -122,7 +122,7 @@ def _lambda_network() -> nn.Module:
     layer = named("lambda_networks:LambdaLayer")
     return nn.Sequential(
         nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(),
-        layer(16, dim_out=16, n=16, dim_k=8, heads=4), nn.BatchNorm2d(16), nn.ReLU(),
+        layer(16, dim_out=16, n=4, dim_k=8, heads=4), nn.BatchNorm2d(16), nn.ReLU(),
         layer(16, dim_out=16, r=3, dim_k=8, heads=4, dim_u=1), nn.BatchNorm2d(16), nn.ReLU(),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5),
     )  # fmt: skip
@@ -192,9 +192,6 @@ TABLE: dict[str, Row] = {
         "UNet2DConditionModel", real(4, 16, 16), constant(7), keywords={
             "encoder_hidden_states": real(7, 16)}, sample_size=16, block_out_channels=(16, 32),
         layers_per_block=1, down_block_types=_DOWN, up_block_types=_UP, **_CROSS),
-    "diffusers/unet_1d": _diffusers(
-        "UNet1DModel", real(2, 64), _steps(), keywords={}, sample_size=64, extra_in_channels=32,
-        block_out_channels=(16, 16, 32)),
     "diffusers/autoencoder_kl": _diffusers(
         "AutoencoderKL", _SMALL, keywords={}, block_out_channels=(16, 32), norm_num_groups=8,
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2),
@@ -235,7 +232,9 @@ TABLE: dict[str, Row] = {
         attn_heads=2, attn_dim_head=8),
     "monai/unet": row("monai.networks.nets:UNet", real(1, 32, 32), **_UNET, num_res_units=1),
     "monai/attention_unet": row("monai.networks.nets:AttentionUnet", real(1, 32, 32), **_UNET),
-    "monai/autoencoder": row("monai.networks.nets:AutoEncoder", real(1, 32, 32), **_UNET),
+    "monai/autoencoder": row(
+        "monai.networks.nets:AutoEncoder", real(1, 32, 32), spatial_dims=2, in_channels=1,
+        out_channels=1, channels=(8, 16, 32), strides=(2, 2, 2)),
     "monai/var_autoencoder": row(
         "monai.networks.nets:VarAutoEncoder", real(1, 32, 32), spatial_dims=2,
         in_shape=(1, 32, 32), out_channels=1, latent_size=8, channels=(8, 16), strides=(2, 2)),
@@ -252,14 +251,16 @@ TABLE: dict[str, Row] = {
     "monai/segresnet_ds": row(
         "monai.networks.nets:SegResNetDS", real(1, 16, 16, 16), init_filters=8,
         blocks_down=(1, 1, 1), dsdepth=2),
-    "monai/vnet": row("monai.networks.nets:VNet", real(1, 16, 16, 16)),
-    "monai/highresnet": row("monai.networks.nets:HighResNet", real(1, 16, 16, 16)),
+    "monai/vnet": row(
+        "monai.networks.nets:VNet", real(1, 32, 32), spatial_dims=2, dropout_dim=2),
+    "monai/highresnet": row(
+        "monai.networks.nets:HighResNet", real(1, 16, 16), spatial_dims=2),
     "monai/unetr": row(
         "monai.networks.nets:UNETR", _VOLUME, in_channels=1, out_channels=2, img_size=32,
         feature_size=8, hidden_size=24, mlp_dim=48, num_heads=4),
     "monai/swin_unetr": row(
-        "monai.networks.nets:SwinUNETR", _VOLUME, in_channels=1, out_channels=2, feature_size=12,
-        depths=(1, 1, 1, 1)),
+        "monai.networks.nets:SwinUNETR", real(1, 64, 64), in_channels=1, out_channels=2,
+        feature_size=12, depths=(1, 1, 1, 1), spatial_dims=2),
     "monai/vit": row(
         "monai.networks.nets:ViT", real(1, 16, 16, 16), in_channels=1, img_size=16, patch_size=8,
         hidden_size=24, mlp_dim=48, num_layers=4, num_heads=4, classification=True),
@@ -288,7 +289,8 @@ TABLE: dict[str, Row] = {
     "segmentation_models_pytorch/deeplab_v3_plus": row(
         "segmentation_models_pytorch:DeepLabV3Plus", _IMAGE, **_SMP),
     "segmentation_models_pytorch/manet": row("segmentation_models_pytorch:MAnet", _IMAGE, **_SMP),
-    "segmentation_models_pytorch/pan": row("segmentation_models_pytorch:PAN", _IMAGE, **_SMP),
+    "segmentation_models_pytorch/linknet": row(
+        "segmentation_models_pytorch:Linknet", _IMAGE, **_SMP),
     "segmentation_models_pytorch/classified": row(
         "segmentation_models_pytorch:Unet", _IMAGE, **_SMP, aux_params={"classes": 4}),
     "open_clip/clip": row(_open_clip, real(3, 32, 32), ids(60, 16)),

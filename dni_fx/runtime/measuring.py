@@ -98,9 +98,7 @@ class Measures(BaseTrainer):
     def _rehearse(
         self, mode: Mode, args: Any, kwargs: Any, target: Any, ask: bool
     ) -> tuple[Batch, Gradients]:
-        """Run a batch up to its gradients, and put everything back; also what the parameters'
-        gradients were.
-        """
+        """Run a batch up to its gradients, and put everything back; also the parameters' gradients."""
         self.finish_threads()
         args, kwargs = map_tensors(torch.clone, (args, kwargs))
         decoupled = self.decoupled

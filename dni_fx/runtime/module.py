@@ -242,8 +242,9 @@ class _State:
         if known and all_finite(known):
             for parameter, gradient in zip(learnt_by(group), gradients, strict=True):
                 parameter.grad = gradient
-            self.optimizers_now()[group.name].step()
-            self.optimizers_now()[group.name].zero_grad()
+            optimizer = self.optimizers_now()[group.name]
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 def _module_like(model: nn.Module) -> DropIn:

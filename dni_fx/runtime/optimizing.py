@@ -135,23 +135,14 @@ class StageOptimizers:
 
 
 def made_optimizer(optimizer: Any, name: str) -> torch.optim.Optimizer:
-    """What a user's function made, if it can step once a batch.
-
-    Args:
-        optimizer: what the function returned.
-        name: the argument that the function was passed as, for the error.
-
-    Raises:
-        DecouplingError: it is no optimiser, or one that evaluates the loss several times a step.
-    """
+    """What a user's function, the argument ``name``, made, if it can step once a batch."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise DecouplingError(
             f"{name}= must return a torch.optim.Optimizer, but returned {type(optimizer).__name__}"
         )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise DecouplingError(
-            f"{name}= returned LBFGS, which evaluates the loss several times a step; use another "
-            "one"
+            f"{name}= returned LBFGS, which evaluates the loss several times a step: use another one"
         )
     return optimizer
 
