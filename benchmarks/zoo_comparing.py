@@ -218,25 +218,37 @@ class Subject:
         trainer = dni_fx.Trainer(decoupled, loss=loss, optimizer=self.sgd)
         return self.run(lambda x: trainer.step(*x[0], **x[1]).outputs)
 
-    def call(self, module: nn.Module, x: Inputs) -> tuple[Snapshot, Any]:
-        """Forward and backward of ``module`` from the start state; the structure of its outputs
-        comes along.
+    def call(self, module: nn.Module, x: Inputs, backward: bool) -> tuple[Snapshot, Any]:
+        """Forward, and backward where asked, of ``module`` from the start state; the structure of
+        its outputs comes along.
         """
         self.restore()
         seed_everything(SEED + 100)
         outputs = module(*x[0], **x[1])
-        loss(outputs).backward()
+        if backward:
+            loss(outputs).backward()
         gradients = {id(parameter): parameter.grad for parameter in self.model.parameters()}
         return snapshot(self.model, outputs, gradients, parameters=False), tree_structure(outputs)
+
+    def has_backward(self, x: Inputs) -> bool:
+        """Whether the model has gradients in the mode that it is in: some have them in training
+        mode alone.
+        """
+        try:
+            self.call(self.model, x, backward=True)
+        except Exception:
+            return False
+        return True
 
     def compare_call(self, decoupled: nn.Module, training: bool, batch: int) -> str:
         """The composed stages against the model in one mode: outputs, gradients, buffers."""
         x = self.entry.example(batch, SEED, self.dtype)
         try:
             self.model.train(training)
-            expected, structure = self.call(self.model, x)
+            backward = training or self.has_backward(x)
+            expected, structure = self.call(self.model, x, backward)
             decoupled.train(training)
-            got, got_structure = self.call(decoupled, x)
+            got, got_structure = self.call(decoupled, x, backward)
         finally:
             decoupled.train()
         if structure != got_structure:

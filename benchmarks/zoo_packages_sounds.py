@@ -66,8 +66,7 @@ def _encodec() -> nn.Module:
 
 
 def _vocos() -> nn.Module:
-    return named("vocos:Vocos")(
-        named("vocos.feature_extractors:MelSpectrogramFeatures")(16000, 128, 32, MELS),
+    return nn.Sequential(
         named("vocos.models:VocosBackbone")(MELS, WIDTH, 64, 3),
         named("vocos.heads:ISTFTHead")(WIDTH, 128, 32),
     )
@@ -126,7 +125,10 @@ class Forecast(nn.Module):
         super().__init__()
         metrics = named("importlib:import_module")("pytorch_forecasting.metrics")
         loss = metrics.MAE() if "output_size" not in options else metrics.QuantileLoss()
-        self.net = named(f"pytorch_forecasting.models:{name}")(loss=loss, **options)
+        normalizer = named("pytorch_forecasting.data.encoders:TorchNormalizer")(method="identity")
+        self.net = named(f"pytorch_forecasting.models:{name}")(
+            loss=loss, output_transformer=normalizer, **options
+        )
 
     def forward(self, x: dict[str, Tensor]) -> Any:
         """The prediction."""
@@ -172,7 +174,7 @@ TABLE: dict[str, Row] = {
         "demucs.demucs:Demucs", real(2, 2048), sources=["a", "b"], channels=8, depth=3,
         lstm_layers=1, resample=False),
     "encodec/model": row(_encodec, _WAVE),
-    "vocos/mel": row(_vocos, real(1024)),
+    "vocos/generator": row(_vocos, real(MELS, FRAMES)),
     "speechbrain/ecapa_tdnn": row(
         _LOBES + "ECAPA_TDNN:ECAPA_TDNN", real(FRAMES, MELS), _whole, input_size=MELS,
         channels=[16, 16, 16, 16, 48], attention_channels=8, lin_neurons=16, se_channels=8,
@@ -183,9 +185,10 @@ TABLE: dict[str, Row] = {
     "speechbrain/crdnn": row(
         _LOBES + "CRDNN:CRDNN", real(FRAMES, MELS), input_shape=[None, None, MELS],
         cnn_channels=[8, 16], rnn_layers=1, rnn_neurons=16, dnn_neurons=16),
-    "speechbrain/transformer": row(Speech, *_ASR),
+    "speechbrain/transformer": row(Speech, *_ASR, causal=True),
     "speechbrain/conformer": row(
-        Speech, *_ASR, encoder_module="conformer", attention_type="RelPosMHAXL", kernel_size=7),
+        Speech, *_ASR, encoder_module="conformer", attention_type="RelPosMHAXL", kernel_size=7,
+        normalize_before=True, causal=False),
     "speechbrain/dual_path": row(_dual_path, real(16, 60)),
     "braindecode/eegnet": row("braindecode.models:EEGNet", real(8, 256), **_SIGNAL),
     "braindecode/shallow": row("braindecode.models:ShallowFBCSPNet", real(8, 256), **_SIGNAL),
