@@ -113,10 +113,10 @@ def leftover(model: nn.Module) -> str:
     roots: list[tuple[str, Any]] = [("the model", vars(model))]
     roots += [(f"the cache of {getattr(x, '__wrapped__', x)}", x) for x in caches]
     for name, module in sys.modules.items():
-        if module is not None and not name.startswith(_OURS) and hasattr(module, "__file__"):
-            if "site-packages" in str(module.__file__):
-                values = [v for v in vars(module).values() if _is_container(v)]
-                roots.append((f"module {name}", values))
+        file = str(getattr(module, "__file__", ""))
+        if "site-packages" in file and not name.startswith(_OURS):
+            values = [value for value in vars(module).values() if _is_container(value)]
+            roots.append((f"module {name}", values))
     for place, root in roots:
         for value in _reachable([root]):
             if _is_traced(value):

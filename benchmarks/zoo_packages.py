@@ -75,9 +75,7 @@ def unit(*shape: int) -> Make:
 
 def ids(count: int, *shape: int) -> Make:
     """Integers below ``count``, a batch of ``shape``."""
-    return lambda batch, generator, _: torch.randint(
-        count, (batch, *shape), generator=generator
-    )
+    return lambda batch, generator, _: torch.randint(count, (batch, *shape), generator=generator)
 
 
 def ones(*shape: int) -> Make:

@@ -47,9 +47,7 @@ def _diffusion(**options: Any) -> nn.Module:
     unet = named("denoising_diffusion_pytorch:Unet")(
         16, dim_mults=(1, 2), attn_heads=2, attn_dim_head=8, **options
     )
-    return named("denoising_diffusion_pytorch:GaussianDiffusion")(
-        unet, image_size=16, timesteps=50
-    )
+    return named("denoising_diffusion_pytorch:GaussianDiffusion")(unet, image_size=16, timesteps=50)
 
 
 def _diffusion_1d() -> nn.Module:
@@ -293,9 +291,9 @@ TABLE: dict[str, Row] = {
         "segmentation_models_pytorch:Linknet", _IMAGE, **_SMP),
     "segmentation_models_pytorch/classified": row(
         "segmentation_models_pytorch:Unet", _IMAGE, **_SMP, aux_params={"classes": 4}),
-    "open_clip/clip": row(_open_clip, real(3, 32, 32), ids(60, 16)),
-    "open_clip/dict": row(_open_clip, real(3, 32, 32), ids(60, 16), output_dict=True),
-    "open_clip/custom_text": row(
+    "open_clip_torch/clip": row(_open_clip, real(3, 32, 32), ids(60, 16)),
+    "open_clip_torch/dict": row(_open_clip, real(3, 32, 32), ids(60, 16), output_dict=True),
+    "open_clip_torch/custom_text": row(
         _open_clip, real(3, 32, 32), ids(60, 16), name="CustomTextCLIP"),
     "lightly/simclr": row(SelfSupervised, _SMALL, _SMALL, kind="simclr"),
     "lightly/simsiam": row(SelfSupervised, _SMALL, _SMALL, kind="simsiam"),

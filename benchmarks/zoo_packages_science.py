@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -59,9 +60,7 @@ class Pooled(nn.Module):
         super().__init__()
         make = named(f"torch_geometric.nn:{conv}")
         widths = (8, WIDTH, WIDTH, WIDTH)
-        self.convs = nn.ModuleList(
-            make(a, b, **options) for a, b in zip(widths, widths[1:], strict=False)
-        )
+        self.convs = nn.ModuleList(make(a, b, **options) for a, b in itertools.pairwise(widths))
         self.norm = named("torch_geometric.nn:BatchNorm")(WIDTH)
         self.pool = named("torch_geometric.nn:global_mean_pool")
         self.head = nn.Linear(WIDTH, 3)
@@ -216,7 +215,6 @@ class Jelly(nn.Module):
     def __init__(self, deep: bool) -> None:
         super().__init__()
         module = named("importlib:import_module")
-        parts = module("spikingjelly.activation_based")
         layer = module("spikingjelly.activation_based.layer")
         neuron = module("spikingjelly.activation_based.neuron")
         surrogate = module("spikingjelly.activation_based.surrogate")
@@ -234,7 +232,6 @@ class Jelly(nn.Module):
                 neuron.LIFNode(**spike), layer.Linear(WIDTH, 4),
             )  # fmt: skip
         self.functional.set_step_mode(self.net, "m")
-        assert parts
 
     def forward(self, x: Tensor) -> Tensor:
         """Mean scores over four time steps of the same image."""
@@ -328,13 +325,13 @@ TABLE: dict[str, Row] = {
     "se3_transformer_pytorch/transformer": row(
         "se3_transformer_pytorch:SE3Transformer", real(NODES, 8), real(NODES, 3), dim=8, heads=2,
         dim_head=4, depth=2, num_degrees=2, num_neighbors=3),
-    "neuralop/fno": row(
+    "neuraloperator/fno": row(
         "neuralop.models:FNO", real(1, 16, 16), n_modes=(4, 4), in_channels=1, out_channels=1,
         hidden_channels=8, n_layers=4),
-    "neuralop/tfno": row(
+    "neuraloperator/tfno": row(
         "neuralop.models:TFNO", real(1, 16, 16), n_modes=(4, 4), in_channels=1, out_channels=1,
         hidden_channels=8, n_layers=3, factorization="tucker", rank=0.5),
-    "neuralop/uno": row(
+    "neuraloperator/uno": row(
         "neuralop.models:UNO", real(1, 16, 16), in_channels=1, out_channels=1, hidden_channels=8,
         lifting_channels=16, projection_channels=16, n_layers=3, uno_out_channels=[8, 8, 8],
         uno_n_modes=[[4, 4]] * 3, uno_scalings=[[1.0, 1.0]] * 3, channel_mlp_skip="linear"),

@@ -40,9 +40,7 @@ class Features(nn.Module):
         transforms = named("importlib:import_module")("torchaudio.transforms")
         self.mel = transforms.MelSpectrogram(16000, n_fft=128, hop_length=64, n_mels=MELS)
         self.decibels = transforms.AmplitudeToDB()
-        self.mask = nn.Sequential(
-            transforms.FrequencyMasking(4), transforms.TimeMasking(4)
-        )
+        self.mask = nn.Sequential(transforms.FrequencyMasking(4), transforms.TimeMasking(4))
         self.layers = nn.Sequential(
             nn.Conv1d(MELS, WIDTH, 3), nn.BatchNorm1d(WIDTH), nn.ReLU(), nn.Conv1d(WIDTH, WIDTH, 3),
             nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(WIDTH, 5),

@@ -40,7 +40,9 @@ def declare_extension_missing() -> None:
         return
     extension = ModuleType("torchaudio._extension")
     extension.__dict__.update(
-        _IS_TORCHAUDIO_EXT_AVAILABLE=False, _IS_ALIGN_AVAILABLE=False, fail_if_no_align=_no_alignment
+        _IS_TORCHAUDIO_EXT_AVAILABLE=False,
+        _IS_ALIGN_AVAILABLE=False,
+        fail_if_no_align=_no_alignment,
     )
     sys.modules[extension.__name__] = extension
 
