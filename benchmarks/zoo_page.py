@@ -117,8 +117,8 @@ def _introduction(part: Part, asked: list[Row]) -> list[str]:
         "module in training mode; the outputs of a step with the source `zero`, and a step with "
         f"another batch size; and {STEPS} steps of SGD with momentum in exact mode against "
         "backprop (outputs, all gradients, buffers and, at the end, parameters). Equal means "
-        "every bit. No trained weights; parameters that start constant get noise, so that no branch is "
-        "multiplied by zero.",
+        "every bit. No trained weights; parameters that start constant get noise, so that no "
+        "branch is multiplied by zero.",
         "",
         f"Seed {SEED}, {', '.join(dtypes)}, batch {BATCH}{part.inputs}, one thread. Python "
         f"{platform.python_version()}, torch {torch.__version__}, {versions}.",
