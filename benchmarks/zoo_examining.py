@@ -31,7 +31,7 @@ from zoo_models import Entry, parameter_count
 
 LARGEST = 150_000_000  # parameters
 EQUAL = "equal"
-PARTS = ("after", "unharmed", "train", "eval", "exact", "module", "zero")  # what is compared
+PARTS = ("split", "unharmed", "after", "train", "eval", "exact", "module", "zero")  # compared
 NOT_ASKED = ("build", "eager", "left out")  # where the model's own failure ends it
 
 Row = dict[str, Any]
@@ -193,6 +193,8 @@ def decouple(subject: Subject, check: bool, row: Row) -> Any:
     row["rung"], row["nodes"] = facts.rung, sum(stage.nodes for stage in facts.stages)
     row["notes"] = [str(note) for note in facts.notes]
     row["stages"], row["interfaces"] = len(decoupled.stages), len(decoupled.interfaces)
+    few = subject.entry.typical and row["stages"] < subject.entry.stages
+    row["split"] = f"{row['stages']} of {subject.entry.stages} stages" if few else EQUAL
     row["implied"] = sum(interface.implied for interface in decoupled.interfaces)
     return decoupled
 

@@ -112,10 +112,10 @@ def leftover(model: nn.Module) -> str:
     caches = [x for x in caches if not str(getattr(x, "__module__", "")).startswith(_OURS)]
     roots: list[tuple[str, Any]] = [("the model", vars(model))]
     roots += [(f"the cache of {getattr(x, '__wrapped__', x)}", x) for x in caches]
-    for name, module in sys.modules.items():
-        file = str(getattr(module, "__file__", ""))
-        if "site-packages" in file and not name.startswith(_OURS):
-            values = [value for value in vars(module).values() if _is_container(value)]
+    for name, module in list(sys.modules.items()):
+        names = dict(getattr(module, "__dict__", {}))  # by no other road: some import what is asked
+        if "site-packages" in str(names.get("__file__")) and not name.startswith(_OURS):
+            values = [value for value in names.values() if _is_container(value)]
             roots.append((f"module {name}", values))
     for place, root in roots:
         for value in _reachable([root]):

@@ -113,6 +113,11 @@ class Entry:
     stages: int = 4
     typical: bool = False  # decoupled as a user does it: cuts found, self-check on
 
+    def prepare(self) -> None:
+        """Import what is slow to import, for the processes that fork from this one."""
+        if self.name in zoo_package_tables.TABLE:
+            zoo_package_tables.TABLE[self.name].prepare()
+
     def build(self) -> nn.Module:
         """The model, randomly initialised."""
         library, name = self.name.split("/")

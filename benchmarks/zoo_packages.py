@@ -6,6 +6,7 @@ imported when the model is built, so that a process has the packages that it exa
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -34,6 +35,12 @@ class Row:
     inputs: tuple[Make, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
     keywords: Mapping[str, Make] = field(default_factory=dict)
+
+    def prepare(self) -> None:
+        """Import the class's module, for processes that fork from this one."""
+        if not callable(self.make):
+            with contextlib.suppress(ImportError):  # `build` says it
+                importlib.import_module(self.make.partition(":")[0])
 
     def build(self) -> nn.Module:
         """The model, randomly initialised."""

@@ -339,7 +339,9 @@ TABLE: dict[str, Row] = {
     "zuko/nsf": row(
         Likelihood, real(4), real(3), make=_zuko("NSF", context=3, hidden_features=(16, 16))),
     "zuko/nice": row(Likelihood, real(4), make=_zuko("NICE", hidden_features=(16, 16))),
-    "zuko/gmm": row(Likelihood, real(4), make=_zuko("GMM", components=3)),
+    "zuko/naf": row(
+        Likelihood, real(4),
+        make=_zuko("NAF", hidden_features=(16, 16), signal=4, transforms=2)),
     "nflows/maf": row(Likelihood, real(4), make=_nflows("MaskedAutoregressiveFlow")),
     "nflows/real_nvp": row(Likelihood, real(4), make=_nflows("SimpleRealNVP")),
     "nflows/spline": row(Likelihood, real(4), make=_nflows_spline),
