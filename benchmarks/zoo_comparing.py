@@ -137,7 +137,8 @@ class Subject:
     def __init__(self, entry: Entry, dtype: torch.dtype) -> None:
         self.entry, self.dtype = entry, dtype
         seed_everything(SEED)
-        self.model = entry.build().to(dtype).train()
+        model = entry.build()
+        self.model = (model if dtype == torch.float32 else model.to(dtype)).train()
         wake(self.model)
         self.batches = [entry.example(BATCH, SEED + number, dtype) for number in range(STEPS)]
         self.start = {name: value.detach().clone() for name, value in self._state()}

@@ -49,7 +49,8 @@ class Untouched:
         for name, module in self.model.named_modules():
             found.update(_module_facts(name or "the model", module))
         for index, leaf in enumerate(tree_leaves(self.inputs)):
-            found[f"input {index}"] = _place(leaf) if isinstance(leaf, Tensor) else type(leaf)
+            known = isinstance(leaf, Tensor)
+            found[f"input {index}"] = (_place(leaf), leaf.requires_grad) if known else type(leaf)
         found["default dtype"] = torch.get_default_dtype()
         found["grad mode"] = torch.is_grad_enabled()
         found["deterministic"] = torch.are_deterministic_algorithms_enabled()
@@ -81,7 +82,9 @@ def _module_facts(name: str, module: nn.Module) -> Facts:
         elif isinstance(value, (dict, list, set)):
             found[f"length of {name}.{key}"] = len(value)
     for key, value in _tensors_of(module):
-        found[f"storage of {name}.{key}"] = _place(value), value.grad is None
+        found[f"storage of {name}.{key}"] = _place(value)
+        found[f"requires_grad of {name}.{key}"] = value.requires_grad
+        found[f"gradient of {name}.{key}"] = "none" if value.grad is None else "a tensor"
     return found
 
 
@@ -94,7 +97,7 @@ def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _place(value: Tensor) -> tuple[Any, ...]:
-    kind = type(value).__name__, value.dtype, tuple(value.shape), value.requires_grad
+    kind = type(value).__name__, str(value.dtype), tuple(value.shape)
     if value.layout != torch.strided:
         return (id(value), *kind)
     return (id(value), value.data_ptr(), value.stride(), *kind)
