@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 _IMAGES = f", images of {IMAGE} and clips of {VIDEO_IMAGE} pixels unless the table says otherwise"
 _MEASURES = {
+    "in as many stages as asked for": "split",
     "the model trains afterwards as without the transform": "after",
     "model, inputs, random states and caches are as before the transform": "unharmed",
     "exact mode equals backprop, bit for bit": "exact",
@@ -197,7 +198,9 @@ def _search_summary(stages: int, rows: list[Row]) -> list[str]:
 
 
 def _cell(text: str) -> str:
-    first = text.strip().splitlines()[0] if text.strip() else ""
+    first, *others = text.strip().splitlines() or [""]
+    if first.endswith(":") and others:
+        first = f"{first} {others[0].strip(' -')}"
     return (
         re.sub(r"/[^\s'\"(]*/site-packages/", "", first)
         .replace(f"{ROOT}/", "")
