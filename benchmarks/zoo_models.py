@@ -241,7 +241,11 @@ def families_without_member() -> list[str]:
 
 
 def parameter_count(entry: Entry) -> int:
-    """Number of parameters, counted without memory where the model can be built so."""
+    """Number of parameters, counted without memory where the model can be built so. Not under a
+    device of no data where that is the first import of a package, which may make tables.
+    """
+    if entry.typical:
+        return sum(parameter.numel() for parameter in entry.build().parameters())
     try:
         with torch.device("meta"):
             model = entry.build()
