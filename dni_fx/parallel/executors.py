@@ -70,10 +70,15 @@ class Team:
             parts = (objective, optimizers, metrics, flow.discount, own_random)
             self.workers[k] = StageWorker(StageLearner(desk, *parts), flow, lags[k])
         for worker in self.workers.values():
-            worker.team = list(self.workers.values())
+            worker.team = self._in_turn_with(worker)
         self._last = self.workers.get(len(decoupled.stages) - 1)
         loss = None if self._last is None else self._last.learner.scaled_loss
-        self._settings = Settings(decoupled.graphs, objective, loss)
+        here = None if self._last is None else [w.index for w in self._last.team]
+        self._settings = Settings(decoupled.graphs, objective, loss, here)
+
+    def _in_turn_with(self, worker: StageWorker) -> list[StageWorker]:
+        """The workers in the same thread."""
+        return list(self.workers.values())
 
     def make_jobs(self, step: int, mode: Mode, values: Values, target: Any) -> list[Job]:
         """A batch, whole, as each of the stages sees it; the graph that fits it must be active.
@@ -152,8 +157,6 @@ class OnThreads(Team):
             )
         stages, mail = range(len(decoupled.stages)), Mail(timeout=math.inf)
         super().__init__(decoupled, objective, optimizers, metrics, flow, stages, mail, steps)
-        for worker in self.workers.values():
-            worker.team = [worker]
         self._copy_inputs(optimizers)
         self.idle = dict.fromkeys(stages, True)
         self._operators = torch.get_num_threads()
@@ -164,6 +167,9 @@ class OnThreads(Team):
         atexit.register(self.close)  # an interpreter that ends under a working thread aborts
         for thread in self.threads:
             thread.start()
+
+    def _in_turn_with(self, worker: StageWorker) -> list[StageWorker]:
+        return [worker]
 
     def _copy_inputs(self, optimizers: StageOptimizers) -> None:
         """Of a synthetic input all users but the first get copies: no other thread trains those."""

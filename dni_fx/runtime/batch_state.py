@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,6 +14,7 @@ from ..passes.cut.emission import StageFunctions
 from ..passes.cut.splitting import Split, StageGraph
 from ..schedules import Mode
 from ..sources import InputSource, Prediction, Served
+from .loss_reach import CheckedLoss
 from .objective import Loss, Objective
 from .tape import Rerun, Tape
 
@@ -50,6 +51,7 @@ class Setting:
         mode: Mode,
         ask: bool = True,
         loss: Loss | None = None,
+        here: Collection[int] | None = None,
     ) -> Setting:
         """For a batch whose graph is active. Exact mode asks nobody, and takes the true gradients.
 
@@ -59,6 +61,7 @@ class Setting:
             mode: what the schedule says of the step.
             ask: whether sources are asked at all.
             loss: what is pulled back; by default the objective's scaled loss.
+            here: stages that run in turn with the last one; all by default.
 
         Raises:
             PlanMismatchError: the graph cannot be cut, or lacks a source.
@@ -71,7 +74,7 @@ class Setting:
             functions=functions,
             served=graphs.served() if ask and not exact else (),
             inputs=graphs.find_inputs(),
-            loss=loss or objective.scaled,
+            loss=CheckedLoss(loss or objective.scaled, graphs, here),
             plain_loss=objective.loss,
             share=1.0 if exact else mode.true_share,
             active=frozenset(every if mode.active is None else mode.active),
@@ -144,11 +147,17 @@ class Settings:
     """The newest setting, kept as long as graph, mode and loss are the same.
 
     Args:
-        graphs, objective, loss: as for :meth:`Setting.of`.
+        graphs, objective, loss, here: as for :meth:`Setting.of`.
     """
 
-    def __init__(self, graphs: Graphs, objective: Objective, loss: Loss | None = None) -> None:
-        self.graphs, self.objective, self.loss = graphs, objective, loss
+    def __init__(
+        self,
+        graphs: Graphs,
+        objective: Objective,
+        loss: Loss | None = None,
+        here: Collection[int] | None = None,
+    ) -> None:
+        self.graphs, self.objective, self.loss, self.here = graphs, objective, loss, here
         self._newest: tuple[Any, Mode, Loss, Setting] | None = None
 
     def of(self, mode: Mode) -> Setting:
@@ -158,7 +167,7 @@ class Settings:
             graph, known, same, setting = self._newest
             if graph is variant and known == mode and same is loss:
                 return setting
-        setting = Setting.of(self.graphs, self.objective, mode, loss=self.loss)
+        setting = Setting.of(self.graphs, self.objective, mode, loss=self.loss, here=self.here)
         self._newest = (variant, mode, loss, setting)
         return setting
 
