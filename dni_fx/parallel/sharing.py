@@ -7,6 +7,7 @@ gradients: whoever makes one waits for all.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -55,6 +56,20 @@ class Peers:
         """Wait for all."""
         if self.parallel:
             dist.barrier(group=self.group)
+
+    def twin(self, timeout: float) -> Peers:
+        """The same processes, with a group of their own; to be made by all of them."""
+        if not self.parallel:
+            return self
+        ranks = dist.get_process_group_ranks(dist.group.WORLD if self.group is None else self.group)
+        return Peers(
+            dist.new_group(
+                ranks,
+                backend="gloo",
+                timeout=timedelta(seconds=timeout),
+                use_local_synchronization=True,
+            )
+        )
 
     def subgroup(self, ranks: Sequence[int]) -> Any:
         """A group of some of these processes; to be made by all of them."""

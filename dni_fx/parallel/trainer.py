@@ -246,7 +246,8 @@ class Trainer(BaseTrainer):
         is there as a whole or not at all, whenever a process ends.
 
         Args:
-            directory: of all checkpoints of the run, on a file system that all processes see.
+            directory: of all checkpoints of the run. On machines that share no file system each
+                keeps the parts of its own processes.
             extra: what ``resume`` gives back, pickled, such as a loader's state; of rank 0.
             asynchronous: copy the state and write it while training goes on.
             keep: how many checkpoints stay.
@@ -262,7 +263,8 @@ class Trainer(BaseTrainer):
         """Go on from the newest complete checkpoint, if there is one; in every process.
 
         The plan must be the same; stages may be on other ranks. ``trainer.steps`` says where the
-        data goes on.
+        data goes on. Parts that a process lacks are sent to it by those who have them; where nobody
+        has one, a warning names the checkpoint, and the one before is taken.
 
         Args:
             directory: as for :meth:`save`.
