@@ -15,6 +15,7 @@ from ..errors import DecouplingError
 from ..runtime.finite import all_finite, refuse, value_places
 from ..runtime.objective import Metrics, Objective
 from ..runtime.optimizing import StageOptimizers
+from ..runtime.whole import whole
 from .desk import Desk
 from .job import Job
 from .monitoring import Stopwatch
@@ -158,7 +159,8 @@ class StageLearner:
         if not all_finite([*losses, *gradients]):
             self._refuse(self._places(), steps - 1)
         if gradients and self.name in self.optimizers.stages:
-            with self.watch.spending("update", steps - 1):
+            stage = self.optimizers.stages[self.name]
+            with self.watch.spending("update", steps - 1), whole([stage]):
                 self.optimizers.step_stage(self.name)
             self.updates += 1
         self.late = False
@@ -175,7 +177,8 @@ class StageLearner:
                     "as nn.Parameter)"
                 )
             self._sum_gradients(p for group in optimizer.param_groups for p in group["params"])
-            optimizer.step()
+            with whole([optimizer]):
+                optimizer.step()
             optimizer.zero_grad()
         self.losses = []
 

@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import DecouplingError
 from ..graphs.graphs import Graphs
 from ..graphs.stage import Stage
+from .whole import whole
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
@@ -95,11 +96,12 @@ class StageOptimizers:
         return [p for _, p in self.parameters.get(stage, [])]
 
     def step(self) -> None:
-        """Step all of them."""
-        for name in self.stages:
-            self.step_stage(name)
-        for optimizer in self.sources.values():
-            optimizer.step()
+        """Step all of them, or none where one fails."""
+        with whole([*self.stages.values(), *self.sources.values()]):
+            for name in self.stages:
+                self.step_stage(name)
+            for optimizer in self.sources.values():
+                optimizer.step()
 
     def step_stage(self, name: str) -> None:
         """Clip one stage's gradients and step its optimiser."""
