@@ -25,6 +25,7 @@ from .job import Job, Routes, Values
 from .learning import StageLearner
 from .limits import Flow
 from .mailbox import Address, Letter, Mail, ParallelError
+from .rates import Posted
 from .worker import StageWorker
 
 JOB = "job"
@@ -158,6 +159,7 @@ class OnThreads(Team):
         stages, mail = range(len(decoupled.stages)), Mail(timeout=math.inf)
         super().__init__(decoupled, objective, optimizers, metrics, flow, stages, mail, steps)
         self._copy_inputs(optimizers)
+        self._post_rates(optimizers)
         self.idle = dict.fromkeys(stages, True)
         self._operators = torch.get_num_threads()
         self.threads = [
@@ -183,6 +185,16 @@ class OnThreads(Team):
                     made.load_state_dict(copy.deepcopy(known.state_dict()))
                     self.workers[consumer].learner.own[name] = made
 
+    def _post_rates(self, optimizers: StageOptimizers) -> None:
+        """Every optimiser is stepped by one thread, with settings that come with the batches."""
+        known = set[str]()
+        for k, worker in self.workers.items():
+            own = {n: optimizers.sources.get(n) for n, _ in self.decoupled.named_learners([k])}
+            own[worker.name] = optimizers.stages.get(worker.name)
+            posted = {n: Posted(o) for n, o in own.items() if o is not None and n not in known}
+            known |= posted.keys()
+            worker.learner.posted = posted
+
     def submit(self, jobs: list[Job]) -> None:
         """Hand a batch to every stage.
 
@@ -198,6 +210,8 @@ class OnThreads(Team):
         devices = [d for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
         for job in jobs:
             job.casts = [torch.autocast(d, torch.get_autocast_dtype(d)) for d in devices]
+            posted = self.workers[job.index].learner.posted
+            job.rates = {name: p.post() for name, p in posted.items()}
             with self.mail.changed:
                 queued = [letter.payload for letter in self._box(job.index)]
                 waiting = [other for other in queued if other and not other.left_out]
@@ -257,6 +271,8 @@ class OnThreads(Team):
             self.mail.changed.notify_all()  # there is room for another one
         assert letter is not None
         job: Job | None = letter.payload
+        for name, changes in () if job is None else job.rates.items():
+            worker.learner.posted[name].take(changes)
         return job
 
 
@@ -279,16 +295,22 @@ def _do(worker: StageWorker, job: Job | None) -> None:
 
 
 def _run(workers: Sequence[StageWorker], jobs: Sequence[Job]) -> None:
-    """One batch, in the stages of one thread."""
-    for worker, job in zip(workers, jobs, strict=True):
-        with _named(job.index, job.step):
-            worker.clear()
-    for worker, job in zip(workers, jobs, strict=True):
-        with _named(job.index, job.step):
-            worker.begin(job)
-    for worker, job in reversed([*zip(workers, jobs, strict=True)]):
-        with _named(job.index, job.step):
-            worker.finish(job)
+    """One batch, in the stages of one thread; after an error those not updated are put back."""
+    pairs = [*zip(workers, jobs, strict=True)]
+    try:
+        for worker, job in pairs:
+            with _named(job.index, job.step):
+                worker.clear()
+        for worker, job in pairs:
+            with _named(job.index, job.step):
+                worker.begin(job)
+        for worker, job in reversed(pairs):
+            with _named(job.index, job.step):
+                worker.finish(job)
+    except BaseException:
+        for worker in workers:
+            worker.put_back()
+        raise
 
 
 def _drain(workers: Sequence[StageWorker]) -> int:

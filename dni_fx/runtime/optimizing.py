@@ -98,16 +98,16 @@ class StageOptimizers:
     def step(self) -> None:
         """Step all of them, or none where one fails."""
         with whole([*self.stages.values(), *self.sources.values()]):
-            for name in self.stages:
-                self.step_stage(name)
+            for name, optimizer in self.stages.items():
+                self.clip(name)
+                optimizer.step()
             for optimizer in self.sources.values():
                 optimizer.step()
 
-    def step_stage(self, name: str) -> None:
-        """Clip one stage's gradients and step its optimiser."""
+    def clip(self, name: str) -> None:
+        """Clip one stage's gradients."""
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.parameters_of(name), self.clip_norm)
-        self.stages[name].step()
 
     def state_dict(self) -> dict[str, Any]:
         """The optimisers' states, under ``optimizers`` and ``synthesizer_optimizers``."""
