@@ -103,13 +103,27 @@ class BaseTrainer(ABC):
 
     @property
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """By stage name, for learning-rate schedulers."""
+        """By stage name, for learning-rate schedulers.
+
+        Raises:
+            DecouplingError: there are none yet, since the model was not traced.
+        """
+        self._check_made()
         return self.optimizing.stages
 
     @property
     def synthesizer_optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """By interface name, that of a synthetic input by ``name@input``."""
+        """By interface name, that of a synthetic input by ``name@input``; as :attr:`optimizers`."""
+        self._check_made()
         return self.optimizing.sources
+
+    def _check_made(self) -> None:
+        if not self.optimizing.are_made:
+            raise DecouplingError(
+                "the optimisers are made when the model is traced, which happens at its first "
+                "call: decouple with example_inputs=, or call prepare(x) on a trainer through "
+                "time, before making schedulers"
+            )
 
     def request_metrics(self) -> None:
         """Compare predictions with their targets at the next step, whatever ``metrics_every``

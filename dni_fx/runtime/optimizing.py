@@ -104,6 +104,11 @@ class StageOptimizers:
             for optimizer in self.sources.values():
                 optimizer.step()
 
+    @property
+    def are_made(self) -> bool:
+        """Whether the model was traced, after which they are."""
+        return self._variant is not None
+
     def clip(self, name: str) -> None:
         """Clip one stage's gradients."""
         if self.clip_norm is not None:
