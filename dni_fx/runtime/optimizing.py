@@ -17,6 +17,19 @@ NamedParameters = list[tuple[str, nn.Parameter]]
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
 
 
+class NotMade(dict[str, torch.optim.Optimizer]):
+    """Optimisers of a model that was not traced: none, which nobody should schedule."""
+
+    def _refuse(self, *_: Any) -> Any:
+        raise DecouplingError(
+            "the optimisers are made when the model is traced, which happens at its first call: "
+            "decouple with example_inputs=, or call prepare(x) on a trainer through time, before "
+            "making schedulers"
+        )
+
+    __iter__ = __getitem__ = keys = values = items = get = _refuse
+
+
 class StageOptimizers:
     """Every stage's optimiser, which owns that stage's parameters and no other, and the sources'.
 
