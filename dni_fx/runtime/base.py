@@ -14,7 +14,7 @@ from ..errors import DecouplingError
 from ..graphs.nested import unpack_batch
 from ..reports.steps import StepReport
 from .objective import Loss, Metrics, Objective
-from .optimizing import MakeOptimizer, StageOptimizers
+from .optimizing import MakeOptimizer, NotMade, StageOptimizers
 
 Unpack = Callable[[Any], tuple[tuple[Any, ...], dict[str, Any], Any]]
 
@@ -105,13 +105,15 @@ class BaseTrainer(ABC):
 
     @property
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """By stage name, for learning-rate schedulers."""
-        return self.optimizing.stages
+        """By stage name, for learning-rate schedulers; empty before the model is traced, and an
+        error where it is gone through then.
+        """
+        return self.optimizing.stages if self.optimizing.are_made else NotMade()
 
     @property
     def synthesizer_optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """By interface name, that of a synthetic input by ``name@input``."""
-        return self.optimizing.sources
+        """By interface name, that of a synthetic input by ``name@input``; as :attr:`optimizers`."""
+        return self.optimizing.sources if self.optimizing.are_made else NotMade()
 
     def request_metrics(self) -> None:
         """Compare predictions with their targets at the next step, whatever ``metrics_every``

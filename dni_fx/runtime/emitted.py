@@ -102,8 +102,19 @@ def pull_back(
             )
         used.append(root)
         given.append(gradient)
-    if used:
+    if not used:
+        return
+    try:
         torch.autograd.backward(used, given, retain_graph=retain_graph, inputs=inputs)
+    except RuntimeError as error:
+        if "backward through the graph a second time" not in str(error):
+            raise
+        raise DecouplingError(
+            "two stages have pulled back through the same graph: a later one, or the loss, reads a "
+            "value that an earlier one has computed and something else than the model's graph has "
+            "kept (a hook, a list, a global). Let the model return it, or cut before the module "
+            "that computes it"
+        ) from error
 
 
 def evaluate(
@@ -121,7 +132,7 @@ def evaluate(
     try:
         value = loss(output, target)
     except Exception as error:
-        if target is None:
+        if target is None and not isinstance(error, DecouplingError):
             raise DecouplingError(
                 f"the loss failed without a target ({error}); pass target= to step"
             ) from error

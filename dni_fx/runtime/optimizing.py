@@ -13,9 +13,23 @@ from ..errors import DecouplingError
 from ..graphs.graphs import Graphs
 from ..graphs.stage import Stage
 from ..graphs.variants import Variant
+from .whole import whole
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
+
+
+class NotMade(dict[str, torch.optim.Optimizer]):
+    """Optimisers of a model that was not traced: none, which nobody should schedule."""
+
+    def _refuse(self, *_: Any) -> Any:
+        raise DecouplingError(
+            "the optimisers are made when the model is traced, which happens at its first call: "
+            "decouple with example_inputs=, or call prepare(x) on a trainer through time, before "
+            "making schedulers"
+        )
+
+    __iter__ = __getitem__ = keys = values = items = get = _refuse
 
 
 class StageOptimizers:
@@ -98,17 +112,23 @@ class StageOptimizers:
         return [p for _, p in self.parameters.get(stage, [])]
 
     def step(self) -> None:
-        """Step all of them."""
-        for name in self.stages:
-            self.step_stage(name)
-        for optimizer in self.sources.values():
-            optimizer.step()
+        """Step all of them, or none where one fails."""
+        with whole([*self.stages.values(), *self.sources.values()]):
+            for name, optimizer in self.stages.items():
+                self.clip(name)
+                optimizer.step()
+            for optimizer in self.sources.values():
+                optimizer.step()
 
-    def step_stage(self, name: str) -> None:
-        """Clip one stage's gradients and step its optimiser."""
+    @property
+    def are_made(self) -> bool:
+        """Whether the model was traced, after which they are."""
+        return self._variant is not None
+
+    def clip(self, name: str) -> None:
+        """Clip one stage's gradients."""
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.parameters_of(name), self.clip_norm)
-        self.stages[name].step()
 
     def _by_kind(self) -> dict[str, dict[str, torch.optim.Optimizer]]:
         return {"optimizers": self.stages, "synthesizer_optimizers": self.sources}

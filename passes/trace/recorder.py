@@ -119,6 +119,10 @@ class Recorder(TorchFunctionMode):
         short = name.removesuffix(".__get__").rsplit(".", 1)[-1]
         if short in GRADIENT_HOOKS:
             raise TracingError(f"the model reaches into its backward (by '{short}') while it runs")
+        if name.endswith("requires_grad.__set__"):
+            if not self.known.is_computed(args[0]):
+                return func(*args)
+            return self._create("call_method", "requires_grad_", args, {}, _set_requires_grad)
         if name.endswith(".__set__"):
             raise TracingError(f"the model assigns to a tensor's attribute ({name})")
         if name in QUERIES:
@@ -180,6 +184,8 @@ class Recorder(TorchFunctionMode):
         """Yes or no, read off the values of inputs: a guard, for which a part of the graph is run
         before each call. At the top level, which cannot be opaque, whole numbers likewise.
         """
+        if short == "equal" and args[0] is args[1]:
+            return True  # whatever it holds
         asked = short in _YES_OR_NO or (
             len(self.visits.stack) == 1
             and short in _WHOLE_NUMBERS
@@ -245,7 +251,7 @@ class Recorder(TorchFunctionMode):
                 return self._answer(op, target, node_args, node_kwargs, output)
         name = _node_name(op, target)
         node = self.known.graph.create_node(op, target, node_args, node_kwargs, name)
-        self._describe(node, written)
+        _describe(node, self, self._observer, written)
         if is_callee:
             self.visits.check_count(target, output)
             self.known.note_count(node, output)
@@ -295,24 +301,9 @@ class Recorder(TorchFunctionMode):
             self._observer.random = True
             return output
 
-    def _describe(self, node: fx.Node, written: list[torch.Tensor]) -> None:
-        """What is known of a node besides its value."""
-        known, observer = self.known, self._observer
-        names = [known.names[i] for i in observer.parameters if i in known.names]
-        if node.op == "call_module":
-            module = known.attributes[str(node.target)]
-            own = module.named_parameters(remove_duplicate=False)
-            names = [known.names[id(p)] for _, p in own]
-        node.meta.update(
-            mutates=tuple(dict.fromkeys(known.storage(t) for t in written)),
-            rebases=tuple(dict.fromkeys(known.storage(t) for t in written if t._is_view())),
-            random=observer.random,
-            by_value=observer.by_value and node.op != "call_module",
-            parameters=tuple(dict.fromkeys(names)),
-            modules=tuple(self.visits.stack),
-            no_grad=not torch.is_grad_enabled(),
-            autocast=tuple(self.autocasts),
-        )
+
+def _set_requires_grad(args: Any, kwargs: Any) -> Any:
+    return args[0].requires_grad_(args[1])
 
 
 def _node_name(op: str, target: Any) -> str | None:
@@ -320,3 +311,25 @@ def _node_name(op: str, target: Any) -> str | None:
         name: str = target.replace(".", "_")
         return name
     return target.function.__name__.lower() if isinstance(target, FunctionCall) else None
+
+
+def _describe(
+    node: fx.Node, recorder: Recorder, observer: Observer, written: list[torch.Tensor]
+) -> None:
+    """What is known of a node besides its value."""
+    known = recorder.known
+    names = [known.names[i] for i in observer.parameters if i in known.names]
+    if node.op == "call_module":
+        module = known.attributes[str(node.target)]
+        own = module.named_parameters(remove_duplicate=False)
+        names = [known.names[id(p)] for _, p in own]
+    node.meta.update(
+        mutates=tuple(dict.fromkeys(known.storage(t) for t in written)),
+        rebases=tuple(dict.fromkeys(known.storage(t) for t in written if t._is_view())),
+        random=observer.random,
+        by_value=observer.by_value and node.op != "call_module",
+        parameters=tuple(dict.fromkeys(names)),
+        modules=tuple(recorder.visits.stack),
+        no_grad=not torch.is_grad_enabled(),
+        autocast=tuple(recorder.autocasts),
+    )

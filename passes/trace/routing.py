@@ -58,6 +58,7 @@ class _Routes:
         """Where, under which name, and what."""
         yield nn.Module, "__call__", self._call(nn.Module.__call__)
         yield nn.Module, "__getattribute__", self._attribute()
+        yield nn.Module, "__setattr__", self._assign(nn.Module.__setattr__)
         yield torch.autocast, "__enter__", self._enter(torch.autocast.__enter__)
         yield torch.autocast, "__exit__", self._leave(torch.autocast.__exit__)
         yield _APPLY, "__code__", _Shell.__dict__["apply"].__func__.__code__
@@ -86,6 +87,14 @@ class _Routes:
             return value
 
         return attribute
+
+    def _assign(self, original: Any) -> Any:
+        def assign(module: nn.Module, name: str, value: Any) -> None:
+            if self.watches():
+                self.recorder.visits.writes(module, name, value)
+            original(module, name, value)
+
+        return assign
 
     def _mode(self, name: str, original: Any) -> Any:
         def mode(*args: Any) -> Any:
