@@ -15,8 +15,9 @@ from ..errors import DecouplingError, PlanMismatchError
 from ..passes.cut.emission import StageFunctions, emit_functions, source_key
 from ..plan import CutPlan, Interface
 from ..sources import GradientSource, InputSource, Served, serve
-from .nested import Structure, flatten
+from .nested import Structure, flatten, map_tensors
 from .pipeline import Recipe, build_variant, plan_variant
+from .sharding import check_unsharded
 from .variants import Variant
 
 _MOST_VARIANTS = 16
@@ -149,7 +150,21 @@ class Graphs:
             self.active = active
 
     def _add(self, args: Any, kwargs: Any) -> Variant:
-        """The graph for a new kind of call, made under the plan if there is one."""
+        """The graph for a new kind of call, made under the plan if there is one.
+
+        Outside of inference mode, whose tensors no gradient may ever be asked of.
+        """
+        check_unsharded(self.model)
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False), torch.no_grad():
+                args, kwargs = map_tensors(torch.clone, (args, kwargs))
+                made = self._add(args, kwargs)
+            if not made.is_current():
+                raise DecouplingError(
+                    f"{type(self.model).__name__} does something else in inference mode, where it "
+                    "cannot be traced: call it under torch.no_grad() instead"
+                )
+            return made
         variant = build_variant(self.recipe, self.model, args, kwargs, self._plan)
         if self._plan is None:
             plan, inserted = plan_variant(self.recipe, variant)

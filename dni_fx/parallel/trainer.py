@@ -22,6 +22,7 @@ from ..reports.files import write_atomically
 from ..reports.steps import StepReport
 from ..runtime.base import BaseTrainer
 from ..runtime.optimizing import MakeOptimizer
+from ..runtime.transforms import check_ordinary
 from ..schedules import Schedule, Threads, make_schedule, mode_of
 from .checkpoints import Checkpoints
 from .limits import Flow
@@ -118,6 +119,16 @@ class Trainer(BaseTrainer):
         self._checkpoints = Checkpoints(self.process)
         self.process.prepare()
 
+    def prepare(self, *args: Any, target: Any = None, **kwargs: Any) -> Trainer:
+        """As :meth:`dni_fx.Trainer.prepare`; the optimisers are those of the stages here."""
+        with self.process.telling():
+            self.decoupled.bind(*args, **kwargs)
+            self.process.prepare()
+        return self
+
+    def _prepare_optimizers(self) -> None:
+        self.process.prepare()
+
     def step(self, *args: Any, target: Any = None, **kwargs: Any) -> StepReport:
         """One batch through this process's stages; the same batch in every process.
 
@@ -138,6 +149,7 @@ class Trainer(BaseTrainer):
         """
         with self.process.telling():
             values = self.decoupled.bind(*args, **kwargs)
+            check_ordinary(values, target)
             mode = mode_of(self.schedule, self.steps, len(self.decoupled.stages))
             report = self.process.step(self.steps, mode, values, target)
         self.metrics.requested = False

@@ -105,13 +105,40 @@ class BaseTrainer(ABC):
 
     @property
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """By stage name, for learning-rate schedulers."""
+        """By stage name, for learning-rate schedulers.
+
+        Raises:
+            DecouplingError: the model is not traced yet.
+        """
+        self._make_optimizers()
         return self.optimizing.stages
 
     @property
     def synthesizer_optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """By interface name, that of a synthetic input by ``name@input``."""
+        """By interface name, that of a synthetic input by ``name@input``.
+
+        Raises:
+            DecouplingError: the model is not traced yet.
+        """
+        self._make_optimizers()
         return self.optimizing.sources
+
+    def _make_optimizers(self) -> None:
+        """They exist as soon as the model is traced, whoever called it."""
+        if self.optimizing.is_prepared:
+            return
+        if self.decoupled.graphs.active is None:
+            raise DecouplingError(
+                "there are no optimisers yet, since the model is traced at its first call and only "
+                "then has stages: call trainer.prepare(...) with one batch, as step takes it, or "
+                "pass example_inputs= to decouple, before asking for optimisers or making "
+                "schedulers of them"
+            )
+        self._prepare_optimizers()
+
+    def _prepare_optimizers(self) -> None:
+        """Make them for all stages that are trained here."""
+        self.optimizing.prepare(self.decoupled.graphs, self.decoupled.stages)
 
     def request_metrics(self) -> None:
         """Compare predictions with their targets at the next step, whatever ``metrics_every``

@@ -134,6 +134,11 @@ def evaluate(
             f"the loss must return a tensor with one element, but returned {found}; average it "
             "first"
         )
+    if not value.requires_grad and not torch.is_grad_enabled():
+        raise DecouplingError(
+            "gradients are switched off here, by torch.no_grad() or torch.inference_mode(): train "
+            "outside of them"
+        )
     if not value.requires_grad:
         raise DecouplingError(
             "the loss has no autograd graph: it must be computed from the model's output, not "

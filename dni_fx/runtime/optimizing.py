@@ -48,6 +48,11 @@ class StageOptimizers:
         self.parameters: dict[str, NamedParameters] = {}
         self._variant: Variant | None = None  # the graph that all optimisers know
 
+    @property
+    def is_prepared(self) -> bool:
+        """Whether they have been made."""
+        return self._variant is not None
+
     def prepare(self, graphs: Graphs, stages: Collection[Stage]) -> None:
         """Make all optimisers of the stages that are trained here, at the first call; later, have
         them adopt what only a graph made since uses, say that of training mode after one of

@@ -20,6 +20,7 @@ from .measuring import Measures
 from .objective import Loss
 from .optimizing import MakeOptimizer
 from .saving import load_trained, trained_state
+from .transforms import check_ordinary
 
 
 class Trainer(Measures):
@@ -80,8 +81,27 @@ class Trainer(Measures):
         self._in_turn: InTurn[Batch] = InTurn(decoupled, self.optimizing, self.metrics, accumulate)
         self.threads: OnThreads | None = None
         self._settings = Settings(decoupled.graphs, self.objective)
-        if decoupled.is_traced:
-            self.optimizing.prepare(decoupled.graphs, decoupled.stages)
+        if decoupled.graphs.active is not None:
+            self._prepare_optimizers()
+
+    def prepare(self, *args: Any, target: Any = None, **kwargs: Any) -> Trainer:
+        """Trace the model for one batch without training on it, as the first step would: stages,
+        sources and optimisers exist then. Not needed where ``decouple`` was given example inputs.
+
+        Args:
+            *args: positional inputs of the model.
+            target: taken so that the call may be that of ``step``; not looked at.
+            **kwargs: keyword inputs of the model.
+
+        Returns:
+            The trainer.
+
+        Raises:
+            DecouplingError: inputs that do not fit the plan.
+        """
+        self.decoupled.bind(*args, **kwargs)
+        self._prepare_optimizers()
+        return self
 
     # ---- steps -----------------------------------------------------------------------------------
 
@@ -111,7 +131,8 @@ class Trainer(Measures):
             if not self.decoupled.has_graph_for(*args, **kwargs):
                 self.drain()  # a model is traced while nothing else uses it
         values = self.decoupled.bind(*args, **kwargs)
-        self.optimizing.prepare(self.decoupled.graphs, self.decoupled.stages)
+        check_ordinary(values, target)
+        self._prepare_optimizers()
         mode = mode_of(schedule, self.steps, len(self.decoupled.stages))
         if isinstance(schedule, Threads):
             return self._hand_over(schedule.flow, mode, values, target)

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ..errors import DecouplingError
 from ..sources import Prediction, Served
 from .finite import all_finite
 from .stage_batch import StageBatch
+from .transforms import transformed
 
 Teach = Callable[[Served, Sequence[Tensor | None]], None]
 
@@ -175,9 +175,12 @@ class _StageFunction(torch.autograd.Function):
         return tuple(v.view_as(v) for v in values)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *above: Tensor | None) -> Any:
         """What was taken; ``above`` is what the sources learn from."""
+        if torch.is_grad_enabled():  # before a source learns from what is no gradient of the loss
+            raise transformed(
+                "differentiating twice (create_graph=True, as for a gradient penalty)"
+            )
         found, lessons, ctx.found, ctx.lessons = ctx.found, ctx.lessons, None, None
         if found is None:
             raise DecouplingError(

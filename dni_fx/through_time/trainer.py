@@ -16,6 +16,7 @@ from ..reports.steps import StepReport
 from ..runtime.base import BaseTrainer
 from ..runtime.in_turn import InTurn
 from ..runtime.saving import load_trained, trained_state
+from ..runtime.transforms import check_ordinary
 from ..sources import GradientSource
 from .carried import Carried, read_done
 from .opening import WindowOpening
@@ -140,6 +141,7 @@ class ThroughTime(BaseTrainer):
         is_over = ended is not None and bool(ended.all())
         context = self.objective.context(target)
         values = self._bind(x_window, leaves, context)
+        check_ordinary(values, target)
         previous = before if goes_on else None
         made = WindowBatch(self.decoupled, self.objective, self.steps + 1, ended, previous)
         output: Any = None
