@@ -103,7 +103,24 @@ def pull_back(
         used.append(root)
         given.append(gradient)
     if used:
-        torch.autograd.backward(used, given, retain_graph=retain_graph, inputs=inputs)
+        try:
+            torch.autograd.backward(used, given, retain_graph=retain_graph, inputs=inputs)
+        except RuntimeError as error:
+            raise (used_up(error) or error) from error
+
+
+def used_up(error: RuntimeError) -> DecouplingError | None:
+    """The error to raise instead, where a stage's backward came to a graph that another backward
+    had used up; None where the cause is another one.
+    """
+    if "through the graph a second time" not in str(error):
+        return None
+    return DecouplingError(
+        "a stage's backward came to a graph that another backward has used up: another stage's, "
+        "an earlier step's or one of your own. Each stage pulls back by itself, so what several of "
+        "them use must be made within the model's forward: detach tensors that are computed before "
+        "the call or kept on a module, and leave out torch.nn.utils.parametrize.cached()"
+    )
 
 
 def evaluate(
