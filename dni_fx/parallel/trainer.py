@@ -119,13 +119,6 @@ class Trainer(BaseTrainer):
         self._checkpoints = Checkpoints(self.process)
         self.process.prepare()
 
-    def prepare(self, *args: Any, target: Any = None, **kwargs: Any) -> Trainer:
-        """As :meth:`dni_fx.Trainer.prepare`; the optimisers are those of the stages here."""
-        with self.process.telling():
-            self.decoupled.bind(*args, **kwargs)
-            self.process.prepare()
-        return self
-
     def _prepare_optimizers(self) -> None:
         self.process.prepare()
 
@@ -148,8 +141,7 @@ class Trainer(BaseTrainer):
             DecouplingError: inputs that do not fit the plan, or a loss that is no scalar.
         """
         with self.process.telling():
-            values = self.decoupled.bind(*args, **kwargs)
-            check_ordinary(values, target)
+            values = check_ordinary(self.decoupled.bind(*args, **kwargs), target)
             mode = mode_of(self.schedule, self.steps, len(self.decoupled.stages))
             report = self.process.step(self.steps, mode, values, target)
         self.metrics.requested = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from tqdm import tqdm
@@ -70,6 +70,25 @@ class BaseTrainer(ABC):
     @abstractmethod
     def step(self, *args: Any, target: Any = None, **kwargs: Any) -> StepReport:
         """Train on one batch: the model's own call, plus the target."""
+
+    def prepare(self, *args: Any, target: Any = None, **kwargs: Any) -> Self:
+        """Trace the model for one batch without training on it, as the first step would: stages,
+        sources and optimisers exist then. Not needed where ``decouple`` was given example inputs.
+
+        Args:
+            *args: positional inputs of the model.
+            target: taken so that the call may be that of ``step``; not looked at.
+            **kwargs: keyword inputs of the model.
+
+        Returns:
+            The trainer.
+
+        Raises:
+            DecouplingError: inputs that do not fit the plan.
+        """
+        self.decoupled.bind(*args, **kwargs)
+        self._prepare_optimizers()
+        return self
 
     @property
     def loss(self) -> Loss:

@@ -84,25 +84,6 @@ class Trainer(Measures):
         if decoupled.graphs.active is not None:
             self._prepare_optimizers()
 
-    def prepare(self, *args: Any, target: Any = None, **kwargs: Any) -> Trainer:
-        """Trace the model for one batch without training on it, as the first step would: stages,
-        sources and optimisers exist then. Not needed where ``decouple`` was given example inputs.
-
-        Args:
-            *args: positional inputs of the model.
-            target: taken so that the call may be that of ``step``; not looked at.
-            **kwargs: keyword inputs of the model.
-
-        Returns:
-            The trainer.
-
-        Raises:
-            DecouplingError: inputs that do not fit the plan.
-        """
-        self.decoupled.bind(*args, **kwargs)
-        self._prepare_optimizers()
-        return self
-
     # ---- steps -----------------------------------------------------------------------------------
 
     def step(self, *args: Any, target: Any = None, **kwargs: Any) -> StepReport:
@@ -130,8 +111,7 @@ class Trainer(Measures):
             args, kwargs, target = map_tensors(torch.clone, (args, kwargs, target))
             if not self.decoupled.has_graph_for(*args, **kwargs):
                 self.drain()  # a model is traced while nothing else uses it
-        values = self.decoupled.bind(*args, **kwargs)
-        check_ordinary(values, target)
+        values = check_ordinary(self.decoupled.bind(*args, **kwargs), target)
         self._prepare_optimizers()
         mode = mode_of(schedule, self.steps, len(self.decoupled.stages))
         if isinstance(schedule, Threads):

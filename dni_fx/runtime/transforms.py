@@ -15,12 +15,15 @@ from ..errors import DecouplingError
 from ..graphs.nested import flatten
 
 
-def check_ordinary(values: dict[str, Any], target: Any = None) -> None:
+def check_ordinary(values: dict[str, Any], target: Any = None) -> dict[str, Any]:
     """Refuse to train in inference mode, or on tensors that were made in it.
 
     Args:
         values: the model's inputs by name.
         target: what the loss takes.
+
+    Returns:
+        The values.
 
     Raises:
         DecouplingError: either is the case; which tensor.
@@ -38,6 +41,7 @@ def check_ordinary(values: dict[str, Any], target: Any = None) -> None:
                 f"{place} was made in inference mode, so it cannot be trained on: make it outside "
                 "of torch.inference_mode(), or pass a clone, tensor.clone(), made outside"
             )
+    return values
 
 
 def transformed(what: str) -> DecouplingError:
