@@ -235,7 +235,7 @@ def infer_context(context: Context | None, inputs: tuple[TensorSpec, ...]) -> Te
         )
     if value.shape[0] not in (1, batch):
         raise DecouplingError(
-            f"context= returned shape {tuple(value.shape)} for {batch} integer labels; its first "
+            f"context= returned shape {tuple(value.shape)} for {batch} labels; its first "
             "dimension must be the batch's. Where your targets are no labels pass example_target= "
             "as well"
         )
