@@ -22,6 +22,7 @@ from ..reports.files import write_atomically
 from ..reports.steps import StepReport
 from ..runtime.base import BaseTrainer
 from ..runtime.optimizing import MakeOptimizer
+from ..runtime.transforms import check_ordinary
 from ..schedules import Schedule, Threads, make_schedule, mode_of
 from .checkpoints import Checkpoints
 from .limits import Flow
@@ -103,19 +104,15 @@ class Trainer(BaseTrainer):
             raise DecouplingError(
                 "schedules.Threads is for dni_fx.Trainer; here each process runs its stages in turn"
             )
-        self._peers = Peers(group)
-        self.rank, self.world = self._peers.rank, self._peers.world
-        self.process = Process(
-            decoupled,
-            self.objective,
-            self.optimizing,
-            self.metrics,
-            peers=self._peers,
-            flow=Flow(queue, policy, staleness, discount),
-            placement=placement,
-            timeout=timeout,
-        )
+        self._peers = peers = Peers(group)
+        self.rank, self.world = peers.rank, peers.world
+        flow = Flow(queue, policy, staleness, discount)
+        what = decoupled, self.objective, self.optimizing, self.metrics
+        self.process = Process(*what, peers=peers, flow=flow, placement=placement, timeout=timeout)
         self._checkpoints = Checkpoints(self.process)
+        self.process.prepare()
+
+    def _prepare_optimizers(self) -> None:
         self.process.prepare()
 
     def step(self, *args: Any, target: Any = None, **kwargs: Any) -> StepReport:
@@ -137,7 +134,7 @@ class Trainer(BaseTrainer):
             DecouplingError: inputs that do not fit the plan, or a loss that is no scalar.
         """
         with self.process.telling():
-            values = self.decoupled.bind(*args, **kwargs)
+            values = check_ordinary(self.decoupled.bind(*args, **kwargs), target)
             mode = mode_of(self.schedule, self.steps, len(self.decoupled.stages))
             report = self.process.step(self.steps, mode, values, target)
         self.metrics.requested = False

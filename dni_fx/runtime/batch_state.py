@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..graphs.graphs import Graphs
 from ..passes.cut.emission import StageFunctions
+from ..passes.cut.expecting import Expected
 from ..passes.cut.splitting import Split, StageGraph
 from ..schedules import Mode
 from ..sources import InputSource, Prediction, Served
@@ -35,6 +36,7 @@ class Setting:
         objective: with the user's own loss, asked for one value per sample where a source wants it.
         share: how much of the true gradient is used; above 0 the step is locked.
         active: stages that are updated.
+        expected: where gradients must arrive in each stage once all that it sends has one.
     """
 
     split: Split
@@ -45,6 +47,7 @@ class Setting:
     objective: Objective
     share: float
     active: frozenset[int]
+    expected: tuple[Expected, ...]
 
     @classmethod
     def of(
@@ -83,6 +86,7 @@ class Setting:
             objective=objective,
             share=share,
             active=frozenset(every if mode.active is None else mode.active),
+            expected=graphs.variant.expected,
         )
 
     @property

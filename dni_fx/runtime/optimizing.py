@@ -19,19 +19,6 @@ NamedParameters = list[tuple[str, nn.Parameter]]
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
 
 
-class NotMade(dict[str, torch.optim.Optimizer]):
-    """Optimisers of a model that was not traced: none, which nobody should schedule."""
-
-    def _refuse(self, *_: Any) -> Any:
-        raise DecouplingError(
-            "the optimisers are made when the model is traced, which happens at its first call: "
-            "decouple with example_inputs=, or call prepare(x) on a trainer through time, before "
-            "making schedulers"
-        )
-
-    __iter__ = __getitem__ = keys = values = items = get = _refuse
-
-
 class StageOptimizers:
     """Every stage's optimiser, which owns that stage's parameters and no other, and the sources'.
 
@@ -61,6 +48,11 @@ class StageOptimizers:
         self.sources: dict[str, torch.optim.Optimizer] = {}
         self.parameters: dict[str, NamedParameters] = {}
         self._variant: Variant | None = None  # the graph that all optimisers know
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether they have been made."""
+        return self._variant is not None
 
     def prepare(self, graphs: Graphs, stages: Collection[Stage]) -> None:
         """Make all optimisers of the stages that are trained here, at the first call; later, have
@@ -119,11 +111,6 @@ class StageOptimizers:
                 optimizer.step()
             for optimizer in self.sources.values():
                 optimizer.step()
-
-    @property
-    def are_made(self) -> bool:
-        """Whether the model was traced, after which they are."""
-        return self._variant is not None
 
     def clip(self, name: str) -> None:
         """Clip one stage's gradients."""
