@@ -42,7 +42,7 @@ from .kit import CHAIN, Recorder, run
         ("models_here:chain.deep", ["models_here has no 'chain.deep'"]),
         (
             "models_here:raising",
-            ["models_here:raising raised RuntimeError: no luck", "models_here.py:16", "nn.Module"],
+            ["models_here:raising raised RuntimeError: no luck", "models_here.py:14", "nn.Module"],
         ),
         ("models_here:needs", ["raised TypeError", "'width'", "without arguments"]),
         ("models_here:leaving", ["raised SystemExit: bye"]),
