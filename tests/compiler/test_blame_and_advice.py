@@ -380,6 +380,13 @@ class Acts(nn.Module):
         return self.policy(torch.tanh(self.pre(x)))
 
 
+@pytest.fixture
+def validating(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is by default; torch switches it off for good where anything was compiled."""
+    monkeypatch.setattr(distributions.Distribution, "_validate_args", True)
+
+
+@pytest.mark.usefixtures("validating")
 @pytest.mark.parametrize("kind", POLICIES)
 def test_policies_check_their_arguments_outside_of_tracing_only(kind: str) -> None:
     decoupled_alike(Policy(kind), ["a"], torch.randn(4, 6))
@@ -390,6 +397,7 @@ def test_policies_check_their_arguments_outside_of_tracing_only(kind: str) -> No
         distributions.Normal(torch.zeros(1), -torch.ones(1))
 
 
+@pytest.mark.usefixtures("validating")
 def test_policies_that_check_their_arguments_cannot_be_looked_into(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
