@@ -33,7 +33,8 @@ from ..passes.search.choosing import Search, choose_best, follow, weigh_model
 from ..passes.search.searching import Choice
 from ..passes.trace.exporting import trace_export
 from ..passes.trace.held import GRAD_MODE
-from ..passes.trace.tracing import Trace, trace_calls
+from ..passes.trace.traces import Trace
+from ..passes.trace.tracing import trace_calls
 from ..plan import CutPlan
 from .describing import describe_plan
 from .nested import flatten
@@ -126,7 +127,7 @@ def build_variant(
         composed = functools.partial(call_stages, trace, split)
         result = check_stages(called, composed, args, kwargs, grad)
         if result.mismatch is None:
-            variant.exact = result.exact
+            variant.exact, trace.changes = result.exact, result.changes
             return variant
         refusals.append(f"{tracer.__name__}: the traced model is not the model: {result.mismatch}")
     if isinstance(recipe.cuts, CutPlan) and digests and not refusals:

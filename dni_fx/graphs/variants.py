@@ -14,7 +14,7 @@ from ..passes.cut.emission import StageFunctions
 from ..passes.cut.splitting import Split
 from ..passes.search.searching import Choice
 from ..passes.trace.held import broken
-from ..passes.trace.tracing import Trace
+from ..passes.trace.traces import Trace
 from ..sources import GradientSource, Served
 from .nested import Structure
 

@@ -31,6 +31,8 @@ class AllOrNothing:
         self._tables = [m._buffers for m in decoupled.modules() if m._buffers]
         every = synthesizers.modules()
         self._modules = [m for m in every if not type(m).__module__.startswith("torch.nn.")]
+        buffers = [b for table in self._tables for b in table.values() if b is not None]
+        self._changes = self.variant.trace.changes.without(buffers)
         self._buffers: list[Tensor] = []
         self._contents: list[Tensor] = []
 
@@ -42,7 +44,7 @@ class AllOrNothing:
         gradients = [p.grad if keep else None for p in self.parameters]
         pairs = list(zip(self.parameters, gradients, strict=True))
         tables = self._keep_buffers()
-        put_back_rng = preserved_rng()
+        put_back_rng, put_back_changes = preserved_rng(), self._changes.keep()
         sources = [dict(vars(m)) for m in self._modules]
         held = [(p, g.clone()) for p, g in pairs if g is not None]
         for parameter in self.parameters:
@@ -56,6 +58,7 @@ class AllOrNothing:
         try:
             yield add_held
         except BaseException:
+            put_back_changes()
             for parameter, gradient in pairs:
                 parameter.grad = gradient
             self._put_back_buffers(tables)

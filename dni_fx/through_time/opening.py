@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..passes.trace.ports import ANOTHER, open_ports
-from ..passes.trace.tracing import Trace
+from ..passes.trace.traces import Trace
 from ..plan import Interface, TensorSpec
 from ..sources import AcrossTime, Joint
 from .window import Window

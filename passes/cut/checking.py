@@ -7,21 +7,21 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...errors import DecouplingError
 from ...graphs.nested import flatten, map_tensors
+from ..trace.caches import Fakes, forget
 from ..trace.nodes import run_node
 from ..trace.ports import ANOTHER
 from ..trace.prefixes import ancestors, run_prefix
-from ..trace.state import restored, untouched
+from ..trace.state import Changes, restored
 from ..trace.symbols import plain
-from ..trace.tracing import Trace
+from ..trace.traces import Trace
 from .splitting import Split
 
 _RELATIVE = {torch.float64: 1e-10, torch.complex128: 1e-10}
@@ -35,10 +35,12 @@ class Check:
     Attributes:
         mismatch: the first thing that differs and by how much, or None.
         exact: whether everything was equal bit for bit.
+        changes: what a call of the model does besides.
     """
 
     mismatch: str | None
     exact: bool
+    changes: Changes = field(default_factory=Changes)
 
 
 def check_stages(
@@ -62,7 +64,8 @@ def check_stages(
         grad: whether gradients are asked for.
     """
     first = check_model(model, args, kwargs, grad=grad)
-    second = _measure(model, model, args, kwargs, grad)
+    changes = Changes()
+    second = _measure(model, model, args, kwargs, grad, changes)
     stages = _measure(model, composed, args, kwargs, grad)
     if list(first) != list(stages):
         return Check(
@@ -78,7 +81,7 @@ def check_stages(
         if check.mismatch is not None:
             return Check(f"{name}: {check.mismatch}", False)
         exact &= check.exact
-    return Check(None, exact)
+    return Check(None, exact, changes)
 
 
 def _compare(
@@ -163,15 +166,22 @@ def guards_hold(trace: Trace, leaves: list[torch.Tensor]) -> bool:
     Returns:
         False also where it cannot be told without running the model.
     """
-    expected = trace.guards_by_shape
-    if not expected:
+    if not trace.guards_by_shape:
         return True
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    fake = Fakes()
+    with restored(trace.model):
+        holds = _holds_on(trace, leaves, fake)
+    forget(fake)
+    return holds
+
+
+def _holds_on(trace: Trace, leaves: list[torch.Tensor], fake: Fakes) -> bool:
+    expected = trace.guards_by_shape
     values: dict[Any, Any] = {}
     inputs = iter(leaves)
     wanted = set(ancestors(expected))
     try:
-        with untouched(trace.model), fake, torch.no_grad():
+        with fake, torch.no_grad():
             for node in trace.graph.nodes:
                 if node.op == "placeholder":
                     values[node] = fake.from_tensor(next(inputs).detach())
@@ -210,8 +220,28 @@ def _measure(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     grad: bool,
+    changes: Changes | None = None,
 ) -> dict[str, torch.Tensor | None]:
-    with restored(model), torch.set_grad_enabled(grad):
+    """Outputs, gradients and buffers of one run, after which all is as it was."""
+    try:
+        with restored(model, args, kwargs) as seen:
+            found = _run(model, function, args, kwargs, grad)
+    except Exception:  # a mode may be in the way of what runs: without any, then
+        with restored(model, args, kwargs, whole=True) as seen:
+            found = _run(model, function, args, kwargs, grad)
+    if changes is not None:
+        changes.tensors, changes.contents = seen.tensors, seen.contents
+    return found
+
+
+def _run(
+    model: nn.Module,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    grad: bool,
+) -> dict[str, torch.Tensor | None]:
+    with torch.set_grad_enabled(grad):
         # Not the state in which the model was traced: draws must not be baked in.
         torch.manual_seed(1)
         random.seed(1)

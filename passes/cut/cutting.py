@@ -14,7 +14,7 @@ from torch import fx
 from ...errors import CutError, did_you_mean
 from ...plan import CutPoint, TensorSpec
 from ..trace.calls import ReadAttribute
-from ..trace.tracing import Trace
+from ..trace.traces import Trace
 from .specs import infer_specs, name_values, numbered_calls
 from .views import divided_regions, torn_positions
 

@@ -26,7 +26,7 @@ from ...sources import (
     make_source,
     try_predict,
 )
-from ..trace.tracing import Trace
+from ..trace.traces import Trace
 from .specs import infer_specs
 from .splitting import Split
 

@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from ...plan import TensorSpec
-from ..trace.tracing import Trace
+from ..trace.traces import Trace
 
 _MAPS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,

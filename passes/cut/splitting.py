@@ -19,7 +19,7 @@ from ...errors import CutError
 from ...graphs.nested import Structure
 from ...plan import Interface
 from ..trace.nodes import identifier
-from ..trace.tracing import Port, Trace
+from ..trace.traces import Port, Trace
 from .cutting import Flow, kept_storages, needs_gradient
 from .regions import Opened, enter_regions
 from .specs import parameters_of

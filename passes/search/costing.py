@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
 from ...errors import DecouplingError, did_you_mean
 from ...graphs.nested import flatten
 from ..cut.cutting import Flow
 from ..cut.specs import modules_of, parameters_of
+from ..trace.caches import Fakes, forget
 from ..trace.state import restored
 from .probes import BYTES_PER_SECOND, Walk, estimate, measure, timed
 
@@ -74,7 +74,7 @@ def measure_costs(
     device = next(flow.trace.model.parameters()).device
     walk = Walk(flow, functools.partial(measure, device=device))
     nodes = tqdm(flow.nodes, desc="measuring", leave=False, disable=not progress)
-    with restored(flow.trace.model):
+    with restored(flow.trace.model, args, kwargs):
         walk.run(iter(flatten((args, kwargs))[0]), nodes)
     return _costs(
         "measured", flow, sources, _time_adam(device), walk.forward, walk.backward, walk.kept
@@ -87,13 +87,14 @@ def estimate_costs(
     """The roofline: the longer of operations over a rate and bytes over another; nothing is run on
     data. Equal in every process and on every machine.
     """
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    fake = Fakes()
     walk = Walk(flow, estimate, has_data=False)
-    with restored(flow.trace.model), fake:
+    with restored(flow.trace.model, args, kwargs), fake:
         walk.run(map(fake.from_tensor, flatten((args, kwargs))[0]), flow.nodes)
-    return _costs(
-        "analytic", flow, sources, ADAM_NANOSECONDS, walk.forward, walk.backward, walk.kept
-    )
+    found = walk.forward, walk.backward, walk.kept
+    del walk
+    forget(fake)
+    return _costs("analytic", flow, sources, ADAM_NANOSECONDS, *found)
 
 
 def given_costs(flow: Flow, seconds: Mapping[str, Seconds], sources: Mapping[str, Cost]) -> Costs:

@@ -108,7 +108,7 @@ def _true_gradients(
     inputs = iter(leaves)
     values: dict[fx.Node, Any] = {}
     found: dict[fx.Node, Pair] = {}
-    with restored(flow.trace.model), torch.enable_grad():
+    with restored(flow.trace.model, batch), torch.enable_grad():
         for node in flow.nodes[:-1]:
             if node.op == "placeholder":
                 values[node] = next(inputs)

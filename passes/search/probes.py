@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from ..cut.cutting import Flow, needs_gradient
 from ..trace.nodes import run_node
+from ..trace.storages import unwatched
 from ..trace.values import storage_key, tensors_in
 
 # A processor core as the analytic costs see it; a constant factor over all of them changes no plan.
@@ -123,19 +124,17 @@ class Walk:
         try:
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
                 output = forward()
-        except Exception:
-            if self._has_data:
-                raise
-            spec = self._flow.specs.get(node.name)
-            moved = sum(t.nbytes for t in trained) + (spec.nbytes if spec else 0)
-            times = Counted().nanoseconds(moved), Counted().nanoseconds(2 * moved)
-        else:
             results = {storage_key(t) for t in tensors_in(output)}
             if results & made.keys():
                 self._keeps_value.add(node.name)
             self.kept[node.name] = sum(n for key, n in made.items() if key not in results)
             del output
             times = self._weigh(forward, trained)
+        except Exception:  # it runs once only, reads values, or takes no hooks: a bold guess
+            spec = self._flow.specs.get(node.name)
+            moved = sum(t.nbytes for t in trained if t.layout is torch.strided)
+            moved += spec.nbytes if spec else 0
+            times = Counted().nanoseconds(moved), Counted().nanoseconds(2 * moved)
         self.forward[node.name], self.backward[node.name] = times
 
     def _own_inputs(self, node: fx.Node) -> tuple[dict[fx.Node, Any], list[torch.Tensor]]:
@@ -159,15 +158,17 @@ class Walk:
 def measure(forward: Forward, trained: list[torch.Tensor], device: torch.device) -> tuple[int, int]:
     """The least of three times; one time where it takes long."""
     ahead, back = [], []
-    for _ in range(3):
-        nanoseconds, output = timed(forward, device)
-        ahead.append(nanoseconds)
-        if call := _pull_back(output, trained):
-            try:
-                back.append(timed(call, device)[0])
-            except RuntimeError:
-                # reentrant checkpoints want a whole backward: forward again, and twice that
-                back.append(3 * ahead[-1])
+    for k in range(3):
+        # what writes to the model's memory is seen the first time
+        with unwatched() if k else contextlib.nullcontext():
+            nanoseconds, output = timed(forward, device)
+            ahead.append(nanoseconds)
+            if call := _pull_back(output, trained):
+                try:
+                    back.append(timed(call, device)[0])
+                except RuntimeError:
+                    # reentrant checkpoints want a whole backward: forward again, and twice that
+                    back.append(3 * ahead[-1])
         if ahead[-1] + sum(back[-1:]) > _LONG:
             break
     return min(ahead), min(back, default=0)

@@ -115,8 +115,13 @@ class Observer(TorchDispatchMode):
         # nothing is compiled here, and the wrapper that this avoids imports all of torch._dynamo
         return False
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        # else what the model compiles inside is refused, and from then on outside, too
+        return True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()):
             self.random = True
         if torch.Tag.dynamic_output_shape in func.tags:
             self.by_value |= func not in _INDEXING or _has_mask(args[1])

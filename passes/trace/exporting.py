@@ -13,8 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...errors import TracingError
 from .recorder import Recorder
-from .state import untouched
-from .tracing import Trace, bind_originals, reason_of, record
+from .state import restored
+from .traces import Trace
+from .tracing import reason_of, record
 
 
 def trace_export(
@@ -37,7 +38,7 @@ def trace_export(
     Raises:
         TracingError: export refuses the model; holds its message.
     """
-    with untouched(model), torch.set_grad_enabled(grad):
+    with restored(model, args, kwargs), torch.set_grad_enabled(grad):
         try:
             program = _export(model, args, kwargs)
             exported = program.module(check_guards=False)
@@ -52,7 +53,6 @@ def trace_export(
                 f"torch.export: its graph cannot be recorded: {reason_of(error)}"
             ) from error
     trace.model = model
-    bind_originals(trace)
     return dataclasses.replace(trace, modes=tuple(model.modules()), rung="export")
 
 

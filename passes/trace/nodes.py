@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from .prefixes import call_node
-from .tracing import Trace
+from .traces import Trace
 
 
 def identifier(name: str) -> str:

@@ -10,7 +10,7 @@ from torch import fx, nn
 from ...errors import DecouplingError
 from ...graphs.nested import Structure
 from ..cut.cutting import needs_gradient
-from .tracing import Port, Trace
+from .traces import Port, Trace
 
 ANOTHER = "another network"  # what a message feeds
 STATE = "state_"  # before the name of each tensor of the state, as the window's argument has it

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from .contents import Contents
+from .reach import Reach
+from .settings import kept_settings
+from .storages import Tensors, Watch
+
 MODULE_INTERNALS = frozenset(vars(nn.Module()))
-TABLES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict))
 
 
 @contextlib.contextmanager
@@ -33,72 +36,79 @@ def no_kept_casts() -> Iterator[None]:
         torch.clear_autocast_cache()  # regions inside may have switched it on
 
 
+class Changes:
+    """What a run changed, before that was undone.
+
+    Attributes:
+        tensors: that were written to, and whether they were given other memory.
+        contents: of objects, containers, closures and globals.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: list[tuple[torch.Tensor, bool]] = []
+        self.contents: list[Contents] = []
+
+    def without(self, copied: Iterable[torch.Tensor]) -> Changes:
+        """Those that are not undone where copies of some tensors are copied back."""
+        own = {id(t) for t in copied}
+        other = Changes()
+        other.contents = self.contents
+        other.tensors = [(t, moved) for t, moved in self.tensors if moved or id(t) not in own]
+        return other
+
+    def keep(self) -> Callable[[], None]:
+        """Remember the same things now; the result puts them back."""
+        if not self.tensors and not self.contents:
+            return _nothing
+        contents = [c.again() for c in self.contents]
+        tensors = Tensors([t for t, _ in self.tensors], whole=True)
+
+        def put_back() -> None:
+            for kept in contents:
+                kept.restore()
+            tensors.restore()
+
+        return put_back
+
+
+def _nothing() -> None:
+    """To put back."""
+
+
 @contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Put back attributes, tables (buffers, hooks, ...), modes and random states; buffers are
-    clones meanwhile.
+def restored(*roots: Any, whole: bool = False) -> Iterator[Changes]:
+    """While a model is traced, checked, measured or asked whether a graph still holds: whatever
+    happens to it, and to all that it can reach, is undone.
+
+    What is kept, and why so. *Memory* of parameters, buffers and other tensors, and how these see
+    it (``storages``): ``p.data = ...``, ``resize_`` and writes through ``.data`` tell no tensor.
+    *Contents* of every object, container, closure and named global that can be reached
+    (``reach``), in place: others may hold the same object. *Memories of functions*, which nobody
+    can open, are replaced by stand-ins that read but do not write (``caches``). Random generators,
+    those held by objects too, and torch's settings for the process (``settings``).
+
+    Args:
+        *roots: the model, and the arguments of the call.
+        whole: copy all memory at once instead of watching operators, so that the model runs outside
+            any mode.
+
+    Returns:
+        What the run changed, known when it is over.
     """
-    modules = list(model.modules())
-    saved = remembered(modules)
-    containers = own_containers(modules)
-    parameters = [(p, p._version, p.detach().clone()) for p in model.parameters()]
-    rng = preserved_rng()
-    clones: dict[int, torch.Tensor] = {}
-    for module in modules:
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = clones.setdefault(id(buffer), buffer.clone())
+    reach = Reach(roots)
+    tensors = Tensors(reach.tensors, whole)
+    undo = [preserved_rng(), kept_settings()]
+    watch = Watch(tensors) if tensors.waiting else contextlib.nullcontext()
+    changes = Changes()
     try:
-        with no_kept_casts():
-            yield
+        reach.send_stand_ins()
+        with no_kept_casts(), watch:
+            yield changes
     finally:
-        put_back(saved)
-        refill(containers)
-        put_back_parameters(parameters)
-        rng()
-
-
-def own_containers(modules: list[nn.Module]) -> list[tuple[Any, Any]]:
-    """Lists, dicts and sets among the modules' own attributes (caches), with copies of their
-    contents.
-    """
-    values = [v for m in modules for k, v in vars(m).items() if k not in MODULE_INTERNALS]
-    return [(v, copy.copy(v)) for v in values if type(v) in (list, dict, set)]
-
-
-def refill(containers: list[tuple[Any, Any]]) -> None:
-    """Put contents back in place."""
-    for container, content in containers:
-        container.clear()
-        (container.extend if isinstance(container, list) else container.update)(content)
-
-
-def put_back_parameters(saved: list[tuple[nn.Parameter, int, torch.Tensor]]) -> None:
-    """Undo what a forward wrote into parameters (``nn.Embedding(max_norm=...)`` does)."""
-    with torch.no_grad():
-        for parameter, version, content in saved:
-            if parameter._version != version:
-                parameter.copy_(content)
-
-
-def remembered(
-    modules: list[nn.Module],
-) -> list[tuple[nn.Module, dict[str, Any], dict[str, dict[str, Any]]]]:
-    """Modules with their attributes and the contents of their tables."""
-    return [
-        (m, dict(vars(m)), {t: dict(vars(m)[t]) for t in TABLES if t in vars(m)}) for m in modules
-    ]
-
-
-def put_back(saved: list[tuple[nn.Module, dict[str, Any], dict[str, dict[str, Any]]]]) -> None:
-    """Restore what :func:`remembered` returned."""
-    for module, attributes, contents in saved:
-        for name in [k for k in vars(module) if k not in attributes]:
-            del vars(module)[name]
-        vars(module).update(attributes)
-        for table, content in contents.items():
-            vars(module)[table].clear()
-            vars(module)[table].update(content)
+        changes.contents = reach.restore()
+        changes.tensors = tensors.restore()
+        for put_back in undo:
+            put_back()
 
 
 def rng_state() -> dict[str, Any]:
@@ -154,30 +164,6 @@ def _accelerator() -> tuple[str, Any, list[torch.device]]:
 def preserved_rng() -> Callable[[], None]:
     """Remember the random states; the result puts them back."""
     return partial(set_rng_state, rng_state())
-
-
-@contextlib.contextmanager
-def restored(model: nn.Module) -> Iterator[None]:
-    """Put back buffers' contents, attributes and random states after a run."""
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    parameters = [(p, p._version, p.detach().clone()) for p in model.parameters()]
-    modules = list(model.modules())
-    saved, containers = remembered(modules), own_containers(modules)
-    rng = preserved_rng()
-    try:
-        with no_kept_casts():
-            yield
-    finally:
-        put_back(saved)
-        refill(containers)
-        put_back_parameters(parameters)
-        with torch.no_grad():
-            for buffer, content in buffers:
-                if not torch.equal(
-                    buffer, content
-                ):  # else graphs that hold it must find it untouched
-                    buffer.copy_(content)
-        rng()
 
 
 def python_draws() -> Any:

@@ -11,148 +11,27 @@ Which rung to believe is for the numeric self-check (``checking``) to say.
 
 from __future__ import annotations
 
-import functools
-import hashlib
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...errors import BakedInError, DataDependentError, TracingError, user_line
 from ...graphs.nested import Structure, flatten
 from ...graphs.pictures import picture
+from .caches import Fakes, forget
 from .calls import ReadAttribute
-from .held import Held
 from .modules import Visits
 from .naming import argument_names, input_names
-from .prefixes import is_by_value
 from .recorder import Recorder
 from .routing import recording
-from .state import untouched
+from .state import restored
 from .symbols import Size, TracedInt, sizes_wanted
+from .traces import Trace
 
 _MOST_OPAQUE = 200
 _SAME_ON_REAL_TENSORS = DataDependentError | BakedInError
 SMALL = 1 << 22  # elements of parameters and inputs
-
-
-@dataclass(frozen=True)
-class Port:
-    """A value that leaves the graph for the next window or for another network.
-
-    Attributes:
-        name: of the interface.
-        index: which of the output node's arguments it is; those after the model's own output.
-        feeds: as in :class:`dni_fx.plan.Interface`.
-        batch_dim: dimension of the batch.
-    """
-
-    name: str
-    index: int
-    feeds: str
-    batch_dim: int = 0
-
-
-@dataclass
-class Trace:
-    """A traced model.
-
-    Attributes:
-        graph: nodes with the facts listed in ``provenance`` in their ``meta``; never changed after
-            tracing.
-        model: the user's model.
-        attributes: what ``call_module`` and ``get_attr`` targets stand for, by reference.
-        inputs: structure of ``(args, kwargs)``; its leaves are the placeholders, in order.
-        outputs: structure of the result; its leaves are the arguments of the output node.
-        guards: nodes whose value, if it differs for other inputs, makes this graph invalid for
-            them.
-        calls: module path, output node and last node made in it, in the order in which modules
-            returned.
-        modes: modules whose ``training`` flag this graph holds fast.
-        held: plain values that it holds fast.
-        rung: which tracer made the graph: ``"calls"``, ``"calls on real tensors"`` or ``"export"``.
-        opaque: paths of modules kept as one node because they could not be looked into, with the
-            reason.
-        notes: further remarks for the plan.
-        ports: values that leave the graph besides the output.
-        incoming: names of the placeholders that such values arrive at and gradients leave from.
-    """
-
-    graph: fx.Graph
-    model: nn.Module
-    attributes: dict[str, Any]
-    inputs: Structure
-    outputs: Structure
-    guards: tuple[tuple[fx.Node, Any], ...]
-    calls: tuple[tuple[str, fx.Node | None, fx.Node], ...]
-    modes: tuple[nn.Module, ...]
-    rung: str
-    held: tuple[Held, ...] = ()
-    opaque: dict[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    ports: tuple[Port, ...] = ()
-    incoming: tuple[str, ...] = ()
-
-    @functools.cached_property
-    def guards_by_shape(self) -> dict[fx.Node, Any]:
-        """Those that tell themselves from shapes, strides and kinds of the inputs."""
-        return {n: value for n, value in self.guards if not is_by_value(n)}
-
-    @functools.cached_property
-    def guards_by_value(self) -> dict[fx.Node, Any]:
-        """Those for which a part of the graph is run before each call."""
-        return {n: value for n, value in self.guards if is_by_value(n)}
-
-    @property
-    def output_leaves(self) -> tuple[Any, ...]:
-        """What the model's own output is made of: nodes, or constants."""
-        leaves: Any = next(reversed(self.graph.nodes)).args[0]
-        return tuple(leaves[: self.outputs.leaf_count])
-
-    def port_node(self, port: Port) -> fx.Node:
-        """The node whose value leaves."""
-        leaves: Any = next(reversed(self.graph.nodes)).args[0]
-        node: fx.Node = leaves[port.index]
-        return node
-
-    @functools.cached_property
-    def holds_inputs(self) -> frozenset[int]:
-        """Identities of objects among the inputs that nodes refer to."""
-        inputs = {id(value) for value in self.inputs.constants()}
-        return frozenset(inputs & {id(v) for k, v in self.attributes.items() if k[0] == "_"})
-
-    def has_same_guards(self, other: Trace) -> bool:
-        """Whether two graphs hold in the same calls."""
-        mine, others = [[(n.name, v) for n, v in t.guards] for t in (self, other)]
-        held, held_there = [[(h.place, h.was) for h in t.held] for t in (self, other)]
-        return mine == others and held == held_there
-
-    def is_same_graph(self, other: Trace) -> bool:
-        """Whether two graphs call the same functions and modules on the same values."""
-        if self.digest != other.digest:
-            return False
-        pairs = zip(self.graph.nodes, other.graph.nodes, strict=True)
-        return all(a.target == b.target for a, b in pairs)
-
-    @property
-    def digest(self) -> str:
-        """Hash of nodes, operators and edges; equal for equal graphs in every process."""
-        text = "\n".join(
-            f"{n.name} {n.op} {self._target_name(n)} {_signature(n.args)} {_signature(n.kwargs)}"
-            for n in self.graph.nodes
-        )
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-    def _target_name(self, node: fx.Node) -> str:
-        if node.op == "call_module":
-            kind = type(self.attributes[str(node.target)])
-            return f"{node.target}:{kind.__module__}.{kind.__qualname__}"
-        if isinstance(node.target, str):
-            return node.target
-        name = getattr(node.target, "__name__", node.target)
-        return f"{getattr(node.target, '__module__', '')}.{name}"
 
 
 def trace_calls(
@@ -174,25 +53,49 @@ def trace_calls(
     """
     attempts = _Attempts(model, _is_small(model, args, kwargs))
     while True:
-        with untouched(model):
-            fake = None if attempts.real else FakeTensorMode(allow_non_fake_inputs=True)
-            recorder = Recorder(model, fake, frozenset(attempts.opaque), attempts.plain, grad)
-            try:
-                trace = record(recorder, model, args, kwargs, attempts.opaque)
-            except Exception as error:
-                attempts.learn(recorder.visits, error)
-                continue
-        if attempts.real and not attempts.small:
-            trace.rung = "calls on real tensors"
-        bind_originals(trace)
-        return trace
+        fake = None if attempts.real else Fakes()
+        try:
+            with restored(model, args, kwargs) as changes:
+                trace = _attempt(attempts, fake, args, kwargs, grad)
+        except Exception:
+            if fake:
+                forget(fake)
+            raise
+        if fake and forget(fake):
+            attempts.real = True  # so that none can be where they are not found
+        elif trace is not None:
+            break
+    if attempts.real and not attempts.small:
+        trace.rung = "calls on real tensors"
+    trace.changes = changes
+    return trace
+
+
+def _attempt(
+    attempts: _Attempts,
+    fake: Fakes | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    grad: bool,
+) -> Trace | None:
+    """Record the model once; None where something was learnt from a failure."""
+    model = attempts.model
+    recorder = Recorder(model, fake, frozenset(attempts.opaque), attempts.plain, grad)
+    try:
+        return record(recorder, model, args, kwargs, attempts.opaque)
+    except Exception as error:
+        for node in recorder.known.graph.nodes:  # whose circles would keep its values
+            node.meta.clear()
+        attempts.learn(recorder.visits, error)
+        return None
 
 
 class _Attempts:
     """What the attempts so far have shown, and how the next one is made.
 
     Attributes:
-        real: whether the model runs on real tensors.
+        model: the user's model.
+        real: whether it runs on real tensors.
         small: whether real ones were chosen because they cost less.
         opaque: paths of modules to keep as single nodes, with the reason.
         plain: sizes that the model's code needs as plain integers.
@@ -202,7 +105,7 @@ class _Attempts:
         self.real = self.small = small
         self.opaque: dict[str, str] = {}
         self.plain: frozenset[Size] = frozenset()
-        self._model = model
+        self.model = model
 
     def learn(self, visits: Visits, error: Exception) -> None:
         """Choose what to do differently after a failure.
@@ -229,13 +132,13 @@ class _Attempts:
     def _open_less(self, place: str | None, is_leaf: bool, error: Exception) -> None:
         reason = reason_of(error)
         if is_leaf and place and not isinstance(error, TracingError):
-            kind = type(self._model.get_submodule(place)).__name__
+            kind = type(self.model.get_submodule(place)).__name__
             raise TracingError(f"'{place}' ({kind}) fails: {reason}") from error
-        outer = _next_outer(self._model, place, self.opaque) if place else None
+        outer = _next_outer(self.model, place, self.opaque) if place else None
         if outer is None:
             refusal = BakedInError if isinstance(error, BakedInError) else TracingError
             raise refusal(
-                f"the top level of {type(self._model).__name__} cannot be recorded: {reason}"
+                f"the top level of {type(self.model).__name__} cannot be recorded: {reason}"
             ) from error
         self.opaque[outer] = reason
 
@@ -252,13 +155,6 @@ def _without_data(value: Any, differentiable: bool) -> Any:
     if not isinstance(value, torch.Tensor) or isinstance(value, nn.Parameter):
         return value
     return torch.empty(value.shape, dtype=value.dtype, device="meta").requires_grad_(differentiable)
-
-
-def bind_originals(trace: Trace) -> None:
-    """Buffers were clones while tracing."""
-    for name in trace.attributes:
-        if not name.startswith("_constant_"):
-            trace.attributes[name] = functools.reduce(getattr, name.split("."), trace.model)
 
 
 def record(
@@ -388,13 +284,3 @@ def reason_of(error: BaseException) -> str:
         text = f"{type(error).__name__}: {text}"
     line = user_line(error)
     return f"{text} ({line})" if line else text
-
-
-def _signature(value: Any) -> str:
-    if isinstance(value, fx.Node):
-        return f"%{value.name}"
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{k}:{_signature(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, tuple | list):
-        return "(" + ",".join(_signature(v) for v in value) + ")"
-    return repr(value)

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
+from typing import Any
+
 from torch import Tensor, nn
+
+
+def notes() -> ContextVar[list[Any]]:
+    """A list for what a model's code sees while it is traced: no walk from the model finds it, and
+    so nothing puts it back.
+    """
+    kept: ContextVar[list[Any]] = ContextVar("notes")
+    kept.set([])
+    return kept
 
 
 class DataDependent(nn.Module):

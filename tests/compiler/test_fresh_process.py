@@ -19,6 +19,7 @@ from dni_fx.errors import DecouplingError
 from dni_fx.passes.trace import symbols, tracing
 
 from . import shape_caches
+from .kit import notes
 
 NAMES = [case.__name__ for case in shape_caches.CASES]
 NO_KEY_KEPT = {"by_name_of_module"}  # nothing is cached; the name of a module is looked up
@@ -77,15 +78,15 @@ class Asks(nn.Module):
 
 @pytest.mark.parametrize("ask", [hash, int, str, repr, "{}".format, lambda n: {n: 1}[n]])
 def test_what_may_become_a_key_is_a_plain_integer(ask: Any) -> None:
-    kinds = []
+    kinds = notes()
 
     def factor(h: Tensor) -> float:
         ask(h.shape[0])
-        kinds.append(type(h.shape[0]))
+        kinds.get().append(type(h.shape[0]))
         return 2.0
 
     trace = tracing.trace_calls(Asks(factor), (torch.randn(3, 4),), {})
-    assert kinds == [int]
+    assert kinds.get() == [int]
     assert [value for _, value in trace.guards] == [3]
 
 
@@ -107,15 +108,15 @@ def test_a_size_keeps_its_place_where_nobody_asks() -> None:
 
 
 def test_many_sizes_are_asked_for_a_bounded_number_of_times() -> None:
-    calls = []
+    calls = notes()
 
     def factor(h: Tensor) -> float:
-        calls.append(None)
+        calls.get().append(None)
         return sum({h[:n].shape[0]: 1.0}[n] for n in range(1, 61))
 
     trace = tracing.trace_calls(Asks(factor), (torch.randn(64, 4),), {})
     assert trace.opaque == {}
-    assert len(calls) == symbols._MOST_PLAIN + 2
+    assert len(calls.get()) == symbols._MOST_PLAIN + 2
 
 
 def test_an_error_of_the_model_is_its_own() -> None:
@@ -129,15 +130,15 @@ def test_an_error_of_the_model_is_its_own() -> None:
 
 
 def test_after_the_recording_a_traced_integer_is_its_value() -> None:
-    kept: list[Any] = []
+    kept = notes()
 
     def factor(h: Tensor) -> float:
-        kept.append(h.shape[0])
+        kept.get().append(h.shape[0])
         return 2.0
 
     trace = tracing.trace_calls(Asks(factor), (torch.randn(3, 4),), {})
     count = len(trace.graph.nodes)
-    (n,) = kept
+    (n,) = kept.get()
     assert (n == 3, n > 3, int(n), str(n), f"{n}", list(range(n))) == (
         True, False, 3, "3", "3", [0, 1, 2],
     )  # fmt: skip

@@ -1,0 +1,310 @@
+"""What containers, objects, namespaces and closures hold, remembered and put back in place."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import pickle
+import types
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
+
+_MISSING = object()
+_NOT_OURS = {"__dict__", "__weakref__", "_abc_impl", "__doc__"}
+
+
+class Contents(Protocol):
+    """What something holds, in named places."""
+
+    def places(self) -> Iterable[tuple[Any, Any]]:
+        """Places with what was in them, for those that :meth:`put` can fill."""
+
+    def put(self, place: Any, value: Any) -> None:
+        """Hold something else there for the time being."""
+
+    def restore(self) -> bool:
+        """Hold again what was held; nothing is touched, and False returned, where it still is."""
+
+    def again(self) -> Contents:
+        """The same of what is held now."""
+
+
+class OfDict:
+    """A dict, or the attributes of an object; as the base class sees it, since subclasses' own
+    methods do more than store.
+    """
+
+    def __init__(self, owner: dict[Any, Any]) -> None:
+        ordered = isinstance(owner, collections.OrderedDict)
+        self._base: Any = collections.OrderedDict if ordered else dict
+        self._owner, self._before = owner, [*self._base.items(owner)]
+
+    def places(self) -> Iterable[tuple[Any, Any]]:
+        return self._before
+
+    def put(self, place: Any, value: Any) -> None:
+        self._base.__setitem__(self._owner, place, value)
+
+    def restore(self) -> bool:
+        before, base = self._before, self._base
+        if len(self._owner) == len(before) and (not before or self._is_as_before()):
+            return False
+        base.clear(self._owner)
+        for key, value in before:
+            base.__setitem__(self._owner, key, value)
+        return True
+
+    def again(self) -> Contents:
+        return OfDict(self._owner)
+
+    def _is_as_before(self) -> bool:
+        pairs = zip(self._base.items(self._owner), self._before, strict=True)
+        return all(k is key and v is value for (k, v), (key, value) in pairs)
+
+
+class OfList:
+    """A list."""
+
+    def __init__(self, owner: list[Any]) -> None:
+        self._owner, self._before = owner, list.copy(owner)
+
+    def places(self) -> Iterable[tuple[Any, Any]]:
+        return enumerate(self._before)
+
+    def put(self, place: Any, value: Any) -> None:
+        list.__setitem__(self._owner, place, value)
+
+    def restore(self) -> bool:
+        changed = _differs(list.__iter__(self._owner), len(self._owner), self._before)
+        if changed:
+            list.__setitem__(self._owner, slice(None), self._before)
+        return changed
+
+    def again(self) -> Contents:
+        return OfList(self._owner)
+
+
+class OfDeque:
+    """A deque."""
+
+    def __init__(self, owner: collections.deque[Any]) -> None:
+        self._owner, self._before = owner, list(owner)
+
+    def places(self) -> Iterable[tuple[Any, Any]]:
+        return enumerate(self._before)
+
+    def put(self, place: Any, value: Any) -> None:
+        self._owner[place] = value
+
+    def restore(self) -> bool:
+        changed = _differs(iter(self._owner), len(self._owner), self._before)
+        if changed:
+            self._owner.clear()
+            self._owner.extend(self._before)
+        return changed
+
+    def again(self) -> Contents:
+        return OfDeque(self._owner)
+
+
+class OfSet:
+    """A set; its members are in no places."""
+
+    def __init__(self, owner: set[Any]) -> None:
+        self._owner, self._before = owner, set.copy(owner)
+
+    def places(self) -> Iterable[tuple[Any, Any]]:
+        return iter(())
+
+    def put(self, place: Any, value: Any) -> None:
+        raise KeyError(place)
+
+    def restore(self) -> bool:
+        changed = set.__ne__(self._owner, self._before)
+        if changed:
+            set.clear(self._owner)
+            set.update(self._owner, self._before)
+        return changed
+
+    def again(self) -> Contents:
+        return OfSet(self._owner)
+
+
+class OfBytes:
+    """A bytearray."""
+
+    def __init__(self, owner: bytearray) -> None:
+        self._owner, self._before = owner, bytes(owner)
+
+    def places(self) -> Iterable[tuple[Any, Any]]:
+        return iter(())
+
+    def put(self, place: Any, value: Any) -> None:
+        raise KeyError(place)
+
+    def restore(self) -> bool:
+        changed = self._owner != self._before
+        if changed:
+            self._owner[:] = self._before
+        return changed
+
+    def again(self) -> Contents:
+        return OfBytes(self._owner)
+
+
+class OfCell:
+    """A variable that a closure shares."""
+
+    def __init__(self, owner: types.CellType) -> None:
+        self._owner, self._before = owner, _content(owner)
+
+    def places(self) -> Iterable[tuple[Any, Any]]:
+        if self._before is not _MISSING:
+            yield None, self._before
+
+    def put(self, place: Any, value: Any) -> None:
+        self._owner.cell_contents = value
+
+    def restore(self) -> bool:
+        if _content(self._owner) is self._before:
+            return False
+        if self._before is _MISSING:
+            del self._owner.cell_contents
+        else:
+            self._owner.cell_contents = self._before
+        return True
+
+    def again(self) -> Contents:
+        return OfCell(self._owner)
+
+
+class OfNames:
+    """Some names of something: the globals that code refers to, the members of a class, the slots
+    of an object.
+
+    Args:
+        owner: whose they are.
+        names: the names.
+        get: what a name of the owner stands for, or `default`.
+        put: gives a name a meaning.
+        delete: takes it away.
+    """
+
+    def __init__(
+        self,
+        owner: Any,
+        names: list[str],
+        get: Callable[[Any, str, Any], Any],
+        put: Callable[[Any, str, Any], None],
+        delete: Callable[[Any, str], None],
+    ) -> None:
+        self._owner, self._get, self._put, self._delete = owner, get, put, delete
+        self._before = {name: get(owner, name, _MISSING) for name in names}
+
+    def places(self) -> Iterable[tuple[Any, Any]]:
+        return iter([(n, v) for n, v in self._before.items() if v is not _MISSING])
+
+    def put(self, place: Any, value: Any) -> None:
+        self._put(self._owner, place, value)
+
+    def restore(self) -> bool:
+        changed = False
+        for name, value in self._before.items():
+            if self._get(self._owner, name, _MISSING) is value:
+                continue
+            changed = True
+            if value is _MISSING:
+                self._delete(self._owner, name)
+            else:
+                self._put(self._owner, name, value)
+        return changed
+
+    def again(self) -> Contents:
+        return OfNames(self._owner, list(self._before), self._get, self._put, self._delete)
+
+
+class OfState:
+    """What an object tells of itself: a random generator, an array."""
+
+    def __init__(
+        self, owner: Any, get: Callable[[Any], Any], put: Callable[[Any, Any], Any]
+    ) -> None:
+        self._owner, self._get, self._put = owner, get, put
+        self._before = get(owner)
+
+    def places(self) -> Iterable[tuple[Any, Any]]:
+        return ()
+
+    def put(self, place: Any, value: Any) -> None:
+        raise KeyError(place)
+
+    def restore(self) -> bool:
+        changed = pickle.dumps(self._get(self._owner)) != pickle.dumps(self._before)
+        if changed:
+            self._put(self._owner, self._before)
+        return changed
+
+    def again(self) -> Contents:
+        return OfState(self._owner, self._get, self._put)
+
+
+def of_globals(namespace: dict[str, Any], names: list[str]) -> Contents:
+    """Of a Python module, those names that code refers to."""
+    return OfNames(namespace, names, dict.get, dict.__setitem__, dict.__delitem__)
+
+
+def of_class(cls: type) -> Contents:
+    """Of a class, what its body holds. A name that is new stays: nothing says that nobody waits."""
+    names = [n for n in vars(cls) if n not in _NOT_OURS]
+    get = lambda c, name, default: vars(c).get(name, default)  # noqa: E731
+    return OfNames(cls, names, get, type.__setattr__, type.__delattr__)
+
+
+def of_slots(owner: Any, names: list[str]) -> Contents:
+    """Of an object whose class has ``__slots__``."""
+    return OfNames(owner, names, getattr, object.__setattr__, object.__delattr__)
+
+
+def slot_names(cls: type) -> list[str]:
+    """Attributes of a class's objects that are in no ``__dict__``."""
+    if cls not in _SLOTS:
+        _SLOTS[cls] = [
+            name
+            for base in cls.__mro__
+            for name, member in vars(base).items()
+            if type(member) is types.MemberDescriptorType and name not in _NOT_OURS
+        ]
+    return _SLOTS[cls]
+
+
+_SLOTS: weakref.WeakKeyDictionary[type, list[str]] = weakref.WeakKeyDictionary()
+
+
+def contents_of(value: Any) -> Contents | None:
+    """What a built-in container, or a subclass of one, holds; None for anything else."""
+    for kind, make in _KINDS:
+        if isinstance(value, kind):
+            return make(value)
+    return None
+
+
+_KINDS: tuple[tuple[type, Callable[[Any], Contents]], ...] = (
+    (dict, OfDict),
+    (list, OfList),
+    (set, OfSet),
+    (collections.deque, OfDeque),
+    (bytearray, OfBytes),
+)
+# those without attributes
+BARE = {collections.OrderedDict: OfDict, collections.defaultdict: OfDict, **dict(_KINDS)}
+
+
+def _differs(now: Iterator[Any], length: int, before: list[Any]) -> bool:
+    return length != len(before) or any(a is not b for a, b in zip(now, before, strict=True))
+
+
+def _content(cell: types.CellType) -> Any:
+    with contextlib.suppress(ValueError):
+        return cell.cell_contents
+    return _MISSING

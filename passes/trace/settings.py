@@ -1,0 +1,87 @@
+"""Settings of torch for the whole process."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+_CUDNN = ("enabled", "benchmark", "deterministic", "allow_tf32")
+_ATTENTION = ("flash", "mem_efficient", "math", "cudnn")
+_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu")
+
+
+def kept_settings() -> Callable[[], None]:
+    """Remember the settings; the result puts back those that changed."""
+    before = _read()
+    return partial(_put_back, before)
+
+
+def _read() -> list[Any]:
+    return [get() for get, _ in _SETTINGS]
+
+
+def _put_back(before: list[Any]) -> None:
+    for (get, put), value in zip(_SETTINGS, before, strict=True):
+        if get() != value:
+            put(value)
+
+
+def _deterministic() -> tuple[bool, bool]:
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    return torch.are_deterministic_algorithms_enabled(), warn_only
+
+
+def _set_deterministic(value: tuple[bool, bool]) -> None:
+    torch.use_deterministic_algorithms(value[0], warn_only=value[1])
+
+
+def _default_device() -> Any:
+    context = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
+    return getattr(context, "device", None)
+
+
+def _anomaly() -> tuple[bool, bool]:
+    return torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
+
+
+def _set_anomaly(value: tuple[bool, bool]) -> None:
+    torch.set_anomaly_enabled(*value)
+
+
+_Setting = tuple[Callable[[], Any], Callable[[Any], Any]]
+
+
+def _autocast(device: str) -> list[_Setting]:
+    return [
+        (partial(torch.is_autocast_enabled, device), partial(torch.set_autocast_enabled, device)),
+        (partial(torch.get_autocast_dtype, device), partial(torch.set_autocast_dtype, device)),
+    ]
+
+
+def _attribute(owner: Any, name: str) -> _Setting:
+    return partial(getattr, owner, name), partial(setattr, owner, name)
+
+
+def _attention(name: str) -> _Setting:
+    cuda = torch.backends.cuda
+    return getattr(cuda, f"{name}_sdp_enabled"), getattr(cuda, f"enable_{name}_sdp")
+
+
+_SETTINGS: list[_Setting] = [
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (_default_device, torch.set_default_device),
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (_deterministic, _set_deterministic),
+    (torch.get_num_threads, torch.set_num_threads),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (_anomaly, _set_anomaly),
+    (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
+    _attribute(torch.backends.mkldnn, "enabled"),
+    *(_attribute(torch.backends.cudnn, name) for name in _CUDNN),
+    *(_attention(name) for name in _ATTENTION),
+    *itertools.chain.from_iterable(map(_autocast, _DEVICES)),
+]
