@@ -145,8 +145,12 @@ class Recorder(TorchFunctionMode):
         if isinstance(value, torch.Tensor) and self.known.is_computed(value):
             return  # written before in this call
         self.paused = True
+        path = self.known.paths.get(id(module))
         try:
-            self.reads.attribute(module, self.known.paths.get(id(module)), name, value)
+            if name != "training":
+                self.reads.attribute(module, path, name, value)
+            elif self.visits.visited.get(path or "") is not module:
+                self.reads.training(module, path)
         finally:
             self.paused = False
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .held import LIBRARY, MODES
+from .held import MODES
+from .outside import LIBRARY, MISSING
 from .recorder import Recorder
 
 # torch's own, whose code is exchanged while something is recorded: names that were bound to
@@ -78,8 +79,13 @@ class _Routes:
 
     def _attribute(self) -> Any:
         def attribute(module: Any, name: str) -> Any:
-            value = object.__getattribute__(module, name)
-            if self.watches():
+            try:
+                value = object.__getattribute__(module, name)
+            except AttributeError:
+                if self.watches() and not _is_registered(module, name):
+                    self.recorder.read_attribute(module, name, MISSING)
+                raise
+            if self.watches() and (name != "__dict__" or not _by_library(2)):
                 self.recorder.read_attribute(module, name, value)
             return value
 
@@ -87,8 +93,7 @@ class _Routes:
 
     def _mode(self, name: str, original: Any) -> Any:
         def mode(*args: Any) -> Any:
-            by_torch = sys._getframe(1).f_code.co_filename.startswith(LIBRARY)
-            if self.watches() and not by_torch:
+            if self.watches() and not _by_library(2):
                 self.recorder.reads.mode(name, args)
             return original(*args)
 
@@ -113,6 +118,17 @@ class _Routes:
             return original(region, *error)
 
         return leave
+
+
+def _by_library(depth: int) -> bool:
+    """Whether it is torch's code, or ours, that calls."""
+    return sys._getframe(depth).f_code.co_filename.startswith(LIBRARY)
+
+
+def _is_registered(module: nn.Module, name: str) -> bool:
+    """Whether a module has a parameter, buffer or module of this name."""
+    own = object.__getattribute__(module, "__dict__")
+    return any(name in own.get(table, ()) for table in ("_parameters", "_buffers", "_modules"))
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.hooks import RemovableHandle
 
 import dni_fx
 from dni_fx.errors import CutError, DecouplingError
@@ -44,6 +45,7 @@ class Side:
         self.model, self.scope = program.make()
         self.trainer: dni_fx.Trainer | None = None
         self.decoupled: dni_fx.Decoupled | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
 
     def decouple(self, first: Call, check: bool) -> None:
         """Cut the model; where the first layer is no legal place, at the first that is one."""
@@ -93,10 +95,11 @@ class Side:
     def _step(self, inputs: dict[str, Any]) -> dict[str, Any]:
         if self.trainer is not None:
             return {"loss": float(self.trainer.step(**inputs).loss)}
-        optimizer = torch.optim.SGD(self.model.parameters(), 0.1)
+        if self.optimizer is None:
+            self.optimizer = _sgd(self.model.parameters())
         loss = self.loss(self.model(**inputs))
         loss.backward()
-        optimizer.step()
+        self.optimizer.step()
         return {"loss": float(loss)}
 
     def _call(self, inputs: dict[str, Any], kind: str) -> dict[str, Any]:
@@ -245,6 +248,8 @@ def normal(value: Any) -> Any:
         return torch.from_numpy(value.copy())
     if isinstance(value, types.FunctionType | types.MethodType | type | types.ModuleType):
         return value.__name__
+    if isinstance(value, RemovableHandle):
+        return "handle"
     if hasattr(value, "cache_info"):
         return _cached(value)
     if hasattr(value, "__dict__"):

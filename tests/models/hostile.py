@@ -215,28 +215,29 @@ class Call:
 def make_calls(program: Program, count: int) -> list[Call]:
     """Some calls of a program."""
     draw = random.Random(program.seed + 1_000_003)
-    return [_call(program, draw, first=k == 0) for k in range(count)]
+    usual = draw.choice(LAYOUTS), draw.choice((2, 3, 4, 4, 5))
+    return [_call(program, draw, usual, first=k == 0) for k in range(count)]
 
 
-def _call(program: Program, draw: random.Random, first: bool) -> Call:
+def _call(program: Program, draw: random.Random, usual: tuple[str, int], first: bool) -> Call:
     changes: list[str] = []
     for used in program.used:
         if used.feature.changes and not first and draw.random() < 0.8:
             change = used.text(draw.choice(used.feature.changes), draw.choice(NUMBERS))
             changes.append(f"m = {used.owner}\n{change}")
-    if not first and draw.random() < 0.4:
+    if not first and draw.random() < 0.25:
         names = ["model", *(u.owner for u in program.used)]
         changes.append(f"{draw.choice(names)}.train({draw.random() < 0.5})")
-    if not first and draw.random() < 0.1:
+    if not first and draw.random() < 0.05:
         changes.append("model.m0.weight.requires_grad_(not model.m0.weight.requires_grad)")
     if not first and draw.random() < 0.05:
         changes.append("model.m0.weight = nn.Parameter(model.m0.weight.detach() * 2)")
-    n = draw.choice((2, 3, 4, 4, 5))
-    arguments = {"x": draw.choice(LAYOUTS).replace("n,", f"{n},").replace("n)", f"{n})")}
-    arguments["x"] = arguments["x"].replace("* n", f"* {n}").replace("n +", f"{n} +")
+    layout = draw.choice(LAYOUTS) if draw.random() < 0.25 else usual[0]
+    n = draw.choice((2, 3, 4, 5)) if draw.random() < 0.35 else usual[1]
+    arguments = {"x": f"(lambda n: {layout})({n})"}
     for used in program.used:
         if used.feature.argument:
             text = used.text(used.feature.argument, draw.choice(NUMBERS))
             arguments[f"arg{used.number}"] = f"(lambda n: {text})({n})"
-    kind = draw.choice(("step", "step", "backward", "call", "no_grad"))
-    return Call(tuple(changes), arguments, kind, draw.random() < 0.15, draw.randint(0, 1 << 30))
+    kind = draw.choice(("step", "step", "step", "backward", "call", "no_grad"))
+    return Call(tuple(changes), arguments, kind, draw.random() < 0.1, draw.randint(0, 1 << 30))

@@ -114,7 +114,7 @@ MODULES = (
     Feature("children added", "for layer in self.c$:\n    h = layer(h)",
             init="self.c$ = nn.ModuleList([nn.Tanh()])",
             changes=("m.c$.append(nn.Sigmoid())", "m.c$[0] = nn.Sigmoid()",
-                     "del m.c$[-1:]")),
+                     "del m.c$[1:]")),
     Feature("sequence grows", "h = self.c$(h)", init="self.c$ = nn.Sequential(nn.Tanh())",
             changes=("m.c$.append(nn.Sigmoid())", "m.c$[0] = nn.Hardtanh()")),
     Feature("number of children", "h = h * len(self.c$)",
