@@ -145,7 +145,7 @@ def plan_cuts(
         loss: ``loss(output, target)`` for ``"learnability"``.
         context: as in :func:`decouple`.
         example_kwargs: keyword inputs.
-        progress: show a bar while measuring.
+        progress: show a bar while nodes are weighed.
 
     Returns:
         The plan: printable, comparable, stored by ``to_json``, drawn by ``draw``; costs are in

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
-from torch import fx
 
 from ..passes.cut.insertion import Inserted
 from ..passes.cut.specs import modules_of
@@ -76,7 +75,7 @@ def _notes(variant: Variant, inserted: Inserted, wanted: int | None) -> tuple[st
 def _stage_reports(variant: Variant) -> tuple[StageReport, ...]:
     costs = variant.choice.costs
     counts = {n: p.numel() for n, p in variant.trace.model.named_parameters()}
-    modules = _whole_modules(variant.choice.stage_of)
+    modules = _whole_modules(variant)
     return tuple(
         StageReport(
             name=f"stage_{s.index}",
@@ -131,8 +130,9 @@ def _source_reports(variant: Variant, inserted: Inserted) -> dict[str, SourceRep
     return found
 
 
-def _whole_modules(stage_of: Mapping[fx.Node, int]) -> dict[int, tuple[str, ...]]:
+def _whole_modules(variant: Variant) -> dict[int, tuple[str, ...]]:
     """The largest modules that lie wholly in one stage, in program order."""
+    stage_of = variant.choice.stage_of
     where: dict[str, set[int]] = {}
     for node, stage in stage_of.items():
         for path in modules_of(node):

@@ -159,12 +159,21 @@ class Graphs:
             for name, source in inserted.inputs.items():
                 self.synthesizers[_input_key(name)] = source
             self._plan = plan
+        self._remark(variant.trace.notes)
         for other in self.variants:
             if other.absorb(variant):
                 return other
         kept = [v for v in self.variants if not v.is_outdated()]
         self.variants = [*kept[:1], *kept[1:][-_MOST_VARIANTS:], variant]
         return variant
+
+    def _remark(self, notes: tuple[str, ...]) -> None:
+        """What a graph that was made later has to say belongs into the plan, too."""
+        report = self.plan.report
+        fresh = tuple(n for n in notes if report is None or n not in report.notes)
+        if report is not None and fresh:
+            report = dataclasses.replace(report, notes=report.notes + fresh)
+            self._plan = dataclasses.replace(self.plan, report=report)
 
     def functions(self, whole: bool = True) -> tuple[StageFunctions, ...]:
         """The emitted functions of the active graph, written when first trained with.

@@ -1,15 +1,17 @@
 """Nested inputs and outputs taken apart into tensors and put together again.
 
 Containers that torch's pytree knows (tuples, named tuples, lists, dicts, registered classes such as
-transformers' ``ModelOutput``) and any dataclass are opened. Everything else that is not a tensor is
-part of the structure.
+transformers' ``ModelOutput``), any dataclass, and mappings and lists of classes of their own (such
+as transformers' ``BatchEncoding``) are opened. Everything else that is not a tensor is part of the
+structure.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections import UserList
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,18 +27,18 @@ class Structure:
     """How a nested value is built; equal structures take the same number of leaves.
 
     Attributes:
-        kind: ``"leaf"``, ``"constant"``, ``"dataclass"`` or ``"node"``.
+        kind: ``"leaf"``, ``"constant"``, ``"dataclass"``, ``"items"`` or ``"node"``.
         was: what the constant held, since it may be an object that changes.
-        payload: the constant, the dataclass instance used as a template, or the pytree node's type
-            and context.
+        payload: the constant, the instance used as a template (a dataclass, or a mapping or list of
+            a class of its own), or the pytree node's type and context.
         children: their structures.
-        fields: the names of a dataclass's.
+        fields: names of a dataclass's fields, keys of a mapping, indices of a list.
     """
 
     kind: str
     payload: Any = None
     children: tuple[Structure, ...] = ()
-    fields: tuple[str, ...] = ()
+    fields: tuple[Any, ...] = ()
     was: tuple[Any, ...] = ()
 
     def __eq__(self, other: object) -> bool:
@@ -45,9 +47,10 @@ class Structure:
         a, b = self.payload, other.payload
         if self.kind == "constant":
             return other.kind == "constant" and self.was == other.was
+        is_template = self.kind in ("dataclass", "items")
         return (
             (self.kind, self.fields) == (other.kind, other.fields)
-            and (type(a) is type(b) if self.kind == "dataclass" else a == b)
+            and (type(a) is type(b) if is_template else a == b)
             and self.children == other.children
         )
 
@@ -76,6 +79,11 @@ class Structure:
             value = copy.copy(self.payload)
             for name, child in zip(self.fields, children, strict=True):
                 object.__setattr__(value, name, child)
+            return value
+        if self.kind == "items":
+            value = copy.copy(self.payload)
+            for key, child in zip(self.fields, children, strict=True):
+                value[key] = child
             return value
         node_type, context = self.payload
         return pytree.SUPPORTED_NODES[node_type].unflatten_fn(children, context)
@@ -121,7 +129,28 @@ def _take_apart(item: Any, leaves: list[Any], is_leaf: Callable[[Any], bool]) ->
         for name in names:
             object.__setattr__(template, name, None)
         return Structure("dataclass", template, parts, names)
-    return Structure("constant", item, was=picture(item))
+    return _items(item, leaves, is_leaf) or Structure("constant", item, was=picture(item))
+
+
+def _items(item: Any, leaves: list[Any], is_leaf: Callable[[Any], bool]) -> Structure | None:
+    """A mapping or list of a class of its own, if it holds leaves: what else it is stays in the
+    template.
+    """
+    if isinstance(item, MutableMapping):
+        keys = list(item)
+    elif isinstance(item, list | UserList):
+        keys = list(range(len(item)))
+    else:
+        return None
+    found: list[Any] = []
+    parts = {key: _take_apart(item[key], found, is_leaf) for key in keys}
+    if not found:
+        return None
+    template = copy.copy(item)
+    for key, part in parts.items():
+        template[key] = None if part.leaf_count else template[key]
+    leaves += found
+    return Structure("items", template, tuple(parts.values()), tuple(keys))
 
 
 def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
@@ -134,9 +163,9 @@ def unpack_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     """A loader's batch as ``(args, kwargs, target)``.
 
     Raises:
-        DecouplingError: neither ``(input, ..., target)`` nor a dict with a target.
+        DecouplingError: neither ``(input, ..., target)`` nor a mapping with a target.
     """
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         rest = dict(batch)
         key = "target" if "target" in rest else "labels"
         if key not in rest:

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from ..errors import BakedInError, CutError, PlanMismatchError, TracingError
-from ..passes.cut.checking import call_stages, check_model, check_stages
+from ..passes.cut.checking import Yardstick, call_stages, check_stages
 from ..passes.cut.cutting import Flow, find_flow
 from ..passes.cut.insertion import Context, Gradients, Inputs, Inserted, Leaving, insert_sources
 from ..passes.cut.splitting import split_stages
@@ -33,12 +33,16 @@ from ..passes.search.choosing import Search, choose_best, follow, weigh_model
 from ..passes.search.searching import Choice
 from ..passes.trace.exporting import trace_export
 from ..passes.trace.held import GRAD_MODE
+from ..passes.trace.naming import check_inputs, where_is
 from ..passes.trace.traces import Trace
 from ..passes.trace.tracing import trace_calls
 from ..plan import CutPlan
+from .blame import find_culprits
 from .describing import describe_plan
 from .nested import flatten
 from .variants import Variant
+
+_RUNG = ("trace_calls", "trace_export")
 
 
 class Opening(Leaving, Protocol):
@@ -99,24 +103,26 @@ def build_variant(
         DecouplingError: the model itself fails.
     """
     called = model if recipe.opening is None else recipe.opening.module
+    check_inputs(called, args, kwargs)
+    yardstick = Yardstick(called, args, kwargs, lenient=plan is not None)
     refusals: list[str] = []
     digests: list[str] = []  # of graphs that the recipe's plan was not made for
-    for tracer in (trace_calls, trace_export):
+    rungs: list[dict[str, str] | None] = [{}, None]  # modules to keep as one node; None: export
+    for opaque in rungs:
         try:
-            trace, grad = tracer(called, args, kwargs), True
-            if any(h.place == GRAD_MODE for h in trace.held) and not torch.is_grad_enabled():
-                trace, grad = tracer(called, args, kwargs, grad=False), False
+            trace = _trace(recipe, yardstick, opaque)
         except TracingError as error:
-            refusals.append(f"{tracer.__name__}: {error}")
-            if len(refusals) == 1:
-                check_model(called, args, kwargs, str(error))
+            refusals.append(f"{_RUNG[opaque is None]}: {error}")
+            yardstick.seen = str(error)
+            _ = yardstick.first  # raises where the model itself fails
             if isinstance(error, BakedInError):  # export would bake it in without a word
                 break
             continue
-        if recipe.opening is not None:
-            trace = recipe.opening.open(trace)
-        if plan is None and isinstance(recipe.cuts, CutPlan) and trace.digest != recipe.cuts.digest:
+        if plan is None and _is_other_graph(recipe.cuts, trace, bool(opaque)):
             digests.append(trace.digest)
+            if opaque == {} and recipe.check:  # the plan's may have modules that are one node
+                found = _blame(recipe, yardstick, trace)
+                rungs[1:1] = [found] if isinstance(found, dict) else []
             continue
         flow = find_flow(trace)
         choice = _choose(recipe, flow, args, kwargs, plan)
@@ -125,11 +131,19 @@ def build_variant(
         if not recipe.check:
             return variant
         composed = functools.partial(call_stages, trace, split)
-        result = check_stages(called, composed, args, kwargs, grad)
+        result = check_stages(called, composed, args, kwargs, yardstick)
         if result.mismatch is None:
             variant.exact, trace.changes = result.exact, result.changes
+            trace.notes += (yardstick.note,) if yardstick.note else ()
             return variant
-        refusals.append(f"{tracer.__name__}: the traced model is not the model: {result.mismatch}")
+        refusal = f"{_RUNG[opaque is None]}: the traced model is not the model: {result.mismatch}"
+        if opaque == {}:
+            found = _blame(recipe, yardstick, trace)
+            if isinstance(found, str):
+                refusal += f"; {found}"
+            else:
+                rungs.insert(1, found)
+        refusals.append(refusal)
     if isinstance(recipe.cuts, CutPlan) and digests and not refusals:
         planned = recipe.cuts
         raise PlanMismatchError(
@@ -143,6 +157,51 @@ def build_variant(
         "Move the code that is named into a submodule of its own (it then stays one opaque node), "
         "or pass that part of the model to decouple"
     )
+
+
+def _trace(recipe: Recipe, yardstick: Yardstick, opaque: dict[str, str] | None) -> Trace:
+    """The graph that one rung gives, opened where its state is to leave it; what it is compared
+    with is measured with gradients where it was recorded with them.
+    """
+    tracer = trace_export if opaque is None else trace_calls
+    if opaque:
+        tracer = functools.partial(trace_calls, opaque=opaque)
+    call = yardstick.model, yardstick.args, yardstick.kwargs
+    trace, grad = tracer(*call), True
+    if any(h.place == GRAD_MODE for h in trace.held) and not torch.is_grad_enabled():
+        trace, grad = tracer(*call, grad=False), False
+    yardstick.ask(grad)
+    return trace if recipe.opening is None else recipe.opening.open(trace)
+
+
+def _blame(recipe: Recipe, yardstick: Yardstick, trace: Trace) -> dict[str, str] | str:
+    """Why a graph is not its model: modules to keep as one node each, or a reason why none help."""
+    model, args, kwargs = yardstick.model, yardstick.args, yardstick.kwargs
+    mismatch = ""
+
+    def is_right(opaque: frozenset[str]) -> bool:
+        nonlocal mismatch
+        try:
+            trial = _trace(recipe, yardstick, dict.fromkeys(opaque, ""))
+        except TracingError:
+            return False
+        flow = find_flow(trial)
+        whole = split_stages(flow, {n: 0 for n in flow.nodes if flow.is_computed(n)})
+        run = functools.partial(call_stages, trial, whole)
+        found = check_stages(model, run, args, kwargs, yardstick).mismatch
+        mismatch = mismatch or found or ""
+        return found is None
+
+    culprits = find_culprits(trace, is_right)
+    if culprits is None:
+        return f"what differs is done by {where_is(model, '')} itself, not by a submodule"
+    if not culprits:
+        return "it is without cuts: they divide what must stay together; cut elsewhere"
+    return {
+        path: f"looked into, it is not what it computes as a whole: {mismatch}; it is "
+        f"{where_is(model, path)}"
+        for path in sorted(culprits)
+    }
 
 
 def plan_variant(recipe: Recipe, variant: Variant) -> tuple[CutPlan, Inserted]:
@@ -164,6 +223,8 @@ def trace_model(model: nn.Module, args: Any, kwargs: Any) -> Trace:
     """
     try:
         return trace_calls(model, args, kwargs)
+    except BakedInError:  # export would bake it in without a word
+        raise
     except TracingError as first:
         try:
             return trace_export(model, args, kwargs)
@@ -190,3 +251,11 @@ def _choose(recipe: Recipe, flow: Flow, args: Any, kwargs: Any, plan: CutPlan | 
         return choice
     costs = weigh_model(flow, args, kwargs, gradients, context, recipe.weigh)
     return dataclasses.replace(choice, costs=costs)
+
+
+def _is_other_graph(cuts: Any, trace: Trace, blamed: bool) -> bool:
+    """Whether a plan was made for another graph. Where modules turned out to be single nodes, the
+    names of its cuts are followed.
+    """
+    followed = isinstance(cuts, CutPlan) and not (blamed and not cuts.assignment)
+    return followed and trace.digest != cuts.digest

@@ -4,6 +4,7 @@ silently wrong.
 
 from __future__ import annotations
 
+import functools
 import random
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...errors import DecouplingError
+from ...errors import DecouplingError, user_line
 from ...graphs.nested import flatten, map_tensors
 from ..trace.caches import Fakes, forget
 from ..trace.nodes import run_node
@@ -22,10 +23,14 @@ from ..trace.prefixes import ancestors, run_prefix
 from ..trace.state import Changes, restored
 from ..trace.symbols import plain
 from ..trace.traces import Trace
+from ..trace.values import dense
 from .splitting import Split
 
 _RELATIVE = {torch.float64: 1e-10, torch.complex128: 1e-10}
 _RELATIVE |= {torch.float32: 1e-4, torch.complex64: 1e-4}
+
+
+Measured = dict[str, torch.Tensor | None]  # outputs, parameters' gradients and buffers, by name
 
 
 @dataclass(frozen=True)
@@ -43,30 +48,120 @@ class Check:
     changes: Changes = field(default_factory=Changes)
 
 
+class Yardstick:
+    """What a model computes in a call: outputs, every parameter's gradient, buffers; measured when
+    first asked for.
+
+    Args:
+        model: the user's model, in the mode to check.
+        args: example positional inputs.
+        kwargs: example keyword inputs.
+        lenient: whether to do without gradients where the model has none in this mode (reversible
+            blocks that record what their backward needs in training alone).
+
+    Attributes:
+        note: a remark for the plan: that gradients were not compared.
+        seen: what tracing said, which names the place.
+        grad: whether gradients are asked for, which code may look at.
+        changes: what a call of the model does besides.
+    """
+
+    def __init__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], lenient: bool = False
+    ) -> None:
+        self.model, self.args, self.kwargs = model, args, kwargs
+        self.grad = True
+        self.note: str | None = None
+        self.seen = ""
+        self.changes = Changes()
+        self._lenient = lenient
+
+    def ask(self, grad: bool) -> None:
+        """Whether gradients are asked for; where that is new, the model is measured anew."""
+        if grad != self.grad:
+            self.grad = grad
+            for name in ("first", "second"):
+                vars(self).pop(name, None)
+
+    def measure(self, function: Callable[..., Any]) -> Measured:
+        """The same of anything that is called as the model is, with the same seed and inputs."""
+        return self._run(function)[0]
+
+    @functools.cached_property
+    def first(self) -> Measured:
+        """Of the model.
+
+        Raises:
+            DecouplingError: the model itself fails, so that its own complaint is the one that is
+                heard.
+        """
+        try:
+            return self.measure(self.model)
+        except _RunError as error:
+            if not error.in_backward or not self._lenient:
+                raise self._failure(error) from error.__cause__
+            mode = "training" if self.model.training else "evaluation"
+            self.note = (
+                f"in {mode} mode the model's own backward fails ({_text(error.__cause__)}): "
+                "outputs and buffers were compared there, gradients were not"
+            )
+        return self.measure(self.model)
+
+    def _failure(self, error: _RunError) -> DecouplingError:
+        cause = error.__cause__ or error
+        name, seen = type(self.model).__name__, self.seen or user_line(cause)
+        where = f" ({seen})" if seen else ""
+        if error.in_backward:
+            return DecouplingError(
+                f"{name}'s own backward fails: {_text(error.__cause__)}{where}; pass inputs that "
+                "it can be trained with, and put it into the mode for that"
+            )
+        return DecouplingError(
+            f"{name} itself fails on these inputs: {_text(error.__cause__)}; pass inputs that "
+            f"model(*args, **kwargs) takes{where}"
+        )
+
+    @functools.cached_property
+    def second(self) -> Measured:
+        """Of the model again, since eager PyTorch is not always repeatable."""
+        found, self.changes = self._run(self.model)
+        return found
+
+    def _run(self, function: Callable[..., Any]) -> tuple[Measured, Changes]:
+        pulled = self.note is None
+        return _measure(self.model, function, self.args, self.kwargs, self.grad, pulled)
+
+
 def check_stages(
     model: nn.Module,
     composed: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    grad: bool = True,
+    yardstick: Yardstick | None = None,
 ) -> Check:
     """Compare composed stages with the model: outputs, every parameter's gradient, buffers; same
     seed, same inputs.
-
-    The yardstick is the model against itself, since eager PyTorch is not always repeatable. Model,
-    gradients, buffers and random states are left as they were.
 
     Args:
         model: the user's model, in the mode to check.
         composed: runs the stages, called as the model is.
         args: example positional inputs.
         kwargs: example keyword inputs.
-        grad: whether gradients are asked for.
+        yardstick: of the model in this call, where there is one already.
+
+    Returns:
+        Whether they agree, and what a call of the model changes. Model, gradients, buffers and
+        random states are as they were.
     """
-    first = check_model(model, args, kwargs, grad=grad)
-    changes = Changes()
-    second = _measure(model, model, args, kwargs, grad, changes)
-    stages = _measure(model, composed, args, kwargs, grad)
+    yardstick = yardstick or Yardstick(model, args, kwargs)
+    first, second = yardstick.first, yardstick.second
+    try:
+        stages = yardstick.measure(composed)
+    except _RunError as error:
+        if isinstance(error.__cause__, DecouplingError):
+            raise error.__cause__ from None
+        part = "the backward of the stages" if error.in_backward else "the stages"
+        return Check(f"{part} failed: {_text(error.__cause__)}", False)
     if list(first) != list(stages):
         return Check(
             f"the stages return other tensors than the model ({len(stages)} against {len(first)})",
@@ -81,7 +176,7 @@ def check_stages(
         if check.mismatch is not None:
             return Check(f"{name}: {check.mismatch}", False)
         exact &= check.exact
-    return Check(None, exact, changes)
+    return Check(None, exact, yardstick.changes)
 
 
 def _compare(
@@ -125,34 +220,16 @@ def call_stages(trace: Trace, split: Split, *args: Any, **kwargs: Any) -> Any:
     return output, state  # messages are in the output already
 
 
-def check_model(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    seen: str = "",
-    grad: bool = True,
-) -> dict[str, torch.Tensor | None]:
-    """Run the model itself, so that its own complaint about its inputs is the one that is heard;
-    its outputs, parameter gradients and buffers, by name.
+class _RunError(Exception):
+    """What was measured failed by itself; its cause is the error."""
 
-    Args:
-        model: the user's model.
-        args: positional inputs.
-        kwargs: keyword inputs.
-        seen: what tracing said, which names the place.
-        grad: whether gradients are asked for.
+    def __init__(self, in_backward: bool) -> None:
+        super().__init__()
+        self.in_backward = in_backward
 
-    Raises:
-        DecouplingError: the model fails.
-    """
-    try:
-        return _measure(model, model, args, kwargs, grad)
-    except Exception as error:
-        raise DecouplingError(
-            f"{type(model).__name__} itself fails on these inputs: {type(error).__name__}: "
-            f"{error}; pass inputs that "
-            "model(*args, **kwargs) takes" + (f" ({seen})" if seen else "")
-        ) from error
+
+def _text(error: BaseException | None) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def guards_hold(trace: Trace, leaves: list[torch.Tensor]) -> bool:
@@ -219,19 +296,21 @@ def _measure(
     function: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    grad: bool,
-    changes: Changes | None = None,
-) -> dict[str, torch.Tensor | None]:
-    """Outputs, gradients and buffers of one run, after which all is as it was."""
+    grad: bool = True,
+    pulled: bool = True,
+) -> tuple[Measured, Changes]:
+    """Outputs, buffers and, if gradients are to be pulled back, those of the parameters, of one run
+    after which all is as it was; and what the run changed.
+
+    Raises:
+        _RunError: the function fails, or its backward.
+    """
     try:
-        with restored(model, args, kwargs) as seen:
-            found = _run(model, function, args, kwargs, grad)
+        with restored(model, args, kwargs) as changes:
+            return _run(model, function, args, kwargs, grad, pulled), changes
     except Exception:  # a mode may be in the way of what runs: without any, then
-        with restored(model, args, kwargs, whole=True) as seen:
-            found = _run(model, function, args, kwargs, grad)
-    if changes is not None:
-        changes.tensors, changes.contents = seen.tensors, seen.contents
-    return found
+        with restored(model, args, kwargs, whole=True) as changes:
+            return _run(model, function, args, kwargs, grad, pulled), changes
 
 
 def _run(
@@ -240,7 +319,8 @@ def _run(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     grad: bool,
-) -> dict[str, torch.Tensor | None]:
+    pulled: bool,
+) -> Measured:
     with torch.set_grad_enabled(grad):
         # Not the state in which the model was traced: draws must not be baked in.
         torch.manual_seed(1)
@@ -248,30 +328,35 @@ def _run(
         if "numpy.random" in sys.modules:
             sys.modules["numpy.random"].seed(1)
         args, kwargs = map_tensors(lambda t: t.detach().clone(), (args, kwargs))
-        output = function(*args, **kwargs)
-        results: dict[str, torch.Tensor | None] = {
-            f"output {i}": t for i, t in enumerate(flatten(output)[0])
-        }
-        roots = [t for t in results.values() if t is not None and t.requires_grad]
-        generator = torch.Generator().manual_seed(0)
-        cotangents = [_like(r, generator) for r in roots]
-        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        before = {n: p.grad for n, p in trained.items()}
-        try:  # not autograd.grad, which reentrant checkpoints refuse
-            for parameter in trained.values():
-                parameter.grad = None
-            if roots:
-                torch.autograd.backward(roots, cotangents)
-            for name, parameter in trained.items():
-                gradient = parameter.grad
-                if gradient is not None and gradient.is_sparse:
-                    gradient = gradient.to_dense()
-                results[f"gradient of {name}"] = gradient
-        finally:
-            for name, parameter in trained.items():
-                parameter.grad = before[name]
-        results.update({f"buffer {n}": b.clone() for n, b in model.named_buffers()})
+        try:
+            output = function(*args, **kwargs)
+        except Exception as error:
+            raise _RunError(in_backward=False) from error
+        results: Measured = {f"output {i}": dense(t) for i, t in enumerate(flatten(output)[0])}
+        if pulled:
+            roots = [t for t in results.values() if t is not None and t.requires_grad]
+            results.update(_gradients(model, roots))
+        results.update({f"buffer {n}": dense(b).clone() for n, b in model.named_buffers()})
         return {n: None if t is None else t.detach() for n, t in results.items()}
+
+
+def _gradients(model: nn.Module, roots: list[torch.Tensor]) -> Measured:
+    """Of every trainable parameter, for cotangents that are the same each time."""
+    generator = torch.Generator().manual_seed(0)
+    cotangents = [_like(r, generator) for r in roots]
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    before = [p.grad for _, p in trained]
+    try:  # not autograd.grad, which reentrant checkpoints refuse
+        for _, parameter in trained:
+            parameter.grad = None
+        if roots:
+            torch.autograd.backward(roots, cotangents)
+        return {f"gradient of {n}": None if p.grad is None else dense(p.grad) for n, p in trained}
+    except Exception as error:
+        raise _RunError(in_backward=True) from error
+    finally:
+        for (_, parameter), gradient in zip(trained, before, strict=True):
+            parameter.grad = gradient
 
 
 def _like(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

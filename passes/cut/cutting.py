@@ -114,6 +114,10 @@ def find_flow(trace: Trace) -> Flow:
     illegal = torn_positions(nodes, last_use, replicated, unkept)
     glued = {i: n for i, n in enumerate(nodes) if n.meta.get("glued")}
     illegal |= {i: f"{n.name!r} belongs to the node before it" for i, n in glued.items()}
+    for i, node in enumerate(nodes):
+        if node.meta.get("sparse") and node.op not in _GIVEN and node not in replicated:
+            reason = f"{node.name!r} is sparse, and no source serves such a value"
+            illegal.update(dict.fromkeys(range(i + 1, last_use[node] + 1), reason))
     illegal |= divided_regions(nodes)
     computing = [n for n in nodes if n.op not in _GIVEN and n not in guards_only]
     return Flow(

@@ -27,7 +27,7 @@ from torch import fx, nn
 
 from ...runtime.emitted import Leaf, StepResult, detached, evaluate, pull_back
 from ...sources import GradientSource, serve
-from ..trace.nodes import identifier
+from ..trace.nodes import identifier, safe_targets
 from .splitting import OUTPUT, Split
 
 _PREFIXES = re.compile(r"dni_fx_runtime_emitted_|^import .*\n|^from .*\n", re.MULTILINE)
@@ -57,6 +57,12 @@ class StageFunctions:
         self._unasked = split.unasked
 
     @functools.cached_property
+    def _source_targets(self) -> list[str]:
+        """Where a step keeps its sources."""
+        keys = (f"sources.{source_key(group.name)}" for group in self._served)
+        return list(safe_targets(keys).values())
+
+    @functools.cached_property
     def forward(self) -> fx.GraphModule:
         """``inputs -> (outputs, leaves, entries)``."""
         graph = fx.Graph()
@@ -78,13 +84,14 @@ class StageFunctions:
         names = [*self._sent, *(["loss"] if OUTPUT in self._stage.outputs else [])]
         roots = [_item(graph, outputs, n) for n in names]
         roots += [_item(graph, entries, n) for n in self._received]
-        roots += [graph.create_node("get_attr", f"shared.{name}") for name in self._shared]
+        targets = safe_targets(f"shared.{name}" for name in self._shared)
+        roots += [graph.create_node("get_attr", target) for target in targets.values()]
         arrived = [graph.call_method("get", (gradients, n)) for n in names]
         arrived += [graph.call_method("get", (partials, n)) for n in self._received]
         arrived += [graph.call_method("get", (partials, n)) for n in self._shared]
         graph.call_function(pull_back, (tuple(roots), tuple(arrived), retain))
         graph.output(_gradients(graph, {n: _item(graph, leaves, n) for n in self._received}))
-        shared = {f"shared.{n}": p for n, p in self._shared.items()}
+        shared = dict(zip(targets.values(), self._shared.values(), strict=True))
         return fx.GraphModule(shared, graph, f"Backward{self._stage.index}")
 
     @functools.cached_property
@@ -116,8 +123,9 @@ class StageFunctions:
         graph.call_function(pull_back, (roots, arrived))
         result = (results, _gradients(graph, leaves), predictions, loss_sent)
         graph.output(graph.call_function(StepResult, result))
-        sources = {f"sources.{source_key(group.name)}": group.source for group in self._served}
-        attributes = {"stage": self._stage.module, **sources}
+        sources = [group.source for group in self._served]
+        own = dict(zip(self._source_targets, sources, strict=True))
+        attributes = {"stage": self._stage.module, **own}
         return fx.GraphModule(attributes, graph, f"Step{self._stage.index}")
 
     def _open_inputs(
@@ -137,11 +145,12 @@ class StageFunctions:
 
     def _run_stage(self, graph: fx.Graph, values: Nodes) -> Nodes:
         stage = self._stage
-        called = graph.call_module("stage", tuple(values[n] for n in stage.inputs))
-        if stage.outputs == (OUTPUT,):
-            called.name = OUTPUT
+        given = tuple(values[n] for n in stage.inputs)
+        whole = stage.outputs == (OUTPUT,)
+        label = OUTPUT if whole else "outputs"
+        called = graph.create_node("call_module", "stage", given, name=label)
+        if whole:
             return {OUTPUT: called}
-        called.name = "outputs"
         return {n: _item(graph, called, i, identifier(n)) for i, n in enumerate(stage.outputs)}
 
     def _ask_sources(self, graph: fx.Graph, values: Nodes, context: fx.Node) -> tuple[Nodes, Nodes]:
@@ -149,10 +158,9 @@ class StageFunctions:
         serves.
         """
         predictions, gradients = {}, {}
-        for group in self._served:
-            given, label = tuple(values[n] for n in group.names), identifier(group.name)
-            asked = graph.call_module(f"sources.{source_key(group.name)}", (given, context))
-            asked.name = f"{label}_prediction"
+        for group, target in zip(self._served, self._source_targets, strict=True):
+            given, label = (tuple(values[n] for n in group.names), context), identifier(group.name)
+            asked = graph.create_node("call_module", target, given, name=f"{label}_prediction")
             predictions[group.name] = asked
             every = _call(graph, f"{label}_gradients", getattr, asked, "gradients")
             for i, name in enumerate(group.names):
@@ -192,12 +200,11 @@ def _gradients(graph: fx.Graph, leaves: Nodes) -> Nodes:
 
 
 def _call(graph: fx.Graph, name: str, what: Callable[..., Any] | str, *args: Any) -> fx.Node:
-    """A call of a function, or of a method of the first argument, whose result has a name."""
-    node = graph.create_node(
-        "call_method" if isinstance(what, str) else "call_function", what, args
-    )
-    node.name = name
-    return node
+    """A call of a function, or of a method of the first argument, under a name that is free and
+    allowed.
+    """
+    op = "call_method" if isinstance(what, str) else "call_function"
+    return graph.create_node(op, what, args, name=name)
 
 
 def _item(graph: fx.Graph, container: fx.Node, key: str | int, name: str | None = None) -> fx.Node:

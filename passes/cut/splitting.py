@@ -18,7 +18,7 @@ from torch import fx, nn
 from ...errors import CutError
 from ...graphs.nested import Structure
 from ...plan import Interface
-from ..trace.nodes import identifier
+from ..trace.nodes import identifier, is_plain_name, targets_of, with_named
 from ..trace.traces import Port, Trace
 from .cutting import Flow, kept_storages, needs_gradient
 from .regions import Opened, enter_regions
@@ -338,10 +338,15 @@ def _copy_nodes(
     """A stage's graph without its output, what its targets stand for, and the copy of each node."""
     flow = cross.flow
     written = {s for n in own for s in n.meta.get("mutates", ())} - kept_storages(flow.nodes)
-    called = {str(n.target) for n in own if n.op == "call_module"}
+    targets = targets_of(own, needed)
     graph = fx.Graph()
     attributes: dict[str, Any] = {}
-    copies = {n: graph.placeholder(identifier(cross.label(n))) for n in incoming}
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in incoming:
+        label = identifier(cross.label(node))
+        while any(label == copy.target for copy in copies.values()):
+            label += "_"
+        copies[node] = graph.placeholder(label)
     for node in incoming:  # the producer's copy of what is written to stays as it was sent
         if node.op != "placeholder" and node.meta.get("storage") in written:
             copies[node] = graph.call_method("clone", (copies[node],))
@@ -349,16 +354,16 @@ def _copy_nodes(
     for node in (n for n in needed if n not in copies):
         target = str(node.target)
         if node.op == "get_attr":
-            kept = _stage_target(target, called)
-            copies[node] = graph.create_node("get_attr", kept, name=node.name)
-            attributes[kept] = flow.trace.attributes[target]
-            continue
-        enter_regions(graph, opened, node)
-        copies[node] = graph.node_copy(node, lambda n: copies[n])
-        copies[node].meta = {}
-        if node.op == "call_module":
-            kept = copies[node].target = _stage_target(target, set())
-            attributes[kept] = flow.trace.attributes[target]
+            copies[node] = graph.create_node("get_attr", targets[node], name=node.name)
+        else:
+            enter_regions(graph, opened, node)
+            copies[node] = graph.node_copy(node, lambda n: copies[n])
+            copies[node].meta = {}
+        if node in targets:
+            copies[node].target = targets[node]
+            attributes[targets[node]] = flow.trace.attributes[target]
+        if not all(map(is_plain_name, node.kwargs)):
+            copies[node] = with_named(copies[node])
     enter_regions(graph, opened, None)
     return graph, attributes, copies
 
@@ -384,13 +389,3 @@ def _needed(flow: Flow, own: list[fx.Node], results: list[fx.Node]) -> list[fx.N
         if node in inside or node in flow.replicated:
             pending.extend(n for n in node.all_input_nodes if n not in found)
     return sorted(found, key=lambda n: flow.index[n])
-
-
-def _stage_target(target: str, called: set[str]) -> str:
-    """Where a stage keeps a module or attribute: under its own path, unless a module that the stage
-    calls, or one of ``fx.GraphModule``'s own attributes (``code``, ``graph``, ...), is in the way.
-    """
-    parts = target.split(".")
-    if any(".".join(parts[:i]) in called for i in range(1, len(parts))):
-        return "_" + target.replace(".", "_")
-    return f"model_{target}" if hasattr(fx.GraphModule, parts[0]) else target

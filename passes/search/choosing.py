@@ -151,7 +151,7 @@ def weigh_model(
     sources = estimate_sources(flow, option_of, seen)
     if isinstance(search.costs, Mapping):
         return given_costs(flow, search.costs, sources)
-    return estimate_costs(flow, args, kwargs, sources)
+    return estimate_costs(flow, args, kwargs, sources, progress=search.progress)
 
 
 def _option_of(flow: Flow, gradients: Gradients) -> OptionOf:

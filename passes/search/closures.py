@@ -77,6 +77,8 @@ def _contract(
     for node in computed:
         if node.meta.get("glued"):
             groups.union(*[n for n in node.all_input_nodes if flow.is_computed(n)], node)
+        if node.meta.get("sparse"):
+            groups.union(node, *[u for u in node.users if flow.is_computed(u)])
         touched = [n.meta.get("storage") for n in (node, *node.all_input_nodes)]
         touched += node.meta.get("mutates", ())
         for storage in dict.fromkeys(s for s in touched if s is not None and s in written):

@@ -8,7 +8,7 @@ without data, or given by the user. Only their ratios matter to a search.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,16 +73,20 @@ def measure_costs(
     """
     device = next(flow.trace.model.parameters()).device
     walk = Walk(flow, functools.partial(measure, device=device))
-    nodes = tqdm(flow.nodes, desc="measuring", leave=False, disable=not progress)
     with restored(flow.trace.model, args, kwargs):
-        walk.run(iter(flatten((args, kwargs))[0]), nodes)
+        walk.run(iter(flatten((args, kwargs))[0]), _watched(flow, progress))
     return _costs(
         "measured", flow, sources, _time_adam(device), walk.forward, walk.backward, walk.kept
     )
 
 
 def estimate_costs(
-    flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], sources: Mapping[str, Cost]
+    flow: Flow,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    sources: Mapping[str, Cost],
+    *,
+    progress: bool = False,
 ) -> Costs:
     """The roofline: the longer of operations over a rate and bytes over another; nothing is run on
     data. Equal in every process and on every machine.
@@ -90,11 +94,15 @@ def estimate_costs(
     fake = Fakes()
     walk = Walk(flow, estimate, has_data=False)
     with restored(flow.trace.model, args, kwargs), fake:
-        walk.run(map(fake.from_tensor, flatten((args, kwargs))[0]), flow.nodes)
+        walk.run(map(fake.from_tensor, flatten((args, kwargs))[0]), _watched(flow, progress))
     found = walk.forward, walk.backward, walk.kept
     del walk
     forget(fake)
     return _costs("analytic", flow, sources, ADAM_NANOSECONDS, *found)
+
+
+def _watched(flow: Flow, progress: bool) -> Iterable[fx.Node]:
+    return tqdm(flow.nodes, desc="weighing", leave=False, disable=not progress)
 
 
 def given_costs(flow: Flow, seconds: Mapping[str, Seconds], sources: Mapping[str, Cost]) -> Costs:

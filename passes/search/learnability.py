@@ -43,15 +43,6 @@ def measure_learnability(
     """What share of the true gradient a quickly fitted source leaves unexplained, on batches that
     it has not seen.
 
-    Args:
-        flow: facts of a traced model.
-        batches: a few batches, with targets.
-        loss: ``loss(output, target)``, a scalar.
-        option_of: the source asked for at a node's value.
-        context: turns targets into what the sources see, or None.
-        positions: where cuts could be.
-        progress: show a bar.
-
     Returns:
         For each position, squared error over squared gradient of all values that cross there: 0 is
         perfect, 1 no better than no gradient at all. The model, its gradients and random states are

@@ -35,15 +35,7 @@ def measure_sources(flow: Flow, option_of: OptionOf, context: TensorSpec | None)
     update.
 
     A few sources of each kind are timed; the others are taken to run at the rate of the nearest
-    one.
-
-    Args:
-        flow: facts of a traced model.
-        option_of: the source asked for at a node's value.
-        context: shape of the context, or None.
-
-    Returns:
-        Cost by node name, for every value that carries a gradient. Random states are as they were.
+    one. Random states are left as they were.
     """
     device = next(flow.trace.model.parameters()).device
     kinds = _kinds(flow, option_of)

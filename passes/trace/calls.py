@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from ...errors import PlanMismatchError, TracingError
+
+# what they do to gradients is in no node's backward
+GRADIENT_HOOKS = {"register_hook", "register_post_accumulate_grad_hook", "grad_fn"}
+# these give back what was saved: the numbers are the same without them
+_FAITHFUL = ("torch.utils.checkpoint", "torch.autograd.graph")
 
 
 class FunctionCall:
@@ -85,6 +94,49 @@ _INDEXING = frozenset(
 
 def _has_mask(indices: Any) -> bool:
     return any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in indices)
+
+
+def call_named(function: Any, args: Any, kwargs: Any) -> Any:
+    """A call whose named arguments generated code could not write down."""
+    return function(*args, **kwargs)
+
+
+def check_saving() -> None:
+    """Refuse hooks of the model's own on what is saved for the backward: no node has them.
+
+    Raises:
+        TracingError: there are some.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if hooks is not None and not str(getattr(hooks[0], "__module__", "")).startswith(_FAITHFUL):
+        raise TracingError("the model saves tensors through hooks of its own (saved_tensors_hooks)")
+
+
+def counted(container: Any, count: int, callee: str) -> None:
+    """The code around a callee has used what it returned one by one, and so often.
+
+    Raises:
+        PlanMismatchError: it now returns more or fewer.
+    """
+    if len(container) != count:
+        raise PlanMismatchError(
+            f"{callee} returns {len(container)} values here, but {count} in the example, and the "
+            "code around it uses them one by one: move that code into the module that makes them, "
+            "or set is_graph_leaf = True on the smallest module around both, which then stays one "
+            "node"
+        )
+
+
+@contextlib.contextmanager
+def unvalidated() -> Iterator[None]:
+    """Distributions check their arguments' values by default; nothing else of them needs values."""
+    kind = torch.distributions.Distribution
+    checks = kind._validate_args
+    kind.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        kind.set_default_validate_args(checks)
 
 
 class Observer(TorchDispatchMode):

@@ -12,6 +12,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...errors import TracingError
+from .naming import check_inputs
 from .recorder import Recorder
 from .state import restored
 from .traces import Trace
@@ -38,6 +39,7 @@ def trace_export(
     Raises:
         TracingError: export refuses the model; holds its message.
     """
+    check_inputs(model, args, kwargs)
     with restored(model, args, kwargs), torch.set_grad_enabled(grad):
         try:
             program = _export(model, args, kwargs)

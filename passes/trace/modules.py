@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ...errors import BakedInError
+from ...errors import BakedInError, TracingError
 from ...graphs.pictures import picture
 from .calls import ReadAttribute, StoreAttribute
+from .containers import Copy, take_over
 from .held import Reads, is_hooked
 from .provenance import Provenance
 from .state import MODULE_INTERNALS, python_draws
@@ -101,6 +102,24 @@ class Visits:
             output = output[0]
         node = self._known.nodes.get(id(output)) if isinstance(output, torch.Tensor) else None
         self.calls.append((path, node, next(iter(reversed(self._known.graph.nodes)))))
+
+    def check_count(self, target: Any, output: Any) -> None:
+        """What contains a module that could not be looked into and returns a list is kept whole
+        with it: its length may depend on values. At the top level the stages watch the length.
+
+        Raises:
+            TracingError: there is such a module around it.
+        """
+        if target in self.opaque and isinstance(output, list) and any(self.stack):
+            raise TracingError(f"{target!r} returns a list, whose length may depend on values")
+
+    def tell_changes(self, target: Any, copies: list[Copy]) -> None:
+        """A callee may have changed the copies of lists and dicts that it was given."""
+        if take_over(copies, self._known.is_known):
+            self.notes.append(
+                f"{getattr(target, '__name__', repr(target))} changes a list or dict that it is "
+                "given: code that reads it later reads what the example left there"
+            )
 
     def _fails(self, path: str, leaf: bool) -> None:
         if self.failed_at is None:

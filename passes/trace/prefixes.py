@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 
 def call_node(attributes: Mapping[str, Any], node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
@@ -19,11 +20,21 @@ def call_node(attributes: Mapping[str, Any], node: fx.Node, values: Mapping[fx.N
     args, kwargs = fx.node.map_aggregate(
         (node.args, dict(node.kwargs)), lambda a: values[a] if isinstance(a, fx.Node) else a
     )
+    args, kwargs = _own(args), _own(kwargs)
     if node.op == "call_module":
         return attributes[str(node.target)](*args, **kwargs)
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _own(value: Any) -> Any:
+    """A container that a callee may change, in place of one that fx has frozen."""
+    if isinstance(value, immutable_list):
+        return [_own(v) for v in value]
+    if isinstance(value, immutable_dict):
+        return {k: _own(v) for k, v in value.items()}
+    return tuple(map(_own, value)) if type(value) is tuple else value
 
 
 def ancestors(nodes: Iterable[fx.Node]) -> list[fx.Node]:

@@ -6,6 +6,7 @@ What is known of a node is kept in the ``meta`` of the new graph's nodes:
 ``value``           the example tensor (without data once traced), or None
 ``differentiable``  whether the value required a gradient when it was made
 ``storage``         a number shared by values that alias each other
+``sparse``          whether the value is sparse, so that it cannot cross a cut
 ``view``            whether the value is a view of another tensor
 ``mutates``         storages that the node writes to
 ``rebases``         those that it writes to through a view, where autograd rebuilds histories
@@ -24,7 +25,8 @@ What is known of a node is kept in the ``meta`` of the new graph's nodes:
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections import UserList
+from collections.abc import Callable, Iterable, MutableMapping
 from typing import Any
 
 import torch
@@ -32,15 +34,15 @@ from torch import fx, nn
 
 from ...errors import TracingError
 from ...graphs.nested import flatten
-from .calls import ReadAttribute, after
+from .calls import ReadAttribute, after, counted
+from .containers import TORCH_CONSTANTS, assembled, is_written_out
 from .held import Reads
 from .state import MODULE_INTERNALS
 from .symbols import TracedInt
-from .values import storage_key, tensors_in
+from .values import SPARSE, storage_key, tensors_in
 
 _BARE = {"mutates": (), "random": False, "modules": (), "no_grad": False, "autocast": ()}
 _PLAIN = (bool, int, float, complex, str)
-_TORCH_CONSTANTS = torch.dtype | torch.device | torch.layout | torch.memory_format
 
 
 class Provenance:
@@ -91,6 +93,10 @@ class Provenance:
         node = self.nodes.get(id(tensor))
         return node is not None and node.op != "get_attr"
 
+    def is_known(self, tensor: torch.Tensor) -> bool:
+        """Whether a node stands for a tensor, or can: it is a parameter or buffer."""
+        return id(tensor) in self.nodes or id(tensor) in self.names
+
     def attach(self, node: fx.Node, output: Any) -> None:
         """Remember which node a tensor came from; members of containers get nodes of their own."""
         node.meta["value"] = output if isinstance(output, torch.Tensor) else None
@@ -99,6 +105,7 @@ class Provenance:
             # a later write may change that of the same object
             node.meta["differentiable"] = output.requires_grad
             node.meta["view"] = output._is_view()
+            node.meta["sparse"] = output.layout in SPARSE
             self.nodes[id(output)] = node
             self._alive.append(output)
             return
@@ -110,6 +117,13 @@ class Provenance:
                 member = self.graph.call_function(access, (node, key))
                 member.meta.update(_beside(node))
                 self.attach(member, value)
+
+    def note_count(self, node: fx.Node, output: Any) -> None:
+        """The model's code will see how many values a module of the user's has returned."""
+        if isinstance(output, list | UserList | MutableMapping):
+            name = repr(getattr(node.target, "__name__", node.target))
+            note = self.graph.call_function(counted, (node, len(output), name))
+            note.meta.update(_beside(node), value=None, storage=None)
 
     def refresh_aliases(self, written: torch.Tensor, node: fx.Node, output: Any) -> None:
         """Views of written memory: their later uses depend on the write, whichever stage it ends up
@@ -141,18 +155,16 @@ class Provenance:
             return self._tensor_node(value)
         if isinstance(value, TracedInt):
             return value.as_node()
-        if isinstance(value, tuple | list):
+        if is_written_out(value):
+            if isinstance(value, dict):
+                return {k: self.argument(v) for k, v in value.items()}
             items = [self.argument(v) for v in value]
-            if hasattr(value, "_fields"):
-                return type(value)(*items)
             return items if isinstance(value, list) else tuple(items)
-        if isinstance(value, dict) and all(isinstance(k, str) for k in value):
-            return {k: self.argument(v) for k, v in value.items()}
         if isinstance(value, slice):
             return slice(*(self.argument(v) for v in (value.start, value.stop, value.step)))
         if value is None or value is Ellipsis or type(value) in _PLAIN:
             return value
-        if isinstance(value, _TORCH_CONSTANTS):
+        if isinstance(value, TORCH_CONSTANTS):
             return value
         if isinstance(value, range):
             return list(value)
@@ -162,7 +174,25 @@ class Provenance:
             name = self.paths[id(value)]
             self.attributes[name] = value
             return self._get_attr(name, value)
-        return self._constant(value)
+        built = assembled(value, self.argument)
+        return self._constant(value) if built is None else built
+
+    def arguments(self, args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        """All of a call."""
+        return self.argument(args), {k: self.argument(v) for k, v in kwargs.items()}
+
+    def check_captures(
+        self, target: Any, inputs: Iterable[torch.Tensor], seen: Iterable[torch.Tensor]
+    ) -> None:
+        """Whether a callee has used a computed tensor that it was not given.
+
+        Raises:
+            TracingError: it has.
+        """
+        # writing to a view also touches what it is a view of
+        given = {storage_key(t) for t in inputs}
+        if any(self.is_computed(t) and storage_key(t) not in given for t in seen):
+            raise TracingError(f"{target} uses a computed tensor that is not among its arguments")
 
     def _tensor_node(self, tensor: torch.Tensor) -> fx.Node:
         if id(tensor) in self.nodes:
@@ -223,9 +253,9 @@ def _beside(node: fx.Node) -> dict[str, Any]:
 
 def _members(node: fx.Node, output: Any) -> list[tuple[Callable[..., Any], Any, Any]]:
     """How to get at the parts of a container, with their keys and values."""
-    if isinstance(output, dict):
+    if isinstance(output, MutableMapping):
         return [(operator.getitem, key, value) for key, value in output.items()]
-    if isinstance(output, tuple | list):
+    if isinstance(output, tuple | list | UserList):
         return [(operator.getitem, i, value) for i, value in enumerate(output)]
     if hasattr(output, "__dataclass_fields__"):
         return [(getattr, name, getattr(output, name)) for name in output.__dataclass_fields__]

@@ -21,14 +21,15 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from ...errors import DataDependentError, TracingError
 from ...graphs.nested import flatten
-from .calls import FunctionCall, Observer, setitem
+from .calls import GRADIENT_HOOKS, FunctionCall, Observer, check_saving, setitem
+from .containers import Copy
 from .held import GRAD, Reads
 from .modules import Visits
 from .prefixes import mark_differentiated, obstacle, run_prefix
 from .provenance import Provenance
 from .sizes import QUERIES, Sizes
 from .symbols import Size, TracedInt
-from .values import plain_tree, storage_key, tensors_in
+from .values import plain_tree, tensors_in
 
 _DATA_QUERIES = {
     "item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__complex__",
@@ -116,6 +117,8 @@ class Recorder(TorchFunctionMode):
         except Exception:  # resolve_name refuses a few wrapped functions
             name = getattr(func, "__name__", str(func))
         short = name.removesuffix(".__get__").rsplit(".", 1)[-1]
+        if short in GRADIENT_HOOKS:
+            raise TracingError(f"the model reaches into its backward (by '{short}') while it runs")
         if name.endswith(".__set__"):
             raise TracingError(f"the model assigns to a tensor's attribute ({name})")
         if name in QUERIES:
@@ -186,7 +189,7 @@ class Recorder(TorchFunctionMode):
             and short in _WHOLE_NUMBERS
             and not (args[0].is_floating_point() or args[0].is_complex())
         )
-        node = self.known.graph.call_method(short, *self.known.argument((args, kwargs)))
+        node = self.known.graph.call_method(short, *self.known.arguments(args, kwargs))
         node.meta["by_value"] = True
         if not asked or obstacle(node) is not None:
             self.known.graph.erase_node(node)
@@ -224,27 +227,32 @@ class Recorder(TorchFunctionMode):
     def _create_paused(
         self, op: str, target: Any, args: Any, kwargs: Any, run: Callable[[Any, Any], Any]
     ) -> Any:
+        check_saving()
         inputs = list(tensors_in((args, kwargs)))
-        node_args, node_kwargs = self.known.argument(args), self.known.argument(kwargs)
+        node_args, node_kwargs = self.known.arguments(args, kwargs)
         versions = [(t, t._version) for t in inputs if not t.is_inference()]
         before = len(self.known.graph.nodes)
-        output = self._observed(target, lambda: run(plain_tree(args), plain_tree(kwargs)))
+        copies: list[Copy] = []
+        given = lambda: (plain_tree(args, copies), plain_tree(kwargs, copies))  # noqa: E731
+        output = self._observed(target, lambda: run(*given()))
         assert before == len(self.known.graph.nodes)
-        if op == "call_module" or isinstance(target, FunctionCall):
-            self._check_captures(target, inputs)
+        is_callee = op == "call_module" or isinstance(target, FunctionCall)
+        if is_callee:
+            self.known.check_captures(target, inputs, self._observer.tensors.values())
         written = [t for t, version in versions if t._version != version]
-        leaves, structure = (
-            ([output], None) if isinstance(output, torch.Tensor) else flatten(output)
-        )
-        if not leaves and not written and structure is not None:
+        leaves, structure = flatten(output)
+        if not leaves and not written:
             if structure.kind != "constant" or (output is not None and op == "call_module"):
                 raise TracingError(f"{target} returns no tensors but {type(output).__name__}")
             if output is not None:
+                self.visits.tell_changes(target, copies)
                 return self._answer(op, target, node_args, node_kwargs, output)
-        node = self.known.graph.create_node(
-            op, target, node_args, node_kwargs, name=_node_name(op, target)
-        )
+        name = _node_name(op, target)
+        node = self.known.graph.create_node(op, target, node_args, node_kwargs, name)
         self._describe(node, written)
+        if is_callee:
+            self.visits.check_count(target, output)
+            self.known.note_count(node, output)
         if target is torch.autograd.grad:
             mark_differentiated(node)
         self.known.attach(node, output)
@@ -252,6 +260,7 @@ class Recorder(TorchFunctionMode):
             self.sizes.looks.guard(node.graph.call_function(len, (node,)), len(output))
         for tensor in written:
             self.known.refresh_aliases(tensor, node, output)
+        self.visits.tell_changes(target, copies)
         return output
 
     def _answer(self, op: str, target: Any, args: Any, kwargs: Any, output: Any) -> Any:
@@ -308,15 +317,6 @@ class Recorder(TorchFunctionMode):
             no_grad=not torch.is_grad_enabled(),
             autocast=tuple(self.autocasts),
         )
-
-    def _check_captures(self, target: Any, inputs: list[torch.Tensor]) -> None:
-        # writing to a view also touches what it is a view of
-        seen = {storage_key(t) for t in inputs}
-        for tensor in self._observer.tensors.values():
-            if self.known.is_computed(tensor) and storage_key(tensor) not in seen:
-                raise TracingError(
-                    f"{target} uses a computed tensor that is not among its arguments"
-                )
 
 
 def _node_name(op: str, target: Any) -> str | None:

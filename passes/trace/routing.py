@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .calls import unvalidated
 from .held import MODES
 from .outside import LIBRARY, MISSING
 from .recorder import Recorder
@@ -38,6 +39,7 @@ def recording(recorder: Recorder) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             for owner, name, value in routes.table():
                 stack.enter_context(_replaced(owner, name, value))
+            stack.enter_context(unvalidated())
             stack.enter_context(recorder.fake or contextlib.nullcontext())
             stack.enter_context(recorder)
             yield

@@ -10,6 +10,7 @@ from typing import Any
 from torch import fx, nn
 
 from ...graphs.nested import Structure
+from .containers import Assembled, signature
 from .held import Held
 from .prefixes import is_by_value
 from .state import Changes
@@ -139,6 +140,9 @@ def _signature(value: Any) -> str:
         return f"%{value.name}"
     if isinstance(value, dict):
         return "{" + ",".join(f"{k}:{_signature(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, Assembled):
+        built = signature(value.structure)
+        return f"{type(value).__name__}({','.join(map(_signature, value))}){built}"
     if isinstance(value, tuple | list):
         return "(" + ",".join(_signature(v) for v in value) + ")"
     return repr(value)

@@ -11,6 +11,7 @@ Which rung to believe is for the numeric self-check (``checking``) to say.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from ...graphs.pictures import picture
 from .caches import Fakes, forget
 from .calls import ReadAttribute
 from .modules import Visits
-from .naming import argument_names, input_names
+from .naming import argument_names, check_inputs, hidden_tensor, input_names, where_is
 from .recorder import Recorder
 from .routing import recording
 from .state import restored
@@ -35,7 +36,11 @@ SMALL = 1 << 22  # elements of parameters and inputs
 
 
 def trace_calls(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], grad: bool = True
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    grad: bool = True,
+    opaque: Mapping[str, str] | None = None,
 ) -> Trace:
     """Record the model's functions and leaf modules on fake tensors, else on real ones.
 
@@ -44,14 +49,17 @@ def trace_calls(
         args: example positional inputs, nested as the model takes them.
         kwargs: example keyword inputs.
         grad: whether gradients are asked for, which code may look at.
+        opaque: paths of modules to keep as single nodes from the start, with the reason.
 
     Returns:
         The trace. The model, its buffers and the random state are as they were.
 
     Raises:
         TracingError: the model as a whole cannot be recorded; says why and where.
+        BakedInError: an argument holds tensors that cannot be seen.
     """
-    attempts = _Attempts(model, _is_small(model, args, kwargs))
+    check_inputs(model, args, kwargs)
+    attempts = _Attempts(model, _is_small(model, args, kwargs), opaque or {})
     while True:
         fake = None if attempts.real else Fakes()
         try:
@@ -101,9 +109,10 @@ class _Attempts:
         plain: sizes that the model's code needs as plain integers.
     """
 
-    def __init__(self, model: nn.Module, small: bool) -> None:
+    def __init__(self, model: nn.Module, small: bool, opaque: Mapping[str, str]) -> None:
         self.real = self.small = small
-        self.opaque: dict[str, str] = {}
+        self.opaque = dict(opaque)
+        self._given = opaque
         self.plain: frozenset[Size] = frozenset()
         self.model = model
 
@@ -120,7 +129,7 @@ class _Attempts:
         elif self.real and self.small and isinstance(error, DataDependentError):
             # code that asks whether it is traced knows fake tensors, and reads no values
             self.real = self.small = False
-            self.opaque.clear()
+            self.opaque = dict(self._given)
         elif place and not is_leaf and place not in self.opaque and len(self.opaque) < _MOST_OPAQUE:
             self.opaque[place] = reason_of(error)
         elif not self.real and (is_leaf or not isinstance(error, _SAME_ON_REAL_TENSORS)):
@@ -137,9 +146,9 @@ class _Attempts:
         outer = _next_outer(self.model, place, self.opaque) if place else None
         if outer is None:
             refusal = BakedInError if isinstance(error, BakedInError) else TracingError
-            raise refusal(
-                f"the top level of {type(self.model).__name__} cannot be recorded: {reason}"
-            ) from error
+            name = type(self.model).__name__
+            where = "" if user_line(error) else f"; it is {where_is(self.model, '')}"
+            raise refusal(f"the top level of {name} cannot be recorded: {reason}{where}") from error
         self.opaque[outer] = reason
 
 
@@ -223,7 +232,7 @@ def record(
         held=recorder.reads.held,
         rung="calls",
         opaque=dict(opaque),
-        notes=tuple(visits.notes),
+        notes=tuple(dict.fromkeys(visits.notes)),
     )
 
 
@@ -239,7 +248,7 @@ def _copied(leaf: torch.Tensor) -> torch.Tensor:
 def _check_sight(outputs: Structure) -> None:
     """Refuse outputs that hold tensors where they cannot be seen."""
     for part in outputs.constants():
-        if flatten(dict(getattr(part, "__dict__", {})))[0]:
+        if hidden_tensor(part) is not None:
             raise TracingError(
                 f"the model returns a {type(part).__name__}, whose tensors cannot be seen; "
                 "return tuples, dicts or dataclasses, or register the class with "

@@ -8,7 +8,12 @@ from typing import Any
 import torch
 
 from ...graphs.nested import flatten
+from .containers import Copy
 from .symbols import TracedInt, plain
+
+SPARSE = {
+    torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc
+}  # fmt: skip
 
 
 def storage_key(tensor: torch.Tensor) -> int:
@@ -21,6 +26,11 @@ def storage_key(tensor: torch.Tensor) -> int:
         return -id(tensor)
 
 
+def dense(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that can be compared: sparse ones have no elements in place."""
+    return tensor.to_dense() if tensor.layout in SPARSE else tensor
+
+
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     """Tensors in plain containers and in whatever else can be opened."""
     if isinstance(value, torch.Tensor):
@@ -31,23 +41,33 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, dict):
         for item in value.values():
             yield from tensors_in(item)
-    elif hasattr(value, "__dataclass_fields__"):
+    else:
         yield from flatten(value)[0]
 
 
-def plain_tree(value: Any) -> Any:
-    """Replace traced integers by their values, containers included."""
+def plain_tree(value: Any, copies: list[Copy] | None = None) -> Any:
+    """Replace traced integers by their values, containers included.
+
+    Args:
+        value: anything.
+        copies: takes the lists and dicts that are copied.
+    """
     if isinstance(value, TracedInt):
         return value.value
     if isinstance(value, torch.Size):
         return torch.Size([plain(v) for v in value])
     if isinstance(value, tuple):
-        items = [plain_tree(v) for v in value]
+        items = [plain_tree(v, copies) for v in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    given: Any = None
     if type(value) is list:
-        return [plain_tree(v) for v in value]
-    if type(value) is dict:
-        return {k: plain_tree(v) for k, v in value.items()}
+        given = [plain_tree(v, copies) for v in value]
+    elif type(value) is dict:
+        given = {k: plain_tree(v, copies) for k, v in value.items()}
+    if given is not None:
+        if copies is not None:
+            copies.append(Copy.of(value, given))
+        return given
     if isinstance(value, slice):
         return slice(plain_tree(value.start), plain_tree(value.stop), plain_tree(value.step))
     return value

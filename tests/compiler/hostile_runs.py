@@ -45,7 +45,6 @@ class Side:
         self.model, self.scope = program.make()
         self.trainer: dni_fx.Trainer | None = None
         self.decoupled: dni_fx.Decoupled | None = None
-        self.optimizer: torch.optim.Optimizer | None = None
 
     def decouple(self, first: Call, check: bool) -> None:
         """Cut the model; where the first layer is no legal place, at the first that is one."""
@@ -95,11 +94,9 @@ class Side:
     def _step(self, inputs: dict[str, Any]) -> dict[str, Any]:
         if self.trainer is not None:
             return {"loss": float(self.trainer.step(**inputs).loss)}
-        if self.optimizer is None:
-            self.optimizer = _sgd(self.model.parameters())
         loss = self.loss(self.model(**inputs))
         loss.backward()
-        self.optimizer.step()
+        _sgd(self.model.parameters()).step()
         return {"loss": float(loss)}
 
     def _call(self, inputs: dict[str, Any], kind: str) -> dict[str, Any]:

@@ -497,9 +497,9 @@ class NoModes(nn.Module):
 
 def test_a_model_fails_only_if_it_fails_without_modes(size: str) -> None:
     x = torch.randn(4, 6)
-    assert checking.check_model(NoModes(), (x,), {})
+    assert checking.Yardstick(NoModes(), (x,), {}).first
     with pytest.raises(dni_fx.DecouplingError, match="itself fails"):
-        checking.check_model(NoModes(), (torch.randn(4, 5),), {})
+        _ = checking.Yardstick(NoModes(), (torch.randn(4, 5),), {}).first
 
 
 # ---- refused steps ------------------------------------------------------------------------------
