@@ -37,7 +37,7 @@ class Variant:
         layouts: shapes and strides of inputs, under which autocast, for which the graph is known to
             be valid.
         parameters: the model's parameters when traced.
-        frozen: their ``requires_grad`` when traced.
+        frozen: their ``requires_grad`` and dtypes when traced.
         bound: where the model keeps what the stages refer to, and what it was.
         exact: whether the self-check found it equal bit for bit; None where it was not run.
         functions: emitted functions by stage, once first trained with.
@@ -53,7 +53,7 @@ class Variant:
         self.modes = {tuple(m.training for m in trace.modes)}
         self.layouts = {layouts_of(leaves)}
         self.parameters = tuple(trace.model.parameters())
-        self.frozen = tuple(p.requires_grad for p in self.parameters)
+        self.frozen = self._facts()
         self.bound = _bound_attributes(split, trace.model)
         self.exact: bool | None = None
         self.functions: tuple[StageFunctions, ...] = ()
@@ -79,9 +79,13 @@ class Variant:
 
     def is_outdated(self) -> bool:
         """Whether something that the graph refers to was replaced, frozen or unfrozen since."""
-        return tuple([p.requires_grad for p in self.parameters]) != self.frozen or not all(
+        return self._facts() != self.frozen or not all(
             table.get(key) is value for table, key, value in self.bound
         )
+
+    def _facts(self) -> list[Any]:
+        """Of the parameters: whether they are trained, and their kinds of numbers."""
+        return [*[p.requires_grad for p in self.parameters], *[p.dtype for p in self.parameters]]
 
     def absorb(self, other: Variant) -> bool:
         """Take over the calls of a variant whose graph turned out to be the same, for example in
@@ -131,8 +135,13 @@ class Variant:
 
 
 def kinds_of(leaves: list[torch.Tensor]) -> tuple[Any, ...]:
-    """What must not change between calls of one graph, besides sizes that the model looked at."""
-    return tuple((type(t), t.dtype, t.dim(), t.device, t.layout, t.requires_grad) for t in leaves)
+    """What must not change between calls of one graph, besides sizes that the model looked at; which
+    are one tensor, too.
+    """
+    kinds = [(type(t), t.dtype, t.dim(), t.device, t.layout, t.requires_grad) for t in leaves]
+    places = [id(t) for t in leaves]
+    again = len(set(places)) < len(places)
+    return tuple(kinds), tuple(map(places.index, places)) if again else ()
 
 
 def layouts_of(leaves: list[torch.Tensor]) -> tuple[Any, ...]:
@@ -157,6 +166,7 @@ def _bound_attributes(split: Split, model: nn.Module) -> Bound:
             table = vars(module)[kind]
             for key, value in table.items():
                 name = f"{path}.{key}" if path else key
-                if name in called if kind == "_modules" else path not in called:
+                inside = kind == "_buffers" and path in called  # theirs to exchange
+                if name in called if kind == "_modules" else not inside:
                     bound[id(table), key] = (table, key, value)
     return tuple(bound.values())

@@ -25,7 +25,7 @@ from .calls import GRADIENT_HOOKS, FunctionCall, Observer, check_saving, setitem
 from .containers import Copy
 from .held import GRAD, Reads
 from .modules import Visits
-from .prefixes import mark_differentiated, obstacle, run_prefix
+from .prefixes import is_by_value, mark_differentiated, obstacle, run_prefix
 from .provenance import Provenance
 from .sizes import QUERIES, Sizes
 from .symbols import Size, TracedInt
@@ -34,6 +34,7 @@ from .values import plain_tree, tensors_in
 _DATA_QUERIES = {
     "item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__complex__",
     "is_nonzero", "equal", "allclose", "__contains__", "__array__", "__format__", "data_ptr",
+    "_is_view", "_base", "_version",
 }  # fmt: skip
 _YES_OR_NO = {"__bool__", "is_nonzero", "equal", "allclose", "__contains__"}
 _WHOLE_NUMBERS = {"item", "tolist", "__int__", "__index__"}
@@ -256,12 +257,26 @@ class Recorder(TorchFunctionMode):
         if target is torch.autograd.grad:
             mark_differentiated(node)
         self.known.attach(node, output)
+        if op != "call_module" and not written:
+            self._guard_identity(node, output, args, node_args)
         if getattr(target, "__name__", target) in _COUNTED and isinstance(output, tuple | list):
             self.sizes.looks.guard(node.graph.call_function(len, (node,)), len(output))
         for tensor in written:
             self.known.refresh_aliases(tensor, node, output)
         self.visits.tell_changes(target, copies)
         return output
+
+    def _guard_identity(self, node: fx.Node, output: Any, args: Any, known: Any) -> None:
+        """A function that gave back what it was given (``h.to(dtype)``): from here on both names
+        lead to its node, which is right only where it does so again.
+        """
+        for value, origin in zip(args, known, strict=True):
+            if value is not output or not isinstance(value, torch.Tensor):
+                continue
+            fixed = origin.op == "get_attr" or (origin.op == "placeholder" and node.target == "to")
+            if not fixed and not is_by_value(node):
+                same = node.graph.call_function(operator.is_, (node, origin))
+                self.sizes.looks.guard(same, True)
 
     def _answer(self, op: str, target: Any, args: Any, kwargs: Any, output: Any) -> Any:
         """A plain value, told about tensors: the graph holds where it is the same."""

@@ -191,9 +191,11 @@ def record(
     known, visits, guards = recorder.known, recorder.visits, recorder.sizes.looks.guards
     leaves, structure = flatten((args, kwargs))
     values = []
+    copies: dict[int, torch.Tensor] = {}
     for name, leaf in zip(input_names(model, args, kwargs), leaves, strict=True):
-        alone = leaf.detach().requires_grad_(leaf.requires_grad)
-        value = recorder.fake.from_tensor(alone) if recorder.fake else _copied(leaf)
+        value = copies.get(id(leaf))  # the same tensor again is the same one to the model
+        if value is None:
+            value = copies[id(leaf)] = _stand_in(recorder.fake, leaf)
         known.placeholder(name, value)
         recorder.inputs[known.nodes[id(value)]] = leaf
         values.append(value)
@@ -241,8 +243,17 @@ def _pictures(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict
     return {name: picture(value) for name, value in argument_names(model, args, kwargs).items()}
 
 
-def _copied(leaf: torch.Tensor) -> torch.Tensor:
-    return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+def _stand_in(fake: Any, leaf: torch.Tensor) -> torch.Tensor:
+    """A fake tensor, or a copy: of the memory, too, for code that looks at strides."""
+    if fake:
+        value: torch.Tensor = fake.from_tensor(leaf.detach().requires_grad_(leaf.requires_grad))
+        return value
+    copy = leaf.detach().clone()
+    if leaf.layout is torch.strided and copy.stride() != leaf.stride() and leaf.numel():
+        span = 1 + sum((n - 1) * s for n, s in zip(leaf.shape, leaf.stride(), strict=True))
+        memory = leaf.detach().as_strided((span,), (1,)).clone()
+        copy = memory.as_strided(leaf.shape, leaf.stride(), 0).detach()
+    return copy.requires_grad_(leaf.requires_grad)
 
 
 def _check_sight(outputs: Structure) -> None:
