@@ -13,7 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...errors import TracingError
 from .naming import check_inputs
+from .held import Held, Reads
+from .outside import MISSING
 from .recorder import Recorder
+from .routing import watching
 from .state import restored
 from .traces import Trace
 from .tracing import reason_of, record
@@ -40,9 +43,11 @@ def trace_export(
         TracingError: export refuses the model; holds its message.
     """
     check_inputs(model, args, kwargs)
+    watcher = _Watcher(model)
     with restored(model, args, kwargs), torch.set_grad_enabled(grad):
         try:
-            program = _export(model, args, kwargs)
+            with watching(watcher):
+                program = _export(model, args, kwargs)
             exported = program.module(check_guards=False)
         except Exception as error:
             raise TracingError(f"torch.export: {reason_of(error)}") from error
@@ -55,7 +60,43 @@ def trace_export(
                 f"torch.export: its graph cannot be recorded: {reason_of(error)}"
             ) from error
     trace.model = model
-    return dataclasses.replace(trace, modes=tuple(model.modules()), rung="export")
+    modes = tuple(model.modules())
+    return dataclasses.replace(trace, modes=modes, held=watcher.held(), rung="export")
+
+
+class _Watcher:
+    """Notes what a model's code reads while it is exported, when tensors are not what they are.
+
+    Attributes:
+        reads: modes that are asked for.
+        paused: never.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.reads, self.paused = Reads(copies=True), False
+        self._paths = {id(module): path for path, module in model.named_modules()}
+        self._called: dict[int, nn.Module] = {}
+        self._read: dict[tuple[int, str], nn.Module] = {}
+
+    def call_module(self, original: Any, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """A module is called."""
+        self._called[id(module)] = module
+        return original(module, *args, **kwargs)
+
+    def read_attribute(self, module: nn.Module, name: str, value: Any) -> None:
+        """An attribute is read."""
+        self._read[id(module), name] = module
+
+    def held(self) -> tuple[Held, ...]:
+        """All that was read, as it is now."""
+        own = self._paths
+        for module in [m for m in self._called.values() if id(m) in own]:
+            self.reads.visited(module, own[id(module)])
+        for (_, name), module in self._read.items():
+            if id(module) in own:
+                value = getattr(module, name, MISSING)
+                self.reads.attribute(module, own[id(module)], name, value)
+        return self.reads.held
 
 
 class _Replayed:

@@ -18,9 +18,10 @@ from torch import nn
 from ...graphs.pictures import ATOMS, picture
 from .outside import LIBRARY, MISSING, Outside
 from .state import MODULE_INTERNALS
+from .values import tensors_in
 
 _NOT_READ_BY_FORWARD = MODULE_INTERNALS | {
-    "_compiled_call_impl", "call_super_init", "dump_patches", "_version",
+    "_compiled_call_impl", "call_super_init", "dump_patches", "_version", "forward",
 }  # fmt: skip
 # what code may ask torch for, without a tensor in hand
 _DEVICES = ("cpu", "cuda", "xpu", "mps")
@@ -31,7 +32,7 @@ _MODES: tuple[tuple[str, tuple[Any, ...]], ...] = (
     *(("is_autocast_enabled", (d,)) for d in _DEVICES),
     *(("get_autocast_dtype", (d,)) for d in _DEVICES),
 )
-_TABLES = ("_modules", "_parameters", "_buffers")
+TABLES = ("_modules", "_parameters", "_buffers")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # hooks on all modules there are
 _GLOBAL_HOOKS: tuple[dict[Any, Any], ...] = tuple(
@@ -50,7 +51,7 @@ class Held:
     Args:
         place: what was read, for people.
         read: reads it again.
-        was: what was read while the graph was recorded.
+        was: what was read while the graph was recorded; `MISSING` to read it now.
         opened: whether its picture is compared, since the object may change.
 
     Attributes:
@@ -59,8 +60,11 @@ class Held:
 
     __slots__ = ("_fixed", "_opened", "place", "read", "was")
 
-    def __init__(self, place: str, read: Callable[[], Any], was: Any, opened: bool = True) -> None:
+    def __init__(
+        self, place: str, read: Callable[[], Any], was: Any = MISSING, opened: bool = True
+    ) -> None:
         self.place, self.read, self._opened = place, read, opened
+        was = read() if was is MISSING else was
         # where the same object cannot be another value
         self._fixed = was if type(was) in _FIXED else MISSING
         self.was = picture(was) if opened else was
@@ -79,11 +83,15 @@ class Held:
 class Reads:
     """Notes what is read in one recording.
 
+    Args:
+        copies: whether the graph holds copies of tensors that are plain attributes.
+
     Attributes:
         tensors: where tensors that are attributes were read, by identity: module and name.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, copies: bool = False) -> None:
+        self._copies = copies
         # as it is around the model, whatever regions the model enters itself
         self._ambient = {(n, a): getattr(torch, n)(*a) for n, a in _MODES}
         self.tensors: dict[int, tuple[nn.Module, str]] = {}
@@ -101,14 +109,16 @@ class Reads:
         key = id(module), name
         if key in self._held:
             return
-        if name in _TABLES:
-            self._hold(key, path, name, functools.partial(_entries, module, name), opened=False)
+        if name in TABLES:
+            self._hold(key, path, name, functools.partial(dict.get, vars(module), name))
         elif name == "__dict__":
             self._hold(key, path, name, functools.partial(_own, module))
         elif name in _NOT_READ_BY_FORWARD or name.startswith("__"):
             return
         elif isinstance(value, torch.Tensor):
-            if name in vars(module):
+            if self._copies:
+                self._hold(key, path, name, functools.partial(getattr, module, name, MISSING))
+            elif name in vars(module):
                 self.tensors[id(value)] = module, name
                 self._alive.append(value)
                 self._hold(key, path, name, functools.partial(_facts, module, name))
@@ -129,15 +139,13 @@ class Reads:
             self._hold(key, path, name, functools.partial(_function_of, name, method.__self__))
             self._outside.function(function)
 
-    def _hold(
-        self, key: Any, path: str | None, name: str, read: Callable[[], Any], opened: bool = True
-    ) -> None:
+    def _hold(self, key: Any, path: str | None, name: str, read: Callable[[], Any]) -> None:
         place = f"'{path}.{name}'" if path else f"'{name}'"
-        self._held[key] = Held(place, read, read(), opened)
+        self._held[key] = Held(place, self._baked(read))
 
     def _refers(self, place: str, read: Callable[[], Any]) -> None:
         """Code that runs refers to something outside of the model."""
-        self._held[id(read), ""] = Held(f"'{place}' in the code", read, read())
+        self._held[id(read), ""] = Held(f"'{place}' in the code", self._baked(read))
         self._alive.append(read)
 
     def training(self, module: nn.Module, path: str | None) -> None:
@@ -147,7 +155,7 @@ class Reads:
     def visited(self, module: nn.Module, path: str) -> None:
         """A module was looked into: it must stay what it was, without hooks."""
         read = functools.partial(_character, module)
-        self._held[id(module), ""] = Held(f"hooks of '{path}'", read, read(), opened=False)
+        self._held[id(module), ""] = Held(f"hooks of '{path}'", read, opened=False)
         self._outside.function(type(module).forward)
         self._outside.held(vars(module).get("forward"))
 
@@ -157,6 +165,10 @@ class Reads:
             if known == (name, args) or (known[0] == name and args is None):
                 read = functools.partial(getattr(torch, name), *known[1])
                 self._held["mode", known] = Held(f"torch.{name}", read, was)
+
+    def _baked(self, read: Callable[[], Any]) -> Callable[[], Any]:
+        """Where tensors are copied into the graph, what is in them is held fast, too."""
+        return functools.partial(_with_versions, read) if self._copies else read
 
 
 def broken(held: Sequence[Held]) -> Held | None:
@@ -195,9 +207,9 @@ def _hooks_of(module: nn.Module) -> Iterator[Any]:
         yield from table.values()
 
 
-def _entries(module: nn.Module, name: str) -> list[Any]:
-    """What is registered with a module, each thing equal to itself only."""
-    return [(key, id(value)) for key, value in vars(module)[name].items()]
+def _with_versions(read: Callable[[], Any]) -> tuple[Any, list[int]]:
+    value = read()
+    return value, [t._version for t in tensors_in(value) if not t.is_inference()]
 
 
 def _own(module: nn.Module) -> dict[str, Any]:

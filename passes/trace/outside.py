@@ -20,12 +20,20 @@ from torch import nn
 
 from ...graphs.pictures import ATOMS, picture
 
-# torch's code and ours, which is not what the user writes
-LIBRARY = (str(torch.__path__[0]), str(Path(picture.__code__.co_filename).parents[1]))
+TORCH, OURS = str(torch.__path__[0]), str(Path(picture.__code__.co_filename).parents[1])
+LIBRARY = (TORCH, OURS)  # code that is not what the user writes
 MISSING = type("Missing", (), {"__repr__": lambda self: "nothing"})()
 _MOST = 2_000  # functions that are read
 _LIBRARIES = (sys.stdlib_module_names - {"__main__"}) | {"torch", "numpy"}
-_OPENED = ("SimpleNamespace", "partial", "deque", "OrderedDict", "defaultdict", "UserDict", "ndarray")
+_OPENED = (
+    "SimpleNamespace",
+    "partial",
+    "deque",
+    "OrderedDict",
+    "defaultdict",
+    "UserDict",
+    "ndarray",
+)
 _MOST_PARTS = 100  # of a container that is searched for functions
 _FUNCTIONS = types.FunctionType | types.BuiltinFunctionType
 _COMPUTED = property | functools.cached_property | staticmethod | classmethod | types.FunctionType

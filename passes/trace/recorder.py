@@ -243,7 +243,8 @@ class Recorder(TorchFunctionMode):
         written = [t for t, version in versions if t._version != version]
         leaves, structure = flatten(output)
         if not leaves and not written:
-            if structure.kind != "constant" or (output is not None and op == "call_module"):
+            opened = structure.kind != "constant" and not isinstance(output, tuple)
+            if opened or (output is not None and op == "call_module"):
                 raise TracingError(f"{target} returns no tensors but {type(output).__name__}")
             if output is not None:
                 self.visits.tell_changes(target, copies)

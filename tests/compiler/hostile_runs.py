@@ -26,7 +26,7 @@ from ..models.hostile import LIBRARIES, Call, Program, make_calls
 CALLS = 4
 _INTERNAL = frozenset(vars(nn.Module()))
 _CACHES = re.compile(r"\b(C|cache)\d+$")
-_PLACE = re.compile(r"program_\d+\.py:\d+|'(f|m|arg|n|at|v|p)\d+\b[^']*'")
+_PLACE = re.compile(r"program_\d+\.py:\d+|cross at '|'(f|m|arg|n|at|v|p)\d+\b[^']*'")
 
 
 class Wrong(AssertionError):

@@ -168,7 +168,9 @@ def _class(name: str, more: str, init: str, body: str, given: str, lines: str) -
     indent = functools.partial(textwrap.indent, prefix="    ")
     init = f"def __init__(self{more}):\n" + indent("super().__init__()\n" + init)
     forward = f"def forward(self, {given}):\n" + indent(lines)
-    return f"class {name}(nn.Module):\n" + indent("\n\n".join([init, *filter(None, [body]), forward]))
+    return f"class {name}(nn.Module):\n" + indent(
+        "\n\n".join([init, *filter(None, [body]), forward])
+    )
 
 
 LAYOUTS = (
