@@ -135,8 +135,8 @@ class Variant:
 
 
 def kinds_of(leaves: list[torch.Tensor]) -> tuple[Any, ...]:
-    """What must not change between calls of one graph, besides sizes that the model looked at; which
-    are one tensor, too.
+    """What must not change between calls of one graph, besides sizes that the model looked at: kinds
+    of tensors, and which of them are one.
     """
     kinds = [(type(t), t.dtype, t.dim(), t.device, t.layout, t.requires_grad) for t in leaves]
     places = [id(t) for t in leaves]
@@ -148,7 +148,10 @@ def layouts_of(leaves: list[torch.Tensor]) -> tuple[Any, ...]:
     """What guards may depend on and need not be proved twice: shapes, strides and autocast."""
     cast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
     strided = torch.strided
-    return cast, *((t.shape, t.stride() if t.layout is strided else ()) for t in leaves)
+    return cast, *(
+        (t.shape, t.stride(), t.storage_offset()) if t.layout is strided else (t.shape,)
+        for t in leaves
+    )
 
 
 def _identities(bound: Bound) -> list[tuple[int, str, int]]:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
-from ...errors import TracingError
+from ...errors import BakedInError, TracingError
+from ...graphs.pictures import picture
+from .held import GRAD, Held, Reads
+from .modules import state_of
 from .naming import check_inputs
-from .held import Held, Reads
 from .outside import MISSING
-from .recorder import Recorder
+from .recorder import OF_GRADIENTS, Recorder
 from .routing import watching
-from .state import restored
+from .state import python_draws, restored
 from .traces import Trace
 from .tracing import reason_of, record
 
@@ -46,7 +50,7 @@ def trace_export(
     watcher = _Watcher(model)
     with restored(model, args, kwargs), torch.set_grad_enabled(grad):
         try:
-            with watching(watcher):
+            with watching(watcher), _Asked(model, watcher.reads), _nothing_kept(model):
                 program = _export(model, args, kwargs)
             exported = program.module(check_guards=False)
         except Exception as error:
@@ -62,6 +66,44 @@ def trace_export(
     trace.model = model
     modes = tuple(model.modules())
     return dataclasses.replace(trace, modes=modes, held=watcher.held(), rung="export")
+
+
+@contextlib.contextmanager
+def _nothing_kept(model: nn.Module) -> Iterator[None]:
+    """An exported graph would hold fast what forward draws or counts, and leave out what it keeps.
+
+    Raises:
+        BakedInError: it does one of these.
+    """
+    draws = python_draws()
+    before = [(path, module, state_of(module)) for path, module in model.named_modules()]
+    yield
+    if python_draws() != draws:
+        raise BakedInError("the model draws from Python's or NumPy's random numbers")
+    for path, module, was in before:
+        now = state_of(module)
+        if changed := [k for k, v in now.items() if k not in was or was[k] != v]:
+            place = f"{path}.{changed[0]}" if path else changed[0]
+            raise BakedInError(f"forward changes the attribute '{place}'")
+
+
+class _Asked(TorchFunctionMode):
+    """Notes what a model's code asks tensors about gradients."""
+
+    def __init__(self, model: nn.Module, reads: Reads) -> None:
+        super().__init__()
+        self._reads = reads
+        self._parameters = list(model.named_parameters())
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") == "__get__":
+            asked = getattr(getattr(func, "__self__", None), "__name__", "")
+            if asked in OF_GRADIENTS:
+                self._reads.mode(GRAD)
+            if asked == "grad":
+                for name, parameter in self._parameters:
+                    self._reads.gradient(name, parameter)
+        return func(*args, **(kwargs or {}))
 
 
 class _Watcher:
@@ -86,6 +128,16 @@ class _Watcher:
     def read_attribute(self, module: nn.Module, name: str, value: Any) -> None:
         """An attribute is read."""
         self._read[id(module), name] = module
+
+    def write_attribute(self, module: nn.Module, name: str, value: Any) -> None:
+        """An attribute is written; export undoes that.
+
+        Raises:
+            BakedInError: it was something else before.
+        """
+        if picture(getattr(module, name, MISSING)) != picture(value):
+            path = self._paths.get(id(module))
+            raise BakedInError(f"forward changes the attribute '{path}.{name}'".replace("'.", "'"))
 
     def held(self) -> tuple[Held, ...]:
         """All that was read, as it is now."""

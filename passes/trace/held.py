@@ -110,7 +110,7 @@ class Reads:
         if key in self._held:
             return
         if name in TABLES:
-            self._hold(key, path, name, functools.partial(dict.get, vars(module), name))
+            self._hold(key, path, name, functools.partial(_Entries, vars(module)[name]), False)
         elif name == "__dict__":
             self._hold(key, path, name, functools.partial(_own, module))
         elif name in _NOT_READ_BY_FORWARD or name.startswith("__"):
@@ -139,9 +139,11 @@ class Reads:
             self._hold(key, path, name, functools.partial(_function_of, name, method.__self__))
             self._outside.function(function)
 
-    def _hold(self, key: Any, path: str | None, name: str, read: Callable[[], Any]) -> None:
+    def _hold(
+        self, key: Any, path: str | None, name: str, read: Callable[[], Any], opened: bool = True
+    ) -> None:
         place = f"'{path}.{name}'" if path else f"'{name}'"
-        self._held[key] = Held(place, self._baked(read))
+        self._held[key] = Held(place, self._baked(read) if opened else read, opened=opened)
 
     def _refers(self, place: str, read: Callable[[], Any]) -> None:
         """Code that runs refers to something outside of the model."""
@@ -151,6 +153,11 @@ class Reads:
     def training(self, module: nn.Module, path: str | None) -> None:
         """The mode of a module was read from outside of it."""
         self._hold((id(module), "training"), path, "training", lambda: module.training)
+
+    def gradient(self, name: str, parameter: torch.Tensor) -> None:
+        """Whether a parameter has a gradient was asked."""
+        read = lambda: parameter.grad is None  # noqa: E731
+        self._held[id(parameter), "grad"] = Held(f"'{name}.grad'", read)
 
     def visited(self, module: nn.Module, path: str) -> None:
         """A module was looked into: it must stay what it was, without hooks."""
@@ -205,6 +212,23 @@ def _character(module: nn.Module) -> tuple[Any, ...]:
 def _hooks_of(module: nn.Module) -> Iterator[Any]:
     for table in (*(getattr(module, name) for name in _HOOKS), *_GLOBAL_HOOKS):
         yield from table.values()
+
+
+class _Entries:
+    """What is registered with a module; equal where it is the same things."""
+
+    __slots__ = ("table",)
+
+    def __init__(self, table: dict[str, Any]) -> None:
+        self.table = table.copy()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Entries) or len(self.table) != len(other.table):
+            return False
+        pairs = zip(self.table.items(), other.table.items(), strict=True)
+        return all(v is w and k == n for (k, v), (n, w) in pairs)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def _with_versions(read: Callable[[], Any]) -> tuple[Any, list[int]]:

@@ -11,6 +11,7 @@ values themselves. ``provenance`` lists what is known of a node.
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -49,7 +50,7 @@ _OF_KINDS = {
     "is_sparse_csr", "names", "has_names", "__class__", "is_vulkan", "is_xla", "is_ipu", "is_maia",
 }  # fmt: skip
 _OF_SHAPES = {"is_same_size", "nbytes", "nelement", "is_contiguous", "stride", "storage_offset"}
-_OF_GRADIENTS = {"requires_grad", "is_leaf", "retains_grad"}
+OF_GRADIENTS = {"requires_grad", "is_leaf", "retains_grad", "grad_fn"}
 # how many tensors these return is a size, which the code around them has made use of
 _COUNTED = {
     "unbind", "split", "chunk", "tensor_split", "hsplit", "vsplit", "dsplit", "unsafe_split",
@@ -112,6 +113,9 @@ class Recorder(TorchFunctionMode):
         if self.paused:
             return func(*args, **kwargs)
         if func is torch._C._set_grad_enabled:
+            entered = not sys._getframe(1).f_code.co_qualname.endswith("__exit__")
+            if entered and args[0]:  # a region with gradients, whatever is outside
+                self.reads.mode(GRAD)
             return func(*args)
         try:
             name = resolve_name(func) or getattr(func, "__name__", str(func))
@@ -167,6 +171,11 @@ class Recorder(TorchFunctionMode):
 
     def _record_function(self, func: Any, name: str, short: str, args: Any, kwargs: Any) -> Any:
         if name.endswith(".__get__"):
+            if short == "grad_fn":  # None, or what no graph can hold
+                self.reads.mode(GRAD)
+                return func(*args)
+            if short == "grad" and (owner := self.known.names.get(id(args[0]))):
+                self.reads.gradient(owner, args[0])
             return self._create(
                 "call_function", getattr, (args[0], short), {}, lambda a, k: getattr(a[0], short)
             )
@@ -284,7 +293,7 @@ class Recorder(TorchFunctionMode):
         if not isinstance(output, _PLAIN_ANSWERS):
             return output
         name = args[1] if target is getattr else getattr(target, "__name__", target)
-        if name in _OF_GRADIENTS:
+        if name in OF_GRADIENTS:
             self.reads.mode(GRAD)
             return output
         nodes = [a for a in (*args, *kwargs.values()) if isinstance(a, fx.Node)]
@@ -331,6 +340,7 @@ class Recorder(TorchFunctionMode):
             parameters=tuple(dict.fromkeys(names)),
             modules=tuple(self.visits.stack),
             no_grad=not torch.is_grad_enabled(),
+            grad=torch.is_grad_enabled() and not self.grad,
             autocast=tuple(self.autocasts),
         )
 

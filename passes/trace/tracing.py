@@ -201,7 +201,7 @@ def record(
         values.append(value)
     own_args, own_kwargs = structure.build(iter(values))
     before = _pictures(model, own_args, own_kwargs)
-    with recording(recorder), torch.set_grad_enabled(recorder.grad):
+    with torch.set_grad_enabled(recorder.grad), recording(recorder):
         output = model(*own_args, **own_kwargs)
     after = _pictures(model, own_args, own_kwargs)
     written = [name for name, was in before.items() if after[name] != was]
@@ -249,10 +249,13 @@ def _stand_in(fake: Any, leaf: torch.Tensor) -> torch.Tensor:
         value: torch.Tensor = fake.from_tensor(leaf.detach().requires_grad_(leaf.requires_grad))
         return value
     copy = leaf.detach().clone()
-    if leaf.layout is torch.strided and copy.stride() != leaf.stride() and leaf.numel():
-        span = 1 + sum((n - 1) * s for n, s in zip(leaf.shape, leaf.stride(), strict=True))
-        memory = leaf.detach().as_strided((span,), (1,)).clone()
-        copy = memory.as_strided(leaf.shape, leaf.stride(), 0).detach()
+    if leaf.layout is torch.strided and leaf.numel():
+        start, strides = leaf.storage_offset(), leaf.stride()
+        if start or copy.stride() != strides:
+            span = 1 + sum((n - 1) * s for n, s in zip(leaf.shape, strides, strict=True))
+            memory = leaf.detach().new_empty(start + span)
+            memory[start:] = leaf.detach().as_strided((span,), (1,))
+            copy = memory.as_strided(leaf.shape, strides, start).detach()
     return copy.requires_grad_(leaf.requires_grad)
 
 

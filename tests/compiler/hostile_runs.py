@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
+import math
+import pickle
 import random
 import re
 import types
@@ -23,10 +24,10 @@ from dni_fx.passes.trace.symbols import TracedInt
 from ..helpers.comparing import describe, same_bits
 from ..models.hostile import LIBRARIES, Call, Program, make_calls
 
-CALLS = 4
+CALLS = 3
 _INTERNAL = frozenset(vars(nn.Module()))
 _CACHES = re.compile(r"\b(C|cache)\d+$")
-_PLACE = re.compile(r"program_\d+\.py:\d+|cross at '|'(f|m|arg|n|at|v|p)\d+\b[^']*'")
+_PLACE = re.compile(r"program_\d+\.py:\d+|cross at '|cut after '|'(f|m|arg|n|at|v|p)\d+\b[^']*'")
 
 
 class Wrong(AssertionError):
@@ -48,8 +49,8 @@ class Side:
 
     def decouple(self, first: Call, check: bool) -> None:
         """Cut the model; where the first layer is no legal place, at the first that is one."""
-        seeded(first.seed)
         inputs = first.inputs(self.scope)
+        seeded(first.seed)
         options: dict[str, Any] = {"gradients": "exact", "check": check, "example_kwargs": inputs}
         try:
             self.decoupled = dni_fx.decouple(self.model, ["m0"], **options)
@@ -87,7 +88,7 @@ class Side:
             torch.autocast("cpu", torch.bfloat16, call.autocast),
         ):
             results = self._step(inputs) if call.kind == "step" else self._call(inputs, call.kind)
-        results["generators"] = (torch.get_rng_state(), random.getstate(), numpy.random.get_state())
+        results["generators"] = generators()
         results["arguments"] = inputs
         return normal(results)
 
@@ -148,14 +149,15 @@ def check(program: Program, self_check: bool = True) -> str:
 def _check(eager: Side, ours: Side, calls: list[Call], self_check: bool, said: list[str]) -> str:
     said.append(f"decouple: {calls[0]}")
     before = eager.state()
-    states = _generators(calls[0])
+    seeded(calls[0].seed)
+    states = generators()
     try:
         ours.decouple(calls[0], self_check)
     except Exception as error:
         compare(ours.state(), before, "after the refusal")
         return _judge(eager, calls[0], error)
     compare(ours.state(), before, "after decoupling")
-    del states
+    compare(generators(), states, "generators after decoupling")
     for call in calls:
         said.append(str(call))
         eager.change(call)
@@ -164,6 +166,8 @@ def _check(eager: Side, ours: Side, calls: list[Call], self_check: bool, said: l
         try:
             want = eager.run(call)
         except Exception:
+            return "no program"
+        if not math.isfinite(want.get("loss", 0.0)):
             return "no program"
         try:
             got = ours.run(call)
@@ -200,9 +204,10 @@ def seeded(seed: int) -> None:
     numpy.random.seed(seed % (1 << 32))
 
 
-def _generators(call: Call) -> Any:
-    seeded(call.seed)
-    return torch.get_rng_state()
+def generators() -> list[bytes]:
+    """States of all generators of the process."""
+    named = random.getstate(), numpy.random.get_state()
+    return [torch.get_rng_state().numpy().tobytes(), *map(pickle.dumps, named)]
 
 
 def compare(got: Any, want: Any, what: str) -> None:
@@ -240,7 +245,7 @@ def normal(value: Any) -> Any:
     if isinstance(value, torch.Generator):
         return value.get_state()
     if isinstance(value, random.Random):
-        return list(value.getstate())
+        return pickle.dumps(value.getstate())
     if isinstance(value, numpy.ndarray):
         return torch.from_numpy(value.copy())
     if isinstance(value, types.FunctionType | types.MethodType | type | types.ModuleType):
