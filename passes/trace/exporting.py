@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from ...errors import BakedInError, TracingError
-from ...graphs.pictures import picture
 from .held import GRAD, Held, Reads
 from .modules import state_of
 from .naming import check_inputs
@@ -48,10 +46,15 @@ def trace_export(
     """
     check_inputs(model, args, kwargs)
     watcher = _Watcher(model)
+    if not grad:
+        watcher.reads.mode(GRAD)
     with restored(model, args, kwargs), torch.set_grad_enabled(grad):
         try:
-            with watching(watcher), _Asked(model, watcher.reads), _nothing_kept(model):
+            draws = python_draws()
+            with watching(watcher), _Asked(model, watcher.reads):
                 program = _export(model, args, kwargs)
+            if python_draws() != draws:
+                raise BakedInError("the model draws from Python's or NumPy's random numbers")
             exported = program.module(check_guards=False)
         except Exception as error:
             raise TracingError(f"torch.export: {reason_of(error)}") from error
@@ -68,23 +71,8 @@ def trace_export(
     return dataclasses.replace(trace, modes=modes, held=watcher.held(), rung="export")
 
 
-@contextlib.contextmanager
-def _nothing_kept(model: nn.Module) -> Iterator[None]:
-    """An exported graph would hold fast what forward draws or counts, and leave out what it keeps.
-
-    Raises:
-        BakedInError: it does one of these.
-    """
-    draws = python_draws()
-    before = [(path, module, state_of(module)) for path, module in model.named_modules()]
-    yield
-    if python_draws() != draws:
-        raise BakedInError("the model draws from Python's or NumPy's random numbers")
-    for path, module, was in before:
-        now = state_of(module)
-        if changed := [k for k, v in now.items() if k not in was or was[k] != v]:
-            place = f"{path}.{changed[0]}" if path else changed[0]
-            raise BakedInError(f"forward changes the attribute '{place}'")
+# lost in an exported graph, or other than in a call
+_HIDDEN = {"_is_view", "register_hook", "retain_grad", "register_post_accumulate_grad_hook"}
 
 
 class _Asked(TorchFunctionMode):
@@ -96,7 +84,10 @@ class _Asked(TorchFunctionMode):
         self._parameters = list(model.named_parameters())
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") == "__get__":
+        name = getattr(func, "__name__", "")
+        if name in _HIDDEN:
+            raise BakedInError(f"the model uses '{name}', which an exported graph cannot hold")
+        if name == "__get__":
             asked = getattr(getattr(func, "__self__", None), "__name__", "")
             if asked in OF_GRADIENTS:
                 self._reads.mode(GRAD)
@@ -121,23 +112,25 @@ class _Watcher:
         self._read: dict[tuple[int, str], nn.Module] = {}
 
     def call_module(self, original: Any, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """A module is called."""
+        """A module is called. Its graph would leave out what it keeps, and hold fast what it draws.
+
+        Raises:
+            BakedInError: its attributes are others afterwards.
+        """
+        if (path := self._paths.get(id(module))) is None:
+            return original(module, *args, **kwargs)
         self._called[id(module)] = module
-        return original(module, *args, **kwargs)
+        before = state_of(module)
+        output = original(module, *args, **kwargs)
+        now = state_of(module)
+        if changed := [k for k, v in now.items() if k not in before or before[k] != v]:
+            place = f"{path}.{changed[0]}" if path else changed[0]
+            raise BakedInError(f"forward changes the attribute '{place}'")
+        return output
 
     def read_attribute(self, module: nn.Module, name: str, value: Any) -> None:
         """An attribute is read."""
         self._read[id(module), name] = module
-
-    def write_attribute(self, module: nn.Module, name: str, value: Any) -> None:
-        """An attribute is written; export undoes that.
-
-        Raises:
-            BakedInError: it was something else before.
-        """
-        if picture(getattr(module, name, MISSING)) != picture(value):
-            path = self._paths.get(id(module))
-            raise BakedInError(f"forward changes the attribute '{path}.{name}'".replace("'.", "'"))
 
     def held(self) -> tuple[Held, ...]:
         """All that was read, as it is now."""

@@ -123,7 +123,7 @@ class Reads:
                 self._alive.append(value)
                 self._hold(key, path, name, functools.partial(_facts, module, name))
         elif isinstance(value, types.MethodType) and value.__self__ is module:
-            self._method(key, path, name, value)
+            self._method(module, path, name, value)
         elif not isinstance(value, nn.Module):
             member = getattr(type(module), name, None)
             if isinstance(member, property):  # what it reads is noted by itself
@@ -132,11 +132,14 @@ class Reads:
             self._hold(key, path, name, functools.partial(getattr, module, name, MISSING))
             self._outside.held(value)
 
-    def _method(self, key: Any, path: str | None, name: str, method: types.MethodType) -> None:
+    def _method(
+        self, module: nn.Module, path: str | None, name: str, method: types.MethodType
+    ) -> None:
         function = method.__func__
         code = getattr(function, "__code__", None)
         if code is not None and not code.co_filename.startswith(LIBRARY):
-            self._hold(key, path, name, functools.partial(_function_of, name, method.__self__))
+            read = functools.partial(_function_of, name, module)
+            self._hold((id(module), name), path, name, read)
             self._outside.function(function)
 
     def _hold(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import operator
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -98,6 +99,8 @@ class Recorder(TorchFunctionMode):
         self.grad = grad
         self.fake = fake
         self.reads = Reads()
+        if not grad:
+            self.reads.mode(GRAD)
         self.known = Provenance(model, bool(fake), self.reads)
         self.sizes = Sizes(self.known, plain)
         self.visits = Visits(self.known, opaque, self.reads)
@@ -113,9 +116,8 @@ class Recorder(TorchFunctionMode):
         if self.paused:
             return func(*args, **kwargs)
         if func is torch._C._set_grad_enabled:
-            entered = not sys._getframe(1).f_code.co_qualname.endswith("__exit__")
-            if entered and args[0]:  # a region with gradients, whatever is outside
-                self.reads.mode(GRAD)
+            if args[0] and not _is_leaving(sys._getframe(1)):
+                self.reads.mode(GRAD)  # a region with gradients, whatever is outside
             return func(*args)
         try:
             name = resolve_name(func) or getattr(func, "__name__", str(func))
@@ -343,6 +345,15 @@ class Recorder(TorchFunctionMode):
             grad=torch.is_grad_enabled() and not self.grad,
             autocast=tuple(self.autocasts),
         )
+
+
+def _is_leaving(frame: types.FrameType | None) -> bool:
+    """Whether gradients are switched on again where a region without ends."""
+    for _ in range(2):
+        if frame is not None and frame.f_code.co_qualname.endswith("__exit__"):
+            return True
+        frame = frame and frame.f_back
+    return False
 
 
 def _node_name(op: str, target: Any) -> str | None:

@@ -59,7 +59,7 @@ def watching(watcher: Any) -> Iterator[None]:
     thread = threading.get_ident()
     routes = _Routes(watcher, lambda: not watcher.paused and threading.get_ident() == thread)
     with contextlib.ExitStack() as stack:
-        for owner, name, value in (*routes.reads(), routes.writes()):
+        for owner, name, value in routes.reads():
             stack.enter_context(_replaced(owner, name, value))
         yield
 
@@ -84,17 +84,6 @@ class _Routes:
         yield nn.Module, "__getattribute__", self._attribute()
         for name in MODES:
             yield torch, name, self._mode(name, getattr(torch, name))
-
-    def writes(self) -> tuple[Any, str, Any]:
-        """That by which attributes are written."""
-        original = nn.Module.__setattr__
-
-        def write(module: nn.Module, name: str, value: Any) -> None:
-            if self.watches() and not _by_library(2):
-                self.recorder.write_attribute(module, name, value)
-            original(module, name, value)
-
-        return nn.Module, "__setattr__", write
 
     def apply(self, cls: Any, args: Any, kwargs: Any) -> Any:
         """In place of ``Function.apply``."""

@@ -110,7 +110,8 @@ def make_program(seed: int, only: tuple[Feature, ...] = ()) -> Program:
     """
     draw = random.Random(seed)
     torch.manual_seed(seed)
-    chosen = only or draw.sample(FEATURES, draw.choice((1, 2, 2, 3)))
+    pool = FEATURES if draw.random() < 0.15 else [f for f in FEATURES if not f.rare]
+    chosen = only or draw.sample(pool, draw.choice((1, 2, 2, 3)))
     used = [
         Used(f, k, f.place == "block" or (f.place == "any" and draw.random() < 0.4))
         for k, f in enumerate(chosen)

@@ -24,6 +24,7 @@ class Feature:
         argument: an expression for an argument, made for every call; ``n`` is the batch.
         place: ``"any"``, ``"top"`` or ``"block"``: where it may stand.
         loss: an expression of ``m`` that the training loss adds.
+        rare: whether it is refused nearly always, and so seldom taken up.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Feature:
     argument: str = ""
     place: str = "any"
     loss: str = ""
+    rare: bool = False
 
 
 def _attribute(name: str, value: str, lines: str, *changes: str, **more: str) -> Feature:
@@ -155,8 +157,8 @@ GLOBALS = (
     Feature("global class", "h = h * G$.k", helpers="class G$:\n    k = 1.0",
             changes=("G$.k = ?",)),
     Feature("global helper object", "h = G$.use(h)", changes=("G$.k = ?",),
-            helpers="class Helper$:\n    k = 1.0\n    def use(self, h):\n        return h * self.k\n"
-            "G$ = Helper$()"),
+            helpers="class Helper$:\n    k = 1.0\n    def use(self, h):\n"
+            "        return h * self.k\nG$ = Helper$()"),
     Feature("static method", "h = Helper$.use(h)", changes=("G$ = ?",),
             helpers="G$ = 1.0\nclass Helper$:\n    @staticmethod\n    def use(h):\n"
             "        return h * G$"),
