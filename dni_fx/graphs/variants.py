@@ -135,8 +135,8 @@ class Variant:
 
 
 def kinds_of(leaves: list[torch.Tensor]) -> tuple[Any, ...]:
-    """What must not change between calls of one graph, besides sizes that the model looked at: kinds
-    of tensors, and which of them are one.
+    """What must not change between calls of one graph, besides sizes that the model looked at:
+    kinds of tensors, and which of them are one.
     """
     kinds = [(type(t), t.dtype, t.dim(), t.device, t.layout, t.requires_grad) for t in leaves]
     places = [id(t) for t in leaves]

@@ -201,12 +201,12 @@ def seeded(seed: int) -> None:
     """Seed all generators of the process."""
     torch.manual_seed(seed)
     random.seed(seed)
-    numpy.random.seed(seed % (1 << 32))
+    numpy.random.seed(seed % (1 << 32))  # noqa: NPY002
 
 
 def generators() -> list[bytes]:
     """States of all generators of the process."""
-    named = random.getstate(), numpy.random.get_state()
+    named = random.getstate(), numpy.random.get_state()  # noqa: NPY002
     return [torch.get_rng_state().numpy().tobytes(), *map(pickle.dumps, named)]
 
 

@@ -54,7 +54,6 @@ SIZES = (
     Feature("stride", "h = h * (x.stride(0) + 1)"),
     Feature("strides", "h = h * 2 if x.stride() == (4, 1) else h"),
     Feature("offset", "h = h * (x.storage_offset() + 1)"),
-    Feature("view", "h = h * 2 if x._is_view() else h", rare=True),
     Feature("computed strides", "h = h * 2 if h.is_contiguous() else h + 1"),
     Feature("strides of a copy", "h = h * (x.clone().stride(0) + 1)"),
     Feature("as strided", "h = h + torch.as_strided(x.float(), (1,), (1,)).sum()"),
@@ -64,7 +63,7 @@ _MASK = "torch.rand(n, 1) > ? / 4"
 _LENGTHS = "torch.randint(1, 4, (n,))"
 
 VALUES = (
-    Feature("all", "h = h if arg$.all() else h * arg$", argument=_MASK),
+    Feature("all", "h = h if arg$.all() else h * arg$ - 1", argument=_MASK),
     Feature("any", "h = h + 1 if bool(arg$.any()) else h", argument=_MASK),
     Feature("count", "h = h * (2 if arg$.sum() > 2 else 1)", argument=_MASK),
     Feature("item", "h = h * arg$.max().item()", argument=_LENGTHS),
@@ -79,7 +78,8 @@ VALUES = (
     Feature("where", "h = h + len(torch.where(arg$)[0])", argument=_MASK),
     Feature("float of the input", "h = h * 2 if x.sum() > 0 else h"),
     Feature("float of a value", "h = h * 2 if h.sum() > 0 else h", place="block"),
-    Feature("float of a value at the top", "h = h * 2 if h.sum() > 0 else h", place="top", rare=True),
+    Feature("float of a value at the top", "h = h * 2 if h.sum() > 0 else h", place="top",
+            rare=True),
     Feature("value of a parameter", "h = h * 2 if self.w$ > 1.5 else h",
             init="self.w$ = nn.Parameter(torch.ones(()))", changes=("m.w$.data.fill_(?)",)),
     Feature("value of a buffer", "h = h * 2 if self.w$ > 1.5 else h",
@@ -207,6 +207,7 @@ GRADIENTS = (
     Feature("detached", "h = h + h.detach().tanh()"),
     Feature("saved tensors' hooks", "with torch.autograd.graph.save_on_cpu():\n    h = h.tanh()"),
     Feature("graph cut by data", "h = h + h.data"),
+    Feature("old constructor", "h = h * torch.FloatTensor([1.0, 2.0]).sum()"),
     Feature("list of constants", "h = h * torch.tensor([1.0, 2.0]).sum()"),
     Feature("array of constants", "h = h * torch.from_numpy(numpy.ones(1)).to(h.dtype)"),
     Feature("new tensor", "h = h + h.new_tensor([0.5])"),
