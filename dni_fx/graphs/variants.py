@@ -18,7 +18,7 @@ from ..passes.trace.traces import Trace
 from ..sources import GradientSource, Served
 from .nested import Structure
 
-Bound = tuple[tuple[dict[str, Any], str, Any], ...]
+Bound = tuple[tuple[dict[str, Any], str, str, Any], ...]
 
 
 class Variant:
@@ -80,7 +80,7 @@ class Variant:
     def is_outdated(self) -> bool:
         """Whether something that the graph refers to was replaced, frozen or unfrozen since."""
         return self._facts() != self.frozen or not all(
-            table.get(key) is value for table, key, value in self.bound
+            tables[kind].get(key) is value for tables, kind, key, value in self.bound
         )
 
     def _facts(self) -> list[Any]:
@@ -154,22 +154,22 @@ def layouts_of(leaves: list[torch.Tensor]) -> tuple[Any, ...]:
     )
 
 
-def _identities(bound: Bound) -> list[tuple[int, str, int]]:
-    return [(id(table), key, id(value)) for table, key, value in bound]
+def _identities(bound: Bound) -> list[tuple[int, str, str, int]]:
+    return [(id(tables), kind, key, id(value)) for tables, kind, key, value in bound]
 
 
 def _bound_attributes(split: Split, model: nn.Module) -> Bound:
     """Where the model keeps what the stages refer to, so that a replaced parameter, buffer or
-    module is noticed: the owner's table, key and object of all that is called or read.
+    module is noticed: the owner's tables, which one, key and object of all that is called or read.
     """
     called = {path for stage in split.stages for path in stage.called}
-    bound: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
+    bound: dict[tuple[int, str, str], tuple[dict[str, Any], str, str, Any]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for kind in ("_modules", "_parameters", "_buffers"):
-            table = vars(module)[kind]
-            for key, value in table.items():
+            tables = vars(module)
+            for key, value in tables[kind].items():
                 name = f"{path}.{key}" if path else key
                 inside = kind == "_buffers" and path in called  # theirs to exchange
                 if name in called if kind == "_modules" else not inside:
-                    bound[id(table), key] = (table, key, value)
+                    bound[id(module), kind, key] = (tables, kind, key, value)
     return tuple(bound.values())

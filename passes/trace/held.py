@@ -110,7 +110,7 @@ class Reads:
         if key in self._held:
             return
         if name in TABLES:
-            self._hold(key, path, name, functools.partial(_Entries, vars(module)[name]), False)
+            self._hold(key, path, name, functools.partial(_Entries, module, name), False)
         elif name == "__dict__":
             self._hold(key, path, name, functools.partial(_own, module))
         elif name in _NOT_READ_BY_FORWARD or name.startswith("__"):
@@ -222,8 +222,8 @@ class _Entries:
 
     __slots__ = ("table",)
 
-    def __init__(self, table: dict[str, Any]) -> None:
-        self.table = table.copy()
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.table = vars(module)[name].copy()
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, _Entries) or len(self.table) != len(other.table):
