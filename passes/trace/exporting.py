@@ -18,7 +18,7 @@ from .modules import state_of
 from .naming import check_inputs
 from .outside import MISSING
 from .recorder import OF_GRADIENTS, Recorder
-from .routing import watching
+from .routing import by_library, watching
 from .state import python_draws, restored
 from .traces import Trace
 from .tracing import reason_of, record
@@ -85,7 +85,7 @@ class _Asked(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name in _HIDDEN:
+        if name in _HIDDEN and not by_library(2):
             raise BakedInError(f"the model uses '{name}', which an exported graph cannot hold")
         if name == "__get__":
             asked = getattr(getattr(func, "__self__", None), "__name__", "")

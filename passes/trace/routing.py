@@ -104,7 +104,7 @@ class _Routes:
             try:
                 value = object.__getattribute__(module, name)
             except AttributeError:
-                if self.watches() and not _is_registered(module, name) and not _by_library(2):
+                if self.watches() and not _is_registered(module, name) and not by_library(2):
                     self.recorder.read_attribute(module, name, MISSING)
                 raise
             if self.watches() and not _is_internal(name, sys._getframe(1).f_code.co_filename):
@@ -115,7 +115,7 @@ class _Routes:
 
     def _mode(self, name: str, original: Any) -> Any:
         def mode(*args: Any) -> Any:
-            if self.watches() and not _by_library(2):
+            if self.watches() and not by_library(2):
                 self.recorder.reads.mode(name, args)
             return original(*args)
 
@@ -142,7 +142,7 @@ class _Routes:
         return leave
 
 
-def _by_library(depth: int) -> bool:
+def by_library(depth: int) -> bool:
     """Whether it is torch's code, or ours, that calls."""
     return sys._getframe(depth).f_code.co_filename.startswith(LIBRARY)
 
