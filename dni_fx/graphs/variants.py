@@ -164,12 +164,14 @@ def _bound_attributes(split: Split, model: nn.Module) -> Bound:
     """
     called = {path for stage in split.stages for path in stage.called}
     bound: dict[tuple[int, str, str], tuple[dict[str, Any], str, str, Any]] = {}
+    theirs: set[str] = set()  # paths of what modules that are called as a whole are made of
     for path, module in model.named_modules(remove_duplicate=False):
+        if path in called or path.rpartition(".")[0] in theirs:
+            theirs.add(path)
         for kind in ("_modules", "_parameters", "_buffers"):
+            if path in theirs and kind != "_parameters":
+                continue  # theirs to exchange
             tables = vars(module)
             for key, value in tables[kind].items():
-                name = f"{path}.{key}" if path else key
-                inside = kind == "_buffers" and path in called  # theirs to exchange
-                if name in called if kind == "_modules" else not inside:
-                    bound[id(module), kind, key] = (tables, kind, key, value)
+                bound[id(module), kind, key] = (tables, kind, key, value)
     return tuple(bound.values())

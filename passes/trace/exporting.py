@@ -72,7 +72,7 @@ def trace_export(
 
 
 # lost in an exported graph, or other than in a call
-_HIDDEN = {"_is_view", "register_hook", "retain_grad", "register_post_accumulate_grad_hook"}
+_HIDDEN = {"register_hook", "retain_grad", "register_post_accumulate_grad_hook"}
 
 
 class _Asked(TorchFunctionMode):
@@ -85,7 +85,7 @@ class _Asked(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name in _HIDDEN and not by_library(2):
+        if name in _HIDDEN or (name == "_is_view" and not by_library(2)):
             raise BakedInError(f"the model uses '{name}', which an exported graph cannot hold")
         if name == "__get__":
             asked = getattr(getattr(func, "__self__", None), "__name__", "")

@@ -217,10 +217,11 @@ class Recorder(TorchFunctionMode):
         self, original: Any, module: nn.Module, path: str, args: Any, kwargs: Any
     ) -> Any:
         self.known.attributes[path] = module
+        run = lambda a, k: original(module, *a, **k)  # noqa: E731
+        if path in self.visits.opaque:  # what it gives back in one call is not so in each
+            run = lambda a, k: _apart(original(module, *a, **k), (*a, *k.values()))  # noqa: E731
         with self.visits.whole(path):
-            output = self._create(
-                "call_module", path, args, kwargs, lambda a, k: original(module, *a, **k)
-            )
+            output = self._create("call_module", path, args, kwargs, run)
         if any(output is a for a in (*args, *kwargs.values())):
             # an identity in this mode: which of the two is used later cannot be told
             self.visits.visited[path] = module
@@ -345,6 +346,13 @@ class Recorder(TorchFunctionMode):
             grad=torch.is_grad_enabled() and not self.grad,
             autocast=tuple(self.autocasts),
         )
+
+
+def _apart(output: Any, given: Any) -> Any:
+    """Another tensor on the same memory, where a tensor that was given came back."""
+    if isinstance(output, torch.Tensor) and any(output is value for value in given):
+        return output.view_as(output)
+    return output
 
 
 def _is_leaving(frame: types.FrameType | None) -> bool:
