@@ -17,7 +17,8 @@ from .held import GRAD, Held, Reads
 from .modules import state_of
 from .naming import check_inputs
 from .outside import MISSING
-from .recorder import OF_GRADIENTS, Recorder
+from .questions import OF_GRADIENTS
+from .recorder import Recorder
 from .routing import by_library, watching
 from .state import python_draws, restored
 from .traces import Trace
