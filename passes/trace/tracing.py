@@ -29,6 +29,7 @@ from .routing import recording
 from .state import restored
 from .symbols import Size, TracedInt, sizes_wanted
 from .traces import Trace
+from .values import copied
 
 _MOST_OPAQUE = 200
 _SAME_ON_REAL_TENSORS = DataDependentError | BakedInError
@@ -195,7 +196,12 @@ def record(
     for name, leaf in zip(input_names(model, args, kwargs), leaves, strict=True):
         value = copies.get(id(leaf))  # the same tensor again is the same one to the model
         if value is None:
-            value = copies[id(leaf)] = _stand_in(recorder.fake, leaf)
+            if recorder.fake:
+                alone = leaf.detach().requires_grad_(leaf.requires_grad)
+                value = recorder.fake.from_tensor(alone)
+            else:
+                value = copied(leaf)
+            copies[id(leaf)] = value
         known.placeholder(name, value)
         recorder.inputs[known.nodes[id(value)]] = leaf
         values.append(value)
@@ -241,22 +247,6 @@ def record(
 def _pictures(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """What each argument holds, by its place or name."""
     return {name: picture(value) for name, value in argument_names(model, args, kwargs).items()}
-
-
-def _stand_in(fake: Any, leaf: torch.Tensor) -> torch.Tensor:
-    """A fake tensor, or a copy: of the memory, too, for code that looks at strides."""
-    if fake:
-        value: torch.Tensor = fake.from_tensor(leaf.detach().requires_grad_(leaf.requires_grad))
-        return value
-    copy = leaf.detach().clone()
-    if leaf.layout is torch.strided and leaf.numel():
-        start, strides = leaf.storage_offset(), leaf.stride()
-        if start or copy.stride() != strides:
-            span = 1 + sum((n - 1) * s for n, s in zip(leaf.shape, strides, strict=True))
-            memory = leaf.detach().new_empty(start + span)
-            memory[start:] = leaf.detach().as_strided((span,), (1,))
-            copy = memory.as_strided(leaf.shape, strides, start).detach()
-    return copy.requires_grad_(leaf.requires_grad)
 
 
 def _check_sight(outputs: Structure) -> None:
