@@ -5,7 +5,7 @@
 #   make matrix                every source and model on every executor; make test takes each of them once
 #   make ecosystem             the tests that need transformers, accelerate, peft, Lightning or a browser
 #   make docs                  the pages of docs/ as a site in site/, links and anchors checked
-#   make zoo | zoo-random      about 510 models -> docs/coverage.md (ZOO_ARGS="--sample 60") | 100,000 random graphs
+#   make zoo | zoo-random      about 670 models -> docs/coverage.md (ZOO_ARGS="--sample 60") | 100,000 random graphs
 #   make zoo-hostile           20,000 programs that try to fool the tracer; make test runs the first 1,500
 #   make bench | results       the benchmarks | the experiments of docs/results.md
 #   make finetune              a pretrained ResNet and a pretrained MiniLM, fine-tuned by all kinds of sources
@@ -55,9 +55,11 @@ $(READY): pyproject.toml constraints.txt
 	$(PIP) install -e '.[test,demo]' -c constraints.txt
 	@touch $@
 
-$(ZOO_READY): $(READY)
+# Without dependencies: what they want of torch is not the build that was chosen.
+$(ZOO_READY): $(READY) benchmarks/zoo_packages.txt
 	$(PIP) install --no-deps torchvision==0.28.0 -c constraints.txt
 	$(PIP) install -e '.[zoo]' -c constraints.txt
+	$(PIP) install --no-deps -r benchmarks/zoo_packages.txt -c constraints.txt
 	@touch $@
 
 $(ECOSYSTEM_READY): $(READY)

@@ -12,7 +12,8 @@ Every torchvision model for classification, segmentation and video, one timm mod
 on small images, the architectures of transformers that `zoo_transformers` lists and the models of
 packages that use einops that `zoo_einops` lists: traced, cut into four stages at equal node counts,
 then compared with the model itself, bit for bit, on one thread. Then the search looks for four
-stages with measured costs, and its slowest stage is put beside the bound. Each model has two
+stages with measured costs, and its slowest stage is put beside the bound. The models of other
+packages (`zoo_packages`) are cut into three stages as their users would have it. Each model has two
 processes of its own, one without and one with the transform, and neither has called it before;
 results are written as they come.
 """

@@ -124,16 +124,28 @@ def first_difference(expected: Iterable[Snapshot], got: Iterable[Snapshot]) -> s
     return ""
 
 
+def _noted(module: nn.Module) -> list[str]:
+    """Attributes of the kinds that a call may leave other than they were; not the mode."""
+    kinds = bool, int, float, str, Tensor, type(None)
+    noted = [key for key, value in vars(module).items() if isinstance(value, kinds)]
+    return [key for key in noted if key != "training"]
+
+
 class Subject:
     """A model, its start state, its batches, and backprop's results to compare with."""
 
     def __init__(self, entry: Entry, dtype: torch.dtype) -> None:
         self.entry, self.dtype = entry, dtype
         seed_everything(SEED)
-        self.model = entry.build().to(dtype).train()
+        model = entry.build()
+        self.model = (model if dtype == torch.float32 else model.to(dtype)).train()
         wake(self.model)
         self.batches = [entry.example(BATCH, SEED + number, dtype) for number in range(STEPS)]
         self.start = {name: value.detach().clone() for name, value in self._state()}
+        self.attributes = {
+            module: {key: vars(module)[key] for key in _noted(module)}
+            for module in self.model.modules()
+        }
         self.gradients: dict[int, Tensor | None] = {}
         self.seconds: list[float] = []
 
@@ -143,8 +155,12 @@ class Subject:
 
     def restore(self) -> None:
         """Back to the start, without gradients; a buffer that the model has made, or replaced by
-        another size, is as it was.
+        another size, is as it was, and so are numbers, texts and tensors that a module notes.
         """
+        for module, noted in self.attributes.items():
+            for key in set(_noted(module)) - noted.keys():
+                delattr(module, key)
+            vars(module).update(noted)
         with torch.no_grad():
             for name, value in list(self._state()):
                 start = self.start.get(name)
@@ -203,25 +219,37 @@ class Subject:
         trainer = dni_fx.Trainer(decoupled, loss=loss, optimizer=self.sgd)
         return self.run(lambda x: trainer.step(*x[0], **x[1]).outputs)
 
-    def call(self, module: nn.Module, x: Inputs) -> tuple[Snapshot, Any]:
-        """Forward and backward of ``module`` from the start state; the structure of its outputs
-        comes along.
+    def call(self, module: nn.Module, x: Inputs, backward: bool) -> tuple[Snapshot, Any]:
+        """Forward, and backward where asked, of ``module`` from the start state; the structure of
+        its outputs comes along.
         """
         self.restore()
         seed_everything(SEED + 100)
         outputs = module(*x[0], **x[1])
-        loss(outputs).backward()
+        if backward:
+            loss(outputs).backward()
         gradients = {id(parameter): parameter.grad for parameter in self.model.parameters()}
         return snapshot(self.model, outputs, gradients, parameters=False), tree_structure(outputs)
+
+    def has_backward(self, x: Inputs) -> bool:
+        """Whether the model has gradients in the mode that it is in: some have them in training
+        mode alone.
+        """
+        try:
+            self.call(self.model, x, backward=True)
+        except Exception:
+            return False
+        return True
 
     def compare_call(self, decoupled: nn.Module, training: bool, batch: int) -> str:
         """The composed stages against the model in one mode: outputs, gradients, buffers."""
         x = self.entry.example(batch, SEED, self.dtype)
         try:
             self.model.train(training)
-            expected, structure = self.call(self.model, x)
+            backward = training or self.has_backward(x)
+            expected, structure = self.call(self.model, x, backward)
             decoupled.train(training)
-            got, got_structure = self.call(decoupled, x)
+            got, got_structure = self.call(decoupled, x, backward)
         finally:
             decoupled.train()
         if structure != got_structure:

@@ -15,13 +15,23 @@ from typing import Any
 
 import torch
 
-from zoo_comparing import BATCH, STEPS, Snapshot, Subject, fingerprint, first_difference
+from zoo_comparing import (
+    BATCH,
+    SEED,
+    STEPS,
+    Snapshot,
+    Subject,
+    difference,
+    fingerprint,
+    first_difference,
+    loss,
+)
+from zoo_harm import Untouched
 from zoo_models import Entry, parameter_count
 
-STAGES = 4
 LARGEST = 150_000_000  # parameters
 EQUAL = "equal"
-PARTS = ("after", "train", "eval", "exact")  # what is compared
+PARTS = ("split", "unharmed", "after", "train", "eval", "exact", "module", "zero")  # compared
 NOT_ASKED = ("build", "eager", "left out")  # where the model's own failure ends it
 
 Row = dict[str, Any]
@@ -117,6 +127,7 @@ def examine(entry: Entry, dtype: torch.dtype, check: bool, row: Row, report: Rep
     subject = Subject(entry, dtype)
     transformed: list[Any] = []
     reference: list[Snapshot] = []
+    before = Untouched(subject.model, subject.batches[0])
 
     def transform() -> None:
         transformed.append(decouple(subject, check, row))
@@ -140,6 +151,7 @@ def examine(entry: Entry, dtype: torch.dtype, check: bool, row: Row, report: Rep
 
     done = examination.passes("transform", transform)
     failed = {} if done else {"reason": row.pop("reason"), "where": row.pop("where")}
+    examination.compare("unharmed", before.difference)
     examination.compare("after", after)
     if failed:
         row.update(failed, status="transform")
@@ -152,7 +164,10 @@ def examine(entry: Entry, dtype: torch.dtype, check: bool, row: Row, report: Rep
         exact = lambda: first_difference(reference, subject.exact(transformed[0]))  # noqa: E731
         examination.compare("exact", exact)
         row["exact_seconds"] = min(subject.seconds, default=None)
-        if not examination.passes("search", lambda: search(subject, row)):
+        module = lambda: subject.compare_call(transformed[0].as_module(), **training)  # noqa: E731
+        examination.compare("module", module)
+        examination.compare("zero", lambda: zero_step(subject, transformed[0], reference[0]))
+        if not entry.typical and not examination.passes("search", lambda: search(subject, row)):
             row["search"] = row.pop("reason")
     row["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     row["status"] = "done"
@@ -165,17 +180,42 @@ def decouple(subject: Subject, check: bool, row: Row) -> Any:
 
     begin = time.perf_counter()
     args, kwargs = subject.batches[0]
-    cuts = equal_cuts(dni_fx.list_cut_points(subject.model, args, kwargs), STAGES)
-    examples: dict[str, Any] = {"example_inputs": args, "example_kwargs": kwargs}
-    decoupled = dni_fx.decouple(subject.model, cuts, gradients="exact", check=check, **examples)
+    options: dict[str, Any] = {"example_inputs": args, "example_kwargs": kwargs}
+    if subject.entry.typical:
+        options["stages"] = subject.entry.stages
+    else:
+        points = dni_fx.list_cut_points(subject.model, args, kwargs)
+        options |= {"cuts": equal_cuts(points, subject.entry.stages), "check": check}
+    decoupled = dni_fx.decouple(subject.model, gradients="exact", **options)
     row["transform_seconds"] = time.perf_counter() - begin
     facts = decoupled.plan.report
     assert facts is not None
     row["rung"], row["nodes"] = facts.rung, sum(stage.nodes for stage in facts.stages)
     row["notes"] = [str(note) for note in facts.notes]
     row["stages"], row["interfaces"] = len(decoupled.stages), len(decoupled.interfaces)
+    few = subject.entry.typical and row["stages"] < subject.entry.stages
+    row["split"] = f"{row['stages']} of {subject.entry.stages} stages" if few else EQUAL
     row["implied"] = sum(interface.implied for interface in decoupled.interfaces)
     return decoupled
+
+
+def zero_step(subject: Subject, decoupled: Any, expected: Snapshot) -> str:
+    """One step with the same stages and no gradients across the cuts: the outputs are the model's,
+    and another batch size is taken too.
+    """
+    import dni_fx
+
+    subject.restore()
+    args, kwargs = subject.batches[0]
+    examples: dict[str, Any] = {"example_inputs": args, "example_kwargs": kwargs}
+    options: dict[str, Any] = {"gradients": "zero", "check": False}
+    stages = dni_fx.decouple(subject.model, decoupled.plan, **examples, **options)
+    trainer = dni_fx.Trainer(stages, loss=loss, optimizer=subject.sgd)
+    taken = next(iter(subject.run(lambda x: trainer.step(*x[0], **x[1]).outputs)))
+    outputs = {key: value for key, value in expected.items() if key.startswith("output")}
+    args, kwargs = subject.entry.example(BATCH + 1, SEED, subject.dtype)
+    trainer.step(*args, **kwargs)
+    return difference(outputs, {key: taken[key] for key in outputs if key in taken})
 
 
 def search(subject: Subject, row: Row) -> None:
@@ -185,7 +225,8 @@ def search(subject: Subject, row: Row) -> None:
     subject.restore()
     begin = time.perf_counter()
     args, kwargs = subject.batches[0]
-    plan = dni_fx.plan_cuts(subject.model, args, example_kwargs=kwargs, stages=STAGES)
+    stages = subject.entry.stages
+    plan = dni_fx.plan_cuts(subject.model, args, example_kwargs=kwargs, stages=stages)
     row["plan_seconds"] = time.perf_counter() - begin
     assert plan.report is not None
     found = plan.report.search

@@ -12,6 +12,8 @@ from torch import nn
 
 import torchvision_cpu  # noqa: F401  (before torchvision and timm)
 import zoo_einops
+import zoo_package_tables
+import zoo_torchaudio  # noqa: F401  (before torchaudio)
 import zoo_transformers
 
 IMAGE = 64
@@ -108,6 +110,13 @@ class Entry:
     image: int
     frames: int = 0
     options: dict[str, Any] = field(default_factory=dict)
+    stages: int = 4
+    typical: bool = False  # decoupled as a user does it: cuts found, self-check on
+
+    def prepare(self) -> None:
+        """Import what is slow to import, for the processes that fork from this one."""
+        if self.name in zoo_package_tables.TABLE:
+            zoo_package_tables.TABLE[self.name].prepare()
 
     def build(self) -> nn.Module:
         """The model, randomly initialised."""
@@ -116,6 +125,8 @@ class Entry:
             return zoo_transformers.build(name)
         if library in zoo_einops.NAMES:
             return zoo_einops.build(library, name)
+        if self.name in zoo_package_tables.TABLE:
+            return zoo_package_tables.TABLE[self.name].build()
         if library == "timm":
             import timm
 
@@ -135,6 +146,8 @@ class Entry:
             return (), zoo_transformers.example(name, batch, seed, dtype)
         if library in zoo_einops.NAMES:
             return zoo_einops.example(library, name, batch, seed, dtype), {}
+        if self.name in zoo_package_tables.TABLE:
+            return zoo_package_tables.TABLE[self.name].example(batch, seed, dtype)
         frames = (self.frames,) if self.frames else ()
         generator = torch.Generator().manual_seed(seed)
         shape = batch, 3, *frames, self.image, self.image
@@ -161,6 +174,8 @@ def catalogue() -> list[Entry]:
     entries += [Entry(f"transformers/{name}", "transformers", 0) for name in zoo_transformers.TABLE]
     for library, names in zoo_einops.NAMES.items():
         entries += [Entry(f"{library}/{name}", "einops", 0) for name in names]
+    for name in zoo_package_tables.TABLE:
+        entries.append(Entry(name, "packages", 0, stages=3, typical=True))
     return entries
 
 
@@ -226,7 +241,11 @@ def families_without_member() -> list[str]:
 
 
 def parameter_count(entry: Entry) -> int:
-    """Number of parameters, counted without memory where the model can be built so."""
+    """Number of parameters, counted without memory where the model can be built so. Not under a
+    device of no data where that is the first import of a package, which may make tables.
+    """
+    if entry.typical:
+        return sum(parameter.numel() for parameter in entry.build().parameters())
     try:
         with torch.device("meta"):
             model = entry.build()

@@ -13,22 +13,28 @@ from pathlib import Path
 import torch
 
 import zoo_einops
+import zoo_package_tables
+import zoo_packages
 import zoo_transformers
 from zoo_comparing import BATCH, SEED, STEPS
-from zoo_examining import EQUAL, LARGEST, NOT_ASKED, PARTS, STAGES, Row, is_miss
+from zoo_examining import EQUAL, LARGEST, NOT_ASKED, PARTS, Row, is_miss
 from zoo_models import IMAGE, SIZES, VIDEO_IMAGE
 
 ROOT = Path(__file__).resolve().parent.parent
 
 _IMAGES = f", images of {IMAGE} and clips of {VIDEO_IMAGE} pixels unless the table says otherwise"
 _MEASURES = {
+    "in as many stages as asked for": "split",
     "the model trains afterwards as without the transform": "after",
+    "model, inputs, random states and caches are as before the transform": "unharmed",
     "exact mode equals backprop, bit for bit": "exact",
     "composed stages equal the model, training": "train",
     "composed stages equal the model, evaluation": "eval",
+    "the drop-in module equals the model, training": "module",
+    "a step without gradients across the cuts": "zero",
 }
 _COLUMNS = (
-    "model | pixels | nodes | rung | interfaces | implied | after | train | eval | exact | "
+    "model | pixels | nodes | rung | interfaces | implied | " + " | ".join(PARTS) + " | "
     "transform, s | slowest, ms | bound, ms | gap | of all | of the net | best of | notes"
 )
 
@@ -42,6 +48,8 @@ class Part:
     inputs: str = ""
     introduction: str = ""
     sizes: bool = False  # whether image sizes are listed
+    stages: int = 4
+    cuts: str = "at equal node counts"
 
 
 PAGE = {
@@ -58,6 +66,13 @@ PAGE = {
         ("einops",),
         ("einops", "vit-pytorch", "x-transformers"),
         introduction=zoo_einops.INTRODUCTION,
+    ),
+    "# Other people's packages": Part(
+        ("packages",),
+        tuple(sorted({name.partition("/")[0] for name in zoo_package_tables.TABLE})),
+        introduction=zoo_packages.INTRODUCTION,
+        stages=3,
+        cuts="where the default search cuts, with the self-check",
     ),
 }
 GROUPS = tuple(group for part in PAGE.values() for group in part.groups)
@@ -76,7 +91,7 @@ def page(title: str, rows: list[Row], command: str) -> str:
     text = [title, "", f"Written by `{command}`. Do not edit.", ""]
     text += _introduction(part, asked)
     text += _counts(part, asked)
-    text += _search_summary([row for row in asked if "gap" in row])
+    text += _search_summary(part.stages, [row for row in asked if "gap" in row])
     text += _misses([row for row in rows if is_miss(row)])
     text += _unsteady([row for row in asked if row.get("repeatable", EQUAL) != EQUAL])
     text += _outside([row for row in rows if row["status"] in NOT_ASKED])
@@ -84,9 +99,9 @@ def page(title: str, rows: list[Row], command: str) -> str:
         text += ["", "## Image sizes", ""]
         text += [f"* {image} pixels for `{pattern}`: {reason}" for pattern, image, reason in SIZES]
     text += ["", "## Every model", "", f"| {_COLUMNS} |"]
-    text += ["| --- | ---: | ---: | --- | ---: | ---: |" + " --- |" * 4 + " ---: |" * 6]
+    text += ["| --- | ---: | ---: | --- | ---: | ---: |" + " --- |" * len(PARTS) + " ---: |" * 6]
     text[-1] += " --- | --- |"
-    text += [_table_row(row) for row in asked]
+    text += [_table_row(part.stages, row) for row in asked]
     return "\n".join(text) + "\n"
 
 
@@ -94,14 +109,17 @@ def _introduction(part: Part, asked: list[Row]) -> list[str]:
     dtypes = sorted({row["dtype"] for row in asked if "dtype" in row})
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in part.libraries)
     return [
-        f"Each model is traced in a process in which nothing has called it, cut into {STAGES} "
-        "stages at equal node counts, and compared with itself: training afterwards with training "
-        "in a process without the transform; the composed stages in training and in evaluation "
-        "mode (outputs, every gradient, buffers; evaluation with another batch size than the "
-        f"example's); and {STEPS} steps of SGD with momentum in exact mode against backprop "
-        "(outputs, all gradients, buffers and, at the end, parameters). Equal means every bit. No "
-        "trained weights; parameters that start constant get noise, so that no branch is "
-        "multiplied by zero.",
+        f"Each model is traced in a process in which nothing has called it, cut into "
+        f"{part.stages} stages {part.cuts}, and compared with itself: values, storages, gradients "
+        "and attributes of the model, its inputs, random states and the caches of its package "
+        "with what they were before; training afterwards with training in a process without the "
+        "transform; the composed stages in training and in evaluation mode (outputs, every "
+        "gradient, buffers; evaluation with another batch size than the example's); the drop-in "
+        "module in training mode; the outputs of a step with the source `zero`, and a step with "
+        f"another batch size; and {STEPS} steps of SGD with momentum in exact mode against "
+        "backprop (outputs, all gradients, buffers and, at the end, parameters). Equal means "
+        "every bit. No trained weights; parameters that start constant get noise, so that no "
+        "branch is multiplied by zero.",
         "",
         f"Seed {SEED}, {', '.join(dtypes)}, batch {BATCH}{part.inputs}, one thread. Python "
         f"{platform.python_version()}, torch {torch.__version__}, {versions}.",
@@ -159,7 +177,7 @@ def _outside(rows: list[Row]) -> list[str]:
     ]
 
 
-def _search_summary(rows: list[Row]) -> list[str]:
+def _search_summary(stages: int, rows: list[Row]) -> list[str]:
     """What the search found over all models."""
     if not rows:
         return []
@@ -167,7 +185,7 @@ def _search_summary(rows: list[Row]) -> list[str]:
     sure = Counter(row["sure"] or "not sure" for row in rows)
     return [
         "", "## The cuts that the search finds", "",
-        f"{STAGES} stages with measured costs, the sources that `gradients=\"auto\"` puts there "
+        f"{stages} stages with measured costs, the sources that `gradients=\"auto\"` puts there "
         f"included. Over {len(rows)} models: median gap to the bound {median('gap'):.1%}, largest "
         f"{max(row['gap'] for row in rows):.1%}; the slowest stage has {median('share'):.1%} of "
         f"all work of the stages, sources included (median), or {median('net'):.0%} of what the "
@@ -180,7 +198,9 @@ def _search_summary(rows: list[Row]) -> list[str]:
 
 
 def _cell(text: str) -> str:
-    first = text.strip().splitlines()[0] if text.strip() else ""
+    first, *others = text.strip().splitlines() or [""]
+    if first.endswith(":") and others:
+        first = f"{first} {others[0].strip(' -')}"
     return (
         re.sub(r"/[^\s'\"(]*/site-packages/", "", first)
         .replace(f"{ROOT}/", "")
@@ -196,12 +216,12 @@ def _summary(notes: list[str]) -> list[str]:
     return opaque + [note for note in notes if "is one opaque node" not in note]
 
 
-def _table_row(row: Row) -> str:
+def _table_row(stages: int, row: Row) -> str:
     marks = ["yes" if row.get(part) == EQUAL else "no" for part in PARTS]
     notes = _summary(row.get("notes", []))
     if not row.get("finite", True):
         notes.append("eager itself is not finite")
-    if row.get("stages", STAGES) != STAGES:
+    if row.get("stages", stages) != stages:
         notes.append(f"{row['stages']} stages")
     seconds = f"{row['transform_seconds']:.1f}" if "transform_seconds" in row else ""
     cells = [row["name"], row.get("image") or "", row.get("nodes", ""), row.get("rung", "none")]

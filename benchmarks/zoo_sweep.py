@@ -93,6 +93,7 @@ def sweep(entries: list[Entry], options: Options, workers: int) -> Iterator[Row]
 
 def _started(entry: Entry, row: Row, options: Options) -> tuple[Connection, _Running]:
     # children share the imports; nothing has run here, so there are no threads, and no caches
+    entry.prepare()
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(entry, options, row, sender))

@@ -19,13 +19,16 @@ from .errors import DecouplingError
 from .graphs.graphs import Graphs
 from .graphs.nested import flatten
 from .graphs.pipeline import Recipe, trace_model
+from .graphs.sharding import check_unsharded
 from .passes.cut.cutting import find_flow
 from .passes.cut.cutting import list_cut_points as list_points
 from .passes.cut.insertion import Context, Gradients, Inputs
 from .passes.search.choosing import Search
 from .passes.search.costing import Seconds
+from .passes.trace.state import preserved_rng
 from .plan import CutPlan, CutPointList
-from .sources import EACH, INPUTS, JOINT, SOURCES
+from .runtime.module import DropIn
+from .sources import EACH, INPUTS, JOINT, SOURCES, Exampled
 
 Cuts = str | Sequence[str] | CutPlan
 
@@ -40,6 +43,7 @@ def decouple(
     gradients: Gradients = "auto",
     inputs: Inputs | None = None,
     context: Callable[[Any], torch.Tensor] | None = None,
+    example_target: Any = None,
     check: bool = True,
 ) -> Decoupled:
     """Cut a model into stages that train without waiting for each other.
@@ -64,8 +68,14 @@ def decouple(
             that it need not wait for the forward of the stages before it. A name (``"auto"``,
             ``"linear"``, ``"mlp"``, ``"conv"``), a factory ``(spec, inputs) -> InputSource``, or a
             mapping from interface name to either; None for none.
-        context: turns the training target into a float tensor ``(batch, features)`` that the
-            sources see besides their value, such as ``dni_fx.one_hot(10)``.
+        context: turns the training target into a float tensor ``(batch, features)``, or ``(batch,
+            *positions, features)``, that the sources see besides their value, such as
+            ``dni_fx.one_hot(10)``. What shape that has is seen on ``example_target``; without one
+            it is read from two attributes of the callable, the integers ``features`` and
+            ``positions`` (how many dimensions lie between batch and features; 0 if missing); and
+            without those the callable is tried on integer labels ``(batch,)``.
+        example_target: the target of one batch, as the loss takes it: a tensor, or a dict, tuple or
+            whatever ``context`` takes. Contexts and heads are made to fit it.
         check: compare the split model with the model on the example batch: outputs, gradients,
             buffers, in training and evaluation mode.
 
@@ -80,7 +90,8 @@ def decouple(
     """
     wish = check_cuts(cuts, Search(stages))
     check_whole(model)
-    recipe = Recipe(wish, gradients, inputs, context, check)
+    seen = _with_example(context, example_target)
+    recipe = Recipe(wish, gradients, inputs, seen, check)
     decoupled = Decoupled(Graphs(model, _with_planned_sources(recipe)))
     if example_inputs is not None or example_kwargs is not None:
         args, kwargs = check_examples(example_inputs, example_kwargs)
@@ -108,6 +119,7 @@ def plan_cuts(
     batches: Iterable[Any] | None = None,
     loss: Callable[[Any, Any], torch.Tensor] | None = None,
     context: Context | None = None,
+    example_target: Any = None,
     example_kwargs: dict[str, Any] | None = None,
     progress: bool = False,
 ) -> CutPlan:
@@ -143,7 +155,7 @@ def plan_cuts(
         must_cut: names of places that must be cut.
         batches: at least two batches ``(input, ..., target)``, or dicts, for ``"learnability"``.
         loss: ``loss(output, target)`` for ``"learnability"``.
-        context: as in :func:`decouple`.
+        context, example_target: as in :func:`decouple`; what sources cost depends on them.
         example_kwargs: keyword inputs.
         progress: show a bar while nodes are weighed.
 
@@ -182,7 +194,8 @@ def plan_cuts(
             "plan_cuts needs example_inputs=, a tuple of one batch's inputs: costs depend on them"
         )
     check_whole(model)
-    recipe = Recipe(wish, gradients, context=context, check=False, weigh=search)
+    seen = _with_example(context, example_target)
+    recipe = Recipe(wish, gradients, context=seen, check=False, weigh=search)
     args, kwargs = check_examples(example_inputs, example_kwargs)
     graphs = Graphs(model, _with_planned_sources(recipe))
     graphs.bind(*args, **kwargs)
@@ -211,6 +224,17 @@ def list_cut_points(
     return CutPointList(list_points(find_flow(trace_model(model, args, kwargs))))
 
 
+def _with_example(context: Context | None, target: Any) -> Context | None:
+    """A context callable that was tried on an example of its targets, if there is one."""
+    if context is None or target is None or not callable(context):
+        return context
+    put_back_rng = preserved_rng()
+    try:
+        return Exampled.of(context, target)
+    finally:
+        put_back_rng()
+
+
 def _with_planned_sources(recipe: Recipe) -> Recipe:
     """The sources that a plan was made with, where no others are asked for."""
     plan = recipe.cuts
@@ -235,18 +259,26 @@ def _with_planned_sources(recipe: Recipe) -> Recipe:
 
 def check_whole(model: Any) -> None:
     """Refuse what cannot be decoupled as a whole: compiled, scripted, wrapped, lazy or hooked
-    models.
+    models, those of inference mode, and anything within it.
     """
+    if torch.is_inference_mode_enabled():
+        raise DecouplingError(
+            "inside torch.inference_mode() nothing can be traced for training: leave it for this "
+            "(torch.no_grad() is fine)"
+        )
     if why := next(_obstacles(model), None):
         raise DecouplingError(why)
+    check_unsharded(model)
 
 
 def _obstacles(model: Any) -> Iterator[str]:
     name, scripted = type(model).__name__, torch.jit.ScriptModule
     if not isinstance(model, nn.Module):
         yield f"decouple takes an nn.Module, not {name}"
-    if isinstance(model, Decoupled):
-        yield "this model is decoupled already; pass decoupled.model to cut it in another way"
+    for path, module in model.named_modules():
+        if isinstance(module, Decoupled | DropIn):
+            what = f"submodule {path!r}" if path else "this model"
+            yield f"{what} is decoupled already; pass decoupled.model to cut it in another way"
     if hasattr(model, "_orig_mod"):
         yield f"{name} is a compiled module; decouple the original one: model._orig_mod"
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
@@ -263,6 +295,12 @@ def _obstacles(model: Any) -> Iterator[str]:
             )
         if path and hasattr(module, "_orig_mod"):
             yield f"submodule {path!r} is compiled; decouple the model before compiling parts of it"
+    for path, parameter in model.named_parameters():
+        if parameter.is_inference():
+            yield (
+                f"parameter {path!r} was made in inference mode, so it cannot be trained: make the "
+                "model outside of torch.inference_mode()"
+            )
     for hooks in ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks"):
         if getattr(model, f"_{hooks}"):
             yield (

@@ -5,6 +5,7 @@ joining the processes of torchrun, and one plan for all of them.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -18,6 +19,7 @@ from .decoupled import Decoupled
 from .errors import DecouplingError
 from .parallel.mailbox import ParallelError as ParallelError
 from .parallel.monitoring import Status as Status
+from .parallel.sharing import Peers
 from .parallel.trainer import Trainer as Trainer
 from .plan import CutPlan
 
@@ -67,16 +69,28 @@ def decouple(
         raise DecouplingError(
             "a plan for several processes is made before the first step: pass example_inputs="
         )
-    told: list[Any] = [None]
-    first = None
-    if dist.get_rank(group) == 0:
-        try:
-            first = compiler.decouple(model, cuts, **options)
-            told = [first.plan.to_json()]
-        except DecouplingError as error:
-            told = [error]
-    dist.broadcast_object_list(told, group=group, group_src=0)
-    if isinstance(told[0], DecouplingError):
-        raise told[0]
+    peers, made, plan = Peers(group), None, None
+    if peers.rank == 0:
+        made, error = _attempt(lambda: compiler.decouple(model, cuts, **options))
+        plan = error or (made and made.plan.to_json())
+    plan = peers.gather(plan, "decouple()")[0]
+    if isinstance(plan, DecouplingError):
+        raise plan
     options.pop("stages", None)
-    return first or compiler.decouple(model, CutPlan.from_json(told[0]), **options)
+    error = None
+    if made is None:
+        made, error = _attempt(lambda: compiler.decouple(model, CutPlan.from_json(plan), **options))
+    every = peers.gather(error, "decouple()")
+    for rank, found in enumerate(every):
+        if found is not None:
+            raise ParallelError(f"rank {rank} cannot cut its model as rank 0 does: {found}")
+    assert made is not None
+    return made
+
+
+def _attempt(make: Callable[[], Decoupled]) -> tuple[Decoupled | None, DecouplingError | None]:
+    """What is made, or why it cannot be, which the others are to hear."""
+    try:
+        return make(), None
+    except DecouplingError as error:
+        return None, error

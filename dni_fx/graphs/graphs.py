@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ from ..errors import DecouplingError, PlanMismatchError
 from ..passes.cut.emission import StageFunctions, emit_functions, source_key
 from ..plan import CutPlan, Interface
 from ..sources import GradientSource, InputSource, Served, serve
-from .nested import Structure, flatten
+from .nested import Structure, flatten, map_tensors
 from .pipeline import Recipe, build_variant, plan_variant
+from .sharding import check_unsharded
 from .variants import Variant
 
 _MOST_VARIANTS = 16
@@ -115,7 +116,7 @@ class Graphs:
             found = next(fitting, None)
             if found is None:
                 self._say_if_often(structure, leaves)
-                found = self._add(args, kwargs)
+                found = _outside_inference(self._add, args, kwargs)
             self.active = found
         return dict(zip(self.active.split.model_inputs, leaves, strict=True))
 
@@ -150,6 +151,7 @@ class Graphs:
 
     def _add(self, args: Any, kwargs: Any) -> Variant:
         """The graph for a new kind of call, made under the plan if there is one."""
+        check_unsharded(self.model)
         variant = build_variant(self.recipe, self.model, args, kwargs, self._plan)
         if self._plan is None:
             plan, inserted = plan_variant(self.recipe, variant)
@@ -272,6 +274,25 @@ class Graphs:
             other.synthesizers = copy.deepcopy(self.synthesizers, memo)
             other._plan, other._leads = self._plan, dict(self._leads)
         return other
+
+
+def _outside_inference(add: Callable[[Any, Any], Variant], args: Any, kwargs: Any) -> Variant:
+    """A new graph, made outside of inference mode, whose tensors no gradient may ever be asked of.
+
+    Raises:
+        DecouplingError: the model does something else in inference mode.
+    """
+    if not torch.is_inference_mode_enabled():
+        return add(args, kwargs)
+    with torch.inference_mode(False), torch.no_grad():
+        args, kwargs = map_tensors(torch.clone, (args, kwargs))
+        made = add(args, kwargs)
+    if not made.is_current():
+        raise DecouplingError(
+            f"{type(made.trace.model).__name__} does something else in inference mode, where it "
+            "cannot be traced: call it under torch.no_grad() instead"
+        )
+    return made
 
 
 def _input_key(interface: str) -> str:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..passes.cut.checking import guards_hold, values_hold
 from ..passes.cut.emission import StageFunctions
+from ..passes.cut.expecting import find_expected
 from ..passes.cut.splitting import Split
 from ..passes.search.searching import Choice
 from ..passes.trace.held import broken
@@ -39,6 +40,7 @@ class Variant:
         parameters: the model's parameters when traced.
         frozen: their ``requires_grad`` and dtypes when traced.
         bound: where the model keeps what the stages refer to, and what it was.
+        expected: where gradients must arrive, by stage.
         exact: whether the self-check found it equal bit for bit; None where it was not run.
         functions: emitted functions by stage, once first trained with.
         sources: the gradient source of each interface; None until first asked for.
@@ -55,6 +57,7 @@ class Variant:
         self.parameters = tuple(trace.model.parameters())
         self.frozen = self._facts()
         self.bound = _bound_attributes(split, trace.model)
+        self.expected = find_expected(trace, choice.stage_of, split)
         self.exact: bool | None = None
         self.functions: tuple[StageFunctions, ...] = ()
         self.sources: dict[str, GradientSource] | None = None
@@ -121,7 +124,9 @@ class Variant:
             return "an input that is no tensor"
         key = layouts_of(leaves)
         if key not in self.layouts:
-            if self.trace.rung == "export" or not guards_hold(self.trace, leaves):
+            _, *known = next(iter(self.layouts))
+            whole = [shape[1:] for shape, *_ in known] != [t.shape[1:] for t in leaves]
+            if self.trace.rung == "export" or not guards_hold(self.trace, leaves, whole):
                 return "sizes or strides of inputs"
             self.layouts.add(key)
         return None if values_hold(self.trace, leaves) else "values of inputs"

@@ -8,32 +8,34 @@ that a run can go on with its stages on other ranks.
 from __future__ import annotations
 
 import contextlib
-import re
+import io
+import pickle
 import shutil
 import warnings
-from collections.abc import Iterator
-from concurrent.futures import Future
+from collections.abc import Collection, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import async_save, save
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from ..decoupled import Decoupled
 from ..errors import DecouplingError
 from ..graphs.nested import flatten
 from ..passes.trace.state import rng_state, set_rng_state
+from . import folders
 from .process import Process
-from .sharing import owned_tensors
+from .sharing import Peers, owned_tensors
 
-FORMAT = 1
-_NAME = re.compile(r"step-(\d{9})")
+FORMAT = 2
 
 
 class Checkpoints:
@@ -47,61 +49,42 @@ class Checkpoints:
 
     def __init__(self, process: Process) -> None:
         self.process, self.peers = process, process.peers
-        self.writing: Future[Any] | None = None
-        self.group: Any = None  # of its own: an asynchronous save talks while the run does
+        self._writing: Future[None] | None = None
+        self._apart: Peers | None = None  # an asynchronous save talks while the run does
 
     def save(self, folder: Path, steps: int, extra: Any, asynchronous: bool, keep: int) -> Path:
         """Write a checkpoint, as :meth:`dni_fx.distributed.Trainer.save` says.
 
         Raises:
-            DecouplingError: ``keep`` is no number of checkpoints.
+            DecouplingError: ``keep`` is no number of checkpoints, or a process could not write.
         """
         if type(keep) is not int or keep < 1:
             raise DecouplingError(f"keep must be a number of checkpoints, at least 1, not {keep!r}")
         self.wait()
         state = _collect(self.process, steps, extra)
         final = folder / f"step-{steps:09d}"
-        temporary = folder / f".{final.name}.writing"
-        if self.peers.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)  # of a run that was ended while it wrote
-            temporary.mkdir(parents=True)
-        if asynchronous:
-            state = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
-        self.peers.barrier()
-        first = self.peers.rank == 0  # the future must not hold the process
-
-        def complete(future: Any = None) -> None:
-            if first and (future is None or future.exception() is None):
-                if final.exists():
-                    shutil.rmtree(final)
-                temporary.replace(final)
-                for old in _complete(folder)[:-keep]:
-                    shutil.rmtree(old, ignore_errors=True)
-
-        planner = DefaultSavePlanner(flatten_state_dict=False)
-        if self.peers.parallel and asynchronous:
-            self.group = self.group or dist.new_group(backend="gloo")
-            writing = async_save(
-                state, checkpoint_id=temporary, planner=planner, process_group=self.group
-            )
-            assert isinstance(writing, Future)
-            writing.add_done_callback(complete)
-            self.writing = writing
+        is_first = folders.begin(self.peers, final)
+        if not asynchronous:
+            _write(self.peers, state, final, is_first, keep)
             return final
-        with _quiet():
-            save(state, checkpoint_id=temporary, planner=planner, **self._where())
-        complete()
-        self.peers.barrier()  # nobody goes on before it is there
+        if self._apart is None:
+            self._apart = self.peers.twin(self.process.timeout)
+        state = {
+            k: v.to("cpu", copy=True) if isinstance(v, Tensor) else v for k, v in state.items()
+        }
+        pool = ThreadPoolExecutor(1, "dni_fx checkpoint")
+        self._writing = pool.submit(_write, self._apart, state, final, is_first, keep)
+        pool.shutdown(wait=False)
         return final
 
     def wait(self) -> None:
         """Wait for an asynchronous save."""
-        writing, self.writing = self.writing, None
+        writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def load(self, folder: Path) -> tuple[int, Any] | None:
-        """Take up the newest complete checkpoint that rank 0 sees, if there is one.
+        """Take up the newest checkpoint that all processes together have whole, if there is one.
 
         Returns:
             Number of steps made, and the user's own.
@@ -110,25 +93,78 @@ class Checkpoints:
             DecouplingError: the state belongs to another model or plan; nothing is loaded then.
         """
         self.wait()
-        path: Path | None = self.peers.gather(next(reversed(_complete(folder)), None))[0]
-        if path is None:
-            return None
-        described = FileSystemReader(path).read_metadata().state_dict_metadata
-        state: dict[str, Any] = {}
-        for name in _wanted(self.process, set(described)):
-            about = described[name]
-            state[name] = None
-            if isinstance(about, TensorStorageMetadata):
-                state[name] = torch.empty(about.size, dtype=about.properties.dtype)
-        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        with _quiet():
-            load(state, checkpoint_id=path, planner=planner, **self._where())
-        _check(self.process, state, path)
-        return _apply(self.process, state)
+        for name, parts in folders.find_parts(self.peers, folder):
+            path, damage = folder / name, folders.find_missing(parts)
+            if damage is None:
+                try:
+                    read = partial(self._read, path, parts)
+                    state = folders.together(self.peers, "reading", read)
+                except DecouplingError as error:
+                    damage = str(error)
+            if damage is None:
+                check = partial(_check, self.process, state, path)
+                folders.together(self.peers, "resuming", check)
+                return _apply(self.process, state)
+            warnings.warn(
+                f"the checkpoint {path} is not whole and is left out: {damage}", stacklevel=4
+            )
+        return None
 
-    def _where(self) -> dict[str, Any]:
-        """Who takes part, as torch's functions are told."""
-        return {"process_group": self.peers.group} if self.peers.parallel else {"no_dist": True}
+    def _read(self, path: Path, parts: list[folders.Part]) -> dict[str, Any]:
+        """What this process takes up of a step."""
+        saved = set(next(part.items for part in parts if part.needed))
+        wanted = _wanted(self.process, saved)
+        owner = next(r for r, part in enumerate(parts) if part.items and part.has("run"))
+        folders.fetch(self.peers, path, parts, wanted)
+        file = io.BytesIO()
+        if self.peers.rank == owner:
+            torch.save(_load(path, ["run"])["run"], file)
+        run = io.BytesIO(self.peers.gather(file.getvalue())[owner])
+        return _load(path, wanted) | {"run": torch.load(run, weights_only=False)}
+
+
+def _write(peers: Peers, state: dict[str, Any], final: Path, is_first: bool, keep: int) -> None:
+    """Write all parts, and publish the step once every process has written its own."""
+    temporary = folders.writing(final)
+    where = {"process_group": peers.group} if peers.parallel else {"no_dist": True}
+    try:
+        with _quiet():
+            planner = DefaultSavePlanner(flatten_state_dict=False)
+            described = save(state, checkpoint_id=temporary, planner=planner, **where)
+    except CheckpointException as error:
+        if is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        failures = [f"rank {r}: {found[0]!r}" for r, found in error.failures.items()]
+        raise DecouplingError(f"{final} was not saved: {'; '.join(failures)}") from error
+
+    def describe() -> None:
+        path = temporary / folders.DESCRIPTION
+        if is_first and not path.exists():  # rank 0 has another folder
+            path.write_bytes(pickle.dumps(described))
+
+    folders.together(peers, f"saving {final}", describe)
+    folders.together(peers, f"saving {final}", lambda: folders.publish(final) if is_first else None)
+    if is_first:  # now that nobody needs older ones
+        folders.prune(final.parent, keep)
+    peers.barrier()
+
+
+def _load(path: Path, names: list[str]) -> dict[str, Any]:
+    """Some items of a step."""
+    described = FileSystemReader(path).read_metadata().state_dict_metadata
+    state: dict[str, Any] = {}
+    for name in names:
+        about = described[name]
+        state[name] = None
+        if isinstance(about, TensorStorageMetadata):
+            state[name] = torch.empty(about.size, dtype=about.properties.dtype)
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    try:
+        with _quiet():
+            load(state, checkpoint_id=path, planner=planner, no_dist=True)
+    except CheckpointException as error:
+        raise DecouplingError(str(next(iter(error.failures.values()))[0])) from error
+    return state
 
 
 @contextlib.contextmanager
@@ -139,20 +175,15 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _complete(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first."""
-    found = {int(m[1]): p for p in folder.glob("step-*") if (m := _NAME.fullmatch(p.name))}
-    return [found[step] for step in sorted(found) if (found[step] / ".metadata").exists()]
-
-
 def _collect(process: Process, steps: int, extra: Any) -> dict[str, Any]:
     """Everything that a process saves, by name: tensors, and objects that are pickled."""
     state: dict[str, Any] = {n: t.detach() for n, t in _model_tensors(process).items()}
     generators = rng_state()
     for index, worker in process.workers.items():
         leaves, structure = flatten(_stage_state(process, index, steps))
-        state |= {f"stage_{index}/{i}": leaf.detach() for i, leaf in enumerate(leaves)}
-        state[f"stage_{index}"] = structure
+        name = _at("stage", process, index)
+        state |= {f"{name}/{i}": leaf.detach() for i, leaf in enumerate(leaves)}
+        state[name] = structure
         state[_at("random", process, index)] = worker.learner.random
         state[_at("devices", process, index)] = generators["devices"]
     if process.peers.rank == 0:
@@ -163,21 +194,25 @@ def _collect(process: Process, steps: int, extra: Any) -> dict[str, Any]:
 
 def _wanted(process: Process, saved: set[str]) -> list[str]:
     """Which of the saved names a process takes up."""
-    prefixes = tuple(f"stage_{k}/" for k in process.workers)
-    names = {"run", *_model_tensors(process), *(f"stage_{k}" for k in process.workers)}
+    stages = [_stage_name(process, k, saved) for k in process.workers]
+    prefixes = tuple(f"{name}/" for name in stages)
+    names = {*_model_tensors(process), *stages}
     names |= {_at(kind, process, k) for k in process.workers for kind in ("random", "devices")}
     return sorted(n for n in saved if n in names or n.startswith(prefixes))
 
 
 def _check(process: Process, state: dict[str, Any], path: Path) -> None:
     """The state is of this plan and this model."""
+    if state["run"]["format"] != FORMAT:
+        raise DecouplingError(f"{path} was saved by another version of dni_fx")
     if state["run"]["plan"] != process.decoupled.plan.to_json():
         raise DecouplingError(
             f"{path} was saved with another plan: build the same model and cut it the same way "
             "(a plan is written by plan.to_json() and passed as cuts=)"
         )
     mine = _model_tensors(process)
-    missing = [n for n in (*mine, *(f"stage_{k}" for k in process.workers)) if n not in state]
+    stages = [_stage_name(process, k, state) for k in process.workers]
+    missing = [n for n in (*mine, *stages) if n not in state]
     if missing:
         raise DecouplingError(
             f"{path} lacks {missing[0]!r}, which this model has: it belongs to another one"
@@ -195,9 +230,10 @@ def _apply(process: Process, state: dict[str, Any]) -> tuple[int, Any]:
         for name, tensor in _model_tensors(process).items():
             tensor.copy_(state[name])
     for index, worker in process.workers.items():
-        count = sum(name.startswith(f"stage_{index}/") for name in state)
-        leaves = (state[f"stage_{index}/{i}"] for i in range(count))
-        _load_stage_state(process, index, state[f"stage_{index}"].build(leaves))
+        name = _stage_name(process, index, state)
+        count = sum(other.startswith(f"{name}/") for other in state)
+        leaves = (state[f"{name}/{i}"] for i in range(count))
+        _load_stage_state(process, index, state[name].build(leaves))
         if (own := worker.learner.random) is not None:
             worker.learner.random = state.get(_at("random", process, index), own)
     run, first = state["run"], next(iter(process.workers))
@@ -218,6 +254,12 @@ def _model_tensors(process: Process) -> dict[str, Tensor]:
 def _at(kind: str, process: Process, index: int) -> str:
     """The name of what a stage has on this one of the ranks that run it."""
     return f"{kind}/{index}/{process.places.ranks[index].index(process.peers.rank)}"
+
+
+def _stage_name(process: Process, index: int, saved: Collection[str]) -> str:
+    """Of what this rank saved of a stage; of the first that ran it, where so many did not."""
+    name = _at("stage", process, index)
+    return name if name in saved else f"stage/{index}/0"
 
 
 def _stage_state(process: Process, index: int, steps: int) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from .job import Job, Routes, Values
 from .learning import StageLearner
 from .limits import Flow
 from .mailbox import Address, Letter, Mail, ParallelError
+from .rates import Posted
 from .worker import StageWorker
 
 JOB = "job"
@@ -70,10 +71,15 @@ class Team:
             parts = (objective, optimizers, metrics, flow.discount, own_random)
             self.workers[k] = StageWorker(StageLearner(desk, *parts), flow, lags[k])
         for worker in self.workers.values():
-            worker.team = list(self.workers.values())
+            worker.team = self._in_turn_with(worker)
         self._last = self.workers.get(len(decoupled.stages) - 1)
         loss = None if self._last is None else self._last.learner.scaled_loss
-        self._settings = Settings(decoupled.graphs, objective, loss)
+        here = None if self._last is None else [w.index for w in self._last.team]
+        self._settings = Settings(decoupled.graphs, objective, loss, here)
+
+    def _in_turn_with(self, worker: StageWorker) -> list[StageWorker]:
+        """The workers in the same thread."""
+        return list(self.workers.values())
 
     def make_jobs(self, step: int, mode: Mode, values: Values, target: Any) -> list[Job]:
         """A batch, whole, as each of the stages sees it; the graph that fits it must be active.
@@ -152,9 +158,8 @@ class OnThreads(Team):
             )
         stages, mail = range(len(decoupled.stages)), Mail(timeout=math.inf)
         super().__init__(decoupled, objective, optimizers, metrics, flow, stages, mail, steps)
-        for worker in self.workers.values():
-            worker.team = [worker]
         self._copy_inputs(optimizers)
+        self._post_rates(optimizers)
         self.idle = dict.fromkeys(stages, True)
         self._operators = torch.get_num_threads()
         self.threads = [
@@ -164,6 +169,9 @@ class OnThreads(Team):
         atexit.register(self.close)  # an interpreter that ends under a working thread aborts
         for thread in self.threads:
             thread.start()
+
+    def _in_turn_with(self, worker: StageWorker) -> list[StageWorker]:
+        return [worker]
 
     def _copy_inputs(self, optimizers: StageOptimizers) -> None:
         """Of a synthetic input all users but the first get copies: no other thread trains those."""
@@ -176,6 +184,16 @@ class OnThreads(Team):
                     made = optimizers.made_for_source(name, list(copied.named_parameters()))
                     made.load_state_dict(copy.deepcopy(known.state_dict()))
                     self.workers[consumer].learner.own[name] = made
+
+    def _post_rates(self, optimizers: StageOptimizers) -> None:
+        """Every optimiser is stepped by one thread, with settings that come with the batches."""
+        known = set[str]()
+        for k, worker in self.workers.items():
+            own = {n: optimizers.sources.get(n) for n, _ in self.decoupled.named_learners([k])}
+            own[worker.name] = optimizers.stages.get(worker.name)
+            posted = {n: Posted(o) for n, o in own.items() if o is not None and n not in known}
+            known |= posted.keys()
+            worker.learner.posted = posted
 
     def submit(self, jobs: list[Job]) -> None:
         """Hand a batch to every stage.
@@ -192,6 +210,8 @@ class OnThreads(Team):
         devices = [d for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
         for job in jobs:
             job.casts = [torch.autocast(d, torch.get_autocast_dtype(d)) for d in devices]
+            posted = self.workers[job.index].learner.posted
+            job.rates = {name: p.post() for name, p in posted.items()}
             with self.mail.changed:
                 queued = [letter.payload for letter in self._box(job.index)]
                 waiting = [other for other in queued if other and not other.left_out]
@@ -251,6 +271,8 @@ class OnThreads(Team):
             self.mail.changed.notify_all()  # there is room for another one
         assert letter is not None
         job: Job | None = letter.payload
+        for name, changes in () if job is None else job.rates.items():
+            worker.learner.posted[name].take(changes)
         return job
 
 
@@ -273,16 +295,22 @@ def _do(worker: StageWorker, job: Job | None) -> None:
 
 
 def _run(workers: Sequence[StageWorker], jobs: Sequence[Job]) -> None:
-    """One batch, in the stages of one thread."""
-    for worker, job in zip(workers, jobs, strict=True):
-        with _named(job.index, job.step):
-            worker.clear()
-    for worker, job in zip(workers, jobs, strict=True):
-        with _named(job.index, job.step):
-            worker.begin(job)
-    for worker, job in reversed([*zip(workers, jobs, strict=True)]):
-        with _named(job.index, job.step):
-            worker.finish(job)
+    """One batch, in the stages of one thread; after an error those not updated are put back."""
+    pairs = [*zip(workers, jobs, strict=True)]
+    try:
+        for worker, job in pairs:
+            with _named(job.index, job.step):
+                worker.clear()
+        for worker, job in pairs:
+            with _named(job.index, job.step):
+                worker.begin(job)
+        for worker, job in reversed(pairs):
+            with _named(job.index, job.step):
+                worker.finish(job)
+    except BaseException:
+        for worker in workers:
+            worker.put_back()
+        raise
 
 
 def _drain(workers: Sequence[StageWorker]) -> int:

@@ -18,6 +18,7 @@ from ..runtime.stage_batch import StageBatch
 from ..sources import InputSource, Served
 from ..sources.base import like
 from ..sources.keeping import kept_weights
+from .rates import Changes
 
 Values = dict[str, Any]
 
@@ -234,6 +235,8 @@ class Job:
         measure: whether predictions are compared with what arrives.
         values, target, context: what the state begins with, of the rows that the stage works on.
         casts: the caller's autocast, for a thread of the stage's own.
+        rates: what the caller has changed in the optimisers' settings since the batch before, by
+            name, for a thread of the stage's own.
         left_out: whether there was no time for it, and others are only told so.
     """
 
@@ -249,6 +252,7 @@ class Job:
     target: InitVar[Any]
     context: InitVar[Any]
     casts: list[torch.autocast] = field(default_factory=list)
+    rates: dict[str, Changes] = field(default_factory=dict)
     left_out: bool = False
 
     def __post_init__(self, values: Values, target: Any, context: Any) -> None:

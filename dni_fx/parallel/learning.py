@@ -15,9 +15,11 @@ from ..errors import DecouplingError
 from ..runtime.finite import all_finite, refuse, value_places
 from ..runtime.objective import Metrics, Objective
 from ..runtime.optimizing import StageOptimizers
+from ..runtime.whole import whole
 from .desk import Desk
 from .job import Job
 from .monitoring import Stopwatch
+from .rates import Posted
 
 
 class StageLearner:
@@ -33,6 +35,7 @@ class StageLearner:
         random: the state of that stream, between two regions; None where there is none.
         watch: measures the time that it takes.
         own: optimisers of the stage's own copies of synthetic inputs, by name.
+        posted: optimisers whose settings come with the batches, by name of the stage or source.
         fraction: of the batch's rows that this process works on.
         group: of the processes that share the stage, over which gradients are summed.
         losses: regressions of the sources that are pulled back and not stepped, by name.
@@ -59,6 +62,7 @@ class StageLearner:
         self.random = generator.get_state() if own_random else None
         self.watch = Stopwatch(desk.index)
         self.own: dict[str, torch.optim.Optimizer] = {}
+        self.posted: dict[str, Posted] = {}
         self.fraction = 1.0
         self.group: Any = None
         self.losses: list[tuple[str, Tensor]] = []
@@ -146,6 +150,11 @@ class StageLearner:
             for stage in self.desk.ledger.close(job.step):
                 self.desk.outbox.answer(stage, job.step, None)
 
+    def check(self, places: list[tuple[str, Tensor]]) -> None:
+        """Whether what a batch has written is finite; else raise ``NonFiniteError``."""
+        if not all_finite([t for _, t in places]):
+            self._refuse(places, self.desk.steps - 1)
+
     def update(self) -> None:
         """Step the optimisers where an update is due, if all gradients and regressions are finite;
         else raise ``NonFiniteError``.
@@ -159,7 +168,8 @@ class StageLearner:
             self._refuse(self._places(), steps - 1)
         if gradients and self.name in self.optimizers.stages:
             with self.watch.spending("update", steps - 1):
-                self.optimizers.step_stage(self.name)
+                self.optimizers.clip(self.name)
+                self._step(self.name, self.optimizers.stages[self.name])
             self.updates += 1
         self.late = False
         self.update_sources()
@@ -175,9 +185,18 @@ class StageLearner:
                     "as nn.Parameter)"
                 )
             self._sum_gradients(p for group in optimizer.param_groups for p in group["params"])
-            optimizer.step()
+            self._step(name, optimizer)
             optimizer.zero_grad()
         self.losses = []
+
+    def _step(self, name: str, optimizer: torch.optim.Optimizer) -> None:
+        posted = self.posted.get(name)
+        if posted is None or posted.optimizer is not optimizer:
+            with whole([optimizer]):
+                optimizer.step()
+        else:
+            with whole([optimizer, posted.double]):
+                posted.step()
 
     def _sum_gradients(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
         gradients = [p.grad for p in parameters if p.grad is not None]

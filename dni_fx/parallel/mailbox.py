@@ -46,10 +46,12 @@ class Mail:
         timeout: seconds to wait for a letter.
         post: takes all letters to where they belong, where there are several processes; else they
             are delivered here.
+        watch: called while something is waited for, after each letter; may raise.
     """
 
     timeout: float = 300.0
     post: Callable[[Address, Letter], None] | None = None
+    watch: Callable[[], None] = lambda: None
     boxes: dict[Address, deque[Letter]] = field(default_factory=dict)
     failure: BaseException | None = None
 
@@ -86,20 +88,22 @@ class Mail:
         assert letter is not None
         return letter
 
-    def wait(self, ready: Callable[[], bool], what: str) -> None:
+    def wait(self, ready: Callable[[], bool], what: str, timeout: float | None = None) -> None:
         """Sleep until something is so, which is asked after each letter that comes.
 
         Raises:
             ParallelError: some stage has failed, or ``timeout`` has passed: ``what`` did not come.
         """
-        until = time.perf_counter() + self.timeout
+        timeout = timeout or self.timeout
+        until = time.perf_counter() + timeout
         with self.changed:
             while not ready():
                 self.check()
+                self.watch()
                 left = until - time.perf_counter()
                 if left <= 0:
                     raise ParallelError(
-                        f"{what} did not come within {self.timeout:g} s: whoever sends it hangs, "
+                        f"{what} did not come within {timeout:g} s: whoever sends it hangs, "
                         "has ended, or made fewer steps; every process must make the same number "
                         "of steps (timeout= sets the time)"
                     )

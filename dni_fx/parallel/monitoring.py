@@ -15,6 +15,8 @@ COLUMNS = (
     "stage", "rank", "steps", "updates", "missed", "steps/s", "under way", "staleness", "idle",
 )  # fmt: skip
 
+RECENT = 10.0
+
 
 @dataclass
 class Stopwatch:
@@ -41,10 +43,14 @@ class Stopwatch:
             self.seconds[what] = self.seconds.get(what, 0.0) + end - start
             self.spans.append((what, start, end, step))
 
-    def rate(self, count: int) -> float:
-        """So many batches, per second since the first span."""
-        seconds = 0.0 if self.began is None else time.perf_counter() - self.began
-        return count / seconds if seconds else 0.0
+    def rate(self) -> float:
+        """Batches per second, over the last ``RECENT`` seconds."""
+        if not self.spans or self.began is None:
+            return 0.0
+        now, begins = time.perf_counter(), [s for w, s, _, _ in self.spans if w == "forward"]
+        oldest = self.spans[0][1] if len(self.spans) == self.spans.maxlen else self.began
+        since = max(now - RECENT, oldest)
+        return sum(start >= since for start in begins) / (now - since)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import math
+import time
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +20,7 @@ from ..runtime.emitted import detached, keep_modes
 from ..runtime.objective import Metrics, Objective
 from ..runtime.optimizing import StageOptimizers
 from ..schedules import Mode
+from .agreement import Agreement, agree, digest_of, model_of
 from .executors import OneByOne
 from .limits import Flow
 from .mailbox import Address, Mail, ParallelError
@@ -57,6 +62,9 @@ class Process:
         self.timeout = float(timeout)
         self.mail = Mail(1.5 * self.timeout)  # that a process hangs is known before, and by name
         self.links: Links | None = None
+        self.rows: tuple[dict[str, Any], ...] = ()
+        self._agreement: Agreement | None = None
+        self._told = 0.0
         self._places: Places | None = None
         self._executor: OneByOne | None = None
         self._evaluations = 0
@@ -74,9 +82,21 @@ class Process:
         """The stages here at work, by index; none before the first step."""
         return {} if self._executor is None else self._executor.workers
 
-    def status_rows(self) -> list[dict[str, Any]]:
-        """How the stages here are doing, as a ``Status`` takes it."""
-        return [_status_of(w, self.peers.rank) for w in self.workers.values()]
+    def status_rows(self) -> tuple[dict[str, Any], ...]:
+        """How the stages here are doing, and those elsewhere were when last heard of."""
+        self.rows = tuple(_status_of(w, self.peers.rank) for w in self.workers.values())
+        streams = () if self.links is None else self.links.streams.values()
+        return (*self.rows, *(row for stream in streams for row in stream.rows))
+
+    def newest_loss(self) -> tuple[int, float]:
+        """Of the newest batch that the last stage has run, and the number of steps, as far as it is
+        known here; else 0 steps and nan.
+        """
+        worker = self.workers.get(len(self.decoupled.stages) - 1)
+        if worker is None or worker.learner.loss is None:
+            return (0, math.nan) if self.links is None else self.links.loss
+        scale = self.objective.accumulate / worker.learner.fraction
+        return worker.desk.steps, worker.learner.loss.item() * scale
 
     def prepare(self) -> None:
         """Make the optimisers of the stages here, or have them adopt what a new graph uses."""
@@ -86,11 +106,20 @@ class Process:
 
     def step(self, steps: int, mode: Mode, values: dict[str, Any], target: Any) -> StepReport:
         """One batch, after so many, through the stages here."""
-        executor = self.connect(steps)
+        executor = self.connect(steps, values, target)
         self.prepare()
         self._share_rows(steps, values)
+        if self._agreement is not None:
+            self._agreement.begin_step(steps, values, target)
         executor.step(executor.make_jobs(steps, mode, values, target))
-        return executor.report(steps + 1)
+        if self.links is not None and time.monotonic() - self._told > 0.5:
+            self._told = time.monotonic()
+            self.status_rows()
+            self.links.give_sign(self.rows)
+        report = executor.report(steps + 1)
+        if len(self.decoupled.stages) - 1 not in self.workers:
+            report = replace(report, loss=torch.tensor(self.newest_loss()[1]))
+        return report
 
     def _share_rows(self, step: int, values: dict[str, Any]) -> None:
         self.places.note_size(step, values, self.flow.queue)
@@ -102,17 +131,28 @@ class Process:
         with self.telling():
             return 0 if self._executor is None else self._executor.drain()
 
-    def meet(self) -> None:
-        """Before all wait for each other: who is behind must know which values were dropped."""
-        if self.flow.policy == "drop_oldest":
-            self.drain()
+    def meet(self, what: str, steps: int, drain: bool = True) -> None:
+        """All make a call in which they wait for each other; see :meth:`Agreement.call`.
+
+        Args:
+            what: its name.
+            steps: number of steps made.
+            drain: whether to finish what is under way; else that is done only where values may have
+                been dropped, which who is behind must know.
+        """
+        with self.telling():
+            drains = self.drain if drain or self.flow.policy == "drop_oldest" else lambda: None
+            if self._agreement is None:
+                drains()
+            else:
+                self._agreement.call(what, steps, drains)
 
     def evaluate(self, steps: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """See :meth:`dni_fx.distributed.Trainer.evaluate`."""
         with self.telling():
             values = self.decoupled.bind(*args, **kwargs)
             self.connect(steps)
-            self.drain()
+            self.meet("evaluate()", steps)
             self._evaluations += 1
             self._share_rows(-self._evaluations, values)
             with torch.no_grad(), keep_modes():
@@ -140,9 +180,10 @@ class Process:
 
     def gather(self, steps: int) -> None:
         """Bring every stage's parameters and buffers into this process's model."""
-        self.drain()
         if self.peers.world > 1:
             self.connect(steps)
+        self.meet("gather()", steps)
+        if self.peers.world > 1:
             for stage, tensor in owned_tensors(self.decoupled):
                 owner = min(self.places.ranks[stage])
                 dist.broadcast(tensor.detach(), group=self.peers.group, group_src=owner)
@@ -159,11 +200,17 @@ class Process:
             return iter(batches)
         return share_batches(batches, self.links, 2 * self.flow.queue)
 
-    def connect(self, steps: int) -> OneByOne:
+    def connect(
+        self, steps: int, values: dict[str, Any] | None = None, target: Any = None
+    ) -> OneByOne:
         """The stages here; at the first call, in every process: agree, connect, start."""
         if self._executor is None:
             self.prepare()
-            self._agree()
+            agree(
+                self.peers,
+                self._in_common(steps),
+                None if values is None else digest_of(values, target),
+            )
             peers, places = self.peers, self.places
             team = OneByOne(
                 self.decoupled,
@@ -185,23 +232,23 @@ class Process:
             self._executor = team
             if peers.world > 1:
                 self.links = Links(self.mail, places, peers.group, self.timeout, owner=self)
+                self._agreement = Agreement(self.mail, self.links, self.timeout)
         return self._executor
 
-    def _agree(self) -> None:
-        """All processes must cut, place and wait in the same way."""
-        mine = {
+    def _in_common(self, steps: int) -> dict[str, Any]:
+        """What must be the same in all processes."""
+        return {
+            "version of dni_fx or torch": (
+                importlib.import_module("dni_fx").__version__,
+                torch.__version__,
+            ),
+            "model": model_of(self.decoupled),
             "plan": self.decoupled.plan.to_json(),
             "queue, policy, staleness or discount": self.flow,
             "placement": self.places.ranks,
+            "accumulate": self.objective.accumulate,
+            "number of steps": steps,
         }
-        every = self.peers.gather(mine)
-        for what in mine:
-            if other := [r for r, told in enumerate(every) if told[what] != every[0][what]]:
-                raise DecouplingError(
-                    f"rank {other[0]} has another {what} than rank 0: build the same model "
-                    "everywhere, and cut it with dni_fx.distributed.decouple, which makes one plan "
-                    "for all"
-                )
 
     def close(self) -> None:
         """See :meth:`dni_fx.distributed.Trainer.close`."""
@@ -244,6 +291,6 @@ def _status_of(worker: StageWorker, rank: int) -> dict[str, Any]:
         "staleness": sum(d * n for d, n in delays.items()) / delays.total() if delays else None,
         "staleness_max": max(delays, default=0),
         "seconds": spent,
-        "rate": learner.watch.rate(worker.begun),
+        "rate": learner.watch.rate(),
         "idle": spent.get("wait", 0.0) / total if total else None,
     }

@@ -6,18 +6,33 @@ gradients: whoever makes one waits for all.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ..decoupled import Decoupled
-from .mailbox import Address
+from .mailbox import Address, ParallelError
 from .streams import Links
 from .worker import StageWorker
 
 BATCH, TAKEN = "batch", "batch taken"
+
+
+@contextlib.contextmanager
+def _named(what: str) -> Iterator[None]:
+    """What gloo says of a process that is not there, as an error of ours."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0].split("] ", 1)[-1]
+        raise ParallelError(
+            f"another process did not come to {what}, which all wait for ({reason}): it has ended, "
+            "hangs, or does something else; see its own output"
+        ) from error
 
 
 class Peers:
@@ -35,12 +50,17 @@ class Peers:
         self.rank = dist.get_rank(group) if self.parallel else 0
         self.world = dist.get_world_size(group) if self.parallel else 1
 
-    def gather(self, mine: Any) -> list[Any]:
-        """What every process passes, in order of rank."""
+    def gather(self, mine: Any, what: str = "a call") -> list[Any]:
+        """What every process passes, in order of rank.
+
+        Raises:
+            ParallelError: some process has ended, or does not come.
+        """
         every = [mine]
         if self.parallel:
             every = [None] * self.world
-            dist.all_gather_object(every, mine, group=self.group)
+            with _named(what):
+                dist.all_gather_object(every, mine, group=self.group)
         return every
 
     def mean(self, value: float, weight: float) -> float:
@@ -48,13 +68,29 @@ class Peers:
         pair = [value * weight, weight] if value == value else [0.0, 0.0]
         total = torch.tensor(pair, dtype=torch.float64)
         if self.parallel:
-            dist.all_reduce(total, group=self.group)
+            with _named("mean()"):
+                dist.all_reduce(total, group=self.group)
         return float(total[0] / total[1]) if total[1] else float("nan")
 
     def barrier(self) -> None:
         """Wait for all."""
         if self.parallel:
-            dist.barrier(group=self.group)
+            with _named("a call"):
+                dist.barrier(group=self.group)
+
+    def twin(self, timeout: float) -> Peers:
+        """The same processes, with a group of their own; to be made by all of them."""
+        if not self.parallel:
+            return self
+        ranks = dist.get_process_group_ranks(dist.group.WORLD if self.group is None else self.group)
+        return Peers(
+            dist.new_group(
+                ranks,
+                backend="gloo",
+                timeout=timedelta(seconds=timeout),
+                use_local_synchronization=True,
+            )
+        )
 
     def subgroup(self, ranks: Sequence[int]) -> Any:
         """A group of some of these processes; to be made by all of them."""

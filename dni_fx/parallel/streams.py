@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import math
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -41,10 +42,22 @@ _idle: dict[tuple[int, ...], Any] = {}  # groups of closed trainers, by ranks
 
 
 class _Word(NamedTuple):
-    """What a process says of itself: that it lives; at last that it ends, and how it failed."""
+    """What a process says of itself: that it lives, and how its stages do; at last that it ends,
+    and how it failed.
+    """
 
     is_last: bool
     failure: str = ""
+    rows: tuple[dict[str, Any], ...] = ()
+
+
+class Owner(Protocol):
+    """Who streams are for, and what others should know of it."""
+
+    rows: tuple[dict[str, Any], ...]
+
+    def newest_loss(self) -> tuple[int, float]:
+        """As far as it is known here, with the number of steps."""
 
 
 def _later(length: int) -> int:
@@ -81,6 +94,7 @@ class Stream:
         fail: called with the error that ends the stream.
 
     Attributes:
+        rows: how the stages of the other process were doing, when it last said so.
         last_sign: when the newest letter came, in seconds of ``time.monotonic``.
         over: whether the last word of the other process has come.
     """
@@ -95,6 +109,7 @@ class Stream:
     ) -> None:
         self.rank, self.tag, self.group, self.take, self.fail = rank, tag, group, take, fail
         self.last_sign, self.over = time.monotonic(), False
+        self.rows: tuple[dict[str, Any], ...] = ()
         self.changed = threading.Condition()
         self.count = 0  # letters sent
         self.lengths = deque([(0, SHORTEST)])  # from which letter on how much fits
@@ -172,7 +187,7 @@ class Stream:
             if not isinstance(letter, _Word):
                 self.take(letter)
                 continue
-            self.over = letter.is_last
+            self.over, self.rows = letter.is_last, letter.rows or self.rows
             if letter.failure:
                 self.fail(ParallelError(f"rank {self.rank} failed: {letter.failure}"))
                 self.say(_Word(True))  # it waits for one
@@ -205,7 +220,7 @@ class Links:
     """
 
     def __init__(
-        self, mail: Mail, places: Places, group: Any, timeout: float, owner: object
+        self, mail: Mail, places: Places, group: Any, timeout: float, owner: Owner
     ) -> None:
         global _trainers
         _trainers += 1  # the same in all processes, which make their trainers in one order
@@ -218,6 +233,7 @@ class Links:
         self.group = _group_of(self.ranks)
         others, tag = [r for r in range(len(ranks)) if r != self.rank], _TAG + 2 * _trainers
         self.streams = {r: Stream(r, tag, self.group, self._take, mail.fail) for r in others}
+        self.loss = (0, math.nan)  # of the newest batch that others have told of
         self._owner, self._stopped = weakref.ref(owner), threading.Event()
         ways = [t for s in self.streams.values() for t in (s.incoming, s.outgoing)]
         self.threads = [*ways, _thread(self._give_signs, "pulse")]
@@ -230,7 +246,7 @@ class Links:
         """Send a letter to the processes of its taker, to each the rows that it works on."""
         _, sender, taker = address
         for rank, part, payload in self.places.divide(sender, taker, self.rank, letter):
-            sent = (tuple(address), letter.step, tuple(part), payload)
+            sent = (tuple(address), letter.step, tuple(part), payload, self._known_loss())
             if rank == self.rank:
                 self._take(sent)
                 continue
@@ -243,12 +259,17 @@ class Links:
     def tell(self, ranks: Iterable[int], kind: str, step: int, payload: Any) -> None:
         """Send something that is for processes, not for stages."""
         for rank in ranks:
-            letter = (tuple(Address(kind, self.rank, rank)), step, tuple(Part(0, 1, 0)), payload)
-            self.streams[rank].send(letter)
+            address, part = tuple(Address(kind, self.rank, rank)), tuple(Part(0, 1, 0))
+            self.streams[rank].send((address, step, part, payload, self._known_loss()))
 
-    def _take(self, sent: tuple[Any, int, Any, Any]) -> None:
+    def _known_loss(self) -> tuple[int, float]:
+        owner = self._owner()
+        return self.loss if owner is None else owner.newest_loss()
+
+    def _take(self, sent: tuple[Any, int, Any, Any, tuple[int, float]]) -> None:
         """Deliver a letter once the parts of it that others send are there."""
         address, step, part, payload = Address(*sent[0]), sent[1], Part(*sent[2]), sent[3]
+        self.loss = max(self.loss, sent[4], key=lambda known: known[0])
         if part.total > 1:
             with self.mail.changed:
                 parts = self.parts.setdefault((address, step), {})
@@ -312,11 +333,12 @@ class Links:
     def _give_signs(self) -> None:
         """Tell the others that this process lives, and watch them, while somebody can close it."""
         while not self._stopped.wait(min(1.0, self.timeout / 4)):
-            if self._owner() is None:
+            owner = self._owner()
+            if owner is None:
                 self.leave("its trainer was dropped before trainer.close()")
                 return
-            for stream in self.streams.values():
-                stream.say(_Word(False))
+            self.give_sign(owner.rows)
+            del owner
             oldest = time.monotonic() - self.timeout
             for rank, stream in self.streams.items():
                 if stream.last_sign < oldest and stream.incoming.is_alive():
@@ -326,6 +348,11 @@ class Links:
                     )
                     self.mail.fail(error)
                     return
+
+    def give_sign(self, rows: tuple[dict[str, Any], ...]) -> None:
+        """Tell the others that this process lives, and how its stages do."""
+        for stream in self.streams.values():
+            stream.say(_Word(False, rows=rows))
 
     def _cut(self) -> None:
         """Fail what waits in gloo: a receive whose time is up closes its connection."""

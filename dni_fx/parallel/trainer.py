@@ -22,6 +22,7 @@ from ..reports.files import write_atomically
 from ..reports.steps import StepReport
 from ..runtime.base import BaseTrainer
 from ..runtime.optimizing import MakeOptimizer
+from ..runtime.transforms import check_ordinary
 from ..schedules import Schedule, Threads, make_schedule, mode_of
 from .checkpoints import Checkpoints
 from .limits import Flow
@@ -103,19 +104,15 @@ class Trainer(BaseTrainer):
             raise DecouplingError(
                 "schedules.Threads is for dni_fx.Trainer; here each process runs its stages in turn"
             )
-        self._peers = Peers(group)
-        self.rank, self.world = self._peers.rank, self._peers.world
-        self.process = Process(
-            decoupled,
-            self.objective,
-            self.optimizing,
-            self.metrics,
-            peers=self._peers,
-            flow=Flow(queue, policy, staleness, discount),
-            placement=placement,
-            timeout=timeout,
-        )
+        self._peers = peers = Peers(group)
+        self.rank, self.world = peers.rank, peers.world
+        flow = Flow(queue, policy, staleness, discount)
+        what = decoupled, self.objective, self.optimizing, self.metrics
+        self.process = Process(*what, peers=peers, flow=flow, placement=placement, timeout=timeout)
         self._checkpoints = Checkpoints(self.process)
+        self.process.prepare()
+
+    def _prepare_optimizers(self) -> None:
         self.process.prepare()
 
     def step(self, *args: Any, target: Any = None, **kwargs: Any) -> StepReport:
@@ -127,8 +124,8 @@ class Trainer(BaseTrainer):
             **kwargs: keyword inputs of the model.
 
         Returns:
-            Loss and outputs where the last stage is (nan and None elsewhere), of the rows that this
-            process works on.
+            Loss and outputs where the last stage is, of this process's rows; elsewhere no outputs,
+            and the newest loss that was heard of (nan at first).
 
         Raises:
             ParallelError: another process failed, ended, or does not answer; which, and why.
@@ -137,7 +134,7 @@ class Trainer(BaseTrainer):
             DecouplingError: inputs that do not fit the plan, or a loss that is no scalar.
         """
         with self.process.telling():
-            values = self.decoupled.bind(*args, **kwargs)
+            values = check_ordinary(self.decoupled.bind(*args, **kwargs), target)
             mode = mode_of(self.schedule, self.steps, len(self.decoupled.stages))
             report = self.process.step(self.steps, mode, values, target)
         self.metrics.requested = False
@@ -185,7 +182,7 @@ class Trainer(BaseTrainer):
     def close(self) -> None:
         """Finish what is under way, and wait for all others to close; in every process."""
         if self.process.mail.failure is None:
-            self.drain()
+            self.process.meet("close()", self.steps)
             self._checkpoints.wait()
         self.process.close()
 
@@ -214,15 +211,18 @@ class Trainer(BaseTrainer):
             value: a loss, say; nan where this process has none.
             weight: how much it counts.
         """
-        self.process.meet()
+        self.process.meet("mean()", self.steps, drain=False)
         return self._peers.mean(value, weight)
 
     def status(self, everywhere: bool = False) -> Status:
-        """How the stages here are doing, or (called in every process) those everywhere."""
+        """How all stages are doing: those elsewhere as of a second ago or so, or (``everywhere``;
+        called in every process) of now.
+        """
         rows = self.process.status_rows()
         if everywhere:
-            self.process.meet()
-            rows = [row for part in self._peers.gather(rows) for row in part]
+            self.process.meet("status()", self.steps, drain=False)
+            self.process.status_rows()
+            rows = tuple(r for part in self._peers.gather(self.process.rows) for r in part)
         return Status(tuple(sorted(rows, key=lambda row: (int(row["stage"][6:]), row["rank"]))))
 
     def save_timeline(self, path: str | Path) -> None:
@@ -231,7 +231,7 @@ class Trainer(BaseTrainer):
         Args:
             path: of the JSON file, which rank 0 writes; of each stage the newest spans.
         """
-        self.process.meet()
+        self.process.meet("save_timeline()", self.steps, drain=False)
         watches = [worker.learner.watch for worker in self.process.workers.values()]
         every = self._peers.gather(trace_events(watches, self.rank))
         if self.rank == 0:
@@ -246,7 +246,8 @@ class Trainer(BaseTrainer):
         is there as a whole or not at all, whenever a process ends.
 
         Args:
-            directory: of all checkpoints of the run, on a file system that all processes see.
+            directory: of all checkpoints of the run. On machines that share no file system each
+                keeps the parts of its own processes.
             extra: what ``resume`` gives back, pickled, such as a loader's state; of rank 0.
             asynchronous: copy the state and write it while training goes on.
             keep: how many checkpoints stay.
@@ -254,15 +255,15 @@ class Trainer(BaseTrainer):
         Returns:
             The checkpoint, ``directory/step-000000100`` after 100 steps.
         """
-        self.drain()
         self.process.connect(self.steps)
+        self.process.meet("save()", self.steps)
         return self._checkpoints.save(Path(directory), self.steps, extra, asynchronous, keep)
 
     def resume(self, directory: str | Path) -> Any:
         """Go on from the newest complete checkpoint, if there is one; in every process.
 
         The plan must be the same; stages may be on other ranks. ``trainer.steps`` says where the
-        data goes on.
+        data goes on. A checkpoint that lacks a part everywhere is left out with a warning.
 
         Args:
             directory: as for :meth:`save`.
@@ -273,7 +274,7 @@ class Trainer(BaseTrainer):
         Raises:
             DecouplingError: the checkpoint is of another model or plan; nothing is loaded then.
         """
-        self.drain()
         self.process.connect(self.steps)
+        self.process.meet("resume()", self.steps)
         self.steps, extra = self._checkpoints.load(Path(directory)) or (self.steps, None)
         return extra

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from .job import Job, Values
 from .learning import StageLearner
 from .limits import Flow
+from .undo import ForwardState
 
 
 class StageWorker:
@@ -56,6 +57,7 @@ class StageWorker:
         self.begun = self.missed = 0
         self.output: Any = None
         self._kept: list[tuple[nn.Parameter, Tensor | None]] = []  # that a step must not change
+        self._undo: ForwardState | None = None
 
     def clear(self) -> None:
         """Drop the gradients of a finished update; a late one that came since makes its own."""
@@ -87,6 +89,10 @@ class StageWorker:
             # All have to run for the true gradient.
             grads = [(p, p.grad) for p in self.learner.parameters()]
             self._kept = [(p, None if g is None else g.clone()) for p, g in grads]
+        module = job.batch.stage.module
+        if self._undo is None or self._undo.module is not module:
+            self._undo = ForwardState(module)
+        self._undo.keep()
         with self.learner.running("forward", job.step):
             job.start(received, partial(desk.send_values, job))
         desk.catch_up(job)
@@ -123,7 +129,16 @@ class StageWorker:
         for parameter, gradient in self._kept:
             parameter.grad = gradient
         self._kept = []
+        if self._undo is not None:
+            self.learner.check(self._undo.watched)
         self.learner.update()
+        if self._undo is not None:
+            self._undo.accept()
+
+    def put_back(self) -> None:
+        """After an error: what the forward of a batch that is not finished has written."""
+        if self._undo is not None:
+            self._undo.put_back()
 
     def drain(self, step: int) -> None:
         """Settle one of the batches that are pending."""

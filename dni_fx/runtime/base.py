@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from tqdm import tqdm
@@ -71,6 +71,25 @@ class BaseTrainer(ABC):
     def step(self, *args: Any, target: Any = None, **kwargs: Any) -> StepReport:
         """Train on one batch: the model's own call, plus the target."""
 
+    def prepare(self, *args: Any, target: Any = None, **kwargs: Any) -> Self:
+        """Trace the model for one batch without training on it, as the first step would: stages,
+        sources and optimisers exist then. Not needed where ``decouple`` was given example inputs.
+
+        Args:
+            *args: positional inputs of the model.
+            target: taken so that the call may be that of ``step``; not looked at.
+            **kwargs: keyword inputs of the model.
+
+        Returns:
+            The trainer.
+
+        Raises:
+            DecouplingError: inputs that do not fit the plan.
+        """
+        self.decoupled.bind(*args, **kwargs)
+        self._prepare_optimizers()
+        return self
+
     @property
     def loss(self) -> Loss:
         """The user's loss; another one counts from the next step on."""
@@ -105,13 +124,40 @@ class BaseTrainer(ABC):
 
     @property
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """By stage name, for learning-rate schedulers."""
+        """By stage name, for learning-rate schedulers.
+
+        Raises:
+            DecouplingError: the model is not traced yet.
+        """
+        self._make_optimizers()
         return self.optimizing.stages
 
     @property
     def synthesizer_optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """By interface name, that of a synthetic input by ``name@input``."""
+        """By interface name, that of a synthetic input by ``name@input``.
+
+        Raises:
+            DecouplingError: the model is not traced yet.
+        """
+        self._make_optimizers()
         return self.optimizing.sources
+
+    def _make_optimizers(self) -> None:
+        """They exist as soon as the model is traced, whoever called it."""
+        if self.optimizing.is_prepared:
+            return
+        if self.decoupled.graphs.active is None:
+            raise DecouplingError(
+                "there are no optimisers yet, since the model is traced at its first call and only "
+                "then has stages: call trainer.prepare(...) with one batch, as step takes it, or "
+                "pass example_inputs= to decouple, before asking for optimisers or making "
+                "schedulers of them"
+            )
+        self._prepare_optimizers()
+
+    def _prepare_optimizers(self) -> None:
+        """Make them for all stages that are trained here."""
+        self.optimizing.prepare(self.decoupled.graphs, self.decoupled.stages)
 
     def request_metrics(self) -> None:
         """Compare predictions with their targets at the next step, whatever ``metrics_every``

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -11,11 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from ..graphs.graphs import Graphs
-from ..graphs.variants import Variant
 from ..passes.cut.emission import StageFunctions
+from ..passes.cut.expecting import Expected
 from ..passes.cut.splitting import Split, StageGraph
 from ..schedules import Mode
 from ..sources import InputSource, Prediction, Served
+from .loss_reach import CheckedLoss
 from .objective import Loss, Objective
 from .tape import Rerun, Tape
 
@@ -35,6 +36,7 @@ class Setting:
         objective: with the user's own loss, asked for one value per sample where a source wants it.
         share: how much of the true gradient is used; above 0 the step is locked.
         active: stages that are updated.
+        expected: where gradients must arrive in each stage once all that it sends has one.
     """
 
     split: Split
@@ -45,6 +47,7 @@ class Setting:
     objective: Objective
     share: float
     active: frozenset[int]
+    expected: tuple[Expected, ...]
 
     @classmethod
     def of(
@@ -55,6 +58,7 @@ class Setting:
         served: tuple[Served, ...] | None = None,
         loss: Loss | None = None,
         whole: bool = True,
+        here: Collection[int] | None = None,
     ) -> Setting:
         """For a batch whose graph is active.
 
@@ -63,6 +67,7 @@ class Setting:
             served: by default all sources; in exact mode none, and with the true gradients.
             loss: by default the objective's scaled loss.
             whole: whether the graph must have all cuts of the plan.
+            here: stages that run in turn with the last one; all by default.
 
         Raises:
             PlanMismatchError: it has not, or lacks a source.
@@ -77,10 +82,11 @@ class Setting:
             functions=functions,
             served=served,
             inputs=graphs.find_inputs(),
-            loss=loss or objective.scaled,
+            loss=CheckedLoss(loss or objective.scaled, graphs, here),
             objective=objective,
             share=share,
             active=frozenset(every if mode.active is None else mode.active),
+            expected=graphs.variant.expected,
         )
 
     @property
@@ -154,19 +160,32 @@ class Setting:
 
 
 class Settings:
-    """The newest setting, kept as long as graph and mode are the same."""
+    """The newest setting, kept as long as graph, mode and loss are the same.
 
-    def __init__(self, graphs: Graphs, objective: Objective, loss: Loss | None = None) -> None:
-        self.graphs, self.objective, self.loss = graphs, objective, loss
-        self._newest: tuple[Variant, Mode, Setting] | None = None
+    Args:
+        graphs, objective, loss, here: as for :meth:`Setting.of`.
+    """
+
+    def __init__(
+        self,
+        graphs: Graphs,
+        objective: Objective,
+        loss: Loss | None = None,
+        here: Collection[int] | None = None,
+    ) -> None:
+        self.graphs, self.objective, self.loss, self.here = graphs, objective, loss, here
+        self._newest: tuple[Any, Mode, Loss, Setting] | None = None
 
     def of(self, mode: Mode) -> Setting:
         """For a batch whose graph is active."""
-        variant, newest = self.graphs.variant, self._newest
-        if newest is None or newest[0] is not variant or newest[1] != mode:
-            setting = Setting.of(self.graphs, self.objective, mode, loss=self.loss)
-            newest = self._newest = variant, mode, setting
-        return newest[2]
+        variant, loss = self.graphs.variant, self.objective.loss
+        if self._newest is not None:
+            graph, known, same, setting = self._newest
+            if graph is variant and known == mode and same is loss:
+                return setting
+        setting = Setting.of(self.graphs, self.objective, mode, loss=self.loss, here=self.here)
+        self._newest = (variant, mode, loss, setting)
+        return setting
 
 
 @dataclass

@@ -103,7 +103,25 @@ def pull_back(
         used.append(root)
         given.append(gradient)
     if used:
-        torch.autograd.backward(used, given, retain_graph=retain_graph, inputs=inputs)
+        try:
+            torch.autograd.backward(used, given, retain_graph=retain_graph, inputs=inputs)
+        except RuntimeError as error:
+            raise (used_up(error) or error) from error
+
+
+def used_up(error: RuntimeError) -> DecouplingError | None:
+    """The error to raise instead, where a stage's backward came to a graph that another backward
+    had used up; None where the cause is another one.
+    """
+    if "through the graph a second time" not in str(error):
+        return None
+    return DecouplingError(
+        "a stage's backward came to a graph that another backward has used up: another stage's, "
+        "an earlier step's or one of your own. Each stage pulls back by itself, so what several of "
+        "them, or the loss, use must be made within the model's forward and returned by it: detach "
+        "tensors that are computed before the call or kept elsewhere (on a module, by a hook, in a "
+        "list), and leave out torch.nn.utils.parametrize.cached()"
+    )
 
 
 def evaluate(
@@ -121,7 +139,7 @@ def evaluate(
     try:
         value = loss(output, target)
     except Exception as error:
-        if target is None:
+        if target is None and not isinstance(error, DecouplingError):
             raise DecouplingError(
                 f"the loss failed without a target ({error}); pass target= to step"
             ) from error
@@ -133,6 +151,11 @@ def evaluate(
         raise DecouplingError(
             f"the loss must return a tensor with one element, but returned {found}; average it "
             "first"
+        )
+    if not value.requires_grad and not torch.is_grad_enabled():
+        raise DecouplingError(
+            "gradients are switched off here, by torch.no_grad() or torch.inference_mode(): train "
+            "outside of them"
         )
     if not value.requires_grad:
         raise DecouplingError(

@@ -107,21 +107,15 @@ class Measures(BaseTrainer):
         decoupled = self.decoupled
         values = decoupled.bind(*args, **kwargs)
         parameters = list(decoupled.parameters())
-        before = [p.grad for p in parameters]
-        for parameter in parameters:
-            parameter.grad = None
         with restored(decoupled), keep_modes(), torch.enable_grad():
-            try:
-                served = None if ask else ()
-                batch = Batch(Setting.of(decoupled.graphs, Objective(self.loss), mode, served))
-                context = self.objective.context(target) if ask else None
-                batch.begin(values, context, target)
-                batch.advance(0)
-                found = {p: p.grad for p in parameters}
-            finally:
-                for parameter, gradient in zip(parameters, before, strict=True):
-                    parameter.grad = gradient
-        return batch, found
+            for parameter in parameters:
+                parameter.grad = None
+            served = None if ask else ()
+            batch = Batch(Setting.of(decoupled.graphs, Objective(self.loss), mode, served))
+            context = self.objective.context(target) if ask else None
+            batch.begin(values, context, target)
+            batch.advance(0)
+            return batch, {p: p.grad for p in parameters}
 
 
 def _arrived(batch: Batch) -> dict[str, Tensor]:

@@ -20,14 +20,15 @@ import copy
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ..errors import DecouplingError
 from ..graphs.graphs import Graphs
+from ..graphs.sharding import check_unsharded
 from ..passes.cut.insertion import Context
 from ..sources import Served, serve
 from .answers import LocalAnswers
@@ -37,6 +38,7 @@ from .finite import all_finite
 from .objective import Objective
 from .optimizing import MakeOptimizer, find_misfit, load_optimizers, made_optimizer
 from .stage_batch import StageBatch
+from .transforms import check_ordinary, refuse_transforms, transformed
 from .visit import Visit, learnt_by
 
 
@@ -128,6 +130,9 @@ class DropIn(nn.Module):
         else:
             super().__delattr__(name)
 
+    def __prepare_scriptable__(self) -> Any:
+        raise transformed("torch.jit.script")
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return self._dni_fx.copy(memo).module
 
@@ -200,12 +205,15 @@ class DropInState:
     def call(self, args: Any, kwargs: Any) -> Any:
         """The module's forward."""
         graphs, model = self.graphs, self.graphs.model
-        if not model.training or not torch.is_grad_enabled():
+        known_exact = graphs.is_traced and graphs.is_exact
+        if not model.training or not torch.is_grad_enabled() or known_exact:
             return type(model).forward(model, *args, **kwargs)
+        refuse_transforms(args, kwargs)
         values = graphs.bind(*args, **kwargs)
         self.optimizers_now()
         if graphs.is_exact:
             return type(model).forward(model, *args, **kwargs)
+        check_ordinary(values)
         target = self.target
         if target is None and self.target_of is not None:
             target = self.target_of(*args, **kwargs)
@@ -227,7 +235,7 @@ class DropInState:
             done = [n for n in stage.inputs if last_use[n] == stage.index]
             batch = StageBatch(setting, stage.index, state, answers)
             visit = Visit(batch, unit, self.learn)
-            visit.run([parameters[n] for n in stage.parameters], done)
+            visit.run(_owned(self.graphs.model, parameters, stage.parameters), done)
         last = setting.stages[-1]
         inputs = [values.pop(n) for n in last.inputs]
         values.clear()
@@ -271,11 +279,33 @@ def _forward_like(model: nn.Module) -> Callable[..., Any]:
 
     @functools.wraps(type(model).forward)
     def forward(module: DropIn, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(args, fx.Proxy):
+            raise transformed("torch.fx.symbolic_trace")
         return DropIn.forward(module, *args, **kwargs)
 
     forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
     del forward.__wrapped__
     return forward
+
+
+def _owned(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], names: Sequence[str]
+) -> list[nn.Parameter]:
+    """A stage's parameters by name.
+
+    Raises:
+        DecouplingError: they are not where they were, or sharded.
+    """
+    owned = [parameters.get(name) for name in names]
+    if any(type(p) is not nn.Parameter for p in owned):
+        check_unsharded(model)
+    for name, parameter in zip(names, owned, strict=True):
+        if parameter is None:
+            raise DecouplingError(
+                f"{name!r} is no parameter of the model any more, so its stage would stand still: "
+                "wrap or exchange parameters before the model is decoupled"
+            )
+    return [p for p in owned if p is not None]
 
 
 def _widened(tensor: Tensor) -> Tensor:

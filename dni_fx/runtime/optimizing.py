@@ -13,6 +13,7 @@ from ..errors import DecouplingError
 from ..graphs.graphs import Graphs
 from ..graphs.stage import Stage
 from ..graphs.variants import Variant
+from .whole import whole
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
@@ -47,6 +48,11 @@ class StageOptimizers:
         self.sources: dict[str, torch.optim.Optimizer] = {}
         self.parameters: dict[str, NamedParameters] = {}
         self._variant: Variant | None = None  # the graph that all optimisers know
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether they have been made."""
+        return self._variant is not None
 
     def prepare(self, graphs: Graphs, stages: Collection[Stage]) -> None:
         """Make all optimisers of the stages that are trained here, at the first call; later, have
@@ -98,17 +104,18 @@ class StageOptimizers:
         return [p for _, p in self.parameters.get(stage, [])]
 
     def step(self) -> None:
-        """Step all of them."""
-        for name in self.stages:
-            self.step_stage(name)
-        for optimizer in self.sources.values():
-            optimizer.step()
+        """Step all of them, or none where one fails."""
+        with whole([*self.stages.values(), *self.sources.values()]):
+            for name, optimizer in self.stages.items():
+                self.clip(name)
+                optimizer.step()
+            for optimizer in self.sources.values():
+                optimizer.step()
 
-    def step_stage(self, name: str) -> None:
-        """Clip one stage's gradients and step its optimiser."""
+    def clip(self, name: str) -> None:
+        """Clip one stage's gradients."""
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.parameters_of(name), self.clip_norm)
-        self.stages[name].step()
 
     def _by_kind(self) -> dict[str, dict[str, torch.optim.Optimizer]]:
         return {"optimizers": self.stages, "synthesizer_optimizers": self.sources}

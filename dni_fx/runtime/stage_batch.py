@@ -23,6 +23,7 @@ from ..sources.keeping import kept_weights
 from .answers import Answers
 from .batch_state import BatchState, Setting
 from .emitted import detached, evaluate, pull_back
+from .missing import check_arrived
 from .objective import logits_of
 from .stage_sources import StageSources
 from .tape import Rerun, Tape
@@ -95,6 +96,7 @@ class StageBatch:
         state.predictions.update(result.predictions)
         if self.is_last:
             state.loss, state.output = result.loss, result.outputs["output"]
+        check_arrived(self.index, self.setting.expected[self.index], result.input_gradients)
         self._sent_back(result.outputs, result.input_gradients)
 
     def step_repeatably(self) -> Callable[[nn.Parameter, Tensor | None], Tensor | None]:
@@ -122,7 +124,9 @@ class StageBatch:
             total, parameter.grad = parameter.grad, None
             return total
 
-        self._sent_back(sent, {n: leaf.gradient() for n, leaf in leaves.items()})
+        found = {n: leaf.gradient() for n, leaf in leaves.items()}
+        check_arrived(self.index, self.setting.expected[self.index], found)
+        self._sent_back(sent, found)
         return again
 
     def _sent_back(self, outputs: dict[str, Any], found: dict[str, Tensor | None]) -> None:
@@ -255,6 +259,8 @@ class StageBatch:
             partials[name], parameter.grad = parameter.grad, None
         backward = self.setting.functions[self.index].backward
         found = backward(tape.outputs, tape.leaves, tape.entries, given, partials, retain)
+        if once and all(given.get(n) is not None for n in split.sent_by(self.index)):
+            check_arrived(self.index, self.setting.expected[self.index], found)
         self._note_parts(found, partials)
         for leaf in tape.leaves.values():
             leaf.clear()

@@ -20,6 +20,7 @@ from .measuring import Measures
 from .objective import Loss
 from .optimizing import MakeOptimizer
 from .saving import load_trained, trained_state
+from .transforms import check_ordinary
 
 
 class Trainer(Measures):
@@ -80,8 +81,8 @@ class Trainer(Measures):
         self._in_turn: InTurn[Batch] = InTurn(decoupled, self.optimizing, self.metrics, accumulate)
         self.threads: OnThreads | None = None
         self._settings = Settings(decoupled.graphs, self.objective)
-        if decoupled.is_traced:
-            self.optimizing.prepare(decoupled.graphs, decoupled.stages)
+        if decoupled.graphs.active is not None:
+            self._prepare_optimizers()
 
     # ---- steps -----------------------------------------------------------------------------------
 
@@ -110,8 +111,8 @@ class Trainer(Measures):
             args, kwargs, target = map_tensors(torch.clone, (args, kwargs, target))
             if not self.decoupled.has_graph_for(*args, **kwargs):
                 self.drain()  # a model is traced while nothing else uses it
-        values = self.decoupled.bind(*args, **kwargs)
-        self.optimizing.prepare(self.decoupled.graphs, self.decoupled.stages)
+        values = check_ordinary(self.decoupled.bind(*args, **kwargs), target)
+        self._prepare_optimizers()
         mode = mode_of(schedule, self.steps, len(self.decoupled.stages))
         if isinstance(schedule, Threads):
             return self._hand_over(schedule.flow, mode, values, target)

@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ..errors import DecouplingError
 from ..sources import Prediction, Served
+from .emitted import used_up
 from .finite import all_finite
+from .missing import check_arrived
 from .stage_batch import StageBatch
+from .transforms import transformed
 
 Teach = Callable[[Served, Sequence[Tensor | None]], None]
 
@@ -39,6 +41,7 @@ class Visit:
 
     Attributes:
         sent, received: names of the values that the stage sends and takes with a gradient.
+        learning: names of its parameters that are trained.
         inputs: what it takes, until it has run.
     """
 
@@ -46,6 +49,7 @@ class Visit:
         self.batch, self.unit, self.teach = batch, unit, teach
         self.sent = batch.setting.split.sent_by(batch.index)
         self.received: list[str] = []
+        self.learning: list[str] = []
         self.inputs: dict[str, Any] = {}
 
     def run(self, parameters: list[nn.Parameter], done: list[str]) -> None:
@@ -61,7 +65,9 @@ class Visit:
         if self.sent:
             tensors = {n: v for n, v in self.inputs.items() if isinstance(v, Tensor)}
             self.received = [n for n, v in tensors.items() if v.requires_grad]
-            own = [p for p in parameters if p.requires_grad]
+            names = batch.stage.parameters
+            pairs = [(n, p) for n, p in zip(names, parameters, strict=True) if p.requires_grad]
+            self.learning, own = [n for n, _ in pairs], [p for _, p in pairs]
             found = _StageFunction.apply(self, *(tensors[n] for n in self.received), *own)
             values.update(zip(self.sent, found, strict=True))
 
@@ -108,9 +114,10 @@ class Visit:
         given, lessons = self._ask_all(values)
         roots = [(tape.outputs[n], given.get(n)) for n in self.sent]
         pairs = [(root, g) for root, g in roots if root.requires_grad and g is not None]
+        complete = all(given.get(n) is not None for n in self.sent)
         if self.unit != 1:
             pairs = [(root, (gradient * self.unit).to(root.dtype)) for root, gradient in pairs]
-        return list(values.values()), self._take(pairs, wanted), lessons
+        return list(values.values()), self._take(pairs, wanted, complete), lessons
 
     def _ask_all(self, values: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[Lesson]]:
         """The gradients that the sources predict, and what they have to learn."""
@@ -128,23 +135,37 @@ class Visit:
         return given, lessons
 
     def _take(
-        self, pairs: list[tuple[Tensor, Tensor]], wanted: list[Tensor]
+        self, pairs: list[tuple[Tensor, Tensor]], wanted: list[Tensor], complete: bool
     ) -> list[Tensor | None]:
-        """The gradients of what is wanted; None of an input whose gradient nobody hears."""
+        """The gradients of what is wanted; None of an input whose gradient nobody hears.
+
+        Args:
+            pairs: what the stage sends, each with its gradient.
+            wanted: what it receives, then its parameters.
+            complete: whether all that it sends has a gradient.
+        """
         setting = self.batch.setting
         hears = [s for s in setting.served if s.source.asks.learns_from]
         heard = {n for s in hears for n in s.names} | set(setting.split.model_inputs)
-        names = [*self.received, *[None] * (len(wanted) - len(self.received))]
-        inputs = [t for t, n in zip(wanted, names, strict=True) if n is None or n in heard]
-        if not pairs or not inputs:
-            return [None] * len(wanted)
+        asked = [n for n in self.received if n in heard]
+        places = [k for k, n in enumerate(self.received) if n in heard]
+        inputs = [*(wanted[k] for k in places), *wanted[len(self.received) :]]
+        taken: tuple[Tensor | None, ...] = (None,) * len(inputs)
         roots, gradients = [root for root, _ in pairs], [gradient for _, gradient in pairs]
-        with _unhooked([t for t in wanted if isinstance(t, nn.Parameter)]):
-            taken = torch.autograd.grad(roots, inputs, gradients, allow_unused=True)
+        if pairs and inputs:
+            with _unhooked([t for t in wanted if isinstance(t, nn.Parameter)]):
+                try:
+                    taken = torch.autograd.grad(roots, inputs, gradients, allow_unused=True)
+                except RuntimeError as error:
+                    raise (used_up(error) or error) from error
+        found = dict(zip(asked, taken, strict=False))
+        learnt = dict(zip(self.learning, taken[len(asked) :], strict=True))
         if any(g is None for g in taken):
             _refuse_reentrant([root.grad_fn for root in roots])
-        found = iter(taken)
-        return [next(found) if n is None or n in heard else None for n in names]
+            if complete:
+                expected = setting.expected[self.batch.index]
+                check_arrived(self.batch.index, expected, found, learnt)
+        return [*(found.get(n) for n in self.received), *learnt.values()]
 
     def learn(self, lessons: list[Lesson], arrived: Mapping[str, Tensor | None]) -> None:
         """Teach the sources on the gradients of what the stage sent; what is not finite teaches
@@ -175,9 +196,12 @@ class _StageFunction(torch.autograd.Function):
         return tuple(v.view_as(v) for v in values)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *above: Tensor | None) -> Any:
         """What was taken; ``above`` is what the sources learn from."""
+        if torch.is_grad_enabled():  # before a source learns from what is no gradient of the loss
+            raise transformed(
+                "differentiating twice (create_graph=True, as for a gradient penalty)"
+            )
         found, lessons, ctx.found, ctx.lessons = ctx.found, ctx.lessons, None, None
         if found is None:
             raise DecouplingError(

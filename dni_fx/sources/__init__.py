@@ -5,7 +5,7 @@ from __future__ import annotations
 from .asks import Asks, Wait
 from .base import GradientSource, Prediction, SourceFactory
 from .checking import try_predict
-from .context import OneHot, align_context, one_hot
+from .context import Exampled, OneHot, align_context, one_hot
 from .controls import Exact, Stale, Zero
 from .convolutional import Auto, Conv, auto_name
 from .each import EACH, Each, for_consumers, is_each
@@ -32,6 +32,7 @@ __all__ = [
     "Distill",
     "Each",
     "Exact",
+    "Exampled",
     "Feedback",
     "GradientSource",
     "InputFactory",

@@ -8,9 +8,11 @@ import inspect
 import itertools
 import traceback
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import DecouplingError
@@ -103,6 +105,66 @@ def try_predict(source: GradientSource) -> None:
         raise
     except Exception:
         return
+
+
+def no_slope(source: GradientSource, what: str) -> DecouplingError:
+    """The error for a head whose loss is the same whatever its logits are."""
+    name, bce = type(source).__name__, ""
+    if source.asks.learns_from != ("logits",):
+        bce = (
+            "loss=lambda p, c: F.binary_cross_entropy_with_logits(p, c, reduction='none').mean(-1) "
+            "for one probability; "
+        )
+    return DecouplingError(
+        f"{name}: {what} is the same whatever the logits are, so no gradient would ever be sent. "
+        f"Pass loss= to the source: gradients=functools.partial(dni_fx.sources.{name}, loss='mse') "
+        f"for a regression; {bce}or let the context have a feature for each class, as "
+        "dni_fx.one_hot(2) does"
+    )
+
+
+def has_slope(head: Any, mean: Tensor, logits: Tensor, context: Tensor) -> bool:
+    """Whether a head's loss is known to depend on its logits; tensors without data, and contexts of
+    nothing but zeros (ignored labels), tell nothing.
+
+    Args:
+        head: a ``LossHead``, whose loss the user may have written.
+        mean: its loss on a batch.
+        logits: what it made of that.
+        context: the batch's context.
+
+    Raises:
+        DecouplingError: it does not, neither at these logits nor at others.
+    """
+    if not mean.requires_grad:
+        raise no_slope(head, "its loss")
+    has_data = type(mean) is Tensor and mean.device.type != "meta"
+    if not has_data or torch.compiler.is_compiling() or not context.any():
+        return False
+    noise = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        (slope,) = torch.autograd.grad(mean, logits, retain_graph=True, allow_unused=True)
+        if slope is not None and slope.any():
+            return True
+        moved = torch.randn(logits.shape, generator=noise).to(logits)
+        logits = (logits.detach() + moved).requires_grad_()
+        mean = head.evaluate(logits, context)[1]
+    raise no_slope(head, "its loss")
+
+
+def check_reached(head: GradientSource, found: Sequence[Tensor | None]) -> None:
+    """Refuse a head that computes nothing with one of its values, which nothing would then train.
+
+    Args:
+        head: a ``LossHead``.
+        found: the gradients of its values.
+    """
+    for place, gradient in enumerate(found):
+        if gradient is None:
+            raise DecouplingError(
+                f"{type(head).__name__}: the loss does not depend on value {place} of "
+                f"{len(found)}: logits() must compute with every value that it is given"
+            )
 
 
 def _has(source: GradientSource, method: str) -> bool:

@@ -10,14 +10,59 @@ k)``) needs no other rule.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import DecouplingError
+from ..plan import TensorSpec
+
+
+@dataclass(frozen=True)
+class Exampled:
+    """A context callable that was tried on an example of its targets.
+
+    Attributes:
+        encode: the user's callable.
+        spec: of what it made of the example.
+    """
+
+    encode: Callable[[Any], Tensor]
+    spec: TensorSpec
+
+    @classmethod
+    def of(cls, encode: Callable[[Any], Any], target: Any) -> Exampled:
+        """Try a callable.
+
+        Raises:
+            DecouplingError: it fails on the example, or returns no float tensor with features.
+        """
+        try:
+            value = encode(target)
+        except DecouplingError as error:
+            raise DecouplingError(f"context= failed on example_target=: {error}") from error
+        except Exception as error:
+            raise DecouplingError(
+                f"context= failed on example_target= ({type(error).__name__}: {error}): it must "
+                "turn a target, as the loss takes it, into a float tensor (batch, ..., features)"
+            ) from error
+        if not isinstance(value, Tensor) or not value.is_floating_point() or not value.dim():
+            found = type(value).__name__
+            if isinstance(value, Tensor):
+                found = f"one of {value.dtype}, {tuple(value.shape)}"
+            raise DecouplingError(
+                "context= must return a float tensor (batch, ..., features), but made of "
+                f"example_target= {found}"
+            )
+        return cls(encode, TensorSpec(tuple(value.shape), value.dtype))
+
+    def __call__(self, target: Any) -> Tensor:
+        """What sources see of a target."""
+        return self.encode(target)
 
 
 @dataclass(frozen=True)

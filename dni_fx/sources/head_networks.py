@@ -78,18 +78,18 @@ class Encoder(Shaped):
 
 
 class HandedOver(torch.autograd.Function):
-    """A loss whose gradients for some parameters are known already."""
+    """A loss whose gradients for some parameters are known already; None of those without one."""
 
     @staticmethod
     def forward(
-        ctx: Any, loss: Tensor, gradients: tuple[Tensor, ...], *parameters: Tensor
+        ctx: Any, loss: Tensor, gradients: tuple[Tensor | None, ...], *parameters: Tensor
     ) -> Tensor:
         ctx.gradients = gradients
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *above: Tensor) -> Any:
-        return None, None, *(above[0] * gradient for gradient in ctx.gradients)
+        return None, None, *(None if g is None else above[0] * g for g in ctx.gradients)
 
 
 class RunningScale(Regression):

@@ -20,6 +20,7 @@ from ..errors import DecouplingError
 from ..plan import TensorSpec
 from .asks import Asks
 from .base import GradientSource, Prediction, like, wide_dtype
+from .checking import check_reached, has_slope, no_slope
 from .head_networks import Encoder, HandedOver, RunningScale
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -70,7 +71,7 @@ class LossHead(GradientSource):
 
     Raises:
         DecouplingError: no context, scalars, a context that does not line up, or options that do
-            not exist.
+            not exist; a loss without a slope, such as cross entropy over one logit.
     """
 
     create_graph: ClassVar[bool] = False  # of the gradients, to be fitted themselves
@@ -101,7 +102,12 @@ class LossHead(GradientSource):
             raise DecouplingError(
                 f"unknown loss {loss!r}; known: 'cross_entropy', 'mse', or a callable"
             )
+        if loss == "cross_entropy" and context.shape[-1] == 1:
+            raise no_slope(self, "the context has one feature, and cross entropy over one logit")
         self.loss, self.factor, self.context_shape = loss, factor, tuple(context.shape)
+        # Whether the loss is known to have a slope.
+        own = type(self).evaluate is not LossHead.evaluate
+        self._is_judged = not (callable(loss) or own)
         dtype = wide_dtype(self.specs)
         stride = stride if len(self.context_shape) == 2 else 1
         encoders = [Encoder(spec, hidden, width, stride, norm, dtype) for spec in self.specs]
@@ -136,8 +142,12 @@ class LossHead(GradientSource):
             # not allow for leaves.
             logits = self.logits([leaf.view_as(leaf) for leaf in leaves], context)
             losses, mean, weights = self.evaluate(logits, context.detach().to(dtype))
+            if not self._is_judged:
+                self._is_judged = has_slope(self, mean, logits, context.detach().to(dtype))
             retain, again = keep and not self.greedy, keep and self.create_graph
-            found = torch.autograd.grad(mean, (*leaves, *learnt), None, retain, again)
+            wanted = (*leaves, *learnt)
+            found = torch.autograd.grad(mean, wanted, None, retain, again, allow_unused=True)
+            check_reached(self, found[: len(leaves)])
             if learnt:
                 mean = HandedOver.apply(mean.detach(), found[len(leaves) :], *learnt)
         factor = self.unit * self.factor
@@ -327,6 +337,8 @@ class Distill(LossHead):
         **options: Any,
     ) -> None:
         super().__init__(specs, context, **options)
+        if self.loss != "mse" and self.context_shape[-1] == 1:
+            raise no_slope(self, "the context has one feature, and the divergence of one logit")
         self.temperature, self.labels = temperature, labels
 
     def fit(self, prediction: Prediction, message: tuple[Tensor, ...]) -> Tensor:

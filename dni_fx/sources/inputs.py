@@ -212,7 +212,8 @@ INPUTS: dict[str, type[InputRegression]] = {
 def make_input(
     option: str | InputFactory, spec: TensorSpec, inputs: Sequence[TensorSpec]
 ) -> InputSource:
-    """Make the source of synthetic inputs for one interface, as :func:`make_source` does.
+    """Make the source of synthetic inputs for one interface, as
+    :func:`dni_fx.sources.make_source` does.
 
     Args:
         option: ``"auto"`` (``"conv"`` for maps where an input lines up with their space, else

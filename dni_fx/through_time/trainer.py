@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -16,6 +16,7 @@ from ..reports.steps import StepReport
 from ..runtime.base import BaseTrainer
 from ..runtime.in_turn import InTurn
 from ..runtime.saving import load_trained, trained_state
+from ..runtime.transforms import check_ordinary
 from ..sources import GradientSource
 from .carried import Carried, read_done
 from .opening import WindowOpening
@@ -139,7 +140,7 @@ class ThroughTime(BaseTrainer):
         ended = read_done(done, batch, next(self.model.parameters()).device)
         is_over = ended is not None and bool(ended.all())
         context = self.objective.context(target)
-        values = self._bind(x_window, leaves, context)
+        values = check_ordinary(self._bind(x_window, leaves, context), target)
         previous = before if goes_on else None
         made = WindowBatch(self.decoupled, self.objective, self.steps + 1, ended, previous)
         output: Any = None
@@ -174,7 +175,7 @@ class ThroughTime(BaseTrainer):
         carried.keep(*(() if is_over else (after, report.state)))
         return report
 
-    def prepare(self, x_window: Any, target: Any = None) -> ThroughTime:
+    def prepare(self, x_window: Any, target: Any = None) -> Self:  # type: ignore[override]
         """Trace a window without training on it, as the first step would: the plan, the stages and
         the sources are known then, and ``load_state_dict`` finds all that it needs.
 

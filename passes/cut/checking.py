@@ -232,37 +232,38 @@ def _text(error: BaseException | None) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def guards_hold(trace: Trace, leaves: list[torch.Tensor]) -> bool:
+def guards_hold(trace: Trace, leaves: list[torch.Tensor], whole: bool = False) -> bool:
     """Whether a trace made for other shapes is valid for these inputs: what the model looked at
     (sizes, strides, dtypes) is the same.
 
     Args:
         trace: the trace.
         leaves: tensor inputs in placeholder order.
+        whole: whether every node must take them, since more than the batch differs.
 
     Returns:
         False also where it cannot be told without running the model.
     """
-    if not trace.guards_by_shape:
+    if not trace.guards_by_shape and not whole:
         return True
     fake = Fakes()
     with restored(trace.model):
-        holds = _holds_on(trace, leaves, fake)
+        holds = _holds_on(trace, leaves, fake, whole)
     forget(fake)
     return holds
 
 
-def _holds_on(trace: Trace, leaves: list[torch.Tensor], fake: Fakes) -> bool:
+def _holds_on(trace: Trace, leaves: list[torch.Tensor], fake: Fakes, whole: bool) -> bool:
     expected = trace.guards_by_shape
     values: dict[Any, Any] = {}
     inputs = iter(leaves)
-    wanted = set(ancestors(expected))
+    wanted = set(trace.graph.nodes if whole else ancestors(expected))
     try:
         with fake, torch.no_grad():
             for node in trace.graph.nodes:
                 if node.op == "placeholder":
                     values[node] = fake.from_tensor(next(inputs).detach())
-                elif node not in wanted:
+                elif node not in wanted or node.op == "output":
                     continue
                 elif node.op == "get_attr":
                     value = trace.attributes[str(node.target)]

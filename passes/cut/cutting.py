@@ -211,10 +211,12 @@ def reason_against(flow: Flow, name: str, names: Mapping[str, int]) -> str | Non
 
 def name_positions(flow: Flow, positions: tuple[int, ...]) -> tuple[str, ...]:
     """Names of cuts at some positions: of the outermost module that ends there, else of the node
-    before it.
+    before it, or whatever means that place (a node may have the name of a later call's module).
     """
     names = cut_names(flow)
-    found = {p: flow.nodes[p - 1].name for p in positions}
+    meant = {position: name for name, position in reversed(names.items())}
+    nodes = {p: flow.nodes[p - 1].name for p in positions}
+    found = {p: n if names[n] == p else meant[p] for p, n in nodes.items()}
     for path, _, _ in flow.trace.calls:
         if path and names.get(path) in found:
             found[names[path]] = path

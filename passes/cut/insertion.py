@@ -15,6 +15,7 @@ from ...errors import DecouplingError, did_you_mean
 from ...plan import Interface, TensorSpec
 from ...sources import (
     SOURCES,
+    Exampled,
     GradientSource,
     InputFactory,
     InputSource,
@@ -199,14 +200,17 @@ def infer_context(context: Context | None, inputs: tuple[TensorSpec, ...]) -> Te
     """Shape and dtype of what a context callable returns for a batch of the example's size; None
     without one.
 
-    Asked of its attributes ``features`` and ``positions`` (number of dimensions between batch and
-    features, 0 if missing), else found by calling it with labels of zero.
+    Known where there was an example of a target; else asked of its attributes ``features`` and
+    ``positions`` (number of dimensions between batch and features, 0 if missing), else found by
+    calling it with labels of zero.
 
     Raises:
         DecouplingError: the callable has no ``features`` and does not take integer labels.
     """
     if context is None:
         return None
+    if isinstance(context, Exampled):
+        return context.spec
     if not callable(context):
         raise DecouplingError(
             f"context= must be a callable from the training target to a tensor, not {context!r}"
@@ -221,15 +225,18 @@ def infer_context(context: Context | None, inputs: tuple[TensorSpec, ...]) -> Te
     except Exception as error:
         raise DecouplingError(
             "the number of features of context= is not known before the first target: it failed on "
-            f"integer labels ({error}); set an integer attribute `features` on the callable"
+            f"integer labels ({error}); pass example_target= as well, a batch's target as the loss "
+            "takes it, or set an integer attribute `features` on the callable"
         ) from error
     if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dim() < 1:
         raise DecouplingError(
-            "context= must return a float tensor whose last dimension holds the features"
+            "context= must return a float tensor whose last dimension holds the features, but did "
+            "not for integer labels; where your targets are others pass example_target= as well"
         )
     if value.shape[0] not in (1, batch):
         raise DecouplingError(
-            f"context= returned shape {tuple(value.shape)} for {batch} labels; its first dimension "
-            "must be the batch's"
+            f"context= returned shape {tuple(value.shape)} for {batch} labels; its first "
+            "dimension must be the batch's. Where your targets are no labels pass example_target= "
+            "as well"
         )
     return TensorSpec(tuple(value.shape), value.dtype)

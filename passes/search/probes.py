@@ -73,7 +73,9 @@ class Walk:
                 with regions(node), warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # about how nodes are used here
                     if self._flow.is_computed(node) and not node.meta.get("glued"):
+                        put_back = self._keep(node)
                         self._visit(node)
+                        put_back()
                     values[node] = self._value(node)
                 self._owners.update({storage_key(t): node.name for t in tensors_in(values[node])})
             for used in node.all_input_nodes:
@@ -82,6 +84,14 @@ class Walk:
                     del values[used]
         for name in self._keeps_value & self._flow.specs.keys():
             self.kept[name] = self.kept.get(name, 0) + self._flow.specs[name].nbytes
+
+    def _keep(self, node: fx.Node) -> Callable[[], None]:
+        """Remember what a call changes, where the node could not be looked into: it is run once for
+        good; the result puts it back.
+        """
+        trace = self._flow.trace
+        is_opaque = node.op == "call_module" and str(node.target) in trace.opaque
+        return trace.changes.keep() if is_opaque and self._has_data else lambda: None
 
     def _value(self, node: fx.Node) -> Any:
         """The node's value, for those that use it."""

@@ -121,6 +121,25 @@ class Visits:
                 "given: code that reads it later reads what the example left there"
             )
 
+    def writes(self, module: nn.Module, name: str, value: Any) -> None:
+        """The code that is recorded sets an attribute of a module.
+
+        Raises:
+            BakedInError: of one that is called as a whole, and would read it without the graph's
+                knowing.
+        """
+        path = self._known.paths.get(id(module))
+        if path is None or path == self.stack[-1]:
+            return  # nobody's, or looked at when the module returns
+        inside_whole = any(path.startswith(f"{p}.") for p in self.opaque)
+        if (inside_whole or self.is_leaf(module, path)) and (
+            picture(getattr(module, name, _MISSING)) != picture(value)
+        ):
+            raise BakedInError(
+                f"forward sets '{name}' of '{path}' ({type(module).__name__}), which is one opaque "
+                "node and keeps it out of sight"
+            )
+
     def _fails(self, path: str, leaf: bool) -> None:
         if self.failed_at is None:
             self.failed_at, self.failed_leaf = path, leaf

@@ -110,6 +110,10 @@ class Recorder(TorchFunctionMode):
         short = name.removesuffix(".__get__").rsplit(".", 1)[-1]
         if short in GRADIENT_HOOKS:
             raise TracingError(f"the model reaches into its backward (by '{short}') while it runs")
+        if name.endswith("requires_grad.__set__"):
+            if not self.known.is_computed(args[0]):
+                return func(*args)
+            return self._create("call_method", "requires_grad_", args, {}, _set_requires_grad)
         if name.endswith(".__set__"):
             raise TracingError(f"the model assigns to a tensor's attribute ({name})")
         if name in QUERIES:
@@ -226,7 +230,7 @@ class Recorder(TorchFunctionMode):
                 return self.questions.answer(op, target, node_args, node_kwargs, output)
         name = _node_name(op, target)
         node = self.known.graph.create_node(op, target, node_args, node_kwargs, name)
-        self._describe(node, written)
+        _describe(node, self, self._observer, written)
         if is_callee:
             self.visits.check_count(target, output)
             self.known.note_count(node, output)
@@ -256,25 +260,9 @@ class Recorder(TorchFunctionMode):
             self._observer.random = True
             return output
 
-    def _describe(self, node: fx.Node, written: list[torch.Tensor]) -> None:
-        """What is known of a node besides its value."""
-        known, observer = self.known, self._observer
-        names = [known.names[i] for i in observer.parameters if i in known.names]
-        if node.op == "call_module":
-            module = known.attributes[str(node.target)]
-            own = module.named_parameters(remove_duplicate=False)
-            names = [known.names[id(p)] for _, p in own]
-        node.meta.update(
-            mutates=tuple(dict.fromkeys(known.storage(t) for t in written)),
-            rebases=tuple(dict.fromkeys(known.storage(t) for t in written if t._is_view())),
-            random=observer.random,
-            by_value=observer.by_value and node.op != "call_module",
-            parameters=tuple(dict.fromkeys(names)),
-            modules=tuple(self.visits.stack),
-            no_grad=not torch.is_grad_enabled(),
-            grad=torch.is_grad_enabled() and not self.grad,
-            autocast=tuple(self.autocasts),
-        )
+
+def _set_requires_grad(args: Any, kwargs: Any) -> Any:
+    return args[0].requires_grad_(args[1])
 
 
 def _apart(output: Any, given: Any) -> Any:
@@ -298,3 +286,26 @@ def _node_name(op: str, target: Any) -> str | None:
         name: str = target.replace(".", "_")
         return name
     return target.function.__name__.lower() if isinstance(target, FunctionCall) else None
+
+
+def _describe(
+    node: fx.Node, recorder: Recorder, observer: Observer, written: list[torch.Tensor]
+) -> None:
+    """What is known of a node besides its value."""
+    known = recorder.known
+    names = [known.names[i] for i in observer.parameters if i in known.names]
+    if node.op == "call_module":
+        module = known.attributes[str(node.target)]
+        own = module.named_parameters(remove_duplicate=False)
+        names = [known.names[id(p)] for _, p in own]
+    node.meta.update(
+        mutates=tuple(dict.fromkeys(known.storage(t) for t in written)),
+        rebases=tuple(dict.fromkeys(known.storage(t) for t in written if t._is_view())),
+        random=observer.random,
+        by_value=observer.by_value and node.op != "call_module",
+        parameters=tuple(dict.fromkeys(names)),
+        modules=tuple(recorder.visits.stack),
+        no_grad=not torch.is_grad_enabled(),
+        grad=torch.is_grad_enabled() and not recorder.grad,
+        autocast=tuple(recorder.autocasts),
+    )

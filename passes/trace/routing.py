@@ -74,6 +74,7 @@ class _Routes:
     def table(self) -> Iterator[tuple[Any, str, Any]]:
         """Where, under which name, and what."""
         yield from self.reads()
+        yield nn.Module, "__setattr__", self._assign(nn.Module.__setattr__)
         yield torch.autocast, "__enter__", self._enter(torch.autocast.__enter__)
         yield torch.autocast, "__exit__", self._leave(torch.autocast.__exit__)
         yield _APPLY, "__code__", _Shell.__dict__["apply"].__func__.__code__
@@ -112,6 +113,14 @@ class _Routes:
             return value
 
         return attribute
+
+    def _assign(self, original: Any) -> Any:
+        def assign(module: nn.Module, name: str, value: Any) -> None:
+            if self.watches():
+                self.recorder.visits.writes(module, name, value)
+            original(module, name, value)
+
+        return assign
 
     def _mode(self, name: str, original: Any) -> Any:
         def mode(*args: Any) -> Any:

@@ -20,14 +20,12 @@ import os, signal
 import torch
 from torch import nn
 
-seen = []
-
 class Embedded(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed, self.middle, self.head = nn.Embedding(2, 8), nn.Linear(8, 8), nn.Linear(8, 3)
     def forward(self, tokens, scale):
-        seen.append((tokens, scale))
+        print(tuple(tokens.shape), tokens.dtype, tuple(scale.shape), scale.dtype)
         return self.head(self.middle(self.embed(tokens) * scale).relu())
 
 def chain(): return nn.Sequential(*[nn.Linear(6, 6) for _ in range(6)])

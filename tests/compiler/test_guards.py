@@ -426,3 +426,59 @@ def test_globals_that_forward_and_its_helpers_refer_to(monkeypatch: pytest.Monke
     assert_equal(decoupled, X)
     monkeypatch.setitem(SETTINGS, "shift", 1.0)
     assert_equal(decoupled, X)
+
+
+# ---- modules that are written to from outside ----------------------------------------------------
+
+
+class Neuron(nn.Module):
+    """Keeps a state between calls, so that it is one opaque node."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("state", torch.zeros(0), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.state.shape != x.shape:
+            self.state = torch.zeros_like(x)
+        self.state = 0.9 * self.state + x
+        return self.state.sigmoid()
+
+
+class Resetting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.neuron, self.b = nn.Linear(6, 6), Neuron(), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.neuron.state = torch.zeros_like(x)
+        return self.b(self.neuron(self.a(x)))
+
+
+def test_a_write_into_an_opaque_module_is_refused_with_both_names() -> None:
+    with pytest.raises(TracingError, match=r"sets 'state' of 'neuron' \(Neuron\)"):
+        cut(Resetting(), X)
+
+
+def test_in_a_submodule_such_a_write_is_inside_one_opaque_node() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), Resetting(), nn.Linear(3, 3))
+    plain = copy.deepcopy(model)
+    decoupled = dni_fx.decouple(model, ["0"], example_inputs=(X,), gradients="exact")
+    for _ in range(2):
+        assert torch.equal(decoupled(X), plain(X))
+
+
+def test_a_tensor_equals_itself() -> None:
+    def between(net: Net, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return h * 2 if torch.equal(h, h) else h
+
+    assert_holds(Net(between), (X,), (X[:2],))
+
+
+def test_requires_grad_that_is_assigned() -> None:
+    def between(net: Net, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        leaf = x.clone()
+        leaf.requires_grad = True  # as feature extractors do before checkpoints
+        return h + leaf
+
+    assert_holds(Net(between), (X,), (X[:2],))

@@ -251,10 +251,11 @@ class Arguments(nn.Module):
 
 
 def test_arguments_are_as_before(size: str) -> None:
-    """Of an object of the user's own."""
+    """Of an object of the user's own, for which the model is refused."""
     helper, x = Helper(), torch.randn(4, 6)
     before = copy.deepcopy(helper.content())
-    dni_fx.decouple(Arguments(), ["a"], example_inputs=(x, helper), gradients="exact")
+    with pytest.raises(dni_fx.DecouplingError, match="changes what is in argument 'cache'"):
+        dni_fx.decouple(Arguments(), ["a"], example_inputs=(x, helper), gradients="exact")
     assert helper.content() == before
 
 

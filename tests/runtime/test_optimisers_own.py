@@ -56,3 +56,17 @@ def test_one_that_takes_what_it_is_given_is_not() -> None:
     assert {n: len(o.param_groups[0]["params"]) for n, o in made.optimizers.items()} == {
         "stage_0": 1, "stage_1": 1, "stage_2": 1
     }  # fmt: skip
+
+
+def test_schedulers_before_the_model_is_traced() -> None:
+    """There are no optimisers to schedule: said, instead of an empty dict."""
+    trainer = dni_fx.Trainer(
+        dni_fx.decouple(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3)), ["0"]),
+        F.cross_entropy,
+        optimizer=torch.optim.Adam,
+    )
+    with pytest.raises(DecouplingError, match=r"example_inputs=, or call prepare\(x\)"):
+        list(trainer.optimizers.values())
+    assert trainer.optimizers == {}
+    trainer.step(torch.randn(4, 6), target=torch.arange(4) % 3)
+    assert set(trainer.optimizers) == {"stage_0", "stage_1"}

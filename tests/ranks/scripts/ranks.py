@@ -21,9 +21,17 @@ from torch.distributed.rendezvous import rendezvous
 from dni_fx.parallel import streams
 
 from .. import kit
-from . import equal, free, refused, whole
+from . import differing, equal, free, reading, refused, saving, whole
 
-ON_TWO = [*equal.TWO, *free.TWO, *whole.TWO, *refused.TWO]
+ON_TWO = [
+    *equal.TWO,
+    *free.TWO,
+    *whole.TWO,
+    *refused.TWO,
+    *reading.TWO,
+    *saving.TWO,
+    *differing.TWO,
+]
 ON_FOUR = [*equal.FOUR, *free.FOUR, *refused.FOUR]
 CASES = {case.__name__: case for case in (*ON_TWO, *ON_FOUR)}
 TWO, FOUR = ([case.__name__ for case in cases] for cases in (ON_TWO, ON_FOUR))

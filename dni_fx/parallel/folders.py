@@ -1,0 +1,188 @@
+"""Checkpoints as files: which processes see the same folder, and who has which part of which step.
+
+Machines with disks of their own keep the parts of their ranks. A step counts where all parts that
+its description names are found, on whichever machines; what a process then lacks is sent to it.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+from ..errors import DecouplingError
+from .sharing import Peers
+
+DESCRIPTION = ".metadata"
+_STEP, _WRITING = re.compile(r"step-(\d{9})"), ".step-*.writing"
+_CHUNK = 2**26  # bytes sent at once
+
+
+class Part(NamedTuple):
+    """What one process sees of one step.
+
+    Attributes:
+        sizes: of the files that are there, in bytes.
+        needed: of all files, as the description says; none where that is not there, or damaged.
+        items: the file of each item, by name.
+    """
+
+    sizes: dict[str, int]
+    needed: dict[str, int]
+    items: dict[str, set[str]]
+
+    def has(self, name: str) -> bool:
+        """Whether all of an item is there."""
+        files = self.items.get(name, ())
+        return bool(files) and all(self.sizes.get(f, 0) >= self.needed[f] for f in files)
+
+
+def together(peers: Peers, what: str, act: Callable[[], Any]) -> Any:
+    """Do something in every process; if it fails in one, fail in all.
+
+    Raises:
+        DecouplingError: some process failed; which, and why.
+    """
+    result, error = None, None
+    try:
+        result = act()
+    except Exception as found:
+        error = found
+    every = peers.gather(None if error is None else f"{type(error).__name__}: {error}")
+    failed = [f"rank {r}: {text}" for r, text in enumerate(every) if text is not None]
+    if failed:
+        raise DecouplingError(f"{what} failed in {'; '.join(failed)}") from error
+    return result
+
+
+def begin(peers: Peers, final: Path) -> bool:
+    """Make the folder that a step is written to, and remove those of runs that were ended.
+
+    Returns:
+        Whether this process looks after the folder: the first of those that see it does.
+    """
+    folder, what = final.parent, f"saving to {final.parent}"
+    token = peers.gather(uuid.uuid4().hex)[0]
+    marks = [folder / f".{token}-{rank}" for rank in range(peers.world)]
+
+    def mark() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        marks[peers.rank].touch()
+
+    together(peers, what, mark)
+    is_first = not any(mark.exists() for mark in marks[: peers.rank])
+    peers.barrier()
+    marks[peers.rank].unlink()
+
+    def clear() -> None:
+        for old in folder.glob(_WRITING) if is_first else ():
+            shutil.rmtree(old)
+        if is_first:
+            writing(final).mkdir()
+
+    together(peers, what, clear)
+    return is_first
+
+
+def writing(final: Path) -> Path:
+    """Where a step is written before it is published."""
+    return final.parent / f".{final.name}.writing"
+
+
+def publish(final: Path) -> None:
+    """Give the folder that was written to its name."""
+    if final.exists():
+        shutil.rmtree(final)
+    writing(final).replace(final)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all steps but the newest."""
+    for _, path in _steps(folder)[:-keep]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _steps(folder: Path) -> list[tuple[int, Path]]:
+    paths = [(m, p) for p in folder.glob("step-*") if (m := _STEP.fullmatch(p.name))]
+    return sorted((int(m[1]), p) for m, p in paths)
+
+
+def find_parts(peers: Peers, folder: Path) -> Iterator[tuple[str, list[Part]]]:
+    """The names of the steps that anybody sees, newest first, with everybody's part."""
+    every = peers.gather({path.name: _part_of(path) for _, path in _steps(folder)})
+    for name in sorted({name for parts in every for name in parts}, reverse=True):
+        yield name, [parts.get(name, Part({}, {}, {})) for parts in every]
+
+
+def _part_of(path: Path) -> Part:
+    sizes = {p.name: p.stat().st_size for p in path.iterdir() if p.is_file()}
+    needed, items = dict[str, int](), dict[str, set[str]]()
+    try:
+        found = FileSystemReader(path).read_metadata().storage_data
+        for index, place in found.items():
+            items.setdefault(index.fqn, set()).add(place.relative_path)
+            end = place.offset + place.length
+            needed[place.relative_path] = max(end, needed.get(place.relative_path, 0))
+    except Exception:  # whatever a damaged file makes of its reader
+        return Part(sizes, {}, {})
+    return Part(sizes, needed, items)
+
+
+def find_missing(parts: list[Part]) -> str | None:
+    """What a step lacks, in words; None where it is whole, on all machines together."""
+    described = next((part for part in parts if part.needed), None)
+    if described is None:
+        return "its description is missing or damaged"
+    for name, size in described.needed.items():
+        largest = max(part.sizes.get(name, 0) for part in parts)
+        if largest < size:
+            return f"of {name} there are {largest} bytes of {size}"
+    return None
+
+
+def fetch(peers: Peers, path: Path, parts: list[Part], wanted: Iterable[str]) -> None:
+    """Bring what a process wants of a step into its folder, from whoever has it."""
+    described = next(part for part in parts if part.needed)
+    mine, files = parts[peers.rank], {f for n in wanted for f in described.items[n]}
+    lacks = {f for f in files if mine.sizes.get(f, 0) < described.needed[f]}
+    lacks |= set() if mine.needed else {DESCRIPTION}
+    asked = set[str]().union(*peers.gather(lacks))
+    owners = {f: _owner(f, parts, described) for f in sorted(asked)}
+    for name, owner in owners.items():
+        size = parts[owner].sizes[name]
+        _send(peers, path / name, owner, size, name in lacks)
+
+
+def _owner(name: str, parts: list[Part], described: Part) -> int:
+    """The first rank that has all of a file."""
+    if name == DESCRIPTION:
+        return next(rank for rank, part in enumerate(parts) if part.needed)
+    size = described.needed[name]
+    return next(rank for rank, part in enumerate(parts) if part.sizes.get(name, 0) >= size)
+
+
+def _send(peers: Peers, path: Path, owner: int, size: int, writes: bool) -> None:
+    """One file from a process to all that lack it."""
+    temporary = path.with_name(f".{path.name}.rank-{peers.rank}")
+    if writes:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)
+    for start in range(0, size, _CHUNK):
+        chunk = torch.empty(min(_CHUNK, size - start), dtype=torch.uint8)
+        if peers.rank == owner:
+            with path.open("rb") as file:
+                file.seek(start)
+                chunk = torch.frombuffer(bytearray(file.read(len(chunk))), dtype=torch.uint8)
+        dist.broadcast(chunk, group=peers.group, group_src=owner)
+        if writes:
+            with temporary.open("ab") as file:
+                file.write(chunk.numpy().tobytes())
+    if writes:
+        temporary.replace(path)

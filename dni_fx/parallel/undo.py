@@ -1,0 +1,45 @@
+"""What a stage's forward writes to, as it was before a batch: put back where that is refused."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class ForwardState:
+    """The buffers of a stage, and weights that its forward rescales.
+
+    Args:
+        module: the stage.
+
+    Attributes:
+        watched: what must stay finite, with its name; masks of -inf are not among it.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        named = [*module.named_buffers()]
+        for path, part in module.named_modules():
+            if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.max_norm is not None:
+                named.append((f"{path}.weight", part.weight))
+        self._tensors = dict(named)
+        self._contents: dict[str, Tensor] = {}
+        numbers = [(n, t) for n, t in self._tensors.items() if t.is_floating_point()]
+        self.watched = [(f"the buffer {n!r}", t) for n, t in numbers if bool(t.isfinite().all())]
+
+    def keep(self) -> None:
+        """Before a batch."""
+        self._contents = {n: t.detach().clone() for n, t in self._tensors.items()}
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """The batch is refused."""
+        for name, content in self._contents.items():
+            tensor = self._tensors[name]
+            if not torch.equal(tensor, content):  # else graphs that hold it must find it untouched
+                tensor.copy_(content)
+        self._contents = {}
+
+    def accept(self) -> None:
+        """The batch is done."""
+        self._contents = {}

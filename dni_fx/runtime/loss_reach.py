@@ -1,0 +1,154 @@
+"""What a loss reaches besides the model's output: parameters of other stages, and values that their
+modules have kept.
+
+Where all stages run in turn the gradient of a penalty on any parameter arrives. Where stages train
+at the same time it would be lost, or be written to while the stage's own thread updates: such a
+loss is refused by the parameter's name, before anything is pulled back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..errors import DecouplingError
+from ..graphs.graphs import Graphs
+from ..graphs.nested import flatten
+
+_ALIASES = {"aten.detach.default", "aten.alias.default"}
+
+
+class CheckedLoss:
+    """A loss of the output of one graph's last stage.
+
+    Args:
+        loss: what is called.
+        graphs: the model's; the one that the loss is for is active.
+        here: the stages that run in turn with the last one; all by default.
+
+    Raises:
+        DecouplingError: when called: the loss reads a parameter of a stage that trains elsewhere,
+            or a value of an earlier stage that does not cross a cut.
+    """
+
+    def __init__(
+        self,
+        loss: Callable[[Any, Any], Tensor],
+        graphs: Graphs,
+        here: Collection[int] | None = None,
+    ) -> None:
+        stages = graphs.variant.split.stages
+        self._loss, self._model = loss, graphs.model
+        users: dict[str, int] = {}
+        for k in reversed(range(len(stages))):
+            users |= dict.fromkeys(graphs.parameter_names(k), k)
+        trained = {n: p for n, p in graphs.model.named_parameters() if p.requires_grad}
+        names = [graphs.parameter_names(k) for k in (range(len(stages)) if here is None else here)]
+        own = set[str]().union(*names)
+        self._elsewhere = {n: users[n] for n in trained if n in users and n not in own}
+        last = graphs.parameter_names(len(stages) - 1)
+        self._earlier = {id(p): n for n, p in trained.items() if n in users and n not in last}
+        self._last_modules = {id(m) for m in stages[-1].module.modules()}
+        self._trained, self._is_new = trained, True
+
+    def __call__(self, output: Any, target: Any) -> Tensor:
+        known = [t.grad_fn for t in flatten(output)[0] if t.grad_fn is not None]
+        if self._is_new and self._elsewhere:
+            with _Reads({_memory(self._trained[n]): n for n in self._elsewhere}) as reads:
+                value = self._loss(output, target)
+            for name in reads.found:
+                self._refuse_parameter(name)
+        else:
+            value = self._loss(output, target)
+        self._is_new = False
+        if isinstance(value, Tensor):
+            self._check(value.grad_fn, known)
+        return value
+
+    def _check(self, root: Any, known: list[Any]) -> None:
+        """Look at what the loss reaches on other ways than by the output."""
+        nodes = _reached(root, known)
+        found = [self._earlier.get(id(getattr(n, "variable", None))) for n in nodes]
+        names = [n for n in found if n is not None]
+        if not names:
+            return
+        kept = self._find_kept(nodes, max((n._sequence_nr() for n in known), default=None))
+        if kept is not None:
+            raise DecouplingError(
+                f"the loss reads {kept}, which an earlier stage has computed (it holds "
+                f"{names[0]!r}): it does not cross the cut, so its gradient cannot come back. Cut "
+                "before that module, so that its stage has the loss, or let the model return the "
+                "value"
+            )
+        for name in names:
+            if name in self._elsewhere:
+                self._refuse_parameter(name)
+
+    def _find_kept(self, nodes: set[Any], made: int | None) -> str | None:
+        """The attribute, and its module, that holds one of the nodes in an earlier stage; not if it
+        is newer than the output: that the loss itself has made.
+        """
+        for name, value in _attributes(self._model, self._last_modules):
+            node: Any = value.grad_fn
+            if node in nodes and (self._elsewhere or made is None or node._sequence_nr() < made):
+                return name
+        return None
+
+    def _refuse_parameter(self, name: str) -> None:
+        raise DecouplingError(
+            f"the loss reads parameter {name!r} of stage_{self._elsewhere[name]}, which trains "
+            "elsewhere at the same time: the gradient would not get there. Let the stage's "
+            "optimiser do it (weight_decay=), let the model return the term, place the stage with "
+            "the last one, or train all stages in turn with dni_fx.Trainer"
+        )
+
+
+class _Reads(TorchDispatchMode):
+    """Remembers which memory is computed with."""
+
+    def __init__(self, names: dict[int, str]) -> None:
+        super().__init__()
+        self.names = names
+        self.found: dict[str, None] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if str(func) not in _ALIASES:
+            for leaf in tree_leaves((args, kwargs)):
+                if isinstance(leaf, Tensor) and (name := self.names.get(_memory(leaf))):
+                    self.found[name] = None
+        return func(*args, **(kwargs or {}))
+
+
+def _memory(tensor: Tensor) -> int:
+    """What tells a tensor's storage from others; of a sparse one, which has none, its own."""
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
+
+
+def _reached(root: Any, known: list[Any]) -> set[Any]:
+    """The nodes of an autograd graph, those before the known ones left out."""
+    nodes, waiting, ends = set[Any](), [root], set(known)
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in nodes and node not in ends:
+            nodes.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    return nodes
+
+
+def _attributes(model: nn.Module, left_out: Collection[int]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors with a graph that modules hold, also in containers, with their names."""
+    for path, module in model.named_modules():
+        if id(module) in left_out:
+            continue
+        for name, value in vars(module).items():
+            if name not in ("_parameters", "_modules"):
+                for leaf in flatten(value)[0]:
+                    if leaf.grad_fn is not None:
+                        yield f"attribute {name!r} of module {path!r}", leaf
