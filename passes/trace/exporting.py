@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from ...errors import BakedInError, TracingError
+from ...graphs.pictures import picture
 from .held import GRAD, Held, Reads
 from .modules import state_of
 from .naming import check_inputs
@@ -132,6 +133,32 @@ class _Watcher:
     def read_attribute(self, module: nn.Module, name: str, value: Any) -> None:
         """An attribute is read."""
         self._read[id(module), name] = module
+
+    @property
+    def visits(self) -> _Watcher:
+        """What is told of attributes that are written."""
+        return self
+
+    def writes(self, module: nn.Module, name: str, value: Any) -> None:
+        """An attribute is written, which export undoes.
+
+        Raises:
+            BakedInError: it was something else before.
+        """
+        path = self._paths.get(id(module))
+        if path is None or by_library(3):
+            return
+        if picture(getattr(module, name, MISSING)) != picture(value):
+            place = f"{path}.{name}" if path else name
+            raise BakedInError(f"forward changes the attribute '{place}'")
+
+    def call_function(self, function: type[torch.autograd.Function], args: Any) -> Any:
+        """A function with a backward of its own, which export would lose.
+
+        Raises:
+            BakedInError: always.
+        """
+        raise BakedInError(f"the backward of {function.__name__} would be lost")
 
     def held(self) -> tuple[Held, ...]:
         """All that was read, as it is now."""

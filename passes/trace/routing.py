@@ -58,10 +58,14 @@ def watching(watcher: Any) -> Iterator[None]:
     """
     thread = threading.get_ident()
     routes = _Routes(watcher, lambda: not watcher.paused and threading.get_ident() == thread)
-    with contextlib.ExitStack() as stack:
-        for owner, name, value in routes.reads():
-            stack.enter_context(_replaced(owner, name, value))
-        yield
+    _leads.append(routes.apply)
+    try:
+        with contextlib.ExitStack() as stack:
+            for owner, name, value in (*routes.reads(), routes.functions()):
+                stack.enter_context(_replaced(owner, name, value))
+            yield
+    finally:
+        _leads.pop()
 
 
 class _Routes:
@@ -74,15 +78,19 @@ class _Routes:
     def table(self) -> Iterator[tuple[Any, str, Any]]:
         """Where, under which name, and what."""
         yield from self.reads()
-        yield nn.Module, "__setattr__", self._assign(nn.Module.__setattr__)
         yield torch.autocast, "__enter__", self._enter(torch.autocast.__enter__)
         yield torch.autocast, "__exit__", self._leave(torch.autocast.__exit__)
-        yield _APPLY, "__code__", _Shell.__dict__["apply"].__func__.__code__
+        yield self.functions()
+
+    def functions(self) -> tuple[Any, str, Any]:
+        """That by which custom functions are called."""
+        return _APPLY, "__code__", _Shell.__dict__["apply"].__func__.__code__
 
     def reads(self) -> Iterator[tuple[Any, str, Any]]:
         """Those by which modules are called, and plain values read."""
         yield nn.Module, "__call__", self._call(nn.Module.__call__)
         yield nn.Module, "__getattribute__", self._attribute()
+        yield nn.Module, "__setattr__", self._assign(nn.Module.__setattr__)
         for name in MODES:
             yield torch, name, self._mode(name, getattr(torch, name))
 
