@@ -6,6 +6,7 @@
 #   make ecosystem             the tests that need transformers, accelerate, peft, Lightning or a browser
 #   make docs                  the pages of docs/ as a site in site/, links and anchors checked
 #   make zoo | zoo-random      about 670 models -> docs/coverage.md (ZOO_ARGS="--sample 60") | 100,000 random graphs
+#   make zoo-hostile           20,000 programs that try to fool the tracer; make test runs the first 1,500
 #   make bench | results       the benchmarks | the experiments of docs/results.md
 #   make finetune              a pretrained ResNet and a pretrained MiniLM, fine-tuned by all kinds of sources
 #   make parallel | soak       several processes against pipelines | kills, stalls, slow consumers -> docs/soak.md
@@ -24,6 +25,7 @@ RESULTS_ARGS ?=
 PARALLEL_ARGS ?= --train 600
 EXITS_ARGS ?=
 RANDOM_GRAPHS ?= 100000
+HOSTILE_PROGRAMS ?= 20000
 ZOO_ARGS ?=
 
 VENV := .venv
@@ -36,7 +38,7 @@ DOCS_READY := $(VENV)/.docs-ready
 PRETRAINED_READY := $(VENV)/.pretrained-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test matrix ecosystem lint docs zoo zoo-random bench parallel soak exits results finetune clean
+.PHONY: help setup demo test matrix ecosystem lint docs zoo zoo-random zoo-hostile bench parallel soak exits results finetune clean
 
 help:
 	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
@@ -97,6 +99,9 @@ zoo: $(ZOO_READY)
 
 zoo-random: $(READY)
 	DNI_FX_RANDOM_GRAPHS=$(RANDOM_GRAPHS) $(PY) -m pytest $(PYTEST_ARGS) tests/compiler/test_random_graphs.py
+
+zoo-hostile: $(READY)
+	DNI_FX_HOSTILE_PROGRAMS=$(HOSTILE_PROGRAMS) $(PY) -m pytest $(PYTEST_ARGS) tests/compiler/test_hostile_programs.py
 
 bench: $(ZOO_READY)
 	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(PY) benchmarks/$$name.py; done

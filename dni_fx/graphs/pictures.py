@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import enum
 import functools
+import random
 import sys
 import types
 from collections.abc import Iterator
@@ -16,13 +16,13 @@ from torch import nn
 
 _MOST_PARTS = 20_000  # of one object; a larger one is taken for the same while it is itself
 _LARGEST_ARRAY = 1 << 16  # bytes that are compared
-_EQUAL_BY_VALUE = (
+ATOMS = (
     bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range, slice,
     torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size,
 )  # fmt: skip
 _BY_IDENTITY = (
     torch.Tensor, nn.Module, torch.Generator, type, types.FunctionType, types.BuiltinFunctionType,
-    types.ModuleType, functools.partial,
+    types.ModuleType,
 )  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def picture(value: Any) -> tuple[Any, ...]:
     themselves; containers and objects are opened.
     """
     kind = type(value)
-    if kind in _EQUAL_BY_VALUE:
+    if kind in ATOMS:
         return kind, repr(value) if value != value else value
     parts: list[Any] = []
     try:
@@ -60,7 +60,7 @@ def picture(value: Any) -> tuple[Any, ...]:
 
 def _parts(value: Any, seen: set[int]) -> Iterator[Any]:
     kind = type(value)
-    if kind in _EQUAL_BY_VALUE:
+    if kind in ATOMS:
         yield kind, repr(value) if value != value else value
     elif isinstance(value, enum.Enum):
         yield kind, value.name
@@ -91,10 +91,28 @@ def _opened(value: Any, seen: set[int]) -> Iterator[Any]:
         yield frozenset(value)
     elif numpy and isinstance(value, numpy.ndarray) and value.nbytes <= _LARGEST_ARRAY:
         yield value.shape, value.dtype, value.tobytes()
+    elif isinstance(value, functools.partial):
+        yield from _parts((value.func, value.args, value.keywords), seen)
+    elif isinstance(value, random.Random):
+        yield value.getstate()
+    elif numpy and isinstance(value, numpy.random.Generator):
+        yield from _parts(value.bit_generator.state, seen)
     elif hasattr(value, "__dict__"):
         yield from _parts(vars(value), seen)
-    elif dataclasses.is_dataclass(value):  # with slots
-        for field in dataclasses.fields(value):
-            yield from _parts(getattr(value, field.name, None), seen)
+        yield from _in_slots(value, seen)
+    elif type(value).__module__ != "builtins" and any(_slots(type(value))):
+        yield from _in_slots(value, seen)
     else:
         yield _Itself(value)
+
+
+def _in_slots(value: Any, seen: set[int]) -> Iterator[Any]:
+    for name in _slots(type(value)):
+        yield from _parts(getattr(value, name, "nothing"), seen)
+
+
+def _slots(kind: type) -> Iterator[str]:
+    """Attributes of a class's objects that are in no ``__dict__``."""
+    for base in kind.__mro__:
+        own = vars(base).items() if "__slots__" in vars(base) else ()
+        yield from (n for n, member in own if isinstance(member, types.MemberDescriptorType))

@@ -19,7 +19,7 @@ from ..passes.trace.traces import Trace
 from ..sources import GradientSource, Served
 from .nested import Structure
 
-Bound = tuple[tuple[dict[str, Any], str, Any], ...]
+Bound = tuple[tuple[dict[str, Any], str, str, Any], ...]
 
 
 class Variant:
@@ -38,7 +38,7 @@ class Variant:
         layouts: shapes and strides of inputs, under which autocast, for which the graph is known to
             be valid.
         parameters: the model's parameters when traced.
-        frozen: their ``requires_grad`` when traced.
+        frozen: their ``requires_grad`` and dtypes when traced.
         bound: where the model keeps what the stages refer to, and what it was.
         expected: where gradients must arrive, by stage.
         exact: whether the self-check found it equal bit for bit; None where it was not run.
@@ -55,7 +55,7 @@ class Variant:
         self.modes = {tuple(m.training for m in trace.modes)}
         self.layouts = {layouts_of(leaves)}
         self.parameters = tuple(trace.model.parameters())
-        self.frozen = tuple(p.requires_grad for p in self.parameters)
+        self.frozen = self._facts()
         self.bound = _bound_attributes(split, trace.model)
         self.expected = find_expected(trace, choice.stage_of, split)
         self.exact: bool | None = None
@@ -82,9 +82,13 @@ class Variant:
 
     def is_outdated(self) -> bool:
         """Whether something that the graph refers to was replaced, frozen or unfrozen since."""
-        return tuple([p.requires_grad for p in self.parameters]) != self.frozen or not all(
-            table.get(key) is value for table, key, value in self.bound
+        return self._facts() != self.frozen or not all(
+            tables[kind].get(key) is value for tables, kind, key, value in self.bound
         )
+
+    def _facts(self) -> list[Any]:
+        """Of the parameters: whether they are trained, and their kinds of numbers."""
+        return [*[p.requires_grad for p in self.parameters], *[p.dtype for p in self.parameters]]
 
     def absorb(self, other: Variant) -> bool:
         """Take over the calls of a variant whose graph turned out to be the same, for example in
@@ -121,7 +125,7 @@ class Variant:
         key = layouts_of(leaves)
         if key not in self.layouts:
             _, *known = next(iter(self.layouts))
-            whole = [shape[1:] for shape, _ in known] != [t.shape[1:] for t in leaves]
+            whole = [shape[1:] for shape, *_ in known] != [t.shape[1:] for t in leaves]
             if self.trace.rung == "export" or not guards_hold(self.trace, leaves, whole):
                 return "sizes or strides of inputs"
             self.layouts.add(key)
@@ -136,32 +140,43 @@ class Variant:
 
 
 def kinds_of(leaves: list[torch.Tensor]) -> tuple[Any, ...]:
-    """What must not change between calls of one graph, besides sizes that the model looked at."""
-    return tuple((type(t), t.dtype, t.dim(), t.device, t.layout, t.requires_grad) for t in leaves)
+    """What must not change between calls of one graph, besides sizes that the model looked at:
+    kinds of tensors, and which of them are one.
+    """
+    kinds = [(type(t), t.dtype, t.dim(), t.device, t.layout, t.requires_grad) for t in leaves]
+    places = [id(t) for t in leaves]
+    again = len(set(places)) < len(places)
+    return tuple(kinds), tuple(map(places.index, places)) if again else ()
 
 
 def layouts_of(leaves: list[torch.Tensor]) -> tuple[Any, ...]:
     """What guards may depend on and need not be proved twice: shapes, strides and autocast."""
     cast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
     strided = torch.strided
-    return cast, *((t.shape, t.stride() if t.layout is strided else ()) for t in leaves)
+    return cast, *(
+        (t.shape, t.stride(), t.storage_offset()) if t.layout is strided else (t.shape,)
+        for t in leaves
+    )
 
 
-def _identities(bound: Bound) -> list[tuple[int, str, int]]:
-    return [(id(table), key, id(value)) for table, key, value in bound]
+def _identities(bound: Bound) -> list[tuple[int, str, str, int]]:
+    return [(id(tables), kind, key, id(value)) for tables, kind, key, value in bound]
 
 
 def _bound_attributes(split: Split, model: nn.Module) -> Bound:
     """Where the model keeps what the stages refer to, so that a replaced parameter, buffer or
-    module is noticed: the owner's table, key and object of all that is called or read.
+    module is noticed: the owner's tables, which one, key and object of all that is called or read.
     """
     called = {path for stage in split.stages for path in stage.called}
-    bound: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
+    bound: dict[tuple[int, str, str], tuple[dict[str, Any], str, str, Any]] = {}
+    theirs: set[str] = set()  # paths of what modules that are called as a whole are made of
     for path, module in model.named_modules(remove_duplicate=False):
+        if path in called or path.rpartition(".")[0] in theirs:
+            theirs.add(path)
         for kind in ("_modules", "_parameters", "_buffers"):
-            table = vars(module)[kind]
-            for key, value in table.items():
-                name = f"{path}.{key}" if path else key
-                if name in called if kind == "_modules" else path not in called:
-                    bound[id(table), key] = (table, key, value)
+            if path in theirs and kind != "_parameters":
+                continue  # theirs to exchange
+            tables = vars(module)
+            for key, value in tables[kind].items():
+                bound[id(module), kind, key] = (tables, kind, key, value)
     return tuple(bound.values())

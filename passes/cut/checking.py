@@ -23,7 +23,7 @@ from ..trace.prefixes import ancestors, run_prefix
 from ..trace.state import Changes, restored
 from ..trace.symbols import plain
 from ..trace.traces import Trace
-from ..trace.values import dense
+from ..trace.values import copied, dense
 from .splitting import Split
 
 _RELATIVE = {torch.float64: 1e-10, torch.complex128: 1e-10}
@@ -328,7 +328,13 @@ def _run(
         random.seed(1)
         if "numpy.random" in sys.modules:
             sys.modules["numpy.random"].seed(1)
-        args, kwargs = map_tensors(lambda t: t.detach().clone(), (args, kwargs))
+        copies: dict[int, torch.Tensor] = {}  # the same tensor again is one
+
+        def own(tensor: torch.Tensor) -> torch.Tensor:
+            leaf = copied(tensor)
+            return copies.setdefault(id(tensor), leaf if tensor.is_leaf else leaf.view_as(leaf))
+
+        args, kwargs = map_tensors(own, (args, kwargs))
         try:
             output = function(*args, **kwargs)
         except Exception as error:

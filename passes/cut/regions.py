@@ -1,4 +1,4 @@
-"""Stretches of a stage that run without gradients or under autocast, as they were recorded."""
+"""Stretches of a stage that run with or without gradients, or under autocast, as recorded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-_NO_GRAD = ("no_grad",)
+_NO_GRAD, _GRAD = ("no_grad",), ("grad",)
 
 Opened = tuple[tuple[Any, ...], fx.Node]  # a region's state, and what closes it
 
@@ -21,20 +21,21 @@ def enter_regions(graph: fx.Graph, opened: list[Opened], node: fx.Node | None) -
         node: as it was recorded; None closes all.
     """
     meta = {} if node is None else node.meta
-    wanted = [*meta.get("autocast", ()), *([_NO_GRAD] if meta.get("no_grad") else [])]
+    modes = [_NO_GRAD] if meta.get("no_grad") else [_GRAD] if meta.get("grad") else []
+    wanted = [*meta.get("autocast", ()), *modes]
     shared = 0
     while shared < min(len(wanted), len(opened)) and wanted[shared] == opened[shared][0]:
         shared += 1
     while len(opened) > shared:
         state, entered = opened.pop()
-        if state == _NO_GRAD:  # whatever it was outside: evaluation may itself run without
+        if state in (_NO_GRAD, _GRAD):  # whatever it was outside: evaluation may itself run without
             graph.call_function(torch._C._set_grad_enabled, (entered,))
         else:
             graph.call_function(torch.amp.autocast_mode._exit_autocast, (entered,))
     for state in wanted[shared:]:
-        if state == _NO_GRAD:
+        if state in (_NO_GRAD, _GRAD):
             entered = graph.call_function(torch.is_grad_enabled)
-            graph.call_function(torch._C._set_grad_enabled, (False,))
+            graph.call_function(torch._C._set_grad_enabled, (state == _GRAD,))
         else:
             entered = graph.call_function(torch.amp.autocast_mode._enter_autocast, state)
         opened.append((state, entered))

@@ -10,11 +10,18 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
-from ...errors import TracingError
+from ...errors import BakedInError, TracingError
+from ...graphs.pictures import picture
+from .held import GRAD, Held, Reads
+from .modules import state_of
 from .naming import check_inputs
+from .outside import MISSING
+from .questions import OF_GRADIENTS
 from .recorder import Recorder
-from .state import restored
+from .routing import by_library, watching
+from .state import python_draws, restored
 from .traces import Trace
 from .tracing import reason_of, record
 
@@ -40,9 +47,16 @@ def trace_export(
         TracingError: export refuses the model; holds its message.
     """
     check_inputs(model, args, kwargs)
+    watcher = _Watcher(model)
+    if not grad:
+        watcher.reads.mode(GRAD)
     with restored(model, args, kwargs), torch.set_grad_enabled(grad):
         try:
-            program = _export(model, args, kwargs)
+            draws = python_draws()
+            with watching(watcher), _Asked(model, watcher.reads):
+                program = _export(model, args, kwargs)
+            if python_draws() != draws:
+                raise BakedInError("the model draws from Python's or NumPy's random numbers")
             exported = program.module(check_guards=False)
         except Exception as error:
             raise TracingError(f"torch.export: {reason_of(error)}") from error
@@ -55,7 +69,107 @@ def trace_export(
                 f"torch.export: its graph cannot be recorded: {reason_of(error)}"
             ) from error
     trace.model = model
-    return dataclasses.replace(trace, modes=tuple(model.modules()), rung="export")
+    modes = tuple(model.modules())
+    return dataclasses.replace(trace, modes=modes, held=watcher.held(), rung="export")
+
+
+# lost in an exported graph, or other than in a call
+_HIDDEN = {"register_hook", "retain_grad", "register_post_accumulate_grad_hook"}
+
+
+class _Asked(TorchFunctionMode):
+    """Notes what a model's code asks tensors about gradients."""
+
+    def __init__(self, model: nn.Module, reads: Reads) -> None:
+        super().__init__()
+        self._reads = reads
+        self._parameters = list(model.named_parameters())
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in _HIDDEN or (name == "_is_view" and not by_library(2)):
+            raise BakedInError(f"the model uses '{name}', which an exported graph cannot hold")
+        if name == "__get__":
+            asked = getattr(getattr(func, "__self__", None), "__name__", "")
+            if asked in OF_GRADIENTS:
+                self._reads.mode(GRAD)
+            if asked == "grad":
+                for name, parameter in self._parameters:
+                    self._reads.gradient(name, parameter)
+        return func(*args, **(kwargs or {}))
+
+
+class _Watcher:
+    """Notes what a model's code reads while it is exported, when tensors are not what they are.
+
+    Attributes:
+        reads: modes that are asked for.
+        paused: never.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.reads, self.paused = Reads(copies=True), False
+        self._paths = {id(module): path for path, module in model.named_modules()}
+        self._called: dict[int, nn.Module] = {}
+        self._read: dict[tuple[int, str], nn.Module] = {}
+
+    def call_module(self, original: Any, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """A module is called. Its graph would leave out what it keeps, and hold fast what it draws.
+
+        Raises:
+            BakedInError: its attributes are others afterwards.
+        """
+        if (path := self._paths.get(id(module))) is None:
+            return original(module, *args, **kwargs)
+        self._called[id(module)] = module
+        before = state_of(module)
+        output = original(module, *args, **kwargs)
+        now = state_of(module)
+        if changed := [k for k, v in now.items() if k not in before or before[k] != v]:
+            place = f"{path}.{changed[0]}" if path else changed[0]
+            raise BakedInError(f"forward changes the attribute '{place}'")
+        return output
+
+    def read_attribute(self, module: nn.Module, name: str, value: Any) -> None:
+        """An attribute is read."""
+        self._read[id(module), name] = module
+
+    @property
+    def visits(self) -> _Watcher:
+        """What is told of attributes that are written."""
+        return self
+
+    def writes(self, module: nn.Module, name: str, value: Any) -> None:
+        """An attribute is written, which export undoes.
+
+        Raises:
+            BakedInError: it was something else before.
+        """
+        path = self._paths.get(id(module))
+        if path is None or by_library(3):
+            return
+        if picture(getattr(module, name, MISSING)) != picture(value):
+            place = f"{path}.{name}" if path else name
+            raise BakedInError(f"forward changes the attribute '{place}'")
+
+    def call_function(self, function: type[torch.autograd.Function], args: Any) -> Any:
+        """A function with a backward of its own, which export would lose.
+
+        Raises:
+            BakedInError: always.
+        """
+        raise BakedInError(f"the backward of {function.__name__} would be lost")
+
+    def held(self) -> tuple[Held, ...]:
+        """All that was read, as it is now."""
+        own = self._paths
+        for module in [m for m in self._called.values() if id(m) in own]:
+            self.reads.visited(module, own[id(module)])
+        for (_, name), module in self._read.items():
+            if id(module) in own:
+                value = getattr(module, name, MISSING)
+                self.reads.attribute(module, own[id(module)], name, value)
+        return self.reads.held
 
 
 class _Replayed:

@@ -7,22 +7,21 @@ and modes of torch that were asked for. Each becomes a guard here, looked at in 
 
 from __future__ import annotations
 
-import dis
 import functools
-import inspect
 import types
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...graphs.pictures import picture
+from ...graphs.pictures import ATOMS, picture
+from .outside import LIBRARY, MISSING, Outside
 from .state import MODULE_INTERNALS
+from .values import tensors_in
 
 _NOT_READ_BY_FORWARD = MODULE_INTERNALS | {
-    "_compiled_call_impl", "call_super_init", "dump_patches", "_version",
+    "_compiled_call_impl", "call_super_init", "dump_patches", "_version", "forward",
 }  # fmt: skip
 # what code may ask torch for, without a tensor in hand
 _DEVICES = ("cpu", "cuda", "xpu", "mps")
@@ -33,29 +32,42 @@ _MODES: tuple[tuple[str, tuple[Any, ...]], ...] = (
     *(("is_autocast_enabled", (d,)) for d in _DEVICES),
     *(("get_autocast_dtype", (d,)) for d in _DEVICES),
 )
-LIBRARY = str(torch.__path__[0])  # torch's own code is not what the user writes
-_DEEPEST = 3  # functions that call functions, whose globals are looked at
-_PLAIN_GLOBALS = (bool, int, float, complex, str, bytes, list, tuple, dict, set, torch.Tensor)
+TABLES = ("_modules", "_parameters", "_buffers")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# hooks on all modules there are
+_GLOBAL_HOOKS: tuple[dict[Any, Any], ...] = tuple(
+    table for name in _HOOKS if (table := getattr(torch.nn.modules.module, f"_global{name}", None))
+    is not None
+)  # fmt: skip
+_FIXED = (*ATOMS, types.FunctionType, types.BuiltinFunctionType, type)
 MODES = frozenset(name for name, _ in _MODES)
 GRAD = "is_grad_enabled"
 GRAD_MODE = f"torch.{GRAD}"  # the place of its guard
 
 
-@dataclass(frozen=True)
 class Held:
     """A value that a graph holds fast.
 
-    Attributes:
+    Args:
         place: what was read, for people.
         read: reads it again.
-        was: what was read while the graph was recorded, or its picture.
-        opened: whether it is a picture, since the object may change.
+        was: what was read while the graph was recorded; `MISSING` to read it now.
+        opened: whether its picture is compared, since the object may change.
+
+    Attributes:
+        was: the value, or its picture.
     """
 
-    place: str
-    read: Callable[[], Any]
-    was: Any
-    opened: bool = True
+    __slots__ = ("_fixed", "_opened", "place", "read", "was")
+
+    def __init__(
+        self, place: str, read: Callable[[], Any], was: Any = MISSING, opened: bool = True
+    ) -> None:
+        self.place, self.read, self._opened = place, read, opened
+        was = read() if was is MISSING else was
+        # where the same object cannot be another value
+        self._fixed = was if type(was) in _FIXED else MISSING
+        self.was = picture(was) if opened else was
 
     def holds(self) -> bool:
         """Whether it is still the same."""
@@ -63,23 +75,29 @@ class Held:
             now = self.read()
         except AttributeError:
             return False
-        return bool((picture(now) if self.opened else now) == self.was)
+        if now is self._fixed and now is not MISSING:
+            return True
+        return bool((picture(now) if self._opened else now) == self.was)
 
 
 class Reads:
     """Notes what is read in one recording.
 
+    Args:
+        copies: whether the graph holds copies of tensors that are plain attributes.
+
     Attributes:
         tensors: where tensors that are attributes were read, by identity: module and name.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, copies: bool = False) -> None:
+        self._copies = copies
         # as it is around the model, whatever regions the model enters itself
         self._ambient = {(n, a): getattr(torch, n)(*a) for n, a in _MODES}
         self.tensors: dict[int, tuple[nn.Module, str]] = {}
-        self._held: dict[tuple[int, str], Held] = {}
+        self._held: dict[Any, Held] = {}
         self._alive: list[Any] = []
-        self._seen: set[types.FunctionType] = set()
+        self._outside = Outside(self._refers, self.mode, _BY_FUNCTION)
 
     @property
     def held(self) -> tuple[Held, ...]:
@@ -87,70 +105,81 @@ class Reads:
         return tuple(self._held.values())
 
     def attribute(self, module: nn.Module, path: str | None, name: str, value: Any) -> None:
-        """A module's attribute was read."""
-        if (
-            name in _NOT_READ_BY_FORWARD
-            or name.startswith("__")
-            or (id(module), name) in self._held
-            or type(module).__module__.startswith("dni_fx.")  # stand-ins, with fields of their own
-        ):
+        """A module's attribute was read; `MISSING` where it has none of that name."""
+        key = id(module), name
+        stand_in = type(module).__module__.startswith("dni_fx.")  # with fields of its own
+        if key in self._held or stand_in:
             return
-        if isinstance(value, torch.Tensor):
-            if name in vars(module):
+        if name in TABLES:
+            self._hold(key, path, name, functools.partial(_Entries, module, name), False)
+        elif name == "__dict__":
+            self._hold(key, path, name, functools.partial(_own, module))
+        elif name in _NOT_READ_BY_FORWARD or name.startswith("__"):
+            return
+        elif isinstance(value, torch.Tensor):
+            if self._copies:
+                self._hold(key, path, name, functools.partial(getattr, module, name, MISSING))
+            elif name in vars(module):
                 self.tensors[id(value)] = module, name
                 self._alive.append(value)
-                self._hold(module, path, name, functools.partial(_facts, module, name))
-            return
-        if isinstance(value, types.MethodType | nn.Module):
-            return
-        if isinstance(getattr(type(module), name, None), property):
-            return  # what it reads is noted by itself
-        self._hold(module, path, name, functools.partial(getattr, module, name))
+                self._hold(key, path, name, functools.partial(_facts, module, name))
+        elif isinstance(value, types.MethodType) and value.__self__ is module:
+            self._method(module, path, name, value)
+        elif not isinstance(value, nn.Module):
+            member = getattr(type(module), name, None)
+            if isinstance(member, property):  # what it reads is noted by itself
+                self._outside.function(member.fget)
+                return
+            self._hold(key, path, name, functools.partial(getattr, module, name, MISSING))
+            self._outside.held(value)
+
+    def _method(
+        self, module: nn.Module, path: str | None, name: str, method: types.MethodType
+    ) -> None:
+        function = method.__func__
+        code = getattr(function, "__code__", None)
+        if code is not None and not code.co_filename.startswith(LIBRARY):
+            read = functools.partial(_function_of, name, module)
+            self._hold((id(module), name), path, name, read)
+            self._outside.function(function)
 
     def _hold(
-        self, module: nn.Module, path: str | None, name: str, read: Callable[[], Any]
+        self, key: Any, path: str | None, name: str, read: Callable[[], Any], opened: bool = True
     ) -> None:
         place = f"'{path}.{name}'" if path else f"'{name}'"
-        self._held[id(module), name] = Held(place, read, picture(read()))
+        self._held[key] = Held(place, self._baked(read) if opened else read, opened=opened)
+
+    def _refers(self, place: str, read: Callable[[], Any]) -> None:
+        """Code that runs refers to something outside of the model."""
+        self._held[id(read), ""] = Held(f"'{place}' in the code", self._baked(read))
+        self._alive.append(read)
+
+    def training(self, module: nn.Module, path: str | None) -> None:
+        """The mode of a module was read from outside of it."""
+        self._hold((id(module), "training"), path, "training", lambda: module.training)
+
+    def gradient(self, name: str, parameter: torch.Tensor) -> None:
+        """Whether a parameter has a gradient was asked."""
+        read = lambda: parameter.grad is None  # noqa: E731
+        self._held[id(parameter), "grad"] = Held(f"'{name}.grad'", read)
 
     def visited(self, module: nn.Module, path: str) -> None:
         """A module was looked into: it must stay what it was, without hooks."""
         read = functools.partial(_character, module)
-        self._held[id(module), ""] = Held(f"hooks of '{path}'", read, read(), opened=False)
-        self._globals_of(type(module).forward, _DEEPEST)
+        self._held[id(module), ""] = Held(f"hooks of '{path}'", read, opened=False)
+        self._outside.function(type(module).forward)
+        self._outside.held(vars(module).get("forward"))
 
-    def _globals_of(self, function: Any, depth: int) -> None:
-        """Plain values outside the function that its code refers to, and functions of the same kind
-        that it calls.
-        """
-        function = inspect.unwrap(function)
-        if not isinstance(function, types.FunctionType) or function in self._seen:
-            return
-        self._seen.add(function)
-        if function.__code__.co_filename.startswith(LIBRARY):
-            return
-        table = function.__globals__
-        for name in _names_of(function.__code__):
-            value = table.get(name)
-            if isinstance(value, _PLAIN_GLOBALS):
-                read = functools.partial(table.get, name)
-                self._held[id(table), name] = Held(f"global {name}", read, picture(value))
-            elif depth:
-                self._globals_of(value, depth - 1)
+    def mode(self, name: str, args: tuple[Any, ...] | None = None) -> None:
+        """One of torch's modes was asked for; with any arguments where these are not known."""
+        for known, was in self._ambient.items():
+            if known == (name, args) or (known[0] == name and args is None):
+                read = functools.partial(getattr(torch, name), *known[1])
+                self._held["mode", known] = Held(f"torch.{name}", read, was)
 
-    def mode(self, name: str, args: tuple[Any, ...] = ()) -> None:
-        """One of torch's modes was asked for."""
-        if (name, args) in self._ambient:
-            read = functools.partial(getattr(torch, name), *args)
-            was = picture(self._ambient[name, args])
-            self._held[hash(args), name] = Held(f"torch.{name}", read, was)
-
-
-def _names_of(code: types.CodeType) -> set[str]:
-    """Global names that a function's code loads, those of functions inside it included."""
-    inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
-    own = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
-    return own.union(*(_names_of(c) for c in inner))
+    def _baked(self, read: Callable[[], Any]) -> Callable[[], Any]:
+        """Where tensors are copied into the graph, what is in them is held fast, too."""
+        return functools.partial(_with_versions, read) if self._copies else read
 
 
 def broken(held: Sequence[Held]) -> Held | None:
@@ -165,6 +194,7 @@ def is_hooked(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or any(_GLOBAL_HOOKS)
     )
 
 
@@ -178,4 +208,45 @@ def _facts(module: nn.Module, name: str) -> Any:
 
 
 def _character(module: nn.Module) -> tuple[Any, ...]:
-    return type(module), is_hooked(module), vars(module).get("forward")
+    kind = type(module)
+    hooks = (*_hooks_of(module),) if is_hooked(module) else ()
+    return kind, kind.forward, hooks, vars(module).get("forward")
+
+
+def _hooks_of(module: nn.Module) -> Iterator[Any]:
+    for table in (*(getattr(module, name) for name in _HOOKS), *_GLOBAL_HOOKS):
+        yield from table.values()
+
+
+class _Entries:
+    """What is registered with a module; equal where it is the same things."""
+
+    __slots__ = ("table",)
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.table = vars(module)[name].copy()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Entries) or len(self.table) != len(other.table):
+            return False
+        pairs = zip(self.table.items(), other.table.items(), strict=True)
+        return all(v is w and k == n for (k, v), (n, w) in pairs)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _with_versions(read: Callable[[], Any]) -> tuple[Any, list[int]]:
+    value = read()
+    return value, [t._version for t in tensors_in(value) if not t.is_inference()]
+
+
+def _own(module: nn.Module) -> dict[str, Any]:
+    return {k: v for k, v in vars(module).items() if k not in _NOT_READ_BY_FORWARD}
+
+
+def _function_of(name: str, module: nn.Module) -> Any:
+    return getattr(getattr(module, name, None), "__func__", MISSING)
+
+
+# as code may have bound them to names of its own
+_BY_FUNCTION = {getattr(torch, name): name for name, _ in _MODES}

@@ -72,7 +72,7 @@ class Visits:
         self.visited[path] = module
         self._reads.visited(module, path)
         self.stack.append(path)
-        before = _state_of(module)
+        before = state_of(module)
         entries = _entries_of(module)
         try:
             yield
@@ -155,7 +155,7 @@ class Visits:
         before: dict[str, Any],
         entries: dict[str, dict[Any, Any]],
     ) -> None:
-        now = _state_of(module)
+        now = state_of(module)
         changed = [
             k
             for k, v in now.items()
@@ -229,7 +229,7 @@ def _entries_of(module: nn.Module) -> dict[str, dict[Any, Any]]:
     return {k: dict(v) for k, v in vars(module).items() if type(v) is dict}
 
 
-def _state_of(module: nn.Module) -> dict[str, Any]:
+def state_of(module: nn.Module) -> dict[str, Any]:
     """Pictures of a module's own attributes, and of what they hold."""
     state = {k: v for k, v in vars(module).items() if k not in MODULE_INTERNALS}
     return {k: picture(v) for k, v in {**state, **module._buffers, **module._parameters}.items()}

@@ -14,6 +14,7 @@ What is known of a node is kept in the ``meta`` of the new graph's nodes:
 ``parameters``      names of the parameters that it reads
 ``modules``         paths of the modules that it ran in, outermost first
 ``no_grad``         whether it ran under ``torch.no_grad``
+``grad``            whether it ran under ``torch.enable_grad`` in a model that is called without
 ``autocast``        the autocast regions around it that the model itself entered
 ``by_value``        whether its shape, or answer, depends on the values that it is computed from
 ``together``        marks of regions that no cut may divide: pairs (key, reason)
@@ -246,7 +247,7 @@ class Provenance:
 
 def _beside(node: fx.Node) -> dict[str, Any]:
     """What holds of a node that must stay with another."""
-    same = ("modules", "no_grad", "autocast")
+    same = ("modules", "no_grad", "grad", "autocast")
     there = {key: value for key, value in node.meta.items() if key in same}
     return {**_BARE, **there, "parameters": (), "glued": True}
 

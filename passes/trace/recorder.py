@@ -11,44 +11,28 @@ values themselves. ``provenance`` lists what is known of a node.
 from __future__ import annotations
 
 import operator
+import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from ...errors import DataDependentError, TracingError
+from ...errors import TracingError
 from ...graphs.nested import flatten
 from .calls import GRADIENT_HOOKS, FunctionCall, Observer, check_saving, setitem
 from .containers import Copy
 from .held import GRAD, Reads
 from .modules import Visits
-from .prefixes import mark_differentiated, obstacle, run_prefix
+from .prefixes import mark_differentiated
 from .provenance import Provenance
+from .questions import DATA_QUERIES, Questions
 from .sizes import QUERIES, Sizes
 from .symbols import Size, TracedInt
 from .values import plain_tree, tensors_in
 
-_DATA_QUERIES = {
-    "item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__complex__",
-    "is_nonzero", "equal", "allclose", "__contains__", "__array__", "__format__", "data_ptr",
-}  # fmt: skip
-_YES_OR_NO = {"__bool__", "is_nonzero", "equal", "allclose", "__contains__"}
-_WHOLE_NUMBERS = {"item", "tolist", "__int__", "__index__"}
-_PLAIN_ANSWERS = bool | int | float | complex | str | tuple | torch.dtype | torch.device
-# facts that go with dtype, rank and device of what a value was computed from; with shapes and
-# strides, too; and with whether gradients are asked for
-_OF_KINDS = {
-    "dim", "ndim", "ndimension", "dtype", "device", "layout", "is_floating_point", "is_complex",
-    "is_signed", "element_size", "itemsize", "is_sparse", "is_cuda", "is_cpu", "is_meta", "is_mps",
-    "is_quantized", "is_nested", "is_mkldnn", "is_xpu", "get_device", "is_inference", "is_conj",
-    "is_neg", "result_type", "can_cast", "promote_types", "is_tensor", "is_storage", "type",
-    "is_sparse_csr", "names", "has_names", "__class__", "is_vulkan", "is_xla", "is_ipu", "is_maia",
-}  # fmt: skip
-_OF_SHAPES = {"is_same_size", "nbytes", "nelement", "is_contiguous", "stride", "storage_offset"}
-_OF_GRADIENTS = {"requires_grad", "is_leaf", "retains_grad"}
 # how many tensors these return is a size, which the code around them has made use of
 _COUNTED = {
     "unbind", "split", "chunk", "tensor_split", "hsplit", "vsplit", "dsplit", "unsafe_split",
@@ -80,6 +64,7 @@ class Recorder(TorchFunctionMode):
         inputs: the example's tensors, by placeholder.
         sizes: what is answered about shapes.
         visits: the modules on the way.
+        questions: what is asked tensors for plain values.
         autocasts: regions that the model itself entered, outermost first.
         paused: while a node runs, and nothing is recorded.
     """
@@ -96,10 +81,14 @@ class Recorder(TorchFunctionMode):
         self.grad = grad
         self.fake = fake
         self.reads = Reads()
+        if not grad:
+            self.reads.mode(GRAD)
         self.known = Provenance(model, bool(fake), self.reads)
         self.sizes = Sizes(self.known, plain)
         self.visits = Visits(self.known, opaque, self.reads)
         self.inputs: dict[fx.Node, torch.Tensor] = {}
+        looks = self.sizes.looks
+        self.questions = Questions(self.known, looks, self.visits, self.reads, self.inputs)
         self.autocasts: list[tuple[Any, ...]] = []
         self.paused = False
         self._observer = Observer()
@@ -111,6 +100,8 @@ class Recorder(TorchFunctionMode):
         if self.paused:
             return func(*args, **kwargs)
         if func is torch._C._set_grad_enabled:
+            if args[0] and not _is_leaving(sys._getframe(1)):
+                self.reads.mode(GRAD)  # a region with gradients, whatever is outside
             return func(*args)
         try:
             name = resolve_name(func) or getattr(func, "__name__", str(func))
@@ -127,8 +118,8 @@ class Recorder(TorchFunctionMode):
             raise TracingError(f"the model assigns to a tensor's attribute ({name})")
         if name in QUERIES:
             return self.sizes.answer(name, args, kwargs)
-        if short in _DATA_QUERIES and any(isinstance(a, torch.Tensor) for a in args):
-            return self._read_value(short, args, kwargs)
+        if short in DATA_QUERIES and any(isinstance(a, torch.Tensor) for a in args):
+            return self.questions.read_value(short, args, kwargs)
         if name.startswith("torch.sym_") or short.startswith("_sym_"):
             return func(*[a.look() if isinstance(a, TracedInt) else a for a in args], **kwargs)
         return self._record_function(func, name, short, args, kwargs)
@@ -152,8 +143,12 @@ class Recorder(TorchFunctionMode):
         if isinstance(value, torch.Tensor) and self.known.is_computed(value):
             return  # written before in this call
         self.paused = True
+        path = self.known.paths.get(id(module))
         try:
-            self.reads.attribute(module, self.known.paths.get(id(module)), name, value)
+            if name != "training":
+                self.reads.attribute(module, path, name, value)
+            elif self.visits.visited.get(path or "") is not module:
+                self.reads.training(module, path)
         finally:
             self.paused = False
 
@@ -166,6 +161,11 @@ class Recorder(TorchFunctionMode):
 
     def _record_function(self, func: Any, name: str, short: str, args: Any, kwargs: Any) -> Any:
         if name.endswith(".__get__"):
+            if short == "grad_fn":  # None, or what no graph can hold
+                self.reads.mode(GRAD)
+                return func(*args)
+            if short == "grad" and (owner := self.known.names.get(id(args[0]))):
+                self.reads.gradient(owner, args[0])
             return self._create(
                 "call_function", getattr, (args[0], short), {}, lambda a, k: getattr(a[0], short)
             )
@@ -180,37 +180,15 @@ class Recorder(TorchFunctionMode):
             return self._create("call_function", func, args, kwargs, run)
         return self._create("call_method", short, args, kwargs, run)
 
-    def _read_value(self, short: str, args: Any, kwargs: Any) -> Any:
-        """Yes or no, read off the values of inputs: a guard, for which a part of the graph is run
-        before each call. At the top level, which cannot be opaque, whole numbers likewise.
-        """
-        if short == "equal" and args[0] is args[1]:
-            return True  # whatever it holds
-        asked = short in _YES_OR_NO or (
-            len(self.visits.stack) == 1
-            and short in _WHOLE_NUMBERS
-            and not (args[0].is_floating_point() or args[0].is_complex())
-        )
-        node = self.known.graph.call_method(short, *self.known.arguments(args, kwargs))
-        node.meta["by_value"] = True
-        if not asked or obstacle(node) is not None:
-            self.known.graph.erase_node(node)
-            raise DataDependentError(
-                f"the model reads the values of a tensor (by '{short}') while it runs"
-            )
-        with unset_fake_temporarily():
-            answer = run_prefix([node], self.known.attributes, self.inputs)[node]
-        self.sizes.looks.guard(node, answer)
-        return answer
-
     def _call_leaf(
         self, original: Any, module: nn.Module, path: str, args: Any, kwargs: Any
     ) -> Any:
         self.known.attributes[path] = module
+        run = lambda a, k: original(module, *a, **k)  # noqa: E731
+        if path in self.visits.opaque:  # what it gives back in one call is not so in each
+            run = lambda a, k: _apart(original(module, *a, **k), (*a, *k.values()))  # noqa: E731
         with self.visits.whole(path):
-            output = self._create(
-                "call_module", path, args, kwargs, lambda a, k: original(module, *a, **k)
-            )
+            output = self._create("call_module", path, args, kwargs, run)
         if any(output is a for a in (*args, *kwargs.values())):
             # an identity in this mode: which of the two is used later cannot be told
             self.visits.visited[path] = module
@@ -244,11 +222,12 @@ class Recorder(TorchFunctionMode):
         written = [t for t, version in versions if t._version != version]
         leaves, structure = flatten(output)
         if not leaves and not written:
-            if structure.kind != "constant" or (output is not None and op == "call_module"):
+            opened = structure.kind != "constant" and not isinstance(output, tuple)
+            if opened or (output is not None and op == "call_module"):
                 raise TracingError(f"{target} returns no tensors but {type(output).__name__}")
             if output is not None:
                 self.visits.tell_changes(target, copies)
-                return self._answer(op, target, node_args, node_kwargs, output)
+                return self.questions.answer(op, target, node_args, node_kwargs, output)
         name = _node_name(op, target)
         node = self.known.graph.create_node(op, target, node_args, node_kwargs, name)
         _describe(node, self, self._observer, written)
@@ -258,33 +237,13 @@ class Recorder(TorchFunctionMode):
         if target is torch.autograd.grad:
             mark_differentiated(node)
         self.known.attach(node, output)
+        if op != "call_module" and not written:
+            self.questions.guard_identity(node, output, args, node_args)
         if getattr(target, "__name__", target) in _COUNTED and isinstance(output, tuple | list):
             self.sizes.looks.guard(node.graph.call_function(len, (node,)), len(output))
         for tensor in written:
             self.known.refresh_aliases(tensor, node, output)
         self.visits.tell_changes(target, copies)
-        return output
-
-    def _answer(self, op: str, target: Any, args: Any, kwargs: Any, output: Any) -> Any:
-        """A plain value, told about tensors: the graph holds where it is the same."""
-        if not isinstance(output, _PLAIN_ANSWERS):
-            return output
-        name = args[1] if target is getattr else getattr(target, "__name__", target)
-        if name in _OF_GRADIENTS:
-            self.reads.mode(GRAD)
-            return output
-        nodes = [a for a in (*args, *kwargs.values()) if isinstance(a, fx.Node)]
-        fixed = ("placeholder", "get_attr") if name in _OF_KINDS else ("get_attr",)
-        if all(n.op in fixed for n in nodes):
-            return output
-        node = self.known.graph.create_node(op, target, args, kwargs)
-        node.meta["by_value"] = name not in _OF_SHAPES and name not in _OF_KINDS
-        if node.meta["by_value"] and (why := obstacle(node)) is not None:
-            raise DataDependentError(
-                f"the model reads a plain value off a tensor (by '{name}' of '{why.name}') while "
-                "it runs"
-            )
-        self.sizes.looks.guard(node, output)
         return output
 
     def _observed(self, target: Any, run: Callable[[], Any]) -> Any:
@@ -304,6 +263,22 @@ class Recorder(TorchFunctionMode):
 
 def _set_requires_grad(args: Any, kwargs: Any) -> Any:
     return args[0].requires_grad_(args[1])
+
+
+def _apart(output: Any, given: Any) -> Any:
+    """Another tensor on the same memory, where a tensor that was given came back."""
+    if isinstance(output, torch.Tensor) and any(output is value for value in given):
+        return output.view_as(output)
+    return output
+
+
+def _is_leaving(frame: types.FrameType | None) -> bool:
+    """Whether gradients are switched on again where a region without ends."""
+    for _ in range(2):
+        if frame is not None and frame.f_code.co_qualname.endswith("__exit__"):
+            return True
+        frame = frame and frame.f_back
+    return False
 
 
 def _node_name(op: str, target: Any) -> str | None:
@@ -331,5 +306,6 @@ def _describe(
         parameters=tuple(dict.fromkeys(names)),
         modules=tuple(recorder.visits.stack),
         no_grad=not torch.is_grad_enabled(),
+        grad=torch.is_grad_enabled() and not recorder.grad,
         autocast=tuple(recorder.autocasts),
     )

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from .calls import unvalidated
-from .held import LIBRARY, MODES
+from .held import MODES, TABLES
+from .outside import LIBRARY, MISSING, OURS, TORCH
 from .recorder import Recorder
 
 # torch's own, whose code is exchanged while something is recorded: names that were bound to
@@ -22,6 +23,7 @@ _APPLY = torch.autograd.Function.__dict__["apply"].__func__
 _ORIGINAL = types.FunctionType(
     _APPLY.__code__, _APPLY.__globals__, "apply", _APPLY.__defaults__, _APPLY.__closure__
 )
+_CONTAINERS = f"{TORCH}/nn/modules/"  # hand out what is registered with a module
 _leads: list[Callable[[Any, Any, Any], Any]] = []  # of the recordings under way, innermost last
 _APPLY.__globals__["_dni_fx_leads"] = _leads
 
@@ -47,21 +49,48 @@ def recording(recorder: Recorder) -> Iterator[None]:
         _leads.pop()
 
 
+@contextlib.contextmanager
+def watching(watcher: Any) -> Iterator[None]:
+    """Tell what a model's code reads, and which modules it calls, while something else runs it.
+
+    Args:
+        watcher: is told, as a recorder is.
+    """
+    thread = threading.get_ident()
+    routes = _Routes(watcher, lambda: not watcher.paused and threading.get_ident() == thread)
+    _leads.append(routes.apply)
+    try:
+        with contextlib.ExitStack() as stack:
+            for owner, name, value in (*routes.reads(), routes.functions()):
+                stack.enter_context(_replaced(owner, name, value))
+            yield
+    finally:
+        _leads.pop()
+
+
 class _Routes:
     """What stands in the place of torch's own functions meanwhile."""
 
-    def __init__(self, recorder: Recorder, watches: Callable[[], bool]) -> None:
+    def __init__(self, recorder: Any, watches: Callable[[], bool]) -> None:
         self.recorder, self.watches = recorder, watches
         self._entered: list[Any] = []  # autocast regions, innermost last
 
     def table(self) -> Iterator[tuple[Any, str, Any]]:
         """Where, under which name, and what."""
+        yield from self.reads()
+        yield torch.autocast, "__enter__", self._enter(torch.autocast.__enter__)
+        yield torch.autocast, "__exit__", self._leave(torch.autocast.__exit__)
+        yield self.functions()
+
+    def functions(self) -> tuple[Any, str, Any]:
+        """That by which custom functions are called."""
+        return _APPLY, "__code__", _Shell.__dict__["apply"].__func__.__code__
+
+    def reads(self) -> Iterator[tuple[Any, str, Any]]:
+        """Those by which modules are called, and plain values read."""
         yield nn.Module, "__call__", self._call(nn.Module.__call__)
         yield nn.Module, "__getattribute__", self._attribute()
         yield nn.Module, "__setattr__", self._assign(nn.Module.__setattr__)
-        yield torch.autocast, "__enter__", self._enter(torch.autocast.__enter__)
-        yield torch.autocast, "__exit__", self._leave(torch.autocast.__exit__)
-        yield _APPLY, "__code__", _Shell.__dict__["apply"].__func__.__code__
         for name in MODES:
             yield torch, name, self._mode(name, getattr(torch, name))
 
@@ -81,8 +110,13 @@ class _Routes:
 
     def _attribute(self) -> Any:
         def attribute(module: Any, name: str) -> Any:
-            value = object.__getattribute__(module, name)
-            if self.watches():
+            try:
+                value = object.__getattribute__(module, name)
+            except AttributeError:
+                if self.watches() and not _is_registered(module, name) and not by_library(2):
+                    self.recorder.read_attribute(module, name, MISSING)
+                raise
+            if self.watches() and not _is_internal(name, sys._getframe(1).f_code.co_filename):
                 self.recorder.read_attribute(module, name, value)
             return value
 
@@ -98,8 +132,7 @@ class _Routes:
 
     def _mode(self, name: str, original: Any) -> Any:
         def mode(*args: Any) -> Any:
-            by_torch = sys._getframe(1).f_code.co_filename.startswith(LIBRARY)
-            if self.watches() and not by_torch:
+            if self.watches() and not by_library(2):
                 self.recorder.reads.mode(name, args)
             return original(*args)
 
@@ -124,6 +157,26 @@ class _Routes:
             return original(region, *error)
 
         return leave
+
+
+def by_library(depth: int) -> bool:
+    """Whether it is torch's code, or ours, that calls."""
+    return sys._getframe(depth).f_code.co_filename.startswith(LIBRARY)
+
+
+def _is_internal(name: str, file: str) -> bool:
+    """Whether reading an attribute there is no affair of the model's."""
+    if file.startswith(OURS):
+        return True
+    if name == "__dict__":
+        return file.startswith(TORCH)
+    return name in TABLES and file.startswith(TORCH) and not file.startswith(_CONTAINERS)
+
+
+def _is_registered(module: nn.Module, name: str) -> bool:
+    """Whether a module has a parameter, buffer or module of this name."""
+    own = object.__getattribute__(module, "__dict__")
+    return any(name in own.get(table, ()) for table in ("_parameters", "_buffers", "_modules"))
 
 
 @contextlib.contextmanager

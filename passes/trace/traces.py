@@ -121,6 +121,7 @@ class Trace:
         """Hash of nodes, operators and edges; equal for equal graphs in every process."""
         text = "\n".join(
             f"{n.name} {n.op} {self._target_name(n)} {_signature(n.args)} {_signature(n.kwargs)}"
+            + _regions(n)
             for n in self.graph.nodes
         )
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -133,6 +134,13 @@ class Trace:
             return node.target
         name = getattr(node.target, "__name__", node.target)
         return f"{getattr(node.target, '__module__', '')}.{name}"
+
+
+def _regions(node: fx.Node) -> str:
+    """Regions that the model itself entered around a node."""
+    modes = [key for key in ("no_grad", "grad") if node.meta.get(key)]
+    regions = [*node.meta.get("autocast", ()), *modes]
+    return f" in {regions}" if regions else ""
 
 
 def _signature(value: Any) -> str:

@@ -29,6 +29,7 @@ from .routing import recording
 from .state import restored
 from .symbols import Size, TracedInt, sizes_wanted
 from .traces import Trace
+from .values import copied
 
 _MOST_OPAQUE = 200
 _SAME_ON_REAL_TENSORS = DataDependentError | BakedInError
@@ -191,15 +192,22 @@ def record(
     known, visits, guards = recorder.known, recorder.visits, recorder.sizes.looks.guards
     leaves, structure = flatten((args, kwargs))
     values = []
+    copies: dict[int, torch.Tensor] = {}
     for name, leaf in zip(input_names(model, args, kwargs), leaves, strict=True):
-        alone = leaf.detach().requires_grad_(leaf.requires_grad)
-        value = recorder.fake.from_tensor(alone) if recorder.fake else _copied(leaf)
+        value = copies.get(id(leaf))  # the same tensor again is the same one to the model
+        if value is None:
+            if recorder.fake:
+                alone = leaf.detach().requires_grad_(leaf.requires_grad)
+                value = recorder.fake.from_tensor(alone)
+            else:
+                value = copied(leaf)
+            copies[id(leaf)] = value
         known.placeholder(name, value)
         recorder.inputs[known.nodes[id(value)]] = leaf
         values.append(value)
     own_args, own_kwargs = structure.build(iter(values))
     before = _pictures(model, own_args, own_kwargs)
-    with recording(recorder), torch.set_grad_enabled(recorder.grad):
+    with torch.set_grad_enabled(recorder.grad), recording(recorder):
         output = model(*own_args, **own_kwargs)
     after = _pictures(model, own_args, own_kwargs)
     written = [name for name, was in before.items() if after[name] != was]
@@ -239,10 +247,6 @@ def record(
 def _pictures(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """What each argument holds, by its place or name."""
     return {name: picture(value) for name, value in argument_names(model, args, kwargs).items()}
-
-
-def _copied(leaf: torch.Tensor) -> torch.Tensor:
-    return leaf.detach().clone().requires_grad_(leaf.requires_grad)
 
 
 def _check_sight(outputs: Structure) -> None:

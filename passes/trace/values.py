@@ -26,6 +26,19 @@ def storage_key(tensor: torch.Tensor) -> int:
         return -id(tensor)
 
 
+def copied(tensor: torch.Tensor) -> torch.Tensor:
+    """A leaf of its own, laid out in memory as the tensor is, for code that looks at strides."""
+    copy = tensor.detach().clone()
+    if tensor.layout is torch.strided and tensor.numel():
+        start, strides = tensor.storage_offset(), tensor.stride()
+        if start or copy.stride() != strides:
+            span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, strides, strict=True))
+            memory = tensor.detach().new_empty(start + span)
+            memory[start:] = tensor.detach().as_strided((span,), (1,))
+            copy = memory.as_strided(tensor.shape, strides, start).detach()
+    return copy.requires_grad_(tensor.requires_grad)
+
+
 def dense(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor that can be compared: sparse ones have no elements in place."""
     return tensor.to_dense() if tensor.layout in SPARSE else tensor
