@@ -1,7 +1,7 @@
 """Random programs that try to fool the tracer, called in random ways, beside plain PyTorch: each
 call equals it bit for bit, or raises one error of ours that names the place.
 
-``DNI_FX_HOSTILE_PROGRAMS`` sets how many (1,500 by default); `make zoo-hostile` runs 20,000. A
+``DNI_FX_HOSTILE_PROGRAMS`` sets how many (500 by default); `make zoo-hostile` runs 20,000. A
 failure prints the program and its seed: ``check(make_program(seed))`` runs it again.
 """
 
@@ -22,7 +22,7 @@ from dni_fx.passes.trace.exporting import trace_export
 from ..models.hostile import FEATURES, make_program
 from .hostile_runs import Wrong, check
 
-COUNT = int(os.environ.get("DNI_FX_HOSTILE_PROGRAMS", "1500"))
+COUNT = int(os.environ.get("DNI_FX_HOSTILE_PROGRAMS", "500"))
 SHARD = 125
 # the self-check costs as much as all the rest, and must not be the only guard
 CHECKED = 4
