@@ -6,7 +6,7 @@
 #   make ecosystem             the tests that need transformers, accelerate, peft, Lightning or a browser
 #   make docs                  the pages of docs/ as a site in site/, links and anchors checked
 #   make zoo | zoo-random      about 670 models -> docs/coverage.md (ZOO_ARGS="--sample 60") | 100,000 random graphs
-#   make zoo-hostile           20,000 programs that try to fool the tracer; make test runs the first 1,500
+#   make zoo-hostile           20,000 programs that try to fool the tracer; make test runs the first 500
 #   make bench | results       the benchmarks | the experiments of docs/results.md
 #   make finetune              a pretrained ResNet and a pretrained MiniLM, fine-tuned by all kinds of sources
 #   make parallel | soak       several processes against pipelines | kills, stalls, slow consumers -> docs/soak.md
