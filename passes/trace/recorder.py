@@ -11,7 +11,7 @@ values themselves. ``provenance`` lists what is known of a node.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from ...errors import DataDependentError, TracingError
 from ...graphs.nested import flatten
 from .calls import GRADIENT_HOOKS, FunctionCall, Observer, check_saving, setitem
 from .containers import Copy
+from .contents import Contents
 from .held import GRAD, Reads
 from .modules import Visits
 from .prefixes import mark_differentiated, obstacle, run_prefix
@@ -73,6 +74,7 @@ class Recorder(TorchFunctionMode):
         opaque: paths of modules to keep as single nodes.
         plain: sizes that the model's code needs as plain integers.
         grad: whether gradients are asked for.
+        watched: what an earlier recording has found changed outside of the modules.
 
     Attributes:
         known: the graph, and the nodes of tensors.
@@ -91,6 +93,7 @@ class Recorder(TorchFunctionMode):
         opaque: frozenset[str] = frozenset(),
         plain: frozenset[Size] = frozenset(),
         grad: bool = True,
+        watched: Sequence[Contents] = (),
     ) -> None:
         super().__init__()
         self.grad = grad
@@ -98,7 +101,7 @@ class Recorder(TorchFunctionMode):
         self.reads = Reads()
         self.known = Provenance(model, bool(fake), self.reads)
         self.sizes = Sizes(self.known, plain)
-        self.visits = Visits(self.known, opaque, self.reads)
+        self.visits = Visits(self.known, opaque, self.reads, watched)
         self.inputs: dict[fx.Node, torch.Tensor] = {}
         self.autocasts: list[tuple[Any, ...]] = []
         self.paused = False
