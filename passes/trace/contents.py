@@ -240,7 +240,7 @@ class OfState:
         self._before = get(owner)
 
     def places(self) -> Iterable[tuple[Any, Any]]:
-        return ()
+        yield None, pickle.dumps(self._before)  # to be compared; it cannot be put there
 
     def put(self, place: Any, value: Any) -> None:
         raise KeyError(place)
@@ -253,6 +253,34 @@ class OfState:
 
     def again(self) -> Contents:
         return OfState(self.owner, self._get, self._put)
+
+
+class OfIterator:
+    """Of an iterator that something holds, or of what stands there for it: how far it is. It cannot
+    be put back: whoever runs code meanwhile puts a copy there.
+    """
+
+    def __init__(self, holder: Contents, place: Any) -> None:
+        self._holder, self._place = holder, place
+        self.owner = dict(holder.again().places()).get(place)
+        self._before = how_far(self.owner)
+
+    def places(self) -> Iterable[tuple[Any, Any]]:
+        yield None, self._before
+
+    def put(self, place: Any, value: Any) -> None:
+        raise KeyError(place)
+
+    def restore(self) -> bool:
+        return False
+
+    def again(self) -> Contents:
+        return OfIterator(self._holder, self._place)
+
+
+def how_far(iterator: Any) -> str:
+    """Differs after a step of an iterator that can be copied."""
+    return repr(iterator.__reduce__()[1:])
 
 
 def of_globals(namespace: dict[str, Any], names: list[str]) -> Contents:

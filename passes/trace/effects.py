@@ -6,6 +6,7 @@ none of this, as long as it does not depend on the values of tensors: a table of
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from ...graphs.pictures import picture
-from .contents import Contents, OfDeque, OfDict, OfList
+from .contents import Contents, OfDeque, OfDict, OfIterator, OfList, OfState
 from .values import tensors_in
 
 _UNFILLED = (None, False)
@@ -50,22 +51,43 @@ def changed_outside(model: nn.Module, changed: Iterable[Contents]) -> tuple[Cont
     """Those of the changed things that are not the modules' own, which are looked at elsewhere."""
     own = {id(vars(m)) for m in model.modules()}
     own |= {id(v) for m in model.modules() for v in vars(m).values()}
-    return tuple(kept for kept in changed if id(kept.owner) not in own)
+    return tuple(k for k in changed if _is_state(k) or id(k.owner) not in own)
+
+
+def _is_state(kept: Contents) -> bool:
+    """Of a generator, say, which no look at a module's attributes tells."""
+    known = isinstance(kept.owner, torch.Generator)  # the graph draws from it again
+    return isinstance(kept, OfState | OfIterator) and not known
 
 
 def _difference(kept: Contents, depends: Depends) -> str | None:
     was, now = dict(kept.places()), dict(kept.again().places())
+    if isinstance(kept, OfState) and not _is_state(kept):
+        return None
     if isinstance(kept, OfList | OfDeque):
         return None if _same(was, now) else f"a {type(kept.owner).__name__}"
     changed = [place for place, value in now.items() if was.get(place, _MISSING) is not value]
     gone = [place for place in was if place not in now]
     for place in gone + changed:
-        if not _is_filled(was.get(place, _MISSING), now.get(place, _MISSING), depends):
-            return f"{place!r} of a dict or an object" if isinstance(kept, OfDict) else _name(place)
+        default = 0 if _counts(kept.owner, place, now.get(place)) else _MISSING
+        if not _is_filled(was.get(place, default), now.get(place, _MISSING), depends):
+            return _words(kept, place)
     return None
 
 
-def _name(place: Any) -> str:
+def _counts(owner: Any, place: Any, value: Any) -> bool:
+    """Whether a number that is new is the first of a count, and not one that is kept for a size."""
+    if isinstance(owner, collections.Counter):
+        return True
+    named = isinstance(place, str) and place.isidentifier()
+    return named and type(value) in (int, float)
+
+
+def _words(kept: Contents, place: Any) -> str:
+    if isinstance(kept, OfState | OfIterator):
+        return f"a {type(kept.owner).__name__}"
+    if isinstance(kept, OfDict):
+        return f"{place!r} of a dict or an object"
     return "a variable" if place is None else repr(place)
 
 

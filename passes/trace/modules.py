@@ -162,7 +162,8 @@ class Visits:
         if changed := self._watched.changed(self._depends_on_values):
             raise BakedInError(
                 f"forward changes {changed} outside of the model (a global, an attribute of a "
-                "class, a variable of a closure), which stages do not do again"
+                "class, a variable of a closure, a generator), which stages do not do again: if "
+                "only its first call does that, call the model once before"
             )
 
     def _depends_on_values(self, value: torch.Tensor) -> bool:

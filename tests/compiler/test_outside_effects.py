@@ -1,7 +1,11 @@
 """What forward changes outside of the model happens in every call, or the model is refused."""
 
+import collections
+import itertools
+import random
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -42,6 +46,49 @@ def of_class(h):
 def remember(h, memory=[]):  # noqa: B006 - what is tested
     memory.append(h.detach())
     return h + sum(memory[-2:]) * 0.1
+
+
+def make_counter():
+    counts = collections.Counter()
+
+    def call(h):
+        counts["n"] += 1
+        return h * counts["n"]
+
+    return call
+
+
+def make_attribute():
+    def call(h):
+        call.calls = getattr(call, "calls", 0) + 1
+        return h * call.calls
+
+    return call
+
+
+def make_iterator():
+    numbers = itertools.count(1)
+    return lambda h: h * next(numbers)
+
+
+def make_random():
+    generator = random.Random(0)
+    return lambda h: h * generator.random()
+
+
+def make_numpy():
+    generator = np.random.default_rng(0)
+    return lambda h: h * float(generator.random())
+
+
+def make_array():
+    array = np.zeros(2)
+
+    def call(h):
+        array[0] += 1
+        return h * float(array[0])
+
+    return call
 
 
 def make_closure():
@@ -143,6 +190,12 @@ FUNCTIONS = {
     "class": lambda: of_class,
     "default": lambda: remember,
     "closure": make_closure,
+    "counter": make_counter,
+    "attribute of a function": make_attribute,
+    "iterator": make_iterator,
+    "random": make_random,
+    "numpy": make_numpy,
+    "array": make_array,
 }
 
 
