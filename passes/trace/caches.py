@@ -24,8 +24,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 LRU_CACHE: Any = type(functools.lru_cache(len))
 _STARTED: Any = (iter([]), iter(()), iter(range(0)))
-_ITERATORS = (itertools.count, itertools.cycle, *map(type, _STARTED))
-REPLACED = frozenset({LRU_CACHE, *_ITERATORS})
+ITERATORS = (itertools.count, itertools.cycle, *map(type, _STARTED))
+REPLACED = frozenset({LRU_CACHE, *ITERATORS})
 _NESTED = 6  # how deep in tuples and the like a leaked tensor is looked for
 
 

@@ -15,7 +15,13 @@ _NOT_OURS = {"__dict__", "__weakref__", "_abc_impl", "__doc__"}
 
 
 class Contents(Protocol):
-    """What something holds, in named places."""
+    """What something holds, in named places.
+
+    Attributes:
+        owner: that something.
+    """
+
+    owner: Any
 
     def places(self) -> Iterable[tuple[Any, Any]]:
         """Places with what was in them, for those that :meth:`put` can fill."""
@@ -38,28 +44,28 @@ class OfDict:
     def __init__(self, owner: dict[Any, Any]) -> None:
         ordered = isinstance(owner, collections.OrderedDict)
         self._base: Any = collections.OrderedDict if ordered else dict
-        self._owner, self._before = owner, [*self._base.items(owner)]
+        self.owner, self._before = owner, [*self._base.items(owner)]
 
     def places(self) -> Iterable[tuple[Any, Any]]:
         return self._before
 
     def put(self, place: Any, value: Any) -> None:
-        self._base.__setitem__(self._owner, place, value)
+        self._base.__setitem__(self.owner, place, value)
 
     def restore(self) -> bool:
         before, base = self._before, self._base
-        if len(self._owner) == len(before) and (not before or self._is_as_before()):
+        if len(self.owner) == len(before) and (not before or self._is_as_before()):
             return False
-        base.clear(self._owner)
+        base.clear(self.owner)
         for key, value in before:
-            base.__setitem__(self._owner, key, value)
+            base.__setitem__(self.owner, key, value)
         return True
 
     def again(self) -> Contents:
-        return OfDict(self._owner)
+        return OfDict(self.owner)
 
     def _is_as_before(self) -> bool:
-        pairs = zip(self._base.items(self._owner), self._before, strict=True)
+        pairs = zip(self._base.items(self.owner), self._before, strict=True)
         return all(k is key and v is value for (k, v), (key, value) in pairs)
 
 
@@ -67,52 +73,52 @@ class OfList:
     """A list."""
 
     def __init__(self, owner: list[Any]) -> None:
-        self._owner, self._before = owner, list.copy(owner)
+        self.owner, self._before = owner, list.copy(owner)
 
     def places(self) -> Iterable[tuple[Any, Any]]:
         return enumerate(self._before)
 
     def put(self, place: Any, value: Any) -> None:
-        list.__setitem__(self._owner, place, value)
+        list.__setitem__(self.owner, place, value)
 
     def restore(self) -> bool:
-        changed = _differs(list.__iter__(self._owner), len(self._owner), self._before)
+        changed = _differs(list.__iter__(self.owner), len(self.owner), self._before)
         if changed:
-            list.__setitem__(self._owner, slice(None), self._before)
+            list.__setitem__(self.owner, slice(None), self._before)
         return changed
 
     def again(self) -> Contents:
-        return OfList(self._owner)
+        return OfList(self.owner)
 
 
 class OfDeque:
     """A deque."""
 
     def __init__(self, owner: collections.deque[Any]) -> None:
-        self._owner, self._before = owner, list(owner)
+        self.owner, self._before = owner, list(owner)
 
     def places(self) -> Iterable[tuple[Any, Any]]:
         return enumerate(self._before)
 
     def put(self, place: Any, value: Any) -> None:
-        self._owner[place] = value
+        self.owner[place] = value
 
     def restore(self) -> bool:
-        changed = _differs(iter(self._owner), len(self._owner), self._before)
+        changed = _differs(iter(self.owner), len(self.owner), self._before)
         if changed:
-            self._owner.clear()
-            self._owner.extend(self._before)
+            self.owner.clear()
+            self.owner.extend(self._before)
         return changed
 
     def again(self) -> Contents:
-        return OfDeque(self._owner)
+        return OfDeque(self.owner)
 
 
 class OfSet:
     """A set; its members are in no places."""
 
     def __init__(self, owner: set[Any]) -> None:
-        self._owner, self._before = owner, set.copy(owner)
+        self.owner, self._before = owner, set.copy(owner)
 
     def places(self) -> Iterable[tuple[Any, Any]]:
         return iter(())
@@ -121,21 +127,21 @@ class OfSet:
         raise KeyError(place)
 
     def restore(self) -> bool:
-        changed = set.__ne__(self._owner, self._before)
+        changed = set.__ne__(self.owner, self._before)
         if changed:
-            set.clear(self._owner)
-            set.update(self._owner, self._before)
+            set.clear(self.owner)
+            set.update(self.owner, self._before)
         return changed
 
     def again(self) -> Contents:
-        return OfSet(self._owner)
+        return OfSet(self.owner)
 
 
 class OfBytes:
     """A bytearray."""
 
     def __init__(self, owner: bytearray) -> None:
-        self._owner, self._before = owner, bytes(owner)
+        self.owner, self._before = owner, bytes(owner)
 
     def places(self) -> Iterable[tuple[Any, Any]]:
         return iter(())
@@ -144,39 +150,39 @@ class OfBytes:
         raise KeyError(place)
 
     def restore(self) -> bool:
-        changed = self._owner != self._before
+        changed = self.owner != self._before
         if changed:
-            self._owner[:] = self._before
+            self.owner[:] = self._before
         return changed
 
     def again(self) -> Contents:
-        return OfBytes(self._owner)
+        return OfBytes(self.owner)
 
 
 class OfCell:
     """A variable that a closure shares."""
 
     def __init__(self, owner: types.CellType) -> None:
-        self._owner, self._before = owner, _content(owner)
+        self.owner, self._before = owner, _content(owner)
 
     def places(self) -> Iterable[tuple[Any, Any]]:
         if self._before is not _MISSING:
             yield None, self._before
 
     def put(self, place: Any, value: Any) -> None:
-        self._owner.cell_contents = value
+        self.owner.cell_contents = value
 
     def restore(self) -> bool:
-        if _content(self._owner) is self._before:
+        if _content(self.owner) is self._before:
             return False
         if self._before is _MISSING:
-            del self._owner.cell_contents
+            del self.owner.cell_contents
         else:
-            self._owner.cell_contents = self._before
+            self.owner.cell_contents = self._before
         return True
 
     def again(self) -> Contents:
-        return OfCell(self._owner)
+        return OfCell(self.owner)
 
 
 class OfNames:
@@ -199,29 +205,29 @@ class OfNames:
         put: Callable[[Any, str, Any], None],
         delete: Callable[[Any, str], None],
     ) -> None:
-        self._owner, self._get, self._put, self._delete = owner, get, put, delete
+        self.owner, self._get, self._put, self._delete = owner, get, put, delete
         self._before = {name: get(owner, name, _MISSING) for name in names}
 
     def places(self) -> Iterable[tuple[Any, Any]]:
         return iter([(n, v) for n, v in self._before.items() if v is not _MISSING])
 
     def put(self, place: Any, value: Any) -> None:
-        self._put(self._owner, place, value)
+        self._put(self.owner, place, value)
 
     def restore(self) -> bool:
         changed = False
         for name, value in self._before.items():
-            if self._get(self._owner, name, _MISSING) is value:
+            if self._get(self.owner, name, _MISSING) is value:
                 continue
             changed = True
             if value is _MISSING:
-                self._delete(self._owner, name)
+                self._delete(self.owner, name)
             else:
-                self._put(self._owner, name, value)
+                self._put(self.owner, name, value)
         return changed
 
     def again(self) -> Contents:
-        return OfNames(self._owner, list(self._before), self._get, self._put, self._delete)
+        return OfNames(self.owner, list(self._before), self._get, self._put, self._delete)
 
 
 class OfState:
@@ -230,23 +236,51 @@ class OfState:
     def __init__(
         self, owner: Any, get: Callable[[Any], Any], put: Callable[[Any, Any], Any]
     ) -> None:
-        self._owner, self._get, self._put = owner, get, put
+        self.owner, self._get, self._put = owner, get, put
         self._before = get(owner)
 
     def places(self) -> Iterable[tuple[Any, Any]]:
-        return ()
+        yield None, pickle.dumps(self._before)  # to be compared; it cannot be put there
 
     def put(self, place: Any, value: Any) -> None:
         raise KeyError(place)
 
     def restore(self) -> bool:
-        changed = pickle.dumps(self._get(self._owner)) != pickle.dumps(self._before)
+        changed = pickle.dumps(self._get(self.owner)) != pickle.dumps(self._before)
         if changed:
-            self._put(self._owner, self._before)
+            self._put(self.owner, self._before)
         return changed
 
     def again(self) -> Contents:
-        return OfState(self._owner, self._get, self._put)
+        return OfState(self.owner, self._get, self._put)
+
+
+class OfIterator:
+    """Of an iterator that something holds, or of what stands there for it: how far it is. It cannot
+    be put back: whoever runs code meanwhile puts a copy there.
+    """
+
+    def __init__(self, holder: Contents, place: Any) -> None:
+        self._holder, self._place = holder, place
+        self.owner = dict(holder.again().places()).get(place)
+        self._before = how_far(self.owner)
+
+    def places(self) -> Iterable[tuple[Any, Any]]:
+        yield None, self._before
+
+    def put(self, place: Any, value: Any) -> None:
+        raise KeyError(place)
+
+    def restore(self) -> bool:
+        return False
+
+    def again(self) -> Contents:
+        return OfIterator(self._holder, self._place)
+
+
+def how_far(iterator: Any) -> str:
+    """Differs after a step of an iterator that can be copied."""
+    return repr(iterator.__reduce__()[1:])
 
 
 def of_globals(namespace: dict[str, Any], names: list[str]) -> Contents:

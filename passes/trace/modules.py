@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from ...errors import BakedInError, TracingError
 from ...graphs.pictures import picture
 from .calls import ReadAttribute, StoreAttribute
 from .containers import Copy, take_over
+from .contents import Contents
+from .effects import Watched
 from .held import Reads, is_hooked
 from .provenance import Provenance
 from .state import MODULE_INTERNALS, python_draws
@@ -30,6 +32,7 @@ class Visits:
         known: the graph, and the nodes of tensors.
         opaque: paths of modules to keep as single nodes.
         reads: notes what is read off modules.
+        watched: what an earlier recording has found changed outside of the modules.
 
     Attributes:
         stack: paths of the modules that the recording is in, outermost first.
@@ -40,7 +43,13 @@ class Visits:
         notes: remarks for the plan.
     """
 
-    def __init__(self, known: Provenance, opaque: frozenset[str], reads: Reads) -> None:
+    def __init__(
+        self,
+        known: Provenance,
+        opaque: frozenset[str],
+        reads: Reads,
+        watched: Sequence[Contents] = (),
+    ) -> None:
         self.opaque = opaque
         self.stack: list[str] = []
         self.visited: dict[str, nn.Module] = {}
@@ -50,6 +59,7 @@ class Visits:
         self.notes: list[str] = []
         self._known, self._reads = known, reads
         self._draws = python_draws()
+        self._watched = Watched(watched)
 
     def is_leaf(self, module: nn.Module, path: str) -> bool:
         """Whether a module is called as a whole. Hooks on one that is looked into would run at
@@ -67,7 +77,8 @@ class Visits:
         """While a module is looked into.
 
         Raises:
-            BakedInError: it changes its own attributes, or draws numbers that no graph can draw.
+            BakedInError: it changes its own attributes or what is outside of the model, or draws
+                numbers that no graph can draw.
         """
         self.visited[path] = module
         self._reads.visited(module, path)
@@ -76,7 +87,7 @@ class Visits:
         entries = _entries_of(module)
         try:
             yield
-            self._check_draws()
+            self._check_outside()
             self._check_changes(module, path, before, entries)
         except Exception:
             self._fails(path, leaf=False)
@@ -87,13 +98,14 @@ class Visits:
     @contextlib.contextmanager
     def whole(self, path: str) -> Iterator[None]:
         """While a module is called as one node; it may draw what it likes, anew in every call."""
-        self._check_draws()
+        self._check_outside()
         try:
             yield
         except Exception:
             self._fails(path, leaf=True)
             raise
         self._draws = python_draws()
+        self._watched.look()
 
     def returned(self, path: str, output: Any) -> None:
         """Note what a module returned: a tensor, or the first one of a tuple that stands for it."""
@@ -144,9 +156,18 @@ class Visits:
         if self.failed_at is None:
             self.failed_at, self.failed_leaf = path, leaf
 
-    def _check_draws(self) -> None:
+    def _check_outside(self) -> None:
         if python_draws() != self._draws:
             raise BakedInError("the model draws from Python's or NumPy's random numbers")
+        if changed := self._watched.changed(self._depends_on_values):
+            raise BakedInError(
+                f"forward changes {changed} outside of the model (a global, an attribute of a "
+                "class, a variable of a closure, a generator), which stages do not do again: if "
+                "only its first call does that, call the model once before"
+            )
+
+    def _depends_on_values(self, value: torch.Tensor) -> bool:
+        return self._known.is_computed(value) and not self._is_of_sizes(value)
 
     def _check_changes(
         self,

@@ -24,8 +24,10 @@ from .contents import (
     Contents,
     OfCell,
     OfDict,
+    OfIterator,
     OfState,
     contents_of,
+    how_far,
     of_class,
     of_globals,
     of_slots,
@@ -50,6 +52,7 @@ _OPEN = (
     "torch.distributions",
     "collections",
     "types",
+    "_thread",  # what threads have of their own
 )
 
 
@@ -143,7 +146,9 @@ class Reach:
             self._keep(of_slots(value, slots))
 
     def _holder(self, attributes: dict[str, Any]) -> None:
-        if attributes and id(attributes) not in self._seen:
+        if not attributes:
+            self._empty.append(attributes)
+        elif id(attributes) not in self._seen:
             self._seen[id(attributes)] = attributes
             self._keep(OfDict(attributes))
 
@@ -179,9 +184,16 @@ class Reach:
         Returns:
             Of what had changed.
         """
+        moved = [
+            (kept, place)
+            for kept, place, value in self.memories
+            if type(value) in caches.ITERATORS
+            and how_far(dict(kept.again().places()).get(place)) != how_far(value)
+        ]
         for kept, place, value in self.memories:
             kept.put(place, value)
-        changed = [kept for kept in self.contents if kept.restore()]
+        changed: list[Contents] = [OfIterator(*where) for where in moved]
+        changed += [kept for kept in self.contents if kept.restore()]
         grown = [container for container in self._empty if container]
         for container in grown:
             container.clear()
@@ -207,13 +219,15 @@ class Reach:
                 self._seen[id(cell)] = cell
                 self._keep(OfCell(cell))
         self._next += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-        if vars(function):
-            self._holder(vars(function))
+        self._holder(vars(function))
         namespace = function.__globals__
         if _is_library(namespace.get("__name__", "")):
             return
         names = set(_names(function.__code__))
         self._found(namespace, names)
+        for name in names & sys.modules.keys():  # imported in the function
+            if not _is_library(name):
+                self._found(vars(sys.modules[name]), names)
         for name in names - self._names:
             for member in self._members.pop(name, ()):
                 self._member(*member)

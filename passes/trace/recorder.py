@@ -13,7 +13,7 @@ from __future__ import annotations
 import operator
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from ...errors import TracingError
 from ...graphs.nested import flatten
 from .calls import GRADIENT_HOOKS, FunctionCall, Observer, check_saving, setitem
 from .containers import Copy
+from .contents import Contents
 from .held import GRAD, Reads
 from .modules import Visits
 from .prefixes import mark_differentiated
@@ -57,6 +58,7 @@ class Recorder(TorchFunctionMode):
         opaque: paths of modules to keep as single nodes.
         plain: sizes that the model's code needs as plain integers.
         grad: whether gradients are asked for.
+        watched: what an earlier recording has found changed outside of the modules.
 
     Attributes:
         known: the graph, and the nodes of tensors.
@@ -76,6 +78,7 @@ class Recorder(TorchFunctionMode):
         opaque: frozenset[str] = frozenset(),
         plain: frozenset[Size] = frozenset(),
         grad: bool = True,
+        watched: Sequence[Contents] = (),
     ) -> None:
         super().__init__()
         self.grad = grad
@@ -85,7 +88,7 @@ class Recorder(TorchFunctionMode):
             self.reads.mode(GRAD)
         self.known = Provenance(model, bool(fake), self.reads)
         self.sizes = Sizes(self.known, plain)
-        self.visits = Visits(self.known, opaque, self.reads)
+        self.visits = Visits(self.known, opaque, self.reads, watched)
         self.inputs: dict[fx.Node, torch.Tensor] = {}
         looks = self.sizes.looks
         self.questions = Questions(self.known, looks, self.visits, self.reads, self.inputs)

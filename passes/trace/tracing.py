@@ -22,11 +22,13 @@ from ...graphs.nested import Structure, flatten
 from ...graphs.pictures import picture
 from .caches import Fakes, forget
 from .calls import ReadAttribute
+from .contents import Contents
+from .effects import changed_outside
 from .modules import Visits
 from .naming import argument_names, check_inputs, hidden_tensor, input_names, where_is
 from .recorder import Recorder
 from .routing import recording
-from .state import restored
+from .state import Changes, restored
 from .symbols import Size, TracedInt, sizes_wanted
 from .traces import Trace
 from .values import copied
@@ -72,7 +74,7 @@ def trace_calls(
             raise
         if fake and forget(fake):
             attempts.real = True  # so that none can be where they are not found
-        elif trace is not None:
+        elif trace is not None and not attempts.watch(changes):
             break
     if attempts.real and not attempts.small:
         trace.rung = "calls on real tensors"
@@ -89,7 +91,8 @@ def _attempt(
 ) -> Trace | None:
     """Record the model once; None where something was learnt from a failure."""
     model = attempts.model
-    recorder = Recorder(model, fake, frozenset(attempts.opaque), attempts.plain, grad)
+    opaque = frozenset(attempts.opaque)
+    recorder = Recorder(model, fake, opaque, attempts.plain, grad, attempts.watched)
     try:
         return record(recorder, model, args, kwargs, attempts.opaque)
     except Exception as error:
@@ -108,6 +111,7 @@ class _Attempts:
         small: whether real ones were chosen because they cost less.
         opaque: paths of modules to keep as single nodes, with the reason.
         plain: sizes that the model's code needs as plain integers.
+        watched: what was changed outside of the modules.
     """
 
     def __init__(self, model: nn.Module, small: bool, opaque: Mapping[str, str]) -> None:
@@ -115,7 +119,15 @@ class _Attempts:
         self.opaque = dict(opaque)
         self._given = opaque
         self.plain: frozenset[Size] = frozenset()
+        self.watched: tuple[Contents, ...] = ()
         self.model = model
+
+    def watch(self, changes: Changes) -> bool:
+        """Whether to record once more, to see which module changes things that are not its own."""
+        if self.watched:
+            return False
+        self.watched = changed_outside(self.model, changes.contents)
+        return bool(self.watched)
 
     def learn(self, visits: Visits, error: Exception) -> None:
         """Choose what to do differently after a failure.
