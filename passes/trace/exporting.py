@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
-from collections.abc import Sequence
+import io
+import logging
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,8 +45,9 @@ def trace_export(
     check_inputs(model, args, kwargs)
     with restored(model, args, kwargs), torch.set_grad_enabled(grad):
         try:
-            program = _export(model, args, kwargs)
-            exported = program.module(check_guards=False)
+            with _unheard():
+                program = _export(model, args, kwargs)
+                exported = program.module(check_guards=False)
         except Exception as error:
             raise TracingError(f"torch.export: {reason_of(error)}") from error
         recorder = Recorder(model, FakeTensorMode(allow_non_fake_inputs=True), grad=grad)
@@ -101,6 +105,24 @@ class _Player(fx.Interpreter):
             node = known.nodes.get(id(self.latest))
             visits.calls.append((path, node, next(iter(reversed(known.graph.nodes)))))
         visits.stack[:] = [p for p in visits.stack if p in entered]
+
+
+@contextlib.contextmanager
+def _unheard() -> Iterator[None]:
+    """Without torch's remarks on its symbols and the unfinished graph that it prints: what fails is
+    told by the error.
+    """
+    names = ("torch.fx.experimental.symbolic_shapes", "torch.export._trace")
+    loggers = [logging.getLogger(name) for name in names]
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
