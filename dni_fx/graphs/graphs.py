@@ -52,7 +52,7 @@ class Graphs:
     def plan(self) -> CutPlan:
         """The cuts, stages and interfaces."""
         if self._plan is None:
-            raise _untraced()
+            raise _untraced(self.recipe)
         return self._plan
 
     @property
@@ -93,7 +93,7 @@ class Graphs:
     def variant(self) -> Variant:
         """The graph of the last call."""
         if self.active is None:
-            raise _untraced()
+            raise _untraced(self.recipe)
         return self.active
 
     def current(self) -> Variant:
@@ -300,8 +300,8 @@ def _input_key(interface: str) -> str:
     return f"{source_key(interface)}@input"
 
 
-def _untraced() -> DecouplingError:
-    return DecouplingError(
-        "the model is not traced yet: pass example_inputs= to decouple, or call it once, before "
-        "asking for this"
-    )
+def _untraced(recipe: Recipe) -> DecouplingError:
+    how = "pass example_inputs= to decouple, or call it once"
+    if recipe.opening is not None:
+        how = "call the trainer's .prepare(window) with one window"
+    return DecouplingError(f"the model is not traced yet: {how}, before asking for this")

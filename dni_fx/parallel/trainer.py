@@ -134,7 +134,7 @@ class Trainer(BaseTrainer):
             DecouplingError: inputs that do not fit the plan, or a loss that is no scalar.
         """
         with self.process.telling():
-            values = check_ordinary(self.decoupled.bind(*args, **kwargs), target)
+            values = check_ordinary(self._bind_call(*args, **kwargs), target)
             mode = mode_of(self.schedule, self.steps, len(self.decoupled.stages))
             report = self.process.step(self.steps, mode, values, target)
         self.metrics.requested = False

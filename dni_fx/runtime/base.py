@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any, Self
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from ..decoupled import Decoupled
@@ -17,6 +19,13 @@ from .objective import Loss, Metrics, Objective
 from .optimizing import MakeOptimizer, StageOptimizers
 
 Unpack = Callable[[Any], tuple[tuple[Any, ...], dict[str, Any], Any]]
+
+
+_EXAMPLES = {  # of what a trainer calls
+    "loss": "torch.nn.functional.cross_entropy, or lambda output, target: ... -> a scalar tensor",
+    "optimizer": "optimizer=lambda params: torch.optim.Adam(params, 1e-3)",
+    "synthesizer_optimizer": "synthesizer_optimizer=lambda params: torch.optim.Adam(params, 1e-3)",
+}
 
 
 class BaseTrainer(ABC):
@@ -53,8 +62,7 @@ class BaseTrainer(ABC):
             raise DecouplingError(
                 f"Trainer takes what dni_fx.decouple returned, not {type(decoupled).__name__}"
             )
-        if not all(callable(f) for f in (loss, optimizer, synthesizer_optimizer)):
-            raise DecouplingError("loss, optimizer and synthesizer_optimizer must be callables")
+        _check_callables(loss, optimizer, synthesizer_optimizer)
         if not all(type(n) is int and n >= 1 for n in (accumulate, metrics_every)):
             raise DecouplingError("accumulate and metrics_every must be whole numbers, at least 1")
         if clip_norm is not None and not (isinstance(clip_norm, int | float) and clip_norm > 0):
@@ -86,9 +94,21 @@ class BaseTrainer(ABC):
         Raises:
             DecouplingError: inputs that do not fit the plan.
         """
-        self.decoupled.bind(*args, **kwargs)
+        self._bind_call(*args, **kwargs)
         self._prepare_optimizers()
         return self
+
+    def _bind_call(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The model's inputs by name; an error tells where the target goes if there are too many
+        of them.
+        """
+        try:
+            return self.decoupled.bind(*args, **kwargs)
+        except DecouplingError as error:
+            if not _takes_fewer(self.decoupled.model, len(args)):
+                raise
+            hint = "; the target goes by keyword: step(x, target=y)"
+            raise type(error)(f"{error}{hint}") from error
 
     @property
     def loss(self) -> Loss:
@@ -200,3 +220,26 @@ class BaseTrainer(ABC):
                     if on_step is not None:
                         on_step(report)
         return report
+
+
+def _check_callables(*given: Any) -> None:
+    """Refuse what a trainer could not call: loss and optimisers, in the order of the examples."""
+    for (name, example), value in zip(_EXAMPLES.items(), given, strict=True):
+        if callable(value):
+            continue
+        found, why = repr(value), ""
+        if isinstance(value, torch.optim.Optimizer):
+            found, why = (
+                f"a {type(value).__name__} made already",
+                ", since each stage makes its own",
+            )
+        raise DecouplingError(f"{name} must be callable{why}, but is {found[:80]}: pass {example}")
+
+
+def _takes_fewer(model: nn.Module, count: int) -> bool:
+    """Whether a model takes fewer positional inputs than ``count``."""
+    kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        return False
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(kind in positional for kind in kinds) < count

@@ -105,7 +105,7 @@ class Measures(BaseTrainer):
         self.finish_threads()
         args, kwargs = map_tensors(torch.clone, (args, kwargs))
         decoupled = self.decoupled
-        values = decoupled.bind(*args, **kwargs)
+        values = self._bind_call(*args, **kwargs)
         parameters = list(decoupled.parameters())
         with restored(decoupled), keep_modes(), torch.enable_grad():
             for parameter in parameters:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
+import warnings
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ..decoupled import Decoupled
 from ..errors import DecouplingError
@@ -78,6 +81,7 @@ class Trainer(Measures):
             metrics_every=metrics_every,
         )
         self.schedule = make_schedule(schedule)
+        _warn_if_alone()
         self._in_turn: InTurn[Batch] = InTurn(decoupled, self.optimizing, self.metrics, accumulate)
         self.threads: OnThreads | None = None
         self._settings = Settings(decoupled.graphs, self.objective)
@@ -111,7 +115,7 @@ class Trainer(Measures):
             args, kwargs, target = map_tensors(torch.clone, (args, kwargs, target))
             if not self.decoupled.has_graph_for(*args, **kwargs):
                 self.drain()  # a model is traced while nothing else uses it
-        values = check_ordinary(self.decoupled.bind(*args, **kwargs), target)
+        values = check_ordinary(self._bind_call(*args, **kwargs), target)
         self._prepare_optimizers()
         mode = mode_of(schedule, self.steps, len(self.decoupled.stages))
         if isinstance(schedule, Threads):
@@ -216,3 +220,16 @@ class Trainer(Measures):
         load_trained(state, self.decoupled, self.optimizing, self.close)
         self.steps = state["steps"]
         self._in_turn.under_way = []
+
+
+def _warn_if_alone() -> None:
+    """Say it where a launcher started several processes that know nothing of each other."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if not world.isdecimal() or int(world) < 2 or (dist.is_available() and dist.is_initialized()):
+        return
+    warnings.warn(
+        f"WORLD_SIZE is {world}, but there is no process group: each process trains the whole "
+        "model alone. To train together call dni_fx.distributed.start() and use "
+        "dni_fx.distributed.Trainer",
+        stacklevel=3,
+    )

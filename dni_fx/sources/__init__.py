@@ -5,7 +5,7 @@ from __future__ import annotations
 from .asks import Asks, Wait
 from .base import GradientSource, Prediction, SourceFactory
 from .checking import try_predict
-from .context import Exampled, OneHot, align_context, one_hot
+from .context import Exampled, OneHot, align_context, check_features, one_hot
 from .controls import Exact, Stale, Zero
 from .convolutional import Auto, Conv, auto_name
 from .each import EACH, Each, for_consumers, is_each
@@ -55,6 +55,7 @@ __all__ = [
     "Zero",
     "align_context",
     "auto_name",
+    "check_features",
     "for_consumers",
     "is_each",
     "is_joint",

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..errors import DecouplingError
 from .asks import Asks
 from .base import GradientSource
+from .context import has_data, not_classes
 
 ARGUMENTS = {
     "predict": "(values, context)",
@@ -109,18 +110,49 @@ def try_predict(source: GradientSource) -> None:
 
 def no_slope(source: GradientSource, what: str) -> DecouplingError:
     """The error for a head whose loss is the same whatever its logits are."""
+    return DecouplingError(
+        f"{type(source).__name__}: {what} is the same whatever the logits are, so no gradient "
+        f"would ever be sent. {_other_losses(source, 'one probability')}"
+    )
+
+
+def no_classes(source: GradientSource, why: str) -> DecouplingError:
+    """The error for a head that takes a context for class probabilities, which it is not."""
+    return DecouplingError(
+        f"{type(source).__name__}: the context is no class probabilities, which its loss, cross "
+        f"entropy, needs: {why}. {_other_losses(source, 'several labels at once')}"
+    )
+
+
+def _other_losses(source: GradientSource, binary: str) -> str:
+    """What to do where cross entropy is no loss for a context; what ``binary`` cross entropy is
+    for.
+    """
     name, bce = type(source).__name__, ""
     if source.asks.learns_from != ("logits",):
         bce = (
             "loss=lambda p, c: F.binary_cross_entropy_with_logits(p, c, reduction='none').mean(-1) "
-            "for one probability; "
+            f"for {binary}; "
         )
-    return DecouplingError(
-        f"{name}: {what} is the same whatever the logits are, so no gradient would ever be sent. "
+    return (
         f"Pass loss= to the source: gradients=functools.partial(dni_fx.sources.{name}, loss='mse') "
         f"for a regression; {bce}or let the context have a feature for each class, as "
         "dni_fx.one_hot(2) does"
     )
+
+
+def has_classes(head: GradientSource, context: Tensor) -> bool:
+    """Whether a context is known to hold class probabilities; tensors without data, and those of
+    nothing but zeros (ignored labels), tell nothing.
+
+    Raises:
+        DecouplingError: it holds something else.
+    """
+    if not has_data(context) or torch.compiler.is_compiling():
+        return False
+    if why := not_classes(context):
+        raise no_classes(head, why)
+    return bool(context.any())
 
 
 def has_slope(head: Any, mean: Tensor, logits: Tensor, context: Tensor) -> bool:
@@ -138,8 +170,7 @@ def has_slope(head: Any, mean: Tensor, logits: Tensor, context: Tensor) -> bool:
     """
     if not mean.requires_grad:
         raise no_slope(head, "its loss")
-    has_data = type(mean) is Tensor and mean.device.type != "meta"
-    if not has_data or torch.compiler.is_compiling() or not context.any():
+    if not has_data(mean) or torch.compiler.is_compiling() or not context.any():
         return False
     noise = torch.Generator().manual_seed(0)
     for _ in range(4):

@@ -29,10 +29,12 @@ class Exampled:
     Attributes:
         encode: the user's callable.
         spec: of what it made of the example.
+        not_classes: why that is no class probabilities; empty where it may be.
     """
 
     encode: Callable[[Any], Tensor]
     spec: TensorSpec
+    not_classes: str = ""
 
     @classmethod
     def of(cls, encode: Callable[[Any], Any], target: Any) -> Exampled:
@@ -58,11 +60,47 @@ class Exampled:
                 "context= must return a float tensor (batch, ..., features), but made of "
                 f"example_target= {found}"
             )
-        return cls(encode, TensorSpec(tuple(value.shape), value.dtype))
+        check_features(value)
+        return cls(encode, TensorSpec(tuple(value.shape), value.dtype), not_classes(value))
 
     def __call__(self, target: Any) -> Tensor:
         """What sources see of a target."""
         return self.encode(target)
+
+
+def check_features(value: Tensor, otherwise: str = "") -> None:
+    """Refuse a context without a dimension for features, for which the batch would be taken; with
+    what to do ``otherwise``.
+    """
+    if value.dim() == 1:
+        raise DecouplingError(
+            f"context= returned shape {tuple(value.shape)}, whose only dimension, the batch, would "
+            "be taken for features: return (batch, 1), as context=lambda target: "
+            f"target.unsqueeze(1) does{otherwise}"
+        )
+
+
+def not_classes(context: Tensor) -> str:
+    """Why the rows of a context are no class probabilities; empty where they are, or all zeros, or
+    where it holds no data.
+    """
+    if not has_data(context):
+        return ""
+    rows = context.detach().reshape(-1, context.shape[-1]).float()
+    sums = rows.sum(-1)
+    # Rounded probabilities, in half precision too, sum to 1 but for that much.
+    wrong = (rows < 0).any(-1) | (rows != 0).any(-1) & ((sums - 1).abs() > 0.02)
+    if not wrong.any():
+        return ""
+    row, total = rows[wrong][0], float(sums[wrong][0])
+    if (row < 0).any():
+        return f"it holds {float(row.min()):.3g}, below 0"
+    return f"one of its rows sums to {total:.3g}, not 1"
+
+
+def has_data(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers can be read."""
+    return type(tensor) is Tensor and tensor.device.type != "meta"
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from ..errors import DecouplingError
 from ..plan import TensorSpec
 from .asks import Asks
 from .base import GradientSource, Prediction, like, wide_dtype
-from .checking import check_reached, has_slope, no_slope
+from .checking import check_reached, has_classes, has_slope, no_classes, no_slope
 from .head_networks import Encoder, HandedOver, RunningScale
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -71,7 +71,8 @@ class LossHead(GradientSource):
 
     Raises:
         DecouplingError: no context, scalars, a context that does not line up, or options that do
-            not exist; a loss without a slope, such as cross entropy over one logit.
+            not exist; a loss without a slope, such as cross entropy over one logit; when called:
+            cross entropy with a context that is no class probabilities.
     """
 
     create_graph: ClassVar[bool] = False  # of the gradients, to be fitted themselves
@@ -105,9 +106,9 @@ class LossHead(GradientSource):
         if loss == "cross_entropy" and context.shape[-1] == 1:
             raise no_slope(self, "the context has one feature, and cross entropy over one logit")
         self.loss, self.factor, self.context_shape = loss, factor, tuple(context.shape)
-        # Whether the loss is known to have a slope.
-        own = type(self).evaluate is not LossHead.evaluate
-        self._is_judged = not (callable(loss) or own)
+        self._own = callable(loss) or type(self).evaluate is not LossHead.evaluate
+        # Whether the loss is known to have a slope, or the context to be what it takes.
+        self._is_judged = not self._own and loss == "mse"
         dtype = wide_dtype(self.specs)
         stride = stride if len(self.context_shape) == 2 else 1
         encoders = [Encoder(spec, hidden, width, stride, norm, dtype) for spec in self.specs]
@@ -143,7 +144,7 @@ class LossHead(GradientSource):
             logits = self.logits([leaf.view_as(leaf) for leaf in leaves], context)
             losses, mean, weights = self.evaluate(logits, context.detach().to(dtype))
             if not self._is_judged:
-                self._is_judged = has_slope(self, mean, logits, context.detach().to(dtype))
+                self._is_judged = self._judge(mean, logits, context.detach().to(dtype))
             retain, again = keep and not self.greedy, keep and self.create_graph
             wanted = (*leaves, *learnt)
             found = torch.autograd.grad(mean, wanted, None, retain, again, allow_unused=True)
@@ -156,6 +157,18 @@ class LossHead(GradientSource):
         )
         state = Evaluation(logits, losses, mean, weights, found if self.create_graph else ())
         return Prediction(gradients, state, losses.detach(), logits.detach())
+
+    def _judge(self, mean: Tensor, logits: Tensor, context: Tensor) -> bool:
+        if self._own:
+            return has_slope(self, mean, logits, context)
+        return has_classes(self, context)
+
+    def check_example(self, not_classes: str) -> None:
+        """Refuse an example of a context, told why it is no class probabilities, where they are
+        needed.
+        """
+        if not_classes and not self._own and self.loss == "cross_entropy":
+            raise no_classes(self, not_classes)
 
     def logits(self, values: Sequence[Tensor], context: Tensor) -> Tensor:
         """Logits ``(batch, *positions, k)``, in the parameters' dtype."""

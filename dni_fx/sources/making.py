@@ -79,6 +79,11 @@ def make(
         )
     if not callable(factory):
         raise DecouplingError(f"a {what} is a name or {wanted}, but got {factory!r}")
+    if _makes_others(factory, kind):
+        raise DecouplingError(
+            f"{factory.__name__} is a class of another kind: a {what} must be a {kind.__name__}, a "
+            f"subclass of which, or {wanted}, may be passed"
+        )
     try:
         inspect.signature(factory).bind(*arguments.values())
     except TypeError as error:
@@ -95,6 +100,14 @@ def make(
             f"{kind.__name__}"
         )
     return made
+
+
+def _makes_others(factory: Any, kind: type[nn.Module]) -> bool:
+    """Whether a factory is a class whose objects are of another kind."""
+    if not isinstance(factory, type) or issubclass(factory, kind):
+        return False
+    # Else what comes out may be of any class.
+    return not any("__new__" in vars(owner) for owner in factory.__mro__[:-1])
 
 
 @dataclass(frozen=True)

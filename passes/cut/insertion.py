@@ -19,8 +19,10 @@ from ...sources import (
     GradientSource,
     InputFactory,
     InputSource,
+    LossHead,
     SourceFactory,
     auto_name,
+    check_features,
     for_consumers,
     is_joint,
     make_input,
@@ -100,6 +102,8 @@ def insert_sources(
         outward = tuple(i for i in interfaces if i.leaves)
         options = {i.name: leaving.serve(i, asked[i.name]) for i in outward}
         sources = make_sources(outward, options, leaving.context, device) | sources
+    if isinstance(context, Exampled):
+        _check_heads(sources, context)
     exact = {n for n, source in sources.items() if source.asks.exact}
     some = isinstance(gradients, Mapping) or len(exact) < len(sources)
     if some and any(i.name in exact for i in within):
@@ -181,6 +185,15 @@ def make_sources(
     return {i.name: sources[i.name] for i in interfaces}
 
 
+def _check_heads(sources: Mapping[str, GradientSource], context: Exampled) -> None:
+    """Refuse heads whose loss the example's context is not made for."""
+    for name, source in sources.items():
+        with _placed(f"interface {name!r}"):
+            for head in source.modules():
+                if isinstance(head, LossHead):
+                    head.check_example(context.not_classes)
+
+
 def _by_interface(interfaces: tuple[Interface, ...], options: Any, argument: str) -> dict[str, Any]:
     """The options of a mapping, or one for all, by interface name."""
     if not isinstance(options, Mapping):
@@ -239,4 +252,5 @@ def infer_context(context: Context | None, inputs: tuple[TensorSpec, ...]) -> Te
             "dimension must be the batch's. Where your targets are no labels pass example_target= "
             "as well"
         )
+    check_features(value, "; where your targets are no labels pass example_target= as well")
     return TensorSpec(tuple(value.shape), value.dtype)

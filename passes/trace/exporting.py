@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
-from collections.abc import Sequence
+import io
+import logging
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -53,11 +56,11 @@ def trace_export(
     with restored(model, args, kwargs), torch.set_grad_enabled(grad):
         try:
             draws = python_draws()
-            with watching(watcher), _Asked(model, watcher.reads):
+            with watching(watcher), _Asked(model, watcher.reads), _unheard():
                 program = _export(model, args, kwargs)
+                exported = program.module(check_guards=False)
             if python_draws() != draws:
                 raise BakedInError("the model draws from Python's or NumPy's random numbers")
-            exported = program.module(check_guards=False)
         except Exception as error:
             raise TracingError(f"torch.export: {reason_of(error)}") from error
         recorder = Recorder(model, FakeTensorMode(allow_non_fake_inputs=True), grad=grad)
@@ -215,6 +218,24 @@ class _Player(fx.Interpreter):
             node = known.nodes.get(id(self.latest))
             visits.calls.append((path, node, next(iter(reversed(known.graph.nodes)))))
         visits.stack[:] = [p for p in visits.stack if p in entered]
+
+
+@contextlib.contextmanager
+def _unheard() -> Iterator[None]:
+    """Without torch's remarks on its symbols and the unfinished graph that it prints: what fails is
+    told by the error.
+    """
+    names = ("torch.fx.experimental.symbolic_shapes", "torch.export._trace")
+    loggers = [logging.getLogger(name) for name in names]
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
