@@ -19,7 +19,8 @@ class TensorSpec:
         dtype: element type.
         feature_dim: 1 for convolutional maps ``(batch, channels, *space)``, -1 for ``(batch, ...,
             features)``.
-        batch_dim: dimension of the batch in the state of a recurrent model; 0 for everything else.
+        batch_dim: dimension of the batch: another than 0 in the state of a recurrent model, and
+            where the sizes alone tell that it is the second one.
     """
 
     shape: tuple[int, ...]

@@ -80,6 +80,18 @@ def check_features(value: Tensor, otherwise: str = "") -> None:
         )
 
 
+def check_batch_first(spec: TensorSpec, context: Sequence[int]) -> None:
+    """Refuse a value whose batch is not its first dimension for a context ``(batch, features)``."""
+    if spec.batch_dim and len(context) == 2:
+        raise DecouplingError(
+            f"a context of shape {tuple(context)} does not line up with a value of shape "
+            f"{spec.shape}, whose batch is dimension {spec.batch_dim}, as in the last state of a "
+            f"recurrent layer: let the model put it first, value.transpose(0, {spec.batch_dim}), "
+            "and cut after that; or give this value a source that ignores the context: "
+            "gradients={'<interface>': lambda specs, context: dni_fx.sources.MLP(specs)}"
+        )
+
+
 def not_classes(context: Tensor) -> str:
     """Why the rows of a context are no class probabilities; empty where they are, or all zeros, or
     where it holds no data.

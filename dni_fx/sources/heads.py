@@ -21,6 +21,7 @@ from ..plan import TensorSpec
 from .asks import Asks
 from .base import GradientSource, Prediction, like, wide_dtype
 from .checking import check_reached, has_classes, has_slope, no_classes, no_slope
+from .context import check_batch_first
 from .head_networks import Encoder, HandedOver, RunningScale
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -113,6 +114,7 @@ class LossHead(GradientSource):
         stride = stride if len(self.context_shape) == 2 else 1
         encoders = [Encoder(spec, hidden, width, stride, norm, dtype) for spec in self.specs]
         for spec, encoder in zip(self.specs, encoders, strict=True):
+            check_batch_first(spec, self.context_shape)
             encoder.line_up(spec.shape, self.context_shape)
         self.encoders = nn.ModuleList(encoders)
         inputs = sum(e.outputs for e in encoders)

@@ -220,6 +220,13 @@ class Feedback(GradientSource):
                 "context=dni_fx.one_hot(classes), or functools.partial(dni_fx.sources.Feedback, "
                 "outputs=...) as the source"
             )
+        for spec in self.specs:
+            if spec.batch_dim:
+                raise DecouplingError(
+                    f"'feedback' projects each sample's error, but the batch of a value of shape "
+                    f"{spec.shape} is dimension {spec.batch_dim}: let the model put it first, "
+                    f"value.transpose(0, {spec.batch_dim}), and cut after that"
+                )
         generator = torch.Generator().manual_seed(seed)
         self.outputs = outputs
         for index, spec in enumerate(self.specs):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..errors import DecouplingError
 from ..plan import TensorSpec
 from .base import GradientSource, Prediction, like, wide_dtype
-from .context import align_context, aligned_shape, as_planes
+from .context import align_context, aligned_shape, as_planes, check_batch_first
 
 # non-zero targets in the running scale: their plain mean at first, then a moving mean of decay 0.99
 WINDOW = 100
@@ -74,6 +74,7 @@ class Network(Shaped):
         self.context_shape = None if context is None or not spec.shape else context.shape
         self.context_features = 0
         if self.context_shape is not None:
+            check_batch_first(spec, self.context_shape)
             aligned_shape(self.context_shape, self.shape, self.feature_dim)
             self.context_features = self.context_shape[-1]
         self.dtype = wide_dtype([spec])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +23,7 @@ _TOKENS = (
     nn.Linear, nn.LayerNorm, nn.Embedding, nn.MultiheadAttention, nn.TransformerEncoderLayer,
     nn.TransformerDecoderLayer, nn.RNNBase,
 )  # fmt: skip
+_MOVES = ("permute", "transpose", "movedim", "swapaxes", "view", "reshape", "unflatten")
 _LOOK_BACK = 40
 
 
@@ -68,13 +70,64 @@ def parameters_of(node: fx.Node) -> tuple[str, ...]:
 
 
 def infer_specs(trace: Trace) -> dict[str, TensorSpec]:
-    """Shape, dtype and feature dimension of every tensor, by node name."""
+    """Shape, dtype, feature and batch dimension of every tensor, by node name."""
     specs = {}
+    batch = _batch_size(trace)
     for node in trace.graph.nodes:
         if (rank := _rank(node)) >= 0:
             value, dim = node.meta["value"], _feature_dim(trace, node) if rank > 2 else -1
-            specs[node.name] = TensorSpec(tuple(map(int, value.shape)), value.dtype, dim)
+            shape = tuple(map(int, value.shape))
+            second = _is_last_state(trace, node) or _is_batch_second(shape, dim, batch)
+            specs[node.name] = TensorSpec(shape, value.dtype, dim, int(second))
     return specs
+
+
+def _batch_size(trace: Trace) -> int | None:
+    """What all inputs that are tensors agree on as their first size; None where they do not."""
+    inputs = [n for n in trace.graph.nodes if n.op == "placeholder" and _rank(n) > 0]
+    sizes = {int(n.meta["value"].shape[0]) for n in inputs}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _is_batch_second(shape: tuple[int, ...], feature_dim: int, batch: int | None) -> bool:
+    """Whether sizes alone tell that a value is ``(something, batch, ..., features)``.
+
+    A first size that is a multiple of the batch may be ``(batch * time, ...)``, and 1 be shared by
+    all samples: they tell nothing.
+    """
+    if batch is None or len(shape) < 3 or feature_dim == 1:
+        return False
+    if shape[0] == 1 or shape[0] % batch == 0:
+        return False
+    return shape[1] == batch and batch not in shape[2:]
+
+
+def _is_last_state(trace: Trace, node: fx.Node) -> bool:
+    """Whether a value is the last state of a recurrent layer, ``(layers, batch, features)``, or
+    made from one where it lies.
+    """
+    for _ in range(_LOOK_BACK):
+        if _rank(node) != 3 or not (given := node.all_input_nodes):
+            return False
+        path: list[Any] = []
+        source = node
+        while source.op == "call_function" and source.target is operator.getitem:
+            path.append(source.args[1])
+            source = source.all_input_nodes[0]
+        module = trace.attributes.get(str(source.target)) if source.op == "call_module" else None
+        if isinstance(module, nn.RNNBase):
+            return path[-1:] == [1]
+        name = getattr(node.target, "__name__", str(node.target))
+        kept = [n for n in given if _rank(n) == 3 and _leads(n) == _leads(node)]
+        if name in _MOVES or len(kept) != 1:
+            return False
+        node = kept[0]
+    return False
+
+
+def _leads(node: fx.Node) -> tuple[int, ...]:
+    """The first two sizes."""
+    return tuple(map(int, node.meta["value"].shape[:2]))
 
 
 def _feature_dim(trace: Trace, node: fx.Node) -> int:
