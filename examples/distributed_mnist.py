@@ -91,7 +91,8 @@ def train(method: str, data: Digits, args: argparse.Namespace) -> float:
                 continue
             if step + 1 == args.steps:
                 trainer.drain()  # what is under way belongs to the run
-            loss, reached = trainer.mean(float(report.loss)), accuracy(trainer, model, data)
+            own = float(report.loss) if report.outputs is not None else float("nan")
+            loss, reached = trainer.mean(own), accuracy(trainer, model, data)
             ranks.say(
                 f"{method:>8}  step {step + 1:5}  loss {loss:.3f}  test accuracy {reached:.2%}"
             )

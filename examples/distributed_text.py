@@ -160,7 +160,8 @@ def train(method: str, symbols: Tensor, held_out: Tensor, args: argparse.Namespa
                 continue
             if step + 1 == args.steps:
                 trainer.drain()  # what is under way belongs to the run
-            loss, reached = trainer.mean(float(report.loss)), bits(trainer, model, held_out, args)
+            own = float(report.loss) if report.outputs is not None else math.nan
+            loss, reached = trainer.mean(own), bits(trainer, model, held_out, args)
             words = f"loss {loss:.3f}  held out {reached:.3f} bits per character"
             ranks.say(f"{method:>8}  step {step + 1:5}  {words}")
             if directory:

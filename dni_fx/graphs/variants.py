@@ -19,7 +19,7 @@ from ..passes.trace.traces import Trace
 from ..sources import GradientSource, Served
 from .nested import Structure
 
-Bound = tuple[tuple[dict[str, Any], str, str, Any], ...]
+Bound = tuple[tuple[dict[str, Any], str, str, Any, bool], ...]
 
 
 class Variant:
@@ -83,7 +83,8 @@ class Variant:
     def is_outdated(self) -> bool:
         """Whether something that the graph refers to was replaced, frozen or unfrozen since."""
         return self._facts() != self.frozen or not all(
-            tables[kind].get(key) is value for tables, kind, key, value in self.bound
+            _is_same(tables[kind].get(key), value, theirs)
+            for tables, kind, key, value, theirs in self.bound
         )
 
     def _facts(self) -> list[Any]:
@@ -159,8 +160,16 @@ def layouts_of(leaves: list[torch.Tensor]) -> tuple[Any, ...]:
     )
 
 
+def _is_same(now: Any, before: Any, theirs: bool) -> bool:
+    """Whether the graph still refers to it; what is called as a whole may be lent plain tensors
+    for a call, as ``torch.func.functional_call`` does.
+    """
+    lent = theirs and isinstance(now, torch.Tensor) and not isinstance(now, nn.Parameter)
+    return now is before or lent
+
+
 def _identities(bound: Bound) -> list[tuple[int, str, str, int]]:
-    return [(id(tables), kind, key, id(value)) for tables, kind, key, value in bound]
+    return [(id(tables), kind, key, id(value)) for tables, kind, key, value, _ in bound]
 
 
 def _bound_attributes(split: Split, model: nn.Module) -> Bound:
@@ -168,7 +177,7 @@ def _bound_attributes(split: Split, model: nn.Module) -> Bound:
     module is noticed: the owner's tables, which one, key and object of all that is called or read.
     """
     called = {path for stage in split.stages for path in stage.called}
-    bound: dict[tuple[int, str, str], tuple[dict[str, Any], str, str, Any]] = {}
+    bound: dict[tuple[int, str, str], tuple[dict[str, Any], str, str, Any, bool]] = {}
     theirs: set[str] = set()  # paths of what modules that are called as a whole are made of
     for path, module in model.named_modules(remove_duplicate=False):
         if path in called or path.rpartition(".")[0] in theirs:
@@ -178,5 +187,5 @@ def _bound_attributes(split: Split, model: nn.Module) -> Bound:
                 continue  # theirs to exchange
             tables = vars(module)
             for key, value in tables[kind].items():
-                bound[id(module), kind, key] = (tables, kind, key, value)
+                bound[id(module), kind, key] = (tables, kind, key, value, path in theirs)
     return tuple(bound.values())

@@ -87,6 +87,8 @@ class Visits:
         entries = _entries_of(module)
         try:
             yield
+            if not path and is_hooked(module):
+                self._watched.look()  # the model's own hooks run around the stages
             self._check_outside()
             self._check_changes(module, path, before, entries)
         except Exception:
