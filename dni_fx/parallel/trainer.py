@@ -208,7 +208,8 @@ class Trainer(BaseTrainer):
         """The mean over the processes that have a number; called in all, outside the loop.
 
         Args:
-            value: a loss, say; nan where this process has none.
+            value: a loss, say; nan where this process has none of its own: ``report.loss`` is the
+                newest heard of where ``report.outputs`` is None.
             weight: how much it counts.
         """
         self.process.meet("mean()", self.steps, drain=False)
