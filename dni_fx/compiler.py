@@ -276,7 +276,8 @@ def _obstacles(model: Any) -> Iterator[str]:
     if not isinstance(model, nn.Module):
         yield f"decouple takes an nn.Module, not {name}"
     for path, module in model.named_modules():
-        if isinstance(module, Decoupled | DropIn):
+        # a Decoupled inside of another model is looked into like any module
+        if isinstance(module, DropIn) or (isinstance(module, Decoupled) and not path):
             what = f"submodule {path!r}" if path else "this model"
             yield f"{what} is decoupled already; pass decoupled.model to cut it in another way"
     if hasattr(model, "_orig_mod"):

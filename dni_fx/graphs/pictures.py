@@ -26,14 +26,14 @@ _BY_IDENTITY = (
 )  # fmt: skip
 
 
-class _Itself:
+class Itself:
     """Equal to the same object only."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Itself) and self.value is other.value
+        return isinstance(other, Itself) and self.value is other.value
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -52,9 +52,9 @@ def picture(value: Any) -> tuple[Any, ...]:
         for part in _parts(value, set()):
             parts.append(part)
             if len(parts) > _MOST_PARTS:
-                return (_Itself(value),)
+                return (Itself(value),)
     except RuntimeError:  # changed by another thread meanwhile, or bottomless
-        return (_Itself(value),)
+        return (Itself(value),)
     return tuple(parts)
 
 
@@ -65,9 +65,9 @@ def _parts(value: Any, seen: set[int]) -> Iterator[Any]:
     elif isinstance(value, enum.Enum):
         yield kind, value.name
     elif isinstance(value, types.MethodType):
-        yield value.__func__, _Itself(value.__self__)
+        yield value.__func__, Itself(value.__self__)
     elif isinstance(value, _BY_IDENTITY):
-        yield _Itself(value)
+        yield Itself(value)
     elif id(value) in seen:
         yield "again"
     else:
@@ -103,7 +103,7 @@ def _opened(value: Any, seen: set[int]) -> Iterator[Any]:
     elif type(value).__module__ != "builtins" and any(_slots(type(value))):
         yield from _in_slots(value, seen)
     else:
-        yield _Itself(value)
+        yield Itself(value)
 
 
 def _in_slots(value: Any, seen: set[int]) -> Iterator[Any]:

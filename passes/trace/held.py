@@ -32,7 +32,9 @@ _MODES: tuple[tuple[str, tuple[Any, ...]], ...] = (
     *(("is_autocast_enabled", (d,)) for d in _DEVICES),
     *(("get_autocast_dtype", (d,)) for d in _DEVICES),
 )
-TABLES = ("_modules", "_parameters", "_buffers")
+# tables of parameters and buffers are read by torch wherever these are listed; that one of them
+# was exchanged is noticed without
+TABLES = ("_modules",)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # hooks on all modules there are
 _GLOBAL_HOOKS: tuple[dict[Any, Any], ...] = tuple(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from ...errors import BakedInError, TracingError
-from ...graphs.pictures import picture
+from ...graphs.pictures import Itself, picture
 from .calls import ReadAttribute, StoreAttribute
 from .containers import Copy, take_over
 from .contents import Contents
@@ -23,6 +24,9 @@ from .state import MODULE_INTERNALS, python_draws
 # layers
 _TRANSPARENT = (nn.Sequential, nn.TransformerEncoder, nn.TransformerDecoder, nn.Transformer)
 _MISSING = object()
+# What a helper object holds is not looked at for changes: configurations of transformers learn in
+# the first call what kind of problem they have.
+_OPENED = bool | int | float | complex | str | list | dict | set | tuple | deque
 
 
 class Visits:
@@ -255,4 +259,5 @@ def _entries_of(module: nn.Module) -> dict[str, dict[Any, Any]]:
 def state_of(module: nn.Module) -> dict[str, Any]:
     """Pictures of a module's own attributes, and of what they hold."""
     state = {k: v for k, v in vars(module).items() if k not in MODULE_INTERNALS}
-    return {k: picture(v) for k, v in {**state, **module._buffers, **module._parameters}.items()}
+    state = {**state, **module._buffers, **module._parameters}
+    return {k: picture(v) if isinstance(v, _OPENED) else Itself(v) for k, v in state.items()}
