@@ -229,7 +229,7 @@ def record(
             "instead"
         )
     out_leaves, out_structure = flatten(output, lambda v: isinstance(v, torch.Tensor | TracedInt))
-    _check_sight(out_structure)
+    visits.notes += _check_sight(out_structure)
     known.graph.output(tuple(known.argument(leaf) for leaf in out_leaves))
     _prune(known.graph, set(guards))
     known.graph.lint()
@@ -261,15 +261,24 @@ def _pictures(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict
     return {name: picture(value) for name, value in argument_names(model, args, kwargs).items()}
 
 
-def _check_sight(outputs: Structure) -> None:
-    """Refuse outputs that hold tensors where they cannot be seen."""
+def _check_sight(outputs: Structure) -> list[str]:
+    """Refuse outputs that hold tensors where they cannot be seen; of objects made of further
+    objects (a cache of keys and values beside what is trained on) notes are enough.
+    """
+    notes = []
     for part in outputs.constants():
-        if hidden_tensor(part) is not None:
+        if flatten(dict(getattr(part, "__dict__", {})))[0]:
             raise TracingError(
                 f"the model returns a {type(part).__name__}, whose tensors cannot be seen; "
                 "return tuples, dicts or dataclasses, or register the class with "
                 "torch.utils._pytree"
             )
+        if hidden_tensor(part) is not None:
+            notes.append(
+                f"the model returns a {type(part).__name__}, which stays that of the example: "
+                "stages do not fill it (use_cache=False leaves it out)"
+            )
+    return notes
 
 
 def _prune(graph: fx.Graph, keep: set[fx.Node]) -> None:
