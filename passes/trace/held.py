@@ -32,9 +32,10 @@ _MODES: tuple[tuple[str, tuple[Any, ...]], ...] = (
     *(("is_autocast_enabled", (d,)) for d in _DEVICES),
     *(("get_autocast_dtype", (d,)) for d in _DEVICES),
 )
-# tables of parameters and buffers are read by torch wherever these are listed; that one of them
-# was exchanged is noticed without
-TABLES = ("_modules",)
+# tables whose entries code goes through, of modules that are lists and the like; where an entry of
+# another module was exchanged, the variant notices it without (``Variant.bound``)
+TABLES = ("_modules", "_parameters", "_buffers")
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # hooks on all modules there are
 _GLOBAL_HOOKS: tuple[dict[Any, Any], ...] = tuple(
@@ -112,7 +113,7 @@ class Reads:
         stand_in = type(module).__module__.startswith("dni_fx.")  # with fields of its own
         if key in self._held or stand_in:
             return
-        if name in TABLES:
+        if name in TABLES and isinstance(module, _CONTAINERS):
             self._hold(key, path, name, functools.partial(_Entries, module, name), False)
         elif name == "__dict__":
             self._hold(key, path, name, functools.partial(_own, module))
