@@ -113,7 +113,7 @@ class Reads:
         stand_in = type(module).__module__.startswith("dni_fx.")  # with fields of its own
         if key in self._held or stand_in:
             return
-        if name in TABLES and isinstance(module, _CONTAINERS):
+        if name in TABLES and path and isinstance(module, _CONTAINERS):  # no list made on the way
             self._hold(key, path, name, functools.partial(_Entries, module, name), False)
         elif name == "__dict__":
             self._hold(key, path, name, functools.partial(_own, module))
