@@ -254,7 +254,7 @@ def test_layers_that_are_dropped() -> None:
 
 
 def test_a_loss_that_checks_its_labels_is_taken_outside() -> None:
-    """CTC reads the labels' values at the top level, which is refused by line; without labels the
+    """CTC reads the labels' values, which is refused by line; without labels the
     model is cut.
     """
     kind, options = zoo.TABLE["wav2vec2"]
@@ -266,7 +266,7 @@ def test_a_loss_that_checks_its_labels_is_taken_outside() -> None:
     labels = torch.randint(3, zoo.VOCABULARY, (4, 5))
     with pytest.raises(
         dni_fx.errors.DecouplingError,
-        match=r"reads the values of a tensor.*modeling_wav2vec2\.py:\d+",
+        match=r"reads the values of a tensor.*\.py:\d+",
     ):
         dni_fx.decouple(
             model,
