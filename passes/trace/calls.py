@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...errors import PlanMismatchError, TracingError
+from .values import OperatorMode
 
 # what they do to gradients is in no node's backward
 GRADIENT_HOOKS = {"register_hook", "register_post_accumulate_grad_hook", "grad_fn"}
@@ -139,7 +139,7 @@ def unvalidated() -> Iterator[None]:
         kind.set_default_validate_args(checks)
 
 
-class Observer(TorchDispatchMode):
+class Observer(OperatorMode):
     """Notes what the operators below one node do.
 
     Attributes:
@@ -148,8 +148,6 @@ class Observer(TorchDispatchMode):
         parameters: identities of the parameters that were read.
         tensors: what was read, by identity.
     """
-
-    supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -161,16 +159,6 @@ class Observer(TorchDispatchMode):
         """Before another node."""
         self.random = self.by_value = False
         self.parameters, self.tensors = {}, {}
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # nothing is compiled here, and the wrapper that this avoids imports all of torch._dynamo
-        return False
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        # else what the model compiles inside is refused, and from then on outside, too
-        return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()):

@@ -24,8 +24,7 @@ from .state import MODULE_INTERNALS, python_draws
 # layers
 _TRANSPARENT = (nn.Sequential, nn.TransformerEncoder, nn.TransformerDecoder, nn.Transformer)
 _MISSING = object()
-# What a helper object holds is not looked at for changes: configurations of transformers learn in
-# the first call what kind of problem they have.
+# what a helper object holds is looked at in ``effects``, which knows what is filled once
 _OPENED = bool | int | float | complex | str | list | dict | set | tuple | deque
 
 
@@ -167,9 +166,9 @@ class Visits:
             raise BakedInError("the model draws from Python's or NumPy's random numbers")
         if changed := self._watched.changed(self._depends_on_values):
             raise BakedInError(
-                f"forward changes {changed} outside of the model (a global, an attribute of a "
-                "class, a variable of a closure, a generator), which stages do not do again: if "
-                "only its first call does that, call the model once before"
+                f"forward changes {changed} outside of the model (an object that it keeps, a "
+                "global, a class, a variable of a closure, a generator), which stages do not do "
+                "again: if only its first call does that, call the model once before"
             )
 
     def _depends_on_values(self, value: torch.Tensor) -> bool:

@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import (
-    TorchDispatchMode,
     _disable_current_modes,
     _get_current_dispatch_mode,
     _pop_mode_temporarily,
 )
 
-from .values import tensors_in
+from .values import OperatorMode, tensors_in
 
 AT_ONCE = 1 << 22  # bytes of memory, smallest first, that are copied before anything runs
 _UNDECLARED = {"running_mean", "running_var"}  # written to, whatever the operator's schema says
@@ -164,24 +163,12 @@ class _Kept:
         return True
 
 
-class Watch(TorchDispatchMode):
+class Watch(OperatorMode):
     """Copies memory before an operator writes to it."""
-
-    supports_higher_order_operators = True
 
     def __init__(self, tensors: Tensors) -> None:
         super().__init__()
         self._tensors = tensors
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # nothing is compiled here, and the wrapper that this avoids imports all of torch._dynamo
-        return False
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        # else what the model compiles inside is refused, and from then on outside, too
-        return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...graphs.nested import flatten
 from .containers import Copy
@@ -84,3 +85,19 @@ def plain_tree(value: Any, copies: list[Copy] | None = None) -> Any:
     if isinstance(value, slice):
         return slice(plain_tree(value.start), plain_tree(value.stop), plain_tree(value.step))
     return value
+
+
+class OperatorMode(TorchDispatchMode):
+    """Sees the operators below a model's code, and stays out of what the model compiles."""
+
+    supports_higher_order_operators = True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # nothing is compiled here, and the wrapper that this avoids imports all of torch._dynamo
+        return False
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        # else what the model compiles inside is refused, and from then on outside, too
+        return True

@@ -48,6 +48,17 @@ def remember(h, memory=[]):  # noqa: B006 - what is tested
     return h + sum(memory[-2:]) * 0.1
 
 
+class Helper:
+    """An object that a module keeps."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, h):
+        self.calls += 1
+        return h * self.calls
+
+
 def make_counter():
     counts = collections.Counter()
 
@@ -191,6 +202,7 @@ FUNCTIONS = {
     "default": lambda: remember,
     "closure": make_closure,
     "counter": make_counter,
+    "helper object": Helper,
     "attribute of a function": make_attribute,
     "iterator": make_iterator,
     "random": make_random,
