@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import importlib.util
 import math
@@ -11,9 +10,8 @@ import os
 import random
 import re
 import runpy
-import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 
 from . import __version__, list_cut_points, plan_cuts, simulate
 from .errors import DecouplingError, did_you_mean, user_line
+from .reports.files import write_atomically
 
 DTYPES = ("float16", "float32", "float64", "bfloat16", "int32", "int64", "bool")
 UNITS = {"": 1, "B": 1} | {p + "B": 1000**i for i, p in enumerate("kMGT", 1)}
@@ -91,12 +90,10 @@ def run_plan(options: argparse.Namespace) -> int:
     plan = plan_cuts(model, inputs, progress=not options.quiet, **asked)
     print(plan)
     if options.out is not None:
-        with replacing(options.out) as path:
-            path.write_text(plan.to_json(), encoding="utf-8")
+        write_atomically(options.out, plan.to_json())
         print(f"plan written to {options.out}")
     if options.draw is not None:
-        with replacing(options.draw) as path:
-            plan.draw(path)
+        plan.draw(options.draw)
         print(f"plan drawn in {options.draw}")
     pipelines = {"micro_batches": options.micro_batches, "latency": options.latency}
     print(f"\n{simulate(plan, **pipelines, **devices)}")
@@ -117,7 +114,9 @@ def check_place(path: Path) -> None:
     """
     what = "is a directory" if path.is_dir() else f"the directory {path.parent} does not exist"
     if path.is_dir() or not path.parent.is_dir():
-        raise DecouplingError(f"cannot write {path}: {what}; name a file in an existing directory")
+        raise DecouplingError(
+            f"cannot write {str(path)!r}: {what}; name a file in an existing directory"
+        )
 
 
 def run_demo(options: argparse.Namespace) -> int:
@@ -190,29 +189,6 @@ def make_model(options: argparse.Namespace) -> tuple[nn.Module, tuple[Tensor, ..
     return found, tuple(
         _random(sizes, dtype, generator).to(device) for sizes, dtype in options.input
     )
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` that takes its place once it is complete; nothing is left of it after
-    an error.
-    """
-    target = path.resolve()  # a link stays a link
-    special = target.exists() and not target.is_file()  # such as /dev/null
-    part = target if special else target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
-    try:
-        yield part
-        if not special:
-            if target.exists():
-                shutil.copymode(target, part)
-            part.replace(target)
-    except OSError as error:
-        raise DecouplingError(
-            f"cannot write {path}: {error.strerror or error}; name another file"
-        ) from error
-    finally:
-        if not special:
-            part.unlink(missing_ok=True)
 
 
 def _import(name: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from pathlib import Path
 
 from ..errors import DecouplingError
@@ -15,7 +16,8 @@ def write_atomically(path: str | Path, content: str | bytes) -> Path:
     Whoever reads ``path`` meanwhile, or after an error or a kill, finds the old file whole.
 
     Args:
-        path: of the file; one that is there is replaced.
+        path: of the file; one that is there is replaced, its mode stays. A link stays a link, and
+            what is no file (a pipe, ``/dev/stdout``) is written to.
         content: text is written as UTF-8, with its line ends as they are.
 
     Returns:
@@ -25,10 +27,15 @@ def write_atomically(path: str | Path, content: str | bytes) -> Path:
         DecouplingError: the file cannot be written; why, and nothing is left beside it.
     """
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    target = path.resolve()
+    special = target.exists() and not target.is_file()
+    part = target if special else target.with_name(f".{target.name}.{os.getpid()}")
     try:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
-        part.replace(path)
+        if not special:
+            if target.exists():
+                shutil.copymode(target, part)
+            part.replace(target)
     except OSError as error:
         why = str(error.strerror or error)
         if not path.parent.is_dir():
@@ -36,5 +43,6 @@ def write_atomically(path: str | Path, content: str | bytes) -> Path:
         raise DecouplingError(f"cannot write {str(path)!r}: {why}; name another file") from error
     finally:
         with contextlib.suppress(OSError):  # the move has taken it, or it was never there
-            part.unlink()
+            if not special:
+                part.unlink()
     return path

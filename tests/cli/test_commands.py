@@ -9,7 +9,6 @@ import stat
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -182,12 +181,12 @@ def test_a_file_is_never_half_written(
 ) -> None:
     (folder / "plan.json").write_text("old")
 
-    def half(path: Path, text: str, **_: Any) -> int:
-        with path.open("w") as file:
-            file.write(text[: len(text) // 2])
+    def half(path: Path, content: bytes) -> int:
+        with path.open("wb") as file:
+            file.write(content[: len(content) // 2])
         raise error
 
-    monkeypatch.setattr(Path, "write_text", half)
+    monkeypatch.setattr(Path, "write_bytes", half)
     assert cli.main([*CHAIN, "--out", "plan.json"]) == (1 if isinstance(error, OSError) else 130)
     monkeypatch.undo()
     assert (folder / "plan.json").read_text() == "old"
@@ -195,7 +194,7 @@ def test_a_file_is_never_half_written(
     if isinstance(error, OSError):
         assert (
             capsys.readouterr().err
-            == "dni-fx: cannot write plan.json: No space left on device; name another file\n"
+            == "dni-fx: cannot write 'plan.json': No space left on device; name another file\n"
         )
 
 
@@ -211,7 +210,7 @@ def test_what_is_no_file_is_written_to_but_not_replaced(recorder: Recorder, fold
     assert stat.S_ISFIFO(pipe.stat().st_mode)
 
 
-def test_drawing_goes_through_the_same_door(
+def test_a_plan_is_drawn_where_it_was_asked_for(
     recorder: Recorder,
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,

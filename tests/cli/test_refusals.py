@@ -87,7 +87,7 @@ def test_where_no_file_can_be_is_said_before_the_work(
         ("--draw", "made.html", "is a directory"),
     ):
         assert cli.main(["plan", "nowhere_here:net", "--input", "4x6", option, path]) == 1
-        assert f"cannot write {path}: {words}" in capsys.readouterr().err
+        assert f"cannot write {path!r}: {words}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

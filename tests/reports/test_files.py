@@ -51,3 +51,15 @@ def test_a_place_that_cannot_be_written_is_named(place: str, tmp_path: Path) -> 
     with pytest.raises(DecouplingError, match=re.escape(f"cannot write {str(path)!r}: ")):
         write_atomically(path, "")
     assert sorted(tmp_path.iterdir()) == [tmp_path / "file", tmp_path / "folder"]
+
+
+def test_a_link_stays_a_link_and_a_file_keeps_its_mode(tmp_path: Path) -> None:
+    real, link = tmp_path / "real.json", tmp_path / "link.json"
+    real.write_text("old")
+    real.chmod(0o640)
+    link.symlink_to(real)
+    assert write_atomically(link, "new") == link
+    assert link.is_symlink()
+    assert real.read_text() == "new"
+    assert real.stat().st_mode & 0o777 == 0o640
+    assert sorted(tmp_path.iterdir()) == [link, real]
