@@ -8,6 +8,7 @@ import functools
 import random
 import sys
 import types
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -100,19 +101,26 @@ def _opened(value: Any, seen: set[int]) -> Iterator[Any]:
     elif hasattr(value, "__dict__"):
         yield from _parts(vars(value), seen)
         yield from _in_slots(value, seen)
-    elif type(value).__module__ != "builtins" and any(_slots(type(value))):
+    elif type(value).__module__ != "builtins" and slot_names(type(value)):
         yield from _in_slots(value, seen)
     else:
         yield Itself(value)
 
 
 def _in_slots(value: Any, seen: set[int]) -> Iterator[Any]:
-    for name in _slots(type(value)):
+    for name in slot_names(type(value)):
         yield from _parts(getattr(value, name, "nothing"), seen)
 
 
-def _slots(kind: type) -> Iterator[str]:
+def slot_names(kind: type) -> tuple[str, ...]:
     """Attributes of a class's objects that are in no ``__dict__``."""
-    for base in kind.__mro__:
-        own = vars(base).items() if "__slots__" in vars(base) else ()
-        yield from (n for n, member in own if isinstance(member, types.MemberDescriptorType))
+    names = _SLOTS.get(kind)
+    if names is None:
+        own = (vars(base) for base in kind.__mro__ if "__slots__" in vars(base))
+        members = (pair for table in own for pair in table.items())
+        names = tuple(n for n, m in members if type(m) is types.MemberDescriptorType)
+        _SLOTS[kind] = names
+    return names
+
+
+_SLOTS: weakref.WeakKeyDictionary[type, tuple[str, ...]] = weakref.WeakKeyDictionary()

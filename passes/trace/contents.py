@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import operator
 import pickle
 import types
-import weakref
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from typing import Any
 
-_MISSING = object()
-_NOT_OURS = {"__dict__", "__weakref__", "_abc_impl", "__doc__"}
+MISSING = type("Missing", (), {"__repr__": lambda self: "nothing"})()
+_NOT_OURS = {"__dict__", "__weakref__", "_abc_impl", "__doc__"}  # of a class
 
 
-class Contents(Protocol):
-    """What something holds, in named places.
+class Contents:
+    """What something holds, in named places. A kind may have none that could be filled.
 
     Attributes:
         owner: that something.
@@ -23,20 +23,27 @@ class Contents(Protocol):
 
     owner: Any
 
+    def __init__(self, owner: Any) -> None:
+        raise NotImplementedError
+
     def places(self) -> Iterable[tuple[Any, Any]]:
         """Places with what was in them, for those that :meth:`put` can fill."""
+        return ()
 
     def put(self, place: Any, value: Any) -> None:
         """Hold something else there for the time being."""
+        raise KeyError(place)
 
     def restore(self) -> bool:
         """Hold again what was held; nothing is touched, and False returned, where it still is."""
+        raise NotImplementedError
 
     def again(self) -> Contents:
         """The same of what is held now."""
+        return type(self)(self.owner)
 
 
-class OfDict:
+class OfDict(Contents):
     """A dict, or the attributes of an object; as the base class sees it, since subclasses' own
     methods do more than store.
     """
@@ -61,70 +68,39 @@ class OfDict:
             base.__setitem__(self.owner, key, value)
         return True
 
-    def again(self) -> Contents:
-        return OfDict(self.owner)
-
     def _is_as_before(self) -> bool:
         pairs = zip(self._base.items(self.owner), self._before, strict=True)
         return all(k is key and v is value for (k, v), (key, value) in pairs)
 
 
-class OfList:
-    """A list."""
+class OfSequence(Contents):
+    """A list or a deque; as the base class sees it, too."""
 
-    def __init__(self, owner: list[Any]) -> None:
-        self.owner, self._before = owner, list.copy(owner)
-
-    def places(self) -> Iterable[tuple[Any, Any]]:
-        return enumerate(self._before)
-
-    def put(self, place: Any, value: Any) -> None:
-        list.__setitem__(self.owner, place, value)
-
-    def restore(self) -> bool:
-        changed = _differs(list.__iter__(self.owner), len(self.owner), self._before)
-        if changed:
-            list.__setitem__(self.owner, slice(None), self._before)
-        return changed
-
-    def again(self) -> Contents:
-        return OfList(self.owner)
-
-
-class OfDeque:
-    """A deque."""
-
-    def __init__(self, owner: collections.deque[Any]) -> None:
-        self.owner, self._before = owner, list(owner)
+    def __init__(self, owner: Any) -> None:
+        self._base: Any = list if isinstance(owner, list) else collections.deque
+        self.owner, self._before = owner, [*self._base.__iter__(owner)]
 
     def places(self) -> Iterable[tuple[Any, Any]]:
         return enumerate(self._before)
 
     def put(self, place: Any, value: Any) -> None:
-        self.owner[place] = value
+        self._base.__setitem__(self.owner, place, value)
 
     def restore(self) -> bool:
-        changed = _differs(iter(self.owner), len(self.owner), self._before)
-        if changed:
-            self.owner.clear()
-            self.owner.extend(self._before)
-        return changed
+        base, before = self._base, self._before
+        same = base.__len__(self.owner) == len(before)
+        if same and all(map(operator.is_, base.__iter__(self.owner), before)):
+            return False
+        base.clear(self.owner)
+        base.extend(self.owner, before)
+        return True
 
-    def again(self) -> Contents:
-        return OfDeque(self.owner)
 
-
-class OfSet:
+class OfSet(Contents):
     """A set; its members are in no places."""
 
     def __init__(self, owner: set[Any]) -> None:
         self.owner, self._before = owner, set.copy(owner)
-
-    def places(self) -> Iterable[tuple[Any, Any]]:
-        return iter(())
-
-    def put(self, place: Any, value: Any) -> None:
-        raise KeyError(place)
 
     def restore(self) -> bool:
         changed = set.__ne__(self.owner, self._before)
@@ -133,21 +109,12 @@ class OfSet:
             set.update(self.owner, self._before)
         return changed
 
-    def again(self) -> Contents:
-        return OfSet(self.owner)
 
-
-class OfBytes:
+class OfBytes(Contents):
     """A bytearray."""
 
     def __init__(self, owner: bytearray) -> None:
         self.owner, self._before = owner, bytes(owner)
-
-    def places(self) -> Iterable[tuple[Any, Any]]:
-        return iter(())
-
-    def put(self, place: Any, value: Any) -> None:
-        raise KeyError(place)
 
     def restore(self) -> bool:
         changed = self.owner != self._before
@@ -155,37 +122,30 @@ class OfBytes:
             self.owner[:] = self._before
         return changed
 
-    def again(self) -> Contents:
-        return OfBytes(self.owner)
 
-
-class OfCell:
+class OfCell(Contents):
     """A variable that a closure shares."""
 
     def __init__(self, owner: types.CellType) -> None:
-        self.owner, self._before = owner, _content(owner)
+        self.owner, self._before = owner, content_of(owner)
 
     def places(self) -> Iterable[tuple[Any, Any]]:
-        if self._before is not _MISSING:
-            yield None, self._before
+        return () if self._before is MISSING else ((None, self._before),)
 
     def put(self, place: Any, value: Any) -> None:
         self.owner.cell_contents = value
 
     def restore(self) -> bool:
-        if _content(self.owner) is self._before:
+        if content_of(self.owner) is self._before:
             return False
-        if self._before is _MISSING:
+        if self._before is MISSING:
             del self.owner.cell_contents
         else:
             self.owner.cell_contents = self._before
         return True
 
-    def again(self) -> Contents:
-        return OfCell(self.owner)
 
-
-class OfNames:
+class OfNames(Contents):
     """Some names of something: the globals that code refers to, the members of a class, the slots
     of an object.
 
@@ -200,16 +160,16 @@ class OfNames:
     def __init__(
         self,
         owner: Any,
-        names: list[str],
+        names: Iterable[str],
         get: Callable[[Any, str, Any], Any],
         put: Callable[[Any, str, Any], None],
         delete: Callable[[Any, str], None],
     ) -> None:
         self.owner, self._get, self._put, self._delete = owner, get, put, delete
-        self._before = {name: get(owner, name, _MISSING) for name in names}
+        self._before = {name: get(owner, name, MISSING) for name in names}
 
     def places(self) -> Iterable[tuple[Any, Any]]:
-        return iter([(n, v) for n, v in self._before.items() if v is not _MISSING])
+        return iter([(n, v) for n, v in self._before.items() if v is not MISSING])
 
     def put(self, place: Any, value: Any) -> None:
         self._put(self.owner, place, value)
@@ -217,20 +177,20 @@ class OfNames:
     def restore(self) -> bool:
         changed = False
         for name, value in self._before.items():
-            if self._get(self.owner, name, _MISSING) is value:
+            if self._get(self.owner, name, MISSING) is value:
                 continue
             changed = True
-            if value is _MISSING:
+            if value is MISSING:
                 self._delete(self.owner, name)
             else:
                 self._put(self.owner, name, value)
         return changed
 
     def again(self) -> Contents:
-        return OfNames(self.owner, list(self._before), self._get, self._put, self._delete)
+        return OfNames(self.owner, self._before, self._get, self._put, self._delete)
 
 
-class OfState:
+class OfState(Contents):
     """What an object tells of itself: a random generator, an array."""
 
     def __init__(
@@ -242,9 +202,6 @@ class OfState:
     def places(self) -> Iterable[tuple[Any, Any]]:
         yield None, pickle.dumps(self._before)  # to be compared; it cannot be put there
 
-    def put(self, place: Any, value: Any) -> None:
-        raise KeyError(place)
-
     def restore(self) -> bool:
         changed = pickle.dumps(self._get(self.owner)) != pickle.dumps(self._before)
         if changed:
@@ -255,7 +212,7 @@ class OfState:
         return OfState(self.owner, self._get, self._put)
 
 
-class OfIterator:
+class OfIterator(Contents):
     """Of an iterator that something holds, or of what stands there for it: how far it is. It cannot
     be put back: whoever runs code meanwhile puts a copy there.
     """
@@ -267,9 +224,6 @@ class OfIterator:
 
     def places(self) -> Iterable[tuple[Any, Any]]:
         yield None, self._before
-
-    def put(self, place: Any, value: Any) -> None:
-        raise KeyError(place)
 
     def restore(self) -> bool:
         return False
@@ -283,7 +237,7 @@ def how_far(iterator: Any) -> str:
     return repr(iterator.__reduce__()[1:])
 
 
-def of_globals(namespace: dict[str, Any], names: list[str]) -> Contents:
+def of_globals(namespace: dict[str, Any], names: Iterable[str]) -> Contents:
     """Of a Python module, those names that code refers to."""
     return OfNames(namespace, names, dict.get, dict.__setitem__, dict.__delitem__)
 
@@ -295,24 +249,9 @@ def of_class(cls: type) -> Contents:
     return OfNames(cls, names, get, type.__setattr__, type.__delattr__)
 
 
-def of_slots(owner: Any, names: list[str]) -> Contents:
+def of_slots(owner: Any, names: Iterable[str]) -> Contents:
     """Of an object whose class has ``__slots__``."""
     return OfNames(owner, names, getattr, object.__setattr__, object.__delattr__)
-
-
-def slot_names(cls: type) -> list[str]:
-    """Attributes of a class's objects that are in no ``__dict__``."""
-    if cls not in _SLOTS:
-        _SLOTS[cls] = [
-            name
-            for base in cls.__mro__
-            for name, member in vars(base).items()
-            if type(member) is types.MemberDescriptorType and name not in _NOT_OURS
-        ]
-    return _SLOTS[cls]
-
-
-_SLOTS: weakref.WeakKeyDictionary[type, list[str]] = weakref.WeakKeyDictionary()
 
 
 def contents_of(value: Any) -> Contents | None:
@@ -325,20 +264,17 @@ def contents_of(value: Any) -> Contents | None:
 
 _KINDS: tuple[tuple[type, Callable[[Any], Contents]], ...] = (
     (dict, OfDict),
-    (list, OfList),
+    (list, OfSequence),
     (set, OfSet),
-    (collections.deque, OfDeque),
+    (collections.deque, OfSequence),
     (bytearray, OfBytes),
 )
 # those without attributes
 BARE = {collections.OrderedDict: OfDict, collections.defaultdict: OfDict, **dict(_KINDS)}
 
 
-def _differs(now: Iterator[Any], length: int, before: list[Any]) -> bool:
-    return length != len(before) or any(a is not b for a, b in zip(now, before, strict=True))
-
-
-def _content(cell: types.CellType) -> Any:
+def content_of(cell: types.CellType) -> Any:
+    """What a closure's variable stands for; `MISSING` where it has no value yet."""
     with contextlib.suppress(ValueError):
         return cell.cell_contents
-    return _MISSING
+    return MISSING

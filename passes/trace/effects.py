@@ -14,11 +14,10 @@ import torch
 from torch import nn
 
 from ...graphs.pictures import picture
-from .contents import Contents, OfDeque, OfDict, OfIterator, OfList, OfState
+from .contents import MISSING, Contents, OfDict, OfIterator, OfSequence, OfState
 from .values import tensors_in
 
 _UNFILLED = (None, False)
-_MISSING = object()
 Depends = Callable[[torch.Tensor], bool]
 
 
@@ -64,13 +63,13 @@ def _difference(kept: Contents, depends: Depends) -> str | None:
     was, now = dict(kept.places()), dict(kept.again().places())
     if isinstance(kept, OfState) and not _is_state(kept):
         return None
-    if isinstance(kept, OfList | OfDeque):
+    if isinstance(kept, OfSequence):
         return None if _same(was, now) else f"a {type(kept.owner).__name__}"
-    changed = [place for place, value in now.items() if was.get(place, _MISSING) is not value]
+    changed = [place for place, value in now.items() if was.get(place, MISSING) is not value]
     gone = [place for place in was if place not in now]
     for place in gone + changed:
-        default = 0 if _counts(kept.owner, place, now.get(place)) else _MISSING
-        if not _is_filled(was.get(place, default), now.get(place, _MISSING), depends):
+        default = 0 if _counts(kept.owner, place, now.get(place)) else MISSING
+        if not _is_filled(was.get(place, default), now.get(place, MISSING), depends):
             return _words(kept, place)
     return None
 
@@ -99,5 +98,5 @@ def _is_filled(was: Any, now: Any, depends: Depends) -> bool:
     """Whether nothing was there before, and what is there now is the same in every call."""
     if any(depends(tensor) for tensor in tensors_in(now)):
         return False
-    empty = was is _MISSING or any(was is nothing for nothing in _UNFILLED)
-    return now is not _MISSING and (empty or picture(was) == picture(now))
+    empty = was is MISSING or any(was is nothing for nothing in _UNFILLED)
+    return now is not MISSING and (empty or picture(was) == picture(now))

@@ -17,10 +17,10 @@ from torch.overrides import TorchFunctionMode
 
 from ...errors import BakedInError, TracingError
 from ...graphs.pictures import picture
+from .contents import MISSING
 from .held import GRAD, Held, Reads
 from .modules import state_of
 from .naming import check_inputs
-from .outside import MISSING
 from .questions import OF_GRADIENTS
 from .recorder import Recorder
 from .routing import by_library, watching

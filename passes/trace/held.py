@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from ...graphs.pictures import ATOMS, picture
-from .outside import LIBRARY, MISSING, Outside
+from .contents import MISSING
+from .outside import LIBRARY, Outside
 from .state import MODULE_INTERNALS
 from .values import tensors_in
 

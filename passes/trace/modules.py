@@ -14,7 +14,7 @@ from ...errors import BakedInError, TracingError
 from ...graphs.pictures import Itself, picture
 from .calls import ReadAttribute, StoreAttribute
 from .containers import Copy, take_over
-from .contents import Contents
+from .contents import MISSING, Contents
 from .effects import Watched
 from .held import Reads, is_hooked
 from .provenance import Provenance
@@ -23,7 +23,6 @@ from .state import MODULE_INTERNALS, python_draws
 # nn modules that are only sequences of others: looked into, so that cuts can fall between their
 # layers
 _TRANSPARENT = (nn.Sequential, nn.TransformerEncoder, nn.TransformerDecoder, nn.Transformer)
-_MISSING = object()
 # what a helper object holds is looked at in ``effects``, which knows what is filled once
 _OPENED = bool | int | float | complex | str | list | dict | set | tuple | deque
 
@@ -150,7 +149,7 @@ class Visits:
             return  # nobody's, or looked at when the module returns
         inside_whole = any(path.startswith(f"{p}.") for p in self.opaque)
         if (inside_whole or self.is_leaf(module, path)) and (
-            picture(getattr(module, name, _MISSING)) != picture(value)
+            picture(getattr(module, name, MISSING)) != picture(value)
         ):
             raise BakedInError(
                 f"forward sets '{name}' of '{path}' ({type(module).__name__}), which is one opaque "
@@ -185,7 +184,7 @@ class Visits:
         changed = [
             k
             for k, v in now.items()
-            if before.get(k, _MISSING) != v and not self._only_remembers(module, k, entries)
+            if before.get(k, MISSING) != v and not self._only_remembers(module, k, entries)
         ]
         values = {name: getattr(module, name) for name in changed}
         # the top level cannot be opaque

@@ -19,12 +19,12 @@ import torch
 from torch import nn
 
 from ...graphs.pictures import ATOMS, picture
+from .contents import MISSING, content_of
 
 TORCH, OURS = str(torch.__path__[0]), str(Path(picture.__code__.co_filename).parents[1])
 LIBRARY = (TORCH, OURS)  # code that is not what the user writes
-MISSING = type("Missing", (), {"__repr__": lambda self: "nothing"})()
 _MOST = 2_000  # functions that are read
-_LIBRARIES = (sys.stdlib_module_names - {"__main__"}) | {"torch", "numpy"}
+_LIBRARIES = (sys.stdlib_module_names - {"__main__"}) | {"torch", "numpy", "dni_fx"}
 _OPENED = (
     "SimpleNamespace",
     "partial",
@@ -97,7 +97,7 @@ class Outside:
         name, *attributes = chain
         read: Read
         if name in cells:
-            read = functools.partial(_content, cells[name])
+            read = functools.partial(content_of, cells[name])
         else:
             read = functools.partial(namespace.get, name, MISSING)
         place = name
@@ -121,7 +121,7 @@ class Outside:
                 self._hold(place, read)
                 yield value
         elif isinstance(value, type):
-            if not _is_library_name(value.__module__):
+            if not is_library_name(value.__module__):
                 self._hold(place, read)
                 yield from _methods(value)
         elif _is_opened(value):
@@ -131,7 +131,7 @@ class Outside:
 
 def is_library(function: types.FunctionType) -> bool:
     """Whether the code is torch's or Python's."""
-    return function.__code__.co_filename.startswith(LIBRARY) or _is_library_name(
+    return function.__code__.co_filename.startswith(LIBRARY) or is_library_name(
         function.__globals__.get("__name__", "")
     )
 
@@ -151,7 +151,7 @@ def functions_in(value: Any, depth: int = 3) -> Iterator[Any]:
 
 
 def _methods(cls: type) -> Iterator[Any]:
-    if _is_library_name(cls.__module__) or issubclass(cls, nn.Module):
+    if is_library_name(cls.__module__) or issubclass(cls, nn.Module):
         return
     for member in vars(cls).values():
         if isinstance(member, staticmethod | classmethod | property):
@@ -180,10 +180,10 @@ def _inner(value: Any, attribute: str) -> Callable[[Read], Any] | None:
     nothing is looked into.
     """
     if isinstance(value, types.ModuleType):
-        known = _is_library_name(value.__name__)
+        known = is_library_name(value.__name__)
         return None if known else lambda read: vars(read()).get(attribute, MISSING)
     kind = value if isinstance(value, type) else type(value)
-    if _is_library_name(kind.__module__) and kind.__name__ not in _OPENED:
+    if is_library_name(kind.__module__) and kind.__name__ not in _OPENED:
         if not isinstance(value, types.FunctionType):
             return None
     elif isinstance(value, nn.Module) or (
@@ -199,19 +199,13 @@ def _is_opened(value: Any) -> bool:
     if isinstance(value, types.BuiltinFunctionType | types.ModuleType):
         return False
     known = isinstance(value, torch.Tensor) or kind in ATOMS or kind.__name__ in _OPENED
-    return known or kind.__module__ == "builtins" or not _is_library_name(kind.__module__)
+    return known or kind.__module__ == "builtins" or not is_library_name(kind.__module__)
 
 
-def _is_library_name(module: Any) -> bool:
+def is_library_name(module: Any) -> bool:
+    """Whether a Python module is torch's, NumPy's, Python's or ours."""
     return isinstance(module, str) and module.partition(".")[0] in _LIBRARIES
 
 
 def _defaults(function: types.FunctionType) -> Any:
     return function.__defaults__, function.__kwdefaults__
-
-
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return MISSING

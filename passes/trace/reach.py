@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...graphs.pictures import slot_names
 from . import caches
 from .contents import (
     BARE,
@@ -31,8 +32,8 @@ from .contents import (
     of_class,
     of_globals,
     of_slots,
-    slot_names,
 )
+from .outside import is_library_name
 
 MOST = 200_000
 _ATOMS = {
@@ -42,7 +43,6 @@ _ATOMS = {
     *(types.WrapperDescriptorType, types.MethodDescriptorType),
     *(types.GetSetDescriptorType, types.MemberDescriptorType),
 }  # fmt: skip
-_LIBRARIES = (sys.stdlib_module_names - {"__main__"}) | {"torch", "numpy", "dni_fx"}
 # objects of these may hold what matters, though their code does not
 _OPEN = (
     "torch.nn",
@@ -83,7 +83,7 @@ class Reach:
         while self._next and len(self._seen) < MOST:
             self._visit(self._next.pop())
         for namespace, names in self._globals.values():
-            self._keep(of_globals(namespace, list(names)))
+            self._keep(of_globals(namespace, names))
 
     def _visit(self, value: Any) -> None:
         kind = type(value)
@@ -137,7 +137,7 @@ class Reach:
             self._keep(kept)
             if isinstance(value, set):
                 self._next += value
-        elif _is_library(cls.__module__) and not _is_open(value):
+        elif is_library_name(cls.__module__) and not _is_open(value):
             return
         self._next.append(cls)
         if type(attributes := getattr(value, "__dict__", None)) is dict:
@@ -202,7 +202,7 @@ class Reach:
     def _class(self, cls: type) -> None:
         for base in cls.__mro__[1:]:
             self._next.append(base)
-        if _is_library(cls.__module__):
+        if is_library_name(cls.__module__):
             return
         kept = of_class(cls)
         self.contents.append(kept)
@@ -221,12 +221,12 @@ class Reach:
         self._next += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
         self._holder(vars(function))
         namespace = function.__globals__
-        if _is_library(namespace.get("__name__", "")):
+        if is_library_name(namespace.get("__name__", "")):
             return
         names = set(_names(function.__code__))
         self._found(namespace, names)
         for name in names & sys.modules.keys():  # imported in the function
-            if not _is_library(name):
+            if not is_library_name(name):
                 self._found(vars(sys.modules[name]), names)
         for name in names - self._names:
             for member in self._members.pop(name, ()):
@@ -240,14 +240,10 @@ class Reach:
             known.add(name)
             value = namespace[name]
             if isinstance(value, types.ModuleType):
-                if not _is_library(value.__name__):
+                if not is_library_name(value.__name__):
                     self._found(vars(value), names)
             else:
                 self._next.append(value)
-
-
-def _is_library(module: str) -> bool:
-    return isinstance(module, str) and module.partition(".")[0] in _LIBRARIES
 
 
 def _is_open(value: Any) -> bool:

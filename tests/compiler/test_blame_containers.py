@@ -341,6 +341,22 @@ def test_an_argument_that_holds_tensors_is_named(width: int, nested: bool) -> No
         assert "export" not in str(caught.value)
 
 
+class Slotted:
+    __slots__ = "__kept"  # one name alone, and private
+
+    def __init__(self, kept: Tensor) -> None:
+        self.__kept = kept
+
+    @property
+    def x(self) -> Tensor:
+        return self.__kept
+
+
+def test_attributes_in_slots_are_looked_into_whatever_they_are_called() -> None:
+    with pytest.raises(DecouplingError, match=r"one is \._Slotted__kept"):
+        dni_fx.list_cut_points(TakesData(6), (Slotted(torch.randn(4, 6)),))
+
+
 def test_plain_objects_and_modules_are_taken() -> None:
     """Negative control: an object without tensors, and a module, which is no data."""
 
