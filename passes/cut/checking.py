@@ -17,7 +17,7 @@ from torch import nn
 from ...errors import DecouplingError, user_line
 from ...graphs.nested import flatten, map_tensors
 from ..trace.caches import Fakes, forget
-from ..trace.nodes import run_node
+from ..trace.interpreting import interpret
 from ..trace.ports import ANOTHER
 from ..trace.prefixes import ancestors, run_prefix
 from ..trace.state import Changes, restored
@@ -254,28 +254,23 @@ def guards_hold(trace: Trace, leaves: list[torch.Tensor], whole: bool = False) -
 
 
 def _holds_on(trace: Trace, leaves: list[torch.Tensor], fake: Fakes, whole: bool) -> bool:
-    expected = trace.guards_by_shape
-    values: dict[Any, Any] = {}
-    inputs = iter(leaves)
-    wanted = set(trace.graph.nodes if whole else ancestors(expected))
+    expected, inputs = trace.guards_by_shape, trace.placed(leaves)
+    nodes = trace.graph.nodes if whole else ancestors(expected)
+
+    def own(value: Any) -> Any:  # what a node may write to
+        is_buffer = isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter)
+        return value.clone() if is_buffer else value
+
     try:
         with fake, torch.no_grad():
-            for node in trace.graph.nodes:
-                if node.op == "placeholder":
-                    values[node] = fake.from_tensor(next(inputs).detach())
-                elif node not in wanted or node.op == "output":
-                    continue
-                elif node.op == "get_attr":
-                    value = trace.attributes[str(node.target)]
-                    copied = isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter)
-                    values[node] = value.clone() if copied else value
-                else:
-                    values[node] = run_node(trace, node, values)
-                if node in expected and plain(values[node]) != expected[node]:
-                    return False
+            attributes = {name: own(value) for name, value in trace.attributes.items()}
+            given = lambda node: fake.from_tensor(inputs[node].detach())  # noqa: E731
+            return all(
+                node not in expected or plain(value) == expected[node]
+                for node, value in interpret(nodes, attributes, given)
+            )
     except Exception:
         return False
-    return True
 
 
 def values_hold(trace: Trace, leaves: list[torch.Tensor]) -> bool:
@@ -283,10 +278,8 @@ def values_hold(trace: Trace, leaves: list[torch.Tensor]) -> bool:
     expected = trace.guards_by_value
     if not expected:
         return True
-    places = [n for n in trace.graph.nodes if n.op == "placeholder"]
-    inputs = dict(zip(places, leaves, strict=True))
     try:
-        values = run_prefix(expected, trace.attributes, inputs)
+        values = run_prefix(expected, trace.attributes, trace.placed(leaves))
     except Exception:
         return False
     return all(plain(values[node]) == value for node, value in expected.items())

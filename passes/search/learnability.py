@@ -18,9 +18,8 @@ from ...runtime.emitted import evaluate
 from ...sources import GradientSource, make_source
 from ..cut.cutting import Flow, needs_gradient
 from ..cut.insertion import Context, infer_context
-from ..trace.nodes import run_node
+from ..trace.interpreting import interpret
 from ..trace.state import restored
-from .probes import regions
 from .source_costs import OptionOf
 
 _BATCHES = 8  # looked at; a quarter of them judge
@@ -96,27 +95,21 @@ def _true_gradients(
         raise DecouplingError(
             "batches= must hold the model's inputs as example_inputs= does, and then the target"
         )
-    inputs = iter(leaves)
-    values: dict[fx.Node, Any] = {}
+    inputs = flow.trace.placed(leaves)
+    outputs, results = flow.trace.output_leaves, dict[fx.Node, Any]()
     found: dict[fx.Node, Pair] = {}
     with restored(flow.trace.model, batch), torch.enable_grad():
-        for node in flow.nodes[:-1]:
-            if node.op == "placeholder":
-                values[node] = next(inputs)
-            elif node.op == "get_attr":
-                values[node] = flow.trace.attributes[str(node.target)]
-            else:
-                with regions(node), torch.set_grad_enabled(not node.meta.get("no_grad")):
-                    value = values[node] = run_node(flow.trace, node, values)
-                if node in wanted and needs_gradient(node) and value.requires_grad:
-                    copy = value.detach().clone()
-                    found[node] = (copy, torch.zeros_like(copy))
-                    value.register_hook(
-                        lambda g, n=node, c=copy: found.__setitem__(n, (c, g.detach().clone()))
-                    )
-        outputs = flow.trace.output_leaves
-        results = (values[a] if isinstance(a, fx.Node) else a for a in outputs)
-        value = evaluate(loss, flow.trace.outputs.build(results), target)
+        for node, value in interpret(flow.nodes, flow.trace.attributes, inputs.__getitem__):
+            if node in outputs:
+                results[node] = value
+            if node in wanted and needs_gradient(node) and value.requires_grad:
+                copy = value.detach().clone()
+                found[node] = (copy, torch.zeros_like(copy))
+                value.register_hook(
+                    lambda g, n=node, c=copy: found.__setitem__(n, (c, g.detach().clone()))
+                )
+        made = (results[a] if isinstance(a, fx.Node) else a for a in outputs)
+        value = evaluate(loss, flow.trace.outputs.build(made), target)
         parameters = [p for p in flow.trace.model.parameters() if p.requires_grad]
         torch.autograd.grad(value, parameters, allow_unused=True)
     return found

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from ..cut.cutting import Flow, needs_gradient
-from ..trace.nodes import run_node
+from ..trace.interpreting import Values, call_node, interpret
 from ..trace.storages import unwatched
 from ..trace.values import storage_key, tensors_in
 
@@ -58,32 +58,27 @@ class Walk:
         self.kept: dict[str, int] = {}
         self._keeps_value: set[str] = set()
         self._flow, self._weigh, self._has_data = flow, weigh, has_data
-        self._values: dict[fx.Node, Any] = {}
         self._owners: dict[int, str] = {}  # which node made the memory that is alive
 
     def run(self, inputs: Iterator[torch.Tensor], nodes: Iterable[fx.Node]) -> None:
         """Weigh every node of the graph, given the example's tensors."""
-        values, pending = self._values, {n: len(n.users) for n in self._flow.nodes}
-        for node in nodes:
-            if node.op == "placeholder":
-                values[node] = next(inputs).detach().clone()
-            elif node.op == "get_attr":
-                values[node] = self._flow.trace.attributes[str(node.target)]
-            elif node.op != "output":
-                with regions(node), warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # about how nodes are used here
-                    if self._flow.is_computed(node) and not node.meta.get("glued"):
-                        put_back = self._keep(node)
-                        self._visit(node)
-                        put_back()
-                    values[node] = self._value(node)
-                self._owners.update({storage_key(t): node.name for t in tensors_in(values[node])})
-            for used in node.all_input_nodes:
-                pending[used] -= 1
-                if not pending[used] and used.op != "get_attr":
-                    del values[used]
+        attributes = self._flow.trace.attributes
+        given = lambda node: next(inputs).detach().clone()  # noqa: E731
+        for node, value in interpret(nodes, attributes, given, self._weighed):
+            if node.op not in ("placeholder", "get_attr"):
+                self._owners.update({storage_key(t): node.name for t in tensors_in(value)})
         for name in self._keeps_value & self._flow.specs.keys():
             self.kept[name] = self.kept.get(name, 0) + self._flow.specs[name].nbytes
+
+    def _weighed(self, node: fx.Node, values: Values) -> Any:
+        """The value of a node that has been weighed."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about how nodes are used here
+            if self._flow.is_computed(node) and not node.meta.get("glued"):
+                put_back = self._keep(node)
+                self._visit(node, values)
+                put_back()
+            return self._value(node, values)
 
     def _keep(self, node: fx.Node) -> Callable[[], None]:
         """Remember what a call changes, where the node could not be looked into: it is run once for
@@ -93,11 +88,11 @@ class Walk:
         is_opaque = node.op == "call_module" and str(node.target) in trace.opaque
         return trace.changes.keep() if is_opaque and self._has_data else lambda: None
 
-    def _value(self, node: fx.Node) -> Any:
+    def _value(self, node: fx.Node, values: Values) -> Any:
         """The node's value, for those that use it."""
         try:
             with torch.no_grad():
-                return run_node(self._flow.trace, node, self._values)
+                return call_node(self._flow.trace.attributes, node, values)
         except Exception:
             if self._has_data:
                 raise
@@ -105,9 +100,9 @@ class Walk:
             value = node.meta.get("value")
             return None if value is None else torch.empty(value.shape, dtype=value.dtype)
 
-    def _visit(self, node: fx.Node) -> None:
+    def _visit(self, node: fx.Node, values: Values) -> None:
         """Weigh one node, and find out what its forward keeps."""
-        inputs, trained = self._own_inputs(node)
+        inputs, trained = self._own_inputs(node, values)
         written = set(node.meta.get("mutates", ()))
         copied = [
             used
@@ -118,7 +113,7 @@ class Walk:
         def forward() -> Any:
             own = {**inputs, **{u: inputs[u].clone() for u in copied}}
             with torch.set_grad_enabled(not node.meta.get("no_grad")):
-                return run_node(self._flow.trace, node, own)
+                return call_node(self._flow.trace.attributes, node, own)
 
         received = {storage_key(t): self._owners.get(storage_key(t)) for t in trained}
         made: dict[int, int] = {}  # bytes of what was made inside and kept
@@ -147,14 +142,16 @@ class Walk:
             times = Counted().nanoseconds(moved), Counted().nanoseconds(2 * moved)
         self.forward[node.name], self.backward[node.name] = times
 
-    def _own_inputs(self, node: fx.Node) -> tuple[dict[fx.Node, Any], list[torch.Tensor]]:
+    def _own_inputs(
+        self, node: fx.Node, values: Values
+    ) -> tuple[dict[fx.Node, Any], list[torch.Tensor]]:
         """A node's inputs as leaves of a graph of its own, and every tensor that it computes
         from.
         """
         trained: list[torch.Tensor] = []
         inputs: dict[fx.Node, Any] = {}
         for used in node.all_input_nodes:
-            value = self._values[used]
+            value = values[used]
             if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
                 needed = needs_gradient(used) and not node.meta.get("no_grad")
                 value = value.detach().requires_grad_(needed)
@@ -254,13 +251,3 @@ def timed(call: Forward, device: torch.device) -> tuple[int, Any]:
     result = call()
     wait(device)
     return time.perf_counter_ns() - start, result
-
-
-@contextlib.contextmanager
-def regions(node: fx.Node) -> Iterator[None]:
-    """The autocast regions that the node was recorded in."""
-    with contextlib.ExitStack() as stack:
-        for device, dtype, enabled, cache in node.meta.get("autocast", ()):
-            region = torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache)
-            stack.enter_context(region)
-        yield

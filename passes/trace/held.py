@@ -7,6 +7,7 @@ and modes of torch that were asked for. Each becomes a guard here, looked at in 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -102,6 +103,17 @@ class Reads:
         self._held: dict[Any, Held] = {}
         self._alive: list[Any] = []
         self._outside = Outside(self._refers, self.mode, _BY_FUNCTION)
+
+    @contextlib.contextmanager
+    def around(self) -> Iterator[None]:
+        """Autocast as it is around the model, whatever regions the model is in."""
+        with contextlib.ExitStack() as stack:
+            for device in _DEVICES:
+                states = ("is_autocast_enabled", (device,)), ("get_autocast_dtype", (device,))
+                enabled, dtype = (self._ambient[state] for state in states)
+                if (enabled, dtype) != tuple(getattr(torch, n)(*a) for n, a in states):
+                    stack.enter_context(torch.autocast(device, dtype, enabled))
+            yield
 
     @property
     def held(self) -> tuple[Held, ...]:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import keyword
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 from torch import fx
 
 from .calls import call_named
-from .prefixes import call_node
-from .traces import Trace
 
 
 def identifier(name: str) -> str:
@@ -56,11 +53,6 @@ def _free_target(holder: str, part: str, taken: set[str]) -> str:
         target += "_"
     taken.add(target)
     return target
-
-
-def run_node(trace: Trace, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-    """Call what a recorded node calls, on the values of the nodes that it uses."""
-    return call_node(trace.attributes, node, values)
 
 
 def with_named(call: fx.Node) -> fx.Node:

@@ -12,29 +12,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.immutable_collections import immutable_dict, immutable_list
 
-
-def call_node(attributes: Mapping[str, Any], node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-    """Call what a recorded node calls, on the values of the nodes that it uses."""
-    args, kwargs = fx.node.map_aggregate(
-        (node.args, dict(node.kwargs)), lambda a: values[a] if isinstance(a, fx.Node) else a
-    )
-    args, kwargs = _own(args), _own(kwargs)
-    if node.op == "call_module":
-        return attributes[str(node.target)](*args, **kwargs)
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-def _own(value: Any) -> Any:
-    """A container that a callee may change, in place of one that fx has frozen."""
-    if isinstance(value, immutable_list):
-        return [_own(v) for v in value]
-    if isinstance(value, immutable_dict):
-        return {k: _own(v) for k, v in value.items()}
-    return tuple(map(_own, value)) if type(value) is tuple else value
+from .interpreting import interpret
 
 
 def ancestors(nodes: Iterable[fx.Node]) -> list[fx.Node]:
@@ -71,16 +50,10 @@ def run_prefix(
     inputs: Mapping[fx.Node, torch.Tensor],
 ) -> dict[fx.Node, Any]:
     """Compute some nodes, and what they need, from the model's inputs."""
-    values: dict[fx.Node, Any] = {}
+    wanted = set(nodes)
     with torch.no_grad():
-        for node in ancestors(nodes):
-            if node.op == "placeholder":
-                values[node] = inputs[node]
-            elif node.op == "get_attr":
-                values[node] = attributes[str(node.target)]
-            else:
-                values[node] = call_node(attributes, node, values)
-    return values
+        found = interpret(ancestors(wanted), attributes, inputs.__getitem__)
+        return {node: value for node, value in found if node in wanted}
 
 
 def mark_differentiated(call: fx.Node) -> None:

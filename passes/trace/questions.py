@@ -77,7 +77,7 @@ class Questions:
             raise DataDependentError(
                 f"the model reads the values of a tensor (by '{short}') while it runs"
             )
-        with unset_fake_temporarily():
+        with unset_fake_temporarily(), self._reads.around():
             answer = run_prefix([node], self._known.attributes, self._inputs)[node]
         self._looks.guard(node, answer)
         return answer

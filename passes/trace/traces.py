@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from ...graphs.nested import Structure
@@ -84,6 +86,11 @@ class Trace:
     def guards_by_value(self) -> dict[fx.Node, Any]:
         """Those for which a part of the graph is run before each call."""
         return {n: value for n, value in self.guards if is_by_value(n)}
+
+    def placed(self, leaves: Sequence[torch.Tensor]) -> dict[fx.Node, torch.Tensor]:
+        """The tensors of a call by placeholder."""
+        places = (node for node in self.graph.nodes if node.op == "placeholder")
+        return dict(zip(places, leaves, strict=True))
 
     @property
     def output_leaves(self) -> tuple[Any, ...]:

@@ -482,3 +482,46 @@ def test_requires_grad_that_is_assigned() -> None:
         return h + leaf
 
     assert_holds(Net(between), (X,), (X[:2],))
+
+
+# ---- what is asked in a region of the model's own ------------------------------------------------
+
+
+def kind_in_a_region(net: Net, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        made = F.linear(h, net.a.weight)
+    return h * 2 if made.dtype == torch.bfloat16 else h
+
+
+def value_in_a_region(net: Net, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        coarse = x.mm(x.t())
+    return h * 2 if (coarse > 4).any() else h
+
+
+def value_from_outside(net: Net, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    fine = x.mm(x.t())
+    with torch.autocast("cpu", torch.bfloat16):
+        is_larger = bool((fine > 4).any())
+    return h * 2 if is_larger else h
+
+
+def test_a_graph_holds_for_other_sizes_though_a_region_made_the_kind() -> None:
+    decoupled = cut(Net(kind_in_a_region), X)
+    assert decoupled.has_graph_for(torch.randn(7, 6))
+    assert_equal(decoupled, torch.randn(7, 6))
+
+
+@pytest.mark.parametrize("between", [value_in_a_region, value_from_outside])
+@pytest.mark.parametrize("first", [4.0, 4.0078125, 4.03125])  # the second is 4 in half precision
+def test_values_are_computed_in_the_region_that_they_belong_to(
+    between: Callable[..., torch.Tensor], first: float
+) -> None:
+    def x_of(square: float) -> torch.Tensor:
+        x = torch.zeros(1, 6)
+        x[0, :2] = torch.tensor([2.0, (square - 4) ** 0.5])
+        return x
+
+    model = Net(between)
+    assert between(model, torch.ones(1), x_of(4.0078125)) == 1 + (between is value_from_outside)
+    assert_holds(model, *((x_of(square),) for square in (first, 4.0, 4.0078125, 4.03125)))
