@@ -6,10 +6,10 @@ from .compiler import plan_cuts as plan_cuts
 from .decoupled import Decoupled as Decoupled
 from .errors import DecouplingError as DecouplingError
 from .plan import CutPlan as CutPlan
-from .runtime.trainer import Trainer as Trainer
 from .simulation import simulate as simulate
 from .sources import GradientSource as GradientSource
 from .sources import one_hot as one_hot
+from .trainer import Trainer as Trainer
 
 __all__ = [
     "CutPlan",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import sysconfig
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -56,6 +57,15 @@ class NonFiniteError(DecouplingError):
     """A value or gradient became NaN or infinite. Names the place and the step; nothing was
     updated.
     """
+
+
+@contextlib.contextmanager
+def placed(place: str) -> Iterator[None]:
+    """What is refused within, with its place before it."""
+    try:
+        yield
+    except DecouplingError as error:
+        raise type(error)(f"{place}: {error}") from error
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .errors import DecouplingError, did_you_mean
 from .graphs.nested import map_tensors
+from .runtime.answers import or_zeros
 from .through_time.seats import INPUT, Link, Member, Seat, Sent, check_member, take
 from .through_time.trainer import ThroughTime, WindowReport
 
@@ -211,7 +212,7 @@ class Collection:
         answers: dict[int, dict[str, Tensor]] = {}
         for sent in known:
             seat.sent.remove(sent)
-            gradient = torch.zeros_like(sent.value) if sent.gradient is None else sent.gradient
+            gradient = or_zeros(sent.gradient, sent.value)
             gradient = gradient / trainer.accumulate if trainer.accumulate > 1 else gradient
             answers.setdefault(sent.step, {})[sent.message] = gradient
         trainer.answer(answers)

@@ -15,6 +15,7 @@ from ..passes.cut.expecting import find_expected
 from ..passes.cut.splitting import Split
 from ..passes.search.searching import Choice
 from ..passes.trace.held import broken
+from ..passes.trace.settings import casts
 from ..passes.trace.traces import Trace
 from ..sources import GradientSource, Served
 from .nested import Structure
@@ -152,9 +153,8 @@ def kinds_of(leaves: list[torch.Tensor]) -> tuple[Any, ...]:
 
 def layouts_of(leaves: list[torch.Tensor]) -> tuple[Any, ...]:
     """What guards may depend on and need not be proved twice: shapes, strides and autocast."""
-    cast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
     strided = torch.strided
-    return cast, *(
+    return casts(), *(
         (t.shape, t.stride(), t.storage_offset()) if t.layout is strided else (t.shape,)
         for t in leaves
     )

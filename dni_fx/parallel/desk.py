@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections import deque
 
+from ..schedules import Flow
 from .job import Answer, Job, Values
-from .limits import Flow
 from .mailbox import ANSWER, VALUE, Address, Letter, Mail
 
 

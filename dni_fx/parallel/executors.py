@@ -14,16 +14,16 @@ import torch
 
 from ..decoupled import Decoupled
 from ..errors import DecouplingError
+from ..passes.trace.settings import casts
 from ..reports.steps import StepReport
 from ..runtime.batch_state import Setting, Settings
 from ..runtime.emitted import keep_modes
 from ..runtime.objective import Metrics, Objective
 from ..runtime.optimizing import StageOptimizers
-from ..schedules import Mode
+from ..schedules import Flow, Mode
 from .desk import Desk
 from .job import Job, Routes, Values
 from .learning import StageLearner
-from .limits import Flow
 from .mailbox import Address, Letter, Mail, ParallelError
 from .rates import Posted
 from .worker import StageWorker
@@ -207,9 +207,8 @@ class OnThreads(Team):
         self.mail.wait(
             lambda: all(len(self._box(k)) < most for k in self.workers), "room for a batch"
         )
-        devices = [d for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
         for job in jobs:
-            job.casts = [torch.autocast(d, torch.get_autocast_dtype(d)) for d in devices]
+            job.casts = [torch.autocast(*cast) for cast in casts() if cast[-1]]
             posted = self.workers[job.index].learner.posted
             job.rates = {name: p.post() for name, p in posted.items()}
             with self.mail.changed:

@@ -12,9 +12,9 @@ from torch import Tensor
 from ..decoupled import Decoupled
 from ..errors import DecouplingError, did_you_mean
 from ..graphs.nested import map_tensors
+from ..schedules import Flow
 from .executors import shared_state
 from .job import Answer, Values
-from .limits import Flow
 from .mailbox import Letter
 
 Placement = Sequence[int | Sequence[int]] | Mapping[str, int | Sequence[int]]

@@ -19,10 +19,9 @@ from ..reports.steps import StepReport
 from ..runtime.emitted import detached, keep_modes
 from ..runtime.objective import Metrics, Objective
 from ..runtime.optimizing import StageOptimizers
-from ..schedules import Mode
+from ..schedules import Flow, Mode
 from .agreement import Agreement, agree, digest_of, model_of
 from .executors import OneByOne
-from .limits import Flow
 from .mailbox import Address, Mail, ParallelError
 from .placement import Placement, Places, find_places
 from .sharing import Peers, owned_tensors, share_batches, share_stage

@@ -23,9 +23,8 @@ from ..reports.steps import StepReport
 from ..runtime.base import BaseTrainer
 from ..runtime.optimizing import MakeOptimizer
 from ..runtime.transforms import check_ordinary
-from ..schedules import Schedule, Threads, make_schedule, mode_of
+from ..schedules import Flow, Schedule, Threads, make_schedule, mode_of
 from .checkpoints import Checkpoints
-from .limits import Flow
 from .monitoring import Status, trace_events
 from .placement import Placement
 from .process import Process

@@ -34,9 +34,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..schedules import Flow
 from .job import Job, Values
 from .learning import StageLearner
-from .limits import Flow
 from .undo import ForwardState
 
 

@@ -174,3 +174,8 @@ def mean_of(tensors: Iterable[Tensor | None]) -> Tensor | None:
 def or_zeros(gradient: Tensor | None, value: Tensor) -> Tensor:
     """What arrived for a value: zeros where nothing did."""
     return torch.zeros_like(value) if gradient is None else gradient
+
+
+def added(before: Tensor | None, more: Tensor) -> Tensor:
+    """What has arrived now that there is more."""
+    return more if before is None else before + more

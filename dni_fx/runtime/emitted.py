@@ -11,6 +11,7 @@ import torch
 
 from ..errors import DecouplingError
 from ..graphs.nested import map_tensors
+from ..passes.trace.settings import casts
 from ..sources.base import Prediction
 
 
@@ -176,8 +177,7 @@ def detached(value: Any) -> Any:
 def keep_modes() -> Iterator[None]:
     """Leave gradient mode and autocast as they were if a stage fails within a region of its own."""
     gradients, cache = torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
-    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    casts = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices]
+    before = casts()
     depth = _autocast_depth()
     try:
         yield
@@ -187,7 +187,7 @@ def keep_modes() -> Iterator[None]:
         while _autocast_depth() > depth:
             torch.autocast_decrement_nesting()
         torch.clear_autocast_cache()
-        for device, enabled, dtype in casts:
+        for device, dtype, enabled in before:
             torch.set_autocast_enabled(device, enabled)
             torch.set_autocast_dtype(device, dtype)
         raise

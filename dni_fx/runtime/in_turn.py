@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..decoupled import Decoupled
 from ..errors import DecouplingError, NonFiniteError
 from ..reports.steps import InterfaceReport
-from .answers import LocalAnswers
+from .answers import LocalAnswers, added
 from .batch_state import BatchState, Setting
 from .emitted import keep_modes
 from .finite import all_finite, refuse, value_places
@@ -79,7 +79,8 @@ class Batch:
                 if again is not None and parameter in reused:
                     parts.setdefault(parameter, []).append(functools.partial(again, parameter))
                 elif gradient is not None:
-                    parts.setdefault(parameter, []).append(functools.partial(_add, gradient))
+                    own = functools.partial(added, more=gradient)
+                    parts.setdefault(parameter, []).append(own)
         for parameter, steps in parts.items():  # last stage first, as autograd would
             total = None
             for add in reversed(steps):
@@ -255,7 +256,3 @@ class InTurn(Generic[B]):
             raise NonFiniteError(
                 f"{error} The {count} batches under way to late sources were dropped."
             ) from error
-
-
-def _add(part: Tensor, later: Tensor | None) -> Tensor:
-    return part if later is None else later + part

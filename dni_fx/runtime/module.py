@@ -36,7 +36,7 @@ from .batch_state import BatchState, Setting
 from .emitted import keep_modes
 from .finite import all_finite
 from .objective import Objective
-from .optimizing import MakeOptimizer, find_misfit, load_optimizers, made_optimizer
+from .optimizing import MakeOptimizer, find_misfit, load_optimizers, source_optimizers
 from .stage_batch import StageBatch
 from .transforms import check_ordinary, refuse_transforms, transformed
 from .visit import Visit, learnt_by
@@ -188,11 +188,7 @@ class DropInState:
         """Of every source that has parameters."""
         if self.optimizers is None:
             _check_sources(self.graphs)
-            self.optimizers = {
-                name: made_optimizer(self.make_optimizer(learnt), "synthesizer_optimizer")
-                for name, source in self.graphs.named_learners()
-                if (learnt := list(source.named_parameters()))
-            }
+            self.optimizers = source_optimizers(self.graphs, self.make_optimizer)
         return self.optimizers
 
     def unit(self) -> float:

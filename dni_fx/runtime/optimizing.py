@@ -69,9 +69,8 @@ class StageOptimizers:
         if self._variant is None:
             for source in graphs.sources.values():
                 source.unit = self.unit
-            for name, learner in graphs.named_learners({stage.index for stage in stages}):
-                if learnt := list(learner.named_parameters()):
-                    self.sources[name] = self.made_for_source(name, learnt)
+            here = {stage.index for stage in stages}
+            self.sources.update(source_optimizers(graphs, self._make_for_sources, here))
         self._variant = variant
 
     def adopt(self, stages: Collection[Stage]) -> None:
@@ -96,8 +95,7 @@ class StageOptimizers:
 
     def made_for_source(self, name: str, learnt: NamedParameters) -> torch.optim.Optimizer:
         """A new optimiser for a source, or for a copy of one."""
-        owner = f"the source at {name!r}"
-        return _made_for(owner, self._make_for_sources, learnt, "synthesizer_optimizer")
+        return _made_for_source(name, self._make_for_sources, learnt)
 
     def parameters_of(self, stage: str) -> list[nn.Parameter]:
         """The parameters that a stage's optimiser was given."""
@@ -186,7 +184,25 @@ def _sizes(groups: list[dict[str, Any]]) -> list[int]:
     return [len(group["params"]) for group in groups]
 
 
-def made_optimizer(optimizer: Any, name: str) -> torch.optim.Optimizer:
+def source_optimizers(
+    graphs: Graphs, make: MakeOptimizer, stages: Collection[int] | None = None
+) -> dict[str, torch.optim.Optimizer]:
+    """A new one for every source of some stages, or of all, that has parameters.
+
+    Raises:
+        DecouplingError: what was returned is no optimiser, or steps what it was not given.
+    """
+    named = [(n, list(s.named_parameters())) for n, s in graphs.named_learners(stages)]
+    return {name: _made_for_source(name, make, learnt) for name, learnt in named if learnt}
+
+
+def _made_for_source(
+    name: str, make: MakeOptimizer, learnt: NamedParameters
+) -> torch.optim.Optimizer:
+    return _made_for(f"the source at {name!r}", make, learnt, "synthesizer_optimizer")
+
+
+def _made_optimizer(optimizer: Any, name: str) -> torch.optim.Optimizer:
     """What a user's function, the argument ``name``, made, if it can step once a batch."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise DecouplingError(
@@ -205,7 +221,7 @@ def _made_for(
     """A new optimiser that steps nothing but what it was given: else that would be stepped several
     times a step.
     """
-    made, mine = made_optimizer(make(given), argument), {p for _, p in given}
+    made, mine = _made_optimizer(make(given), argument), {p for _, p in given}
     held = [p for group in made.param_groups for p in group["params"]]
     if strange := sum(p not in mine for p in held):
         raise DecouplingError(

@@ -11,7 +11,6 @@ apart, and the backward comes when what it waits for is there.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import DecouplingError
 from ..sources.keeping import kept_weights
-from .answers import Answers
+from .answers import Answers, added
 from .batch_state import BatchState, Setting
 from .emitted import detached, evaluate, pull_back
 from .missing import check_arrived
@@ -135,9 +134,8 @@ class StageBatch:
         self._note_parts(found, {})
         gradients = self.state.progress.gradients
         for name, gradient in found.items():
-            arrived = gradients.get(name)
             if gradient is not None:
-                gradients[name] = gradient if arrived is None else arrived + gradient
+                gradients[name] = added(gradients.get(name), gradient)
         self.state.progress.finished[self.index] = self.state.now
 
     def _note_parts(self, found: dict[str, Any], before: dict[str, Any]) -> None:
@@ -146,14 +144,10 @@ class StageBatch:
         """
         parts = self.state.progress.parts
         for name in {n for s in self.setting.divided if self.index in s.consumers for n in s.names}:
-            gradient, later, known = (
-                found.get(name),
-                before.get(name),
-                parts.get((name, self.index)),
-            )
+            gradient, later = found.get(name), before.get(name)
             if gradient is not None:
                 part = gradient if later is None else gradient - later
-                parts[name, self.index] = part if known is None else known + part
+                parts[name, self.index] = added(parts.get((name, self.index)), part)
 
     def run(self, delays: Mapping[int, int], on_values: Callable[[], None] | None = None) -> None:
         """Run forward, ask the sources, and pull back what is known at once.
@@ -270,9 +264,10 @@ class StageBatch:
             early[self.index] = found
         else:
             for name, later in found.items():
-                parts = gradients.get(name), early[self.index][name], later
-                known = [g for g in parts if g is not None]
-                gradients[name] = functools.reduce(torch.add, known) if known else None
+                gradients.setdefault(name, None)
+                for part in (early[self.index][name], later):
+                    if part is not None:
+                        gradients[name] = added(gradients[name], part)
         if complete:
             progress.finished[self.index] = self.state.now
 

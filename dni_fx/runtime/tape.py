@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..passes.trace.settings import casts
 from ..passes.trace.state import preserved_rng
 
 
@@ -31,11 +32,7 @@ class Rerun:
         self.module, self.values = module, values
         self._put_back_rng = preserved_rng()
         self._modes = [(m, m.training) for m in module.modules()]
-        devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-        self._casts = [
-            torch.autocast(d, torch.get_autocast_dtype(d), torch.is_autocast_enabled(d))
-            for d in devices
-        ]
+        self._casts = [torch.autocast(*cast) for cast in casts()]
 
     @contextlib.contextmanager
     def as_then(self) -> Iterator[None]:

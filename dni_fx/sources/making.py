@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import DecouplingError, did_you_mean
+from ..passes.trace.settings import drawing_devices
 from ..plan import Interface, TensorSpec
 from .base import GradientSource, SourceFactory
 from .checking import check_source, explain_start
@@ -90,8 +91,7 @@ def make(
         raise DecouplingError(
             f"the {what} factory {factory!r} must take ({names}): {error}"
         ) from error
-    used = torch.cuda.is_available() and torch.cuda.is_initialized()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if used else ()):
+    with torch.random.fork_rng(devices=drawing_devices()):
         made = factory(*arguments.values())
     if not isinstance(made, kind):
         article = "an" if kind.__name__.startswith("I") else "a"

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import DecouplingError
+from ..errors import DecouplingError, placed
 from ..graphs.nested import flatten
+from ..runtime.answers import added
 from .trainer import ThroughTime
 from .window import stacked
 from .window_batch import WindowBatch
@@ -162,15 +163,11 @@ class Seat:
                 sent.open -= 1
                 if part is not None:
                     part = part * scale if scale > 1 else part
-                    sent.gradient = part if sent.gradient is None else sent.gradient + part
+                    sent.gradient = added(sent.gradient, part)
 
-    @contextlib.contextmanager
-    def named(self) -> Iterator[None]:
+    def named(self) -> AbstractContextManager[None]:
         """Errors say which member they are about."""
-        try:
-            yield
-        except DecouplingError as error:
-            raise type(error)(f"member {self.name!r}: {error}") from error
+        return placed(f"member {self.name!r}")
 
 
 def take(

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..decoupled import Decoupled
 from ..errors import DecouplingError
 from ..passes.trace.ports import ANOTHER, STATE
+from ..runtime.answers import or_zeros
 from ..runtime.batch_state import Setting
 from ..runtime.finite import refuse
 from ..runtime.in_turn import Batch
@@ -141,8 +142,7 @@ class WindowBatch(Batch):
                 after[:, i].sum(), leaves, retain_graph=True, allow_unused=True
             )
             pairs = zip(found, leaves, strict=True)
-            row = [torch.zeros_like(v) if g is None else g for g, v in pairs]
-            rows.append(side_by_side(row, specs))
+            rows.append(side_by_side([or_zeros(g, v) for g, v in pairs], specs))
         return torch.stack(rows, 1)
 
     # ---- what has left is answered ---------------------------------------------------------------

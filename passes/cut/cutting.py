@@ -14,6 +14,7 @@ from torch import fx
 from ...errors import CutError, did_you_mean
 from ...plan import CutPoint, TensorSpec
 from ..trace.calls import ReadAttribute
+from ..trace.nodes import needs_gradient
 from ..trace.traces import Trace
 from .specs import infer_specs, name_values, numbered_calls
 from .views import divided_regions, torn_positions
@@ -79,12 +80,6 @@ class Flow:
         """
         left_out = node in self.replicated or node in self.guards_only
         return node.op not in _GIVEN and not left_out
-
-
-def needs_gradient(node: fx.Node) -> bool:
-    """Whether a value lies on a trainable path."""
-    value = node.meta.get("value")
-    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 def find_flow(trace: Trace) -> Flow:

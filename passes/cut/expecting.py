@@ -14,8 +14,9 @@ from typing import Any
 
 from torch import fx, nn
 
+from ..trace.held import is_hooked
+from ..trace.nodes import needs_gradient
 from ..trace.traces import Trace
-from .cutting import needs_gradient
 from .splitting import Split
 
 _MODULES = (
@@ -91,12 +92,10 @@ def _is_plain(trace: Trace, node: fx.Node) -> bool:
         path = str(node.target)
         module: Any = trace.attributes.get(path)
         plain = type(module).__module__.startswith("torch.nn.modules.")
-        hooked = any(
-            vars(module).get(f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward")
-        )
         if node.meta.get("value") is None and not isinstance(module, nn.RNNBase):
             return False
-        return plain and not hooked and path not in trace.opaque and type(module) not in _BY_VALUE
+        own = is_hooked(module) or path in trace.opaque or type(module) in _BY_VALUE
+        return plain and not own
     if node.op == "call_method":
         return True
     module = getattr(node.target, "__module__", None)

@@ -4,14 +4,13 @@ interface.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-from ...errors import DecouplingError, did_you_mean
+from ...errors import DecouplingError, did_you_mean, placed
 from ...plan import Interface, TensorSpec
 from ...sources import (
     SOURCES,
@@ -116,19 +115,10 @@ def insert_sources(
     chosen = {} if inputs is None else _by_interface(interfaces, inputs, "inputs")
     made = {}
     for interface in (i for i in interfaces if i.name in chosen):
-        with _placed(f"synthetic input at interface {interface.name!r}"):
+        with placed(f"synthetic input at interface {interface.name!r}"):
             source = make_input(chosen[interface.name], interface.spec, taken)
         made[interface.name] = source.to(device)
     return Inserted(sources, made, kinds, {n: _name_of(option) for n, option in chosen.items()})
-
-
-@contextlib.contextmanager
-def _placed(place: str) -> Iterator[None]:
-    """What is refused within, with its place before it."""
-    try:
-        yield
-    except DecouplingError as error:
-        raise type(error)(f"{place}: {error}") from error
 
 
 def _name_of(option: Any) -> str:
@@ -171,7 +161,7 @@ def make_sources(
     sources: dict[str, GradientSource] = {}
     for group in groups.values():
         names = [i.name for i in group]
-        with _placed(f"interface {', '.join(map(repr, names))}"):
+        with placed(f"interface {', '.join(map(repr, names))}"):
             option = for_consumers(chosen[names[0]], len(group[0].consumers))
             source = make_source(option, tuple(i.spec for i in group), context)
             if source.asks.jacobian and not group[0].leaves:
@@ -188,7 +178,7 @@ def make_sources(
 def _check_heads(sources: Mapping[str, GradientSource], context: Exampled) -> None:
     """Refuse heads whose loss the example's context is not made for."""
     for name, source in sources.items():
-        with _placed(f"interface {name!r}"):
+        with placed(f"interface {name!r}"):
             for head in source.modules():
                 if isinstance(head, LossHead):
                     head.check_example(context.not_classes)

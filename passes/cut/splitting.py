@@ -18,9 +18,9 @@ from torch import fx, nn
 from ...errors import CutError
 from ...graphs.nested import Structure
 from ...plan import Interface
-from ..trace.nodes import identifier, is_plain_name, targets_of, with_named
+from ..trace.nodes import identifier, is_plain_name, needs_gradient, targets_of, with_named
 from ..trace.traces import Port, Trace
-from .cutting import Flow, kept_storages, needs_gradient
+from .cutting import Flow, kept_storages
 from .regions import Opened, enter_regions
 from .specs import parameters_of
 

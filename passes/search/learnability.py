@@ -16,9 +16,10 @@ from ...errors import DecouplingError
 from ...graphs.nested import flatten, unpack_batch
 from ...runtime.emitted import evaluate
 from ...sources import GradientSource, make_source
-from ..cut.cutting import Flow, needs_gradient
+from ..cut.cutting import Flow
 from ..cut.insertion import Context, infer_context
 from ..trace.interpreting import interpret
+from ..trace.nodes import needs_gradient
 from ..trace.state import restored
 from .source_costs import OptionOf
 

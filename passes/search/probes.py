@@ -15,8 +15,10 @@ from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from ..cut.cutting import Flow, needs_gradient
+from ..cut.cutting import Flow
 from ..trace.interpreting import Values, call_node, interpret
+from ..trace.nodes import needs_gradient
+from ..trace.settings import wait_for
 from ..trace.storages import unwatched
 from ..trace.values import storage_key, tensors_in
 
@@ -245,9 +247,8 @@ def _pull_back(output: Any, trained: list[torch.Tensor]) -> Forward | None:
 
 def timed(call: Forward, device: torch.device) -> tuple[int, Any]:
     """Nanoseconds, waiting for the device, and what the call returned."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else bool
-    wait(device)
+    wait_for(device)
     start = time.perf_counter_ns()
     result = call()
-    wait(device)
+    wait_for(device)
     return time.perf_counter_ns() - start, result

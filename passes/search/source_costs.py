@@ -15,6 +15,7 @@ from ...errors import DecouplingError
 from ...plan import TensorSpec
 from ...sources import GradientSource, Prediction, SourceFactory, make_source
 from ..cut.cutting import Flow
+from ..trace.settings import drawing_devices
 from ..trace.values import storage_key
 from .costing import ADAM_NANOSECONDS, COPIES, Cost
 from .probes import Counted, timed
@@ -45,7 +46,7 @@ def measure_sources(flow: Flow, option_of: OptionOf, context: TensorSpec | None)
         group = groups.setdefault((kind[0], type(source)), [])
         group.append((_operations(source, kind[1]), kind))
     known: dict[Kind, Cost] = {}
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=drawing_devices()):
         for group in groups.values():
             samples: dict[Kind, tuple[int, Cost] | None] = {}
             for size, kind in _picked(group):

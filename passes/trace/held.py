@@ -19,6 +19,7 @@ from torch import nn
 from ...graphs.pictures import ATOMS, picture
 from .contents import MISSING
 from .outside import LIBRARY, Outside
+from .settings import casts, device_kinds
 from .state import MODULE_INTERNALS
 from .values import tensors_in
 
@@ -26,14 +27,12 @@ _NOT_READ_BY_FORWARD = MODULE_INTERNALS | {
     "_compiled_call_impl", "call_super_init", "dump_patches", "_version", "forward",
 }  # fmt: skip
 # what code may ask torch for, without a tensor in hand
-_DEVICES = ("cpu", "cuda", "xpu", "mps")
 _MODES: tuple[tuple[str, tuple[Any, ...]], ...] = (
     *((n, ()) for n in ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled")),
     *((n, ()) for n in ("get_default_dtype", "is_anomaly_enabled")),
     *((n, ()) for n in ("are_deterministic_algorithms_enabled", "get_float32_matmul_precision")),
-    *(("is_autocast_enabled", (d,)) for d in _DEVICES),
-    *(("get_autocast_dtype", (d,)) for d in _DEVICES),
 )
+_CASTS = ("get_autocast_dtype", "is_autocast_enabled")  # asked of a kind of device
 # tables whose entries code goes through, of modules that are lists and the like; where an entry of
 # another module was exchanged, the variant notices it without (``Variant.bound``)
 TABLES = ("_modules", "_parameters", "_buffers")
@@ -45,7 +44,7 @@ _GLOBAL_HOOKS: tuple[dict[Any, Any], ...] = tuple(
     is not None
 )  # fmt: skip
 _FIXED = (*ATOMS, types.FunctionType, types.BuiltinFunctionType, type)
-MODES = frozenset(name for name, _ in _MODES)
+MODES = frozenset([*_CASTS, *(name for name, _ in _MODES)])
 GRAD = "is_grad_enabled"
 GRAD_MODE = f"torch.{GRAD}"  # the place of its guard
 
@@ -98,7 +97,8 @@ class Reads:
     def __init__(self, copies: bool = False) -> None:
         self._copies = copies
         # as it is around the model, whatever regions the model enters itself
-        self._ambient = {(n, a): getattr(torch, n)(*a) for n, a in _MODES}
+        asked = (*_MODES, *((n, (kind,)) for n in _CASTS for kind in device_kinds()))
+        self._ambient = {(n, a): getattr(torch, n)(*a) for n, a in asked}
         self.tensors: dict[int, tuple[nn.Module, str]] = {}
         self._held: dict[Any, Held] = {}
         self._alive: list[Any] = []
@@ -108,11 +108,10 @@ class Reads:
     def around(self) -> Iterator[None]:
         """Autocast as it is around the model, whatever regions the model is in."""
         with contextlib.ExitStack() as stack:
-            for device in _DEVICES:
-                states = ("is_autocast_enabled", (device,)), ("get_autocast_dtype", (device,))
-                enabled, dtype = (self._ambient[state] for state in states)
-                if (enabled, dtype) != tuple(getattr(torch, n)(*a) for n, a in states):
-                    stack.enter_context(torch.autocast(device, dtype, enabled))
+            for kind, *now in casts():
+                was = [self._ambient[name, (kind,)] for name in _CASTS]
+                if was != now:
+                    stack.enter_context(torch.autocast(kind, *was))
             yield
 
     @property
@@ -265,4 +264,4 @@ def _function_of(name: str, module: nn.Module) -> Any:
 
 
 # as code may have bound them to names of its own
-_BY_FUNCTION = {getattr(torch, name): name for name, _ in _MODES}
+_BY_FUNCTION = {getattr(torch, name): name for name in MODES}

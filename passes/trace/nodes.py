@@ -6,6 +6,7 @@ import keyword
 import re
 from collections.abc import Iterable
 
+import torch
 from torch import fx
 
 from .calls import call_named
@@ -80,3 +81,9 @@ def _attribute_path(target: str, called: set[str]) -> str:
     if any(".".join(parts[:i]) in called for i in range(1, len(parts))):
         return "_" + target.replace(".", "_")
     return target
+
+
+def needs_gradient(node: fx.Node) -> bool:
+    """Whether a value lies on a trainable path."""
+    value = node.meta.get("value")
+    return isinstance(value, torch.Tensor) and value.requires_grad

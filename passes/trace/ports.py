@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from ...errors import DecouplingError
 from ...graphs.nested import Structure
-from ..cut.cutting import needs_gradient
+from .nodes import needs_gradient
 from .traces import Port, Trace
 
 ANOTHER = "another network"  # what a message feeds

@@ -34,35 +34,35 @@ def recording(recorder: Recorder) -> Iterator[None]:
     """Route module calls, attributes read, custom functions and autocast regions of this thread to
     the recorder.
     """
-    thread = threading.get_ident()
-    routes = _Routes(recorder, lambda: not recorder.paused and threading.get_ident() == thread)
-    _leads.append(routes.apply)
     try:
-        with contextlib.ExitStack() as stack:
-            for owner, name, value in routes.table():
-                stack.enter_context(_replaced(owner, name, value))
-            stack.enter_context(unvalidated())
-            stack.enter_context(recorder.fake or contextlib.nullcontext())
-            stack.enter_context(recorder)
+        with (
+            _routed(recorder, regions=True),
+            unvalidated(),
+            recorder.fake or contextlib.nullcontext(),
+            recorder,
+        ):
             yield
     finally:
         recorder.sizes.looks.over = True
-        _leads.pop()
 
 
-@contextlib.contextmanager
-def watching(watcher: Any) -> Iterator[None]:
+def watching(watcher: Any) -> contextlib.AbstractContextManager[None]:
     """Tell what a model's code reads, and which modules it calls, while something else runs it.
 
     Args:
         watcher: is told, as a recorder is.
     """
+    return _routed(watcher, regions=False)
+
+
+@contextlib.contextmanager
+def _routed(recorder: Any, regions: bool) -> Iterator[None]:
     thread = threading.get_ident()
-    routes = _Routes(watcher, lambda: not watcher.paused and threading.get_ident() == thread)
+    routes = _Routes(recorder, lambda: not recorder.paused and threading.get_ident() == thread)
     _leads.append(routes.apply)
     try:
         with contextlib.ExitStack() as stack:
-            for owner, name, value in (*routes.reads(), routes.functions()):
+            for owner, name, value in routes.table(regions):
                 stack.enter_context(_replaced(owner, name, value))
             yield
     finally:
@@ -76,19 +76,14 @@ class _Routes:
         self.recorder, self.watches = recorder, watches
         self._entered: list[Any] = []  # autocast regions, innermost last
 
-    def table(self) -> Iterator[tuple[Any, str, Any]]:
-        """Where, under which name, and what."""
-        yield from self.reads()
-        yield torch.autocast, "__enter__", self._enter(torch.autocast.__enter__)
-        yield torch.autocast, "__exit__", self._leave(torch.autocast.__exit__)
-        yield self.functions()
-
-    def functions(self) -> tuple[Any, str, Any]:
-        """That by which custom functions are called."""
-        return _APPLY, "__code__", _Shell.__dict__["apply"].__func__.__code__
-
-    def reads(self) -> Iterator[tuple[Any, str, Any]]:
-        """Those by which modules are called, and plain values read."""
+    def table(self, regions: bool) -> Iterator[tuple[Any, str, Any]]:
+        """Where, under which name, and what: by which modules and custom functions are called,
+        plain values read and, if asked for, autocast regions entered.
+        """
+        yield _APPLY, "__code__", _Shell.__dict__["apply"].__func__.__code__
+        if regions:
+            yield torch.autocast, "__enter__", self._enter(torch.autocast.__enter__)
+            yield torch.autocast, "__exit__", self._leave(torch.autocast.__exit__)
         yield nn.Module, "__call__", self._call(nn.Module.__call__)
         yield nn.Module, "__getattribute__", self._attribute()
         yield nn.Module, "__setattr__", self._assign(nn.Module.__setattr__)

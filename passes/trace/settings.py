@@ -1,4 +1,4 @@
-"""Settings of torch for the whole process."""
+"""Settings of torch for the whole process, and the devices that there are."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 
 _CUDNN = ("enabled", "benchmark", "deterministic", "allow_tf32")
 _ATTENTION = ("flash", "mem_efficient", "math", "cudnn")
-_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu")
 
 
 def kept_settings() -> Callable[[], None]:
@@ -21,11 +20,11 @@ def kept_settings() -> Callable[[], None]:
 
 
 def _read() -> list[Any]:
-    return [get() for get, _ in _SETTINGS]
+    return [get() for get, _ in _settings()]
 
 
 def _put_back(before: list[Any]) -> None:
-    for (get, put), value in zip(_SETTINGS, before, strict=True):
+    for (get, put), value in zip(_settings(), before, strict=True):
         if get() != value:
             put(value)
 
@@ -71,7 +70,7 @@ def _attention(name: str) -> _Setting:
     return getattr(cuda, f"{name}_sdp_enabled"), getattr(cuda, f"enable_{name}_sdp")
 
 
-_SETTINGS: list[_Setting] = [
+_OF_ALL: list[_Setting] = [
     (torch.get_default_dtype, torch.set_default_dtype),
     (_default_device, torch.set_default_device),
     (torch.is_grad_enabled, torch.set_grad_enabled),
@@ -83,5 +82,42 @@ _SETTINGS: list[_Setting] = [
     _attribute(torch.backends.mkldnn, "enabled"),
     *(_attribute(torch.backends.cudnn, name) for name in _CUDNN),
     *(_attention(name) for name in _ATTENTION),
-    *itertools.chain.from_iterable(map(_autocast, _DEVICES)),
 ]
+
+
+def _settings() -> list[_Setting]:
+    return [*_OF_ALL, *itertools.chain.from_iterable(map(_autocast, device_kinds()))]
+
+
+def device_kinds() -> tuple[str, ...]:
+    """The CPU, and the accelerator that torch was made for."""
+    found = torch.accelerator.current_accelerator()
+    return ("cpu",) if found is None else ("cpu", found.type)
+
+
+def casts() -> tuple[tuple[str, torch.dtype, bool], ...]:
+    """Autocast now: for each kind of device what it would cast to, and whether it does."""
+    kinds = device_kinds()
+    return tuple([(k, torch.get_autocast_dtype(k), torch.is_autocast_enabled(k)) for k in kinds])
+
+
+def accelerator() -> tuple[str, Any, list[torch.device]]:
+    """The accelerator's type, its module of torch, and its devices; none where there is none."""
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None:
+        return "", None, []
+    module: Any = torch.get_device_module(device)
+    return device.type, module, [torch.device(device.type, k) for k in range(module.device_count())]
+
+
+def drawing_devices() -> list[torch.device]:
+    """Those of the accelerator, whose generators may be in use; to ask would start it up."""
+    _, module, devices = accelerator()
+    return devices if devices and getattr(module, "is_initialized", lambda: True)() else []
+
+
+def wait_for(device: torch.device) -> None:
+    """Until an accelerator has done what it was given; on the CPU nothing waits."""
+    found = torch.accelerator.current_accelerator()
+    if found is not None and device.type == found.type:
+        torch.accelerator.synchronize(device)

@@ -15,7 +15,7 @@ from torch import nn
 
 from .contents import Contents
 from .reach import Reach
-from .settings import kept_settings
+from .settings import accelerator, drawing_devices, kept_settings
 from .storages import Tensors, Watch
 
 MODULE_INTERNALS = frozenset(vars(nn.Module()))
@@ -119,9 +119,9 @@ def rng_state() -> dict[str, Any]:
         used), and ``numpy`` where that is imported: values that ``torch.load`` takes as they are.
     """
     state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    kind, module, devices = _accelerator()
-    used = devices and getattr(module, "is_initialized", lambda: True)()  # to ask would start it up
-    state["devices"] = {kind: [module.get_rng_state(d) for d in devices]} if used else {}
+    kind, module, _ = accelerator()
+    used = drawing_devices()
+    state["devices"] = {kind: [module.get_rng_state(d) for d in used]} if used else {}
     numpy = sys.modules.get("numpy.random")
     if numpy:
         found = numpy.get_state(legacy=False)
@@ -142,7 +142,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"].cpu())
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
-    kind, module, devices = _accelerator()
+    kind, module, devices = accelerator()
     saved = state.get("devices", {"cuda": state.get("cuda", [])}).get(kind, [])
     for content, device in zip(saved, devices, strict=False):
         module.set_rng_state(content.cpu(), device)
@@ -150,15 +150,6 @@ def set_rng_state(state: dict[str, Any]) -> None:
         numpy, found = importlib.import_module("numpy.random"), state["numpy"]
         inner = {k: v if isinstance(v, int) else v.cpu().numpy() for k, v in found["state"].items()}
         numpy.set_state(found | {"state": inner})
-
-
-def _accelerator() -> tuple[str, Any, list[torch.device]]:
-    """The accelerator's type, its module of torch, and its devices; none where there is none."""
-    device = torch.accelerator.current_accelerator(check_available=True)
-    if device is None:
-        return "", None, []
-    module: Any = torch.get_device_module(device)
-    return device.type, module, [torch.device(device.type, k) for k in range(module.device_count())]
 
 
 def preserved_rng() -> Callable[[], None]:

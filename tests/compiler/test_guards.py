@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import dni_fx
 from dni_fx.errors import TracingError
+from dni_fx.graphs.variants import layouts_of
 from dni_fx.passes.trace import held
 from dni_fx.passes.trace.tracing import trace_calls
 
@@ -525,3 +526,19 @@ def test_values_are_computed_in_the_region_that_they_belong_to(
     model = Net(between)
     assert between(model, torch.ones(1), x_of(4.0078125)) == 1 + (between is value_from_outside)
     assert_holds(model, *((x_of(square),) for square in (first, 4.0, 4.0078125, 4.03125)))
+
+
+def test_autocast_of_the_accelerator_counts_as_that_of_the_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = "current_accelerator"
+    monkeypatch.setattr(torch.accelerator, asked, lambda **_: torch.device("cuda"))
+    before = layouts_of([X])
+    for kind in ("cpu", "cuda"):
+        was = torch.is_autocast_enabled(kind)
+        torch.set_autocast_enabled(kind, not was)
+        try:
+            assert layouts_of([X]) != before
+        finally:
+            torch.set_autocast_enabled(kind, was)
+    assert layouts_of([X]) == before

@@ -51,6 +51,14 @@ def test_sources_that_are_refused(gradients: Any, words: str) -> None:
         late(batch(0)[0])
 
 
+def test_an_optimiser_of_others_parameters_is_refused() -> None:
+    """As by a trainer: it would step them once for every source."""
+    decoupled = decoupled_chain("linear")
+    m = decoupled.as_module(lambda _: torch.optim.SGD(decoupled.model.parameters(), 0.1))
+    with pytest.raises(DecouplingError, match="synthesizer_optimizer= returned an optimiser for"):
+        m(batch(0)[0])
+
+
 def test_other_refusals() -> None:
     with pytest.raises(DecouplingError, match="leave out inputs="):
         decoupled_chain("linear", inputs="linear").as_module()

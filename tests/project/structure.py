@@ -31,6 +31,17 @@ FOREIGN = {*dir(Tensor), *dir(nn.Module), *vars(nn.Module())}  # torch's own att
 BIRTHPLACES = ("__init__", "__new__", "__post_init__", "__set_name__")
 BY_NAME = ("getattr", "setattr", "hasattr", "delattr", "__setattr__", "__getattribute__")
 
+# what stands above a folder, and uses it: it reaches none of that, not by way of others either
+ABOVE = {
+    "passes.trace": ("passes.cut", "passes.search", "sources", "runtime", "parallel"),
+    "passes.cut": ("passes.search", "parallel", "through_time"),
+    "passes.search": ("parallel", "through_time"),
+    "reports": ("graphs", "sources", "passes.cut", "runtime", "parallel", "through_time"),
+    "sources": ("graphs", "passes.cut", "runtime", "parallel", "through_time"),
+    "graphs": ("parallel", "through_time"),
+    "runtime": ("parallel", "through_time"),
+}
+
 # {rule: {where: why it stays so}}
 EXCEPTIONS: dict[str, dict[str, str]] = {}
 
@@ -113,6 +124,20 @@ def origin_of(sources: Sources, module: str, node: ast.ImportFrom) -> str:
 def is_package(sources: Sources, module: str) -> bool:
     """Whether modules lie beneath it."""
     return any(name.startswith(f"{module}.") for name in sources)
+
+
+def upward(sources: Sources) -> Offenders:
+    """Modules that import what stands above their folder."""
+    graph, found = import_graph(sources), {}
+    for folder, above in ABOVE.items():
+        for module in (m for m in sources if m.startswith(f"dni_fx.{folder}.")):
+            ways = nx.single_source_shortest_path(graph, module)
+            for place in above:
+                ends = [m for m in ways if f"{m}.".startswith(f"dni_fx.{place}.")]
+                if ends:
+                    way = min((ways[m] for m in ends), key=len)
+                    found[module] = f"reaches {place}: {' -> '.join(way)}"
+    return found
 
 
 # Private names
@@ -379,7 +404,7 @@ def fields_of(node: ast.ClassDef) -> set[str]:
 
 SIZES = (file_sizes, line_lengths, function_sizes, class_sizes, class_attributes)
 RULES: tuple[Callable[[Sources], Offenders], ...] = (
-    circles, private_reads, top_modules, *SIZES, late_attributes,
+    circles, upward, private_reads, top_modules, *SIZES, late_attributes,
 )  # fmt: skip
 
 

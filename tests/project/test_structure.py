@@ -38,7 +38,7 @@ def test_every_exception_is_needed_and_has_its_reason() -> None:
 
 
 def test_the_rules_see_the_whole_library() -> None:
-    assert {"dni_fx", "dni_fx.passes.cut.cutting", "dni_fx.runtime.trainer"} <= library().keys()
+    assert {"dni_fx", "dni_fx.passes.cut.cutting", "dni_fx.runtime.in_turn"} <= library().keys()
     assert len(structure.import_graph(library()).edges) > 200
     assert sum(1 for _ in structure.classes(library())) > 100
 
@@ -100,6 +100,28 @@ def test_a_package_and_its_modules() -> None:
     assert circles(pkg="from .x import f", pkg__x="from ..pkg import g") == [
         "dni_fx.pkg", "dni_fx.pkg.x"
     ]  # fmt: skip
+
+
+# Folders
+
+
+def above(**sources: str) -> list[str]:
+    return list(structure.upward(modules({"parallel__p": "", "runtime__r": "", **sources})))
+
+
+def test_what_stands_above_a_folder_is_not_reached() -> None:
+    assert above(parallel__p="from ..runtime.r import x") == []
+    assert above(runtime__r="from ..parallel.p import x") == ["dni_fx.runtime.r"]
+    by_way = {"runtime__r": "from ..top import x", "top": "from .parallel import p"}
+    assert above(**by_way) == ["dni_fx.runtime.r"]
+    assert structure.upward(modules({"parallel__p": "", **by_way}))["dni_fx.runtime.r"] == (
+        "reaches parallel: dni_fx.runtime.r -> dni_fx.top -> dni_fx.parallel.p"
+    )
+
+
+def test_the_folders_that_stand_in_an_order_are_there() -> None:
+    named = {*structure.ABOVE, *(f for above in structure.ABOVE.values() for f in above)}
+    assert {f"dni_fx.{folder}" for folder in named} <= library().keys()
 
 
 # Private names

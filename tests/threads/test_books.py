@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from dni_fx.parallel.desk import Desk, Inbox, Ledger, Outbox
-from dni_fx.parallel.limits import Flow
 from dni_fx.parallel.mailbox import ANSWER, VALUE, Address, Mail
+from dni_fx.schedules import Flow
 
 ROOM, KEEP = 2, 3
 

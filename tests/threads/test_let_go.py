@@ -13,9 +13,8 @@ from torch import nn
 import dni_fx
 from dni_fx.parallel.executors import OneByOne
 from dni_fx.parallel.job import Job
-from dni_fx.parallel.limits import Flow
 from dni_fx.parallel.mailbox import Mail
-from dni_fx.schedules import Mode
+from dni_fx.schedules import Flow, Mode
 
 X, Y = torch.randn(6, 4), torch.arange(6) % 3
 

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from dni_fx.parallel.desk import Desk
-from dni_fx.parallel.limits import Flow
 from dni_fx.parallel.mailbox import ANSWER, VALUE, Address, Letter
+from dni_fx.schedules import Flow
 
 BATCHES = 3
 

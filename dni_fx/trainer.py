@@ -10,20 +10,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..decoupled import Decoupled
-from ..errors import DecouplingError
-from ..graphs.nested import map_tensors
-from ..parallel.executors import OnThreads
-from ..parallel.limits import Flow
-from ..reports.steps import StepReport
-from ..schedules import Mode, Schedule, Threads, make_schedule, mode_of
-from .batch_state import Settings
-from .in_turn import Batch, InTurn
-from .measuring import Measures
-from .objective import Loss
-from .optimizing import MakeOptimizer
-from .saving import load_trained, trained_state
-from .transforms import check_ordinary
+from .decoupled import Decoupled
+from .errors import DecouplingError
+from .graphs.nested import map_tensors
+from .parallel.executors import OnThreads
+from .reports.steps import StepReport
+from .runtime.batch_state import Settings
+from .runtime.in_turn import Batch, InTurn
+from .runtime.measuring import Measures
+from .runtime.objective import Loss
+from .runtime.optimizing import MakeOptimizer
+from .runtime.saving import load_trained, trained_state
+from .runtime.transforms import check_ordinary
+from .schedules import Flow, Mode, Schedule, Threads, make_schedule, mode_of
 
 
 class Trainer(Measures):
