@@ -59,12 +59,11 @@ class Measures(BaseTrainer):
             table.
         """
         batch, _ = self._rehearse(Mode(1.0), args, kwargs, target, ask=True)
-        true, found = _arrived(batch), {}
+        predicted: dict[str, Tensor | None] = {}
         for group in batch.setting.served:
-            guess = batch.state.predictions[group.name].guessed or ()
-            for name, gradient in zip(group.names, guess, strict=bool(guess)):
-                found[name] = compare(gradient, true[name], "true", self.steps)
-        return Diagnosis(found)
+            guess = batch.state.predictions[group.name].guessed
+            predicted.update(zip(group.names, guess or (), strict=guess is not None))
+        return Diagnosis.measure(predicted, _arrived(batch), step=self.steps)
 
     def diagnose_parameters(self, *args: Any, target: Any = None, **kwargs: Any) -> Diagnosis:
         """Compare what the predictions make of the parameters' gradients with the true ones, with

@@ -36,7 +36,13 @@ from .batch_state import BatchState, Setting
 from .emitted import keep_modes
 from .finite import all_finite
 from .objective import Objective
-from .optimizing import MakeOptimizer, find_misfit, load_optimizers, source_optimizers
+from .optimizing import (
+    MakeOptimizer,
+    find_misfit,
+    fits_later,
+    load_optimizers,
+    source_optimizers,
+)
 from .stage_batch import StageBatch
 from .transforms import check_ordinary, refuse_transforms, transformed
 from .visit import Visit, learnt_by
@@ -86,14 +92,17 @@ class DropIn(nn.Module):
             DecouplingError: it belongs to other sources; nothing is loaded then.
         """
         mine, synthesizers = self._dni_fx.optimizers_now(), self._dni_fx.graphs.synthesizers
-        if set(saved["optimizers"]) != set(mine):
+        parts = ("optimizers", "synthesizers")
+        if not isinstance(saved, dict) or any(part not in saved for part in parts):
             raise DecouplingError(
-                f"the saved sources are those of {sorted(saved['optimizers'])}, but here are "
-                f"{sorted(mine)}: decouple with the same plan"
+                "the state of a drop-in's sources is a dict with 'optimizers' and 'synthesizers', "
+                "as synthesizer_state_dict() returns it"
             )
+        fits_later("source optimisers", mine, saved["optimizers"])
         if misfit := find_misfit(synthesizers.state_dict(), saved["synthesizers"]):
             raise DecouplingError(
-                f"the saved sources are others: {misfit}; decouple with the same plan"
+                f"this state does not fit: {misfit}; decouple with the plan and sources that the "
+                "state was saved with"
             )
         synthesizers.load_state_dict(saved["synthesizers"])
         load_optimizers(mine, saved["optimizers"])

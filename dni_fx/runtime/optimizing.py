@@ -129,32 +129,46 @@ class StageOptimizers:
         Raises:
             DecouplingError: it does not fit then, either.
         """
+        adopts = False
         for kind, mine in self._by_kind().items():
-            now = {n: _sizes(o.param_groups) for n, o in mine.items()}
             new = self._unowned(stages) if kind == "optimizers" else {}
-            then = now | {n: [*now.get(n, []), len(group)] for n, group in new.items()}
-            if set(state[kind]) not in (set(now), set(then)):
-                raise DecouplingError(
-                    f"this state has {kind} for {sorted(state[kind])}, but the trainer has "
-                    f"{sorted(now)}: decouple with the plan that the state was saved with"
-                )
-            saved = {n: _sizes(s["param_groups"]) for n, s in state[kind].items()}
-            if saved not in (now, then):
-                name = next(n for n in saved if saved[n] != now.get(n))
-                raise DecouplingError(
-                    f"this state does not fit: the optimiser of {name!r} has groups of "
-                    f"{saved[name]} parameters in it, but of {now.get(name)} here; call the model "
-                    "in the modes and order in which it was called before the state was saved, "
-                    "since what only a later call uses makes a group of its own"
-                )
-            if saved != now:
-                return True
-        return False
+            adopts |= fits_later(kind, mine, state[kind], {n: len(p) for n, p in new.items()})
+        return adopts
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back what :meth:`state_dict` returned."""
         for kind, mine in self._by_kind().items():
             load_optimizers(mine, state[kind])
+
+
+def fits_later(
+    kind: str,
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    states: Mapping[str, Any],
+    new: Mapping[str, int] | None = None,
+) -> bool:
+    """Whether states fit only once new parameters make groups of their own; how many, by name.
+
+    Raises:
+        DecouplingError: they do not fit then, either; ``kind`` is what they are called.
+    """
+    now = {n: _sizes(o.param_groups) for n, o in optimizers.items()}
+    then = now | {n: [*now.get(n, []), count] for n, count in (new or {}).items()}
+    if set(states) not in (set(now), set(then)):
+        raise DecouplingError(
+            f"this state has {kind} for {sorted(states)}, but here are {sorted(now)}: decouple "
+            "with the plan that the state was saved with"
+        )
+    saved = {n: _sizes(s["param_groups"]) for n, s in states.items()}
+    if saved not in (now, then):
+        name = next(n for n in saved if saved[n] != now.get(n))
+        raise DecouplingError(
+            f"this state does not fit: the optimiser of {name!r} has groups of {saved[name]} "
+            f"parameters in it, but of {now.get(name)} here; make the optimisers as they were "
+            "made then, and call the model in the modes and order in which it was called before "
+            "the state was saved, since what only a later call uses makes a group of its own"
+        )
+    return saved != now
 
 
 def load_optimizers(

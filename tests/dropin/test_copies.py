@@ -141,11 +141,17 @@ def test_sources_of_another_plan_are_refused() -> None:
     before = state(m)
     torch.manual_seed(0)
     fewer: Any = decoupled_of("linear", cuts=["1"]).as_module()
-    with pytest.raises(DecouplingError, match="decouple with the same plan"):
-        m.load_synthesizer_state_dict(fewer.synthesizer_state_dict())
-    with pytest.raises(DecouplingError, match="decouple with the same plan"):
-        m.load_synthesizer_state_dict(made("mlp").synthesizer_state_dict())
-    assert same(state(m), before)
+    parted: Any = made("linear", synthesizer_optimizer=in_two_groups)
+    for other in (fewer, made("mlp"), parted):
+        with pytest.raises(DecouplingError, match="this state"):
+            m.load_synthesizer_state_dict(other.synthesizer_state_dict())
+        assert same(state(m), before)
+    with pytest.raises(DecouplingError, match="is a dict with 'optimizers' and 'synthesizers'"):
+        m.load_synthesizer_state_dict(m.state_dict())
+
+
+def in_two_groups(named: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+    return torch.optim.Adam([{"params": [p]} for _, p in named])
 
 
 def test_a_module_is_not_pickled() -> None:

@@ -129,6 +129,20 @@ def test_a_state_with_other_groups_is_refused_and_changes_nothing(newer: bool) -
     assert_bits_equal(whole(second), before, "after the refusal")
 
 
+def test_sources_are_looked_at_though_stages_take_in_what_is_new() -> None:
+    first, second = auxiliary(2), auxiliary(0)
+    first.step(X, target=Y)
+    second.decoupled(X)
+    state = copy.deepcopy(first.state_dict())
+    (source,) = state["synthesizer_optimizers"].values()
+    source["param_groups"] *= 2
+    before, sizes = whole(second), groups(second)
+    with pytest.raises(DecouplingError, match=r"'a'.*groups of"):
+        second.load_state_dict(state)
+    assert groups(second) == sizes
+    assert_bits_equal(whole(second), before, "after the refusal")
+
+
 def test_a_refused_load_leaves_an_unowned_graph_unowned() -> None:
     trainer = auxiliary(1)
     trainer.decoupled(X)
