@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ...errors import DecouplingError
 from ...graphs.nested import flatten, unpack_batch
 from ...runtime.emitted import evaluate
-from ...sources import GradientSource, make_source
+from ...sources import GradientSource, for_consumers, make_source
 from ..cut.cutting import Flow
 from ..cut.insertion import Context, infer_context
 from ..trace.interpreting import interpret
@@ -76,7 +76,8 @@ def measure_learnability(
         for group in groups:
             found = [_true_gradients(flow, batch, loss, set(group)) for batch in taken]
             for node in group:
-                source = make_source(option_of(node), (flow.specs[node.name],), seen)
+                option = for_consumers(option_of(node), 1)
+                source = make_source(option, (flow.specs[node.name],), seen)
                 errors[node] = _fit(source, [f[node] for f in found], contexts)
                 bar.update()
     shares = {}

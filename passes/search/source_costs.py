@@ -13,7 +13,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...errors import DecouplingError
 from ...plan import TensorSpec
-from ...sources import GradientSource, Prediction, SourceFactory, make_source
+from ...sources import (
+    JOINT,
+    GradientSource,
+    Prediction,
+    SourceFactory,
+    for_consumers,
+    make_source,
+)
 from ..cut.cutting import Flow
 from ..trace.settings import drawing_devices
 from ..trace.values import storage_key
@@ -113,7 +120,9 @@ def _made(kinds: Mapping[str, Kind], context: TensorSpec | None) -> dict[Kind, G
 
 
 def _make(option: Option, spec: TensorSpec, context: TensorSpec | None) -> GradientSource:
-    return make_source("zero" if option == "exact" else option, (spec,), context)
+    """One with a part for a single consumer; how many there are is not known before a cut."""
+    is_exact = option in ("exact", f"{JOINT}exact")  # which costs nothing
+    return make_source("zero" if is_exact else for_consumers(option, 1), (spec,), context)
 
 
 def _operations(source: GradientSource, spec: TensorSpec) -> int:

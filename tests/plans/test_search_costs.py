@@ -21,6 +21,7 @@ from dni_fx.passes.search import costing, probes, source_costs
 from dni_fx.passes.search.chains import Wishes
 from dni_fx.passes.search.searching import search_cuts
 from dni_fx.passes.trace.tracing import trace_calls
+from dni_fx.sources import EACH, JOINT, SOURCES
 
 from ..helpers import oracles
 from ..models.cases import Case
@@ -61,6 +62,26 @@ def test_measured_costs_know_the_dear_layer() -> None:
     assert max(names, key=lambda n: costs.backward[n]) == names[2]
     assert costs.parameter_bytes[names[2]] == 4 * 4 * (2048 * 2048 + 2048)
     assert costs.activation_bytes[names[1]] == 64 * 2048 * 4  # kept by its user
+
+
+@pytest.mark.parametrize("name", sorted(SOURCES.keys() - {"conv"}))  # which takes maps alone
+def test_whatever_serves_a_value_has_a_cost(name: str) -> None:
+    """Each source alone, for a boundary, and for each consumer, where it may be asked for so."""
+    served = 0
+    for option in (name, f"{JOINT}{name}", f"{EACH}{name}"):
+        for costs in ("analytic", "measured"):
+            asked = {"gradients": option, "costs": costs, "context": dni_fx.one_hot(3)}
+            try:
+                found = dni_fx.plan_cuts(chain(3), (X,), stages=2, **asked)
+            except DecouplingError as refusal:
+                assert option.startswith(EACH), option  # what may not be had for each consumer
+                assert "for each consumer" in str(refusal)
+                continue
+            served += 1
+            for stage in found.stages:
+                assert stage.cost is not None
+                assert stage.cost.sources < 1, (option, costs)
+    assert served >= 4
 
 
 def test_analytic_costs_count_attention() -> None:
