@@ -28,7 +28,7 @@ from .chains import OBJECTIVES, Wishes
 from .costing import Costs, Seconds, estimate_costs, given_costs, measure_costs
 from .learnability import measure_learnability
 from .searching import Choice, near_best, search_cuts
-from .source_costs import OptionOf, estimate_sources, measure_sources
+from .source_costs import EXACT, OptionOf, estimate_sources, measure_sources
 
 _DEFAULT_STAGES = 4
 
@@ -115,11 +115,16 @@ def choose_best(
     Raises:
         CutError: names that do not exist, wishes that contradict each other, a memory cap that
             cannot be kept.
+        DecouplingError: learnability of exact gradients.
     """
+    is_exact = gradients in EXACT
+    if is_exact and search.objective == "learnability":
+        raise DecouplingError(
+            "objective='learnability' asks how well sources predict gradients, but gradients="
+            f"{gradients!r} predicts none: leave out one of them"
+        )
     costs = weigh_model(flow, args, kwargs, gradients, context, search)
-    wishes = dataclasses.replace(
-        _resolve(flow, search), in_order=gradients in ("exact", "joint:exact")
-    )
+    wishes = dataclasses.replace(_resolve(flow, search), in_order=is_exact)
     if wishes.objective == "learnability":
         shares = measure_learnability(
             flow,

@@ -33,6 +33,8 @@ UNSERVED = 1 << 50
 _SAMPLES = 6  # sources of one kind that are timed; the others follow by their operations
 _LARGEST_SAMPLE = 1e9  # floating-point operations of one prediction
 
+EXACT = ("exact", f"{JOINT}exact")  # which no search pays for
+
 Option = str | SourceFactory
 OptionOf = Callable[[fx.Node], Option]
 Kind = tuple[Option, TensorSpec]  # what a source is made from
@@ -121,8 +123,8 @@ def _made(kinds: Mapping[str, Kind], context: TensorSpec | None) -> dict[Kind, G
 
 def _make(option: Option, spec: TensorSpec, context: TensorSpec | None) -> GradientSource:
     """One with a part for a single consumer; how many there are is not known before a cut."""
-    is_exact = option in ("exact", f"{JOINT}exact")  # which costs nothing
-    return make_source("zero" if is_exact else for_consumers(option, 1), (spec,), context)
+    free = option in EXACT
+    return make_source("zero" if free else for_consumers(option, 1), (spec,), context)
 
 
 def _operations(source: GradientSource, spec: TensorSpec) -> int:

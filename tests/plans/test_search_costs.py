@@ -71,11 +71,14 @@ def test_whatever_serves_a_value_has_a_cost(name: str) -> None:
     for option in (name, f"{JOINT}{name}", f"{EACH}{name}"):
         for costs in ("analytic", "measured"):
             asked = {"gradients": option, "costs": costs, "context": dni_fx.one_hot(3)}
+            refusal = ""
             try:
                 found = dni_fx.plan_cuts(chain(3), (X,), stages=2, **asked)
-            except DecouplingError as refusal:
-                assert option.startswith(EACH), option  # what may not be had for each consumer
-                assert "for each consumer" in str(refusal)
+            except DecouplingError as error:
+                refusal = str(error)
+            if refusal:
+                assert option.startswith(EACH), option
+                assert "for each consumer" in refusal
                 continue
             served += 1
             for stage in found.stages:
@@ -193,6 +196,14 @@ def test_learnability_sees_where_gradients_can_be_explained() -> None:
     assert "explains" in next(iter(search_of(found).reasons.values()))
     nothing = dni_fx.plan_cuts(model, (batches[0][0],), **{**options, "gradients": "zero"})
     assert list(search_of(nothing).explained.values()) == [0.0]
+
+
+@pytest.mark.parametrize("gradients", ["exact", "joint:exact"])
+def test_learnability_of_what_predicts_nothing_is_refused(gradients: str) -> None:
+    batches = [(X, torch.zeros(6, dtype=torch.long))] * 2
+    asked = {"objective": "learnability", "batches": batches, "loss": F.cross_entropy}
+    with pytest.raises(DecouplingError, match="objective='learnability' asks how well"):
+        plan(chain(3), stages=2, gradients=gradients, **asked)
 
 
 def test_learnability_needs_batches_to_judge_by() -> None:
