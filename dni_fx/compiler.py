@@ -28,7 +28,7 @@ from .passes.search.costing import Seconds
 from .passes.trace.state import preserved_rng
 from .plan import CutPlan, CutPointList
 from .runtime.module import DropIn
-from .sources import EACH, INPUTS, JOINT, SOURCES, Exampled
+from .sources import EACH, EXACT, INPUTS, JOINT, SOURCES, Exampled
 
 Cuts = str | Sequence[str] | CutPlan
 
@@ -253,7 +253,8 @@ def _with_planned_sources(recipe: Recipe) -> Recipe:
                 )
         if pairs:
             names = dict(pairs)
-            asked[argument] = "exact" if "exact" in names.values() else names
+            exact = [option for option in EXACT if option in names.values()]
+            asked[argument] = exact[0] if exact else names
     return dataclasses.replace(recipe, **asked)
 
 

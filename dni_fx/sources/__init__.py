@@ -12,12 +12,13 @@ from .each import EACH, Each, for_consumers, is_each
 from .heads import Critic, Distill, Local, LossHead, Sobolev
 from .inputs import INPUTS, InputFactory, InputSource, make_input
 from .late import Corrected, Delayed, Feedback, Mix, mix
-from .making import JOINT, SOURCES, Joint, Served, is_joint, make_source, serve
+from .making import EXACT, JOINT, SOURCES, Joint, Served, is_joint, make_source, serve
 from .regression import MLP, Linear, Network, Regression
 from .through_time import AcrossTime, Traces, side_by_side
 
 __all__ = [
     "EACH",
+    "EXACT",
     "INPUTS",
     "JOINT",
     "MLP",

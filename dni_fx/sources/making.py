@@ -19,6 +19,7 @@ from .checking import check_source, explain_start
 Made = TypeVar("Made", bound=nn.Module)
 
 JOINT = "joint:"
+EXACT = ("exact", f"{JOINT}exact")  # true gradients, by either name
 SOURCES: dict[str, type[GradientSource]] = {}  # by name; filled where all classes are known
 
 

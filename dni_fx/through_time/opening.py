@@ -11,7 +11,7 @@ from torch import Tensor
 from ..passes.trace.ports import ANOTHER, open_ports
 from ..passes.trace.traces import Trace
 from ..plan import Interface, TensorSpec
-from ..sources import AcrossTime, Joint
+from ..sources import EXACT, AcrossTime, Joint
 from .window import Window
 
 
@@ -52,8 +52,8 @@ class WindowOpening:
 
     def serve(self, interface: Interface, option: Any) -> Any:
         """What makes the source of something that leaves the window."""
-        if option == "exact":
-            return "joint:exact"
+        if option in EXACT:
+            return EXACT[-1]
         if interface.feeds == ANOTHER:
             return partial(AcrossTime, source=option, factor=self.message_factor)
         for asked, joint in self._known:

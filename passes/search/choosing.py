@@ -12,6 +12,7 @@ import torch
 
 from ...errors import CutError, DecouplingError, did_you_mean
 from ...plan import CutPlan
+from ...sources import EXACT
 from ..cut.cutting import (
     Flow,
     assign_by_name,
@@ -28,7 +29,7 @@ from .chains import OBJECTIVES, Wishes
 from .costing import Costs, Seconds, estimate_costs, given_costs, measure_costs
 from .learnability import measure_learnability
 from .searching import Choice, near_best, search_cuts
-from .source_costs import EXACT, OptionOf, estimate_sources, measure_sources
+from .source_costs import OptionOf, estimate_sources, measure_sources
 
 _DEFAULT_STAGES = 4
 

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ...errors import DecouplingError
 from ...plan import TensorSpec
 from ...sources import (
-    JOINT,
+    EXACT,
     GradientSource,
     Prediction,
     SourceFactory,
@@ -32,8 +32,6 @@ UNSERVED = 1 << 50
 
 _SAMPLES = 6  # sources of one kind that are timed; the others follow by their operations
 _LARGEST_SAMPLE = 1e9  # floating-point operations of one prediction
-
-EXACT = ("exact", f"{JOINT}exact")  # which no search pays for
 
 Option = str | SourceFactory
 OptionOf = Callable[[fx.Node], Option]
@@ -123,7 +121,7 @@ def _made(kinds: Mapping[str, Kind], context: TensorSpec | None) -> dict[Kind, G
 
 def _make(option: Option, spec: TensorSpec, context: TensorSpec | None) -> GradientSource:
     """One with a part for a single consumer; how many there are is not known before a cut."""
-    free = option in EXACT
+    free = option in EXACT  # no search pays for it
     return make_source("zero" if free else for_consumers(option, 1), (spec,), context)
 
 

@@ -46,7 +46,13 @@ def test_digests() -> None:
 
 @pytest.mark.parametrize(
     ("name", "gradients"),
-    [("unet", "auto"), ("fan_out", "zero"), ("gpt", "stale"), ("mlp_chain", "exact")],
+    [
+        ("unet", "auto"),
+        ("fan_out", "zero"),
+        ("gpt", "stale"),
+        ("mlp_chain", "exact"),
+        ("mlp_chain", "joint:exact"),
+    ],
 )
 def test_plans_as_json(name: str, gradients: str) -> None:
     case = BY_NAME[name]
@@ -59,7 +65,7 @@ def test_plans_as_json(name: str, gradients: str) -> None:
     assert read.report is None
     decoupled = dni_fx.decouple(case.build(), read, example_inputs=args)
     assert decoupled.plan == plan
-    assert decoupled.is_exact == (gradients == "exact")
+    assert decoupled.is_exact == gradients.endswith("exact")
     assert decoupled.plan.interfaces == plan.interfaces
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import dni_fx
 from dni_fx.graphs.nested import map_tensors
 from dni_fx.recurrent import ThroughTime, decouple_through_time
-from dni_fx.sources import AcrossTime, Prediction
+from dni_fx.sources import EXACT, AcrossTime, Prediction
 
 from .kit import (
     BATCH,
@@ -49,12 +49,13 @@ def truncated(case: Case, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, T
     return found
 
 
+@pytest.mark.parametrize("gradients", EXACT)
 @pytest.mark.parametrize("case", CASES + LAYERED, ids=lambda c: c.name)
-def test_exact_windows_equal_full_backpropagation_through_time(case: Case) -> None:
+def test_exact_windows_equal_full_backpropagation_through_time(case: Case, gradients: str) -> None:
     torch.manual_seed(0)
     model = case.build().double()
     reference, notes = copy.deepcopy(model), {}
-    made = trainer(model, notes, gradients="exact", **case.options)
+    made = trainer(model, notes, gradients=gradients, **case.options)
     for update in range(2):
         x, y = sequence(update)
         torch.manual_seed(update)
