@@ -11,7 +11,7 @@ from torch import Tensor
 from ..passes.trace.ports import ANOTHER, open_ports
 from ..passes.trace.traces import Trace
 from ..plan import Interface, TensorSpec
-from ..sources import EXACT, AcrossTime, Joint
+from ..sources import EACH, EXACT, AcrossTime, Joint, is_each
 from .window import Window
 
 
@@ -54,6 +54,8 @@ class WindowOpening:
         """What makes the source of something that leaves the window."""
         if option in EXACT:
             return EXACT[-1]
+        if is_each(option):  # the next window is one consumer
+            option = option.removeprefix(EACH)
         if interface.feeds == ANOTHER:
             return partial(AcrossTime, source=option, factor=self.message_factor)
         for asked, joint in self._known:

@@ -177,6 +177,19 @@ def test_the_true_gradient_as_a_prediction_gives_full_gradients_and_is_its_own_t
     assert torch.equal(told(made).targets[-1], torch.zeros_like(true[-1]))  # the terminal target
 
 
+def test_the_next_window_is_one_consumer() -> None:
+    """One source for each consumer is one at the end of a window."""
+    found = []
+    for gradients in ("linear", "each:linear"):
+        torch.manual_seed(0)
+        made = trainer(CASES[0].build().double(), {}, gradients=gradients, **CASES[0].options)
+        for update in range(2):
+            train_windows(made, *sequence(update))
+        found.append({n: p.detach().clone() for n, p in made.decoupled.named_parameters()})
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(p, found[1][n]) for n, p in found[0].items())
+
+
 def test_the_factor_is_on_use_only() -> None:
     x, y = sequence()
     gradients = {}
