@@ -177,17 +177,17 @@ class Graphs:
             report = dataclasses.replace(report, notes=report.notes + fresh)
             self._plan = dataclasses.replace(self.plan, report=report)
 
-    def functions(self, whole: bool = True) -> tuple[StageFunctions, ...]:
+    def functions(self, all_cuts: bool = True) -> tuple[StageFunctions, ...]:
         """The emitted functions of the active graph, written when first trained with.
 
         Args:
-            whole: whether all cuts of the plan must be in it.
+            all_cuts: whether all cuts of the plan must be in it.
 
         Raises:
             PlanMismatchError: some are not.
         """
         variant = self.variant
-        if whole and len(variant.cuts) < len(self.plan.cuts):
+        if all_cuts and len(variant.cuts) < len(self.plan.cuts):
             missing = [c for c in self.plan.cuts if c not in variant.cuts]
             raise PlanMismatchError(
                 "in this mode or for these inputs the model cannot be cut after "

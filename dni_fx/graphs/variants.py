@@ -127,8 +127,8 @@ class Variant:
         key = layouts_of(leaves)
         if key not in self.layouts:
             _, *known = next(iter(self.layouts))
-            whole = [shape[1:] for shape, *_ in known] != [t.shape[1:] for t in leaves]
-            if self.trace.rung == "export" or not guards_hold(self.trace, leaves, whole):
+            other = [shape[1:] for shape, *_ in known] != [t.shape[1:] for t in leaves]
+            if self.trace.rung == "export" or not guards_hold(self.trace, leaves, other):
                 return "sizes or strides of inputs"
             self.layouts.add(key)
         return None if values_hold(self.trace, leaves) else "values of inputs"

@@ -57,7 +57,7 @@ class Setting:
         mode: Mode = _DECOUPLED,
         served: tuple[Served, ...] | None = None,
         loss: Loss | None = None,
-        whole: bool = True,
+        all_cuts: bool = True,
         here: Collection[int] | None = None,
     ) -> Setting:
         """For a batch whose graph is active.
@@ -66,13 +66,13 @@ class Setting:
             graphs, objective, mode: the model's, the loss, and what the schedule says of the step.
             served: by default all sources; in exact mode none, and with the true gradients.
             loss: by default the objective's scaled loss.
-            whole: whether the graph must have all cuts of the plan.
+            all_cuts: whether the graph must have those of the plan.
             here: stages that run in turn with the last one; all by default.
 
         Raises:
             PlanMismatchError: it has not, or lacks a source.
         """
-        functions, split, share = graphs.functions(whole), graphs.variant.split, mode.true_share
+        functions, split, share = graphs.functions(all_cuts), graphs.variant.split, mode.true_share
         if served is None:
             exact = any(s.asks.exact for s in graphs.sources_by_name().values())
             served, share = ((), 1.0) if exact else (graphs.served(), share)

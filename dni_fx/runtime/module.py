@@ -231,7 +231,7 @@ class DropInState:
         them any more.
         """
         served = self.graphs.served()
-        setting = Setting.of(self.graphs, _OWN_LOSS, served=served, whole=False)
+        setting = Setting.of(self.graphs, _OWN_LOSS, served=served, all_cuts=False)
         state = BatchState(values=values, context=context)
         answers, unit = LocalAnswers(setting, state), self.unit()
         parameters = dict(self.graphs.model.named_parameters(remove_duplicate=False))

@@ -232,30 +232,30 @@ def _text(error: BaseException | None) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def guards_hold(trace: Trace, leaves: list[torch.Tensor], whole: bool = False) -> bool:
+def guards_hold(trace: Trace, leaves: list[torch.Tensor], every_node: bool = False) -> bool:
     """Whether a trace made for other shapes is valid for these inputs: what the model looked at
     (sizes, strides, dtypes) is the same.
 
     Args:
         trace: the trace.
         leaves: tensor inputs in placeholder order.
-        whole: whether every node must take them, since more than the batch differs.
+        every_node: whether all nodes must take them, since more than the batch differs.
 
     Returns:
         False also where it cannot be told without running the model.
     """
-    if not trace.guards_by_shape and not whole:
+    if not trace.guards_by_shape and not every_node:
         return True
     fake = Fakes()
     with restored(trace.model):
-        holds = _holds_on(trace, leaves, fake, whole)
+        holds = _holds_on(trace, leaves, fake, every_node)
     forget(fake)
     return holds
 
 
-def _holds_on(trace: Trace, leaves: list[torch.Tensor], fake: Fakes, whole: bool) -> bool:
+def _holds_on(trace: Trace, leaves: list[torch.Tensor], fake: Fakes, every_node: bool) -> bool:
     expected, inputs = trace.guards_by_shape, trace.placed(leaves)
-    nodes = trace.graph.nodes if whole else ancestors(expected)
+    nodes = trace.graph.nodes if every_node else ancestors(expected)
 
     def own(value: Any) -> Any:  # what a node may write to
         is_buffer = isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .loads import Loads, whole
+from .loads import Loads, integers
 
 INFINITE = float("inf")
 
@@ -55,7 +55,7 @@ class Frontiers:
 def prefixes(loads: Loads, positions: Sequence[int]) -> Frontiers:
     """The frontiers of some ascending positions of the program order."""
     loads = loads.crossing(positions)
-    ends = whole([0, *positions, len(loads.compute)])
+    ends = integers([0, *positions, len(loads.compute)])
     return Frontiers(
         loads=loads,
         masks=(),

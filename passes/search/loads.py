@@ -52,7 +52,7 @@ class Loads:
 
     def crossing(self, positions: Sequence[int]) -> Loads:
         """Only values that cross at least one of some ascending positions."""
-        ends = whole(positions)
+        ends = integers(positions)
         after = torch.searchsorted(ends, self.last_use, right=True)
         keep = after > torch.searchsorted(ends, self.values + 1)
         edges = keep[self.edge_value]
@@ -75,7 +75,7 @@ def weigh_flow(flow: Flow, costs: Costs, bandwidth: float) -> Loads:
 
     def summed(*tables: dict[str, int]) -> Tensor:
         computed = [n.name if flow.is_computed(n) else "" for n in flow.nodes]
-        return whole([sum(table.get(name, 0) for table in tables) for name in computed])
+        return integers([sum(table.get(name, 0) for table in tables) for name in computed])
 
     values: list[fx.Node] = []
     ends: list[tuple[int, int]] = []
@@ -83,7 +83,7 @@ def weigh_flow(flow: Flow, costs: Costs, bandwidth: float) -> Loads:
         users = [flow.index[u] for u in node.users if u.op == "output" or flow.is_computed(u)]
         ends += [(len(values), user) for user in users]
         values += [node] if users else []
-    edges = whole([value for value, _ in ends])
+    edges = integers([value for value, _ in ends])
     attached = attached_nodes(flow)
     nbytes = [flow.specs[n.name].nbytes if n.name in flow.specs else 8 for n in values]
     carries = [flow.carries_gradient(n) for n in values]
@@ -95,20 +95,20 @@ def weigh_flow(flow: Flow, costs: Costs, bandwidth: float) -> Loads:
     return Loads(
         compute=summed(costs.forward, costs.backward, costs.update),
         memory=summed(costs.parameter_bytes, costs.activation_bytes),
-        values=whole([flow.index[n] for n in values]),
+        values=integers([flow.index[n] for n in values]),
         total=torch.bincount(edges, minlength=len(values)),
         edge_value=edges,
-        edge_user=whole([user for _, user in ends]),
-        source=whole([nanoseconds for nanoseconds, _ in sources]),
-        source_bytes=whole([size for _, size in sources]),
-        nbytes=whole(nbytes),
-        transfer=whole([round(size / bandwidth * 1e9) for size in sent]),
+        edge_user=integers([user for _, user in ends]),
+        source=integers([nanoseconds for nanoseconds, _ in sources]),
+        source_bytes=integers([size for _, size in sources]),
+        nbytes=integers(nbytes),
+        transfer=integers([round(size / bandwidth * 1e9) for size in sent]),
         carries=torch.tensor(carries, dtype=torch.bool),
         attached=torch.tensor([n in attached for n in values], dtype=torch.bool),
     )
 
 
-def whole(numbers: Sequence[int]) -> Tensor:
+def integers(numbers: Sequence[int]) -> Tensor:
     """Whole numbers as a tensor, none of them too."""
     return torch.tensor(numbers, dtype=torch.int64)
 
