@@ -138,7 +138,7 @@ class Stage:
             arrived["gradient"] = [targets[n] for n in group.names if n in targets]
             message = tuple(part for kind in kinds for part in arrived[kind])
             with torch.enable_grad():
-                loss = group.source.fit(predictions[group.name], message)
+                loss = group.fit(predictions[group.name], message)
             if loss is not None:
                 losses[group.name] = loss
         if losses:

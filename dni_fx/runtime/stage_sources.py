@@ -136,15 +136,7 @@ class StageSources:
     def _fit(self, group: Served, kinds: tuple[str, ...]) -> Tensor | None:
         self.state.progress.fitted.add(group.name)
         with self.named():
-            message = self.answers.of(group, kinds)
-            loss = group.source.fit(self._to_teach(group), message)
-            if loss is not None and (loss.numel() != 1 or not loss.requires_grad):
-                raise DecouplingError(
-                    f"{type(group.source).__name__}.fit must return a scalar with its graph, or "
-                    f"None, but returned a tensor of shape {tuple(loss.shape)}, "
-                    f"requires_grad={loss.requires_grad}"
-                )
-        return loss
+            return group.fit(self._to_teach(group), self.answers.of(group, kinds))
 
     def _fit_parts(self, group: Served) -> list[tuple[str, Tensor | None]]:
         """Every consumer that has answered teaches the part that is its own."""
@@ -155,8 +147,8 @@ class StageSources:
             if key not in fitted and self.answers.has_answered(consumer):
                 fitted.add(key)
                 message = tuple(or_zeros(parts.get((n, consumer)), sent[n]) for n in group.names)
-                loss = group.source.fit_part(place, self._to_teach(group), message)
-                losses.append((group.name, loss))
+                with self.named():
+                    losses.append((group.name, group.fit(self._to_teach(group), message, place)))
         if fitted.issuperset(keys):
             fitted.add(group.name)
         return losses

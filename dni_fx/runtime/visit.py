@@ -264,7 +264,7 @@ def _gradients(
     group: Served, prediction: Prediction, message: tuple[Tensor, ...]
 ) -> tuple[Tensor | None, ...]:
     """Of what a source learns; none where it learns nothing."""
-    loss, learnt = group.source.fit(prediction, message), learnt_by(group)
+    loss, learnt = group.fit(prediction, message), learnt_by(group)
     if loss is None or not learnt:
         return ()
     return torch.autograd.grad(loss, learnt, allow_unused=True)

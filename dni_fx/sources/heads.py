@@ -151,8 +151,10 @@ class LossHead(GradientSource):
             wanted = (*leaves, *learnt)
             found = torch.autograd.grad(mean, wanted, None, retain, again, allow_unused=True)
             check_reached(self, found[: len(leaves)])
-            if learnt:
-                mean = HandedOver.apply(mean.detach(), found[len(leaves) :], *learnt)
+            if keep and self.greedy:  # of a head that is frozen nothing is left to pull back
+                mean = mean.detach()
+                if learnt:
+                    mean = HandedOver.apply(mean, found[len(leaves) :], *learnt)
         factor = self.unit * self.factor
         gradients = tuple(
             like(g.detach() * factor, value) for g, value in zip(found, values, strict=False)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import DecouplingError, did_you_mean
 from ..passes.trace.settings import drawing_devices
 from ..plan import Interface, TensorSpec
-from .base import GradientSource, SourceFactory
+from .base import GradientSource, Prediction, SourceFactory
 from .checking import check_source, explain_start
 
 Made = TypeVar("Made", bound=nn.Module)
@@ -160,6 +160,39 @@ class Served:
     def by_consumer(self) -> bool:
         """Whether each of several consumers teaches a part of the source, by ``fit_part``."""
         return self.source.asks.per_consumer and len(self.consumers) > 1
+
+    def fit(
+        self, prediction: Prediction, message: tuple[Tensor, ...], place: int | None = None
+    ) -> Tensor | None:
+        """The loss that the source learns by; None where it learns nothing, or is frozen.
+
+        Args:
+            prediction: what it said.
+            message: what it learns from.
+            place: of several consumers the one whose part learns; None for the whole source.
+
+        Raises:
+            DecouplingError: it returned something else than a scalar with its graph.
+        """
+        source = self.source
+        if place is None:
+            loss: Any = source.fit(prediction, message)
+        else:
+            loss = source.fit_part(place, prediction, message)
+        if loss is None or (isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad):
+            return loss
+        parameters = list(source.parameters())
+        if parameters and not any(p.requires_grad for p in parameters):
+            return None
+        found = repr(loss)[:60]
+        if isinstance(loss, Tensor):
+            shape = tuple(loss.shape)
+            found = f"a tensor of shape {shape}, requires_grad={loss.requires_grad}"
+        method = "fit" if place is None else "fit_part"
+        raise DecouplingError(
+            f"{type(source).__name__}.{method} must return a scalar with its graph, or None, but "
+            f"returned {found}"
+        )
 
 
 def serve(

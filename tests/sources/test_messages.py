@@ -23,7 +23,7 @@ from dni_fx.schedules import Mode
 from dni_fx.sources import SOURCES, GradientSource, Prediction
 
 from ..helpers.optimisers import sgd
-from ..helpers.training import batch, train, trainer_of
+from ..helpers.training import batch, decoupled_of, train, trainer_of
 from ..models.small import CHAIN
 from .kit import Fixed
 
@@ -219,6 +219,46 @@ def test_a_source_that_answers_wrongly_is_told_what_was_expected(
     own = type("Own", (Wrong,), {"answers": answers, "lag": lag})
     with pytest.raises(DecouplingError, match=words):
         train(trainer_of(own), 1)
+
+
+@pytest.mark.parametrize("engine", ["trainer", "loop by hand", "drop-in"])
+@pytest.mark.parametrize("gradients", ["linear", "local", "each:linear"])
+def test_sources_that_are_frozen_predict_and_learn_nothing(gradients: str, engine: str) -> None:
+    trainer = trainer_of(gradients)
+    train(trainer, 2)
+    decoupled, (x, y) = trainer.decoupled, batch(2)
+    decoupled.synthesizers.requires_grad_(False)
+    before = {n: p.clone() for n, p in decoupled.named_parameters()}
+    if engine == "trainer":
+        train(trainer, 1)
+        trained = {n for n, p in decoupled.named_parameters() if not torch.equal(p, before[n])}
+        assert len(trained) > 4
+    elif engine == "loop by hand":
+        stage = decoupled.stages[0]
+        found = stage.step(decoupled.bind(x), decoupled.context(y))
+        targets = {name: torch.ones_like(found.outputs[name]) for name in stage.sources}
+        assert stage.fit(found.predictions, targets) == {}
+    else:
+        module: Any = decoupled.as_module()
+        with module.context(y):
+            F.cross_entropy(module(x), y).backward()
+        assert all(p.grad is not None for p in module.parameters())
+    sources = [n for n in before if n.startswith("synthesizers")]
+    assert sources
+    assert all(torch.equal(decoupled.get_parameter(n), before[n]) for n in sources)
+
+
+@pytest.mark.parametrize("returned", [torch.zeros(2), torch.zeros(()), 1.0])
+def test_a_loop_of_ones_own_is_told_as_well(returned: Any) -> None:
+    given = {"answers": (Prediction((torch.zeros(8, 6),)), returned)}
+    decoupled, (x, y) = decoupled_of(type("Own", (Wrong,), given)), batch(0)
+    stage = decoupled.stages[0]
+    predictions = stage.step(decoupled.bind(x), decoupled.context(y)).predictions
+    with pytest.raises(DecouplingError, match=r"Own\.fit must return a scalar with its graph"):
+        stage.fit(predictions, {})
+    module: Any = decoupled.as_module()
+    with module.context(y), pytest.raises(DecouplingError, match=r"Own\.fit must return a scalar"):
+        module(x)
 
 
 def test_a_schedule_that_names_no_stage() -> None:
