@@ -10,7 +10,7 @@ and credit reaches further (Jaderberg et al. 2016, arXiv:1608.05343, section 2.2
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -116,10 +116,11 @@ def decouple_through_time(
     for name, number in numbers.items():
         if not isinstance(number, int | float) or number < 0:
             raise DecouplingError(f"{name}={number!r}: expected a number, at least 0")
-    if isinstance(messages, str):
-        raise DecouplingError(
-            f"messages={messages!r}: pass a list of keys, messages=[{messages!r}]"
-        )
+    _check_kinds(
+        {"cuts": cuts, "messages": messages},
+        {"context": context, "initial_state": initial_state},
+        {"unroll": unroll, "batch_first": batch_first},
+    )
     framed = frame(
         model, initial_state, unroll, batch_first, bool(cuts), bool(messages), input_gradients
     )
@@ -139,6 +140,21 @@ def decouple_through_time(
         accumulate=accumulate,
         metrics_every=metrics_every,
     )
+
+
+def _check_kinds(lists: dict[str, Any], functions: dict[str, Any], flags: dict[str, Any]) -> None:
+    """Refuse lists of names, functions or None, and flags or None that are something else."""
+    for name, value in lists.items():
+        is_list = isinstance(value, Collection) and not isinstance(value, str)
+        if not is_list or not all(isinstance(each, str) for each in value):
+            such = [value] if isinstance(value, str) else ["..."]
+            raise DecouplingError(f"{name}={value!r}: pass a list of names, {name}={such}")
+    for name, value in functions.items():
+        if value is not None and not callable(value):
+            raise DecouplingError(f"{name}= must be a callable, or None, but is {value!r}")
+    for name, value in flags.items():
+        if value is not None and type(value) is not bool:
+            raise DecouplingError(f"{name}={value!r}: expected True, False or None")
 
 
 def frame(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,9 @@ class Search:
             yield f"bandwidth={self.bandwidth!r}: expected bytes per second, more than 0"
         if self.memory_cap is not None and not _is_positive(self.memory_cap):
             yield f"memory_cap={self.memory_cap!r}: expected bytes, more than 0"
+        given: Any = self.speeds
+        if not isinstance(given, Collection | None):
+            yield f"speeds={given!r}: expected a list of numbers, one for each stage"
         speeds = self.speeds or ()
         if wrong := [s for s in speeds if not _is_positive(s) or not math.isfinite(s)]:
             yield f"speeds={list(speeds)!r}: expected numbers more than 0, found {wrong[0]!r}"
@@ -77,8 +80,9 @@ class Search:
         if self.objective == "learnability" and (self.batches is None or self.loss is None):
             yield "objective='learnability' needs batches= and loss=, to see true gradients"
         for name in ("keep_together", "never_cut", "must_cut"):
-            if isinstance(getattr(self, name), str):
-                yield f"{name}={getattr(self, name)!r}: expected a list of names"
+            names = getattr(self, name)
+            if not _are_names(names, groups=name == "keep_together"):
+                yield f"{name}={names!r}: expected a list of names"
 
     @property
     def count(self) -> int | None:
@@ -89,6 +93,13 @@ class Search:
             return len(self.speeds)
         fewest = self.objective == "memory" and self.memory_cap is not None
         return None if fewest else _DEFAULT_STAGES
+
+
+def _are_names(value: Any, *, groups: bool = True) -> bool:
+    """Whether it is a collection of names, or of groups of names."""
+    if isinstance(value, str) or not isinstance(value, Collection):
+        return False
+    return all(isinstance(n, str) or (groups and _are_names(n, groups=False)) for n in value)
 
 
 def _is_positive(value: Any) -> bool:

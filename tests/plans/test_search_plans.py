@@ -123,6 +123,10 @@ def test_wishes_are_kept() -> None:
         ({"speeds": [1.0, 1.0], "stages": 3}, ["speeds=", "stages=3"]),
         ({"speeds": [1.0] * 20}, ["speeds= names 20 stages"]),
         ({"must_cut": "3"}, ["must_cut='3'", "list"]),
+        ({"must_cut": 3}, ["must_cut=3", "list"]),
+        ({"never_cut": [("1", "3")]}, ["never_cut=[('1', '3')]", "list of names"]),
+        ({"keep_together": [3]}, ["keep_together=[3]", "list of names"]),
+        ({"speeds": 2}, ["speeds=2", "list of numbers"]),
     ],
 )
 def test_wishes_that_cannot_be_met(options: dict[str, Any], words: list[str]) -> None:

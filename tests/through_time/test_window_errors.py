@@ -130,6 +130,12 @@ def test_models_whose_start_is_unknown() -> None:
         ({"gradients": "linaer"}, "linear"),
         ({"gradients": {"next_hiden": "zero"}}, "next_hidden"),
         ({"cuts": ["layer_7"]}, "layer_7"),
+        ({"cuts": "rnn"}, r"cuts='rnn': pass a list of names, cuts=\['rnn'\]"),
+        ({"cuts": [1]}, r"cuts=\[1\]: pass a list of names"),
+        ({"messages": "out"}, r"messages='out': pass a list of names"),
+        ({"context": 3}, "context= must be a callable, or None, but is 3"),
+        ({"initial_state": torch.zeros(1)}, "initial_state= must be a callable"),
+        ({"unroll": "yes"}, "unroll='yes': expected True, False or None"),
     ],
 )
 def test_bad_options(options: dict[str, Any], match: str) -> None:
