@@ -131,7 +131,7 @@ def build_variant(
         if not recipe.check:
             return variant
         composed = functools.partial(call_stages, trace, split)
-        result = check_stages(called, composed, args, kwargs, yardstick)
+        result = check_stages(yardstick, composed)
         if result.mismatch is None:
             variant.exact, trace.changes = result.exact, result.changes
             trace.notes += (yardstick.note,) if yardstick.note else ()
@@ -176,8 +176,7 @@ def _trace(recipe: Recipe, yardstick: Yardstick, opaque: dict[str, str] | None) 
 
 def _blame(recipe: Recipe, yardstick: Yardstick, trace: Trace) -> dict[str, str] | str:
     """Why a graph is not its model: modules to keep as one node each, or a reason why none help."""
-    model, args, kwargs = yardstick.model, yardstick.args, yardstick.kwargs
-    mismatch = ""
+    model, mismatch = yardstick.model, ""
 
     def is_right(opaque: frozenset[str]) -> bool:
         nonlocal mismatch
@@ -188,7 +187,7 @@ def _blame(recipe: Recipe, yardstick: Yardstick, trace: Trace) -> dict[str, str]
         flow = find_flow(trial)
         whole = split_stages(flow, {n: 0 for n in flow.nodes if flow.is_computed(n)})
         run = functools.partial(call_stages, trial, whole)
-        found = check_stages(model, run, args, kwargs, yardstick).mismatch
+        found = check_stages(yardstick, run).mismatch
         mismatch = mismatch or found or ""
         return found is None
 

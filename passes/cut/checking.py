@@ -128,32 +128,57 @@ class Yardstick:
         return found
 
     def _run(self, function: Callable[..., Any]) -> tuple[Measured, Changes]:
-        pulled = self.note is None
-        return _measure(self.model, function, self.args, self.kwargs, self.grad, pulled)
+        """Of one run after which all is as it was, and what the run changed.
+
+        Raises:
+            _RunError: the function fails, or its backward.
+        """
+        try:
+            with restored(self.model, self.args, self.kwargs) as changes:
+                return self._call(function), changes
+        except Exception:  # a mode may be in the way of what runs: without any, then
+            with restored(self.model, self.args, self.kwargs, whole=True) as changes:
+                return self._call(function), changes
+
+    def _call(self, function: Callable[..., Any]) -> Measured:
+        """Outputs, buffers and, where the model has a backward, gradients of the parameters."""
+        copies: dict[int, torch.Tensor] = {}  # the same tensor again is one
+
+        def own(tensor: torch.Tensor) -> torch.Tensor:
+            leaf = copied(tensor)
+            return copies.setdefault(id(tensor), leaf if tensor.is_leaf else leaf.view_as(leaf))
+
+        with torch.set_grad_enabled(self.grad):
+            # Not the state in which the model was traced: draws must not be baked in.
+            torch.manual_seed(1)
+            random.seed(1)
+            if "numpy.random" in sys.modules:
+                sys.modules["numpy.random"].seed(1)
+            args, kwargs = map_tensors(own, (self.args, self.kwargs))
+            try:
+                output = function(*args, **kwargs)
+            except Exception as error:
+                raise _RunError(in_backward=False) from error
+            results: Measured = {f"output {i}": dense(t) for i, t in enumerate(flatten(output)[0])}
+            if self.note is None:
+                roots = [t for t in results.values() if t is not None and t.requires_grad]
+                results.update(_gradients(self.model, roots))
+            results.update({f"buffer {n}": dense(b).clone() for n, b in self.model.named_buffers()})
+            return {n: None if t is None else t.detach() for n, t in results.items()}
 
 
-def check_stages(
-    model: nn.Module,
-    composed: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    yardstick: Yardstick | None = None,
-) -> Check:
+def check_stages(yardstick: Yardstick, composed: Callable[..., Any]) -> Check:
     """Compare composed stages with the model: outputs, every parameter's gradient, buffers; same
     seed, same inputs.
 
     Args:
-        model: the user's model, in the mode to check.
+        yardstick: the user's model in a call, in the mode to check.
         composed: runs the stages, called as the model is.
-        args: example positional inputs.
-        kwargs: example keyword inputs.
-        yardstick: of the model in this call, where there is one already.
 
     Returns:
         Whether they agree, and what a call of the model changes. Model, gradients, buffers and
         random states are as they were.
     """
-    yardstick = yardstick or Yardstick(model, args, kwargs)
     first, second = yardstick.first, yardstick.second
     try:
         stages = yardstick.measure(composed)
@@ -283,61 +308,6 @@ def values_hold(trace: Trace, leaves: list[torch.Tensor]) -> bool:
     except Exception:
         return False
     return all(plain(values[node]) == value for node, value in expected.items())
-
-
-def _measure(
-    model: nn.Module,
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    grad: bool = True,
-    pulled: bool = True,
-) -> tuple[Measured, Changes]:
-    """Outputs, buffers and, if gradients are to be pulled back, those of the parameters, of one run
-    after which all is as it was; and what the run changed.
-
-    Raises:
-        _RunError: the function fails, or its backward.
-    """
-    try:
-        with restored(model, args, kwargs) as changes:
-            return _run(model, function, args, kwargs, grad, pulled), changes
-    except Exception:  # a mode may be in the way of what runs: without any, then
-        with restored(model, args, kwargs, whole=True) as changes:
-            return _run(model, function, args, kwargs, grad, pulled), changes
-
-
-def _run(
-    model: nn.Module,
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    grad: bool,
-    pulled: bool,
-) -> Measured:
-    with torch.set_grad_enabled(grad):
-        # Not the state in which the model was traced: draws must not be baked in.
-        torch.manual_seed(1)
-        random.seed(1)
-        if "numpy.random" in sys.modules:
-            sys.modules["numpy.random"].seed(1)
-        copies: dict[int, torch.Tensor] = {}  # the same tensor again is one
-
-        def own(tensor: torch.Tensor) -> torch.Tensor:
-            leaf = copied(tensor)
-            return copies.setdefault(id(tensor), leaf if tensor.is_leaf else leaf.view_as(leaf))
-
-        args, kwargs = map_tensors(own, (args, kwargs))
-        try:
-            output = function(*args, **kwargs)
-        except Exception as error:
-            raise _RunError(in_backward=False) from error
-        results: Measured = {f"output {i}": dense(t) for i, t in enumerate(flatten(output)[0])}
-        if pulled:
-            roots = [t for t in results.values() if t is not None and t.requires_grad]
-            results.update(_gradients(model, roots))
-        results.update({f"buffer {n}": dense(b).clone() for n, b in model.named_buffers()})
-        return {n: None if t is None else t.detach() for n, t in results.items()}
 
 
 def _gradients(model: nn.Module, roots: list[torch.Tensor]) -> Measured:

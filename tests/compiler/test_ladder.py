@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import random
 from typing import Any
 
@@ -16,7 +17,7 @@ import dni_fx
 from dni_fx.errors import TracingError
 from dni_fx.graphs import pipeline
 from dni_fx.passes.cut import cutting, splitting
-from dni_fx.passes.cut.checking import call_stages, check_stages
+from dni_fx.passes.cut.checking import Yardstick, call_stages, check_stages
 from dni_fx.passes.trace import exporting, tracing
 
 from ..helpers.comparing import assert_bits_equal, state_of
@@ -111,9 +112,8 @@ def test_exported_models_can_be_split(name: str) -> None:
     assert len(split.stages) == len(case.cuts) + 1
     owners = {id(p) for p in model.parameters()}
     assert {id(p) for s in split.stages for p in s.module.parameters()} <= owners
-    result = check_stages(
-        model, lambda *a, **k: call_stages(flow.trace, split, *a, **k), args, kwargs
-    )
+    composed = functools.partial(call_stages, flow.trace, split)
+    result = check_stages(Yardstick(model, args, kwargs), composed)
     assert result.mismatch is None
 
 
@@ -302,10 +302,10 @@ def test_what_the_self_check_sees(broken: Any, word: str) -> None:
     model, x = LostGradient(), torch.randn(4, 6)
     state, generator = state_of(model), torch.get_rng_state()
     model.a.weight.grad = kept = torch.ones(8, 6)
-    result = check_stages(model, lambda x: broken(model, x), (x,), {})
+    result = check_stages(Yardstick(model, (x,), {}), lambda x: broken(model, x))
     assert result.mismatch is not None
     assert word in result.mismatch
-    assert check_stages(model, model, (x,), {}).exact
+    assert check_stages(Yardstick(model, (x,), {}), model).exact
     assert model.a.weight.grad is kept
     assert bool((kept == 1).all())
     assert_bits_equal([state_of(model), torch.get_rng_state()], [state, generator], "after checks")
@@ -326,10 +326,10 @@ def test_the_self_check_forgives_rounding_of_gradients_that_are_zero() -> None:
             ).float()
         )
 
-    assert check_stages(model, in_double, (x,), {}).mismatch is None
+    assert check_stages(Yardstick(model, (x,), {}), in_double).mismatch is None
 
 
 def test_the_self_check_is_not_fooled_by_an_output_of_nan() -> None:
     model, x = LostGradient(), torch.randn(4, 6)
-    result = check_stages(model, lambda x: model(x) * float("nan"), (x,), {})
+    result = check_stages(Yardstick(model, (x,), {}), lambda x: model(x) * float("nan"))
     assert result.mismatch is not None
