@@ -10,8 +10,8 @@ Every part starts its own processes with torchrun, watches them from outside, an
   the weights of a run that nobody killed, bit for bit;
 * ``saves``: killed while a checkpoint is being written; the one before still loads, and the end is
   the same;
-* ``apart``: the same two with a folder for each rank, as on machines with disks of their own: two
-  kills of three at random moments, from the meeting of the ranks on, one while saving;
+* ``apart``: the same two with a folder for each rank, as on machines with disks of their own: a
+  third of the kills soon after a start, a third after a save, a third while saving;
 * ``stalls``: a stage that stalls at random for up to a second, queues that drop the oldest,
   synthetic inputs; the other stages lose less than 5 % of their updates, and nothing waits for
   ever;
@@ -260,9 +260,9 @@ def kills(folder: Path, quick: bool, count: int) -> list[str]:
     ]
 
 
-def _newer(run: Watched) -> Path | None:
-    """A checkpoint that these very processes, not those before them, have begun."""
-    for path in run.folder.glob("disk*/checkpoints/.step-*.writing"):
+def _newer(run: Watched, pattern: str = ".step-*.writing") -> Path | None:
+    """A checkpoint that these very processes, not those before them, have begun or made."""
+    for path in run.folder.glob(f"disk*/checkpoints/{pattern}"):
         try:
             if path.stat().st_mtime > max(p.stat().st_mtime for p in run.folder.glob("pid-*")):
                 return path
@@ -306,7 +306,7 @@ def saves(folder: Path, quick: bool, count: int) -> list[str]:
 
 def apart(folder: Path, quick: bool, count: int) -> list[str]:
     """Each rank in turn, each with a disk of its own."""
-    steps, every, ranks = (600, 20, 2) if quick else (6000, 25, 3)
+    steps, every, ranks = (300, 20, 2) if quick else (2400, 20, 3)
     lines, draw = [], random.Random(1)
     for asynchronous in (False, True):
         options = {"steps": steps, "every": every, "staleness": 2, "asynchronous": asynchronous}
@@ -320,10 +320,12 @@ def apart(folder: Path, quick: bool, count: int) -> list[str]:
             if len(now) < ranks or now & before:
                 time.sleep(0.02)
                 continue
-            if done % 3 < 2:
-                time.sleep(2.0 * draw.random())
-            while done % 3 == 2 and rough.is_running and _newer(rough) is None:
-                time.sleep(0.001)
+            patterns = ((), ("step-*",), ("step-*", ".step-*.writing"))[done % 3]
+            time.sleep(2.0 * draw.random() if not patterns else 0.0)
+            for pattern in patterns:
+                while rough.is_running and _newer(rough, pattern) is None:
+                    time.sleep(0.001)
+                time.sleep(draw.random() if pattern[0] != "." else 0.0)
             if _pids(rough) == now and rough.kill(done % ranks):
                 saving += done % 3 == 2
                 done, before = done + 1, now

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
+import weakref
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ import torch.distributed as dist
 from ..decoupled import Decoupled
 from ..errors import DecouplingError
 from ..graphs.nested import map_tensors
-from ..parallel.executors import OnThreads
 from ..parallel.limits import Flow
+from ..parallel.threads import OnThreads
 from ..reports.steps import StepReport
 from ..schedules import Mode, Schedule, Threads, make_schedule, mode_of
 from .batch_state import Settings
@@ -113,6 +114,8 @@ class Trainer(Measures):
         if isinstance(schedule, Threads):
             # The caller may write into its own.
             args, kwargs, target = map_tensors(torch.clone, (args, kwargs, target))
+            if self.threads is not None:
+                self.threads.check_modes()
             if not self.decoupled.has_graph_for(*args, **kwargs):
                 self.drain()  # a model is traced while nothing else uses it
         values = check_ordinary(self._bind_call(*args, **kwargs), target)
@@ -144,6 +147,7 @@ class Trainer(Measures):
             if self.threads is None:
                 model, loss, optimizers = self.decoupled, self.objective, self.optimizing
                 self.threads = OnThreads(model, loss, optimizers, self.metrics, flow, self.steps)
+                weakref.finalize(self, self.threads.let_go)
             threads = self.threads
             threads.submit(threads.make_jobs(self.steps, mode, values, target))
             self.metrics.requested = False
