@@ -8,11 +8,13 @@ loss is refused by the parameter's name, before anything is pulled back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+import contextlib
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -58,16 +60,28 @@ class CheckedLoss:
 
     def __call__(self, output: Any, target: Any) -> Tensor:
         known = [t.grad_fn for t in flatten(output)[0] if t.grad_fn is not None]
-        if self._is_new and self._elsewhere:
-            with _Reads({_memory(self._trained[n]): n for n in self._elsewhere}) as reads:
-                value = self._loss(output, target)
-            for name in reads.found:
-                self._refuse_parameter(name)
-        else:
-            value = self._loss(output, target)
+        value = self._watched(output, target) if self._elsewhere else self._loss(output, target)
         self._is_new = False
         if isinstance(value, Tensor):
             self._check(value.grad_fn, known)
+        return value
+
+    def _watched(self, output: Any, target: Any) -> Tensor:
+        """The loss, refused if it computes with what trains elsewhere. All operators are watched
+        at the first call, later those that come after the first function that is given such a
+        parameter: that is what costs least.
+        """
+        elsewhere = {n: self._trained[n] for n in self._elsewhere}
+        reads = _Reads({_memory(p): n for n, p in elsewhere.items()})
+        with contextlib.ExitStack() as stack:
+            if self._is_new:
+                stack.enter_context(reads)
+            else:
+                ids = frozenset(map(id, elsewhere.values()))
+                stack.enter_context(_Notices(ids, lambda: stack.enter_context(reads)))
+            value = self._loss(output, target)
+        for name in reads.found:
+            self._refuse_parameter(name)
         return value
 
     def _check(self, root: Any, known: list[Any]) -> None:
@@ -106,6 +120,34 @@ class CheckedLoss:
             "optimiser do it (weight_decay=), let the model return the term, place the stage with "
             "the last one, or train all stages in turn with dni_fx.Trainer"
         )
+
+
+class _Notices(TorchFunctionMode):
+    """Says when a function of torch is first given one of some tensors.
+
+    Args:
+        ids: of the tensors.
+        say: called then.
+    """
+
+    def __init__(self, ids: frozenset[int], say: Callable[[], object]) -> None:
+        super().__init__()
+        self.ids, self.say, self.said = ids, say, False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if not self.said and any(id(leaf) in self.ids for leaf in _leaves(args, kwargs)):
+            self.said = True
+            self.say()
+        return func(*args, **(kwargs or {}))
+
+
+def _leaves(args: Any, kwargs: dict[str, Any] | None) -> Iterable[Any]:
+    """What a function is given; in lists and tuples, too."""
+    if kwargs or any(isinstance(value, tuple | list) for value in args):
+        return tree_leaves((args, kwargs))
+    return args  # as nearly always
 
 
 class _Reads(TorchDispatchMode):
