@@ -12,6 +12,9 @@ Every part starts its own processes with torchrun, watches them from outside, an
   the same;
 * ``apart``: the same two with a folder for each rank, as on machines with disks of their own: a
   third of the kills soon after a start, a third after a save, a third while saving;
+* ``hosts``: two torchruns joined on loopback, of which one comes late, goes, comes back, is started
+  again or stands still for longer than the timeout; the run goes on with as many ranks as there
+  are, and ends as in one process;
 * ``stalls``: a stage that stalls at random for up to a second, queues that drop the oldest,
   synthetic inputs; the other stages lose less than 5 % of their updates, and nothing waits for
   ever;
@@ -42,9 +45,10 @@ from torch import Tensor, nn
 
 import dni_fx
 from dni_fx import distributed
+from hosts import hosts as hosts
 from probe import describe_environment
 
-PARTS = ("kills", "saves", "apart", "stalls", "slow")
+PARTS = ("kills", "saves", "apart", "hosts", "stalls", "slow")
 WIDTH, CLASSES, BATCH = 128, 10, 32
 
 
@@ -119,7 +123,11 @@ def work(options: dict[str, Any]) -> None:
     # far.
     rank, folder = distributed.start(30 if "every" in options else 3600), Path(options["folder"])
     (folder / f"pid-{rank}").write_text(str(os.getpid()))
-    saved = folder / (f"disk-{rank}" if options.get("apart") else "disk") / "checkpoints"
+    disk = os.environ.get("SOAK_DISK", rank) if options.get("apart") else "shared"
+    saved = folder / f"disk-{disk}" / "checkpoints"
+    if rank == 0:
+        with (folder / "worlds").open("a") as file:
+            file.write(f"{dist.get_world_size()}\n")
     torch.manual_seed(0)
     model = Ladder(
         options.get("slow", ""), options.get("seconds", 0.0), options.get("at_random", False)
@@ -140,7 +148,7 @@ def work(options: dict[str, Any]) -> None:
         staleness=options.get("staleness"),
         policy=options.get("policy", "wait"),
         queue=options.get("queue", 4),
-        timeout=60.0 if "every" in options else 3600.0,
+        timeout=options.get("timeout", 60.0 if "every" in options else 3600.0),
     )
     if "every" in options:
         trainer.resume(saved)

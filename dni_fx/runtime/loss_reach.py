@@ -8,13 +8,11 @@ loss is refused by the parameter's name, before anything is pulled back.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -22,6 +20,9 @@ from ..errors import DecouplingError
 from ..graphs.graphs import Graphs
 from ..graphs.nested import flatten
 
+# Calls whose every operator is watched: a mode costs more than a short loss does, and a loss may
+# come to read more later.
+_FIRST, _EVERY = 4, 16
 _ALIASES = {"aten.detach.default", "aten.alias.default"}
 
 
@@ -56,29 +57,21 @@ class CheckedLoss:
         last = graphs.parameter_names(len(stages) - 1)
         self._earlier = {id(p): n for n, p in trained.items() if n in users and n not in last}
         self._last_modules = {id(m) for m in stages[-1].module.modules()}
-        self._trained, self._is_new = trained, True
+        self._trained, self._calls = trained, 0
 
     def __call__(self, output: Any, target: Any) -> Tensor:
         known = [t.grad_fn for t in flatten(output)[0] if t.grad_fn is not None]
-        value = self._watched(output, target) if self._elsewhere else self._loss(output, target)
-        self._is_new = False
+        watches = self._elsewhere and (self._calls < _FIRST or self._calls % _EVERY == 0)
+        value = self._watched(output, target) if watches else self._loss(output, target)
+        self._calls += 1
         if isinstance(value, Tensor):
             self._check(value.grad_fn, known)
         return value
 
     def _watched(self, output: Any, target: Any) -> Tensor:
-        """The loss, refused if it computes with what trains elsewhere. All operators are watched
-        at the first call, later those that come after the first function that is given such a
-        parameter: that is what costs least.
-        """
-        elsewhere = {n: self._trained[n] for n in self._elsewhere}
-        reads = _Reads({_memory(p): n for n, p in elsewhere.items()})
-        with contextlib.ExitStack() as stack:
-            if self._is_new:
-                stack.enter_context(reads)
-            else:
-                ids = frozenset(map(id, elsewhere.values()))
-                stack.enter_context(_Notices(ids, lambda: stack.enter_context(reads)))
+        """The loss, refused if it computes with what trains elsewhere, gradient or not."""
+        memory = {_memory(self._trained[n]): n for n in self._elsewhere}
+        with _Reads(memory) as reads:
             value = self._loss(output, target)
         for name in reads.found:
             self._refuse_parameter(name)
@@ -120,34 +113,6 @@ class CheckedLoss:
             "optimiser do it (weight_decay=), let the model return the term, place the stage with "
             "the last one, or train all stages in turn with dni_fx.Trainer"
         )
-
-
-class _Notices(TorchFunctionMode):
-    """Says when a function of torch is first given one of some tensors.
-
-    Args:
-        ids: of the tensors.
-        say: called then.
-    """
-
-    def __init__(self, ids: frozenset[int], say: Callable[[], object]) -> None:
-        super().__init__()
-        self.ids, self.say, self.said = ids, say, False
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if not self.said and any(id(leaf) in self.ids for leaf in _leaves(args, kwargs)):
-            self.said = True
-            self.say()
-        return func(*args, **(kwargs or {}))
-
-
-def _leaves(args: Any, kwargs: dict[str, Any] | None) -> Iterable[Any]:
-    """What a function is given; in lists and tuples, too."""
-    if kwargs or any(isinstance(value, tuple | list) for value in args):
-        return tree_leaves((args, kwargs))
-    return args  # as nearly always
 
 
 class _Reads(TorchDispatchMode):

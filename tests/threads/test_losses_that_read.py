@@ -109,7 +109,7 @@ def test_on_threads_it_is_refused_by_the_parameters_name(kind: Callable[[nn.Modu
     trainer = trainer_of(Threads(), model=model)
     trainer.loss = kind(model)
     with pytest.raises(DecouplingError, match=r"stage_3, step \d.* parameter '[\w.]+' of stage_\d"):
-        train(trainer, 12)
+        train(trainer, 24)
     assert stage_threads() == []
     trainer.loss = F.cross_entropy
     train(trainer, 4)
