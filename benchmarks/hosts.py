@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-SOAK = Path(__file__).with_name("soak.py")
+SOAK, NETNS = (Path(__file__).with_name(name) for name in ("soak.py", "netns.py"))
 
 
 class Host:
@@ -181,3 +181,28 @@ def hosts(folder: Path, quick: bool, count: int) -> list[str]:
             f"final weights {same} those of one process"
         )
     return lines
+
+
+def link(folder: Path, quick: bool, count: int) -> list[str]:
+    """Two ranks far from each other."""
+    options = {"steps": 60 if quick else 300, "every": 20, "staleness": 2, "timeout": 30.0}
+    calm, _ = run(folder / "calm", {**options, "apart": False, "shares": True}, [])
+    far, network = folder / "far", ["--delay", "50ms", "--rate", "100mbit", "--"]
+    far.mkdir()
+    work = ["--work", json.dumps({**options, "apart": True, "folder": str(far)})]
+    done = subprocess.run(
+        [sys.executable, str(NETNS), *network, sys.executable, str(SOAK), *work],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=900,
+    )
+    if done.stdout.startswith("skipped"):
+        return [done.stdout.strip()]
+    found = json.loads((far / "result.json").read_text())
+    same = "bit-equal to" if found["digest"] == calm else "DIFFER from"
+    return [
+        done.stdout.splitlines()[0],
+        f"{options['steps']} steps and {options['steps'] // options['every']} saves in "
+        f"{found['ranks'][0]['seconds']:.0f} s; final weights {same} those of one process",
+    ]

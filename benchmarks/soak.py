@@ -15,6 +15,8 @@ Every part starts its own processes with torchrun, watches them from outside, an
 * ``hosts``: two torchruns joined on loopback, of which one comes late, goes, comes back, is started
   again or stands still for longer than the timeout; the run goes on with as many ranks as there
   are, and ends as in one process;
+* ``link``: two ranks over a link with 50 ms each way and 100 Mbit/s, with saves; the end is that of
+  one process (needs root, as ``netns.py`` says);
 * ``stalls``: a stage that stalls at random for up to a second, queues that drop the oldest,
   synthetic inputs; the other stages lose less than 5 % of their updates, and nothing waits for
   ever;
@@ -46,9 +48,10 @@ from torch import Tensor, nn
 import dni_fx
 from dni_fx import distributed
 from hosts import hosts as hosts
+from hosts import link as link
 from probe import describe_environment
 
-PARTS = ("kills", "saves", "apart", "hosts", "stalls", "slow")
+PARTS = ("kills", "saves", "apart", "hosts", "link", "stalls", "slow")
 WIDTH, CLASSES, BATCH = 128, 10, 32
 
 
