@@ -37,7 +37,7 @@ class Host:
         self.log = (folder / f"log-{name}").open("a")
         meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
         conf = ["--rdzv-id", "soak", "--rdzv-conf", "last_call_timeout=3,keep_alive_interval=1"]
-        size = ["--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "30"]
+        size = ["--nnodes", options["nodes"], "--nproc-per-node", "1", "--max-restarts", "30"]
         work = ["--work", json.dumps({**options, "folder": str(folder)})]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", *size, *meet, *conf, str(SOAK), *work],
@@ -104,29 +104,32 @@ def newest(folder: Path) -> int:
     return max(steps, default=0)
 
 
+def worlds(folder: Path) -> list[int]:
+    """With how many ranks each start was made so far."""
+    path = folder / "worlds"
+    return [int(line) for line in path.read_text().split()] if path.exists() else []
+
+
 def run(folder: Path, options: dict[str, Any], story: list[str]) -> tuple[str, list[int]]:
-    """A run in which a host, b, does what the story says, each time after a new checkpoint.
+    """A run in which a host, b, does what the story says, each time after a new checkpoint of as
+    many ranks as there should be; slow until the story is over.
 
     Returns:
-        The digest of the final weights, and the sizes of the world, in order.
+        The digest of the final weights, and with how many ranks each start was made.
     """
     folder.mkdir(parents=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    if story:
+        (folder / "slowly").touch()
     hosts = [Host(folder, "a", port, options)]
     try:
         for event in story:
-            before = newest(folder)
-            if event not in ("joins", "is there"):
-                wait_for(
-                    f"a checkpoint before b {event}",
-                    lambda before=before: newest(folder) > before,  # type: ignore[misc]
-                    hosts,
-                )
+            began, size = len(worlds(folder)), 1 if event == "goes" else 2
+            if event == "joins":
+                wait_for("the first host", lambda: bool(worlds(folder)), hosts)
             if event in ("joins", "is there", "comes"):
-                if event == "joins":
-                    wait_for("the first", lambda: (folder / "worlds").exists(), hosts)
                 hosts.append(Host(folder, "b", port, options))
             elif event == "loses":
                 hosts[1].lose()
@@ -136,6 +139,19 @@ def run(folder: Path, options: dict[str, Any], story: list[str]) -> tuple[str, l
                 hosts.pop().go()
                 if event == "restarts":
                     hosts.append(Host(folder, "b", port, options))
+
+            def is_begun(began: int = began, size: int = size) -> bool:
+                known = worlds(folder)
+                return len(known) > began and known[-1] == size
+
+            wait_for(f"a start after b {event}", is_begun, hosts)
+            before = newest(folder)
+
+            def is_saved(before: int = before) -> bool:
+                return newest(folder) > before
+
+            wait_for(f"a checkpoint after b {event}", is_saved, hosts)
+        (folder / "slowly").unlink(missing_ok=True)
         wait_for("the end", lambda: (folder / "result.json").exists(), [], 600)
         for host in hosts:
             host.process.wait(60)
@@ -143,25 +159,25 @@ def run(folder: Path, options: dict[str, Any], story: list[str]) -> tuple[str, l
         for host in hosts:
             if host.process.poll() is None:
                 host.go()
-    worlds = [int(line) for line in (folder / "worlds").read_text().split()]
-    return json.loads((folder / "result.json").read_text())["digest"], worlds
+    digest = json.loads((folder / "result.json").read_text())["digest"]
+    return digest, worlds(folder)
 
 
-STORIES: dict[str, tuple[dict[str, bool], list[str]]] = {
+STORIES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "loses its process, three times, with a disk of its own": (
-        {"apart": True, "shares": True},
+        {"apart": True, "shares": True, "nodes": "2"},
         ["is there", "loses", "loses", "loses"],
     ),
     "comes late, goes, and comes back, with a common folder": (
-        {"apart": False, "shares": False},
+        {"apart": False, "shares": False, "nodes": "1:2"},
         ["joins", "goes", "comes"],
     ),
     "is ended and started again, three times, with a disk of its own": (
-        {"apart": True, "shares": False},
+        {"apart": True, "shares": False, "nodes": "1:2"},
         ["joins", "restarts", "restarts", "restarts"],
     ),
     "stands still for longer than the timeout, twice, with a disk of its own": (
-        {"apart": True, "shares": False},
+        {"apart": True, "shares": False, "nodes": "1:2"},
         ["joins", "stops", "stops"],
     ),
 }
@@ -169,15 +185,15 @@ STORIES: dict[str, tuple[dict[str, bool], list[str]]] = {
 
 def hosts(folder: Path, quick: bool, count: int) -> list[str]:
     """Each story against a run in one process."""
-    options = {"steps": 300 if quick else 1200, "every": 20, "staleness": 2, "timeout": 5.0}
-    calm, _ = run(folder / "calm", {**options, "apart": False, "shares": True}, [])
+    options = {"steps": 1000 if quick else 2000, "every": 10, "staleness": 2, "timeout": 5.0}
+    calm, _ = run(folder / "calm", {**options, "apart": False, "shares": True, "nodes": "1"}, [])
     lines = []
     for name, (own, story) in STORIES.items():
-        digest, worlds = run(folder / name.split(",")[0], {**options, **own}, story)
+        digest, found = run(folder / name.split(",")[0], {**options, **own}, story)
         same = "bit-equal to" if digest == calm else "DIFFER from"
-        sizes = " ".join(map(str, worlds))
+        sizes = " ".join(map(str, found))
         lines.append(
-            f"the second of two hosts {name}: {len(worlds)} starts, with as many ranks: {sizes}; "
+            f"the second of two hosts {name}: {len(found)} starts, with as many ranks: {sizes}; "
             f"final weights {same} those of one process"
         )
     return lines
@@ -186,7 +202,7 @@ def hosts(folder: Path, quick: bool, count: int) -> list[str]:
 def link(folder: Path, quick: bool, count: int) -> list[str]:
     """Two ranks far from each other."""
     options = {"steps": 60 if quick else 300, "every": 20, "staleness": 2, "timeout": 30.0}
-    calm, _ = run(folder / "calm", {**options, "apart": False, "shares": True}, [])
+    calm, _ = run(folder / "calm", {**options, "apart": False, "shares": True, "nodes": "1"}, [])
     far, network = folder / "far", ["--delay", "50ms", "--rate", "100mbit", "--"]
     far.mkdir()
     work = ["--work", json.dumps({**options, "apart": True, "folder": str(far)})]

@@ -160,6 +160,8 @@ def work(options: dict[str, Any]) -> None:
     for step in range(trainer.steps, options["steps"]):
         x, y = batch(step)
         trainer.step(x, target=y)
+        if (folder / "slowly").exists():
+            time.sleep(0.2)
         if "every" in options and trainer.steps % options["every"] == 0:
             trainer.save(saved, asynchronous=options.get("asynchronous", False))
         if step % max(options["steps"] // 50, 1) == 0:
