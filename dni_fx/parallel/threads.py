@@ -135,13 +135,13 @@ class OnThreads(Team):
         """Refuse modes that were changed since the newest batch was posted, unless all rests."""
         self._modes.check()
 
-    def let_go(self) -> None:
-        """Have the threads end, and do not wait for that: nobody holds the trainer any more."""
-        self.mail.fail(ParallelError("the trainer was closed"))
+    def end_with(self, owner: object) -> None:
+        """Have the threads end when nobody holds the owner any more; nothing waits for that."""
+        weakref.finalize(owner, _end, weakref.ref(self))
 
     def close(self) -> None:
         """End the threads, wherever they are."""
-        self.let_go()
+        _end(weakref.ref(self))
         for thread in self.threads:
             if thread is not threading.current_thread():
                 thread.join()
@@ -183,6 +183,12 @@ class OnThreads(Team):
         for name, changes in () if job is None else job.rates.items():
             worker.learner.posted[name].take(changes)
         return job
+
+
+def _end(executor: weakref.ref[OnThreads]) -> None:
+    working = executor()
+    if working is not None:
+        working.mail.fail(ParallelError("the trainer was closed"))
 
 
 @atexit.register

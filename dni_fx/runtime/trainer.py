@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import warnings
-import weakref
 from typing import Any
 
 import torch
@@ -147,7 +146,7 @@ class Trainer(Measures):
             if self.threads is None:
                 model, loss, optimizers = self.decoupled, self.objective, self.optimizing
                 self.threads = OnThreads(model, loss, optimizers, self.metrics, flow, self.steps)
-                weakref.finalize(self, self.threads.let_go)
+                self.threads.end_with(self)
             threads = self.threads
             threads.submit(threads.make_jobs(self.steps, mode, values, target))
             self.metrics.requested = False

@@ -186,3 +186,16 @@ def test_a_trainer_that_nobody_holds_ends_its_threads() -> None:
     while stage_threads() and time.monotonic() < until:
         time.sleep(0.01)
     assert stage_threads() == []
+
+
+def test_threads_that_were_closed_are_let_go_of() -> None:
+    """A trainer may be closed, and go on, any number of times."""
+    trainer, closed = trainer_of("threads"), []
+    for step in range(3):
+        x, y = batch(step)
+        trainer.step(x, target=y)
+        closed.append(weakref.ref(trainer.threads))
+        trainer.drain()
+        trainer.close()
+    gc.collect()
+    assert [ref() for ref in closed] == [None] * 3
