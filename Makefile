@@ -10,6 +10,7 @@
 #   make bench | results       the benchmarks | the experiments of docs/results.md
 #   make finetune              a pretrained ResNet and a pretrained MiniLM, fine-tuned by all kinds of sources
 #   make parallel | soak       several processes against pipelines | kills, stalls, slow consumers -> docs/soak.md
+#   make schedules             1,000 schedules of threads, drawn at random; make test takes 15
 #   make exits                 700 starts of two processes that end in every way: none may abort, hang or leave any
 #
 # PyTorch's default wheels for Linux bring CUDA along. Where pip is not set up to prefer the CPU build, name its
@@ -25,6 +26,7 @@ RESULTS_ARGS ?=
 PARALLEL_ARGS ?= --train 600
 EXITS_ARGS ?=
 RANDOM_GRAPHS ?= 100000
+RANDOM_SCHEDULES ?= 1000
 HOSTILE_PROGRAMS ?= 20000
 ZOO_ARGS ?=
 
@@ -38,7 +40,7 @@ DOCS_READY := $(VENV)/.docs-ready
 PRETRAINED_READY := $(VENV)/.pretrained-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test matrix ecosystem lint docs zoo zoo-random zoo-hostile bench parallel soak exits results finetune clean
+.PHONY: help setup demo test matrix ecosystem lint docs zoo zoo-random zoo-hostile bench parallel soak schedules exits results finetune clean
 
 help:
 	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
@@ -114,6 +116,9 @@ soak: $(READY)
 
 exits: $(READY)
 	OMP_NUM_THREADS=1 $(PY) benchmarks/exits.py $(EXITS_ARGS)
+
+schedules: $(READY)
+	DNI_FX_RANDOM_SCHEDULES=$(RANDOM_SCHEDULES) $(PY) -m pytest $(PYTEST_ARGS) tests/threads/test_random_schedules.py
 
 results: $(READY)
 	$(PY) examples/paper_feedforward.py $(RESULTS_ARGS)

@@ -1,6 +1,6 @@
 """Starts of two processes that end in every way a script can: none may abort, hang or leave any.
 
-    python benchmarks/exits.py [--four 200] [--short 500] [--jobs 2]
+    python benchmarks/exits.py [--four 200] [--short 500] [--jobs 2] [--minutes 60]
 
 ``four``: the cases of the tests after which a start in ten once aborted, beside one busy core.
 ``short``: one trainer or a few, closed or not, that end by return, error or ``sys.exit``. The
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import os
 import shutil
 import signal
@@ -81,7 +82,7 @@ def busy() -> int:
     return pid
 
 
-def run(names: list[str], jobs: int, rows: dict[str, Row], folder: Path) -> None:
+def run(names: list[str], jobs: int, rows: dict[str, Row], folder: Path, until: float) -> None:
     """All starts, some at a time.
 
     Args:
@@ -89,9 +90,12 @@ def run(names: list[str], jobs: int, rows: dict[str, Row], folder: Path) -> None
         jobs: how many at a time.
         rows: where they are counted.
         folder: for what they write.
+        until: the moment, of ``time.monotonic``, after which none is started.
     """
     left, running = list(enumerate(names)), list[endings.Start]()
     while left or running:
+        if time.monotonic() > until:
+            left.clear()
         while left and len(running) < jobs:
             number, name = left.pop(0)
             running.append(endings.Start(name, folder / str(number)))
@@ -111,17 +115,22 @@ def main() -> int:
     parser.add_argument("--four", type=int, default=200, help="starts under load (default: 200)")
     parser.add_argument("--short", type=int, default=500, help="other starts (default: 500)")
     parser.add_argument("--jobs", type=int, default=2, help="starts at a time (default: 2)")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="then start no more, half for each kind"
+    )
     args = parser.parse_args()
     if min(args.four, args.short) < 0 or args.jobs < 1:
         parser.error("--four and --short must be at least 0, --jobs at least 1")
     rows = {name: Row(name) for name in ("four_cases", *endings.SHORT, "control")}
     folder = Path(tempfile.mkdtemp())
     load = busy()
-    run(["four_cases"] * args.four, args.jobs, rows, folder)
+    until = time.monotonic() + 30 * args.minutes
+    run(["four_cases"] * args.four, args.jobs, rows, folder, until)
     os.kill(load, signal.SIGKILL)  # in no finally: the ranks come by here when they end
     os.waitpid(load, 0)
     short = list(itertools.islice(itertools.cycle(endings.SHORT), args.short))
-    run([*short, *["control"] * CONTROLS], args.jobs, rows, folder)
+    run(["control"] * CONTROLS, args.jobs, rows, folder, math.inf)
+    run(short, args.jobs, rows, folder, time.monotonic() + 30 * args.minutes)
     shutil.rmtree(folder)
     lines = [HEAD, *(row.cells() for row in rows.values())]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -10,6 +10,13 @@ Every part starts its own processes with torchrun, watches them from outside, an
   the weights of a run that nobody killed, bit for bit;
 * ``saves``: killed while a checkpoint is being written; the one before still loads, and the end is
   the same;
+* ``apart``: the same two with a folder for each rank, as on machines with disks of their own: a
+  third of the kills soon after a start, a third after a save, a third while saving;
+* ``hosts``: two torchruns joined on loopback, of which one comes late, goes, comes back, is started
+  again or stands still for longer than the timeout; the run goes on with as many ranks as there
+  are, and ends as in one process;
+* ``link``: two ranks over a link with 50 ms each way and 100 Mbit/s, with saves; the end is that of
+  one process (needs root, as ``netns.py`` says);
 * ``stalls``: a stage that stalls at random for up to a second, queues that drop the oldest,
   synthetic inputs; the other stages lose less than 5 % of their updates, and nothing waits for
   ever;
@@ -40,9 +47,11 @@ from torch import Tensor, nn
 
 import dni_fx
 from dni_fx import distributed
+from hosts import hosts as hosts
+from hosts import link as link
 from probe import describe_environment
 
-PARTS = ("kills", "saves", "stalls", "slow")
+PARTS = ("kills", "saves", "apart", "hosts", "link", "stalls", "slow")
 WIDTH, CLASSES, BATCH = 128, 10, 32
 
 
@@ -117,6 +126,11 @@ def work(options: dict[str, Any]) -> None:
     # far.
     rank, folder = distributed.start(30 if "every" in options else 3600), Path(options["folder"])
     (folder / f"pid-{rank}").write_text(str(os.getpid()))
+    disk = os.environ.get("SOAK_DISK", rank) if options.get("apart") else "shared"
+    saved = folder / f"disk-{disk}" / "checkpoints"
+    if rank == 0:
+        with (folder / "worlds").open("a") as file:
+            file.write(f"{dist.get_world_size()}\n")
     torch.manual_seed(0)
     model = Ladder(
         options.get("slow", ""), options.get("seconds", 0.0), options.get("at_random", False)
@@ -137,17 +151,19 @@ def work(options: dict[str, Any]) -> None:
         staleness=options.get("staleness"),
         policy=options.get("policy", "wait"),
         queue=options.get("queue", 4),
-        timeout=60.0 if "every" in options else 3600.0,
+        timeout=options.get("timeout", 60.0 if "every" in options else 3600.0),
     )
     if "every" in options:
-        trainer.resume(folder / "checkpoints")
+        trainer.resume(saved)
     memory = []
     start = time.perf_counter()
     for step in range(trainer.steps, options["steps"]):
         x, y = batch(step)
         trainer.step(x, target=y)
+        if (folder / "slowly").exists():
+            time.sleep(0.2)
         if "every" in options and trainer.steps % options["every"] == 0:
-            trainer.save(folder / "checkpoints", asynchronous=options.get("asynchronous", False))
+            trainer.save(saved, asynchronous=options.get("asynchronous", False))
         if step % max(options["steps"] // 50, 1) == 0:
             memory.append(resident())
     seconds = time.perf_counter() - start
@@ -257,9 +273,9 @@ def kills(folder: Path, quick: bool, count: int) -> list[str]:
     ]
 
 
-def _newer(run: Watched, pattern: str) -> Path | None:
-    """A checkpoint that these very processes, not those before them, have begun."""
-    for path in (run.folder / "checkpoints").glob(pattern):
+def _newer(run: Watched, pattern: str = ".step-*.writing") -> Path | None:
+    """A checkpoint that these very processes, not those before them, have begun or made."""
+    for path in run.folder.glob(f"disk*/checkpoints/{pattern}"):
         try:
             if path.stat().st_mtime > max(p.stat().st_mtime for p in run.folder.glob("pid-*")):
                 return path
@@ -283,7 +299,7 @@ def saves(folder: Path, quick: bool, count: int) -> list[str]:
         rough = Watched(folder / f"{name} rough", ranks, restarts=count + 5, **options)
         done, broken = 0, 0
         while done < min(count, 5) and rough.is_running:
-            if (writing := _newer(rough, ".step-*.writing")) and rough.kill(done % ranks):
+            if (writing := _newer(rough)) and rough.kill(done % ranks):
                 time.sleep(0.02)
                 broken += writing.exists()
                 done += 1
@@ -297,6 +313,42 @@ def saves(folder: Path, quick: bool, count: int) -> list[str]:
             f"{name} saves: {done} kills while one was written, {broken} of which left it "
             f"incomplete; final weights {'bit-equal to' if same else 'DIFFER from'} an unkilled "
             "run's"
+        )
+    return lines
+
+
+def apart(folder: Path, quick: bool, count: int) -> list[str]:
+    """Each rank in turn, each with a disk of its own."""
+    steps, every, ranks = (300, 20, 2) if quick else (2400, 20, 3)
+    lines, draw = [], random.Random(1)
+    for asynchronous in (False, True):
+        options = {"steps": steps, "every": every, "staleness": 2, "asynchronous": asynchronous}
+        name = "asynchronous" if asynchronous else "plain"
+        calm = Watched(folder / f"{name} calm", ranks, apart=True, **options).result(600)
+        asked = (count + asynchronous) // 2
+        rough = Watched(folder / f"{name} rough", ranks, asked + 5, apart=True, **options)
+        done, saving, before = 0, 0, set[str]()
+        while done < asked and rough.is_running:
+            now = _pids(rough)
+            if len(now) < ranks or now & before:
+                time.sleep(0.02)
+                continue
+            patterns = ((), ("step-*",), ("step-*", ".step-*.writing"))[done % 3]
+            time.sleep(2.0 * draw.random() if not patterns else 0.0)
+            for pattern in patterns:
+                while rough.is_running and _newer(rough, pattern) is None:
+                    time.sleep(0.001)
+                time.sleep(draw.random() if pattern[0] != "." else 0.0)
+            if _pids(rough) == now and rough.kill(done % ranks):
+                saving += done % 3 == 2
+                done, before = done + 1, now
+        found = rough.result(900)
+        same = "bit-equal to" if found["digest"] == calm["digest"] else "DIFFER from"
+        left = [p.name for p in rough.folder.glob("disk*/checkpoints/.*")]
+        lines.append(
+            f"{name} saves: {done} kills of {asked} asked, {saving} of them while saving, {ranks} "
+            f"ranks in turn with a folder each, {steps} steps: resumed {done} times; final weights "
+            f"{same} an unkilled run's; files left behind: {', '.join(left) or 'none'}"
         )
     return lines
 

@@ -18,6 +18,7 @@ from . import compiler
 from .decoupled import Decoupled
 from .errors import DecouplingError
 from .parallel.mailbox import ParallelError as ParallelError
+from .parallel.meeting import meet
 from .parallel.monitoring import Status as Status
 from .parallel.sharing import Peers
 from .parallel.trainer import Trainer as Trainer
@@ -29,19 +30,22 @@ __all__ = ["ParallelError", "Status", "Trainer", "decouple", "start"]
 def start(timeout: float = 300.0) -> int:
     """Join the processes that torchrun has started; without torchrun do nothing.
 
-    As ``init_process_group("gloo")``, but fit for restarts: with ``--max-restarts`` the store
-    outlives a failure, and a process might look for the others where they were before it.
+    As ``init_process_group("gloo")``, but fit for restarts: torchrun's store outlives a failure,
+    and a process might look for the others where they were before it.
 
     Args:
         timeout: seconds to wait for the others, here and in collective operations.
 
     Returns:
         The rank; 0 in a process of its own.
+
+    Raises:
+        ParallelError: a process did not come in time; which.
     """
     if "RANK" not in os.environ:
         return 0
     store, rank, world = next(rendezvous("env://"))
-    store = PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    store = PrefixStore(meet(store, rank, world, timeout), store)
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
     )

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from .decoupled import Decoupled
 from .errors import DecouplingError
 from .graphs.nested import map_tensors
-from .parallel.executors import OnThreads
+from .parallel.threads import OnThreads
 from .reports.steps import StepReport
 from .runtime.batch_state import Settings
 from .runtime.in_turn import Batch, InTurn
@@ -112,6 +112,8 @@ class Trainer(Measures):
         if isinstance(schedule, Threads):
             # The caller may write into its own.
             args, kwargs, target = map_tensors(torch.clone, (args, kwargs, target))
+            if self.threads is not None:
+                self.threads.check_modes()
             if not self.decoupled.has_graph_for(*args, **kwargs):
                 self.drain()  # a model is traced while nothing else uses it
         values = check_ordinary(self._bind_call(*args, **kwargs), target)
@@ -143,6 +145,7 @@ class Trainer(Measures):
             if self.threads is None:
                 model, loss, optimizers = self.decoupled, self.objective, self.optimizing
                 self.threads = OnThreads(model, loss, optimizers, self.metrics, flow, self.steps)
+                self.threads.end_with(self)
             threads = self.threads
             threads.submit(threads.make_jobs(self.steps, mode, values, target))
             self.metrics.requested = False

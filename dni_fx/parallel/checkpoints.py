@@ -32,6 +32,7 @@ from ..errors import DecouplingError
 from ..graphs.nested import flatten
 from ..passes.trace.state import rng_state, set_rng_state
 from . import folders
+from .mailbox import ParallelError
 from .process import Process
 from .sharing import Peers, owned_tensors
 
@@ -97,13 +98,13 @@ class Checkpoints:
             path, damage = folder / name, folders.find_missing(parts)
             if damage is None:
                 try:
-                    read = partial(self._read, path, parts)
-                    state = folders.together(self.peers, "reading", read)
+                    state = self._read(path, parts)
+                except ParallelError:  # nobody's file is to blame
+                    raise
                 except DecouplingError as error:
                     damage = str(error)
             if damage is None:
-                check = partial(_check, self.process, state, path)
-                folders.together(self.peers, "resuming", check)
+                folders.together(self.peers, "resuming", partial(_check, self.process, state, path))
                 return _apply(self.process, state)
             warnings.warn(
                 f"the checkpoint {path} is not whole and is left out: {damage}", stacklevel=4
@@ -111,29 +112,48 @@ class Checkpoints:
         return None
 
     def _read(self, path: Path, parts: list[folders.Part]) -> dict[str, Any]:
-        """What this process takes up of a step."""
+        """What this process takes up of a step; if one process cannot read its own, none does."""
         saved = set(next(part.items for part in parts if part.needed))
         wanted = _wanted(self.process, saved)
         owner = next(r for r, part in enumerate(parts) if part.items and part.has("run"))
         folders.fetch(self.peers, path, parts, wanted)
-        file = io.BytesIO()
-        if self.peers.rank == owner:
-            torch.save(_load(path, ["run"])["run"], file)
-        run = io.BytesIO(self.peers.gather(file.getvalue())[owner])
-        return _load(path, wanted) | {"run": torch.load(run, weights_only=False)}
+
+        def read_run() -> bytes:
+            file = io.BytesIO()
+            if self.peers.rank == owner:
+                torch.save(_load(path, ["run"])["run"], file)
+            return file.getvalue()
+
+        def read_mine() -> None:
+            state.update(_load(path, wanted))
+
+        state: dict[str, Any] = {}
+        run = folders.together(self.peers, "reading", read_run)[owner]
+        folders.together(self.peers, "reading", read_mine)
+        return state | {"run": torch.load(io.BytesIO(run), weights_only=False)}
 
 
 def _write(peers: Peers, state: dict[str, Any], final: Path, is_first: bool, keep: int) -> None:
     """Write all parts, and publish the step once every process has written its own."""
-    temporary = folders.writing(final)
+    try:
+        _write_parts(peers, state, final, is_first)
+    except DecouplingError:
+        if is_first:  # what it takes may be what others lack
+            shutil.rmtree(folders.writing(final), ignore_errors=True)
+        raise
+    if is_first:  # now that nobody needs older ones
+        folders.prune(final.parent, keep)
+    peers.barrier()
+
+
+def _write_parts(peers: Peers, state: dict[str, Any], final: Path, is_first: bool) -> None:
+    temporary, what = folders.writing(final), f"saving {final}"
     where = {"process_group": peers.group} if peers.parallel else {"no_dist": True}
     try:
         with _quiet():
             planner = DefaultSavePlanner(flatten_state_dict=False)
             described = save(state, checkpoint_id=temporary, planner=planner, **where)
     except CheckpointException as error:
-        if is_first:
-            shutil.rmtree(temporary, ignore_errors=True)
         failures = [f"rank {r}: {found[0]!r}" for r, found in error.failures.items()]
         raise DecouplingError(f"{final} was not saved: {'; '.join(failures)}") from error
 
@@ -142,11 +162,8 @@ def _write(peers: Peers, state: dict[str, Any], final: Path, is_first: bool, kee
         if is_first and not path.exists():  # rank 0 has another folder
             path.write_bytes(pickle.dumps(described))
 
-    folders.together(peers, f"saving {final}", describe)
-    folders.together(peers, f"saving {final}", lambda: folders.publish(final) if is_first else None)
-    if is_first:  # now that nobody needs older ones
-        folders.prune(final.parent, keep)
-    peers.barrier()
+    folders.together(peers, what, describe)
+    folders.together(peers, what, lambda: folders.publish(final) if is_first else None)
 
 
 def _load(path: Path, names: list[str]) -> dict[str, Any]:

@@ -1,12 +1,9 @@
-"""The stages of one process at work: one after the other, or each on a thread of its own."""
+"""The stages of one process at work: what executors share, and the one in the caller's thread."""
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import copy
 import math
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -14,7 +11,6 @@ import torch
 
 from ..decoupled import Decoupled
 from ..errors import DecouplingError
-from ..passes.trace.settings import casts
 from ..reports.steps import StepReport
 from ..runtime.batch_state import Setting, Settings
 from ..runtime.emitted import keep_modes
@@ -24,11 +20,9 @@ from ..schedules import Flow, Mode
 from .desk import Desk
 from .job import Job, Routes, Values
 from .learning import StageLearner
-from .mailbox import Address, Letter, Mail, ParallelError
-from .rates import Posted
+from .mailbox import Mail, ParallelError
 from .worker import StageWorker
 
-JOB = "job"
 RowsOf = Callable[[int, Values, Any], tuple[Values, Any]]
 
 
@@ -59,7 +53,7 @@ class Team:
         own_random: bool = False,
         rows_of: RowsOf = lambda _, values, target: (values, target),
     ) -> None:
-        self.decoupled, self.objective = decoupled, objective
+        self.decoupled, self.objective, self.optimizers = decoupled, objective, optimizers
         self.metrics, self.mail, self.flow = metrics, mail, flow
         self.copies: dict[int, dict[int, Any]] = {}
         self._rows_of = rows_of
@@ -73,9 +67,9 @@ class Team:
         for worker in self.workers.values():
             worker.team = self._in_turn_with(worker)
         self._last = self.workers.get(len(decoupled.stages) - 1)
-        loss = None if self._last is None else self._last.learner.scaled_loss
+        scaled = None if self._last is None else self._last.learner.scaled
         here = None if self._last is None else [w.index for w in self._last.team]
-        self._settings = Settings(decoupled.graphs, objective, loss, here)
+        self._settings = Settings(decoupled.graphs, objective, scaled, here)
 
     def _in_turn_with(self, worker: StageWorker) -> list[StageWorker]:
         """The workers in the same thread."""
@@ -103,7 +97,7 @@ class Team:
             mine, aim = self._rows_of(k, values, target)
             context, measure = self.objective.context(aim), self.metrics.is_due(step)
             made = (setting, k, step, routes, inputs, teaches, planned, measure)
-            jobs.append(Job(*made, mine, aim, context))
+            jobs.append(Job(*made, mine, aim, context, clip_norm=self.optimizers.clip_norm))
             if jobs[-1].is_locked and self.flow.policy == "drop_oldest":
                 raise DecouplingError(
                     f"stage_{k} waits for others within the step (exact steps, 'mix', "
@@ -127,184 +121,26 @@ class OneByOne(Team):
     def step(self, jobs: list[Job]) -> None:
         """One batch, stage after stage."""
         with keep_modes(), torch.enable_grad():
-            _run(list(self.workers.values()), jobs)
+            run_batch(list(self.workers.values()), jobs)
 
     def drain(self) -> int:
         """Finish the batches that are under way. Returns how many there were."""
         with keep_modes(), torch.enable_grad():
-            return _drain(list(self.workers.values()))
+            return finish_all(list(self.workers.values()))
 
 
-class OnThreads(Team):
-    """Executor: each stage on a thread of its own, until one fails: all threads end then.
-
-    Raises:
-        DecouplingError: several stages would write to the same parameter or buffer.
-    """
-
-    def __init__(
-        self,
-        decoupled: Decoupled,
-        objective: Objective,
-        optimizers: StageOptimizers,
-        metrics: Metrics,
-        flow: Flow,
-        steps: int = 0,
-    ) -> None:
-        for name, _ in shared_state(decoupled):
-            raise DecouplingError(
-                f"{name!r} is used by several stages, whose threads would write to it at once: cut "
-                "so that they are one stage, or use another schedule"
-            )
-        stages, mail = range(len(decoupled.stages)), Mail(timeout=math.inf)
-        super().__init__(decoupled, objective, optimizers, metrics, flow, stages, mail, steps)
-        self._copy_inputs(optimizers)
-        self._post_rates(optimizers)
-        self.idle = dict.fromkeys(stages, True)
-        self._operators = torch.get_num_threads()
-        self.threads = [
-            threading.Thread(target=self._work, args=(k,), name=f"dni_fx stage_{k}", daemon=True)
-            for k in stages
-        ]
-        atexit.register(self.close)  # an interpreter that ends under a working thread aborts
-        for thread in self.threads:
-            thread.start()
-
-    def _in_turn_with(self, worker: StageWorker) -> list[StageWorker]:
-        return [worker]
-
-    def _copy_inputs(self, optimizers: StageOptimizers) -> None:
-        """Of a synthetic input all users but the first get copies: no other thread trains those."""
-        users = {i.name: i.consumers for i in self.decoupled.interfaces}
-        for interface, source in self.decoupled.inputs.items():
-            for consumer in users[interface][1:]:
-                name, copied = f"{interface}@input", copy.deepcopy(source)
-                self.copies.setdefault(consumer, {})[id(source)] = copied
-                if known := optimizers.sources.get(name):
-                    made = optimizers.made_for_source(name, list(copied.named_parameters()))
-                    made.load_state_dict(copy.deepcopy(known.state_dict()))
-                    self.workers[consumer].learner.own[name] = made
-
-    def _post_rates(self, optimizers: StageOptimizers) -> None:
-        """Every optimiser is stepped by one thread, with settings that come with the batches."""
-        known = set[str]()
-        for k, worker in self.workers.items():
-            own = {n: optimizers.sources.get(n) for n, _ in self.decoupled.named_learners([k])}
-            own[worker.name] = optimizers.stages.get(worker.name)
-            posted = {n: Posted(o) for n, o in own.items() if o is not None and n not in known}
-            known |= posted.keys()
-            worker.learner.posted = posted
-
-    def submit(self, jobs: list[Job]) -> None:
-        """Hand a batch to every stage.
-
-        Where one has as many before it as the queue may hold, this waits, or tells the stage to
-        leave out the oldest.
-        """
-        most = self.flow.queue
-        if self.flow.policy == "drop_oldest":
-            most *= 64  # of those that are left out, which hold no batch
-        self.mail.wait(
-            lambda: all(len(self._box(k)) < most for k in self.workers), "room for a batch"
-        )
-        for job in jobs:
-            job.casts = [torch.autocast(*cast) for cast in casts() if cast[-1]]
-            posted = self.workers[job.index].learner.posted
-            job.rates = {name: p.post() for name, p in posted.items()}
-            with self.mail.changed:
-                queued = [letter.payload for letter in self._box(job.index)]
-                waiting = [other for other in queued if other and not other.left_out]
-                if len(waiting) >= self.flow.queue:
-                    waiting[0].drop()
-            self.mail.send(_address(job.index), job.step, job)
-
-    def drain(self) -> int:
-        """Finish everything; the threads are idle then."""
-        for k, worker in self.workers.items():
-            self.mail.send(_address(k), worker.desk.steps, None)
-        self.mail.wait(
-            lambda: all(self.idle.values()) and not any(map(self._box, self.workers)),
-            "the end of what is under way",
-        )
-        return 0
-
-    def close(self) -> None:
-        """End the threads, wherever they are."""
-        atexit.unregister(self.close)
-        self.mail.fail(ParallelError("the trainer was closed"))
-        for thread in self.threads:
-            if thread is not threading.current_thread():
-                thread.join()
-
-    def _box(self, stage: int) -> Sequence[Letter]:
-        """What waits for a stage: batches, or None for the end of what is under way."""
-        return self.mail.boxes.get(_address(stage), ())
-
-    def _work(self, index: int) -> None:
-        worker = self.workers[index]
-        torch.set_num_threads(self._operators)  # else a thread starts from the machine's number
-        try:
-            while True:
-                with self.mail.changed:
-                    self.idle[index] = not self._box(index)
-                    self.mail.changed.notify_all()
-                with torch.enable_grad():
-                    _do(worker, self._next(worker))
-        except Exception as error:
-            self.mail.fail(error)
-        except BaseException as error:  # it ends this thread, and with it the training
-            where = f"stage_{index}, step {worker.desk.steps}"
-            self.mail.fail(ParallelError(f"{where}: {type(error).__name__}: {error}"))
-
-    def _next(self, worker: StageWorker) -> Job | None:
-        index, desk = worker.index, worker.desk
-        while not self._box(index):
-            self.mail.wait(lambda: bool(self._box(index)) or desk.has_letters(), "a batch")
-            with _named(index, desk.steps - 1):
-                worker.clear()
-                worker.attend()
-                worker.learner.update()
-        with self.mail.changed:
-            self.idle[index] = False
-            letter = self.mail.take(_address(index))
-            self.mail.changed.notify_all()  # there is room for another one
-        assert letter is not None
-        job: Job | None = letter.payload
-        for name, changes in () if job is None else job.rates.items():
-            worker.learner.posted[name].take(changes)
-        return job
-
-
-def _address(stage: int) -> Address:
-    return Address(JOB, -1, stage)
-
-
-def _do(worker: StageWorker, job: Job | None) -> None:
-    """A batch, one that is left out, or, where there is none, what is under way."""
-    if job is None:
-        _drain([worker])
-    elif job.left_out:
-        with _named(job.index, job.step):
-            worker.skip(job)
-    else:
-        with contextlib.ExitStack() as stack:
-            for cast in job.casts:
-                stack.enter_context(cast)
-            _run([worker], [job])
-
-
-def _run(workers: Sequence[StageWorker], jobs: Sequence[Job]) -> None:
+def run_batch(workers: Sequence[StageWorker], jobs: Sequence[Job]) -> None:
     """One batch, in the stages of one thread; after an error those not updated are put back."""
     pairs = [*zip(workers, jobs, strict=True)]
     try:
         for worker, job in pairs:
-            with _named(job.index, job.step):
+            with named(job.index, job.step):
                 worker.clear()
         for worker, job in pairs:
-            with _named(job.index, job.step):
+            with named(job.index, job.step):
                 worker.begin(job)
         for worker, job in reversed(pairs):
-            with _named(job.index, job.step):
+            with named(job.index, job.step):
                 worker.finish(job)
     except BaseException:
         for worker in workers:
@@ -312,7 +148,7 @@ def _run(workers: Sequence[StageWorker], jobs: Sequence[Job]) -> None:
         raise
 
 
-def _drain(workers: Sequence[StageWorker]) -> int:
+def finish_all(workers: Sequence[StageWorker]) -> int:
     """Finish what is under way in the stages of one thread. Returns how many batches that were."""
     for worker in workers:
         worker.end()
@@ -321,16 +157,16 @@ def _drain(workers: Sequence[StageWorker]) -> int:
         for worker in workers:
             worker.clear()
         for worker in reversed(workers):
-            with _named(worker.index, step):
+            with named(worker.index, step):
                 worker.drain(step)
     for worker in reversed(workers):
-        with _named(worker.index, worker.desk.steps - 1):
+        with named(worker.index, worker.desk.steps - 1):
             worker.rest()
     return len(steps)
 
 
 @contextlib.contextmanager
-def _named(index: int, step: int) -> Iterator[None]:
+def named(index: int, step: int) -> Iterator[None]:
     """Errors say which stage they are about."""
     try:
         yield

@@ -18,6 +18,7 @@ from ..runtime.stage_batch import StageBatch
 from ..sources import InputSource, Served
 from ..sources.base import like
 from ..sources.keeping import kept_weights
+from .owning import Modes
 from .rates import Changes
 
 Values = dict[str, Any]
@@ -237,6 +238,8 @@ class Job:
         casts: the caller's autocast, for a thread of the stage's own.
         rates: what the caller has changed in the optimisers' settings since the batch before, by
             name, for a thread of the stage's own.
+        modes: of the model's modules, for such a thread, too.
+        clip_norm: largest norm of the stage's gradients; None for no bound.
         left_out: whether there was no time for it, and others are only told so.
     """
 
@@ -253,6 +256,8 @@ class Job:
     context: InitVar[Any]
     casts: list[torch.autocast] = field(default_factory=list)
     rates: dict[str, Changes] = field(default_factory=dict)
+    modes: Modes = field(default_factory=dict)
+    clip_norm: float | None = None
     left_out: bool = False
 
     def __post_init__(self, values: Values, target: Any, context: Any) -> None:

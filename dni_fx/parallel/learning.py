@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from ..errors import DecouplingError
 from ..runtime.finite import all_finite, refuse, value_places
-from ..runtime.objective import Metrics, Objective
+from ..runtime.objective import Loss, Metrics, Objective
 from ..runtime.optimizing import StageOptimizers
 from ..runtime.whole import whole
 from .desk import Desk
 from .job import Job
 from .monitoring import Stopwatch
+from .owning import Owned
 from .rates import Posted
 
 
@@ -43,6 +44,8 @@ class StageLearner:
         late: whether the gradients of the next update hold a late one already.
         updates: number of updates of the stage's parameters.
         delays: how often the sources have learnt from an answer so many steps after its batch.
+        clip_norm: largest norm of the gradients, as the newest batch was posted with it.
+        owned: what nobody else may change, where a thread of the stage's own works.
     """
 
     def __init__(
@@ -70,11 +73,19 @@ class StageLearner:
         self.late = False
         self.updates = 0
         self.delays = Counter[int]()
+        self.clip_norm = optimizers.clip_norm
+        self.owned = Owned()
 
-    def scaled_loss(self, output: object, target: object) -> Tensor:
-        """Of the rows that are here: a mean, which counts as much as they are of the batch."""
-        value = self.objective.scaled(output, target)
-        return value if self.fraction == 1 else value * self.fraction
+    def scaled(self, objective: Objective) -> Loss:
+        """The loss of the rows that are here: a mean, which counts as much as they are of the
+        batch.
+        """
+
+        def scaled(output: object, target: object) -> Tensor:
+            value = objective.scaled(output, target)
+            return value if self.fraction == 1 else value * self.fraction
+
+        return scaled
 
     def parameters(self) -> list[nn.Parameter]:
         """What the stage's optimiser owns."""
@@ -84,6 +95,12 @@ class StageLearner:
         """Those of a finished update."""
         for parameter in self.parameters():
             parameter.grad = None
+
+    def held_gradients(self, steps: int) -> list[tuple[nn.Parameter, Tensor | None]]:
+        """Copies of those of an update that is unfinished after so many steps; none if it is."""
+        held = steps % self.objective.accumulate != 0
+        grads = [(p, p.grad if held else None) for p in self.parameters()]
+        return [(p, None if g is None else g.clone()) for p, g in grads]
 
     @contextlib.contextmanager
     def running(self, what: str, step: int) -> Iterator[None]:
@@ -167,10 +184,12 @@ class StageLearner:
         if not all_finite([*losses, *gradients]):
             self._refuse(self._places(), steps - 1)
         if gradients and self.name in self.optimizers.stages:
+            self.owned.check_weights()
             with self.watch.spending("update", steps - 1):
-                self.optimizers.clip(self.name)
+                self.optimizers.clip(self.name, self.clip_norm)
                 self._step(self.name, self.optimizers.stages[self.name])
             self.updates += 1
+            self.owned.note()
         self.late = False
         self.update_sources()
 

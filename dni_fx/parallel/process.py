@@ -25,7 +25,7 @@ from .executors import OneByOne
 from .mailbox import Address, Mail, ParallelError
 from .placement import Placement, Places, find_places
 from .sharing import Peers, owned_tensors, share_batches, share_stage
-from .streams import Links
+from .streams import Links, newest_number
 from .worker import StageWorker
 
 EVALUATION = "evaluation"
@@ -66,7 +66,7 @@ class Process:
         self._told = 0.0
         self._places: Places | None = None
         self._executor: OneByOne | None = None
-        self._evaluations = 0
+        self._evaluations = self._shared = 0
 
     @property
     def places(self) -> Places:
@@ -197,7 +197,8 @@ class Process:
         self.mail.check()
         if self.links is None:
             return iter(batches)
-        return share_batches(batches, self.links, 2 * self.flow.queue)
+        self._shared += 1
+        return share_batches(batches, self.links, 2 * self.flow.queue, self._shared)
 
     def connect(
         self, steps: int, values: dict[str, Any] | None = None, target: Any = None
@@ -228,10 +229,12 @@ class Process:
             for index, worker in team.workers.items():
                 if group := groups.get(places.ranks[index]):
                     share_stage(self.decoupled, worker, group)
-            self._executor = team
             if peers.world > 1:
-                self.links = Links(self.mail, places, peers.group, self.timeout, owner=self)
+                number = 1 + max(peers.gather(newest_number(), "the first step"))
+                what = (self.mail, places, peers.group, self.timeout)
+                self.links = Links(*what, owner=self, number=number)
                 self._agreement = Agreement(self.mail, self.links, self.timeout)
+            self._executor = team
         return self._executor
 
     def _in_common(self, steps: int) -> dict[str, Any]:

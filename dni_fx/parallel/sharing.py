@@ -120,12 +120,17 @@ def share_stage(decoupled: Decoupled, worker: StageWorker, group: Any) -> None:
     worker.learner.group = group
 
 
-def share_batches(batches: Iterable[Any], links: Links, most: int) -> Iterator[Any]:
-    """Rank 0's batches, in every process; rank 0 is at most so many ahead of the slowest."""
+def share_batches(batches: Iterable[Any], links: Links, most: int, turn: int) -> Iterator[Any]:
+    """Rank 0's batches, in every process; rank 0 is at most so many ahead of the slowest.
+
+    Args:
+        turn: how often batches were shared, with this: what is left of another one is not read.
+    """
     mail, rank = links.mail, links.rank
+    batch_kind, taken_kind = f"{BATCH} {turn}", f"{TAKEN} {turn}"
     while rank:
-        letter = mail.await_letter(Address(BATCH, 0, rank), "a batch of rank 0")
-        links.tell([0], TAKEN, letter.step, None)
+        letter = mail.await_letter(Address(batch_kind, 0, rank), "a batch of rank 0")
+        links.tell([0], taken_kind, letter.step, None)
         if letter.step < 0:
             return
         yield letter.payload[0]
@@ -133,7 +138,7 @@ def share_batches(batches: Iterable[Any], links: Links, most: int) -> Iterator[A
 
     def ahead(sent: int) -> int:
         for other in taken:
-            while mail.take(Address(TAKEN, other, 0)) is not None:
+            while mail.take(Address(taken_kind, other, 0)) is not None:
                 taken[other] += 1
         return sent - min(taken.values())
 
@@ -142,6 +147,6 @@ def share_batches(batches: Iterable[Any], links: Links, most: int) -> Iterator[A
             lambda sent=count: ahead(sent) <= most,  # type: ignore[misc]
             "word of the batches that others have taken",
         )
-        links.tell(taken, BATCH, count, [batch])
+        links.tell(taken, batch_kind, count, [batch])
         yield batch
-    links.tell(taken, BATCH, -1, [])
+    links.tell(taken, batch_kind, -1, [])

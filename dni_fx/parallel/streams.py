@@ -37,7 +37,7 @@ SHORTEST, LONGEST = 2**16, 2**26  # bytes of a posted receive
 GRACE = 2.0  # seconds for the last words of the others, where this process ends before its time
 _TAG = 0x0D41
 _YEAR = timedelta(days=365)
-_trainers = 0
+_newest = 0  # number of the newest trainer here
 _idle: dict[tuple[int, ...], Any] = {}  # groups of closed trainers, by ranks
 
 
@@ -49,6 +49,11 @@ class _Word(NamedTuple):
     is_last: bool
     failure: str = ""
     rows: tuple[dict[str, Any], ...] = ()
+
+
+def newest_number() -> int:
+    """Of the trainers that this process has made; others may have made more, where some failed."""
+    return _newest
 
 
 class Owner(Protocol):
@@ -217,13 +222,20 @@ class Links:
         group: the process group, of whose ranks a group of its own is made; gloo carries tensors of
             the CPU, and those of other devices by way of it.
         timeout: seconds to wait for others at the end, and for a sign of their life.
+        number: of the trainer, the same in all processes, and larger than any before.
     """
 
     def __init__(
-        self, mail: Mail, places: Places, group: Any, timeout: float, owner: Owner
+        self,
+        mail: Mail,
+        places: Places,
+        group: Any,
+        timeout: float,
+        owner: Owner,
+        number: int,
     ) -> None:
-        global _trainers
-        _trainers += 1  # the same in all processes, which make their trainers in one order
+        global _newest
+        _newest = number
         self.mail, self.places, self.timeout = mail, places, timeout
         # Of letters from several processes.
         self.parts: dict[tuple[Address, int], dict[int, tuple[Part, Any]]] = {}
@@ -231,7 +243,7 @@ class Links:
         ranks = dist.get_process_group_ranks(dist.group.WORLD if group is None else group)
         self.ranks = tuple(ranks)
         self.group = _group_of(self.ranks)
-        others, tag = [r for r in range(len(ranks)) if r != self.rank], _TAG + 2 * _trainers
+        others, tag = [r for r in range(len(ranks)) if r != self.rank], _TAG + 2 * number
         self.streams = {r: Stream(r, tag, self.group, self._take, mail.fail) for r in others}
         self.loss = (0, math.nan)  # of the newest batch that others have told of
         self._owner, self._stopped = weakref.ref(owner), threading.Event()

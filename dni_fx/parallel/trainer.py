@@ -180,10 +180,12 @@ class Trainer(BaseTrainer):
 
     def close(self) -> None:
         """Finish what is under way, and wait for all others to close; in every process."""
-        if self.process.mail.failure is None:
-            self.process.meet("close()", self.steps)
-            self._checkpoints.wait()
-        self.process.close()
+        try:
+            if self.process.mail.failure is None:
+                self.process.meet("close()", self.steps)
+                self._checkpoints.wait()
+        finally:
+            self.process.close()
 
     def __enter__(self) -> Trainer:
         return self

@@ -5,24 +5,40 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..passes.trace.state import Changes
 
-class ForwardState:
-    """The buffers of a stage, and weights that its forward rescales.
+
+def written_in(module: nn.Module, changes: Changes) -> dict[str, nn.Parameter]:
+    """The weights that a stage's forward writes to, by name.
 
     Args:
         module: the stage.
+        changes: what was seen of a call of the model; how often one is rescaled depends on values.
+    """
+    seen = {id(tensor) for tensor, _ in changes.tensors}
+    for part in module.modules():
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.max_norm is not None:
+            seen.add(id(part.weight))
+    return {name: p for name, p in module.named_parameters() if id(p) in seen}
+
+
+class ForwardState:
+    """The buffers of a stage, and weights that its forward writes to.
+
+    Args:
+        module: the stage.
+        changes: what was seen of a call of the model.
 
     Attributes:
         watched: what must stay finite, with its name; masks of -inf are not among it.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, changes: Changes) -> None:
         self.module = module
-        named = [*module.named_buffers()]
-        for path, part in module.named_modules():
-            if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.max_norm is not None:
-                named.append((f"{path}.weight", part.weight))
-        self._tensors = dict(named)
+        self._tensors: dict[str, Tensor] = {
+            **dict(module.named_buffers()),
+            **written_in(module, changes),
+        }
         self._contents: dict[str, Tensor] = {}
         numbers = [(n, t) for n, t in self._tensors.items() if t.is_floating_point()]
         self.watched = [(f"the buffer {n!r}", t) for n, t in numbers if bool(t.isfinite().all())]

@@ -57,6 +57,7 @@ class StageWorker:
         self.begun = self.missed = 0
         self.output: Any = None
         self._kept: list[tuple[nn.Parameter, Tensor | None]] = []  # that a step must not change
+        self._held: list[tuple[nn.Parameter, Tensor | None]] = []  # of an unfinished update
         self._undo: ForwardState | None = None
 
     def clear(self) -> None:
@@ -89,12 +90,12 @@ class StageWorker:
             # All have to run for the true gradient.
             grads = [(p, p.grad) for p in self.learner.parameters()]
             self._kept = [(p, None if g is None else g.clone()) for p, g in grads]
-        module = job.batch.stage.module
-        if self._undo is None or self._undo.module is not module:
-            self._undo = ForwardState(module)
-        self._undo.keep()
+        self.learner.clip_norm = job.clip_norm
+        self._keep(job)
+        self._check_modes(job)
         with self.learner.running("forward", job.step):
             job.start(received, partial(desk.send_values, job))
+        self._check_modes(job)
         desk.catch_up(job)
         if job.batch.is_last:
             self.learner.loss, self.output = job.state.loss, job.state.output
@@ -131,14 +132,33 @@ class StageWorker:
         self._kept = []
         if self._undo is not None:
             self.learner.check(self._undo.watched)
+        self._check_modes(job)
         self.learner.update()
         if self._undo is not None:
             self._undo.accept()
+        self._held = []
+
+    def _keep(self, job: Job) -> None:
+        """What is put back where the batch is refused."""
+        setting, module = job.setting, job.batch.stage.module
+        if self._undo is None or self._undo.module is not module:
+            self._undo = ForwardState(module, setting.changes)
+        self._undo.keep()
+        self._held = self.learner.held_gradients(job.step)
+
+    def _check_modes(self, job: Job) -> None:
+        """Whether they are those that the batch was posted with."""
+        self.learner.owned.check_modes(job.setting, self.index, job.modes)
 
     def put_back(self) -> None:
-        """After an error: what the forward of a batch that is not finished has written."""
+        """After an error: what a batch that is not finished has written, and the gradients of an
+        unfinished update.
+        """
         if self._undo is not None:
             self._undo.put_back()
+        for parameter, gradient in self._held:
+            parameter.grad = gradient
+        self._kept = self._held = []
 
     def drain(self, step: int) -> None:
         """Settle one of the batches that are pending."""

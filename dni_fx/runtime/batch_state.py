@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..graphs.graphs import Graphs
 from ..passes.cut.emission import StageFunctions
 from ..passes.cut.expecting import Expected
 from ..passes.cut.splitting import Split, StageGraph
+from ..passes.trace.state import Changes
 from ..schedules import Mode
 from ..sources import InputSource, Prediction, Served
 from .loss_reach import CheckedLoss
@@ -37,6 +38,7 @@ class Setting:
         share: how much of the true gradient is used; above 0 the step is locked.
         active: stages that are updated.
         expected: where gradients must arrive in each stage once all that it sends has one.
+        changes: what a call of the model does besides returning something.
     """
 
     split: Split
@@ -48,6 +50,7 @@ class Setting:
     share: float
     active: frozenset[int]
     expected: tuple[Expected, ...]
+    changes: Changes
 
     @classmethod
     def of(
@@ -87,6 +90,7 @@ class Setting:
             share=share,
             active=frozenset(every if mode.active is None else mode.active),
             expected=graphs.variant.expected,
+            changes=graphs.variant.trace.changes,
         )
 
     @property
@@ -163,17 +167,19 @@ class Settings:
     """The newest setting, kept as long as graph, mode and loss are the same.
 
     Args:
-        graphs, objective, loss, here: as for :meth:`Setting.of`.
+        graphs, here: as for :meth:`Setting.of`.
+        objective: the trainer's; a setting keeps what it is then.
+        scaled: the loss that is pulled back, of an objective; the scaled one by default.
     """
 
     def __init__(
         self,
         graphs: Graphs,
         objective: Objective,
-        loss: Loss | None = None,
+        scaled: Callable[[Objective], Loss] | None = None,
         here: Collection[int] | None = None,
     ) -> None:
-        self.graphs, self.objective, self.loss, self.here = graphs, objective, loss, here
+        self.graphs, self.objective, self.scaled, self.here = graphs, objective, scaled, here
         self._newest: tuple[Any, Mode, Loss, Setting] | None = None
 
     def of(self, mode: Mode) -> Setting:
@@ -183,7 +189,9 @@ class Settings:
             graph, known, same, setting = self._newest
             if graph is variant and known == mode and same is loss:
                 return setting
-        setting = Setting.of(self.graphs, self.objective, mode, loss=self.loss, here=self.here)
+        posted = replace(self.objective)  # another loss is none of batches under way
+        scaled = None if self.scaled is None else self.scaled(posted)
+        setting = Setting.of(self.graphs, posted, mode, loss=scaled, here=self.here)
         self._newest = (variant, mode, loss, setting)
         return setting
 

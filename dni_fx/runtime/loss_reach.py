@@ -20,6 +20,9 @@ from ..errors import DecouplingError
 from ..graphs.graphs import Graphs
 from ..graphs.nested import flatten
 
+# Calls whose every operator is watched: a mode costs more than a short loss does, and a loss may
+# come to read more later.
+_FIRST, _EVERY = 4, 16
 _ALIASES = {"aten.detach.default", "aten.alias.default"}
 
 
@@ -54,20 +57,24 @@ class CheckedLoss:
         last = graphs.parameter_names(len(stages) - 1)
         self._earlier = {id(p): n for n, p in trained.items() if n in users and n not in last}
         self._last_modules = {id(m) for m in stages[-1].module.modules()}
-        self._trained, self._is_new = trained, True
+        self._trained, self._calls = trained, 0
 
     def __call__(self, output: Any, target: Any) -> Tensor:
         known = [t.grad_fn for t in flatten(output)[0] if t.grad_fn is not None]
-        if self._is_new and self._elsewhere:
-            with _Reads({_memory(self._trained[n]): n for n in self._elsewhere}) as reads:
-                value = self._loss(output, target)
-            for name in reads.found:
-                self._refuse_parameter(name)
-        else:
-            value = self._loss(output, target)
-        self._is_new = False
+        watches = self._elsewhere and (self._calls < _FIRST or self._calls % _EVERY == 0)
+        value = self._watched(output, target) if watches else self._loss(output, target)
+        self._calls += 1
         if isinstance(value, Tensor):
             self._check(value.grad_fn, known)
+        return value
+
+    def _watched(self, output: Any, target: Any) -> Tensor:
+        """The loss, refused if it computes with what trains elsewhere, gradient or not."""
+        memory = {_memory(self._trained[n]): n for n in self._elsewhere}
+        with _Reads(memory) as reads:
+            value = self._loss(output, target)
+        for name in reads.found:
+            self._refuse_parameter(name)
         return value
 
     def _check(self, root: Any, known: list[Any]) -> None:

@@ -105,15 +105,15 @@ class StageOptimizers:
         """Step all of them, or none where one fails."""
         with whole([*self.stages.values(), *self.sources.values()]):
             for name, optimizer in self.stages.items():
-                self.clip(name)
+                self.clip(name, self.clip_norm)
                 optimizer.step()
             for optimizer in self.sources.values():
                 optimizer.step()
 
-    def clip(self, name: str) -> None:
-        """Clip one stage's gradients."""
-        if self.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.parameters_of(name), self.clip_norm)
+    def clip(self, name: str, clip_norm: float | None) -> None:
+        """Clip one stage's gradients to a norm; None for no bound."""
+        if clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters_of(name), clip_norm)
 
     def _by_kind(self) -> dict[str, dict[str, torch.optim.Optimizer]]:
         return {"optimizers": self.stages, "synthesizer_optimizers": self.sources}

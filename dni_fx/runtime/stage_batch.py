@@ -168,7 +168,10 @@ class StageBatch:
         inputs = self.receive()
         held: Tape | Rerun | None = Rerun(self.stage.module, inputs) if rerun else None
         tape = None
-        if rerun and not early:
+        keeps = (
+            self.setting.changes.contents
+        )  # what a loss reads there must be seen to have a graph
+        if rerun and not early and not keeps:
             self.run_only()
         else:
             tape = self.forward(inputs, keep=late and not rerun)

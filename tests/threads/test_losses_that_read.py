@@ -61,13 +61,46 @@ def late_penalty(model: nn.Module) -> Loss:
     return loss
 
 
+def late_teacher(model: nn.Module) -> Loss:
+    """The same without a gradient."""
+    calls: list[int] = []
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        calls.append(1)
+        value = F.cross_entropy(output, target)
+        if len(calls) < 5:
+            return value
+        with torch.no_grad():
+            other = model(batch(9)[0][: len(output)])
+        return value + F.mse_loss(output, other)
+
+    return loss
+
+
+def late_norm(model: nn.Module) -> Loss:
+    """By way of another tensor, in a list, in the last of all functions."""
+    weight, calls = model.get_parameter("b.weight"), list[int]()
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        calls.append(1)
+        value = F.cross_entropy(output, target)
+        with torch.no_grad():
+            norms = torch._foreach_norm([weight.data]) if len(calls) > 4 else [value]
+        return value * (1 + norms[0].detach() * 0)
+
+    return loss
+
+
 def own_stage(model: nn.Module) -> Loss:
     """The control: parameters of the last stage, sizes and devices of all."""
     weight, rows = model.get_parameter("d.weight"), len(model.get_parameter("b.weight"))
     return lambda o, y: F.cross_entropy(o, y.to(weight.device)) + weight.pow(2).sum() / rows
 
 
-READING = [weight_penalty, one_weight, second_pass, teacher, data_of_weights, late_penalty]
+READING = [
+    weight_penalty, one_weight, second_pass, teacher, data_of_weights, late_penalty, late_teacher,
+    late_norm,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", READING)
@@ -76,7 +109,7 @@ def test_on_threads_it_is_refused_by_the_parameters_name(kind: Callable[[nn.Modu
     trainer = trainer_of(Threads(), model=model)
     trainer.loss = kind(model)
     with pytest.raises(DecouplingError, match=r"stage_3, step \d.* parameter '[\w.]+' of stage_\d"):
-        train(trainer, 12)
+        train(trainer, 24)
     assert stage_threads() == []
     trainer.loss = F.cross_entropy
     train(trainer, 4)
@@ -93,7 +126,12 @@ def test_on_threads_it_may_read_its_own_stage() -> None:
     assert_bits_equal(found[0], found[1], "a penalty on the last stage")
 
 
-@pytest.mark.parametrize("kind", [weight_penalty, one_weight, second_pass, teacher, late_penalty])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        weight_penalty, one_weight, second_pass, teacher, late_penalty, late_teacher, late_norm,
+    ],
+)  # fmt: skip
 def test_in_turn_it_is_exact(kind: Callable[[nn.Module], Loss]) -> None:
     model, plain = SKIPS.build(), SKIPS.build()
     trainer = dni_fx.Trainer(
@@ -150,7 +188,7 @@ def kept_loss(model: Any) -> Callable[[Tensor, Any], Tensor]:
 
 
 @pytest.mark.parametrize("keep", [in_an_attribute, in_a_list, in_a_dict])
-@pytest.mark.parametrize("gradients", ["exact", "linear", "zero"])
+@pytest.mark.parametrize("gradients", ["exact", "linear", "zero", "delayed", "corrected", "mix"])
 @pytest.mark.parametrize("cut", ["0", "1"])
 def test_a_term_that_a_module_keeps(cut: str, gradients: str, keep: Any) -> None:
     """In the stage of the loss it is exact; behind a cut it is refused by module and attribute."""

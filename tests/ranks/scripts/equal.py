@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 
 import torch
 import torch.distributed as dist
@@ -14,8 +15,9 @@ from dni_fx import distributed
 from dni_fx.schedules import Calibration, RandomUpdates, WarmUp
 
 from ...helpers.comparing import assert_bits_equal
-from ...helpers.training import largest_difference
+from ...helpers.training import batch, largest_difference
 from ...models.small import TOWERS
+from .. import kit
 from ..kit import compare, train, trainer_of, weights
 
 
@@ -53,6 +55,25 @@ def interleaved() -> None:
     ):
         compare("exact", placement=placement)
         compare("each:linear", placement=placement, staleness=0)
+
+
+def shared_again_and_again() -> None:
+    """Rank 0 reads ahead as far in the last epoch as in the second."""
+    trainer, queue, epochs, each = trainer_of(queue=1, staleness=0), 1, 6, 8
+    progress = kit.OUT / "taken"
+    progress.write_text("0")
+    dist.barrier()
+    for epoch in range(epochs):
+        for number, _ in enumerate(trainer.share([batch(0)] * each)):
+            done = epoch * each + number + 1
+            if dist.get_rank() == 1:
+                time.sleep(0.01)
+                progress.with_suffix(".new").write_text(str(done))
+                progress.with_suffix(".new").replace(progress)
+            else:
+                ahead = done - int(progress.read_text())
+                assert ahead <= 2 * (2 * queue + 1) + 1, f"{ahead} ahead in epoch {epoch}"
+    trainer.close()
 
 
 def shared() -> None:
@@ -137,6 +158,7 @@ TWO = [
     synthetic_inputs_and_exact_steps,
     interleaved,
     shared,
+    shared_again_and_again,
     control,
     repeats,
     lengths,
