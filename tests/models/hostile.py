@@ -30,10 +30,7 @@ from .hostile_features import Feature
 from .programs import INSTRUCTIONS, WIDTH, Builder, Value
 from .random_models import shape_caches
 
-LATER = {"auxiliary loss", "grad function"}  # features that are not right in each program yet
-FEATURES: tuple[Feature, ...] = tuple(
-    f for f in (*hostile_features.ALL, *hostile_calls.ALL) if f.name not in LATER
-)
+FEATURES: tuple[Feature, ...] = (*hostile_features.ALL, *hostile_calls.ALL)
 NUMBERS = ("0.5", "1.0", "2.0", "3.0")
 LIBRARIES = {
     "torch": torch, "nn": nn, "F": F, "math": math, "functools": functools, "types": types,
