@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import io
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -68,7 +69,7 @@ def trace_export(
         raise TracingError(f"torch.export: {reason_of(error)}") from error
     with restored(model, args, kwargs), torch.set_grad_enabled(grad):
         try:
-            with _unheard():
+            with _unheard(), _no_text():
                 program = _export(model, args, kwargs)
                 exported = program.module(check_guards=False)
         except Exception as error:
@@ -111,6 +112,9 @@ def _watch(
         raise BakedInError(f"forward changes {changed} outside of the model")
 
 
+_PRINTS = (sys.stdlib_module_names | {"sympy"}) - {
+    "__main__"
+}  # what export's own text goes through
 # lost in an exported graph, or other than in a call
 _HIDDEN = {"register_hook", "retain_grad", "register_post_accumulate_grad_hook"}
 
@@ -253,6 +257,36 @@ class _Player(fx.Interpreter):
             node = known.nodes.get(id(self.latest))
             visits.calls.append((path, node, next(iter(reversed(known.graph.nodes)))))
         visits.stack[:] = [p for p in visits.stack if p in entered]
+
+
+@contextlib.contextmanager
+def _no_text() -> Iterator[None]:
+    """Numbers that export keeps symbolic have names in place of values: as text they are not what
+    the model's code would see.
+
+    Raises:
+        BakedInError: that code makes text of one.
+    """
+    kinds: Any = (torch.SymInt, torch.SymFloat, torch.SymBool)
+    before = [kind.__repr__ for kind in kinds]
+
+    def told(known: Any) -> Any:
+        def tell(number: Any) -> str:
+            caller = str(sys._getframe(1).f_globals.get("__name__")).partition(".")[0]
+            if not by_library(2) and caller not in _PRINTS:
+                raise BakedInError("the model makes text of a number that export keeps symbolic")
+            text: str = known(number)
+            return text
+
+        return tell
+
+    for kind, known in zip(kinds, before, strict=True):
+        kind.__repr__ = told(known)
+    try:
+        yield
+    finally:
+        for kind, known in zip(kinds, before, strict=True):
+            kind.__repr__ = known
 
 
 @contextlib.contextmanager

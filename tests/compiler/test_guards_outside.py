@@ -355,3 +355,16 @@ def test_export_refuses_what_it_would_lose(between: Any) -> None:
         dni_fx.decouple(
             Net(between, held=[]), ["a"], example_inputs=(X,), gradients="exact", check=False
         )
+
+
+def texts(net: Net, h: torch.Tensor, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    return exported(net, h) * len(str(lengths.tolist()))
+
+
+def test_export_does_not_hold_text_of_what_it_keeps_symbolic() -> None:
+    """Export's numbers have names: as text, '[u0, u1]' is what code would see."""
+    model = Net(texts)
+    with pytest.raises(TracingError, match="text of a number"):
+        dni_fx.decouple(
+            model, ["a"], example_inputs=(X, torch.tensor([2, 3])), gradients="exact", check=False
+        )
