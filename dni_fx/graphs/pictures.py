@@ -50,7 +50,7 @@ def picture(value: Any) -> tuple[Any, ...]:
         return kind, repr(value) if value != value else value
     parts: list[Any] = []
     try:
-        for part in _parts(value, set()):
+        for part in _parts(value, {}):
             parts.append(part)
             if len(parts) > _MOST_PARTS:
                 return (Itself(value),)
@@ -59,7 +59,7 @@ def picture(value: Any) -> tuple[Any, ...]:
     return tuple(parts)
 
 
-def _parts(value: Any, seen: set[int]) -> Iterator[Any]:
+def _parts(value: Any, seen: dict[int, tuple[int, Any]]) -> Iterator[Any]:
     kind = type(value)
     if kind in ATOMS:
         yield kind, repr(value) if value != value else value
@@ -70,14 +70,14 @@ def _parts(value: Any, seen: set[int]) -> Iterator[Any]:
     elif isinstance(value, _BY_IDENTITY):
         yield Itself(value)
     elif id(value) in seen:
-        yield "again"
+        yield "again", seen[id(value)][0]
     else:
-        seen.add(id(value))
+        seen[id(value)] = len(seen), value  # alive, so that no other gets its identity
         yield kind
         yield from _opened(value, seen)
 
 
-def _opened(value: Any, seen: set[int]) -> Iterator[Any]:
+def _opened(value: Any, seen: dict[int, tuple[int, Any]]) -> Iterator[Any]:
     numpy = sys.modules.get("numpy")
     if isinstance(value, list | tuple | collections.deque):
         yield len(value)
@@ -107,7 +107,7 @@ def _opened(value: Any, seen: set[int]) -> Iterator[Any]:
         yield Itself(value)
 
 
-def _in_slots(value: Any, seen: set[int]) -> Iterator[Any]:
+def _in_slots(value: Any, seen: dict[int, tuple[int, Any]]) -> Iterator[Any]:
     for name in slot_names(type(value)):
         yield from _parts(getattr(value, name, "nothing"), seen)
 

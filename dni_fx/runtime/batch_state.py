@@ -209,6 +209,7 @@ class Progress:
         tapes: stages whose backward is still to come.
         early: input gradients of stages that have pulled back a first part.
         heard: what has left the graph and was answered.
+        copies: gradients of what autocast made of shared parameters, by the node that made it.
     """
 
     gradients: dict[str, Tensor | None] = field(default_factory=dict)
@@ -219,6 +220,7 @@ class Progress:
     tapes: dict[int, Tape | Rerun] = field(default_factory=dict)
     early: dict[int, dict[str, Tensor | None]] = field(default_factory=dict)
     heard: set[str] = field(default_factory=set)
+    copies: dict[Any, Tensor] = field(default_factory=dict)
 
     def copy(self) -> Progress:
         """A copy that later changes leave alone; tensors are shared."""

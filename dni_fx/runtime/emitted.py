@@ -13,6 +13,7 @@ from ..errors import DecouplingError
 from ..graphs.nested import map_tensors
 from ..passes.trace.settings import casts
 from ..sources.base import Prediction
+from .casts import Carried
 
 
 @dataclass
@@ -78,7 +79,7 @@ class Leaf:
 
 def pull_back(
     roots: Sequence[Any],
-    gradients: Sequence[torch.Tensor | None],
+    gradients: Sequence[torch.Tensor | Carried | None],
     retain_graph: bool = False,
     inputs: Sequence[torch.Tensor] | None = None,
 ) -> None:
@@ -86,13 +87,18 @@ def pull_back(
 
     Args:
         roots: tensors with an autograd graph; others are passed over.
-        gradients: a gradient for each root; None where nothing arrived.
+        gradients: a gradient for each root, with those of its copies; None where nothing arrived.
         retain_graph: keep the graph for another call.
         inputs: the tensors whose ``.grad`` to accumulate; all leaves by default.
     """
-    used: list[torch.Tensor] = []
+    used: list[Any] = []
     given: list[torch.Tensor] = []
-    for root, gradient in zip(roots, gradients, strict=True):
+    for root, arrived in zip(roots, gradients, strict=True):
+        gradient = arrived.own if isinstance(arrived, Carried) else arrived
+        if isinstance(arrived, Carried):
+            edges, of_copies = arrived.roots()
+            used += edges
+            given += of_copies
         if gradient is None or not isinstance(root, torch.Tensor) or not root.requires_grad:
             continue
         if gradient.shape != root.shape:

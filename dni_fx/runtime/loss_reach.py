@@ -19,6 +19,9 @@ from torch.utils._pytree import tree_leaves
 from ..errors import DecouplingError
 from ..graphs.graphs import Graphs
 from ..graphs.nested import flatten
+from ..graphs.variants import Variant
+from ..passes.trace.calls import StoreAttribute
+from ..passes.trace.state import MODULE_INTERNALS
 
 # Calls whose every operator is watched: a mode costs more than a short loss does, and a loss may
 # come to read more later.
@@ -56,6 +59,7 @@ class CheckedLoss:
         self._elsewhere = {n: users[n] for n in trained if n in users and n not in own}
         last = graphs.parameter_names(len(stages) - 1)
         self._earlier = {id(p): n for n, p in trained.items() if n in users and n not in last}
+        self._kept = _kept_early(graphs.variant)
         self._last_modules = {id(m) for m in stages[-1].module.modules()}
         self._trained, self._calls = trained, 0
 
@@ -80,18 +84,16 @@ class CheckedLoss:
     def _check(self, root: Any, known: list[Any]) -> None:
         """Look at what the loss reaches on other ways than by the output."""
         nodes = _reached(root, known)
+        for name, table, key in self._kept:
+            if any(t.grad_fn in nodes for t in flatten(table.get(key))[0] if t.grad_fn is not None):
+                raise _lost(name)
         found = [self._earlier.get(id(getattr(n, "variable", None))) for n in nodes]
         names = [n for n in found if n is not None]
         if not names:
             return
         kept = self._find_kept(nodes, max((n._sequence_nr() for n in known), default=None))
         if kept is not None:
-            raise DecouplingError(
-                f"the loss reads {kept}, which an earlier stage has computed (it holds "
-                f"{names[0]!r}): it does not cross the cut, so its gradient cannot come back. Cut "
-                "before that module, so that its stage has the loss, or let the model return the "
-                "value"
-            )
+            raise _lost(kept)
         for name in names:
             if name in self._elsewhere:
                 self._refuse_parameter(name)
@@ -113,6 +115,38 @@ class CheckedLoss:
             "optimiser do it (weight_decay=), let the model return the term, place the stage with "
             "the last one, or train all stages in turn with dni_fx.Trainer"
         )
+
+
+def _lost(place: str) -> DecouplingError:
+    return DecouplingError(
+        f"the loss reads {place}, which an earlier stage has computed: it does not cross the cut, "
+        "so its gradient cannot come back. Cut before that module, so that its stage has the loss, "
+        "or let the model return the value"
+    )
+
+
+def _kept_early(variant: Variant) -> list[tuple[str, dict[str, Any], str]]:
+    """Attributes of modules that stages before the last one fill in a call: for people, the table
+    that they are in, and the name.
+    """
+    model = variant.trace.model
+    changed = {id(kept.owner) for kept in variant.trace.changes.contents}
+    paths = {id(m): path for path, m in model.named_modules()}
+    found: list[tuple[nn.Module, str]] = []
+    for stage in variant.split.stages[:-1]:
+        targets = [n.target for n in stage.module.graph.nodes]
+        found += [(t.module, t.name) for t in targets if isinstance(t, StoreAttribute)]
+        for module in [m for path in stage.called for m in model.get_submodule(path).modules()]:
+            own = vars(module)
+            whole = id(own) in changed
+            names = [n for n in own.keys() - MODULE_INTERNALS if whole or id(own[n]) in changed]
+            found += [(module, name) for name in sorted(names)]
+    return [(_place(paths.get(id(m)), n), vars(m), n) for m, n in found]
+
+
+def _place(path: str | None, name: str) -> str:
+    owner = f"module {path!r}" if path else "the model"
+    return f"attribute {name!r} of {owner}"
 
 
 class _Reads(TorchDispatchMode):
@@ -158,4 +192,4 @@ def _attributes(model: nn.Module, left_out: Collection[int]) -> Iterator[tuple[s
             if name not in ("_parameters", "_modules"):
                 for leaf in flatten(value)[0]:
                     if leaf.grad_fn is not None:
-                        yield f"attribute {name!r} of module {path!r}", leaf
+                        yield _place(path, name), leaf

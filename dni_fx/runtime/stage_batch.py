@@ -21,6 +21,7 @@ from ..errors import DecouplingError
 from ..sources.keeping import kept_weights
 from .answers import Answers, added
 from .batch_state import BatchState, Setting
+from .casts import Carried, copies_of, kept_back
 from .emitted import detached, evaluate, pull_back
 from .missing import check_arrived
 from .objective import logits_of
@@ -255,9 +256,12 @@ class StageBatch:
         for name, parameter in split.summed_in(self.index).items():
             partials[name], parameter.grad = parameter.grad, None
         backward = self.setting.functions[self.index].backward
-        found = backward(tape.outputs, tape.leaves, tape.entries, given, partials, retain)
+        with _copies(self, tape, partials) as kept:
+            found = backward(tape.outputs, tape.leaves, tape.entries, given, partials, retain)
         if once and all(given.get(n) is not None for n in split.sent_by(self.index)):
-            check_arrived(self.index, self.setting.expected[self.index], found)
+            expected = self.setting.expected[self.index]
+            arrived = {n: kept.get(n, p.grad) for n, p in expected.parameters.items()}
+            check_arrived(self.index, expected, found, arrived)
         self._note_parts(found, partials)
         for leaf in tape.leaves.values():
             leaf.clear()
@@ -292,3 +296,19 @@ def _error_of(output: Any, loss: Tensor) -> Tensor:
             "that output or its 'logits': let the model return the logits that the loss is made of"
         )
     return error
+
+
+def _copies(
+    batch: StageBatch, tape: Tape, partials: dict[str, Any]
+) -> contextlib.AbstractContextManager[dict[str, Tensor]]:
+    """Of shared parameters under autocast: what later stages made of these copies takes part,
+    and what stages before use, too, is kept back for them.
+    """
+    progress, shared = batch.state.progress, batch.setting.split.summed_in(batch.index)
+    mine = copies_of(tape.outputs, shared) if batch.setting.share > 0 else {}
+    for name in {*mine.values()}:
+        later = {n: g for n, g in progress.copies.items() if mine.get(n) == name}
+        partials[name] = Carried(partials.get(name), later)
+    tapes = [t for k, t in progress.tapes.items() if k < batch.index and isinstance(t, Tape)]
+    before = {n for t in tapes for n in copies_of(t.outputs, shared)} if mine else set()
+    return kept_back({n: name for n, name in mine.items() if n in before}, progress.copies)

@@ -13,7 +13,7 @@ from torch import fx
 
 from ...errors import CutError, did_you_mean
 from ...plan import CutPoint, TensorSpec
-from ..trace.calls import ReadAttribute
+from ..trace.calls import ReadAttribute, StoreAttribute
 from ..trace.nodes import needs_gradient
 from ..trace.traces import Trace
 from .specs import infer_specs, name_values, numbered_calls
@@ -312,7 +312,9 @@ def _returning(nodes: tuple[fx.Node, ...]) -> frozenset[fx.Node]:
     found: list[fx.Node] = []
     for node in reversed(nodes):
         container = not isinstance(node.meta.get("value"), torch.Tensor)
-        if node.op == "output" or (node in asked and (container or needs_gradient(node))):
+        # the loss may read what the model keeps
+        leaves = node.op == "output" or isinstance(node.target, StoreAttribute)
+        if leaves or (node in asked and (container or needs_gradient(node))):
             asked.update(node.all_input_nodes)
             found.append(node)
     return frozenset(found)

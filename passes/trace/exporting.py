@@ -7,17 +7,21 @@ import dataclasses
 import inspect
 import io
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._export.utils import _compiling_state_context
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from ...errors import BakedInError, TracingError
+from ...graphs.nested import map_tensors
 from ...graphs.pictures import picture
-from .contents import MISSING
+from .contents import MISSING, Contents
+from .effects import Watched, changed_outside
 from .held import GRAD, Held, Reads
 from .modules import state_of
 from .naming import check_inputs
@@ -27,6 +31,7 @@ from .routing import by_library, watching
 from .state import python_draws, restored
 from .traces import Trace
 from .tracing import reason_of, record
+from .values import copied
 
 
 def trace_export(
@@ -53,14 +58,19 @@ def trace_export(
     watcher = _Watcher(model)
     if not grad:
         watcher.reads.mode(GRAD)
+    try:
+        with restored(model, args, kwargs) as changes, torch.set_grad_enabled(grad):
+            _watch(watcher, model, args, kwargs)
+        if outside := changed_outside(model, changes.contents):
+            with restored(model, args, kwargs), torch.set_grad_enabled(grad):
+                _watch(watcher, model, args, kwargs, outside)
+    except Exception as error:
+        raise TracingError(f"torch.export: {reason_of(error)}") from error
     with restored(model, args, kwargs), torch.set_grad_enabled(grad):
         try:
-            draws = python_draws()
-            with watching(watcher), _Asked(model, watcher.reads), _unheard():
+            with _unheard(), _no_text():
                 program = _export(model, args, kwargs)
                 exported = program.module(check_guards=False)
-            if python_draws() != draws:
-                raise BakedInError("the model draws from Python's or NumPy's random numbers")
         except Exception as error:
             raise TracingError(f"torch.export: {reason_of(error)}") from error
         recorder = Recorder(model, FakeTensorMode(allow_non_fake_inputs=True), grad=grad)
@@ -76,6 +86,34 @@ def trace_export(
     return dataclasses.replace(trace, modes=modes, held=watcher.held(), rung="export")
 
 
+def _watch(
+    watcher: _Watcher,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    outside: Sequence[Contents] = (),
+) -> None:
+    """Run the model as export does, on real tensors and the modules themselves, and note what its
+    code reads: while it is exported, stand-ins for both hide that.
+
+    Raises:
+        BakedInError: it does something that an exported graph would leave out.
+    """
+    draws, watched = python_draws(), Watched(outside)
+    copies: dict[int, torch.Tensor] = {}  # the same tensor again is one
+    own = lambda t: copies.setdefault(id(t), copied(t))  # noqa: E731
+    args, kwargs = map_tensors(own, (args, kwargs))
+    with watching(watcher), _Asked(model, watcher.reads), _compiling_state_context():
+        model(*args, **kwargs)
+    if python_draws() != draws:
+        raise BakedInError("the model draws from Python's or NumPy's random numbers")
+    if changed := watched.changed(lambda tensor: True):
+        raise BakedInError(f"forward changes {changed} outside of the model")
+
+
+_PRINTS = (sys.stdlib_module_names | {"sympy"}) - {
+    "__main__"
+}  # what export's own text goes through
 # lost in an exported graph, or other than in a call
 _HIDDEN = {"register_hook", "retain_grad", "register_post_accumulate_grad_hook"}
 
@@ -103,10 +141,10 @@ class _Asked(TorchFunctionMode):
 
 
 class _Watcher:
-    """Notes what a model's code reads while it is exported, when tensors are not what they are.
+    """Notes what a model's code reads in a run that is to be exported.
 
     Attributes:
-        reads: modes that are asked for.
+        reads: what was read.
         paused: never.
     """
 
@@ -218,6 +256,36 @@ class _Player(fx.Interpreter):
             node = known.nodes.get(id(self.latest))
             visits.calls.append((path, node, next(iter(reversed(known.graph.nodes)))))
         visits.stack[:] = [p for p in visits.stack if p in entered]
+
+
+@contextlib.contextmanager
+def _no_text() -> Iterator[None]:
+    """Numbers that export keeps symbolic have names in place of values: as text they are not what
+    the model's code would see.
+
+    Raises:
+        BakedInError: that code makes text of one.
+    """
+    kinds: Any = (torch.SymInt, torch.SymFloat, torch.SymBool)
+    before = [kind.__repr__ for kind in kinds]
+
+    def told(known: Any) -> Any:
+        def tell(number: Any) -> str:
+            caller = str(sys._getframe(1).f_globals.get("__name__")).partition(".")[0]
+            if not by_library(2) and caller not in _PRINTS:
+                raise BakedInError("the model makes text of a number that export keeps symbolic")
+            text: str = known(number)
+            return text
+
+        return tell
+
+    for kind, known in zip(kinds, before, strict=True):
+        kind.__repr__ = told(known)
+    try:
+        yield
+    finally:
+        for kind, known in zip(kinds, before, strict=True):
+            kind.__repr__ = known
 
 
 @contextlib.contextmanager

@@ -38,9 +38,8 @@ from ...graphs.nested import flatten
 from .calls import ReadAttribute, after, counted
 from .containers import TORCH_CONSTANTS, assembled, is_written_out
 from .held import Reads
-from .state import MODULE_INTERNALS
 from .symbols import TracedInt
-from .values import SPARSE, storage_key, tensors_in
+from .values import SPARSE, storage_key
 
 _BARE = {"mutates": (), "random": False, "modules": (), "no_grad": False, "autocast": ()}
 _PLAIN = (bool, int, float, complex, str)
@@ -53,6 +52,7 @@ class Provenance:
         model: the root module.
         fake: whether the model runs on fake tensors.
         reads: where tensors were read that are plain attributes.
+        reached: identities of the tensors that the model could reach before it ran.
 
     Attributes:
         graph: what has been recorded.
@@ -62,7 +62,9 @@ class Provenance:
         nodes: of tensors, by identity.
     """
 
-    def __init__(self, model: nn.Module, fake: bool, reads: Reads) -> None:
+    def __init__(
+        self, model: nn.Module, fake: bool, reads: Reads, reached: frozenset[int] = frozenset()
+    ) -> None:
         self.graph = fx.Graph()
         self.attributes: dict[str, Any] = {}
         self.paths: dict[int, str] = {}
@@ -71,15 +73,9 @@ class Provenance:
         self.names: dict[int, str] = {}
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             self.names.setdefault(id(tensor), name)
-        own = [
-            value
-            for module in model.modules()
-            for key, value in vars(module).items()
-            if key not in MODULE_INTERNALS
-        ]
         self.nodes: dict[int, fx.Node] = {}
         self._fake, self._reads = fake, reads
-        self._constants = {id(t) for t in tensors_in(own)}
+        self._reached = reached
         self._alive: list[Any] = []  # so that no identity is given to another tensor
         self._storages: dict[int, tuple[int, list[torch.Tensor]]] = {}
 
@@ -202,10 +198,8 @@ class Provenance:
             name = self.names[id(tensor)]
             self.attributes[name] = tensor
             return self._get_attr(name, tensor)
-        seen_before = (
-            not isinstance(tensor, torch._subclasses.FakeTensor)
-            if self._fake
-            else id(tensor) in self._constants
+        seen_before = id(tensor) in self._reached or (
+            self._fake and not isinstance(tensor, torch._subclasses.FakeTensor)
         )
         if seen_before and id(tensor) in self._reads.tensors:
             return self._live(tensor)

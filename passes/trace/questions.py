@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from ...errors import DataDependentError
+from ...errors import DataDependentError, TracingError
 from .held import GRAD, Reads
 from .modules import Visits
 from .prefixes import is_by_value, obstacle, run_prefix
@@ -35,6 +35,11 @@ _OF_KINDS = {
 }  # fmt: skip
 _OF_SHAPES = {"is_same_size", "nbytes", "nelement", "is_contiguous", "stride", "storage_offset"}
 OF_GRADIENTS = {"requires_grad", "is_leaf", "retains_grad", "grad_fn"}
+# where a tensor comes from; what a stage takes in is a view of a leaf of its own
+_TENSOR: Any = torch.Tensor
+HISTORY = {_TENSOR._is_view: "_is_view"} | {
+    getattr(_TENSOR, name).__get__: name for name in ("_base", "is_leaf", "grad_fn")
+}
 
 
 class Questions:
@@ -81,6 +86,22 @@ class Questions:
             answer = run_prefix([node], self._known.attributes, self._inputs)[node]
         self._looks.guard(node, answer)
         return answer
+
+    def check_history(self, function: Any, tensor: torch.Tensor) -> None:
+        """A module that is called as a whole asks where a tensor comes from.
+
+        Raises:
+            TracingError: it was given to the module, and a stage would answer something else.
+        """
+        node = self._known.nodes.get(id(tensor))
+        if node is None or node.op == "get_attr":
+            return
+        given = node.op == "placeholder" and tensor.requires_grad
+        if given or HISTORY[function] in ("_is_view", "_base"):
+            raise TracingError(
+                f"the model asks a tensor for its history (by '{HISTORY[function]}'), which is "
+                "another one where a stage begins"
+            )
 
     def guard_identity(self, node: fx.Node, output: Any, args: Any, known: Any) -> None:
         """A function that gave back what it was given (``h.to(dtype)``): from here on both names

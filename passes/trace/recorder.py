@@ -27,9 +27,10 @@ from .containers import Copy
 from .contents import Contents
 from .held import GRAD, Reads
 from .modules import Visits
+from .outside import LIBRARY
 from .prefixes import mark_differentiated
 from .provenance import Provenance
-from .questions import DATA_QUERIES, Questions
+from .questions import DATA_QUERIES, HISTORY, Questions
 from .sizes import QUERIES, Sizes
 from .symbols import Size, TracedInt
 from .values import plain_tree, tensors_in
@@ -59,6 +60,7 @@ class Recorder(TorchFunctionMode):
         plain: sizes that the model's code needs as plain integers.
         grad: whether gradients are asked for.
         watched: what an earlier recording has found changed outside of the modules.
+        reached: identities of the tensors that the model could reach before.
 
     Attributes:
         known: the graph, and the nodes of tensors.
@@ -79,6 +81,7 @@ class Recorder(TorchFunctionMode):
         plain: frozenset[Size] = frozenset(),
         grad: bool = True,
         watched: Sequence[Contents] = (),
+        reached: frozenset[int] = frozenset(),
     ) -> None:
         super().__init__()
         self.grad = grad
@@ -86,7 +89,7 @@ class Recorder(TorchFunctionMode):
         self.reads = Reads()
         if not grad:
             self.reads.mode(GRAD)
-        self.known = Provenance(model, bool(fake), self.reads)
+        self.known = Provenance(model, bool(fake), self.reads, reached)
         self.sizes = Sizes(self.known, plain)
         self.visits = Visits(self.known, opaque, self.reads, watched)
         self.inputs: dict[fx.Node, torch.Tensor] = {}
@@ -101,6 +104,8 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.paused:
+            if func in HISTORY and not sys._getframe(1).f_code.co_filename.startswith(LIBRARY):
+                self.questions.check_history(func, args[0])
             return func(*args, **kwargs)
         if func is torch._C._set_grad_enabled:
             if args[0] and not _is_leaving(sys._getframe(1)):
@@ -255,8 +260,9 @@ class Recorder(TorchFunctionMode):
         try:
             with self._observer:
                 return run()
-        except Exception:
-            if self.fake or target not in self.visits.opaque:
+        except Exception as error:
+            refused = isinstance(error, TracingError)
+            if self.fake or refused or target not in self.visits.opaque:
                 raise
             with torch.overrides._pop_mode_temporarily():  # compiled code refuses to be watched
                 output = run()

@@ -40,11 +40,13 @@ class Changes:
     """What a run changed, before that was undone.
 
     Attributes:
+        reached: identities of the tensors that were there before, while the run lasts.
         tensors: that were written to, and whether they were given other memory.
         contents: of objects, containers, closures and globals.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, reached: Iterable[int] = ()) -> None:
+        self.reached = frozenset(reached)
         self.tensors: list[tuple[torch.Tensor, bool]] = []
         self.contents: list[Contents] = []
 
@@ -93,18 +95,19 @@ def restored(*roots: Any, whole: bool = False) -> Iterator[Changes]:
             any mode.
 
     Returns:
-        What the run changed, known when it is over.
+        What was there, while it lasts; what the run changed, known when it is over.
     """
     reach = Reach(roots)
     tensors = Tensors(reach.tensors, whole)
     undo = [preserved_rng(), kept_settings()]
     watch = Watch(tensors) if tensors.waiting else contextlib.nullcontext()
-    changes = Changes()
+    changes = Changes(map(id, reach.tensors))
     try:
         reach.send_stand_ins()
         with no_kept_casts(), watch:
             yield changes
     finally:
+        changes.reached = frozenset()
         changes.contents = reach.restore()
         changes.tensors = tensors.restore()
         for put_back in undo:

@@ -67,7 +67,7 @@ def trace_calls(
         fake = None if attempts.real else Fakes()
         try:
             with restored(model, args, kwargs) as changes:
-                trace = _attempt(attempts, fake, args, kwargs, grad)
+                trace = _attempt(attempts, fake, args, kwargs, grad, changes.reached)
         except Exception:
             if fake:
                 forget(fake)
@@ -88,11 +88,13 @@ def _attempt(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     grad: bool,
+    reached: frozenset[int],
 ) -> Trace | None:
     """Record the model once; None where something was learnt from a failure."""
     model = attempts.model
     opaque = frozenset(attempts.opaque)
-    recorder = Recorder(model, fake, opaque, attempts.plain, grad, attempts.watched)
+    watched = attempts.watched
+    recorder = Recorder(model, fake, opaque, attempts.plain, grad, watched, reached)
     try:
         return record(recorder, model, args, kwargs, attempts.opaque)
     except Exception as error:

@@ -48,19 +48,27 @@ class Side:
         self.decoupled: dni_fx.Decoupled | None = None
 
     def decouple(self, first: Call, check: bool) -> None:
-        """Cut the model; where the first layer is no legal place, at the first that is one."""
+        """Cut the model; where the first layer is no legal place, at the first that is one. Every
+        third program at two places.
+        """
         inputs = first.inputs(self.scope)
         seeded(first.seed)
         options: dict[str, Any] = {"gradients": "exact", "check": check, "example_kwargs": inputs}
+        cuts = ["m0"]
+        if self.program.seed % 3 == 0:
+            legal = self._legal(inputs)
+            drawn = random.Random(first.seed).sample(range(len(legal)), min(2, len(legal)))
+            cuts = [legal[k] for k in sorted(drawn)] or cuts
         try:
-            self.decoupled = dni_fx.decouple(self.model, ["m0"], **options)
+            self.decoupled = dni_fx.decouple(self.model, cuts, **options)
         except CutError:
-            points = dni_fx.list_cut_points(self.model, (), inputs)
-            legal = [p.name for p in points if p.legal]
-            if not legal:
+            if not (legal := self._legal(inputs)):
                 raise
             self.decoupled = dni_fx.decouple(self.model, legal[:1], **options)
         self.trainer = dni_fx.Trainer(self.decoupled, self.loss, optimizer=_sgd)
+
+    def _legal(self, inputs: dict[str, Any]) -> list[str]:
+        return [p.name for p in dni_fx.list_cut_points(self.model, (), inputs) if p.legal]
 
     def loss(self, output: Any, target: Any = None) -> Tensor:
         """Of all that the model returns, and what it keeps for it."""

@@ -15,6 +15,7 @@ from torch import is_grad_enabled, nn
 
 import dni_fx
 from dni_fx.errors import TracingError
+from dni_fx.graphs.pictures import picture
 
 from .test_guards import Block, Net, X, assert_equal, assert_holds, cut
 
@@ -256,6 +257,14 @@ def test_regions_are_part_of_a_graph() -> None:
         assert_equal(decoupled, X)
 
 
+def test_pictures_tell_parts_apart() -> None:
+    """By what they hold, and by which of two alike it is that comes again."""
+    first, other = [functools.partial(max, k) for k in (1, 2)]
+    assert picture([first, other]) != picture([first, functools.partial(max, 3)])
+    one, two = [1.0], [2.0]
+    assert picture([one, two, one]) != picture([one, two, two])
+
+
 # ---- export --------------------------------------------------------------------------------------
 
 
@@ -274,9 +283,65 @@ def test_export_holds_what_its_code_read() -> None:
     SETTINGS.scale = 1.0
 
 
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = 1.0
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return h * self.scale * SETTINGS.scale
+
+
+def test_export_holds_what_a_block_read() -> None:
+    """While it is exported a block is called by export itself, through a stand-in."""
+    model = Net(lambda net, h, x: net.block(exported(net, h)), block=Scaled())
+    decoupled = cut(model, X)
+    assert decoupled.plan.report.rung == "export"
+    model.block.scale = 2.0
+    assert_equal(decoupled, X)
+    SETTINGS.scale = 3.0
+    assert_equal(decoupled, X)
+    SETTINGS.scale = 1.0
+    model.block.register_forward_hook(lambda module, args, output: output * 2)
+    assert_equal(decoupled, X)
+
+
+TABLE = torch.ones(6)
+
+
+def test_a_global_tensor_is_read_in_every_call() -> None:
+    global TABLE
+    decoupled = cut(Net(lambda net, h, x: h * TABLE), X)
+    assert decoupled.plan.report.rung == "calls"
+    TABLE.fill_(2.0)
+    assert_equal(decoupled, X)
+    TABLE = torch.full((6,), 3.0)
+    assert_equal(decoupled, X)
+
+
+class Asks(nn.Module):
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return h * 2 if h._is_view() else h + 1
+
+
+def test_a_module_that_asks_where_its_input_comes_from_is_refused() -> None:
+    """A stage's input is a view, whatever the model's value is."""
+    with pytest.raises(TracingError, match="history"):
+        cut(Net(lambda net, h, x: net.block(h), block=Asks()), X)
+
+
 def keeps(net: Net, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     net.held.append(h.detach().sum())
     return exported(net, h)
+
+
+def counts(net: Net, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    h = exported(net, h)
+    COUNTS.append(len(COUNTS))
+    return h
+
+
+COUNTS: list[int] = []
 
 
 def hooks(net: Net, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -284,9 +349,22 @@ def hooks(net: Net, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return exported(net, h)
 
 
-@pytest.mark.parametrize("between", [keeps, hooks])
+@pytest.mark.parametrize("between", [keeps, counts, hooks])
 def test_export_refuses_what_it_would_lose(between: Any) -> None:
     with pytest.raises(TracingError):
         dni_fx.decouple(
             Net(between, held=[]), ["a"], example_inputs=(X,), gradients="exact", check=False
+        )
+
+
+def texts(net: Net, h: torch.Tensor, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    return exported(net, h) * len(str(lengths.tolist()))
+
+
+def test_export_does_not_hold_text_of_what_it_keeps_symbolic() -> None:
+    """Export's numbers have names: as text, '[u0, u1]' is what code would see."""
+    model = Net(texts)
+    with pytest.raises(TracingError, match="text of a number"):
+        dni_fx.decouple(
+            model, ["a"], example_inputs=(X, torch.tensor([2, 3])), gradients="exact", check=False
         )

@@ -13,7 +13,6 @@ import functools
 import linecache
 import math
 import random
-import re
 import textwrap
 import types
 from dataclasses import dataclass
@@ -30,10 +29,7 @@ from .hostile_features import Feature
 from .programs import INSTRUCTIONS, WIDTH, Builder, Value
 from .random_models import shape_caches
 
-LATER = {"auxiliary loss", "grad function"}  # features that are not right in each program yet
-FEATURES: tuple[Feature, ...] = tuple(
-    f for f in (*hostile_features.ALL, *hostile_calls.ALL) if f.name not in LATER
-)
+FEATURES: tuple[Feature, ...] = (*hostile_features.ALL, *hostile_calls.ALL)
 NUMBERS = ("0.5", "1.0", "2.0", "3.0")
 LIBRARIES = {
     "torch": torch, "nn": nn, "F": F, "math": math, "functools": functools, "types": types,
@@ -77,16 +73,6 @@ class Program:
     used: tuple[Used, ...]
     parts: dict[str, nn.Module]
     buffers: dict[str, Tensor]
-
-    @property
-    def shares(self) -> bool:
-        """Whether some weight is used twice; autocast keeps its cast copy within a region, where
-        stages make one each, whose gradients are added up in another precision.
-        """
-        named = [p for m in self.parts.values() for p in m.parameters()]
-        uses = re.findall(r"self\.(m\d+)[(.]", self.source)
-        twice = len({id(p) for p in named}) < len(named)
-        return twice or len(set(uses)) < len(uses) - 1  # the first layer's dtype is asked for
 
     @property
     def file(self) -> str:
@@ -259,5 +245,5 @@ def _call(program: Program, draw: random.Random, usual: tuple[str, int], first: 
             text = used.text(used.feature.argument, draw.choice(NUMBERS))
             arguments[f"arg{used.number}"] = f"(lambda n: {text})({n})"
     kind = draw.choice(("step", "step", "step", "backward", "call", "no_grad"))
-    cast = draw.random() < 0.1 and not (program.shares and kind in ("step", "backward"))
+    cast = draw.random() < 0.1
     return Call(tuple(changes), arguments, kind, cast, draw.randint(0, 1 << 30))

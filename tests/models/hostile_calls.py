@@ -11,6 +11,8 @@ MODES = (
             helpers="from torch import is_grad_enabled"),
     Feature("requires grad", "h = h * 2 if h.requires_grad else h + 1"),
     Feature("input requires grad", "h = h * 2 if x.requires_grad else h + 1"),
+    Feature("view", "h = h * 2 if x._is_view() else h + 1", rare=True),
+    Feature("view of a value", "h = h * 2 if h._is_view() else h + 1", rare=True),
     Feature("leaf", "h = h * 2 if x.is_leaf else h + 1"),
     Feature("grad function", "h = h * 2 if h.grad_fn is None else h + 1"),
     Feature("autocast", "h = h * 2 if torch.is_autocast_enabled('cpu') else h + 1"),

@@ -79,6 +79,11 @@ ATTRIBUTES = (
     _attribute("partial in place", "functools.partial(scaled$, by=1.0)", "h = self.at$(h)",
                "m.at$.keywords['by'] = ?",
                helpers="def scaled$(h, by):\n    return h * by"),
+    _attribute("partials in a list", "[functools.partial(torch.mul, other=1.0) for _ in range(2)]",
+               "h = self.at$[1](self.at$[0](h))",
+               "m.at$[1] = functools.partial(torch.mul, other=?)"),
+    _attribute("one list twice", "[[1.0], [2.0], [1.0]]",
+               "h = h * self.at$[2][0]", "m.at$[2] = m.at$[? > 1]", "m.at$[1][0] = ?"),
     _attribute("function", "lambda h: h * 1.0", "h = self.at$(h)", "m.at$ = lambda h: h * ?"),
     _attribute("closure", "closure$()", "h = self.at$[0](h)", "m.at$[1](?)",
                helpers="def closure$():\n    by = 1.0\n    def use(h):\n        return h * by\n"

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dni_fx
+from dni_fx.runtime import stage_batch
 
 from ..helpers.comparing import assert_bits_equal, state_of
 from ..helpers.optimisers import sgd
@@ -144,3 +145,48 @@ def test_integer_inputs() -> None:
         torch.int32,
     ):  # another dtype that the model takes: a graph of its own
         trainer.step(torch.randint(0, 11, (4, 5)).to(dtype), target=torch.randint(0, 3, (4,)))
+
+
+class _Again(nn.Module):
+    """One layer in three stages, its weight besides used as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).tanh()
+        h = self.b(self.a(h).tanh())
+        h = self.a(h.tanh()) * self.a.weight.mean()
+        h = self.a(h)
+        result: Tensor = self.c(h)
+        return result
+
+
+def _shared_under_autocast() -> tuple[nn.Module, nn.Module]:
+    x, y = torch.randn(5, 6, generator=torch.Generator().manual_seed(0)), torch.arange(5) % 3
+    model, alone = _Again(), _Again()
+    decoupled = dni_fx.decouple(model, ["a@0", "b"], example_inputs=(x,), gradients="exact")
+    trainer = dni_fx.Trainer(decoupled, F.cross_entropy, optimizer=sgd)
+    optimizer = sgd(alone.parameters())
+    for _ in range(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            trainer.step(x, target=y)
+            F.cross_entropy(alone(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, alone
+
+
+def test_gradients_of_a_shared_copy_are_added_up_before_they_are_cast_back() -> None:
+    model, alone = _shared_under_autocast()
+    for (name, want), got in zip(alone.named_parameters(), model.parameters(), strict=True):
+        assert_bits_equal(got, want, name)
+
+
+def test_a_stage_that_casts_its_own_part_back_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage_batch, "copies_of", lambda *_: {})
+    model, alone = _shared_under_autocast()
+    pairs = zip(alone.parameters(), model.parameters(), strict=True)
+    assert not all(torch.equal(want, got) for want, got in pairs)

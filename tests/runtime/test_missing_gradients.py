@@ -194,3 +194,47 @@ def test_a_graph_that_was_used_up_is_named() -> None:
     with pytest.raises(DecouplingError, match="used up"):
         trainer.step(X, shift, target=Y)
     trainer.step(X, shift.detach().requires_grad_(), target=Y)
+
+
+class _Kept(nn.Module):
+    """Keeps a term of the loss, made of what the second layer is given, or what it gives."""
+
+    def __init__(self, late: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.late, self.term = late, torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        if not self.late:
+            self.term = h.mean()
+        h = self.b(h)
+        if self.late:
+            self.term = h.mean()
+        result: Tensor = self.c(h)
+        return result
+
+
+def _kept_trainer(model: _Kept, cuts: list[str]) -> dni_fx.Trainer:
+    decoupled = dni_fx.decouple(model, cuts, example_inputs=(X,), gradients="exact")
+    return dni_fx.Trainer(decoupled, lambda o, y: F.cross_entropy(o, y) + model.term, optimizer=sgd)
+
+
+@pytest.mark.parametrize("cuts", [["b"], ["a", "b"]])
+def test_what_the_model_keeps_for_the_loss_crosses(cuts: list[str]) -> None:
+    """What is kept is made behind the cut, of a value that nothing else there needs."""
+    model, alone = _Kept(True), _Kept(True)
+    _kept_trainer(model, cuts).step(X, target=Y)
+    (F.cross_entropy(alone(X), Y) + alone.term).backward()
+    sgd(alone.parameters()).step()
+    for (name, want), got in zip(alone.named_parameters(), model.parameters(), strict=True):
+        assert_bits_equal(got, want, name)
+
+
+def test_what_a_stage_before_the_last_keeps_is_no_part_of_the_loss() -> None:
+    """Also where that stage's part of it has no parameter."""
+    model = _Kept(False)
+    trainer = _kept_trainer(model, ["a", "b"])
+    with pytest.raises(DecouplingError, match="attribute 'term' of the model"):
+        trainer.step(X, target=Y)
