@@ -6,9 +6,10 @@ import collections
 import contextlib
 import pickle
 import types
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
+
+from ...graphs.pictures import base_of, content
 
 _MISSING = object()
 _NOT_OURS = {"__dict__", "__weakref__", "_abc_impl", "__doc__"}
@@ -42,8 +43,7 @@ class OfDict:
     """
 
     def __init__(self, owner: dict[Any, Any]) -> None:
-        ordered = isinstance(owner, collections.OrderedDict)
-        self._base: Any = collections.OrderedDict if ordered else dict
+        self._base = base_of(owner)
         self.owner, self._before = owner, [*self._base.items(owner)]
 
     def places(self) -> Iterable[tuple[Any, Any]]:
@@ -54,7 +54,8 @@ class OfDict:
 
     def restore(self) -> bool:
         before, base = self._before, self._base
-        if len(self.owner) == len(before) and (not before or self._is_as_before()):
+        length = dict.__len__(self.owner)
+        if length == len(before) and (not before or self._is_as_before()):
             return False
         base.clear(self.owner)
         for key, value in before:
@@ -82,7 +83,7 @@ class OfList:
         list.__setitem__(self.owner, place, value)
 
     def restore(self) -> bool:
-        changed = _differs(list.__iter__(self.owner), len(self.owner), self._before)
+        changed = _differs(list.__iter__(self.owner), list.__len__(self.owner), self._before)
         if changed:
             list.__setitem__(self.owner, slice(None), self._before)
         return changed
@@ -95,19 +96,21 @@ class OfDeque:
     """A deque."""
 
     def __init__(self, owner: collections.deque[Any]) -> None:
-        self.owner, self._before = owner, list(owner)
+        self.owner, self._before = owner, [*collections.deque.__iter__(owner)]
 
     def places(self) -> Iterable[tuple[Any, Any]]:
         return enumerate(self._before)
 
     def put(self, place: Any, value: Any) -> None:
-        self.owner[place] = value
+        collections.deque.__setitem__(self.owner, place, value)
 
     def restore(self) -> bool:
-        changed = _differs(iter(self.owner), len(self.owner), self._before)
+        base = collections.deque
+        now = base.__iter__(self.owner), base.__len__(self.owner)
+        changed = _differs(*now, self._before)
         if changed:
-            self.owner.clear()
-            self.owner.extend(self._before)
+            base.clear(self.owner)
+            base.extend(self.owner, self._before)
         return changed
 
     def again(self) -> Contents:
@@ -191,7 +194,7 @@ class OfNames:
 
     Args:
         owner: whose they are.
-        names: the names.
+        names: the names, or the slots themselves.
         get: what a name of the owner stands for, or `default`.
         put: gives a name a meaning.
         delete: takes it away.
@@ -200,10 +203,10 @@ class OfNames:
     def __init__(
         self,
         owner: Any,
-        names: list[str],
-        get: Callable[[Any, str, Any], Any],
-        put: Callable[[Any, str, Any], None],
-        delete: Callable[[Any, str], None],
+        names: Iterable[Any],
+        get: Callable[[Any, Any, Any], Any],
+        put: Callable[[Any, Any, Any], None],
+        delete: Callable[[Any, Any], None],
     ) -> None:
         self.owner, self._get, self._put, self._delete = owner, get, put, delete
         self._before = {name: get(owner, name, _MISSING) for name in names}
@@ -295,24 +298,10 @@ def of_class(cls: type) -> Contents:
     return OfNames(cls, names, get, type.__setattr__, type.__delattr__)
 
 
-def of_slots(owner: Any, names: list[str]) -> Contents:
+def of_slots(owner: Any, slots: Iterable[Any]) -> Contents:
     """Of an object whose class has ``__slots__``."""
-    return OfNames(owner, names, getattr, object.__setattr__, object.__delattr__)
-
-
-def slot_names(cls: type) -> list[str]:
-    """Attributes of a class's objects that are in no ``__dict__``."""
-    if cls not in _SLOTS:
-        _SLOTS[cls] = [
-            name
-            for base in cls.__mro__
-            for name, member in vars(base).items()
-            if type(member) is types.MemberDescriptorType and name not in _NOT_OURS
-        ]
-    return _SLOTS[cls]
-
-
-_SLOTS: weakref.WeakKeyDictionary[type, list[str]] = weakref.WeakKeyDictionary()
+    put = lambda owner, slot, value: slot.__set__(owner, value)  # noqa: E731
+    return OfNames(owner, slots, content, put, lambda owner, slot: slot.__delete__(owner))
 
 
 def contents_of(value: Any) -> Contents | None:

@@ -88,7 +88,7 @@ def _words(kept: Contents, place: Any) -> str:
         return f"a {type(kept.owner).__name__}"
     if isinstance(kept, OfDict):
         return f"{place!r} of a dict or an object"
-    return "a variable" if place is None else repr(place)
+    return "a variable" if place is None else repr(getattr(place, "__name__", place))
 
 
 def _same(was: dict[Any, Any], now: dict[Any, Any]) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...graphs.pictures import items_of, slots_of
 from . import caches
 from .contents import (
     BARE,
@@ -31,7 +32,6 @@ from .contents import (
     of_class,
     of_globals,
     of_slots,
-    slot_names,
 )
 
 MOST = 200_000
@@ -115,7 +115,7 @@ class Reach:
             self.contents.append(state)
             return True
         if isinstance(value, tuple | frozenset):
-            self._next += value
+            self._next += items_of(value)
         elif isinstance(value, types.MethodType):
             self._next += (value.__self__, value.__func__)
         elif isinstance(value, staticmethod | classmethod):
@@ -136,13 +136,13 @@ class Reach:
         if kept is not None:
             self._keep(kept)
             if isinstance(value, set):
-                self._next += value
+                self._next += items_of(value)
         elif _is_library(cls.__module__) and not _is_open(value):
             return
         self._next.append(cls)
         if type(attributes := getattr(value, "__dict__", None)) is dict:
             self._holder(attributes)
-        if slots := slot_names(cls):
+        if slots := slots_of(cls):
             self._keep(of_slots(value, slots))
 
     def _holder(self, attributes: dict[str, Any]) -> None:
