@@ -66,7 +66,8 @@ def _parts(value: Any, seen: set[int]) -> Iterator[Any]:
     elif isinstance(value, enum.Enum):
         yield kind, value.name
     elif isinstance(value, types.MethodType):
-        yield value.__func__, Itself(value.__self__)
+        yield value.__func__
+        yield from _parts(value.__self__, seen)
     elif isinstance(value, _BY_IDENTITY):
         yield Itself(value)
     elif id(value) in seen:

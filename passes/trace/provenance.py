@@ -53,6 +53,7 @@ class Provenance:
         model: the root module.
         fake: whether the model runs on fake tensors.
         reads: where tensors were read that are plain attributes.
+        constants: other tensors that were there before.
 
     Attributes:
         graph: what has been recorded.
@@ -62,7 +63,9 @@ class Provenance:
         nodes: of tensors, by identity.
     """
 
-    def __init__(self, model: nn.Module, fake: bool, reads: Reads) -> None:
+    def __init__(
+        self, model: nn.Module, fake: bool, reads: Reads, constants: Iterable[torch.Tensor] = ()
+    ) -> None:
         self.graph = fx.Graph()
         self.attributes: dict[str, Any] = {}
         self.paths: dict[int, str] = {}
@@ -80,6 +83,7 @@ class Provenance:
         self.nodes: dict[int, fx.Node] = {}
         self._fake, self._reads = fake, reads
         self._constants = {id(t) for t in tensors_in(own)}
+        self._constants |= {id(t) for t in constants if not t.requires_grad}
         self._alive: list[Any] = []  # so that no identity is given to another tensor
         self._storages: dict[int, tuple[int, list[torch.Tensor]]] = {}
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import operator
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from ...graphs.nested import flatten
 from .calls import GRADIENT_HOOKS, FunctionCall, Observer, check_saving, setitem
 from .containers import Copy
 from .contents import Contents
+from .effects import Watched
 from .held import GRAD, Reads
 from .modules import Visits
 from .prefixes import mark_differentiated
@@ -58,7 +59,8 @@ class Recorder(TorchFunctionMode):
         opaque: paths of modules to keep as single nodes.
         plain: sizes that the model's code needs as plain integers.
         grad: whether gradients are asked for.
-        watched: what an earlier recording has found changed outside of the modules.
+        watched: what an earlier recording has found changed.
+        constants: tensors that objects hold which the model can reach.
 
     Attributes:
         known: the graph, and the nodes of tensors.
@@ -79,6 +81,7 @@ class Recorder(TorchFunctionMode):
         plain: frozenset[Size] = frozenset(),
         grad: bool = True,
         watched: Sequence[Contents] = (),
+        constants: Iterable[torch.Tensor] = (),
     ) -> None:
         super().__init__()
         self.grad = grad
@@ -86,9 +89,9 @@ class Recorder(TorchFunctionMode):
         self.reads = Reads()
         if not grad:
             self.reads.mode(GRAD)
-        self.known = Provenance(model, bool(fake), self.reads)
+        self.known = Provenance(model, bool(fake), self.reads, constants)
         self.sizes = Sizes(self.known, plain)
-        self.visits = Visits(self.known, opaque, self.reads, watched)
+        self.visits = Visits(self.known, opaque, self.reads, Watched(watched, model))
         self.inputs: dict[fx.Node, torch.Tensor] = {}
         looks = self.sizes.looks
         self.questions = Questions(self.known, looks, self.visits, self.reads, self.inputs)

@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -42,9 +42,11 @@ class Changes:
     Attributes:
         tensors: that were written to, and whether they were given other memory.
         contents: of objects, containers, closures and globals.
+        reached: all tensors that there were before, while it runs.
     """
 
     def __init__(self) -> None:
+        self.reached: Sequence[torch.Tensor] = ()
         self.tensors: list[tuple[torch.Tensor, bool]] = []
         self.contents: list[Contents] = []
 
@@ -99,7 +101,9 @@ def restored(*roots: Any, whole: bool = False) -> Iterator[Changes]:
     tensors = Tensors(reach.tensors, whole)
     watch = Watch(tensors) if tensors.waiting else contextlib.nullcontext()
     changes = Changes()
+    changes.reached = reach.tensors
     with contextlib.ExitStack() as undo:  # last first, and each whatever befalls the others
+        undo.callback(setattr, changes, "reached", ())
         undo.callback(kept_settings())
         undo.callback(preserved_rng())
         undo.callback(lambda: changes.tensors.extend(tensors.restore()))
