@@ -66,7 +66,8 @@ def _parts(value: Any, seen: dict[int, tuple[int, Any]]) -> Iterator[Any]:
     elif isinstance(value, enum.Enum):
         yield kind, value.name
     elif isinstance(value, types.MethodType):
-        yield value.__func__, Itself(value.__self__)
+        yield value.__func__
+        yield from _parts(value.__self__, seen)
     elif isinstance(value, _BY_IDENTITY):
         yield Itself(value)
     elif id(value) in seen:
@@ -80,16 +81,16 @@ def _parts(value: Any, seen: dict[int, tuple[int, Any]]) -> Iterator[Any]:
 def _opened(value: Any, seen: dict[int, tuple[int, Any]]) -> Iterator[Any]:
     numpy = sys.modules.get("numpy")
     if isinstance(value, list | tuple | collections.deque):
-        yield len(value)
-        for item in value:
+        yield base_of(value).__len__(value)
+        for item in items_of(value):
             yield from _parts(item, seen)
-    elif isinstance(value, dict | collections.UserDict):
-        yield len(value)
-        for key, item in value.items():
+    elif isinstance(value, dict):
+        yield dict.__len__(value)
+        for key, item in base_of(value).items(value):
             yield from _parts(key, seen)
             yield from _parts(item, seen)
     elif isinstance(value, set | frozenset):
-        yield frozenset(value)
+        yield frozenset(items_of(value))
     elif numpy and isinstance(value, numpy.ndarray) and value.nbytes <= _LARGEST_ARRAY:
         yield value.shape, value.dtype, value.tobytes()
     elif isinstance(value, functools.partial):
@@ -101,26 +102,54 @@ def _opened(value: Any, seen: dict[int, tuple[int, Any]]) -> Iterator[Any]:
     elif hasattr(value, "__dict__"):
         yield from _parts(vars(value), seen)
         yield from _in_slots(value, seen)
-    elif type(value).__module__ != "builtins" and slot_names(type(value)):
+    elif slots_of(type(value)):
         yield from _in_slots(value, seen)
     else:
         yield Itself(value)
 
 
 def _in_slots(value: Any, seen: dict[int, tuple[int, Any]]) -> Iterator[Any]:
-    for name in slot_names(type(value)):
-        yield from _parts(getattr(value, name, "nothing"), seen)
+    for slot in slots_of(type(value)):
+        yield from _parts(content(value, slot, "nothing"), seen)
 
 
-def slot_names(kind: type) -> tuple[str, ...]:
-    """Attributes of a class's objects that are in no ``__dict__``."""
-    names = _SLOTS.get(kind)
-    if names is None:
-        own = (vars(base) for base in kind.__mro__ if "__slots__" in vars(base))
-        members = (pair for table in own for pair in table.items())
-        names = tuple(n for n, m in members if type(m) is types.MemberDescriptorType)
-        _SLOTS[kind] = names
-    return names
+def base_of(value: Any) -> Any:
+    """The built-in class of a container. Its methods, called by the class, do what they say; those
+    of a user's subclass may do anything.
+    """
+    return next(kind for kind in _CONTAINERS if isinstance(value, kind))
 
 
-_SLOTS: weakref.WeakKeyDictionary[type, tuple[str, ...]] = weakref.WeakKeyDictionary()
+def items_of(value: Any) -> Iterator[Any]:
+    """What is in a built-in container, or in one of a class that comes from it."""
+    base = base_of(value)
+    return iter(base.values(value) if isinstance(value, dict) else base.__iter__(value))
+
+
+def slots_of(cls: type) -> tuple[types.MemberDescriptorType, ...]:
+    """Where a class's objects keep what is in no ``__dict__``: the ``__slots__`` of it and of those
+    that it comes from. Members of classes in C are none: they give another object each time.
+    """
+    if cls not in _SLOTS:
+        of_python = [vars(base) for base in cls.__mro__ if "__slots__" in vars(base)]
+        members = [(name, m) for known in of_python for name, m in known.items()]
+        _SLOTS[cls] = tuple(
+            m for n, m in members if type(m) is types.MemberDescriptorType and n != "__weakref__"
+        )
+    return _SLOTS[cls]
+
+
+def content(owner: Any, slot: types.MemberDescriptorType, default: Any) -> Any:
+    """What is in a slot, whatever attribute of that name the owner's class has."""
+    try:
+        return slot.__get__(owner)
+    except AttributeError:
+        return default
+
+
+_CONTAINERS = (
+    list, tuple, collections.deque, collections.OrderedDict, dict, set, frozenset, bytearray,
+)  # fmt: skip
+_SLOTS: weakref.WeakKeyDictionary[type, tuple[types.MemberDescriptorType, ...]] = (
+    weakref.WeakKeyDictionary()
+)

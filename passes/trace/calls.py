@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ...errors import PlanMismatchError, TracingError
+from .contents import Contents
 from .values import OperatorMode
 
 # what they do to gradients is in no node's backward
@@ -80,6 +81,26 @@ class StoreAttribute(_Attribute):
 
     def __call__(self, tensor: torch.Tensor) -> None:
         setattr(self.module, self.name, tensor)
+
+
+class Fill:
+    """What the model's ``forward`` leaves in a place outside of its modules that held nothing."""
+
+    def __init__(self, kept: Contents, place: Any, value: Any) -> None:
+        self._kept, self._place, self._value = kept, place, value
+        self.__name__ = self.__qualname__ = "fill"
+
+    def __call__(self) -> None:
+        self._kept.put(self._place, self._value)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Fill):
+            return False
+        same = self._kept.owner is other._kept.owner and self._place == other._place
+        return same and self._value is other._value
+
+    def __hash__(self) -> int:
+        return hash(id(self._kept.owner))
 
 
 def after(tensor: torch.Tensor, write: Any) -> torch.Tensor:

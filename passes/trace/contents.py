@@ -10,6 +10,8 @@ import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from ...graphs.pictures import base_of, content
+
 MISSING = type("Missing", (), {"__repr__": lambda self: "nothing"})()
 _NOT_OURS = {"__dict__", "__weakref__", "_abc_impl", "__doc__"}  # of a class
 
@@ -49,8 +51,7 @@ class OfDict(Contents):
     """
 
     def __init__(self, owner: dict[Any, Any]) -> None:
-        ordered = isinstance(owner, collections.OrderedDict)
-        self._base: Any = collections.OrderedDict if ordered else dict
+        self._base = base_of(owner)
         self.owner, self._before = owner, [*self._base.items(owner)]
 
     def places(self) -> Iterable[tuple[Any, Any]]:
@@ -61,7 +62,8 @@ class OfDict(Contents):
 
     def restore(self) -> bool:
         before, base = self._before, self._base
-        if len(self.owner) == len(before) and (not before or self._is_as_before()):
+        length = dict.__len__(self.owner)
+        if length == len(before) and (not before or self._is_as_before()):
             return False
         base.clear(self.owner)
         for key, value in before:
@@ -151,7 +153,7 @@ class OfNames(Contents):
 
     Args:
         owner: whose they are.
-        names: the names.
+        names: the names, or the slots themselves.
         get: what a name of the owner stands for, or `default`.
         put: gives a name a meaning.
         delete: takes it away.
@@ -160,10 +162,10 @@ class OfNames(Contents):
     def __init__(
         self,
         owner: Any,
-        names: Iterable[str],
-        get: Callable[[Any, str, Any], Any],
-        put: Callable[[Any, str, Any], None],
-        delete: Callable[[Any, str], None],
+        names: Iterable[Any],
+        get: Callable[[Any, Any, Any], Any],
+        put: Callable[[Any, Any, Any], None],
+        delete: Callable[[Any, Any], None],
     ) -> None:
         self.owner, self._get, self._put, self._delete = owner, get, put, delete
         self._before = {name: get(owner, name, MISSING) for name in names}
@@ -249,9 +251,10 @@ def of_class(cls: type) -> Contents:
     return OfNames(cls, names, get, type.__setattr__, type.__delattr__)
 
 
-def of_slots(owner: Any, names: Iterable[str]) -> Contents:
+def of_slots(owner: Any, slots: Iterable[Any]) -> Contents:
     """Of an object whose class has ``__slots__``."""
-    return OfNames(owner, names, getattr, object.__setattr__, object.__delattr__)
+    put = lambda owner, slot, value: slot.__set__(owner, value)  # noqa: E731
+    return OfNames(owner, slots, content, put, lambda owner, slot: slot.__delete__(owner))
 
 
 def contents_of(value: Any) -> Contents | None:

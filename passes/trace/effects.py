@@ -7,14 +7,18 @@ none of this, as long as it does not depend on the values of tensors: a table of
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from ...graphs.nested import flatten
 from ...graphs.pictures import picture
+from .calls import Fill
+from .containers import is_traced
 from .contents import MISSING, Contents, OfDict, OfIterator, OfSequence, OfState
+from .naming import hidden_tensor
 from .values import tensors_in
 
 _UNFILLED = (None, False)
@@ -22,35 +26,72 @@ Depends = Callable[[torch.Tensor], bool]
 
 
 class Watched:
-    """Things outside of the model that some module changes.
+    """Things that code changes without being their module's own: globals, closures, helper
+    objects, another module's attributes.
 
     Args:
         contents: of these.
+        model: whose modules' own attributes are among them.
+
+    Attributes:
+        filled: what the code has left in places that held nothing.
     """
 
-    def __init__(self, contents: Sequence[Contents]) -> None:
+    def __init__(self, contents: Sequence[Contents], model: nn.Module) -> None:
         self._contents = contents
+        self._owners = _owners(model) if contents else {}
+        self.filled: dict[tuple[int, Any], tuple[Contents, Any, Any]] = {}
         self.look()
 
-    def look(self) -> None:
-        """Take what they hold now for given."""
-        self._contents = [kept.again() for kept in self._contents]
+    def look(self, within: Sequence[str] = ()) -> None:
+        """Take what they hold now for given, but for attributes of the modules whose code runs."""
+        self._contents = [
+            kept if self._is_of(within, kept) else kept.again() for kept in self._contents
+        ]
 
-    def changed(self, depends: Depends) -> str | None:
+    def changed(self, within: Sequence[str], depends: Depends) -> str | None:
         """What has changed since the last look, in words.
 
         Args:
+            within: paths of the modules whose code runs; each looks at its own attributes itself.
             depends: whether a tensor depends on values of the call.
         """
-        found = (_difference(kept, depends) for kept in self._contents)
-        return next((words for words in found if words), None)
+        for kept in self._contents:
+            if self._is_of(within, kept):
+                continue
+            owner = self._owners.get(id(kept.owner))
+            filled: list[Any] = []
+            if words := _difference(kept, depends, filled):
+                return f"{words} outside of the model" if owner is None else f"{words} of '{owner}'"
+            for place, value in filled:
+                self.filled[id(kept.owner), place] = kept, place, value
+        return None
+
+    def _is_of(self, modules: Sequence[str], kept: Contents) -> bool:
+        return self._owners.get(id(kept.owner)) in modules and not _is_state(kept)
+
+    def fills(self) -> Iterator[Fill]:
+        """What is to be left again by whoever takes the code's place, so that later calls find it.
+        Not tensors and sizes, nor what goes with them: those are caches, computed anew.
+        """
+        filled = list(self.filled.values())
+        if all(_is_constant(value) for _, _, value in filled):
+            for kept, place, value in filled:
+                if dict(kept.again().places()).get(place) is value:
+                    yield Fill(kept, place, value)
 
 
-def changed_outside(model: nn.Module, changed: Iterable[Contents]) -> tuple[Contents, ...]:
-    """Those of the changed things that are not the modules' own, which are looked at elsewhere."""
-    own = {id(vars(m)) for m in model.modules()}
-    own |= {id(v) for m in model.modules() for v in vars(m).values()}
-    return tuple(k for k in changed if _is_state(k) or id(k.owner) not in own)
+def _is_constant(value: Any) -> bool:
+    return not flatten(value, is_traced)[0] and hidden_tensor(value) is None
+
+
+def _owners(model: nn.Module) -> dict[int, str]:
+    """Whose attributes, or what is in them, something holds."""
+    found: dict[int, str] = {}
+    for path, module in model.named_modules():
+        for part in (vars(module), *vars(module).values()):
+            found.setdefault(id(part), path)
+    return found
 
 
 def _is_state(kept: Contents) -> bool:
@@ -59,7 +100,8 @@ def _is_state(kept: Contents) -> bool:
     return isinstance(kept, OfState | OfIterator) and not known
 
 
-def _difference(kept: Contents, depends: Depends) -> str | None:
+def _difference(kept: Contents, depends: Depends, filled: list[Any]) -> str | None:
+    """What has changed, in words; `filled` takes what was empty, with its new content."""
     was, now = dict(kept.places()), dict(kept.again().places())
     if isinstance(kept, OfState) and not _is_state(kept):
         return None
@@ -69,8 +111,11 @@ def _difference(kept: Contents, depends: Depends) -> str | None:
     gone = [place for place in was if place not in now]
     for place in gone + changed:
         default = 0 if _counts(kept.owner, place, now.get(place)) else MISSING
-        if not _is_filled(was.get(place, default), now.get(place, MISSING), depends):
+        before, value = was.get(place, default), now.get(place, MISSING)
+        if not _is_filled(before, value, depends):
             return _words(kept, place)
+        if _is_empty(before):
+            filled.append((place, value))
     return None
 
 
@@ -87,7 +132,7 @@ def _words(kept: Contents, place: Any) -> str:
         return f"a {type(kept.owner).__name__}"
     if isinstance(kept, OfDict):
         return f"{place!r} of a dict or an object"
-    return "a variable" if place is None else repr(place)
+    return "a variable" if place is None else repr(getattr(place, "__name__", place))
 
 
 def _same(was: dict[Any, Any], now: dict[Any, Any]) -> bool:
@@ -98,5 +143,8 @@ def _is_filled(was: Any, now: Any, depends: Depends) -> bool:
     """Whether nothing was there before, and what is there now is the same in every call."""
     if any(depends(tensor) for tensor in tensors_in(now)):
         return False
-    empty = was is MISSING or any(was is nothing for nothing in _UNFILLED)
-    return now is not MISSING and (empty or picture(was) == picture(now))
+    return now is not MISSING and (_is_empty(was) or picture(was) == picture(now))
+
+
+def _is_empty(was: Any) -> bool:
+    return was is MISSING or any(was is nothing for nothing in _UNFILLED)

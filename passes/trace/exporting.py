@@ -21,7 +21,7 @@ from ...errors import BakedInError, TracingError
 from ...graphs.nested import map_tensors
 from ...graphs.pictures import picture
 from .contents import MISSING, Contents
-from .effects import Watched, changed_outside
+from .effects import Watched
 from .held import GRAD, Held, Reads
 from .modules import state_of
 from .naming import check_inputs
@@ -61,9 +61,9 @@ def trace_export(
     try:
         with restored(model, args, kwargs) as changes, torch.set_grad_enabled(grad):
             _watch(watcher, model, args, kwargs)
-        if outside := changed_outside(model, changes.contents):
+        if changes.contents:
             with restored(model, args, kwargs), torch.set_grad_enabled(grad):
-                _watch(watcher, model, args, kwargs, outside)
+                _watch(watcher, model, args, kwargs, changes.contents)
     except Exception as error:
         raise TracingError(f"torch.export: {reason_of(error)}") from error
     with restored(model, args, kwargs), torch.set_grad_enabled(grad):
@@ -99,7 +99,7 @@ def _watch(
     Raises:
         BakedInError: it does something that an exported graph would leave out.
     """
-    draws, watched = python_draws(), Watched(outside)
+    draws, watched = python_draws(), Watched(outside, model)
     copies: dict[int, torch.Tensor] = {}  # the same tensor again is one
     own = lambda t: copies.setdefault(id(t), copied(t))  # noqa: E731
     args, kwargs = map_tensors(own, (args, kwargs))
@@ -107,8 +107,9 @@ def _watch(
         model(*args, **kwargs)
     if python_draws() != draws:
         raise BakedInError("the model draws from Python's or NumPy's random numbers")
-    if changed := watched.changed(lambda tensor: True):
-        raise BakedInError(f"forward changes {changed} outside of the model")
+    every = [path for path, _ in model.named_modules()]  # what is their own is looked at elsewhere
+    if changed := watched.changed(every, lambda tensor: True):
+        raise BakedInError(f"forward changes {changed}")
 
 
 _PRINTS = (sys.stdlib_module_names | {"sympy"}) - {

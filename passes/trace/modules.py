@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from ...errors import BakedInError, TracingError
 from ...graphs.pictures import Itself, picture
 from .calls import ReadAttribute, StoreAttribute
 from .containers import Copy, take_over
-from .contents import MISSING, Contents
+from .contents import MISSING
 from .effects import Watched
 from .held import Reads, is_hooked
 from .provenance import Provenance
@@ -23,6 +23,10 @@ from .state import MODULE_INTERNALS, python_draws
 # nn modules that are only sequences of others: looked into, so that cuts can fall between their
 # layers
 _TRANSPARENT = (nn.Sequential, nn.TransformerEncoder, nn.TransformerDecoder, nn.Transformer)
+_OF_NO_VALUE = {
+    "mutates": (), "random": False, "no_grad": False, "autocast": (), "parameters": (),
+    "storage": None, "value": None,
+}  # fmt: skip
 # what a helper object holds is looked at in ``effects``, which knows what is filled once
 _OPENED = bool | int | float | complex | str | list | dict | set | tuple | deque
 
@@ -34,7 +38,7 @@ class Visits:
         known: the graph, and the nodes of tensors.
         opaque: paths of modules to keep as single nodes.
         reads: notes what is read off modules.
-        watched: what an earlier recording has found changed outside of the modules.
+        watched: what an earlier recording has found changed.
 
     Attributes:
         stack: paths of the modules that the recording is in, outermost first.
@@ -50,7 +54,7 @@ class Visits:
         known: Provenance,
         opaque: frozenset[str],
         reads: Reads,
-        watched: Sequence[Contents] = (),
+        watched: Watched,
     ) -> None:
         self.opaque = opaque
         self.stack: list[str] = []
@@ -61,7 +65,7 @@ class Visits:
         self.notes: list[str] = []
         self._known, self._reads = known, reads
         self._draws = python_draws()
-        self._watched = Watched(watched)
+        self._watched = watched
 
     def is_leaf(self, module: nn.Module, path: str) -> bool:
         """Whether a module is called as a whole. Hooks on one that is looked into would run at
@@ -93,6 +97,8 @@ class Visits:
                 self._watched.look()  # the model's own hooks run around the stages
             self._check_outside()
             self._check_changes(module, path, before, entries)
+            if not path:
+                self._fill()
         except Exception:
             self._fails(path, leaf=False)
             raise
@@ -109,7 +115,7 @@ class Visits:
             self._fails(path, leaf=True)
             raise
         self._draws = python_draws()
-        self._watched.look()
+        self._watched.look(self.stack)
 
     def returned(self, path: str, output: Any) -> None:
         """Note what a module returned: a tensor, or the first one of a tuple that stands for it."""
@@ -163,12 +169,17 @@ class Visits:
     def _check_outside(self) -> None:
         if python_draws() != self._draws:
             raise BakedInError("the model draws from Python's or NumPy's random numbers")
-        if changed := self._watched.changed(self._depends_on_values):
+        if changed := self._watched.changed(self.stack, self._depends_on_values):
             raise BakedInError(
-                f"forward changes {changed} outside of the model (an object that it keeps, a "
+                f"forward changes {changed} (another module, an object that the model keeps, a "
                 "global, a class, a variable of a closure, a generator), which stages do not do "
                 "again: if only its first call does that, call the model once before"
             )
+
+    def _fill(self) -> None:
+        for fill in self._watched.fills():
+            node = self._known.graph.call_function(fill)
+            node.meta.update(_OF_NO_VALUE, modules=tuple(self.stack[:1]))
 
     def _depends_on_values(self, value: torch.Tensor) -> bool:
         return self._known.is_computed(value) and not self._is_of_sizes(value)
@@ -239,12 +250,7 @@ class Visits:
         last = max([node, *reads, *users], key=order.__getitem__)
         with graph.inserting_after(last):
             store = graph.call_function(StoreAttribute(module, name), (node,))
-        store.meta.update(
-            {"mutates": (), "random": False, "no_grad": False, "autocast": (), "parameters": ()},
-            modules=tuple(self.stack[:1]),
-            storage=None,
-            value=None,
-        )
+        store.meta.update(_OF_NO_VALUE, modules=tuple(self.stack[:1]))
         place = (name, f"forward keeps self.{name} from call to call: it is read and written there")
         for touching in [node, *reads, store]:
             touching.meta["together"] = (*touching.meta.get("together", ()), place)

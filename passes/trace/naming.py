@@ -15,7 +15,7 @@ from torch import nn
 
 from ...errors import BakedInError
 from ...graphs.nested import flatten
-from ...graphs.pictures import slot_names
+from ...graphs.pictures import content, slots_of
 
 _DEPTH, _MOST = 6, 1000
 _NO_DATA = (nn.Module, type, FunctionType, ModuleType, torch.Generator)
@@ -122,6 +122,6 @@ def _parts(item: Any) -> list[tuple[str, Any]]:
         return [(f"[{k!r}]", item[k]) for k in item]
     if isinstance(item, list | tuple | set | frozenset):
         return [(f"[{i}]", v) for i, v in enumerate(item)]
-    kept = {s: getattr(item, s) for s in slot_names(type(item)) if hasattr(item, s)}
+    kept = {s.__name__: content(item, s, None) for s in slots_of(type(item))}
     kept.update(getattr(item, "__dict__", {}))
     return [(f".{name}", part) for name, part in kept.items()]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...graphs.pictures import ATOMS, picture
+from ...graphs.pictures import ATOMS, base_of, items_of, picture
 from .contents import MISSING, content_of
 
 TORCH, OURS = str(torch.__path__[0]), str(Path(picture.__code__.co_filename).parents[1])
@@ -143,8 +143,8 @@ def functions_in(value: Any, depth: int = 3) -> Iterator[Any]:
     elif isinstance(value, functools.partial):
         yield from functions_in((value.func, value.args, value.keywords), depth)
     elif isinstance(value, list | tuple | dict):
-        if depth and len(value) < _MOST_PARTS:
-            for part in value.values() if isinstance(value, dict) else value:
+        if depth and base_of(value).__len__(value) < _MOST_PARTS:
+            for part in items_of(value):
                 yield from functions_in(part, depth - 1)
     elif not isinstance(value, type | torch.Tensor | nn.Module):
         yield from _methods(type(value))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...graphs.pictures import slot_names
+from ...graphs.pictures import items_of, slots_of
 from . import caches
 from .contents import (
     BARE,
@@ -115,7 +115,7 @@ class Reach:
             self.contents.append(state)
             return True
         if isinstance(value, tuple | frozenset):
-            self._next += value
+            self._next += items_of(value)
         elif isinstance(value, types.MethodType):
             self._next += (value.__self__, value.__func__)
         elif isinstance(value, staticmethod | classmethod):
@@ -136,13 +136,13 @@ class Reach:
         if kept is not None:
             self._keep(kept)
             if isinstance(value, set):
-                self._next += value
+                self._next += items_of(value)
         elif is_library_name(cls.__module__) and not _is_open(value):
             return
         self._next.append(cls)
         if type(attributes := getattr(value, "__dict__", None)) is dict:
             self._holder(attributes)
-        if slots := slot_names(cls):
+        if slots := slots_of(cls):
             self._keep(of_slots(value, slots))
 
     def _holder(self, attributes: dict[str, Any]) -> None:
@@ -261,7 +261,7 @@ def _names(code: types.CodeType) -> Iterator[str]:
 def _state_of(value: Any) -> Contents | None:
     """Of a random generator or an array; None for anything else."""
     if isinstance(value, torch.Generator):
-        return OfState(value, lambda g: g.get_state().numpy().tobytes(), _set_torch_state)
+        return OfState(value, _torch_state, _set_torch_state)
     if isinstance(value, random.Random):
         return OfState(value, random.Random.getstate, random.Random.setstate)
     numpy = sys.modules.get("numpy")
@@ -276,6 +276,11 @@ def _state_of(value: Any) -> Contents | None:
     if isinstance(value, numpy.ndarray) and value.flags.writeable:
         return OfState(value, lambda a: a.copy(), lambda a, content: a.__setitem__(..., content))
     return None
+
+
+def _torch_state(generator: torch.Generator) -> bytes:
+    with torch._C.DisableTorchFunction():  # no question of the model's, where it is recorded
+        return generator.get_state().numpy().tobytes()
 
 
 def _set_torch_state(generator: torch.Generator, state: bytes) -> None:

@@ -25,6 +25,7 @@ from ...graphs.nested import flatten
 from .calls import GRADIENT_HOOKS, FunctionCall, Observer, check_saving, setitem
 from .containers import Copy
 from .contents import Contents
+from .effects import Watched
 from .held import GRAD, Reads
 from .modules import Visits
 from .outside import LIBRARY
@@ -91,7 +92,7 @@ class Recorder(TorchFunctionMode):
             self.reads.mode(GRAD)
         self.known = Provenance(model, bool(fake), self.reads, reached)
         self.sizes = Sizes(self.known, plain)
-        self.visits = Visits(self.known, opaque, self.reads, watched)
+        self.visits = Visits(self.known, opaque, self.reads, Watched(watched, model))
         self.inputs: dict[fx.Node, torch.Tensor] = {}
         looks = self.sizes.looks
         self.questions = Questions(self.known, looks, self.visits, self.reads, self.inputs)

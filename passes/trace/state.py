@@ -99,19 +99,17 @@ def restored(*roots: Any, whole: bool = False) -> Iterator[Changes]:
     """
     reach = Reach(roots)
     tensors = Tensors(reach.tensors, whole)
-    undo = [preserved_rng(), kept_settings()]
     watch = Watch(tensors) if tensors.waiting else contextlib.nullcontext()
     changes = Changes(map(id, reach.tensors))
-    try:
+    with contextlib.ExitStack() as undo:  # last first, and each whatever befalls the others
+        undo.callback(setattr, changes, "reached", frozenset())
+        undo.callback(kept_settings())
+        undo.callback(preserved_rng())
+        undo.callback(lambda: changes.tensors.extend(tensors.restore()))
+        undo.callback(lambda: changes.contents.extend(reach.restore()))
         reach.send_stand_ins()
         with no_kept_casts(), watch:
             yield changes
-    finally:
-        changes.reached = frozenset()
-        changes.contents = reach.restore()
-        changes.tensors = tensors.restore()
-        for put_back in undo:
-            put_back()
 
 
 def rng_state() -> dict[str, Any]:

@@ -23,7 +23,6 @@ from ...graphs.pictures import picture
 from .caches import Fakes, forget
 from .calls import ReadAttribute
 from .contents import Contents
-from .effects import changed_outside
 from .modules import Visits
 from .naming import argument_names, check_inputs, hidden_tensor, input_names, where_is
 from .recorder import Recorder
@@ -67,7 +66,8 @@ def trace_calls(
         fake = None if attempts.real else Fakes()
         try:
             with restored(model, args, kwargs) as changes:
-                trace = _attempt(attempts, fake, args, kwargs, grad, changes.reached)
+                recorder = attempts.recorder(fake, grad, changes.reached)
+                trace = _attempt(attempts, recorder, args, kwargs)
         except Exception:
             if fake:
                 forget(fake)
@@ -83,20 +83,11 @@ def trace_calls(
 
 
 def _attempt(
-    attempts: _Attempts,
-    fake: Fakes | None,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    grad: bool,
-    reached: frozenset[int],
+    attempts: _Attempts, recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Trace | None:
     """Record the model once; None where something was learnt from a failure."""
-    model = attempts.model
-    opaque = frozenset(attempts.opaque)
-    watched = attempts.watched
-    recorder = Recorder(model, fake, opaque, attempts.plain, grad, watched, reached)
     try:
-        return record(recorder, model, args, kwargs, attempts.opaque)
+        return record(recorder, attempts.model, args, kwargs, attempts.opaque)
     except Exception as error:
         for node in recorder.known.graph.nodes:  # whose circles would keep its values
             node.meta.clear()
@@ -113,7 +104,7 @@ class _Attempts:
         small: whether real ones were chosen because they cost less.
         opaque: paths of modules to keep as single nodes, with the reason.
         plain: sizes that the model's code needs as plain integers.
-        watched: what was changed outside of the modules.
+        watched: what was changed.
     """
 
     def __init__(self, model: nn.Module, small: bool, opaque: Mapping[str, str]) -> None:
@@ -124,11 +115,16 @@ class _Attempts:
         self.watched: tuple[Contents, ...] = ()
         self.model = model
 
+    def recorder(self, fake: Fakes | None, grad: bool, reached: frozenset[int]) -> Recorder:
+        """For the next attempt, in which some tensors are there before."""
+        opaque = frozenset(self.opaque)
+        return Recorder(self.model, fake, opaque, self.plain, grad, self.watched, reached)
+
     def watch(self, changes: Changes) -> bool:
         """Whether to record once more, to see which module changes things that are not its own."""
         if self.watched:
             return False
-        self.watched = changed_outside(self.model, changes.contents)
+        self.watched = tuple(changes.contents)
         return bool(self.watched)
 
     def learn(self, visits: Visits, error: Exception) -> None:

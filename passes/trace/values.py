@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...graphs.nested import flatten
+from ...graphs.pictures import items_of
 from .containers import Copy
 from .symbols import TracedInt, plain
 
@@ -49,11 +51,8 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     """Tensors in plain containers and in whatever else can be opened."""
     if isinstance(value, torch.Tensor):
         yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, dict):
-        for item in value.values():
+    elif isinstance(value, tuple | list | dict):
+        for item in items_of(value):
             yield from tensors_in(item)
     else:
         yield from flatten(value)[0]
@@ -71,7 +70,9 @@ def plain_tree(value: Any, copies: list[Copy] | None = None) -> Any:
     if isinstance(value, torch.Size):
         return torch.Size([plain(v) for v in value])
     if isinstance(value, tuple):
-        items = [plain_tree(v, copies) for v in value]
+        items = [plain_tree(v, copies) for v in items_of(value)]
+        if type(value) is not tuple and all(map(operator.is_, items, items_of(value))):
+            return value
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     given: Any = None
     if type(value) is list:

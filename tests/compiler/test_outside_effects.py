@@ -13,7 +13,7 @@ from torch import nn
 
 import dni_fx
 from dni_fx.errors import BakedInError
-from dni_fx.passes.trace import tracing
+from dni_fx.passes.trace import effects, tracing
 
 COUNT = {"calls": 0}
 KEPT: list[torch.Tensor] = []
@@ -229,7 +229,7 @@ def test_in_a_submodule_they_happen_in_every_call(kind):
 
 @pytest.mark.parametrize("kind", FUNCTIONS)
 def test_control_unwatched_they_are_lost(kind, monkeypatch):
-    monkeypatch.setattr(tracing, "changed_outside", lambda model, changed: ())
+    monkeypatch.setattr(effects.Watched, "changed", lambda *_: None)
     expected = plain_losses(make(FUNCTIONS[kind]()))
     forget()
     assert trained_losses(make(FUNCTIONS[kind]())) != expected
