@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import dni_fx
 from dni_fx.errors import DecouplingError
-from dni_fx.passes.trace import prefixes
+from dni_fx.passes.trace import interpreting
 
 from ..helpers.comparing import assert_bits_equal
 
@@ -102,7 +102,7 @@ def test_frozen_containers_reach_a_callee_as_they_are_in_a_graph(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Negative control: fx's own containers, which cannot be changed."""
-    monkeypatch.setattr(prefixes, "_own", lambda value: value)
+    monkeypatch.setattr(interpreting, "_own", lambda value: value)
     with pytest.raises(TypeError, match="does not support mutation"):
         dni_fx.plan_cuts(Outer("function"), (torch.randn(4, 8),), stages=3, costs="measured")
 
