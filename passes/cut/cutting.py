@@ -302,9 +302,8 @@ def kept_storages(nodes: tuple[fx.Node, ...]) -> set[int]:
     """Memory of buffers and other attributes: every stage writes to the model's own, never to a
     copy.
     """
-    return {
-        n.meta["storage"] for n in nodes if n.op == "get_attr" and n.meta["storage"] is not None
-    }
+    own = [n for n in nodes if n.op == "get_attr" or isinstance(n.target, ReadAttribute)]
+    return {n.meta["storage"] for n in own if n.meta["storage"] is not None}
 
 
 def _returning(nodes: tuple[fx.Node, ...]) -> frozenset[fx.Node]:
@@ -313,7 +312,10 @@ def _returning(nodes: tuple[fx.Node, ...]) -> frozenset[fx.Node]:
     for node in reversed(nodes):
         container = not isinstance(node.meta.get("value"), torch.Tensor)
         # the loss may read what the model keeps
-        leaves = node.op == "output" or isinstance(node.target, StoreAttribute)
+        kept = isinstance(node.target, StoreAttribute) and any(
+            map(needs_gradient, node.all_input_nodes)
+        )
+        leaves = node.op == "output" or kept
         if leaves or (node in asked and (container or needs_gradient(node))):
             asked.update(node.all_input_nodes)
             found.append(node)
@@ -321,24 +323,27 @@ def _returning(nodes: tuple[fx.Node, ...]) -> frozenset[fx.Node]:
 
 
 def _replicated(nodes: tuple[fx.Node, ...], written: dict[int, fx.Node]) -> frozenset[fx.Node]:
-    """Nodes made from the inputs alone, neither large nor trained, that write and draw nothing."""
+    """Nodes made from the inputs alone, neither large nor trained, that write and draw nothing; and
+    attributes that are read, which each stage does by itself.
+    """
     found: set[fx.Node] = set()
 
     def is_free(node: fx.Node) -> bool:
         given = node.op in ("placeholder", "get_attr")
-        return node in found or (given and node.meta["storage"] not in written)
+        return (given or node in found) and node.meta.get("storage") not in written
 
     for node in nodes:
         meta, value = node.meta, node.meta.get("value")
+        is_read = isinstance(node.target, ReadAttribute)
         wanted = isinstance(value, torch.Tensor) and (
-            value.requires_grad
-            or (value.numel() > _REPLICATED_ELEMENTS and not isinstance(node.target, ReadAttribute))
+            value.requires_grad or (value.numel() > _REPLICATED_ELEMENTS and not is_read)
         )
         container = value is None and "value" in meta
         own = any(meta.get(key) for key in ("mutates", "random", "parameters", "together"))
         if (
             node.op in ("call_function", "call_method")
-            and not (wanted or container or own or meta.get("storage") in written)
+            and not (wanted or container or own)
+            and (is_read or meta.get("storage") not in written)
             and all(map(is_free, node.all_input_nodes))
         ):
             found.add(node)

@@ -43,6 +43,7 @@ _GLOBAL_HOOKS: tuple[dict[Any, Any], ...] = tuple(
     table for name in _HOOKS if (table := getattr(torch.nn.modules.module, f"_global{name}", None))
     is not None
 )  # fmt: skip
+_NOTHING = (picture(MISSING), picture(None))
 _FIXED = (*ATOMS, types.FunctionType, types.BuiltinFunctionType, type)
 MODES = frozenset([*_CASTS, *(name for name, _ in _MODES)])
 GRAD = "is_grad_enabled"
@@ -168,6 +169,11 @@ class Reads:
         """Code that runs refers to something outside of the model."""
         self._held[id(read), ""] = Held(f"'{place}' in the code", self._baked(read))
         self._alive.append(read)
+
+    def is_empty(self, module: nn.Module, name: str) -> bool:
+        """Whether an attribute was not read, or there was none, or None."""
+        held = self._held.get((id(module), name))
+        return held is None or held.was in _NOTHING
 
     def training(self, module: nn.Module, path: str | None) -> None:
         """The mode of a module was read from outside of it."""

@@ -19,6 +19,7 @@ from .effects import Watched
 from .held import Reads, is_hooked
 from .provenance import Provenance
 from .state import MODULE_INTERNALS, python_draws
+from .symbols import TracedInt
 
 # nn modules that are only sequences of others: looked into, so that cuts can fall between their
 # layers
@@ -28,6 +29,7 @@ _OF_NO_VALUE = {
     "storage": None, "value": None,
 }  # fmt: skip
 # what a helper object holds is looked at in ``effects``, which knows what is filled once
+_STORED = bool | int | float | complex | str | None | torch.dtype | torch.device | TracedInt
 _OPENED = bool | int | float | complex | str | list | dict | set | tuple | deque
 
 
@@ -47,6 +49,7 @@ class Visits:
         failed_at: path of the innermost module that failed.
         failed_leaf: whether that one was called as a whole.
         notes: remarks for the plan.
+        stored: plain values that the code has set, by module and name.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Visits:
         self.failed_at: str | None = None
         self.failed_leaf = False
         self.notes: list[str] = []
+        self.stored: dict[tuple[int, str], Any] = {}
         self._known, self._reads = known, reads
         self._draws = python_draws()
         self._watched = watched
@@ -144,23 +148,42 @@ class Visits:
             )
 
     def writes(self, module: nn.Module, name: str, value: Any) -> None:
-        """The code that is recorded sets an attribute of a module.
+        """The code that is recorded sets an attribute of a module. A plain value is stored there in
+        every call, where it is no state: nothing was read there before, or nothing was there.
 
         Raises:
             BakedInError: of one that is called as a whole, and would read it without the graph's
                 knowing.
         """
         path = self._known.paths.get(id(module))
-        if path is None or path == self.stack[-1]:
-            return  # nobody's, or looked at when the module returns
+        if path is None:
+            return
         inside_whole = any(path.startswith(f"{p}.") for p in self.opaque)
-        if (inside_whole or self.is_leaf(module, path)) and (
-            picture(getattr(module, name, MISSING)) != picture(value)
-        ):
+        whole = path != self.stack[-1] and (inside_whole or self.is_leaf(module, path))
+        if not whole:
+            self._store_plain(module, name, value)
+        elif picture(getattr(module, name, MISSING)) != picture(value):
             raise BakedInError(
                 f"forward sets '{name}' of '{path}' ({type(module).__name__}), which is one opaque "
                 "node and keeps it out of sight"
             )
+
+    def _store_plain(self, module: nn.Module, name: str, value: Any) -> None:
+        """Where it is written; what is no plain value is looked at when the module returns."""
+        ours = name in MODULE_INTERNALS or hasattr(getattr(type(module), name, None), "__set__")
+        if ours or not isinstance(value, _STORED):
+            return
+        key = id(module), name
+        if key not in self.stored and not self._reads.is_empty(module, name):
+            return
+        given = self._known.argument(value)
+        self._describe_store(
+            self._known.graph.call_function(StoreAttribute(module, name), (given,))
+        )
+        self.stored[key] = value
+
+    def _describe_store(self, store: fx.Node) -> None:
+        store.meta.update(_OF_NO_VALUE, modules=tuple(self.stack[:1]))
 
     def _fails(self, path: str, leaf: bool) -> None:
         if self.failed_at is None:
@@ -179,7 +202,7 @@ class Visits:
     def _fill(self) -> None:
         for fill in self._watched.fills():
             node = self._known.graph.call_function(fill)
-            node.meta.update(_OF_NO_VALUE, modules=tuple(self.stack[:1]))
+            self._describe_store(node)
 
     def _depends_on_values(self, value: torch.Tensor) -> bool:
         return self._known.is_computed(value) and not self._is_of_sizes(value)
@@ -195,7 +218,9 @@ class Visits:
         changed = [
             k
             for k, v in now.items()
-            if before.get(k, MISSING) != v and not self._only_remembers(module, k, entries)
+            if before.get(k, MISSING) != v
+            and self.stored.get((id(module), k), MISSING) is not getattr(module, k, None)
+            and not self._only_remembers(module, k, entries)
         ]
         values = {name: getattr(module, name) for name in changed}
         # the top level cannot be opaque
@@ -250,7 +275,7 @@ class Visits:
         last = max([node, *reads, *users], key=order.__getitem__)
         with graph.inserting_after(last):
             store = graph.call_function(StoreAttribute(module, name), (node,))
-        store.meta.update(_OF_NO_VALUE, modules=tuple(self.stack[:1]))
+        self._describe_store(store)
         place = (name, f"forward keeps self.{name} from call to call: it is read and written there")
         for touching in [node, *reads, store]:
             touching.meta["together"] = (*touching.meta.get("together", ()), place)

@@ -6,9 +6,11 @@ function that is found on the way is read in its turn. The code of torch and of 
 
 from __future__ import annotations
 
+import contextvars
 import dis
 import functools
 import inspect
+import os
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +35,7 @@ _OPENED = (
     "defaultdict",
     "UserDict",
     "ndarray",
+    "_local",  # of a thread
 )
 _MOST_PARTS = 100  # of a container that is searched for functions
 _FUNCTIONS = types.FunctionType | types.BuiltinFunctionType
@@ -102,6 +105,9 @@ class Outside:
             read = functools.partial(namespace.get, name, MISSING)
         place = name
         value = read()
+        if _is_environment(value, attributes):
+            self._hold("os.environ", _environment)
+            return
         for attribute in attributes:
             inner = _inner(value, attribute)
             if inner is None:
@@ -124,6 +130,9 @@ class Outside:
             if not is_library_name(value.__module__):
                 self._hold(place, read)
                 yield from _methods(value)
+        elif isinstance(value, contextvars.ContextVar):
+            self._hold(place, lambda: _in_context(read()))
+            yield from functions_in(_in_context(value))
         elif _is_opened(value):
             self._hold(place, read)
             yield from functions_in(value)
@@ -200,6 +209,21 @@ def _is_opened(value: Any) -> bool:
         return False
     known = isinstance(value, torch.Tensor) or kind in ATOMS or kind.__name__ in _OPENED
     return known or kind.__module__ == "builtins" or not is_library_name(kind.__module__)
+
+
+def _is_environment(value: Any, attributes: list[str]) -> bool:
+    """Whether code reads the variables of the process."""
+    value = getattr(value, attributes[0], value) if value is os and attributes else value
+    return value is os.environ or value is os.getenv
+
+
+def _environment() -> str:
+    return "\n".join(map("=".join, os.environ.items()))
+
+
+def _in_context(variable: Any) -> Any:
+    known = isinstance(variable, contextvars.ContextVar)  # it may have been replaced
+    return variable.get(MISSING) if known else variable
 
 
 def is_library_name(module: Any) -> bool:

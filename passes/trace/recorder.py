@@ -151,6 +151,8 @@ class Recorder(TorchFunctionMode):
         """The model's code reads an attribute of a module."""
         if isinstance(value, torch.Tensor) and self.known.is_computed(value):
             return  # written before in this call
+        if (id(module), name) in self.visits.stored:
+            return
         self.paused = True
         path = self.known.paths.get(id(module))
         try:

@@ -265,6 +265,45 @@ def test_pictures_tell_parts_apart() -> None:
     assert picture([one, two, one]) != picture([one, two, two])
 
 
+class First(nn.Module):
+    """Makes an attribute in its first call."""
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        if not hasattr(self, "scale"):
+            self.scale = 2.0
+        self.rows = len(h)
+        return h * self.scale
+
+
+def test_what_a_first_call_makes_is_made_by_the_stages() -> None:
+    model = Net(lambda net, h, x: net.block(h), block=First())
+    decoupled = cut(model, X)
+    assert "opaque" not in str(decoupled.plan)
+    assert not hasattr(model.block, "scale")
+    output = decoupled(X)
+    assert (model.block.scale, model.block.rows) == (2.0, len(X))
+    assert torch.equal(output, model(X))
+    model.block.scale = 3.0
+    assert_equal(decoupled, X)
+    decoupled(X[:2])
+    assert (model.block.scale, model.block.rows) == (3.0, 2)
+
+
+def test_what_is_kept_is_written_in_whatever_stage_writes_it() -> None:
+    """A tensor that a module keeps is read by each stage, and none writes to a copy."""
+
+    def between(net: Net, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        net.held.add_(1)
+        return h * net.held
+
+    decoupled = dni_fx.decouple(
+        Net(between, held=torch.zeros(())), ["a", "mul"], example_inputs=(X,), gradients="exact"
+    )
+    for calls in (1, 2, 3):
+        decoupled(X)
+        assert decoupled.model.held == calls
+
+
 # ---- export --------------------------------------------------------------------------------------
 
 

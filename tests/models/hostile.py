@@ -8,12 +8,15 @@ executed twice, so that the model and what is made of it share no helper, global
 from __future__ import annotations
 
 import collections
+import contextvars
 import copy
 import functools
 import linecache
 import math
+import os
 import random
 import textwrap
+import threading
 import types
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +36,8 @@ FEATURES: tuple[Feature, ...] = (*hostile_features.ALL, *hostile_calls.ALL)
 NUMBERS = ("0.5", "1.0", "2.0", "3.0")
 LIBRARIES = {
     "torch": torch, "nn": nn, "F": F, "math": math, "functools": functools, "types": types,
-    "numpy": numpy, "random": random, "collections": collections,
+    "numpy": numpy, "random": random, "collections": collections, "contextvars": contextvars,
+    "os": os, "threading": threading,
 }  # fmt: skip
 
 

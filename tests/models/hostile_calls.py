@@ -131,6 +131,14 @@ KEPT = (
             place="block"),
     Feature("counter at the top", "self.n$ += 1\nh = h * self.n$", init="self.n$ = 0",
             place="top", rare=True),
+    Feature("made by the first call", "if not hasattr(self, 'n$'):\n    self.n$ = 2.0\n"
+            "h = h * self.n$", changes=("m.n$ = ?", "vars(m).pop('n$', None)")),
+    Feature("made where there was none", "if self.n$ is None:\n    self.n$ = x.shape[-1]\n"
+            "h = h * self.n$", init="self.n$ = None", changes=("m.n$ = int(?)", "m.n$ = None")),
+    Feature("size written", "self.n$ = x.shape[0]\nh = h * self.n$", init="self.n$ = 0",
+            changes=("m.n$ = int(?)",)),
+    Feature("mode written", "self.n$ = 'train' if self.training else 'eval'",
+            init="self.n$ = ''", changes=("m.n$ = 'none'",)),
     Feature("memory", "h = h + self.n$\nself.n$ = h.detach().mean()",
             init="self.n$ = torch.zeros(())"),
     Feature("memory and history", "h = h + self.n$.detach()\nself.n$ = h.mean()",
