@@ -391,10 +391,11 @@ def write(path: Path, name: str, found: list[str]) -> None:
     parts = {text.split("\n", 1)[0]: text.split("\n", 1)[1].strip() for text in known}
     command = f"`python benchmarks/soak.py --only {name}`; {describe_environment()}"
     parts[name] = "\n".join([command, "", "```", *found, "```"])
+    order = dict.fromkeys(n for n in (*PARTS, *parts) if n in parts)  # others are put in by hand
     head = (
         "# Long and rough runs\n\nWhat each part does stands at the head of `benchmarks/soak.py`.\n"
     )
-    path.write_text(head + "".join(f"\n## {n}\n\n{parts[n]}\n" for n in PARTS if n in parts))
+    path.write_text(head + "".join(f"\n## {n}\n\n{parts[n]}\n" for n in order))
 
 
 def main() -> None:

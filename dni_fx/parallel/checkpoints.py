@@ -142,7 +142,7 @@ def _write(peers: Peers, state: dict[str, Any], final: Path, is_first: bool, kee
             shutil.rmtree(folders.writing(final), ignore_errors=True)
         raise
     if is_first:  # now that nobody needs older ones
-        folders.prune(final.parent, keep)
+        folders.prune(final, keep)
     peers.barrier()
 
 

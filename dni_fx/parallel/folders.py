@@ -117,9 +117,12 @@ def publish(final: Path) -> None:
     writing(final).replace(final)
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all steps but the newest."""
-    for _, path in _steps(folder)[:-keep]:
+def prune(final: Path, keep: int) -> None:
+    """Remove all steps up to this one but the newest. Later ones, of a run that has ended or began
+    anew, take no place of those.
+    """
+    until = [path for _, path in _steps(final.parent) if path.name <= final.name]
+    for path in until[:-keep]:
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -136,7 +139,7 @@ def find_parts(peers: Peers, folder: Path) -> Iterator[tuple[str, list[Part]]]:
         saves = dict.fromkeys(part.save for part in parts if part.sizes)
         of = {save: [p if p.save == save else NOTHING for p in parts] for save in saves}
         whole = (found for found in of.values() if find_missing(found) is None)
-        yield name, next(whole, next(iter(of.values())))
+        yield name, next(whole, next(iter(of.values()), parts))
 
 
 def _part_of(path: Path) -> Part:

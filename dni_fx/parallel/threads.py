@@ -161,7 +161,7 @@ class OnThreads(Team):
                 with torch.enable_grad():
                     _do(worker, self._next(worker))
         except Exception as error:
-            self.mail.fail(error)
+            self.mail.fail(_explained(worker, error))
         except BaseException as error:  # it ends this thread, and with it the training
             where = f"stage_{index}, step {worker.desk.steps}"
             self.mail.fail(ParallelError(f"{where}: {type(error).__name__}: {error}"))
@@ -196,6 +196,18 @@ def _end_all() -> None:
     """An interpreter that ends under a working thread aborts."""
     for executor in list(_working):
         executor.close()
+
+
+def _explained(worker: StageWorker, error: Exception) -> Exception:
+    """What autograd says where weights were changed from outside between forward and backward."""
+    if "modified by an inplace operation" in str(error):
+        try:
+            with named(worker.index, worker.desk.steps - 1):
+                worker.learner.owned.check_weights()
+        except DecouplingError as clear:
+            clear.__cause__ = error
+            return clear
+    return error
 
 
 def _address(stage: int) -> Address:

@@ -81,6 +81,25 @@ def test_weights_that_are_changed_under_way(schedule: Threads, change: Change) -
     assert stage_threads() == []
 
 
+def test_weights_that_are_changed_between_forward_and_backward() -> None:
+    """Where autograd notices it, too."""
+    model, weight = SKIPS.build(), list[Tensor]()
+
+    def change(*_: Any) -> None:
+        if stage_threads() and weight:
+            with torch.no_grad():
+                weight.pop().mul_(2)
+
+    model.get_submodule("d").register_forward_hook(change)
+    trainer = trainer_of(Threads(staleness=0), model=model)
+    trainer.step(batch(0)[0], target=batch(0)[1])
+    trainer.drain()
+    weight.append(model.get_parameter("d.weight"))
+    trainer.step(batch(0)[0], target=batch(0)[1])
+    with pytest.raises(DecouplingError, match=r"stage_3, step 2: parameter 'd.weight' was changed"):
+        trainer.drain()
+
+
 @pytest.mark.parametrize("change", [clip, load, one])
 def test_weights_that_are_changed_between(change: Change) -> None:
     found = []
@@ -105,12 +124,15 @@ def test_a_mode_that_is_changed_before_the_next_step() -> None:
 
 def test_a_mode_that_is_changed_while_a_batch_is_under_way() -> None:
     """Validation in the middle, without a word; it is as before when the next step comes."""
-    trainer = dropped(0.05)
+    trainer = dropped(0.3)
     model, x, y = trainer.decoupled.model, torch.randn(4, 6), torch.arange(4) % 3
     for _ in range(3):
         trainer.step(x, target=y)
     model.eval()
-    time.sleep(0.4)
+    assert trainer.threads is not None
+    until = time.monotonic() + 15
+    while trainer.threads.mail.failure is None and time.monotonic() < until:
+        time.sleep(0.01)
     model.train()
     with pytest.raises(DecouplingError, match=r"stage_\d, step \d: module .* evaluation mode"):
         trainer.drain()
@@ -182,7 +204,7 @@ def test_a_trainer_that_nobody_holds_ends_its_threads() -> None:
     ref = made()
     gc.collect()
     assert ref() is None
-    until = time.monotonic() + 5
+    until = time.monotonic() + 15
     while stage_threads() and time.monotonic() < until:
         time.sleep(0.01)
     assert stage_threads() == []

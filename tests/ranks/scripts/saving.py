@@ -126,12 +126,17 @@ def steps_that_are_not_whole() -> None:
         trainer.close()
         if dist.get_rank() == 1:
             damage(newest, 1)
+        (folder / "step-000000099").mkdir()  # that was being removed
         other = trainer_of("linear", staleness=0)
         other.resume(folder)
         assert other.steps == 4
         train(other, 1)
-        other.save(folder)
-        assert not [p.name for p in folder.iterdir() if "writing" in p.name]
+        other.save(folder, keep=1)
+        assert not [p.name for p in folder.iterdir() if p.name.startswith(".")]
+        other.close()
+        other = trainer_of("linear", staleness=0)
+        other.resume(folder)
+        assert other.steps == 5
         other.close()
 
 
