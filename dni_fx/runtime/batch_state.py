@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -164,6 +164,7 @@ class Settings:
 
     Args:
         graphs, objective, loss, here: as for :meth:`Setting.of`.
+        is_served: which of the sources are asked; by default as there.
     """
 
     def __init__(
@@ -172,18 +173,23 @@ class Settings:
         objective: Objective,
         loss: Loss | None = None,
         here: Collection[int] | None = None,
+        is_served: Callable[[Served], bool] | None = None,
     ) -> None:
         self.graphs, self.objective, self.loss, self.here = graphs, objective, loss, here
+        self.is_served = is_served
         self._newest: tuple[Any, Mode, Loss, Setting] | None = None
 
-    def of(self, mode: Mode) -> Setting:
+    def of(self, mode: Mode = _DECOUPLED) -> Setting:
         """For a batch whose graph is active."""
         variant, loss = self.graphs.variant, self.objective.loss
         if self._newest is not None:
             graph, known, same, setting = self._newest
             if graph is variant and known == mode and same is loss:
                 return setting
-        setting = Setting.of(self.graphs, self.objective, mode, loss=self.loss, here=self.here)
+        wanted = self.is_served and tuple(filter(self.is_served, self.graphs.served()))
+        setting = Setting.of(
+            self.graphs, self.objective, mode, wanted, loss=self.loss, here=self.here
+        )
         self._newest = (variant, mode, loss, setting)
         return setting
 
