@@ -18,6 +18,7 @@ from ..parallel.limits import Flow
 from ..reports.steps import StepReport
 from ..schedules import Mode, Schedule, Threads, make_schedule, mode_of
 from .batch_state import Settings
+from .fusing.steps import FusedSteps
 from .in_turn import Batch, InTurn
 from .measuring import Measures
 from .objective import Loss
@@ -51,8 +52,13 @@ class Trainer(Measures):
         accumulate: how many steps' gradients make one update; the loss of each counts 1 /
             accumulate.
         metrics_every: how often the predictions are compared with their targets, in steps.
+        compile: whether a whole step (stages, sources, SGD's or Adam's updates) is one call that
+            ``torch.compile`` makes faster; or its options. Numbers agree with eager steps to
+            rounding, ``.grad`` is not kept, and what cannot be recorded runs eagerly, with a
+            warning that says why.
 
     Attributes:
+        fused: the compiled steps; None without ``compile``.
         threads: the stages at work, with ``schedules.Threads``; None before the first step.
 
     Raises:
@@ -70,6 +76,7 @@ class Trainer(Measures):
         clip_norm: float | None = None,
         accumulate: int = 1,
         metrics_every: int = 50,
+        compile: bool | dict[str, Any] = False,
     ) -> None:
         super().__init__(
             decoupled,
@@ -85,6 +92,10 @@ class Trainer(Measures):
         self._in_turn: InTurn[Batch] = InTurn(decoupled, self.optimizing, self.metrics, accumulate)
         self.threads: OnThreads | None = None
         self._settings = Settings(decoupled.graphs, self.objective)
+        self.fused: FusedSteps | None = None
+        if compile is not False:
+            options = _checked_options(compile, self.schedule)
+            self.fused = FusedSteps(decoupled, self.objective, self.optimizing, options)
         if decoupled.graphs.active is not None:
             self._prepare_optimizers()
 
@@ -124,7 +135,13 @@ class Trainer(Measures):
 
     def _run(self, mode: Mode, values: dict[str, Any], target: Any) -> StepReport:
         """One stage after the other."""
-        batch = Batch(self._settings.of(mode))
+        setting = self._settings.of(mode)
+        if self.fused is not None and not (self.under_way or self.metrics.is_due(self.steps)):
+            context = self.objective.context(target)
+            if (made := self.fused.step(setting, values, context, target)) is not None:
+                self.steps += 1
+                return StepReport(*made, dict(self.metrics.found), self.steps)
+        batch = Batch(setting)
         output: list[Any] = []
 
         def begin() -> None:
@@ -220,6 +237,21 @@ class Trainer(Measures):
         load_trained(state, self.decoupled, self.optimizing, self.close)
         self.steps = state["steps"]
         self._in_turn.under_way = []
+
+
+def _checked_options(compile: Any, schedule: Schedule) -> dict[str, Any]:
+    """Options of ``torch.compile``, as given."""
+    if not isinstance(compile, bool | dict):
+        raise DecouplingError(
+            "compile= is True, False or a dict of options for torch.compile, not "
+            f"{type(compile).__name__}"
+        )
+    if isinstance(schedule, Threads):
+        raise DecouplingError(
+            "compile= makes one call of all stages in turn, and schedules.Threads runs them at "
+            "once: leave one of them out"
+        )
+    return compile if isinstance(compile, dict) else {}
 
 
 def _warn_if_alone() -> None:
