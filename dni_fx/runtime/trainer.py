@@ -53,7 +53,8 @@ class Trainer(Measures):
             accumulate.
         metrics_every: how often the predictions are compared with their targets, in steps.
         compile: whether a whole step (stages, sources, SGD's or Adam's updates) is one call that
-            ``torch.compile`` makes faster; or its options. Numbers agree with eager steps to
+            TorchInductor makes faster; or its options, as ``torch.compile(options=)``
+            takes them. Numbers agree with eager steps to
             rounding, ``.grad`` is not kept, and what cannot be recorded runs eagerly, with a
             warning that says why.
 
@@ -243,7 +244,7 @@ def _checked_options(compile: Any, schedule: Schedule) -> dict[str, Any]:
     """Options of ``torch.compile``, as given."""
     if not isinstance(compile, bool | dict):
         raise DecouplingError(
-            "compile= is True, False or a dict of options for torch.compile, not "
+            "compile= is True, False or a dict of options as torch.compile(options=) takes it, not "
             f"{type(compile).__name__}"
         )
     if isinstance(schedule, Threads):

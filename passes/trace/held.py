@@ -36,10 +36,10 @@ _MODES: tuple[tuple[str, tuple[Any, ...]], ...] = (
 # another module was exchanged, the variant notices it without (``Variant.bound``)
 TABLES = ("_modules", "_parameters", "_buffers")
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # hooks on all modules there are
 _GLOBAL_HOOKS: tuple[dict[Any, Any], ...] = tuple(
-    table for name in _HOOKS if (table := getattr(torch.nn.modules.module, f"_global{name}", None))
+    table for name in HOOKS if (table := getattr(torch.nn.modules.module, f"_global{name}", None))
     is not None
 )  # fmt: skip
 _FIXED = (*ATOMS, types.FunctionType, types.BuiltinFunctionType, type)
@@ -217,7 +217,7 @@ def _character(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _hooks_of(module: nn.Module) -> Iterator[Any]:
-    for table in (*(getattr(module, name) for name in _HOOKS), *_GLOBAL_HOOKS):
+    for table in (*(getattr(module, name) for name in HOOKS), *_GLOBAL_HOOKS):
         yield from table.values()
 
 

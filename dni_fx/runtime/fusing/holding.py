@@ -5,17 +5,18 @@ to.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
 from ...graphs.pictures import ATOMS
-from ...passes.trace.held import MODES, Held
+from ...passes.trace.held import HOOKS, MODES, TABLES, Held
 from ...passes.trace.outside import MISSING, Outside
-
-_TABLES = ("_parameters", "_buffers", "_modules")
+from ...passes.trace.state import MODULE_INTERNALS
 
 
 class Holding:
@@ -36,23 +37,29 @@ class Holding:
         for module in modules:
             outside.function(type(module).forward)
         self._facts: list[tuple[dict[str, Any], str, Any]] = []
+        self._hooks = [vars(m)[n] for m in modules for n in HOOKS]
         for module in modules:
-            tables = [vars(module), *(vars(module)[name] for name in _TABLES)]
-            self._facts += [(t, n, v) for t in tables for n, v in t.items() if n not in _TABLES]
+            own = [(n, v) for n, v in vars(module).items() if n not in MODULE_INTERNALS]
+            self._facts += [(vars(module), n, v) for n, v in own]
+            tables = [vars(module)[name] for name in TABLES]
+            self._facts += [(t, n, v) for t in tables for n, v in t.items()]
         for table, name, value in self._facts:
-            if not isinstance(value, (*ATOMS, Tensor, nn.Module)):
+            if _may_change(value):
                 self._held.append(Held(name, functools.partial(table.get, name, MISSING)))
 
     def _hold(self, place: str, read: Callable[[], Any]) -> None:
         self._held.append(Held(f"'{place}' in the code", read))
 
-    @property
-    def tensors(self) -> list[Tensor]:
-        """Those that are plain attributes, which a recording would hold fast."""
-        own = [(t, v) for t, _, v in self._facts if isinstance(v, Tensor)]
-        return [v for t, v in own if "_parameters" in t]
-
     def holds(self) -> bool:
         """Whether everything is as it was."""
         same = all(table.get(name, MISSING) is value for table, name, value in self._facts)
-        return same and all(held.holds() for held in self._held)
+        return same and not any(self._hooks) and all(held.holds() for held in self._held)
+
+
+def _may_change(value: Any) -> bool:
+    """Whether the same object may hold something else later, besides tensors and modules."""
+    if isinstance(value, tuple):
+        return any(map(_may_change, value))
+    if dataclasses.is_dataclass(value):
+        return not type(value).__dataclass_params__.frozen  # type: ignore[union-attr]
+    return not isinstance(value, (*ATOMS, Tensor, nn.Module, type, types.FunctionType))

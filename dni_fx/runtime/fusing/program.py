@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch import _inductor as inductor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ...passes.trace.settings import kept_settings
 from .recording import Inputs, Recorded
 from .updates import Update, settings_of
 
@@ -28,7 +30,7 @@ class Program:
         parameters, buffers: all tensors of the model and the sources, as they were recorded.
         names: of these, for the printed program.
         batch: a batch of the kind.
-        options: of ``torch.compile``; None to run the graph as it is.
+        options: of TorchInductor, which compiles it.
 
     Attributes:
         graph: the program.
@@ -42,7 +44,7 @@ class Program:
         buffers: Sequence[Tensor],
         names: Sequence[str],
         batch: Inputs,
-        options: dict[str, Any] | None,
+        options: dict[str, Any],
     ) -> None:
         self._recorded, self._updates = recorded, list(updates)
         self._parameters, self._buffers = list(parameters), list(buffers)
@@ -52,9 +54,14 @@ class Program:
         tensors = self._tensors(batch.leaves)
         self.graph = make_fx(self._run, tracing_mode="fake")(*tensors)
         _name_inputs(self.graph, self._labels(names, batch))
-        self._call: Callable[..., Sequence[Tensor]] = self.graph
-        if options is not None:
-            self._call = torch.compile(self.graph, **options)
+        put_back = kept_settings()
+        try:
+            with torch.no_grad():
+                # Not torch.compile: guards of ours hold for the call, and its own cost as much as
+                # a small step.
+                self._call: Callable[..., Any] = inductor.compile(self.graph, [*tensors], options)
+        finally:
+            put_back()
 
     def holds(self) -> bool:
         """Whether the optimisers would still do what the program does."""
@@ -72,6 +79,8 @@ class Program:
             finite, loss, *leaves = self._call(*self._tensors(batch.leaves))
         if not bool(finite):
             return None
+        for parameter in self._parameters:
+            parameter.grad = None
         return loss, self._recorded.output.build(iter(leaves))
 
     def _tensors(self, leaves: Sequence[Tensor]) -> list[Tensor]:

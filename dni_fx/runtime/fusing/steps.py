@@ -24,7 +24,7 @@ from .updates import find_updates, is_settled
 
 _MOST = 8  # programs; batches of further kinds are run eagerly
 _FRESH = ("lift_fresh", "lift_fresh_copy")  # of a tensor that was made within the step
-_PLAIN = {"dynamic": False, "fullgraph": True, "options": {"fallback_random": True}}
+_OPTIONS = {"fallback_random": True}  # the random numbers of eager code
 
 
 class _UndoneError(Exception):
@@ -36,8 +36,7 @@ class FusedSteps:
 
     Args:
         decoupled, objective, optimizers: what is trained, and how.
-        options: of ``torch.compile``; by default whole graphs of fixed sizes, with the random
-            numbers of eager code. ``{"backend": "eager"}`` runs the recorded operators as they are.
+        options: of TorchInductor, as ``torch.compile(options=)`` takes them.
 
     Attributes:
         programs: made so far, the newest last.
@@ -51,9 +50,7 @@ class FusedSteps:
         options: dict[str, Any],
     ) -> None:
         self._decoupled, self._objective, self._optimizers = decoupled, objective, optimizers
-        self._options = {**_PLAIN, **options}
-        if "mode" in options:  # torch takes one of them
-            self._options.pop("options")
+        self._options = _OPTIONS | options
         self._known: list[tuple[Variant, Any, Inputs, Holding, Program | None]] = []
         self._said: set[str] = set()
 
@@ -82,17 +79,10 @@ class FusedSteps:
         if program is None:
             return None
         put_back_rng = preserved_rng()
-        try:
-            found = program(batch)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            self._known = [(*k, None if p is program else p) for *k, p in self._known]
-            self._decline(f"it does not compile: {_first_line(error)}")
-            return None
+        found = program(batch)
         if found is None:  # the eager step names the place
             put_back_rng()
             return None
-        for parameter in self._decoupled.parameters():
-            parameter.grad = None
         return found
 
     def _decline(self, reason: str) -> Program | None:
@@ -163,9 +153,11 @@ class FusedSteps:
         updates = find_updates(every, found.parameters)
         if isinstance(updates, str):
             return self._decline(updates)
-        names = [*named, *kept]
-        options = None if self._options.get("backend") == "eager" else self._options
-        return Program(found, updates, [*named.values()], [*kept.values()], names, batch, options)
+        tensors = [*named.values()], [*kept.values()], [*named, *kept]
+        try:
+            return Program(found, updates, *tensors, batch, self._options)
+        except Exception as error:
+            return self._decline(f"it does not compile: {_first_line(error)}")
 
 
 def _constants(graph: fx.GraphModule) -> int:
