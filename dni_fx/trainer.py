@@ -16,6 +16,7 @@ from .graphs.nested import map_tensors
 from .parallel.threads import OnThreads
 from .reports.steps import StepReport
 from .runtime.batch_state import Settings
+from .runtime.fusing.steps import FusedSteps
 from .runtime.in_turn import Batch, InTurn
 from .runtime.measuring import Measures
 from .runtime.objective import Loss
@@ -50,8 +51,14 @@ class Trainer(Measures):
         accumulate: how many steps' gradients make one update; the loss of each counts 1 /
             accumulate.
         metrics_every: how often the predictions are compared with their targets, in steps.
+        compile: whether a whole step (stages, sources, SGD's or Adam's updates) is one call that
+            TorchInductor makes faster; or its options, as ``torch.compile(options=)``
+            takes them. Numbers agree with eager steps to
+            rounding, ``.grad`` is not kept, and what cannot be recorded runs eagerly, with a
+            warning that says why.
 
     Attributes:
+        fused: the compiled steps; None without ``compile``.
         threads: the stages at work, with ``schedules.Threads``; None before the first step.
 
     Raises:
@@ -69,6 +76,7 @@ class Trainer(Measures):
         clip_norm: float | None = None,
         accumulate: int = 1,
         metrics_every: int = 50,
+        compile: bool | dict[str, Any] = False,
     ) -> None:
         super().__init__(
             decoupled,
@@ -84,6 +92,10 @@ class Trainer(Measures):
         self._in_turn: InTurn[Batch] = InTurn(decoupled, self.optimizing, self.metrics, accumulate)
         self.threads: OnThreads | None = None
         self._settings = Settings(decoupled.graphs, self.objective)
+        self.fused: FusedSteps | None = None
+        if compile is not False:
+            options = _checked_options(compile, self.schedule)
+            self.fused = FusedSteps(decoupled, self.objective, self.optimizing, options)
         if decoupled.graphs.active is not None:
             self._prepare_optimizers()
 
@@ -125,7 +137,13 @@ class Trainer(Measures):
 
     def _run(self, mode: Mode, values: dict[str, Any], target: Any) -> StepReport:
         """One stage after the other."""
-        batch = Batch(self._settings.of(mode))
+        setting = self._settings.of(mode)
+        if self.fused is not None and not (self.under_way or self.metrics.is_due(self.steps)):
+            context = self.objective.context(target)
+            if (made := self.fused.step(setting, values, context, target)) is not None:
+                self.steps += 1
+                return StepReport(*made, dict(self.metrics.found), self.steps)
+        batch = Batch(setting)
         output: list[Any] = []
 
         def begin() -> None:
@@ -222,6 +240,21 @@ class Trainer(Measures):
         load_trained(state, self.decoupled, self.optimizing, self.close)
         self.steps = state["steps"]
         self._in_turn.under_way = []
+
+
+def _checked_options(compile: Any, schedule: Schedule) -> dict[str, Any]:
+    """Options of ``torch.compile``, as given."""
+    if not isinstance(compile, bool | dict):
+        raise DecouplingError(
+            "compile= is True, False or a dict of options as torch.compile(options=) takes it, not "
+            f"{type(compile).__name__}"
+        )
+    if isinstance(schedule, Threads):
+        raise DecouplingError(
+            "compile= makes one call of all stages in turn, and schedules.Threads runs them at "
+            "once: leave one of them out"
+        )
+    return compile if isinstance(compile, dict) else {}
 
 
 def _warn_if_alone() -> None:

@@ -170,6 +170,7 @@ class Settings:
         graphs, here: as for :meth:`Setting.of`.
         objective: the trainer's; a setting keeps what it is then.
         scaled: the loss that is pulled back, of an objective; the scaled one by default.
+        is_served: which of the sources are asked; by default as there.
     """
 
     def __init__(
@@ -178,11 +179,13 @@ class Settings:
         objective: Objective,
         scaled: Callable[[Objective], Loss] | None = None,
         here: Collection[int] | None = None,
+        is_served: Callable[[Served], bool] | None = None,
     ) -> None:
         self.graphs, self.objective, self.scaled, self.here = graphs, objective, scaled, here
+        self.is_served = is_served
         self._newest: tuple[Any, Mode, Loss, Setting] | None = None
 
-    def of(self, mode: Mode) -> Setting:
+    def of(self, mode: Mode = _DECOUPLED) -> Setting:
         """For a batch whose graph is active."""
         variant, loss = self.graphs.variant, self.objective.loss
         if self._newest is not None:
@@ -191,7 +194,8 @@ class Settings:
                 return setting
         posted = replace(self.objective)  # another loss is none of batches under way
         scaled = None if self.scaled is None else self.scaled(posted)
-        setting = Setting.of(self.graphs, posted, mode, loss=scaled, here=self.here)
+        asked = self.is_served and tuple(filter(self.is_served, self.graphs.served()))
+        setting = Setting.of(self.graphs, posted, mode, asked, loss=scaled, here=self.here)
         self._newest = (variant, mode, loss, setting)
         return setting
 

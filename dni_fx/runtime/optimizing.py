@@ -13,6 +13,7 @@ from ..errors import DecouplingError
 from ..graphs.graphs import Graphs
 from ..graphs.stage import Stage
 from ..graphs.variants import Variant
+from .joint import JointStep
 from .whole import whole
 
 NamedParameters = list[tuple[str, nn.Parameter]]
@@ -47,6 +48,7 @@ class StageOptimizers:
         self.stages: dict[str, torch.optim.Optimizer] = {}
         self.sources: dict[str, torch.optim.Optimizer] = {}
         self.parameters: dict[str, NamedParameters] = {}
+        self._step = JointStep()
         self._variant: Variant | None = None  # the graph that all optimisers know
 
     @property
@@ -103,12 +105,11 @@ class StageOptimizers:
 
     def step(self) -> None:
         """Step all of them, or none where one fails."""
-        with whole([*self.stages.values(), *self.sources.values()]):
-            for name, optimizer in self.stages.items():
+        every = [*self.stages.values(), *self.sources.values()]
+        with whole(every):
+            for name in self.stages:
                 self.clip(name, self.clip_norm)
-                optimizer.step()
-            for optimizer in self.sources.values():
-                optimizer.step()
+            self._step(every)
 
     def clip(self, name: str, clip_norm: float | None) -> None:
         """Clip one stage's gradients to a norm; None for no bound."""

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from .joint import is_plain
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _AFTER = 0.01  # seconds after the updates in which a step ends
 _stepped = weakref.WeakSet[torch.optim.Optimizer]()
@@ -45,16 +47,12 @@ def whole(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[None]:
 
 def _is_proven(optimizer: torch.optim.Optimizer) -> bool:
     """Whether it is torch's own, and has stepped all that it steps now."""
-    own = type(optimizer).__module__.startswith("torch.optim.")
-    patched = vars(optimizer).get("step")
-    plain = patched is None or hasattr(patched, "_wrapped_by_lr_sched")
-    hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-    if not own or not plain or hooks:
+    state, groups = optimizer.state, optimizer.param_groups
+    if optimizer not in _stepped or not is_plain(optimizer):
         return False
-    if optimizer not in _stepped or not optimizer.state:  # as SGD's without momentum
-        return optimizer in _stepped
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    return all(p in optimizer.state for p in params if p.grad is not None)
+    if not state or len(state) == sum(len(group["params"]) for group in groups):
+        return True  # none, as SGD's without momentum, or of all
+    return all(p in state for group in groups for p in group["params"] if p.grad is not None)
 
 
 def _remembered(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
@@ -89,10 +87,8 @@ def _held_signals() -> Iterator[None]:
     handlers: dict[signal.Signals, Any] = {}
     try:
         for number in _SIGNALS:
-            handler = signal.getsignal(number)
-            if callable(handler):
-                handlers[number] = handler
-                signal.signal(number, lambda n, _: came.append(n))
+            if callable(signal.getsignal(number)):
+                handlers[number] = signal.signal(number, lambda n, _: came.append(n))
         yield
     finally:
         for number, handler in handlers.items():

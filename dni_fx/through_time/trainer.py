@@ -14,10 +14,11 @@ from ..graphs.nested import map_tensors
 from ..plan import CutPlan
 from ..reports.steps import StepReport
 from ..runtime.base import BaseTrainer
+from ..runtime.batch_state import Settings
 from ..runtime.in_turn import InTurn
 from ..runtime.saving import load_trained, trained_state
 from ..runtime.transforms import check_ordinary
-from ..sources import GradientSource
+from ..sources import GradientSource, Served
 from .carried import Carried, read_done
 from .opening import WindowOpening
 from .window_batch import WindowBatch, close, find_answers
@@ -63,9 +64,9 @@ class ThroughTime(BaseTrainer):
         super().__init__(decoupled, loss, **options)
         self.model, self.opening = decoupled.model, opening
         self.window, self.messages = window, opening.messages
-        self._in_turn: InTurn[WindowBatch] = InTurn(
-            decoupled, self.optimizing, self.metrics, self.accumulate
-        )
+        parts = decoupled, self.optimizing, self.metrics, self.accumulate
+        self._in_turn: InTurn[WindowBatch] = InTurn(*parts)
+        self._settings = Settings(decoupled.graphs, self.objective, is_served=_predicts)
         self._carried = Carried()
 
     @property
@@ -141,8 +142,8 @@ class ThroughTime(BaseTrainer):
         is_over = ended is not None and bool(ended.all())
         context = self.objective.context(target)
         values = check_ordinary(self._bind(x_window, leaves, context), target)
-        previous = before if goes_on else None
-        made = WindowBatch(self.decoupled, self.objective, self.steps + 1, ended, previous)
+        known = self._settings.of(), self.decoupled.graphs.served()
+        made = WindowBatch(*known, self.steps + 1, ended, before if goes_on else None)
         output: Any = None
         after: list[Tensor] = []
         messages: dict[str, Tensor] = {}
@@ -303,3 +304,7 @@ def _check_sources(sources: Mapping[str, GradientSource]) -> None:
 
 def _fresh(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor.detach()
+
+
+def _predicts(group: Served) -> bool:
+    return not group.source.asks.exact

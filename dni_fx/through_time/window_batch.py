@@ -17,7 +17,6 @@ from ..runtime.answers import or_zeros
 from ..runtime.batch_state import Setting
 from ..runtime.finite import refuse
 from ..runtime.in_turn import Batch
-from ..runtime.objective import Objective
 from ..runtime.tape import Tape
 from ..sources import Served, side_by_side
 from .window import along
@@ -30,8 +29,8 @@ class WindowBatch(Batch):
     exact, the whole window waits for it.
 
     Args:
-        decoupled: the window's model, its graph active.
-        objective: the loss.
+        setting: of the sources that predict.
+        everyone: all sources of the window's graph.
         step: number of the window, from 1.
         ended: whose sequence ends with the window, ``(batch,)``; None for nobody's.
         previous: the window before, which hears what this one sends back.
@@ -47,16 +46,14 @@ class WindowBatch(Batch):
 
     def __init__(
         self,
-        decoupled: Decoupled,
-        objective: Objective,
+        setting: Setting,
+        everyone: Sequence[Served],
         step: int,
         ended: Tensor | None,
         previous: WindowBatch | None,
     ) -> None:
-        everyone = decoupled.graphs.served()
+        super().__init__(setting)
         exact = [s for s in everyone if s.source.asks.exact]
-        predicting = tuple(s for s in everyone if not s.source.asks.exact)
-        super().__init__(Setting.of(decoupled.graphs, objective, served=predicting))
         self.step, self.ended, self.previous = step, ended, previous
         self.leaving = {i.name: i for i in self.setting.split.interfaces if i.leaves}
         self.messages = [n for n, i in self.leaving.items() if i.feeds == ANOTHER]

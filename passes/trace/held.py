@@ -37,10 +37,10 @@ _CASTS = ("get_autocast_dtype", "is_autocast_enabled")  # asked of a kind of dev
 # another module was exchanged, the variant notices it without (``Variant.bound``)
 TABLES = ("_modules", "_parameters", "_buffers")
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # hooks on all modules there are
 _GLOBAL_HOOKS: tuple[dict[Any, Any], ...] = tuple(
-    table for name in _HOOKS if (table := getattr(torch.nn.modules.module, f"_global{name}", None))
+    table for name in HOOKS if (table := getattr(torch.nn.modules.module, f"_global{name}", None))
     is not None
 )  # fmt: skip
 _NOTHING = (picture(MISSING), picture(None))
@@ -235,7 +235,7 @@ def _character(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _hooks_of(module: nn.Module) -> Iterator[Any]:
-    for table in (*(getattr(module, name) for name in _HOOKS), *_GLOBAL_HOOKS):
+    for table in (*(getattr(module, name) for name in HOOKS), *_GLOBAL_HOOKS):
         yield from table.values()
 
 

@@ -1,0 +1,165 @@
+"""A whole step as one compiled call: the recorded kernel, the finite check and the updates.
+
+Nothing is written unless everything is finite: weights, states and buffers take their new values
+by a choice within the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch import _inductor as inductor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ...passes.trace.settings import kept_settings
+from .recording import Inputs, Recorded
+from .updates import Update, settings_of
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class Program:
+    """One step for batches of one kind.
+
+    Args:
+        recorded: the step without updates.
+        updates: one for each of its parameters, in their order.
+        parameters, buffers: all tensors of the model and the sources, as they were recorded.
+        names: of these, for the printed program.
+        batch: a batch of the kind.
+        options: of TorchInductor, which compiles it.
+
+    Attributes:
+        graph: the program.
+    """
+
+    def __init__(
+        self,
+        recorded: Recorded,
+        updates: Sequence[Update],
+        parameters: Sequence[nn.Parameter],
+        buffers: Sequence[Tensor],
+        names: Sequence[str],
+        batch: Inputs,
+        options: dict[str, Any],
+    ) -> None:
+        self._recorded, self._updates = recorded, list(updates)
+        self._parameters, self._buffers = list(parameters), list(buffers)
+        self._settings = {u.optimizer: settings_of(u.optimizer) for u in updates}
+        self._groups = list(dict.fromkeys((u.optimizer, u.group) for u in updates))
+        self._states = [s for u in updates for s in u.states]
+        tensors = self._tensors(batch.leaves)
+        self.graph = make_fx(self._run, tracing_mode="fake")(*tensors)
+        _name_inputs(self.graph, self._labels(names, batch))
+        put_back = kept_settings()
+        try:
+            with torch.no_grad():
+                # Not torch.compile: guards of ours hold for the call, and its own cost as much as
+                # a small step.
+                self._call: Callable[..., Any] = inductor.compile(self.graph, [*tensors], options)
+        finally:
+            put_back()
+
+    def holds(self) -> bool:
+        """Whether the optimisers would still do what the program does."""
+        same = all(settings_of(o) == known for o, known in self._settings.items())
+        return same and all(update.holds() for update in self._updates)
+
+    def __call__(self, batch: Inputs) -> tuple[Tensor, Any] | None:
+        """Make the step.
+
+        Returns:
+            The loss, and the model's output, detached; None where something is not finite and
+            nothing was changed.
+        """
+        with torch.no_grad():
+            finite, loss, *leaves = self._call(*self._tensors(batch.leaves))
+        if not bool(finite):
+            return None
+        for parameter in self._parameters:
+            parameter.grad = None
+        return loss, self._recorded.output.build(iter(leaves))
+
+    def _tensors(self, leaves: Sequence[Tensor]) -> list[Tensor]:
+        rates = [
+            torch.tensor(o.param_groups[k]["lr"], dtype=torch.float64) for o, k in self._groups
+        ]
+        owned = [p.detach() for p in self._parameters]
+        return [*owned, *self._buffers, *self._states, *rates, *leaves]
+
+    def _run(self, *tensors: Tensor) -> list[Tensor]:
+        """The program: what is recorded as the graph."""
+        recorded, place = self._recorded, 0
+
+        def take(count: int) -> list[Tensor]:
+            nonlocal place
+            place += count
+            return list(tensors[place - count : place])
+
+        weights, buffers = take(len(self._parameters)), take(len(self._buffers))
+        states, rates = take(len(self._states)), take(len(self._groups))
+        own = list(buffers)
+        for k in recorded.written:
+            own[k] = buffers[k].clone()
+        found = recorded.graph(*weights, *own, *tensors[place:])
+        outputs, regressions = recorded.outputs, recorded.regressions
+        losses = [found[0], *found[1 + outputs : 1 + outputs + regressions]]
+        gradients = list(found[1 + outputs + regressions :])
+        finite = _all_finite([*losses, *gradients])
+        changes = self._updated(weights, gradients, states, rates)
+        changes += [(buffers[k], own[k]) for k in recorded.written]
+        for old, new in changes:
+            old.copy_(torch.where(finite, new, old))
+        return [finite, *found[: 1 + outputs]]
+
+    def _updated(
+        self,
+        weights: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        states: Sequence[Tensor],
+        rates: Sequence[Tensor],
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Old and new values of all weights and states."""
+        index = {p: k for k, p in enumerate(self._parameters)}
+        given = dict(zip(self._recorded.parameters, gradients, strict=True))
+        found: list[tuple[Tensor, Tensor]] = []
+        place = 0
+        for update in self._updates:
+            mine = tuple(states[place : place + len(update.states)])
+            place += len(mine)
+            weight = weights[index[update.parameter]]
+            rate = rates[self._groups.index((update.optimizer, update.group))]
+            new, later = update(weight, given[update.parameter], mine, rate)
+            found += [(weight, new), *zip(mine, later, strict=True)]
+        return found
+
+    def _labels(self, names: Sequence[str], batch: Inputs) -> list[str]:
+        label = dict(zip(map(id, self._parameters), names, strict=False))
+        states = [
+            f"{label[id(u.parameter)]}_state{k}"
+            for u in self._updates
+            for k in range(len(u.states))
+        ]
+        rates = [f"rate{k}" for k in range(len(self._groups))]
+        rest = [f"given{k}" for k in range(len(batch.leaves) - len(batch.names))]
+        return [*names, *states, *rates, *batch.names, *rest]
+
+
+def _all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """As ``runtime.finite.all_finite``, as a tensor: sums are not finite where an element is not,
+    or where they overflow.
+    """
+    wide = [t.float() if t.dtype in _HALF else t for t in tensors]
+    return torch.stack([t.sum().double().isfinite() for t in wide]).all()
+
+
+def _name_inputs(graph: fx.GraphModule, names: Sequence[str]) -> None:
+    """So that the printed program speaks of the model's own parameters."""
+    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    for node, name in zip(inputs, names, strict=True):
+        node._rename("".join(c if c.isalnum() else "_" for c in name))
+        node.target = node.name
+    graph.recompile()
