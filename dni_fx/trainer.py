@@ -137,17 +137,17 @@ class Trainer(Measures):
 
     def _run(self, mode: Mode, values: dict[str, Any], target: Any) -> StepReport:
         """One stage after the other."""
-        setting = self._settings.of(mode)
-        if self.fused is not None and not (self.under_way or self.metrics.is_due(self.steps)):
-            context = self.objective.context(target)
-            if (made := self.fused.step(setting, values, context, target)) is not None:
+        setting, known = self._settings.of(mode), list[Any]()
+        if self.fused is not None and not self.metrics.is_due(self.steps):
+            known.append(self.objective.context(target))  # once, since it may be random
+            if (made := self.fused.step(setting, values, known[0], target)) is not None:
                 self.steps += 1
                 return StepReport(*made, dict(self.metrics.found), self.steps)
         batch = Batch(setting)
         output: list[Any] = []
 
         def begin() -> None:
-            context = self.objective.context(target)
+            context = known[0] if known else self.objective.context(target)
             batch.begin(values, context, target, self._in_turn.clock)
             output.append(batch.state.output)
 

@@ -5,6 +5,7 @@ Most tests run the recorded operators as they are, in double precision; one comp
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -15,15 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dni_fx
+from dni_fx.errors import NonFiniteError
 from dni_fx.schedules import Threads
 from dni_fx.sources import SOURCES
 
 from ..helpers.comparing import assert_bits_equal
 from ..helpers.optimisers import adam, sgd
 from ..helpers.training import batch, largest_difference, record, train, trainer_of
-from ..models.small import CHAIN, Block
+from ..models.small import Block
 
 STEPS = 8
+RECORDED = ["linear", "mlp", "auto", "local", "distill", "zero"]
 AGREE = 1e-12
 
 
@@ -63,17 +66,7 @@ def assert_agree(fused: Any, twin: Any, programs: int = 1) -> None:
     assert largest_difference(record(fused), record(twin)) < AGREE
 
 
-def recordable() -> list[str]:
-    """Sources that answer at once and whose steps are operators."""
-    waiting = [n for n, kind in SOURCES.items() if n not in RECORDED]
-    assert not set(RECORDED) & set(waiting)
-    return RECORDED
-
-
-RECORDED = ["linear", "mlp", "auto", "local", "distill", "zero", "feedback"]
-
-
-@pytest.mark.parametrize("gradients", recordable())
+@pytest.mark.parametrize("gradients", RECORDED)
 @pytest.mark.parametrize("optimizer", [sgd, adam])
 def test_every_source(gradients: str, optimizer: Any) -> None:
     fused, twin = pair(gradients, optimizer=optimizer, synthesizer_optimizer=optimizer)
@@ -91,7 +84,10 @@ def test_other_sources_run_eagerly_and_say_so(gradients: str) -> None:
             pytest.skip("not for this model")
     ours = [str(w.message) for w in said if "compile=" in str(w.message)]
     assert len(ours) == 1 or fused.fused.programs
-    assert largest_difference(record(fused), record(train(twin, 4))) < AGREE
+    train(twin, 4)
+    for trainer in (fused, twin):
+        trainer.drain()
+    assert largest_difference(record(fused), record(twin)) < AGREE
 
 
 @pytest.mark.parametrize(
@@ -113,7 +109,8 @@ def test_another_rate_is_noticed() -> None:
     """The control of the comparison."""
     fused, twin = pair()
     train(fused, STEPS)
-    twin.optimizers["stage_0"].param_groups[0]["lr"] *= 1.001
+    for optimizer in twin.optimizers.values():
+        optimizer.param_groups[0]["lr"] *= 1.001
     assert largest_difference(record(fused), record(train(twin, STEPS))) > 1e-6
 
 
@@ -141,7 +138,7 @@ def test_what_is_not_finite_is_refused_by_name_and_changes_nothing() -> None:
     x[0, 0] = torch.nan
     messages = []
     for trainer in (fused, twin):
-        with pytest.raises(dni_fx.NonFiniteError) as caught:
+        with pytest.raises(NonFiniteError) as caught:
             trainer.step(x, target=y)
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
@@ -203,6 +200,22 @@ def change_source(trainer: Any) -> None:
         source.factor = 0.5
 
 
+def freeze_source(trainer: Any) -> None:
+    """Sources that predict on, and learn nothing."""
+    trainer.decoupled.synthesizers.requires_grad_(False)
+
+
+def leave_out(trainer: Any) -> None:
+    """A parameter that an optimiser steps no longer."""
+    group = trainer.optimizers["stage_1"].param_groups[0]
+    group["params"] = group["params"][1:]
+
+
+def hear(trainer: Any) -> None:
+    """A hook on a gradient."""
+    trainer.decoupled.model[1].linear.weight.register_hook(lambda g: g * 0.5)
+
+
 class Halved(dni_fx.sources.Linear):
     """A source with a plain number."""
 
@@ -221,8 +234,12 @@ class Halved(dni_fx.sources.Linear):
 
 
 @pytest.mark.parametrize(
-    "change", [change_global, change_dropout, change_mode, freeze, load, change_source]
-)
+    "change",
+    [
+        change_global, change_dropout, change_mode, freeze, load, change_source, freeze_source,
+        leave_out,
+    ],
+)  # fmt: skip
 def test_what_changes_between_steps_is_noticed(change: Any) -> None:
     global SCALE
     SCALE = 1.0
@@ -234,6 +251,34 @@ def test_what_changes_between_steps_is_noticed(change: Any) -> None:
         train(trainer, 4)
     assert largest_difference(record(fused), record(twin)) < AGREE
     assert fused.fused.programs
+
+
+def test_hooks_on_gradients_are_heard() -> None:
+    fused, twin = pair(loss=scaled)
+    train(fused, 4)
+    train(twin, 4)
+    for trainer in (fused, twin):
+        hear(trainer)
+    with pytest.warns(UserWarning, match="hooks"):
+        train(fused, 3)
+    assert largest_difference(record(fused), record(train(twin, 3))) < AGREE
+
+
+def noisy(output: Tensor, target: Tensor) -> Tensor:
+    """A loss with random numbers that no graph draws."""
+    return F.cross_entropy(output, target) * random.random()
+
+
+def test_random_numbers_of_python_are_drawn_anew() -> None:
+    made = []
+    fused, twin = pair(loss=noisy)
+    for trainer in (fused, twin):
+        random.seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made.append(record(train(trainer, 5)))
+    assert_bits_equal(*made, "with random.random()")
+    assert not fused.fused.programs
 
 
 def test_a_last_smaller_batch_has_a_program_of_its_own() -> None:
@@ -287,10 +332,10 @@ def test_refused_arguments() -> None:
 
 def test_compiled_steps_agree_with_eager_ones() -> None:
     validates = torch.distributions.Distribution._validate_args
-    made = [trainer_of("linear", optimizer=adam, compile=c) for c in (True, False)]
+    made = [trainer_of("linear", metrics_every=10**9, compile=c) for c in (True, False)]
     fused, twin = (train(trainer, 20) for trainer in made)
     assert len(fused.fused.programs) == 1
-    found, expected = record(fused), record(twin)
-    assert largest_difference(found, expected) < 1e-5
-    assert largest_difference(found, record(train(trainer_of("linear", CHAIN), 20))) > 1e-3
+    # Not Adam: behind a batch norm biases have no gradient but rounding, which it would enlarge.
+    assert largest_difference(record(fused), record(twin)) < 1e-5
+    assert largest_difference(record(twin), record(trainer_of("linear"))) > 1e-3
     assert torch.distributions.Distribution._validate_args == validates

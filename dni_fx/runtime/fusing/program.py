@@ -6,6 +6,7 @@ by a choice within the graph.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch import _inductor as inductor
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.optim import Optimizer
 
 from ...passes.trace.settings import kept_settings
+from ..joint import is_plain
 from .recording import Inputs, Recorded
 from .updates import Update, settings_of
 
@@ -26,7 +29,8 @@ class Program:
 
     Args:
         recorded: the step without updates.
-        updates: one for each of its parameters, in their order.
+        updates: of its parameters.
+        optimizers: all that there are.
         parameters, buffers: all tensors of the model and the sources, as they were recorded.
         names: of these, for the printed program.
         batch: a batch of the kind.
@@ -40,6 +44,7 @@ class Program:
         self,
         recorded: Recorded,
         updates: Sequence[Update],
+        optimizers: Sequence[Optimizer],
         parameters: Sequence[nn.Parameter],
         buffers: Sequence[Tensor],
         names: Sequence[str],
@@ -48,7 +53,8 @@ class Program:
     ) -> None:
         self._recorded, self._updates = recorded, list(updates)
         self._parameters, self._buffers = list(parameters), list(buffers)
-        self._settings = {u.optimizer: settings_of(u.optimizer) for u in updates}
+        self._settings = {o: settings_of(o) for o in optimizers}
+        self._trained = [p.requires_grad for p in parameters]
         self._groups = list(dict.fromkeys((u.optimizer, u.group) for u in updates))
         self._states = [s for u in updates for s in u.states]
         tensors = self._tensors(batch.leaves)
@@ -56,17 +62,24 @@ class Program:
         _name_inputs(self.graph, self._labels(names, batch))
         put_back = kept_settings()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # of torch's own code
                 # Not torch.compile: guards of ours hold for the call, and its own cost as much as
                 # a small step.
                 self._call: Callable[..., Any] = inductor.compile(self.graph, [*tensors], options)
         finally:
             put_back()
 
-    def holds(self) -> bool:
-        """Whether the optimisers would still do what the program does."""
-        same = all(settings_of(o) == known for o, known in self._settings.items())
-        return same and all(update.holds() for update in self._updates)
+    def holds(self, optimizers: Sequence[Optimizer]) -> bool:
+        """Whether these would still do what the program does, to parameters trained as then."""
+        known = self._settings
+        return (
+            [*known] == [*optimizers]
+            and all(is_plain(o) and settings_of(o) == then for o, then in known.items())
+            and all(update.holds() for update in self._updates)
+            and [p.requires_grad for p in self._parameters] == self._trained
+            and not any(map(is_watched, self._parameters))
+        )
 
     def __call__(self, batch: Inputs) -> tuple[Tensor, Any] | None:
         """Make the step.
@@ -81,11 +94,15 @@ class Program:
             return None
         for parameter in self._parameters:
             parameter.grad = None
+        for optimizer in self._settings:
+            if "step" in vars(optimizer):  # a scheduler asks whether it was called
+                optimizer._opt_called = True  # type: ignore[attr-defined]
         return loss, self._recorded.output.build(iter(leaves))
 
     def _tensors(self, leaves: Sequence[Tensor]) -> list[Tensor]:
         rates = [
-            torch.tensor(o.param_groups[k]["lr"], dtype=torch.float64) for o, k in self._groups
+            torch.tensor(float(o.param_groups[k]["lr"]), dtype=torch.float64)
+            for o, k in self._groups
         ]
         owned = [p.detach() for p in self._parameters]
         return [*owned, *self._buffers, *self._states, *rates, *leaves]
@@ -146,6 +163,11 @@ class Program:
         rates = [f"rate{k}" for k in range(len(self._groups))]
         rest = [f"given{k}" for k in range(len(batch.leaves) - len(batch.names))]
         return [*names, *states, *rates, *batch.names, *rest]
+
+
+def is_watched(parameter: nn.Parameter) -> bool:
+    """Whether somebody's hooks hear of its gradient."""
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
 
 
 def _all_finite(tensors: Sequence[Tensor]) -> Tensor:

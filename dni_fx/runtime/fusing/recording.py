@@ -14,6 +14,25 @@ from ...graphs.nested import Structure, flatten
 from ..batch_state import Setting
 from ..in_turn import Batch
 
+_aten = torch.ops.aten
+
+
+def _batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    *how: Any,
+) -> Any:
+    """The same kernel, by the operator that declares that it writes its running statistics."""
+    if mean is None or var is None:
+        return _aten._native_batch_norm_legit.no_stats(x, weight, bias, *how)
+    return _aten._native_batch_norm_legit.default(x, weight, bias, mean, var, *how)
+
+
+_DECLARED = {_aten.native_batch_norm.default: _batch_norm}
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -93,8 +112,10 @@ def record(
         rest = [loss.detach() for loss in losses]
         return [made.state.loss, *leaves, *rest, *(p.grad for p in known if p.grad is not None)]
 
-    versions = [b._version for b in buffers]
-    graph = make_fx(run)(*parameters, *buffers, *batch.leaves)
+    before = [(b._version, b.clone()) for b in buffers]
+    graph = make_fx(run, decomposition_table=_DECLARED)(*parameters, *buffers, *batch.leaves)
     known, output, outputs, regressions = found
-    written = [k for k, b in enumerate(buffers) if b._version != versions[k]]
+    # Some operators do not declare what they write.
+    now = [b._version == v and torch.equal(b, c) for b, (v, c) in zip(buffers, before, strict=True)]
+    written = [k for k, same in enumerate(now) if not same]
     return Recorded(graph, tuple(known), tuple(written), output, outputs, regressions)

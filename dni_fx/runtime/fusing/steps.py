@@ -9,17 +9,18 @@ import torch
 from torch import Tensor, fx
 
 from ...decoupled import Decoupled
+from ...graphs.nested import Structure
 from ...graphs.variants import Variant, layouts_of
 from ...passes.trace.calls import ReadAttribute, StoreAttribute
-from ...passes.trace.state import preserved_rng
+from ...passes.trace.state import preserved_rng, python_draws
 from ..batch_state import Setting
 from ..emitted import keep_modes
 from ..objective import Objective
 from ..optimizing import StageOptimizers
 from ..saving import AllOrNothing
 from .holding import Holding
-from .program import Program
-from .recording import Inputs, Recorded, record
+from .program import Program, is_watched
+from .recording import Inputs, record
 from .updates import find_updates, is_settled
 
 _MOST = 8  # programs; batches of further kinds are run eagerly
@@ -51,7 +52,7 @@ class FusedSteps:
     ) -> None:
         self._decoupled, self._objective, self._optimizers = decoupled, objective, optimizers
         self._options = _OPTIONS | options
-        self._known: list[tuple[Variant, Any, Inputs, Holding, Program | None]] = []
+        self._known: list[tuple[Variant, Any, Structure, Holding, Program | None]] = []
         self._said: set[str] = set()
 
     @property
@@ -68,11 +69,10 @@ class FusedSteps:
             Loss and output, detached; None where the step is to be made eagerly: nothing was
             changed then.
         """
-        every = [*self._optimizers.stages.values(), *self._optimizers.sources.values()]
         if (reason := self._obstacle(setting, values)) is not None:
             self._decline(reason)
             return None
-        if not is_settled(every):
+        if not is_settled(self._every()):
             return None
         batch = Inputs.of(values, context, target)
         program = self._find(setting, batch)
@@ -84,6 +84,9 @@ class FusedSteps:
             put_back_rng()
             return None
         return found
+
+    def _every(self) -> list[torch.optim.Optimizer]:
+        return [*self._optimizers.stages.values(), *self._optimizers.sources.values()]
 
     def _decline(self, reason: str) -> Program | None:
         """No program; say why, once."""
@@ -111,8 +114,8 @@ class FusedSteps:
         variant, layouts = self._decoupled.graphs.variant, layouts_of([*batch.leaves])
         for entry in self._known:
             known, shapes, like, holding, program = entry
-            same = known is variant and shapes == layouts and like.structure == batch.structure
-            if same and holding.holds() and (program is None or program.holds()):
+            same = known is variant and shapes == layouts and like == batch.structure
+            if same and holding.holds() and (program is None or program.holds(self._every())):
                 return program
             if same:
                 self._known.remove(entry)
@@ -123,7 +126,7 @@ class FusedSteps:
         called = [m for stage in setting.stages for m in stage.module.children()]
         holding = Holding(self._objective.loss, [*asked, *called])
         program = self._make(setting, batch, holding)
-        self._known.append((variant, layouts, batch, holding, program))
+        self._known.append((variant, layouts, batch.structure, holding, program))
         return program
 
     def _make(self, setting: Setting, batch: Inputs, holding: Holding) -> Program | None:
@@ -133,29 +136,33 @@ class FusedSteps:
         nodes = self._decoupled.graphs.variant.trace.graph.nodes
         if any(isinstance(node.target, ReadAttribute | StoreAttribute) for node in nodes):
             return self._decline("the model keeps tensors from call to call")
-        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in named.values()):
+        if any(map(is_watched, named.values())):
             return self._decline("a parameter has hooks")
-        found: Recorded | None = None
+        found, draws, same = None, python_draws(), True
         try:
             with AllOrNothing(self._decoupled).step(False), keep_modes(), torch.enable_grad():
                 found = record(setting, [*named.values()], [*kept.values()], batch)
+                same = holding.holds() and python_draws() == draws
                 raise _UndoneError
         except _UndoneError:
             pass
         except Exception as error:
             return self._decline(f"it cannot be recorded: {_first_line(error)}")
         assert found is not None
-        if not holding.holds():
-            return self._decline("a source, the loss or a module changes its own attributes")
+        if not same:
+            return self._decline(
+                "a source, the loss or a module changes its own attributes, or draws from Python's "
+                "or NumPy's random numbers"
+            )
         if held := _constants(found.graph):
             return self._decline(f"it reads {held} tensors that are neither parameters nor buffers")
-        every = [*self._optimizers.stages.values(), *self._optimizers.sources.values()]
+        every = self._every()
         updates = find_updates(every, found.parameters)
         if isinstance(updates, str):
             return self._decline(updates)
         tensors = [*named.values()], [*kept.values()], [*named, *kept]
         try:
-            return Program(found, updates, *tensors, batch, self._options)
+            return Program(found, updates, every, *tensors, batch, self._options)
         except Exception as error:
             return self._decline(f"it does not compile: {_first_line(error)}")
 

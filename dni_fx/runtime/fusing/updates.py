@@ -96,9 +96,13 @@ def is_settled(optimizers: Iterable[torch.optim.Optimizer]) -> bool:
     return True
 
 
-def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """What must not change for an update to hold, by group."""
-    return [{n: v for n, v in g.items() if n not in _FREE} for g in optimizer.param_groups]
+def settings_of(optimizer: torch.optim.Optimizer) -> list[tuple[dict[str, Any], list[int]]]:
+    """What must not change for updates to hold, by group: settings, and whose."""
+    groups = optimizer.param_groups
+    return [
+        ({n: v for n, v in group.items() if n not in _FREE}, [id(p) for p in group["params"]])
+        for group in groups
+    ]
 
 
 def _states_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[Tensor, ...]:
