@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -175,6 +176,19 @@ def _perceptual() -> nn.Module:
 _CROSS = {"cross_attention_dim": 16, "attention_head_dim": 8, "norm_num_groups": 8}
 _DOWN, _UP = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
 
+
+def _nnunet(name: str) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        kind = named(f"dynamic_network_architectures.architectures.unet:{name}")
+        return kind(
+            1, 3, [8, 16, 16], nn.Conv2d, 3, [1, 2, 2], [1, 1, 1], 2, [1, 1], conv_bias=True,
+            norm_op=nn.InstanceNorm2d, norm_op_kwargs={"affine": True}, nonlin=nn.LeakyReLU,
+            deep_supervision=True,
+        )  # fmt: skip
+
+    return make
+
+
 TABLE: dict[str, Row] = {
     "diffusers/unet_2d": _diffusers(
         "UNet2DModel", real(3, 16, 16), _steps(), keywords={}, sample_size=16,
@@ -318,4 +332,7 @@ TABLE: dict[str, Row] = {
             "latent_dim": 32, "latent_heads": 4}, {"queries": real(6, 16)}),
     "slot_attention/slots": row(Slots, _SMALL),
     "lpips/squeeze": row(_perceptual, _IMAGE, _IMAGE),
+    "dynamic_network_architectures/plain": row(_nnunet("PlainConvUNet"), real(1, 16, 16)),
+    "dynamic_network_architectures/residual": row(
+        _nnunet("ResidualEncoderUNet"), real(1, 16, 16)),
 }  # fmt: skip

@@ -166,6 +166,51 @@ def _discrete(spaces: Any) -> Any:
     return spaces.Discrete(4)
 
 
+def _tabm(**options: Any) -> nn.Module:
+    embeddings = named("rtdl_num_embeddings:LinearReLUEmbeddings")(options["n_num_features"])
+    return named("tabm:TabM").make(num_embeddings=embeddings, **options)
+
+
+def _periodic() -> nn.Module:
+    embeddings = named("rtdl_num_embeddings:PeriodicEmbeddings")(6, 8, lite=False)
+    return nn.Sequential(
+        embeddings, nn.Flatten(), nn.Linear(6 * 8, 16), nn.ReLU(), nn.Linear(16, 2)
+    )
+
+
+class Sparse(nn.Module):
+    """Attention whose weights are sparse, with a power that is learnt in a second one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
+        self.power = nn.Parameter(torch.tensor(1.5))
+        self.last = named("entmax:Sparsemax")(-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features that sum to one."""
+        scores = self.q(x) @ self.k(x).transpose(1, 2)
+        first = named("entmax:entmax15")(scores, dim=-1) @ self.v(x)
+        second = named("entmax:entmax_bisect")(scores, self.power, dim=-1) @ x
+        return self.last(self.out(first + second))
+
+
+class Constrained(nn.Module):
+    """A recurrence by an orthogonal matrix and one of low rank, as geotorch keeps them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turn, self.mix, self.out = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        named("geotorch:orthogonal")(self.turn, "weight")
+        named("geotorch:low_rank")(self.mix, "weight", 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores of the last state."""
+        for _ in range(3):
+            x = torch.tanh(self.turn(x) + self.mix(x))
+        return self.out(x)
+
+
 TABLE: dict[str, Row] = {
     "reformer_pytorch/lm": row(
         "reformer_pytorch:ReformerLM", _TEXT, **_LM, max_seq_len=64, bucket_size=8, n_hashes=2,
@@ -239,6 +284,20 @@ TABLE: dict[str, Row] = {
     "pytorch_tabnet/tabnet": row(
         "pytorch_tabnet.tab_network:TabNet", real(12), input_dim=12, output_dim=3,
         group_attention_matrix=torch.eye(12)),
+    "tabm/ensemble": row(
+        _tabm, real(6), ids(3, 2), n_num_features=6, cat_cardinalities=[3, 4], d_out=2, k=4,
+        n_blocks=3, d_block=16),
+    "rtdl_num_embeddings/periodic": row(_periodic, real(6)),
+    "rtdl_revisiting_models/ft": row(
+        "rtdl_revisiting_models:FTTransformer", real(5), ids(3, 2), n_cont_features=5,
+        cat_cardinalities=[3, 4], d_out=2, n_blocks=3, d_block=32, attention_n_heads=4,
+        attention_dropout=0.1, ffn_d_hidden=None, ffn_d_hidden_multiplier=1.3, ffn_dropout=0.1,
+        residual_dropout=0.0),
+    "rtdl_revisiting_models/resnet": row(
+        "rtdl_revisiting_models:ResNet", real(5), d_in=5, d_out=2, n_blocks=3, d_block=16,
+        d_hidden=None, d_hidden_multiplier=2.0, dropout1=0.1, dropout2=0.0),
+    "entmax/attention": row(Sparse, real(5, 8)),
+    "geotorch/recurrent": row(Constrained, real(8)),
     "pytorch_tcn/tcn": row(
         "pytorch_tcn:TCN", real(4, 32), num_inputs=4, num_channels=[16, 16, 16, 16]),
     "ncps/cfc": row("ncps.torch:CfC", real(6, 8), input_size=8, units=16),
