@@ -49,6 +49,11 @@ class Watched:
             kept if self._is_of(within, kept) else kept.again() for kept in self._contents
         ]
 
+    def settle(self, path: str) -> None:
+        """What a module holds itself was looked at by others: take it for given."""
+        own = [kept.again() if self._is_of((path,), kept) else kept for kept in self._contents]
+        self._contents = own
+
     def changed(self, within: Sequence[str], depends: Depends) -> str | None:
         """What has changed since the last look, in words.
 

@@ -101,6 +101,7 @@ class Visits:
                 self._watched.look()  # the model's own hooks run around the stages
             self._check_outside()
             self._check_changes(module, path, before, entries)
+            self._watched.settle(path)
             if not path:
                 self._fill()
         except Exception:
