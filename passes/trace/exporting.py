@@ -116,7 +116,7 @@ _PRINTS = (sys.stdlib_module_names | {"sympy"}) - {
     "__main__"
 }  # what export's own text goes through
 # lost in an exported graph, or other than in a call
-_HIDDEN = {"register_hook", "retain_grad", "register_post_accumulate_grad_hook"}
+_HIDDEN = {"register_hook", "retain_grad", "register_post_accumulate_grad_hook", "_nnz"}
 
 
 class _Asked(TorchFunctionMode):
