@@ -90,6 +90,8 @@ class Visits:
             BakedInError: it changes its own attributes or what is outside of the model, or draws
                 numbers that no graph can draw.
         """
+        if path:
+            self._check_outside()  # what was done until here is the caller's
         self.visited[path] = module
         self._reads.visited(module, path)
         self.stack.append(path)
@@ -204,6 +206,8 @@ class Visits:
         for fill in self._watched.fills():
             node = self._known.graph.call_function(fill)
             self._describe_store(node)
+            # The graph of a later call has none, and the same cuts must be legal there.
+            node.meta["glued"] = True
 
     def _depends_on_values(self, value: torch.Tensor) -> bool:
         return self._known.is_computed(value) and not self._is_of_sizes(value)
