@@ -204,8 +204,7 @@ class Visits:
 
     def _fill(self) -> None:
         for fill in self._watched.fills():
-            node = self._known.graph.call_function(fill)
-            self._describe_store(node)
+            self._describe_store(node := self._known.graph.call_function(fill))
             # The graph of a later call has none, and the same cuts must be legal there.
             node.meta["glued"] = True
 

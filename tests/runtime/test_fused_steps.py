@@ -207,7 +207,9 @@ def freeze_source(trainer: Any) -> None:
 
 def leave_out(trainer: Any) -> None:
     """A parameter that an optimiser steps no longer."""
-    group = trainer.optimizers["stage_1"].param_groups[0]
+    optimizer = trainer.optimizers["stage_1"]
+    group = optimizer.param_groups[0]
+    optimizer.state.pop(group["params"][0])
     group["params"] = group["params"][1:]
 
 
@@ -337,5 +339,6 @@ def test_compiled_steps_agree_with_eager_ones() -> None:
     assert len(fused.fused.programs) == 1
     # Not Adam: behind a batch norm biases have no gradient but rounding, which it would enlarge.
     assert largest_difference(record(fused), record(twin)) < 1e-5
-    assert largest_difference(record(twin), record(trainer_of("linear"))) > 1e-3
+    moved = record(twin)["decoupled"], record(trainer_of("linear"))["decoupled"]
+    assert largest_difference(*moved) > 1e-3
     assert torch.distributions.Distribution._validate_args == validates

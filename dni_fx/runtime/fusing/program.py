@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch import _inductor as inductor
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim import Optimizer
 
+from ...passes.trace.operators import named_inputs, record_operators
 from ...passes.trace.settings import kept_settings
 from ..joint import is_plain
 from .recording import Inputs, Recorded
@@ -58,8 +58,8 @@ class Program:
         self._groups = list(dict.fromkeys((u.optimizer, u.group) for u in updates))
         self._states = [s for u in updates for s in u.states]
         tensors = self._tensors(batch.leaves)
-        self.graph = make_fx(self._run, tracing_mode="fake")(*tensors)
-        _name_inputs(self.graph, self._labels(names, batch))
+        whole = record_operators(self._run, tensors, fake=True)
+        self.graph = named_inputs(whole, self._labels(names, batch))
         put_back = kept_settings()
         try:
             with torch.no_grad(), warnings.catch_warnings():
@@ -176,12 +176,3 @@ def _all_finite(tensors: Sequence[Tensor]) -> Tensor:
     """
     wide = [t.float() if t.dtype in _HALF else t for t in tensors]
     return torch.stack([t.sum().double().isfinite() for t in wide]).all()
-
-
-def _name_inputs(graph: fx.GraphModule, names: Sequence[str]) -> None:
-    """So that the printed program speaks of the model's own parameters."""
-    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    for node, name in zip(inputs, names, strict=True):
-        node._rename("".join(c if c.isalnum() else "_" for c in name))
-        node.target = node.name
-    graph.recompile()

@@ -7,31 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from ...graphs.nested import Structure, flatten
+from ...passes.trace.operators import record_operators
 from ..batch_state import Setting
 from ..in_turn import Batch
-
-_aten = torch.ops.aten
-
-
-def _batch_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    *how: Any,
-) -> Any:
-    """The same kernel, by the operator that declares that it writes its running statistics."""
-    if mean is None or var is None:
-        return _aten._native_batch_norm_legit.no_stats(x, weight, bias, *how)
-    return _aten._native_batch_norm_legit.default(x, weight, bias, mean, var, *how)
-
-
-_DECLARED = {_aten.native_batch_norm.default: _batch_norm}
 
 
 @dataclass(frozen=True)
@@ -75,7 +57,7 @@ class Recorded:
         regressions: how many sources have a loss.
     """
 
-    graph: fx.GraphModule
+    graph: GraphModule
     parameters: tuple[nn.Parameter, ...]
     written: tuple[int, ...]
     output: Structure
@@ -113,7 +95,7 @@ def record(
         return [made.state.loss, *leaves, *rest, *(p.grad for p in known if p.grad is not None)]
 
     before = [(b._version, b.clone()) for b in buffers]
-    graph = make_fx(run, decomposition_table=_DECLARED)(*parameters, *buffers, *batch.leaves)
+    graph = record_operators(run, [*parameters, *buffers, *batch.leaves])
     known, output, outputs, regressions = found
     # Some operators do not declare what they write.
     now = [b._version == v and torch.equal(b, c) for b, (v, c) in zip(buffers, before, strict=True)]

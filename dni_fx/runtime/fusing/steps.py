@@ -6,12 +6,13 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from ...decoupled import Decoupled
 from ...graphs.nested import Structure
 from ...graphs.variants import Variant, layouts_of
 from ...passes.trace.calls import ReadAttribute, StoreAttribute
+from ...passes.trace.operators import count_constants
 from ...passes.trace.state import preserved_rng, python_draws
 from ..batch_state import Setting
 from ..emitted import keep_modes
@@ -24,7 +25,6 @@ from .recording import Inputs, record
 from .updates import find_updates, is_settled
 
 _MOST = 8  # programs; batches of further kinds are run eagerly
-_FRESH = ("lift_fresh", "lift_fresh_copy")  # of a tensor that was made within the step
 _OPTIONS = {"fallback_random": True}  # the random numbers of eager code
 
 
@@ -154,7 +154,7 @@ class FusedSteps:
                 "a source, the loss or a module changes its own attributes, or draws from Python's "
                 "or NumPy's random numbers"
             )
-        if held := _constants(found.graph):
+        if held := count_constants(found.graph):
             return self._decline(f"it reads {held} tensors that are neither parameters nor buffers")
         every = self._every()
         updates = find_updates(every, found.parameters)
@@ -165,12 +165,6 @@ class FusedSteps:
             return Program(found, updates, every, *tensors, batch, self._options)
         except Exception as error:
             return self._decline(f"it does not compile: {_first_line(error)}")
-
-
-def _constants(graph: fx.GraphModule) -> int:
-    """How many tensors a graph holds fast that were there before it."""
-    held = [node for node in graph.graph.nodes if node.op == "get_attr"]
-    return sum(any(u.name.rstrip("_0123456789") not in _FRESH for u in n.users) for n in held)
 
 
 def _first_line(error: BaseException) -> str:
