@@ -134,9 +134,12 @@ def _kept_early(variant: Variant) -> list[tuple[str, dict[str, Any], str]]:
     paths = {id(m): path for path, m in model.named_modules()}
     found: list[tuple[nn.Module, str]] = []
     for stage in variant.split.stages[:-1]:
-        targets = [n.target for n in stage.module.graph.nodes]
+        nodes, get = stage.module.graph.nodes, stage.module.get_submodule
+        targets = [n.target for n in nodes]
         found += [(t.module, t.name) for t in targets if isinstance(t, StoreAttribute)]
-        for module in [m for path in stage.called for m in model.get_submodule(path).modules()]:
+        # By the stage: layers that were told apart are no modules of the model.
+        called = [get(str(n.target)) for n in nodes if n.op == "call_module"]
+        for module in [m for each in called for m in each.modules()]:
             own = vars(module)
             whole = id(own) in changed
             names = [n for n in own.keys() - MODULE_INTERNALS if whole or id(own[n]) in changed]

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from .joint import is_plain
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_AFTER = 0.01  # seconds after the updates in which a step ends
+_AFTER = 0.1  # seconds after the updates in which a step ends
 _stepped = weakref.WeakSet[torch.optim.Optimizer]()
 
 
