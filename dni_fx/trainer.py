@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import warnings
@@ -52,10 +53,9 @@ class Trainer(Measures):
             accumulate.
         metrics_every: how often the predictions are compared with their targets, in steps.
         compile: whether a whole step (stages, sources, SGD's or Adam's updates) is one call that
-            TorchInductor makes faster; or its options, as ``torch.compile(options=)``
-            takes them. Numbers agree with eager steps to
-            rounding, ``.grad`` is not kept, and what cannot be recorded runs eagerly, with a
-            warning that says why.
+            TorchInductor makes faster; or its options, as ``torch.compile(options=)`` takes them.
+            Numbers agree with eager steps to rounding, ``.grad`` is not kept, and what cannot be
+            recorded runs eagerly, with a warning that says why.
 
     Attributes:
         fused: the compiled steps; None without ``compile``.
@@ -137,18 +137,18 @@ class Trainer(Measures):
 
     def _run(self, mode: Mode, values: dict[str, Any], target: Any) -> StepReport:
         """One stage after the other."""
-        setting, known = self._settings.of(mode), list[Any]()
-        if self.fused is not None and not self.metrics.is_due(self.steps):
-            known.append(self.objective.context(target))  # once, since it may be random
-            if (made := self.fused.step(setting, values, known[0], target)) is not None:
-                self.steps += 1
-                return StepReport(*made, dict(self.metrics.found), self.steps)
+        setting = self._settings.of(mode)
+        context = functools.cache(lambda: self.objective.context(target))  # it may be random
+        fused = None if self.metrics.is_due(self.steps) else self.fused
+        made = fused and fused.step(setting, values, context, target)
+        if made is not None:
+            self.steps += 1
+            return StepReport(*made, dict(self.metrics.found), self.steps)
         batch = Batch(setting)
         output: list[Any] = []
 
         def begin() -> None:
-            context = known[0] if known else self.objective.context(target)
-            batch.begin(values, context, target, self._in_turn.clock)
+            batch.begin(values, context(), target, self._in_turn.clock)
             output.append(batch.state.output)
 
         self._in_turn.advance(self.steps, batch, begin)

@@ -169,9 +169,7 @@ class StageBatch:
         inputs = self.receive()
         held: Tape | Rerun | None = Rerun(self.stage.module, inputs) if rerun else None
         tape = None
-        keeps = (
-            self.setting.changes.contents
-        )  # what a loss reads there must be seen to have a graph
+        keeps = self.setting.changes.contents  # a loss that reads it must find its graph
         if rerun and not early and not keeps:
             self.run_only()
         else:

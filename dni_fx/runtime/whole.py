@@ -35,7 +35,7 @@ def whole(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[None]:
     copies = not all(map(_is_proven, every))
     put_back = [_remembered(optimizer) for optimizer in every] if copies else []
     try:
-        with contextlib.nullcontext() if copies else _held_signals():
+        with contextlib.nullcontext() if copies else held_signals():
             yield
     except BaseException:
         with torch.no_grad():
@@ -78,7 +78,7 @@ def _remembered(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
 
 
 @contextlib.contextmanager
-def _held_signals() -> Iterator[None]:
+def held_signals() -> Iterator[None]:
     """Signals that Python handles come when the step is over, not between two updates."""
     if threading.current_thread() is not threading.main_thread():
         yield

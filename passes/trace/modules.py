@@ -179,14 +179,14 @@ class Visits:
         key = id(module), name
         if key not in self.stored and not self._reads.is_empty(module, name):
             return
-        given = self._known.argument(value)
-        self._describe_store(
-            self._known.graph.call_function(StoreAttribute(module, name), (given,))
-        )
+        self._add_effect(StoreAttribute(module, name), self._known.argument(value))
         self.stored[key] = value
 
-    def _describe_store(self, store: fx.Node) -> None:
-        store.meta.update(_OF_NO_VALUE, modules=tuple(self.stack[:1]))
+    def _add_effect(self, target: Any, *args: Any) -> fx.Node:
+        """Something that is done, and gives no value."""
+        node = self._known.graph.call_function(target, args)
+        node.meta.update(_OF_NO_VALUE, modules=tuple(self.stack[:1]))
+        return node
 
     def _fails(self, path: str, leaf: bool) -> None:
         if self.failed_at is None:
@@ -204,9 +204,8 @@ class Visits:
 
     def _fill(self) -> None:
         for fill in self._watched.fills():
-            self._describe_store(node := self._known.graph.call_function(fill))
             # The graph of a later call has none, and the same cuts must be legal there.
-            node.meta["glued"] = True
+            self._add_effect(fill).meta["glued"] = True
 
     def _depends_on_values(self, value: torch.Tensor) -> bool:
         return self._known.is_computed(value) and not self._is_of_sizes(value)
@@ -278,8 +277,7 @@ class Visits:
         order = {n: i for i, n in enumerate(graph.nodes)}
         last = max([node, *reads, *users], key=order.__getitem__)
         with graph.inserting_after(last):
-            store = graph.call_function(StoreAttribute(module, name), (node,))
-        self._describe_store(store)
+            store = self._add_effect(StoreAttribute(module, name), node)
         place = (name, f"forward keeps self.{name} from call to call: it is read and written there")
         for touching in [node, *reads, store]:
             touching.meta["together"] = (*touching.meta.get("together", ()), place)

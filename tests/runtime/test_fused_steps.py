@@ -255,6 +255,35 @@ def test_what_changes_between_steps_is_noticed(change: Any) -> None:
     assert fused.fused.programs
 
 
+def test_targets_of_another_kind_have_programs_of_their_own() -> None:
+    """In another dtype, and where the target was the input itself."""
+
+    def reconstructs(output: Tensor, target: Tensor) -> Tensor:
+        return F.mse_loss(output, target[:, :3].to(output.dtype))
+
+    made = []
+    for compile_ in (True, False):
+        trainer = trainer_of(
+            "zero", model=double(), compile=compile_, metrics_every=10**9, context=None,
+            loss=reconstructs,
+        )  # fmt: skip
+        for step in range(9):
+            x, _ = batch(step, dtype=torch.float64)
+            other = batch(step + 50, dtype=torch.float64)[0]
+            trainer.step(x, target=(x, other, other.float())[step // 3])
+        made.append(trainer)
+    assert_agree(*made, programs=3)
+
+
+def test_a_parameter_without_state_waits_for_an_eager_step() -> None:
+    fused, twin = pair(optimizer=adam)
+    for trainer in (fused, twin):
+        train(trainer, 4)
+        trainer.optimizers["stage_1"].state.clear()
+        train(trainer, 4)
+    assert_agree(fused, twin)
+
+
 def test_hooks_on_gradients_are_heard() -> None:
     fused, twin = pair(loss=scaled)
     train(fused, 4)

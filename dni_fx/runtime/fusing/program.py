@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from ...passes.trace.operators import named_inputs, record_operators
 from ...passes.trace.settings import kept_settings
 from ..joint import is_plain
+from ..whole import held_signals
 from .recording import Inputs, Recorded
 from .updates import Update, settings_of
 
@@ -88,7 +89,7 @@ class Program:
             The loss, and the model's output, detached; None where something is not finite and
             nothing was changed.
         """
-        with torch.no_grad():
+        with torch.no_grad(), held_signals():
             finite, loss, *leaves = self._call(*self._tensors(batch.leaves))
         if not bool(finite):
             return None

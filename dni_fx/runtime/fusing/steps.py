@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ...decoupled import Decoupled
 from ...graphs.nested import Structure
-from ...graphs.variants import Variant, layouts_of
+from ...graphs.variants import Variant, kinds_of, layouts_of
 from ...passes.trace.calls import ReadAttribute, StoreAttribute
 from ...passes.trace.operators import count_constants
 from ...passes.trace.state import preserved_rng, python_draws
@@ -22,7 +23,7 @@ from ..saving import AllOrNothing
 from .holding import Holding
 from .program import Program, is_watched
 from .recording import Inputs, record
-from .updates import find_updates, is_settled
+from .updates import UnsettledError, find_updates
 
 _MOST = 8  # programs; batches of further kinds are run eagerly
 _OPTIONS = {"fallback_random": True}  # the random numbers of eager code
@@ -61,9 +62,17 @@ class FusedSteps:
         return [program for *_, program in self._known if program is not None]
 
     def step(
-        self, setting: Setting, values: dict[str, Any], context: Tensor | None, target: Any
+        self,
+        setting: Setting,
+        values: dict[str, Any],
+        context: Callable[[], Tensor | None],
+        target: Any,
     ) -> tuple[Tensor, Any] | None:
         """Make one step.
+
+        Args:
+            setting, values, target: of the batch.
+            context: gives what sources see of the target.
 
         Returns:
             Loss and output, detached; None where the step is to be made eagerly: nothing was
@@ -72,9 +81,7 @@ class FusedSteps:
         if (reason := self._obstacle(setting, values)) is not None:
             self._decline(reason)
             return None
-        if not is_settled(self._every()):
-            return None
-        batch = Inputs.of(values, context, target)
+        batch = Inputs.of(values, context(), target)
         program = self._find(setting, batch)
         if program is None:
             return None
@@ -111,7 +118,8 @@ class FusedSteps:
 
     def _find(self, setting: Setting, batch: Inputs) -> Program | None:
         """The program for a batch; recorded where there is none yet."""
-        variant, layouts = self._decoupled.graphs.variant, layouts_of([*batch.leaves])
+        leaves, variant = [*batch.leaves], self._decoupled.graphs.variant
+        layouts = kinds_of(leaves), layouts_of(leaves)
         for entry in self._known:
             known, shapes, like, holding, program = entry
             same = known is variant and shapes == layouts and like == batch.structure
@@ -125,7 +133,10 @@ class FusedSteps:
         asked = [served.source for served in setting.served]
         called = [m for stage in setting.stages for m in stage.module.children()]
         holding = Holding(self._objective.loss, [*asked, *called])
-        program = self._make(setting, batch, holding)
+        try:
+            program = self._make(setting, batch, holding)
+        except UnsettledError:  # the eager step makes the states
+            return None
         self._known.append((variant, layouts, batch.structure, holding, program))
         return program
 

@@ -24,6 +24,10 @@ _OFF = ("amsgrad", "maximize", "capturable", "differentiable")
 _FREE = ("params", "param_names", "lr", "initial_lr", "foreach", "fused", "swap_lr")
 
 
+class UnsettledError(Exception):
+    """An optimiser has not stepped some parameter yet."""
+
+
 @dataclass(frozen=True)
 class Update:
     """One parameter's update.
@@ -63,7 +67,11 @@ class Update:
 def find_updates(
     optimizers: Iterable[torch.optim.Optimizer], parameters: Collection[nn.Parameter]
 ) -> list[Update] | str:
-    """What the optimisers do to each of the parameters, or why that is not known."""
+    """What the optimisers do to each of the parameters, or why that is not known.
+
+    Raises:
+        UnsettledError: a parameter has no state yet; a step of its optimiser makes it.
+    """
     found, wanted = [], set(parameters)
     for optimizer in optimizers:
         name = type(optimizer).__name__
@@ -77,23 +85,11 @@ def find_updates(
             if on or any(isinstance(v, Tensor) for v in group.values()):
                 return f"{name} with {on[0] if on else 'settings that are tensors'}"
             found += [
-                Update(optimizer, index, p, settings, _states_of(optimizer, p))
+                Update(optimizer, index, p, settings, _states_of(optimizer, p, settings))
                 for p in group["params"]
                 if p in wanted
             ]
     return found
-
-
-def is_settled(optimizers: Iterable[torch.optim.Optimizer]) -> bool:
-    """Whether every parameter with a gradient has its state: it is made in a first step."""
-    for optimizer in optimizers:
-        needs = bool(KINDS.get(type(optimizer))) and any(
-            group.get("momentum", 1) for group in optimizer.param_groups
-        )
-        every = [p for group in optimizer.param_groups for p in group["params"]]
-        if needs and not any(optimizer.state.get(p) for p in every):
-            return False
-    return True
 
 
 def settings_of(optimizer: torch.optim.Optimizer) -> list[tuple[dict[str, Any], list[int]]]:
@@ -105,10 +101,14 @@ def settings_of(optimizer: torch.optim.Optimizer) -> list[tuple[dict[str, Any], 
     ]
 
 
-def _states_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[Tensor, ...]:
+def _states_of(
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, settings: dict[str, Any]
+) -> tuple[Tensor, ...]:
+    names = KINDS[type(optimizer)] if settings.get("momentum", 1) else ()
     known = optimizer.state.get(parameter, {})
-    names = KINDS[type(optimizer)]
-    return tuple(known[n] for n in names if known.get(n) is not None)
+    if any(known.get(name) is None for name in names):
+        raise UnsettledError
+    return tuple(known[name] for name in names)
 
 
 def _sgd(
