@@ -140,7 +140,7 @@ class Trainer(Measures):
         setting = self._settings.of(mode)
         context = functools.cache(lambda: self.objective.context(target))  # it may be random
         fused = None if self.metrics.is_due(self.steps) else self.fused
-        made = fused and fused.step(setting, values, context, target)
+        made = None if fused is None else fused.step(setting, values, context, target)
         if made is not None:
             self.steps += 1
             return StepReport(*made, dict(self.metrics.found), self.steps)
