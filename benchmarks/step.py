@@ -123,7 +123,7 @@ def _gradient(received: Tensor) -> Tensor:
 class Library:
     """The same through dni_fx."""
 
-    def __init__(self, model: Network, x: Tensor) -> None:
+    def __init__(self, model: Network, x: Tensor, compiled: bool = False) -> None:
         import dni_fx
 
         self.decoupled = dni_fx.decouple(
@@ -139,7 +139,11 @@ class Library:
             return torch.optim.Adam(parameters, LEARNING_RATE)  # type: ignore[arg-type]
 
         self.trainer = dni_fx.Trainer(
-            self.decoupled, loss=F.cross_entropy, optimizer=adam, synthesizer_optimizer=adam
+            self.decoupled,
+            loss=F.cross_entropy,
+            optimizer=adam,
+            synthesizer_optimizer=adam,
+            compile=compiled,
         )
 
     def __call__(self, x: Tensor, labels: Tensor) -> object:
@@ -241,6 +245,7 @@ def main() -> None:
         "backprop": Backprop(copy.deepcopy(start)),
         "hand-written": HandWritten(copy.deepcopy(start)),
         "dni_fx": Library(copy.deepcopy(start), x),
+        "dni_fx, compiled": Library(copy.deepcopy(start), x, compiled=True),
     }
     if arguments.profile:
         for name in ("hand-written", "dni_fx"):

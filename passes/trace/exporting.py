@@ -112,9 +112,8 @@ def _watch(
         raise BakedInError(f"forward changes {changed}")
 
 
-_PRINTS = (sys.stdlib_module_names | {"sympy"}) - {
-    "__main__"
-}  # what export's own text goes through
+# what export's own text goes through
+_PRINTS = (sys.stdlib_module_names | {"sympy"}) - {"__main__"}
 # lost in an exported graph, or other than in a call
 _HIDDEN = {"register_hook", "retain_grad", "register_post_accumulate_grad_hook", "_nnz"}
 
