@@ -15,6 +15,7 @@ from .decoupled import Decoupled
 from .errors import DecouplingError
 from .graphs.nested import map_tensors
 from .parallel.threads import OnThreads
+from .parallel.visits import Visiting, Visits
 from .reports.steps import StepReport
 from .runtime.batch_state import Settings
 from .runtime.fusing.steps import FusedSteps
@@ -24,7 +25,7 @@ from .runtime.objective import Loss
 from .runtime.optimizing import MakeOptimizer
 from .runtime.saving import load_trained, trained_state
 from .runtime.transforms import check_ordinary
-from .schedules import Flow, Mode, Schedule, Threads, make_schedule, mode_of
+from .schedules import Mode, Schedule, Threads, make_schedule, mode_of
 
 
 class Trainer(Measures):
@@ -52,6 +53,16 @@ class Trainer(Measures):
         accumulate: how many steps' gradients make one update; the loss of each counts 1 /
             accumulate.
         metrics_every: how often the predictions are compared with their targets, in steps.
+        update: ``"together"`` at the end of the step, or ``"at_once"``: each stage clips, steps and
+            frees its gradients before the next one runs, so that those of one stage live at a
+            time. A step is whole in each stage then, not in all.
+        resident: how many stages may be in memory at a time (weights, gradients, what optimisers
+            keep, sources); the others are in the store, and a thread reads the next one while a
+            stage works. With 1 there is no such overlap. Implies ``update="at_once"``.
+        store: where the others are: ``"host"`` memory (for models on an accelerator), or a folder.
+        sweep: how many batches a stage takes in one visit, each with an update of its own, so that
+            reading it costs a part of that. ``step`` keeps the batches until there are so many;
+            what comes back to the sources is up to so many steps late.
         compile: whether a whole step (stages, sources, SGD's or Adam's updates) is one call that
             TorchInductor makes faster; or its options, as ``torch.compile(options=)`` takes them.
             Numbers agree with eager steps to rounding, ``.grad`` is not kept, and what cannot be
@@ -59,7 +70,8 @@ class Trainer(Measures):
 
     Attributes:
         fused: the compiled steps; None without ``compile``.
-        threads: the stages at work, with ``schedules.Threads``; None before the first step.
+        beside: the stages at work, where they are not stepped together: with ``schedules.Threads``,
+            or in visits; None before the first step.
 
     Raises:
         DecouplingError: arguments of the wrong kind.
@@ -76,6 +88,10 @@ class Trainer(Measures):
         clip_norm: float | None = None,
         accumulate: int = 1,
         metrics_every: int = 50,
+        update: str = "together",
+        resident: int | None = None,
+        store: str | os.PathLike[str] = "host",
+        sweep: int = 1,
         compile: bool | dict[str, Any] = False,
     ) -> None:
         super().__init__(
@@ -90,11 +106,17 @@ class Trainer(Measures):
         self.schedule = make_schedule(schedule)
         _warn_if_alone()
         self._in_turn: InTurn[Batch] = InTurn(decoupled, self.optimizing, self.metrics, accumulate)
-        self.threads: OnThreads | None = None
+        self.beside: OnThreads | Visits | None = None
+        self.visiting = Visiting.checked(update, resident, store, sweep)
+        if self.visiting is not None and isinstance(self.schedule, Threads):
+            raise DecouplingError(
+                "update=, resident= and sweep= visit one stage after the other, and "
+                "schedules.Threads runs them at once: leave one of them out"
+            )
         self._settings = Settings(decoupled.graphs, self.objective)
         self.fused: FusedSteps | None = None
         if compile is not False:
-            options = _checked_options(compile, self.schedule)
+            options = _checked_options(compile, self.schedule, self.visiting)
             self.fused = FusedSteps(decoupled, self.objective, self.optimizing, options)
         if decoupled.graphs.active is not None:
             self._prepare_optimizers()
@@ -121,18 +143,19 @@ class Trainer(Measures):
         next step starts, as ``zero_grad`` would.
         """
         schedule = self.schedule
-        if isinstance(schedule, Threads):
+        beside = isinstance(schedule, Threads) or self.visiting is not None
+        if beside:
             # The caller may write into its own.
             args, kwargs, target = map_tensors(torch.clone, (args, kwargs, target))
-            if self.threads is not None:
-                self.threads.check_modes()
+            if self.beside is not None:
+                self.beside.check_modes()
             if not self.decoupled.has_graph_for(*args, **kwargs):
-                self.drain()  # a model is traced while nothing else uses it
+                self.gather()  # a model is traced while nothing else uses it
         values = check_ordinary(self._bind_call(*args, **kwargs), target)
         self._prepare_optimizers()
         mode = mode_of(schedule, self.steps, len(self.decoupled.stages))
-        if isinstance(schedule, Threads):
-            return self._hand_over(schedule.flow, mode, values, target)
+        if beside:
+            return self._hand_over(mode, values, target)
         return self._run(mode, values, target)
 
     def _run(self, mode: Mode, values: dict[str, Any], target: Any) -> StepReport:
@@ -157,29 +180,47 @@ class Trainer(Measures):
         loss = torch.tensor(math.nan) if found is None else found * self.accumulate
         return StepReport(loss, output[0], dict(self.metrics.found), self.steps)
 
-    def _hand_over(self, flow: Flow, mode: Mode, values: dict[str, Any], target: Any) -> StepReport:
-        """To the stages' threads."""
+    def _hand_over(self, mode: Mode, values: dict[str, Any], target: Any) -> StepReport:
+        """To the stages' threads, or to visits."""
         try:
-            if self.threads is None:
-                model, loss, optimizers = self.decoupled, self.objective, self.optimizing
-                self.threads = OnThreads(model, loss, optimizers, self.metrics, flow, self.steps)
-                self.threads.end_with(self)
-            threads = self.threads
-            threads.submit(threads.make_jobs(self.steps, mode, values, target))
+            if self.beside is None:
+                self.beside = self._make_beside()
+                self.beside.end_with(self)
+            self.beside.submit(self.beside.make_jobs(self.steps, mode, values, target))
             self.metrics.requested = False
             self.steps += 1
-            return threads.report(self.steps)
+            return self.beside.report(self.steps)
         except BaseException:
             self.close()
             raise
 
+    def _make_beside(self) -> OnThreads | Visits:
+        parts = (self.decoupled, self.objective, self.optimizing, self.metrics)
+        if isinstance(self.schedule, Threads):
+            return OnThreads(*parts, self.schedule.flow, self.steps)
+        assert self.visiting is not None
+        return Visits(*parts, self.steps, self.visiting)
+
+    @property
+    def threads(self) -> OnThreads | None:
+        """The stages at work, with ``schedules.Threads``; None before the first step."""
+        return self.beside if isinstance(self.beside, OnThreads) else None
+
+    def gather(self) -> None:
+        """Finish what is under way, and bring all stages into memory; they leave it at the next
+        step. Else, what has left it must not be read.
+        """
+        if self.beside is not None:
+            self.drain()
+            self.beside.gather()
+
     def close(self) -> None:
         """End the threads of ``schedules.Threads``, without waiting for batches that are under way;
-        else do nothing.
+        bring stages into memory that have left it; else do nothing.
         """
-        threads, self.threads = self.threads, None
-        if threads is not None:
-            threads.close()
+        beside, self.beside = self.beside, None
+        if beside is not None:
+            beside.close()
 
     def drain(self) -> int:
         """Finish the batches that are under way, each of whose messages comes a step later, without
@@ -192,10 +233,10 @@ class Trainer(Measures):
         Raises:
             DecouplingError: a source waits for something that does not come.
         """
-        if self.threads is None:
+        if self.beside is None:
             return self._in_turn.drain(self.steps)
         try:
-            return self.threads.drain()
+            return self.beside.drain()
         except BaseException:
             self.close()
             raise
@@ -206,9 +247,8 @@ class Trainer(Measures):
         return tuple(self._in_turn.under_way)
 
     def finish_threads(self) -> None:
-        """Wait until no thread works on the model."""
-        if self.threads is not None:
-            self.drain()
+        """Wait until no thread works on the model, and all of it is in memory."""
+        self.gather()
 
     # ---- state -----------------------------------------------------------------------------------
 
@@ -242,17 +282,17 @@ class Trainer(Measures):
         self._in_turn.under_way = []
 
 
-def _checked_options(compile: Any, schedule: Schedule) -> dict[str, Any]:
+def _checked_options(compile: Any, schedule: Schedule, visiting: Visiting | None) -> dict[str, Any]:
     """Options of ``torch.compile``, as given."""
     if not isinstance(compile, bool | dict):
         raise DecouplingError(
             "compile= is True, False or a dict of options as torch.compile(options=) takes it, not "
             f"{type(compile).__name__}"
         )
-    if isinstance(schedule, Threads):
+    if isinstance(schedule, Threads) or visiting is not None:
         raise DecouplingError(
-            "compile= makes one call of all stages in turn, and schedules.Threads runs them at "
-            "once: leave one of them out"
+            "compile= makes one call of all stages in turn, while schedules.Threads, update=, "
+            "resident= and sweep= have each updated by itself: leave one of them out"
         )
     return compile if isinstance(compile, dict) else {}
 

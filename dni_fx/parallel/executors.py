@@ -11,6 +11,7 @@ import torch
 
 from ..decoupled import Decoupled
 from ..errors import DecouplingError
+from ..passes.trace.settings import casts
 from ..reports.steps import StepReport
 from ..runtime.batch_state import Setting, Settings
 from ..runtime.emitted import keep_modes
@@ -21,6 +22,7 @@ from .desk import Desk
 from .job import Job, Routes, Values
 from .learning import StageLearner
 from .mailbox import Mail, ParallelError
+from .rates import Posted
 from .worker import StageWorker
 
 RowsOf = Callable[[int, Values, Any], tuple[Values, Any]]
@@ -106,6 +108,26 @@ class Team:
                 )
         return jobs
 
+    def post_rates(self, optimizers: StageOptimizers) -> None:
+        """From now on every optimiser is stepped by one stage, with settings that come with the
+        batches.
+        """
+        known = set[str]()
+        for k, worker in self.workers.items():
+            own = {n: optimizers.sources.get(n) for n, _ in self.decoupled.named_learners([k])}
+            own[worker.name] = optimizers.stages.get(worker.name)
+            posted = {n: Posted(o) for n, o in own.items() if o is not None and n not in known}
+            known |= posted.keys()
+            worker.learner.posted = posted
+
+    def post(self, jobs: list[Job]) -> None:
+        """Write down what the caller has set for a batch: optimisers' settings, autocast."""
+        now = [torch.autocast(*cast) for cast in casts() if cast[-1]]
+        for job in jobs:
+            job.casts = now
+            posted = self.workers[job.index].learner.posted
+            job.rates = {name: p.post() for name, p in posted.items()}
+
     def report(self, steps: int) -> StepReport:
         """Of the newest batch that the last stage has finished, where that stage is among these."""
         loss, last = torch.tensor(math.nan), self._last
@@ -146,6 +168,14 @@ def run_batch(workers: Sequence[StageWorker], jobs: Sequence[Job]) -> None:
         for worker in workers:
             worker.put_back()
         raise
+
+
+def run_posted(worker: StageWorker, job: Job) -> None:
+    """One batch in one stage, under the autocast that it was posted with."""
+    with contextlib.ExitStack() as stack:
+        for cast in job.casts:
+            stack.enter_context(cast)
+        run_batch([worker], [job])
 
 
 def finish_all(workers: Sequence[StageWorker]) -> int:

@@ -91,6 +91,11 @@ class StageLearner:
         """What the stage's optimiser owns."""
         return self.optimizers.parameters_of(self.name)
 
+    def take_rates(self, job: Job) -> None:
+        """A batch begins, with the settings that its optimisers had when it was posted."""
+        for name, changes in job.rates.items():
+            self.posted[name].take(changes)
+
     def drop_gradients(self) -> None:
         """Those of a finished update."""
         for parameter in self.parameters():

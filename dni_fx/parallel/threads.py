@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import copy
 import math
 import threading
@@ -14,15 +13,13 @@ import torch
 
 from ..decoupled import Decoupled
 from ..errors import DecouplingError
-from ..passes.trace.settings import casts
 from ..runtime.objective import Metrics, Objective
 from ..runtime.optimizing import StageOptimizers
 from ..schedules import Flow
-from .executors import Team, finish_all, named, run_batch, shared_state
+from .executors import Team, finish_all, named, run_posted, shared_state
 from .job import Job
 from .mailbox import Address, Letter, Mail, ParallelError
 from .owning import PostedModes
-from .rates import Posted
 from .worker import StageWorker
 
 JOB = "job"
@@ -53,7 +50,7 @@ class OnThreads(Team):
         stages, mail = range(len(decoupled.stages)), Mail(timeout=math.inf)
         super().__init__(decoupled, objective, optimizers, metrics, flow, stages, mail, steps)
         self._copy_inputs(optimizers)
-        self._post_rates(optimizers)
+        self.post_rates(optimizers)
         self.idle = dict.fromkeys(stages, True)
         self._modes, self._rests = PostedModes(decoupled.model), True
         self._operators = torch.get_num_threads()
@@ -80,16 +77,6 @@ class OnThreads(Team):
                     made.load_state_dict(copy.deepcopy(known.state_dict()))
                     self.workers[consumer].learner.own[name] = made
 
-    def _post_rates(self, optimizers: StageOptimizers) -> None:
-        """Every optimiser is stepped by one thread, with settings that come with the batches."""
-        known = set[str]()
-        for k, worker in self.workers.items():
-            own = {n: optimizers.sources.get(n) for n, _ in self.decoupled.named_learners([k])}
-            own[worker.name] = optimizers.stages.get(worker.name)
-            posted = {n: Posted(o) for n, o in own.items() if o is not None and n not in known}
-            known |= posted.keys()
-            worker.learner.posted = posted
-
     def submit(self, jobs: list[Job]) -> None:
         """Hand a batch to every stage.
 
@@ -107,11 +94,9 @@ class OnThreads(Team):
             if self._rests:
                 self.workers[job.index].learner.owned.claim(job.setting, job.index)
         self._rests = False
+        self.post(jobs)
         for job in jobs:
             job.modes = modes
-            job.casts = [torch.autocast(*cast) for cast in casts() if cast[-1]]
-            posted = self.workers[job.index].learner.posted
-            job.rates = {name: p.post() for name, p in posted.items()}
             with self.mail.changed:
                 queued = [letter.payload for letter in self._box(job.index)]
                 waiting = [other for other in queued if other and not other.left_out]
@@ -134,6 +119,9 @@ class OnThreads(Team):
     def check_modes(self) -> None:
         """Refuse modes that were changed since the newest batch was posted, unless all rests."""
         self._modes.check()
+
+    def gather(self) -> None:
+        """All stages are in memory, always."""
 
     def end_with(self, owner: object) -> None:
         """Have the threads end when nobody holds the owner any more; nothing waits for that."""
@@ -180,8 +168,8 @@ class OnThreads(Team):
             self.mail.changed.notify_all()  # there is room for another one
         assert letter is not None
         job: Job | None = letter.payload
-        for name, changes in () if job is None else job.rates.items():
-            worker.learner.posted[name].take(changes)
+        if job is not None:
+            worker.learner.take_rates(job)
         return job
 
 
@@ -222,7 +210,4 @@ def _do(worker: StageWorker, job: Job | None) -> None:
         with named(job.index, job.step):
             worker.skip(job)
     else:
-        with contextlib.ExitStack() as stack:
-            for cast in job.casts:
-                stack.enter_context(cast)
-            run_batch([worker], [job])
+        run_posted(worker, job)

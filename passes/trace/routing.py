@@ -25,6 +25,14 @@ _ORIGINAL = types.FunctionType(
     _APPLY.__code__, _APPLY.__globals__, "apply", _APPLY.__defaults__, _APPLY.__closure__
 )
 _CONTAINERS = f"{TORCH}/nn/modules/"  # hand out what is registered with a module
+# These remember torch's functions, as long as the process lives: not those in their place, which
+# would keep the recorder, and with it every value of the model
+_OVERRIDES = (
+    torch.overrides.get_ignored_functions,
+    torch.overrides.get_default_nowrap_functions,
+    torch.overrides.get_testing_overrides,
+    torch.overrides.get_overridable_functions,
+)
 _leads: list[Callable[[Any, Any, Any], Any]] = []  # of the recordings under way, innermost last
 _APPLY.__globals__["_dni_fx_leads"] = _leads
 
@@ -57,6 +65,8 @@ def watching(watcher: Any) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def _routed(recorder: Any, regions: bool) -> Iterator[None]:
+    for remember in _OVERRIDES:
+        remember()
     thread = threading.get_ident()
     routes = _Routes(recorder, lambda: not recorder.paused and threading.get_ident() == thread)
     _leads.append(routes.apply)

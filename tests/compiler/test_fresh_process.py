@@ -144,3 +144,32 @@ def test_after_the_recording_a_traced_integer_is_its_value() -> None:
     )  # fmt: skip
     assert len(trace.graph.nodes) == count
     assert trace.guards == ()
+
+
+KEPT = """
+import gc
+import torch
+from torch import nn
+import dni_fx
+from dni_fx.passes.trace import routing
+
+OFF
+class Model(nn.Sequential):
+    def forward(self, x):
+        return torch.nn.functional.gelu(super().forward(x)) * 2
+
+model = Model(*(nn.Linear(77, 77) for _ in range(3)))
+decoupled = dni_fx.decouple(model, cuts=["0"], example_inputs=(torch.rand(5, 77),), gradients="zero")
+gc.collect()
+tensors = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.device.type == "cpu"]
+print(sum(t.shape == (5, 77) for t in tensors))
+"""
+
+
+@pytest.mark.parametrize(("off", "kept"), [("", False), ("routing._OVERRIDES = ()", True)])
+def test_nothing_that_was_computed_while_tracing_is_kept(off: str, kept: bool) -> None:
+    """Torch remembers the functions that it finds in its place; the control shows that it would."""
+    command = [sys.executable, "-c", KEPT.replace("OFF", off)]
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    assert (int(done.stdout) > 0) == kept

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +101,7 @@ class Executor:
             a source's lag, and random numbers come in no order.
         labels: sources can know them.
         inputs: synthetic inputs are taken.
+        waits: stages can wait for what later ones send.
     """
 
     name: str
@@ -108,6 +110,7 @@ class Executor:
     at_once: bool = False
     labels: bool = True
     inputs: bool = True
+    waits: bool = True
 
     def takes(self, task: Task) -> bool:
         """Whether such a task makes sense."""
@@ -128,6 +131,21 @@ def on_threads(task: Task, shared: Path | None = None) -> Record:
         found = in_turn(task, schedule=Threads(staleness=0))
     del found["losses"]  # which come when they are ready
     return found
+
+
+def in_visits(task: Task, shared: Path | None = None, **options: Any) -> Record:
+    """Each stage updated before the next one runs."""
+    trainer = _trainer(task, update="at_once", **options)
+    with contextlib.closing(trainer):
+        losses = [trainer.step(x, target=y).loss for x, y in task.batches()]
+        trainer.gather()
+        return {"losses": losses, **record(trainer)}
+
+
+def out_of_memory(task: Task, shared: Path | None = None) -> Record:
+    """One stage in memory at a time, the others in files."""
+    with tempfile.TemporaryDirectory() as folder:
+        return in_visits(task, resident=1, store=folder)
 
 
 def as_drop_in(task: Task, shared: Path | None = None) -> Record:
@@ -207,8 +225,11 @@ def _model(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"model.{name}": tensor for name, tensor in state.items()}
 
 
-SEVERAL_STAGES = "is used by (several stages|stage_0, stage_3)"
+SEVERAL_STAGES = r"is used by (several stages|stages \d, \d|stage_0, stage_3)"
+ONE_VISIT = f"{SEVERAL_STAGES}|in one visit"
 EXECUTORS = [
+    Executor("visits", in_visits, ONE_VISIT, inputs=False, waits=False),
+    Executor("resident", out_of_memory, ONE_VISIT, inputs=False, waits=False),
     Executor("threads", on_threads, SEVERAL_STAGES, at_once=True),
     Executor(
         "drop-in",
