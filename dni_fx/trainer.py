@@ -14,8 +14,9 @@ import torch.distributed as dist
 from .decoupled import Decoupled
 from .errors import DecouplingError
 from .graphs.nested import map_tensors
+from .parallel.beside import Beside
 from .parallel.threads import OnThreads
-from .parallel.visits import Visiting, Visits
+from .parallel.visits import Visiting
 from .reports.steps import StepReport
 from .runtime.batch_state import Settings
 from .runtime.fusing.steps import FusedSteps
@@ -70,8 +71,7 @@ class Trainer(Measures):
 
     Attributes:
         fused: the compiled steps; None without ``compile``.
-        beside: the stages at work, where they are not stepped together: with ``schedules.Threads``,
-            or in visits; None before the first step.
+        beside: the stages at work, where they are not updated together.
 
     Raises:
         DecouplingError: arguments of the wrong kind.
@@ -106,17 +106,14 @@ class Trainer(Measures):
         self.schedule = make_schedule(schedule)
         _warn_if_alone()
         self._in_turn: InTurn[Batch] = InTurn(decoupled, self.optimizing, self.metrics, accumulate)
-        self.beside: OnThreads | Visits | None = None
-        self.visiting = Visiting.checked(update, resident, store, sweep)
-        if self.visiting is not None and isinstance(self.schedule, Threads):
-            raise DecouplingError(
-                "update=, resident= and sweep= visit one stage after the other, and "
-                "schedules.Threads runs them at once: leave one of them out"
-            )
+        visiting = Visiting.checked(update, resident, store, sweep)
+        parts = (decoupled, self.objective, self.optimizing, self.metrics)
+        self.beside = Beside(*parts, visiting)
+        self.beside.check(self.schedule)
         self._settings = Settings(decoupled.graphs, self.objective)
         self.fused: FusedSteps | None = None
         if compile is not False:
-            options = _checked_options(compile, self.schedule, self.visiting)
+            options = _checked_options(compile, self.schedule, visiting)
             self.fused = FusedSteps(decoupled, self.objective, self.optimizing, options)
         if decoupled.graphs.active is not None:
             self._prepare_optimizers()
@@ -143,19 +140,19 @@ class Trainer(Measures):
         next step starts, as ``zero_grad`` would.
         """
         schedule = self.schedule
-        beside = isinstance(schedule, Threads) or self.visiting is not None
+        beside = self.beside.check(schedule)
         if beside:
             # The caller may write into its own.
             args, kwargs, target = map_tensors(torch.clone, (args, kwargs, target))
-            if self.beside is not None:
-                self.beside.check_modes()
             if not self.decoupled.has_graph_for(*args, **kwargs):
                 self.gather()  # a model is traced while nothing else uses it
         values = check_ordinary(self._bind_call(*args, **kwargs), target)
         self._prepare_optimizers()
         mode = mode_of(schedule, self.steps, len(self.decoupled.stages))
         if beside:
-            return self._hand_over(mode, values, target)
+            report = self.beside.step(self, schedule, self.steps, mode, values, target)
+            self.steps += 1
+            return report
         return self._run(mode, values, target)
 
     def _run(self, mode: Mode, values: dict[str, Any], target: Any) -> StepReport:
@@ -180,47 +177,23 @@ class Trainer(Measures):
         loss = torch.tensor(math.nan) if found is None else found * self.accumulate
         return StepReport(loss, output[0], dict(self.metrics.found), self.steps)
 
-    def _hand_over(self, mode: Mode, values: dict[str, Any], target: Any) -> StepReport:
-        """To the stages' threads, or to visits."""
-        try:
-            if self.beside is None:
-                self.beside = self._make_beside()
-                self.beside.end_with(self)
-            self.beside.submit(self.beside.make_jobs(self.steps, mode, values, target))
-            self.metrics.requested = False
-            self.steps += 1
-            return self.beside.report(self.steps)
-        except BaseException:
-            self.close()
-            raise
-
-    def _make_beside(self) -> OnThreads | Visits:
-        parts = (self.decoupled, self.objective, self.optimizing, self.metrics)
-        if isinstance(self.schedule, Threads):
-            return OnThreads(*parts, self.schedule.flow, self.steps)
-        assert self.visiting is not None
-        return Visits(*parts, self.steps, self.visiting)
-
     @property
     def threads(self) -> OnThreads | None:
         """The stages at work, with ``schedules.Threads``; None before the first step."""
-        return self.beside if isinstance(self.beside, OnThreads) else None
+        executor = self.beside.executor
+        return executor if isinstance(executor, OnThreads) else None
 
     def gather(self) -> None:
         """Finish what is under way, and bring all stages into memory; they leave it at the next
         step. Else, what has left it must not be read.
         """
-        if self.beside is not None:
-            self.drain()
-            self.beside.gather()
+        self.beside.gather()
 
     def close(self) -> None:
         """End the threads of ``schedules.Threads``, without waiting for batches that are under way;
         bring stages into memory that have left it; else do nothing.
         """
-        beside, self.beside = self.beside, None
-        if beside is not None:
-            beside.close()
+        self.beside.close()
 
     def drain(self) -> int:
         """Finish the batches that are under way, each of whose messages comes a step later, without
@@ -233,13 +206,9 @@ class Trainer(Measures):
         Raises:
             DecouplingError: a source waits for something that does not come.
         """
-        if self.beside is None:
+        if self.beside.executor is None:
             return self._in_turn.drain(self.steps)
-        try:
-            return self.beside.drain()
-        except BaseException:
-            self.close()
-            raise
+        return self.beside.drain()
 
     @property
     def under_way(self) -> tuple[Batch, ...]:

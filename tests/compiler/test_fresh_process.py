@@ -159,7 +159,9 @@ class Model(nn.Sequential):
         return torch.nn.functional.gelu(super().forward(x)) * 2
 
 model = Model(*(nn.Linear(77, 77) for _ in range(3)))
-decoupled = dni_fx.decouple(model, cuts=["0"], example_inputs=(torch.rand(5, 77),), gradients="zero")
+x = torch.rand(5, 77)
+decoupled = dni_fx.decouple(model, cuts=["0"], example_inputs=(x,), gradients="zero")
+del x
 gc.collect()
 tensors = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.device.type == "cpu"]
 print(sum(t.shape == (5, 77) for t in tensors))

@@ -140,7 +140,7 @@ def test_what_is_elsewhere_is_not_read_in_silence() -> None:
         assert type(weight) is nn.Parameter
         model(batch(0)[0])
         train(trainer, 1)
-        assert trainer.beside.residency.away
+        assert trainer.beside.executor.residency.away
 
 
 def test_states_are_saved_whole_and_go_on_bit_for_bit(tmp_path: Path) -> None:

@@ -1,0 +1,113 @@
+"""What a trainer of a whole model needs where stages are not updated together: on threads, or in
+visits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..decoupled import Decoupled
+from ..errors import DecouplingError
+from ..reports.steps import StepReport
+from ..runtime.objective import Metrics, Objective
+from ..runtime.optimizing import StageOptimizers
+from ..schedules import Mode, Schedule, Threads
+from .threads import OnThreads
+from .visits import Visiting, Visits
+
+
+class Beside:
+    """Makes the executor at the first step, and ends it.
+
+    Args:
+        decoupled, objective, optimizers, metrics: as for :class:`Team`.
+        visiting: how stages are visited; None where they are not.
+
+    Attributes:
+        executor: at work; None before the first step, and once it has ended.
+    """
+
+    def __init__(
+        self,
+        decoupled: Decoupled,
+        objective: Objective,
+        optimizers: StageOptimizers,
+        metrics: Metrics,
+        visiting: Visiting | None,
+    ) -> None:
+        self._parts = (decoupled, objective, optimizers, metrics)
+        self._metrics, self.visiting = metrics, visiting
+        self.executor: OnThreads | Visits | None = None
+
+    def check(self, schedule: Schedule) -> bool:
+        """Whether stages are not updated together, before a step.
+
+        Raises:
+            DecouplingError: threads and visits are both asked for, or modes were changed while
+                batches are under way.
+        """
+        on_threads = isinstance(schedule, Threads)
+        if on_threads and self.visiting is not None:
+            raise DecouplingError(
+                "update=, resident= and sweep= visit one stage after the other, and "
+                "schedules.Threads runs them at once: leave one of them out"
+            )
+        if self.executor is not None:
+            self.executor.check_modes()
+        return on_threads or self.visiting is not None
+
+    def step(
+        self,
+        owner: object,
+        schedule: Schedule,
+        steps: int,
+        mode: Mode,
+        values: dict[str, Any],
+        target: Any,
+    ) -> StepReport:
+        """Hand over a batch.
+
+        Args:
+            owner: the trainer; when nobody holds it any more, the executor ends.
+            schedule: what it goes by.
+            steps: batches before this one.
+            mode, values, target: of the batch.
+        """
+        try:
+            if self.executor is None:
+                self.executor = self._make(schedule, steps)
+                self.executor.end_with(owner)
+            self.executor.submit(self.executor.make_jobs(steps, mode, values, target))
+            self._metrics.requested = False
+            return self.executor.report(steps + 1)
+        except BaseException:
+            self.close()
+            raise
+
+    def _make(self, schedule: Schedule, steps: int) -> OnThreads | Visits:
+        if isinstance(schedule, Threads):
+            return OnThreads(*self._parts, schedule.flow, steps)
+        assert self.visiting is not None
+        return Visits(*self._parts, steps, self.visiting)
+
+    def drain(self) -> int:
+        """Finish what is under way; returns how many batches waited."""
+        if self.executor is None:
+            return 0
+        try:
+            return self.executor.drain()
+        except BaseException:
+            self.close()
+            raise
+
+    def gather(self) -> None:
+        """Finish what is under way, and bring all stages into memory."""
+        if self.executor is not None:
+            self.drain()
+            self.executor.gather()
+
+    def close(self) -> None:
+        """End it without waiting for what is under way."""
+        executor, self.executor = self.executor, None
+        if executor is not None:
+            executor.close()
