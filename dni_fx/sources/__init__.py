@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .asks import Asks, Wait
-from .auto import Auto, auto_name
+from .auto import Auto, auto_forms, auto_name
 from .base import GradientSource, Prediction, SourceFactory
 from .checking import try_predict
 from .context import Exampled, OneHot, align_context, check_features, one_hot
@@ -57,6 +57,7 @@ __all__ = [
     "Wait",
     "Zero",
     "align_context",
+    "auto_forms",
     "auto_name",
     "base_name",
     "check_features",
