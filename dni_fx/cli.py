@@ -268,7 +268,8 @@ def _add_wishes(add: Callable[..., Any]) -> None:
     add("--objective", choices=objectives, default="throughput", help=about)
     costs = ("analytic", "measured")
     add("--costs", choices=costs, default="analytic", help="estimate, or time the model")
-    about = "auto, linear, mlp, conv, zero, ... (default: auto)"
+    about = "auto, linear, mlp, conv, zero, ..., or one with options, such as 'linear(rank=16)' "
+    about += "(default: auto)"
     add("--gradients", default="auto", metavar="SOURCE", help=about)
     add("--memory-cap", type=parse_bytes, metavar="SIZE", help="of each stage, such as 2GiB")
     names: dict[str, Any] = {"action": "append", "default": []}

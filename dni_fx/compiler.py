@@ -28,7 +28,7 @@ from .passes.search.costing import Seconds
 from .passes.trace.state import preserved_rng
 from .plan import CutPlan, CutPointList
 from .runtime.module import DropIn
-from .sources import EACH, EXACT, INPUTS, JOINT, SOURCES, Exampled
+from .sources import EXACT, INPUTS, SOURCES, Exampled, base_name
 
 Cuts = str | Sequence[str] | CutPlan
 
@@ -62,8 +62,9 @@ def decouple(
             first call.
         example_kwargs: keyword inputs.
         gradients: a source's name (``dni_fx.sources.SOURCES`` lists them; with ``"joint:"`` before
-            it one source serves the whole boundary of a stage), a factory ``(specs, context) ->
-            GradientSource``, or a mapping from interface name to either.
+            it one source serves the whole boundary of a stage; options may follow,
+            ``"linear(rank=16)"``), a factory ``(specs, context) -> GradientSource``, or a mapping
+            from interface name to either.
         inputs: synthetic inputs: every stage runs on what is predicted from the model's inputs, so
             that it need not wait for the forward of the stages before it. A name (``"auto"``,
             ``"linear"``, ``"mlp"``, ``"conv"``), a factory ``(spec, inputs) -> InputSource``, or a
@@ -246,7 +247,7 @@ def _with_planned_sources(recipe: Recipe) -> Recipe:
         ("inputs", plan.inputs if asked["inputs"] is None else (), INPUTS),
     ):
         for interface, name in pairs:
-            if name.removeprefix(JOINT).removeprefix(EACH) not in known:
+            if base_name(name) not in known:
                 raise DecouplingError(
                     f"the plan was made with a source of your own at {interface!r} ({name}), which "
                     f"JSON cannot hold; pass {argument}="

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import math
 import os
 import warnings
 from typing import Any
@@ -18,15 +16,16 @@ from .parallel.beside import Beside
 from .parallel.threads import OnThreads
 from .parallel.visits import Visiting
 from .reports.steps import StepReport
-from .runtime.batch_state import Settings
+from .runtime.deferring import Deferral
 from .runtime.fusing.steps import FusedSteps
-from .runtime.in_turn import Batch, InTurn
+from .runtime.in_turn import Batch
 from .runtime.measuring import Measures
 from .runtime.objective import Loss
 from .runtime.optimizing import MakeOptimizer
 from .runtime.saving import load_trained, trained_state
+from .runtime.stepping import Stepping
 from .runtime.transforms import check_ordinary
-from .schedules import Mode, Schedule, Threads, make_schedule, mode_of
+from .schedules import Schedule, make_schedule, mode_of
 
 
 class Trainer(Measures):
@@ -68,6 +67,12 @@ class Trainer(Measures):
             TorchInductor makes faster; or its options, as ``torch.compile(options=)`` takes them.
             Numbers agree with eager steps to rounding, ``.grad`` is not kept, and what cannot be
             recorded runs eagerly, with a warning that says why.
+        check_finite: ``"step"``: every step is known to be finite before its update, for which the
+            host waits for the device. ``"deferred"``: that is looked at in the next step, once this
+            one's work is on its way, and before anything is saved (``fit``, ``drain``,
+            ``state_dict``, ``diagnose``; call ``drain`` before you save a model by other means).
+            What was not finite is undone, with all that followed. For accelerators: each step
+            copies what it changes, on the device, which on a CPU is time and memory for nothing.
 
     Attributes:
         fused: the compiled steps; None without ``compile``.
@@ -93,6 +98,7 @@ class Trainer(Measures):
         store: str | os.PathLike[str] = "host",
         sweep: int = 1,
         compile: bool | dict[str, Any] = False,
+        check_finite: str = "step",
     ) -> None:
         super().__init__(
             decoupled,
@@ -105,16 +111,17 @@ class Trainer(Measures):
         )
         self.schedule = make_schedule(schedule)
         _warn_if_alone()
-        self._in_turn: InTurn[Batch] = InTurn(decoupled, self.optimizing, self.metrics, accumulate)
         visiting = Visiting.checked(update, resident, store, sweep)
         parts = (decoupled, self.objective, self.optimizing, self.metrics)
         self.beside = Beside(*parts, visiting)
-        self.beside.check(self.schedule)
-        self._settings = Settings(decoupled.graphs, self.objective)
+        is_beside = self.beside.check(self.schedule)
         self.fused: FusedSteps | None = None
         if compile is not False:
-            options = _checked_options(compile, self.schedule, visiting)
+            options = _checked_options(compile, is_beside)
             self.fused = FusedSteps(decoupled, self.objective, self.optimizing, options)
+        deferral = _checked_deferral(check_finite, is_beside)
+        self._stepping = Stepping(*parts, self.fused, deferral)
+        self._in_turn = self._stepping.in_turn
         if decoupled.graphs.active is not None:
             self._prepare_optimizers()
 
@@ -146,6 +153,8 @@ class Trainer(Measures):
             args, kwargs, target = map_tensors(torch.clone, (args, kwargs, target))
             if not self.decoupled.has_graph_for(*args, **kwargs):
                 self.gather()  # a model is traced while nothing else uses it
+        if self._stepping.is_unseen and not self.decoupled.has_graph_for(*args, **kwargs):
+            self._settle()
         values = check_ordinary(self._bind_call(*args, **kwargs), target)
         self._prepare_optimizers()
         mode = mode_of(schedule, self.steps, len(self.decoupled.stages))
@@ -153,29 +162,10 @@ class Trainer(Measures):
             report = self.beside.step(self, schedule, self.steps, mode, values, target)
             self.steps += 1
             return report
-        return self._run(mode, values, target)
-
-    def _run(self, mode: Mode, values: dict[str, Any], target: Any) -> StepReport:
-        """One stage after the other."""
-        setting = self._settings.of(mode)
-        context = functools.cache(lambda: self.objective.context(target))  # it may be random
-        fused = None if self.metrics.is_due(self.steps) else self.fused
-        made = None if fused is None else fused.step(setting, values, context, target)
-        if made is not None:
-            self.steps += 1
-            return StepReport(*made, dict(self.metrics.found), self.steps)
-        batch = Batch(setting)
-        output: list[Any] = []
-
-        def begin() -> None:
-            batch.begin(values, context(), target, self._in_turn.clock)
-            output.append(batch.state.output)
-
-        self._in_turn.advance(self.steps, batch, begin)
-        self.steps += 1
-        found = batch.state.loss
-        loss = torch.tensor(math.nan) if found is None else found * self.accumulate
-        return StepReport(loss, output[0], dict(self.metrics.found), self.steps)
+        try:
+            return self._stepping.run(self.steps, mode, values, target)
+        finally:
+            self.steps = self._stepping.steps
 
     @property
     def threads(self) -> OnThreads | None:
@@ -205,7 +195,9 @@ class Trainer(Measures):
 
         Raises:
             DecouplingError: a source waits for something that does not come.
+            NonFiniteError: the last step's check was deferred, and it was not finite.
         """
+        self._settle()
         if self.beside.executor is None:
             return self._in_turn.drain(self.steps)
         return self.beside.drain()
@@ -216,8 +208,15 @@ class Trainer(Measures):
         return tuple(self._in_turn.under_way)
 
     def finish_threads(self) -> None:
-        """Wait until no thread works on the model, and all of it is in memory."""
+        """Wait until no thread works on the model, all of it is in memory, and no check is left."""
+        self._settle()
         self.gather()
+
+    def _settle(self) -> None:
+        try:
+            self._stepping.settle(self.steps, "later, when it was asked for")
+        finally:
+            self.steps = self._stepping.steps
 
     # ---- state -----------------------------------------------------------------------------------
 
@@ -249,21 +248,37 @@ class Trainer(Measures):
         load_trained(state, self.decoupled, self.optimizing, self.close)
         self.steps = state["steps"]
         self._in_turn.under_way = []
+        self._stepping.forget()
 
 
-def _checked_options(compile: Any, schedule: Schedule, visiting: Visiting | None) -> dict[str, Any]:
+def _checked_options(compile: Any, is_beside: bool) -> dict[str, Any]:
     """Options of ``torch.compile``, as given."""
     if not isinstance(compile, bool | dict):
         raise DecouplingError(
             "compile= is True, False or a dict of options as torch.compile(options=) takes it, not "
             f"{type(compile).__name__}"
         )
-    if isinstance(schedule, Threads) or visiting is not None:
+    if is_beside:
         raise DecouplingError(
             "compile= makes one call of all stages in turn, while schedules.Threads, update=, "
             "resident= and sweep= have each updated by itself: leave one of them out"
         )
     return compile if isinstance(compile, dict) else {}
+
+
+def _checked_deferral(check_finite: Any, is_beside: bool) -> Deferral | None:
+    """What defers the check, if it is to be."""
+    if check_finite not in ("step", "deferred"):
+        raise DecouplingError(f"check_finite= is 'step' or 'deferred', not {check_finite!r}")
+    if check_finite == "step":
+        return None
+    if is_beside:
+        raise DecouplingError(
+            "check_finite='deferred' undoes whole steps of stages in turn, while "
+            "schedules.Threads, update=, resident= and sweep= have each updated by itself: leave "
+            "one of them out"
+        )
+    return Deferral()
 
 
 def _warn_if_alone() -> None:

@@ -14,13 +14,16 @@ from ..sources import serve
 from .variants import Variant
 
 
-def describe_plan(variant: Variant, inserted: Inserted, wanted: int | None) -> CutPlan:
+def describe_plan(
+    variant: Variant, inserted: Inserted, wanted: int | None, remarks: Iterable[str] = ()
+) -> CutPlan:
     """The plan of a split model.
 
     Args:
         variant: the split model.
         inserted: the sources of its interfaces.
         wanted: stages that a search was asked for; None where cuts were named.
+        remarks: what there is to say of the sources.
     """
     split, trace, choice = variant.split, variant.trace, variant.choice
     modules = dict(trace.model.named_modules(remove_duplicate=False))
@@ -31,7 +34,7 @@ def describe_plan(variant: Variant, inserted: Inserted, wanted: int | None) -> C
         interfaces=split.interfaces,
         plain=split.plain,
         sources=_source_reports(variant, inserted),
-        notes=_notes(variant, inserted, wanted),
+        notes=(*_notes(variant, inserted, wanted), *remarks),
         exact=variant.exact,
         nodes=_node_reports(variant),
         kinds={path: type(modules[path]).__name__ for path in ran},

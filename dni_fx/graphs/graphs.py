@@ -154,7 +154,7 @@ class Graphs:
         check_unsharded(self.model)
         variant = build_variant(self.recipe, self.model, args, kwargs, self._plan)
         if self._plan is None:
-            plan, inserted = plan_variant(self.recipe, variant)
+            plan, inserted = plan_variant(self.recipe, variant, args, kwargs)
             for group in serve(plan.interfaces, inserted.gradients):
                 self.synthesizers[source_key(group.name)] = group.source
                 self._leads.update(dict.fromkeys(group.names, group.name))

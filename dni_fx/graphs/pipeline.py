@@ -8,6 +8,7 @@ find_flow   what crosses every position of the program              passes/cut/c
 choose      cuts that were named, planned or searched for           passes/search/choosing
 split       one graph module for each stage                         passes/cut/splitting
 check       do the stages compute what the model computes?          passes/cut/checking
+size        what "auto" stands for there, by its stage's cost       passes/search/sizing
 insert      a source of gradients at every interface                passes/cut/insertion
 describe    the plan                                                graphs/describing
 emit        the training functions of every stage                   passes/cut/emission
@@ -27,16 +28,30 @@ from torch import nn
 from ..errors import BakedInError, CutError, PlanMismatchError, TracingError
 from ..passes.cut.checking import Yardstick, call_stages, check_stages
 from ..passes.cut.cutting import Flow, find_flow
-from ..passes.cut.insertion import Context, Gradients, Inputs, Inserted, Leaving, insert_sources
+from ..passes.cut.insertion import (
+    Context,
+    Gradients,
+    Inputs,
+    Inserted,
+    Leaving,
+    infer_context,
+    insert_sources,
+    resolve_gradients,
+)
+from ..passes.cut.specs import infer_specs
 from ..passes.cut.splitting import split_stages
 from ..passes.search.choosing import Search, choose_best, follow, weigh_model
+from ..passes.search.costing import estimate_costs
 from ..passes.search.searching import Choice
+from ..passes.search.sizing import AUTO, Enough, Sized, remarks, size_sources, stage_times
+from ..passes.search.source_costs import estimate_sources, measure_sources
 from ..passes.trace.exporting import trace_export
 from ..passes.trace.held import GRAD_MODE
 from ..passes.trace.naming import check_inputs, where_is
 from ..passes.trace.traces import Trace
 from ..passes.trace.tracing import trace_calls
-from ..plan import CutPlan
+from ..plan import CutPlan, TensorSpec
+from ..sources import auto_forms, auto_name
 from .blame import find_culprits
 from .describing import describe_plan
 from .nested import flatten
@@ -203,15 +218,69 @@ def _blame(recipe: Recipe, yardstick: Yardstick, trace: Trace) -> dict[str, str]
     }
 
 
-def plan_variant(recipe: Recipe, variant: Variant) -> tuple[CutPlan, Inserted]:
+def plan_variant(
+    recipe: Recipe, variant: Variant, args: Any, kwargs: Any
+) -> tuple[CutPlan, Inserted]:
     """Make the sources of a split model's interfaces, and its plan.
 
     Raises:
         DecouplingError: names of no interface, unknown sources, or some that cannot serve a value.
     """
     asked = recipe.gradients, recipe.inputs, recipe.context
-    inserted = insert_sources(variant.trace, variant.split, *asked, recipe.opening)
-    return describe_plan(variant, inserted, recipe.wanted), inserted
+    sized = _size(recipe, variant, args, kwargs)
+    cheaper = {name: s.option for name, s in sized.items() if s.option != AUTO}
+    inserted = insert_sources(variant.trace, variant.split, *asked, recipe.opening, cheaper)
+    specs = {i.name: i.spec for i in variant.split.interfaces}
+    kinds = {name: auto_name(specs[name], _context(recipe, variant)) for name in sized}
+    return describe_plan(variant, inserted, recipe.wanted, remarks(sized, kinds)), inserted
+
+
+def _size(recipe: Recipe, variant: Variant, args: Any, kwargs: Any) -> dict[str, Sized]:
+    """What ``"auto"`` stands for, by interface, where it has several forms; costs of the plan are
+    set right by it.
+    """
+    split, choice = variant.split, variant.choice
+    options, context = (
+        resolve_gradients(split.interfaces, recipe.gradients),
+        _context(recipe, variant),
+    )
+    asked = {
+        node: i
+        for node, i in zip(split.crossing, split.interfaces, strict=True)
+        if options[i.name] == AUTO and not i.leaves and auto_forms(i.spec, context)
+    }
+    if not asked:
+        return {}
+    flow, costs = find_flow(variant.trace), choice.costs
+    sent = {
+        i.producer: [j for j in asked.values() if j.producer == i.producer] for i in asked.values()
+    }
+    specs = {stage: [i.spec for i in mine] for stage, mine in sent.items()}
+    estimated = costs
+    if costs is None or costs.kind != "analytic":
+        enough = Enough(choice.stage_of, specs, context)
+        estimated = estimate_costs(flow, args, kwargs, {}, wanted=enough)
+    assert estimated is not None
+    times = stage_times(estimated, choice.stage_of)
+    found: dict[str, Sized] = {}
+    for stage, mine in sent.items():
+        made = size_sources(specs[stage], context, times[stage])
+        found.update({i.name: s for i, s in zip(mine, made, strict=True)})
+    if costs is not None:
+        option = {node: found[i.name].option for node, i in asked.items()}
+        weigh = measure_sources if costs.kind == "measured" else estimate_sources
+        sources = weigh(flow, lambda node: option[node.name], context, option)
+        costs = dataclasses.replace(costs, sources={**costs.sources, **sources})
+        variant.choice = dataclasses.replace(choice, costs=costs)
+    return found
+
+
+def _context(recipe: Recipe, variant: Variant) -> TensorSpec | None:
+    """What sources within a graph see besides their values."""
+    if recipe.opening is not None:
+        return None
+    specs = infer_specs(variant.trace)
+    return infer_context(recipe.context, tuple(specs[n] for n in variant.split.model_inputs))
 
 
 def trace_model(model: nn.Module, args: Any, kwargs: Any) -> Trace:

@@ -219,7 +219,12 @@ class BaseTrainer(ABC):
                         bar.set_postfix(loss=f"{report.loss.item():.4f}")
                     if on_step is not None:
                         on_step(report)
+        self._settle()
         return report
+
+    def _settle(self) -> None:
+        """Look at what no step has looked at yet; here every step looks at itself."""
+        return
 
 
 def _check_callables(*given: Any) -> None:

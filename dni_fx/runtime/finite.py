@@ -14,8 +14,13 @@ def all_finite(tensors: list[Tensor]) -> bool:
     """Whether nothing is NaN or infinite; False may also mean that a norm overflowed: look at the
     tensors then.
     """
-    if not tensors:  # no stage was updated
-        return True
+    return not tensors or bool(finite_flag(tensors))  # none where no stage was updated
+
+
+def finite_flag(tensors: list[Tensor]) -> Tensor:
+    """The same as a bool without dimensions, on the device of the first of them."""
+    if not tensors:
+        return torch.ones((), dtype=torch.bool)
     first = tensors[0]
     same = [t.dtype is torch.float32 and t.device == first.device for t in tensors]
     if all(same) and not any(t.is_sparse for t in tensors):
@@ -23,13 +28,13 @@ def all_finite(tensors: list[Tensor]) -> bool:
         one = torch.ones((), device=first.device)
         # GradScaler's operator: one pass over all, times one.
         torch._amp_foreach_non_finite_check_and_unscale_(tensors, found, one)
-        return not found.item()
+        return found == 0
     norms = list(
         torch._foreach_norm([t.coalesce().values() if t.is_sparse else t for t in tensors])
     )
     if len({(n.dtype, n.device) for n in norms}) > 1:
         norms = [n.to(device=norms[0].device, dtype=torch.float64) for n in norms]
-    return bool(torch.stack(norms).isfinite().all())
+    return torch.stack(norms).isfinite().all()
 
 
 def value_places(sent: dict[str, Tensor]) -> list[tuple[str, Tensor]]:

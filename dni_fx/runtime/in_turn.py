@@ -20,8 +20,9 @@ from ..errors import DecouplingError, NonFiniteError
 from ..reports.steps import InterfaceReport
 from .answers import LocalAnswers, added
 from .batch_state import BatchState, Setting
+from .deferring import Deferral
 from .emitted import keep_modes
-from .finite import all_finite, refuse, value_places
+from .finite import all_finite, finite_flag, refuse, value_places
 from .objective import Metrics
 from .optimizing import StageOptimizers
 from .saving import AllOrNothing
@@ -151,7 +152,7 @@ class InTurn(Generic[B]):
         self.accumulate = accumulate
         self.under_way: list[B] = []
         self.clock = 0
-        self._rollback: AllOrNothing | None = None
+        self._rollbacks: list[AllOrNothing] = []
 
     def advance(
         self,
@@ -159,22 +160,27 @@ class InTurn(Generic[B]):
         new: B | None,
         begin: Callable[[], None],
         check: Callable[[Sequence[B]], None] | None = None,
-    ) -> None:
+        deferral: Deferral | None = None,
+    ) -> tuple[Tensor | None, Callable[[], None]]:
         """One step of time: a new batch, everything that waited until now, and the update.
 
         Args:
             steps: number of batches before this one.
             new: the new batch, run by ``begin``; None to finish what is under way.
             check: called with all batches before an update; may refuse it.
+            deferral: the step before, where this one's check is not looked at yet.
+
+        Returns:
+            Whether everything was finite, where that was not looked at; and what undoes the step
+            then.
 
         Raises:
             NonFiniteError: a value or gradient is NaN or infinite.
+            SpoiltError: the step before was not finite.
         """
         batches = [*self.under_way, *([] if new is None else [new])]
         progress = [b.state.progress.copy() for b in self.under_way]
-        variant, before = self.decoupled.graphs.variant, self._rollback
-        if before is None or before.variant is not variant:
-            before = self._rollback = AllOrNothing(self.decoupled)
+        before, restore = self._set_aside(deferral is not None), None
         try:
             with (
                 before.step(steps % self.accumulate != 0) as add_held,
@@ -186,7 +192,7 @@ class InTurn(Generic[B]):
                     batch.advance(self.clock)
                     if batch is new and new.setting.share > 0:
                         self._drop_left_out(new.setting)
-                self._learn(batches, steps, before.parameters)
+                flag = self._learn(batches, steps, before.parameters, deferral)
                 add_held()
                 if self.metrics.is_due(steps):
                     for batch in batches:
@@ -195,6 +201,7 @@ class InTurn(Generic[B]):
                 if (steps + (new is not None)) % self.accumulate == 0:
                     if check is not None:
                         check(batches)
+                    restore = None if deferral is None else self.optimizers.remember()
                     self.optimizers.step()
         except BaseException as error:
             for batch, known in zip(self.under_way, progress, strict=True):
@@ -205,6 +212,23 @@ class InTurn(Generic[B]):
         for batch in self.under_way:
             batch.forget()
         self.clock += 1
+
+        def undo() -> None:
+            if restore is not None:
+                restore()
+            before.put_back()
+            self.clock -= 1
+
+        return flag, undo
+
+    def _set_aside(self, deferred: bool) -> AllOrNothing:
+        """What puts a step back; with ``deferred`` another one than the last step's."""
+        variant = self.decoupled.graphs.variant
+        kept = self._rollbacks[-1:] if deferred else []
+        known = [r for r in self._rollbacks if r.variant is variant and r not in kept]
+        chosen = known[0] if known else AllOrNothing(self.decoupled)
+        self._rollbacks = [*kept, chosen]
+        return chosen
 
     def drain(self, steps: int) -> int:
         """See :meth:`dni_fx.Trainer.drain`."""
@@ -225,9 +249,16 @@ class InTurn(Generic[B]):
                 if parameter not in kept:
                     parameter.grad = None
 
-    def _learn(self, batches: list[B], steps: int, parameters: list[nn.Parameter]) -> None:
+    def _learn(
+        self,
+        batches: list[B],
+        steps: int,
+        parameters: list[nn.Parameter],
+        deferral: Deferral | None,
+    ) -> Tensor | None:
         """Losses and parameters' gradients, which everything else flows into, must be finite; the
-        place is looked for on failure only.
+        place is looked for on failure only. With a ``deferral`` whether they are is returned, and
+        the step before is looked at.
         """
         losses = [pair for batch in batches for pair in batch.learn()]
         if losses:
@@ -236,8 +267,13 @@ class InTurn(Generic[B]):
             torch.autograd.backward([loss for _, loss in losses], retain_graph=retain)
         known = [b.state.loss for b in batches] + [p.grad for p in parameters]
         regressions = [(n, loss.detach()) for n, loss in losses]
-        if all_finite([*(t for t in known if t is not None), *(t for _, t in regressions)]):
-            return
+        tensors = [*(t for t in known if t is not None), *(t for _, t in regressions)]
+        if deferral is not None:
+            flag = finite_flag(tensors)
+            deferral.look_back()
+            return flag
+        if all_finite(tensors):
+            return None
         places = [place for b in batches for place in (*value_places(b.state.sent), *b.places())]
         named = self.decoupled.model.named_parameters()
         places += [(f"gradient of parameter {n!r}", p.grad) for n, p in named if p.grad is not None]
@@ -246,6 +282,7 @@ class InTurn(Generic[B]):
             learnt += [p.grad for p in source.parameters() if p.grad is not None]
             places += [(f"the regression of the source at interface {name!r}", t) for t in learnt]
         refuse(places, f"step {steps + 1}", "nothing was updated")
+        return None
 
     def _drop_if_spoilt(self, error: BaseException, new: B | None) -> None:
         """Where what is under way is not finite, no step could be made any more with it."""

@@ -29,7 +29,7 @@ class Measures(BaseTrainer):
 
     @abstractmethod
     def finish_threads(self) -> None:
-        """Wait until no thread works on the model."""
+        """Wait until no thread works on the model, and no check is left."""
 
     def true_gradients(self, *args: Any, target: Any = None, **kwargs: Any) -> dict[str, Tensor]:
         """Backpropagation's gradient at every interface, with nothing changed.

@@ -14,7 +14,7 @@ from ..graphs.graphs import Graphs
 from ..graphs.stage import Stage
 from ..graphs.variants import Variant
 from .joint import JointStep
-from .whole import whole
+from .whole import remembered, whole
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
@@ -102,6 +102,17 @@ class StageOptimizers:
     def parameters_of(self, stage: str) -> list[nn.Parameter]:
         """The parameters that a stage's optimiser was given."""
         return [p for _, p in self.parameters.get(stage, [])]
+
+    def remember(self) -> Callable[[], None]:
+        """Puts back what the next step will change."""
+        restores = [remembered(o) for o in (*self.stages.values(), *self.sources.values())]
+
+        def restore() -> None:
+            with torch.no_grad():
+                for each in restores:
+                    each()
+
+        return restore
 
     def step(self) -> None:
         """Step all of them, or none where one fails."""

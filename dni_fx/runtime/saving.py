@@ -23,7 +23,11 @@ class AllOrNothing:
     Attributes:
         variant: the graph whose parameters a step may write to.
         parameters: these, and the sources'.
+        put_back: puts everything back to where it was before the last step, but for what optimisers
+            have changed.
     """
+
+    put_back: Callable[[], None]
 
     def __init__(self, decoupled: Decoupled) -> None:
         synthesizers, self.variant = decoupled.synthesizers, decoupled.graphs.variant
@@ -55,9 +59,7 @@ class AllOrNothing:
                 own = parameter.grad
                 parameter.grad = gradient if own is None else gradient.add_(own)
 
-        try:
-            yield add_held
-        except BaseException:
+        def put_back() -> None:
             put_back_changes()
             for parameter, gradient in pairs:
                 parameter.grad = gradient
@@ -67,6 +69,12 @@ class AllOrNothing:
                     del vars(module)[name]
                 vars(module).update(attributes)
             put_back_rng()
+
+        self.put_back = put_back
+        try:
+            yield add_held
+        except BaseException:
+            put_back()
             raise
 
     def _keep_buffers(self) -> list[dict[str, Tensor | None]]:

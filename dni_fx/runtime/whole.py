@@ -33,7 +33,7 @@ def whole(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[None]:
     """
     every = list(optimizers)
     copies = not all(map(_is_proven, every))
-    put_back = [_remembered(optimizer) for optimizer in every] if copies else []
+    put_back = [remembered(optimizer) for optimizer in every] if copies else []
     try:
         with contextlib.nullcontext() if copies else held_signals():
             yield
@@ -55,8 +55,8 @@ def _is_proven(optimizer: torch.optim.Optimizer) -> bool:
     return all(p in state for group in groups for p in group["params"] if p.grad is not None)
 
 
-def _remembered(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    """Puts an optimiser back to where it is now."""
+def remembered(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """Puts an optimiser, its states and what it steps back to where they are now."""
     groups, states = optimizer.param_groups, optimizer.state
     settings = [dict(group) for group in groups]
     known = {p: dict(state) for p, state in states.items()}

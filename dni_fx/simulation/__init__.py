@@ -23,6 +23,7 @@ from typing import Any
 from ..errors import DecouplingError
 from ..plan import CutPlan, StageCost
 from ..reports.tables import table
+from ..sources.naming import base_name
 from .pipelines import LinkTimes, Seconds, depths, pipelines
 
 LOCKED = ("exact", "feedback", "mix")  # sources that wait for later stages within the step
@@ -210,9 +211,7 @@ def _decoupled(
     when every stage has met its first batch, and a note.
     """
     forward, backward, _, _ = zip(*times, strict=True)
-    kinds = {
-        name: kind.removeprefix("joint:").removeprefix("each:") for name, kind in plan.gradients
-    }
+    kinds = {name: base_name(kind) for name, kind in plan.gradients}
     again = {i.producer for i in plan.interfaces if kinds.get(i.name) in RECOMPUTING}
     work = [sum(t) + (forward[k] if k in again else 0.0) for k, t in enumerate(times)]
     step, notes = max(work), []

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from .asks import Asks, Wait
+from .auto import Auto, auto_forms, auto_name
 from .base import GradientSource, Prediction, SourceFactory
 from .checking import try_predict
 from .context import Exampled, OneHot, align_context, check_features, one_hot
 from .controls import Exact, Stale, Zero
-from .convolutional import Auto, Conv, auto_name
-from .each import EACH, Each, for_consumers, is_each
+from .convolutional import Conv
+from .each import Each, for_consumers, is_each
 from .heads import Critic, Distill, Local, LossHead, Sobolev
 from .inputs import INPUTS, InputFactory, InputSource, make_input
 from .late import Corrected, Delayed, Feedback, Mix, mix
-from .making import EXACT, JOINT, SOURCES, Joint, Served, is_joint, make_source, serve
+from .making import EXACT, SOURCES, Joint, Served, is_joint, make_source, serve
+from .naming import EACH, JOINT, base_name, with_options
 from .regression import MLP, Linear, Network, Regression
 from .through_time import AcrossTime, Traces, side_by_side
 
@@ -55,7 +57,9 @@ __all__ = [
     "Wait",
     "Zero",
     "align_context",
+    "auto_forms",
     "auto_name",
+    "base_name",
     "check_features",
     "for_consumers",
     "is_each",
@@ -67,6 +71,7 @@ __all__ = [
     "serve",
     "side_by_side",
     "try_predict",
+    "with_options",
 ]
 
 SOURCES.update(

@@ -1,6 +1,4 @@
-"""Synthesizers for maps, where a gradient depends on the neighbourhood; and ``"auto"``, which
-takes them there.
-"""
+"""Synthesizers for maps, where a gradient depends on the neighbourhood."""
 
 from __future__ import annotations
 
@@ -8,7 +6,8 @@ from collections.abc import Sequence
 
 from ..errors import DecouplingError
 from ..plan import TensorSpec
-from .regression import Network, Pointwise, Regression, make_layers, make_norms
+from .layers import convolutions, make_layers, make_norms
+from .regression import Network, Regression
 
 
 class ConvNetwork(Network):
@@ -22,6 +21,9 @@ class ConvNetwork(Network):
         kernel: int = 3,
         width: int | None = None,
         norm: str = "none",
+        *,
+        rank: int | None = None,
+        depthwise: bool = False,
     ) -> None:
         super().__init__(spec, context)
         if self.space == 0:
@@ -36,8 +38,8 @@ class ConvNetwork(Network):
             )
         width = self.features if width is None else width
         sizes = [self.features] + [width] * hidden + [self.features]
-        shared = self.context_features
-        self.layers = make_layers(sizes, shared, self.space, kernel, self.dtype, True)
+        make = convolutions(self.space, kernel, self.dtype, rank, depthwise)
+        self.layers = make_layers(sizes, self.context_features, make, True)
         self.norms = make_norms(norm, sizes[1:-1], self.dtype)
 
 
@@ -55,9 +57,21 @@ class Conv(Regression):
         width: channels of the hidden layers; by default the value's.
         norm: of the hidden layers, ``"batch"`` (by the batch's own statistics, in any mode) or
             ``"none"``.
+        rank: every convolution makes so many channels, and an affine layer at every position makes
+            the others of them. Costs about ``rank / channels`` of a full one.
+        depthwise: every convolution takes each channel by itself, before an affine layer at every
+            position. Costs about ``1 / kernel^2`` of a full one (a ninth in two dimensions), and
+            more for few channels.
+
+    With either, the affine layers see the context, the convolutions do not.
+
+    Raises:
+        DecouplingError: values that are no maps, an even kernel, a rank and ``depthwise``.
 
     Source:
-        Jaderberg et al. 2016, arXiv:1608.05343, appendix A.1.
+        Jaderberg et al. 2016, arXiv:1608.05343, appendix A.1. The cheap forms of a convolution:
+        Jaderberg et al. 2014, arXiv:1405.3866 (low rank); Howard et al. 2017, arXiv:1704.04861
+        (depthwise separable).
     """
 
     def __init__(
@@ -69,41 +83,13 @@ class Conv(Regression):
         kernel: int = 3,
         width: int | None = None,
         norm: str = "none",
+        rank: int | None = None,
+        depthwise: bool = False,
     ) -> None:
         super().__init__(
-            specs, context, lambda spec, c: ConvNetwork(spec, c, hidden, kernel, width, norm)
+            specs,
+            context,
+            lambda spec, c: ConvNetwork(
+                spec, c, hidden, kernel, width, norm, rank=rank, depthwise=depthwise
+            ),
         )
-
-
-def auto_name(spec: TensorSpec, context: TensorSpec | None = None) -> str:
-    """What ``"auto"`` takes for a value: ``"conv"`` for maps, else ``"linear"`` with a context and
-    ``"mlp"`` without.
-
-    With the label a linear source is the paper's choice; without it only the label's average can be
-    learnt, which is no linear function. Convolutional maps have one to three spatial dimensions.
-    """
-    if spec.feature_dim == 1 and len(spec.shape) > 2:
-        return "conv"
-    return "linear" if auto_context(spec, context) is not None else "mlp"
-
-
-def auto_context(spec: TensorSpec, context: TensorSpec | None) -> TensorSpec | None:
-    """The context, or None for a value that has no batch dimension to line it up with (scalars,
-    position tables).
-    """
-    if context is None or not spec.shape:
-        return None
-    return None if spec.shape[0] != context.shape[0] else context
-
-
-class Auto(Regression):
-    """The regression that fits each value's kind, shape and context; see :func:`auto_name`."""
-
-    def __init__(self, specs: Sequence[TensorSpec], context: TensorSpec | None = None) -> None:
-        def network(spec: TensorSpec, context: TensorSpec | None) -> Network:
-            name, context = auto_name(spec, context), auto_context(spec, context)
-            if name == "conv":
-                return ConvNetwork(spec, context)
-            return Pointwise(spec, context, hidden=1 if name == "mlp" else 0)
-
-        super().__init__(specs, context, network)

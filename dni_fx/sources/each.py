@@ -14,8 +14,7 @@ from ..plan import TensorSpec
 from .asks import Asks
 from .base import GradientSource, Prediction, SourceFactory
 from .making import make_source
-
-EACH = "each:"
+from .naming import EACH
 
 
 def is_each(option: object) -> TypeGuard[str]:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..errors import DecouplingError
 from ..plan import TensorSpec
-from .regression import Network, Regression, Shaped, make_norms
+from .layers import make_norms
+from .regression import Network, Regression, Shaped
 
 # channels of hidden layers, unless asked for: twice 1024 channels would cost more than their stage
 WIDEST = 256

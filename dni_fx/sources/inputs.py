@@ -17,8 +17,9 @@ from ..errors import DecouplingError
 from ..plan import TensorSpec
 from .align_inputs import Lineup, feature_count
 from .base import count_flops, wide_dtype
+from .layers import affine, convolutions, make_layers, make_norms, run_layers
 from .making import make
-from .regression import make_layers, make_norms, run_layers, update_scale
+from .regression import update_scale
 
 
 @dataclass
@@ -137,7 +138,8 @@ class InputRegression(InputSource):
             )
         self.kernel = kernel
         sizes = [local] + [width] * hidden + [features]
-        self.layers = make_layers(sizes, shared, space, kernel, dtype, False)
+        layer = convolutions(space, kernel, dtype) if kernel else affine(dtype)
+        self.layers = make_layers(sizes, shared, layer, False)
         self.norms = make_norms(norm, sizes[1:-1], dtype)
         self.register_buffer("scale", torch.ones((), dtype=dtype))
         self.register_buffer("count", torch.zeros((), dtype=dtype))

@@ -10,15 +10,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import DecouplingError, did_you_mean
+from ..errors import DecouplingError
 from ..passes.trace.settings import drawing_devices
 from ..plan import Interface, TensorSpec
 from .base import GradientSource, Prediction, SourceFactory
 from .checking import check_source, explain_start
+from .naming import JOINT, named_factory
 
 Made = TypeVar("Made", bound=nn.Module)
 
-JOINT = "joint:"
 EXACT = ("exact", f"{JOINT}exact")  # true gradients, by either name
 SOURCES: dict[str, type[GradientSource]] = {}  # by name; filled where all classes are known
 
@@ -31,8 +31,9 @@ def make_source(
     The global random state is left as it was, though a source's initial weights follow from it.
 
     Args:
-        option: a name of :data:`SOURCES`, with or without ``"joint:"`` before it, or a callable
-            ``(specs, context_spec) -> GradientSource``; a GradientSource class is one.
+        option: a name of :data:`SOURCES`, with or without ``"joint:"`` before it and options behind
+            it (``"linear(rank=16)"``), or a callable ``(specs, context_spec) -> GradientSource``; a
+            GradientSource class is one.
         specs: the values served.
         context_spec: the context, None where there is none.
 
@@ -40,8 +41,8 @@ def make_source(
         A new source, on the CPU (or torch's default device).
 
     Raises:
-        DecouplingError: unknown name; not a factory; a source that does not fit the value or the
-            context, or that is not written as one.
+        DecouplingError: unknown name or option; not a factory; a source that does not fit the value
+            or the context, or that is not written as one.
     """
     name = option.removeprefix(JOINT) if isinstance(option, str) else option
     arguments = {"specs": tuple(specs), "context_spec": context_spec}
@@ -63,17 +64,12 @@ def make(
     Errors call it ``what``, and its arguments by the names that they have here.
 
     Raises:
-        DecouplingError: an unknown name; no factory, one that takes other arguments or makes
-            something else.
+        DecouplingError: an unknown name or option; no factory, one that takes other arguments or
+            makes something else.
     """
     names = ", ".join(arguments)
     wanted = f"a callable ({names}) -> {kind.__name__}"
-    if isinstance(option, str) and option not in known:
-        raise DecouplingError(
-            f"unknown {what} {option!r}{did_you_mean(option, known)}. Known: "
-            f"{', '.join(map(repr, known))}, or a factory that makes a {kind.__name__}."
-        )
-    factory = known[option] if isinstance(option, str) else option
+    factory = named_factory(option, known, what) if isinstance(option, str) else option
     if isinstance(factory, nn.Module):
         raise DecouplingError(
             f"got a {type(factory).__name__} object as {what}, but each interface makes its own. "

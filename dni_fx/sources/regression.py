@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,8 @@ from torch import Tensor, nn
 from ..errors import DecouplingError
 from ..plan import TensorSpec
 from .base import GradientSource, Prediction, like, wide_dtype
-from .context import align_context, aligned_shape, as_planes, check_batch_first
+from .context import align_context, aligned_shape, check_batch_first
+from .layers import affine, make_layers, make_norms, run_layers
 
 # non-zero targets in the running scale: their plain mean at first, then a moving mean of decay 0.99
 WINDOW = 100
@@ -106,102 +106,10 @@ class Network(Shaped):
         return run_layers(self.layers, self.norms, value, context, self.space)
 
 
-class Affine(nn.Module):
-    """``W [h, c] + b`` at every position; for anything but vectors ``W`` is split and the context's
-    part added where it broadcasts, without a copy of the value.
-    """
-
-    def __init__(
-        self, inputs: int, context: int, outputs: int, dtype: torch.dtype, zero: bool = False
-    ) -> None:
-        super().__init__()
-        self.inputs, self.context = inputs, context
-        self.weight = nn.Parameter(torch.zeros(outputs, inputs + context, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(outputs, dtype=dtype))
-        if not zero:
-            nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Linear
-
-    def forward(self, value: Tensor, context: Tensor | None = None, space: int = 0) -> Tensor:
-        """Map features; ``space``: how many dimensions of a map are behind them."""
-        if context is None:
-            return self._project(value, self.weight, space)
-        if value.dim() == 2 and context.shape[0] == value.shape[0]:
-            return F.linear(torch.cat((value, context), 1), self.weight, self.bias)
-        for_value, for_context = self.weight.split((self.inputs, self.context), 1)
-        shift = F.linear(context, for_context)
-        return self._project(value, for_value, space) + (shift.movedim(-1, 1) if space else shift)
-
-    def _project(self, value: Tensor, weight: Tensor, space: int) -> Tensor:
-        if space == 0:
-            return F.linear(value, weight, self.bias)
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[space - 1]
-        return convolve(value, weight[(...,) + (None,) * space], self.bias)
-
-
-class BatchNorm(nn.Module):
-    """Batch normalisation by the batch's own statistics; a single value per channel stays."""
-
-    def __init__(self, features: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(features, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(features, dtype=dtype))
-
-    def forward(self, value: Tensor, feature_dim: int = 1) -> Tensor:
-        """Normalise over all but ``feature_dim``, 1 or -1."""
-        if value.numel() == value.shape[feature_dim]:  # no variance: F.batch_norm refuses
-            return (value.flatten() * self.weight + self.bias).view_as(value)
-        features_first = value if feature_dim == 1 or value.dim() == 2 else value.movedim(-1, 1)
-        normed = F.batch_norm(features_first, None, None, self.weight, self.bias, training=True)
-        return normed if features_first is value else normed.movedim(1, -1)
-
-
-def make_norms(norm: str, sizes: Sequence[int], dtype: torch.dtype) -> nn.ModuleList:
-    """A normalisation for every hidden layer, or none; other words are refused."""
-    if norm not in ("batch", "none"):
-        raise DecouplingError(f"unknown norm {norm!r}; known: 'batch', 'none'")
-    return nn.ModuleList(BatchNorm(size, dtype) for size in sizes if norm == "batch")
-
-
-def make_layers(
-    sizes: Sequence[int], shared: int, space: int, kernel: int, dtype: torch.dtype, zero: bool
-) -> nn.ModuleList:
-    """Convolutions over maps, or affine layers for a kernel of 0; the first has ``shared`` more
-    features, and the last may start at 0.
-    """
-    more, last = [shared] + [0] * len(sizes), len(sizes) - 2
-    if not kernel:
-        return nn.ModuleList(
-            Affine(a, more[i], b, dtype, zero and i == last)
-            for i, (a, b) in enumerate(pairwise(sizes))
-        )
-    convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[space - 1]
-    layers = nn.ModuleList(
-        convolution(a + more[i], b, kernel, padding=kernel // 2, dtype=dtype)
-        for i, (a, b) in enumerate(pairwise(sizes))
-    )
-    for parameter in layers[-1].parameters() if zero else ():
-        nn.init.zeros_(parameter)
-    return layers
-
-
-def run_layers(
-    layers: nn.ModuleList, norms: nn.ModuleList, h: Tensor, shared: Tensor | None, space: int
-) -> Tensor:
-    """Layers with normalisations and ReLUs between them; the first sees ``shared``, aligned with
-    features last, convolutions as planes that end at the border like the maps, as in the paper.
-    """
-    convolve = not isinstance(layers[0], Affine)
-    if convolve and shared is not None:
-        h = torch.cat((h, as_planes(shared, h)), 1)
-    for i, layer in enumerate(layers):
-        if i:
-            h = F.relu(norms[i - 1](h, 1 if space else -1) if norms else h)
-        h = layer(h) if convolve else layer(h, None if i else shared, space)
-    return h
-
-
 class Pointwise(Network):
-    """The same network at every position: affine, or hidden ReLUs; the last layer starts at 0."""
+    """The same network at every position, or one for their mean: affine, or hidden ReLUs; the last
+    layer starts at 0.
+    """
 
     def __init__(
         self,
@@ -210,14 +118,30 @@ class Pointwise(Network):
         hidden: int = 0,
         width: int | None = None,
         norm: str = "none",
+        *,
+        rank: int | None = None,
+        groups: int = 1,
+        pooled: bool = False,
     ) -> None:
         super().__init__(spec, context)
         # As wide as the value, so that the synthesizer costs what a layer of its stage costs;
         # narrow values need more.
         width = max(self.features, 64) if width is None else width
         sizes = [self.features] + [width] * hidden + [self.features]
-        self.layers = make_layers(sizes, self.context_features, self.space, 0, self.dtype, True)
+        make = affine(self.dtype, rank, groups)
+        self.layers = make_layers(sizes, self.context_features, make, True)
         self.norms = make_norms(norm, sizes[1:-1], self.dtype)
+        self.pooled = pooled
+
+    def compute(self, value: Tensor, context: Tensor | None) -> Tensor:
+        if not self.pooled or value.dim() == 2:
+            return super().compute(value, context)
+        # positions of a value, whose features are second in maps, and of a context
+        first = 2 if self.space else 1
+        mean = value.mean(tuple(range(first, first + value.dim() - 2)), keepdim=True)
+        if context is not None:
+            context = context.mean(tuple(range(1, context.dim() - 1)), keepdim=True)
+        return super().compute(mean, context).expand(value.shape)
 
 
 class Regression(GradientSource):
@@ -318,15 +242,41 @@ class Linear(Regression):
     r"""Affine in value and context: :math:`M(h, c) = W [h, c] + b`, at every token or pixel alike.
 
     Enough for vectors when the context is the label: under a linear head with squared error, ``g =
-    V^T (V h - y)`` is itself linear in ``[h, y]``.
+    V^T (V h - y)`` is itself linear in ``[h, y]``, and of a rank no larger than the number of
+    outputs.
+
+    Args:
+        specs: the values served.
+        context: the context, or None.
+        rank: :math:`W = U V` with so many columns in :math:`U`, which alone starts at zero. Costs
+            ``2 rank / features`` of the full one.
+        groups: features are mapped within so many groups of them; every feature sees the context.
+            Costs ``1 / groups``.
+        pooled: see the mean over tokens or pixels, and predict the same for each; the mean of a
+            context that has positions, too. Costs ``1 / positions``.
+
+    Raises:
+        DecouplingError: a rank and groups; groups that do not divide the features.
 
     Source:
         Jaderberg et al. 2016, arXiv:1608.05343, appendix A.1 (cDNI without hidden layers);
-        Czarnecki et al. 2017, arXiv:1703.00522.
+        Czarnecki et al. 2017, arXiv:1703.00522. The cheap forms are ours.
     """
 
-    def __init__(self, specs: Sequence[TensorSpec], context: TensorSpec | None = None) -> None:
-        super().__init__(specs, context, Pointwise)
+    def __init__(
+        self,
+        specs: Sequence[TensorSpec],
+        context: TensorSpec | None = None,
+        *,
+        rank: int | None = None,
+        groups: int = 1,
+        pooled: bool = False,
+    ) -> None:
+        super().__init__(
+            specs,
+            context,
+            lambda spec, c: Pointwise(spec, c, rank=rank, groups=groups, pooled=pooled),
+        )
 
 
 class MLP(Regression):
@@ -334,12 +284,16 @@ class MLP(Regression):
     + b_1) + b_2`.
 
     Args:
+        specs: the values served.
+        context: the context, or None.
         hidden: number of hidden layers. The paper's DNI on MNIST is
             ``partial(MLP, hidden=2, width=1024, norm="batch")``.
         width: of each; by default the value's features, at least 64, so that the synthesizer costs
-            about two layers of its stage and not several times the stage.
+            about two layers of its stage and not several times the stage. A small one is a
+            bottleneck, which costs ``2 width / features`` of one layer.
         norm: of the hidden layers, ``"batch"`` (by the batch's own statistics, in any mode) or
             ``"none"``.
+        pooled: as for :class:`Linear`.
 
     Source:
         Jaderberg et al. 2016, arXiv:1608.05343, appendix A.1.
@@ -353,8 +307,13 @@ class MLP(Regression):
         hidden: int = 1,
         width: int | None = None,
         norm: str = "none",
+        pooled: bool = False,
     ) -> None:
-        super().__init__(specs, context, lambda spec, c: Pointwise(spec, c, hidden, width, norm))
+        super().__init__(
+            specs,
+            context,
+            lambda spec, c: Pointwise(spec, c, hidden, width, norm, pooled=pooled),
+        )
 
 
 def _at_least_2d(shape: Sequence[int]) -> tuple[int, ...]:

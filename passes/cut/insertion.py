@@ -74,6 +74,7 @@ def insert_sources(
     inputs: Inputs | None = None,
     context: Context | None = None,
     leaving: Leaving | None = None,
+    sized: Mapping[str, str] | None = None,
 ) -> Inserted:
     """Make what was asked for at every interface of a split model, on the model's device.
 
@@ -85,6 +86,7 @@ def insert_sources(
         inputs: synthetic inputs likewise; those that a mapping leaves out get none.
         context: turns targets into what the sources see.
         leaving: how values that leave the graph are served; None where there are none.
+        sized: what ``"auto"`` stands for, by interface, where it is not its full form.
 
     Raises:
         DecouplingError: names of no interface, unknown sources, or some that cannot serve a value;
@@ -94,7 +96,7 @@ def insert_sources(
     taken = tuple(specs[n] for n in split.model_inputs)
     seen = None if leaving is not None else infer_context(context, taken)
     device = next(trace.model.parameters()).device
-    asked = resolve_gradients(interfaces, gradients)
+    asked = resolve_gradients(interfaces, gradients) | dict(sized or {})
     within = tuple(i for i in interfaces if not i.leaves)
     sources = make_sources(within, asked, seen, device)
     if leaving is not None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import fx
 
 from ...errors import CutError, DecouplingError, did_you_mean
-from ...plan import CutPlan
+from ...plan import CutPlan, TensorSpec
 from ...sources import EXACT
 from ..cut.cutting import (
     Flow,
@@ -29,7 +31,8 @@ from .chains import OBJECTIVES, Wishes
 from .costing import Costs, Seconds, estimate_costs, given_costs, measure_costs
 from .learnability import measure_learnability
 from .searching import Choice, near_best, search_cuts
-from .source_costs import OptionOf, estimate_sources, measure_sources
+from .sizing import AUTO, even_share, size_sources
+from .source_costs import Option, OptionOf, estimate_sources, measure_sources
 
 _DEFAULT_STAGES = 4
 
@@ -159,16 +162,29 @@ def weigh_model(
     context: Context | None,
     search: Search,
 ) -> Costs:
-    """Costs of every node and source, as the search asks for them."""
+    """Costs of every node and source, as the search asks for them. ``"auto"`` is what it would be
+    if all stages took the same time.
+    """
     seen = infer_context(context, flow.inputs)
-    option_of = _option_of(flow, gradients)
+    asked = _option_of(flow, gradients)
+    estimated = estimate_costs(flow, args, kwargs, {}, progress=search.progress)
+    stage = even_share(flow, estimated, search.count or _DEFAULT_STAGES)
+
+    @functools.cache
+    def sized(spec: TensorSpec) -> str:
+        return size_sources((spec,), seen, stage)[0].option
+
+    def option_of(node: fx.Node) -> Option:
+        option = asked(node)
+        return sized(flow.specs[node.name]) if option == AUTO else option
+
     if search.costs == "measured":
         sources = measure_sources(flow, option_of, seen)
         return measure_costs(flow, args, kwargs, sources, progress=search.progress)
     sources = estimate_sources(flow, option_of, seen)
     if isinstance(search.costs, Mapping):
         return given_costs(flow, search.costs, sources)
-    return estimate_costs(flow, args, kwargs, sources, progress=search.progress)
+    return dataclasses.replace(estimated, sources=sources)
 
 
 def _option_of(flow: Flow, gradients: Gradients) -> OptionOf:

@@ -22,7 +22,7 @@ from ..cut.cutting import Flow
 from ..cut.specs import modules_of, parameters_of
 from ..trace.caches import Fakes, forget
 from ..trace.state import restored
-from .probes import BYTES_PER_SECOND, Walk, estimate, measure, timed
+from .probes import BYTES_PER_SECOND, Walk, Wanted, estimate, measure, timed
 
 COPIES = 4  # a parameter, its gradient and Adam's two moments
 ADAM_NANOSECONDS = 32 / BYTES_PER_SECOND * 1e9  # per float32: bytes read and written
@@ -87,12 +87,13 @@ def estimate_costs(
     sources: Mapping[str, Cost],
     *,
     progress: bool = False,
+    wanted: Wanted | None = None,
 ) -> Costs:
     """The roofline: the longer of operations over a rate and bytes over another; nothing is run on
-    data. Equal in every process and on every machine.
+    data. Equal in every process and on every machine. Nodes that are not ``wanted`` cost nothing.
     """
     fake = Fakes()
-    walk = Walk(flow, estimate, has_data=False)
+    walk = Walk(flow, estimate, has_data=False, wanted=wanted)
     with restored(flow.trace.model, args, kwargs), fake:
         walk.run(map(fake.from_tensor, flatten((args, kwargs))[0]), _watched(flow, progress))
     found = walk.forward, walk.backward, walk.kept

@@ -38,6 +38,8 @@ _ATTENTION: dict[Any, Any] = {  # of the CPU, whose operators torch's counter do
 Forward = Callable[[], Any]  # runs a node, again and again
 Weigh = Callable[[Forward, list[torch.Tensor]], tuple[int, int]]
 """From a node and all tensors that it computes from to nanoseconds of forward and backward."""
+Wanted = Callable[[fx.Node, "Walk"], bool]
+"""Whether a node is weighed, from what is known of those before it."""
 
 
 class Walk:
@@ -47,6 +49,7 @@ class Walk:
         flow: facts of a traced model.
         weigh: learns what a node takes.
         has_data: whether nodes that cannot be run are an error.
+        wanted: which nodes are weighed; asked in their order.
 
     Attributes:
         forward: nanoseconds of each node's forward, by name.
@@ -54,12 +57,15 @@ class Walk:
         kept: bytes kept for it: what is made inside, and the value, where it or a user keeps it.
     """
 
-    def __init__(self, flow: Flow, weigh: Weigh, *, has_data: bool = True) -> None:
+    def __init__(
+        self, flow: Flow, weigh: Weigh, *, has_data: bool = True, wanted: Wanted | None = None
+    ) -> None:
         self.forward: dict[str, int] = {}
         self.backward: dict[str, int] = {}
         self.kept: dict[str, int] = {}
         self._keeps_value: set[str] = set()
         self._flow, self._weigh, self._has_data = flow, weigh, has_data
+        self._wanted = wanted
         self._owners: dict[int, str] = {}  # which node made the memory that is alive
 
     def run(self, inputs: Iterator[torch.Tensor], nodes: Iterable[fx.Node]) -> None:
@@ -76,7 +82,8 @@ class Walk:
         """The value of a node that has been weighed."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about how nodes are used here
-            if self._flow.is_computed(node) and not node.meta.get("glued"):
+            wanted = self._wanted is None or self._wanted(node, self)
+            if wanted and self._flow.is_computed(node) and not node.meta.get("glued"):
                 put_back = self._keep(node)
                 self._visit(node, values)
                 put_back()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -38,15 +38,20 @@ OptionOf = Callable[[fx.Node], Option]
 Kind = tuple[Option, TensorSpec]  # what a source is made from
 
 
-def measure_sources(flow: Flow, option_of: OptionOf, context: TensorSpec | None) -> dict[str, Cost]:
+def measure_sources(
+    flow: Flow,
+    option_of: OptionOf,
+    context: TensorSpec | None,
+    only: Collection[str] | None = None,
+) -> dict[str, Cost]:
     """Time and memory of the source that each value would get: one prediction, one regression, one
     update.
 
     A few sources of each kind are timed; the others are taken to run at the rate of the nearest
-    one. Random states are left as they were.
+    one. Random states are left as they were. ``only`` names the values, if not all.
     """
     device = next(flow.trace.model.parameters()).device
-    kinds = _kinds(flow, option_of)
+    kinds = _kinds(flow, option_of, only)
     made = _made(kinds, context)
     groups: dict[Any, list[tuple[int, Kind]]] = {}
     for kind, source in made.items():
@@ -71,10 +76,13 @@ def measure_sources(flow: Flow, option_of: OptionOf, context: TensorSpec | None)
 
 
 def estimate_sources(
-    flow: Flow, option_of: OptionOf, context: TensorSpec | None
+    flow: Flow,
+    option_of: OptionOf,
+    context: TensorSpec | None,
+    only: Collection[str] | None = None,
 ) -> dict[str, Cost]:
     """The same by floating-point operations and bytes; see :func:`measure_sources`."""
-    kinds = _kinds(flow, option_of)
+    kinds = _kinds(flow, option_of, only)
     known: dict[Kind, Cost] = {}
     for kind, source in _made(kinds, context).items():
         learnt, size = sum(p.numel() for p in source.parameters()), kind[1].nbytes
@@ -91,12 +99,13 @@ def estimate_sources(
     return {name: known.get(kind, (UNSERVED, 0)) for name, kind in kinds.items()}
 
 
-def _kinds(flow: Flow, option_of: OptionOf) -> dict[str, Kind]:
+def _kinds(flow: Flow, option_of: OptionOf, only: Collection[str] | None) -> dict[str, Kind]:
     """What the source of each value that carries a gradient is made from, by node name."""
     return {
         node.name: (option_of(node), flow.specs[node.name])
         for node in flow.nodes
         if flow.is_computed(node) and flow.carries_gradient(node)
+        if only is None or node.name in only
     }
 
 

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from dni_fx.errors import DecouplingError
 from dni_fx.recurrent import decouple_through_time
 from dni_fx.schedules import Threads
-from dni_fx.sources import INPUTS, SOURCES
+from dni_fx.sources import INPUTS, SOURCES, base_name
 
 from ..models.cases import Case, seed_generator
-from ..models.small import CHAIN, DROPOUT, SKIPS, SMALL
+from ..models.small import CHAIN, CONVOLUTIONS, DROPOUT, SKIPS, SMALL
 from .optimisers import adam, sgd
 from .processes import limited, once, torchrun
 from .training import ONE_HOT, batch, decoupled_of, record, trainer_of
@@ -64,7 +64,11 @@ class Task:
             yield batch(step, size, self.case)
 
 
-GRADIENTS = [*SOURCES, "joint:linear", "joint:critic", "each:linear", "each:mlp"]
+OPTIONED = [
+    *("linear(rank=2)", "linear(groups=2)", "linear(pooled=True)", "mlp(width=4)"),
+    *("conv(rank=2)", "conv(depthwise=True)", "each:linear(rank=2)"),
+]
+GRADIENTS = [*SOURCES, *OPTIONED, "joint:linear", "joint:critic", "each:linear", "each:mlp"]
 PLAIN = ("linear", "mlp", "zero", "stale", "exact")
 PAIRS = [(case, gradients) for case in SMALL for gradients in GRADIENTS]
 EVERY = os.environ.get("DNI_FX_MATRIX") == "all"  # make matrix
@@ -78,6 +82,7 @@ TASKS = [
         or (case is SKIPS and optimizer is adam)
         or (gradients in ("exact", "local") and optimizer is sgd)
         or (case is CHAIN and gradients in PLAIN)
+        or (case is CONVOLUTIONS and optimizer is adam and base_name(gradients) == "conv")
     ),
     *(
         Task(case, "linear", inputs)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from dni_fx.errors import DecouplingError
+from dni_fx.sources import base_name
 
 from ..helpers.comparing import assert_bits_equal
 from ..helpers.executors import EXECUTORS, PLAIN, TASKS, Executor, Record, Task, in_turn
@@ -75,7 +76,7 @@ def assert_agree(got: Record, want: Record, what: str, tolerance: float = 0.0) -
 @functools.cache
 def is_late(gradients: str) -> bool:
     """Whether a source's answer comes steps later, which on threads and ranks is another matter."""
-    case = CONVOLUTIONS if gradients == "conv" else CHAIN
+    case = CONVOLUTIONS if base_name(gradients) == "conv" else CHAIN
     return any(source.asks.lag for source in decoupled_of(gradients, case).sources.values())
 
 

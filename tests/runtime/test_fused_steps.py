@@ -27,6 +27,7 @@ from ..models.small import Block
 
 STEPS = 8
 RECORDED = ["linear", "mlp", "auto", "local", "distill", "zero"]
+CHEAP = ["linear(rank=2)", "linear(groups=2)", "linear(pooled=True)", "mlp(width=4)"]
 AGREE = 1e-12
 
 
@@ -66,7 +67,7 @@ def assert_agree(fused: Any, twin: Any, programs: int = 1) -> None:
     assert largest_difference(record(fused), record(twin)) < AGREE
 
 
-@pytest.mark.parametrize("gradients", RECORDED)
+@pytest.mark.parametrize("gradients", [*RECORDED, *CHEAP])
 @pytest.mark.parametrize("optimizer", [sgd, adam])
 def test_every_source(gradients: str, optimizer: Any) -> None:
     fused, twin = pair(gradients, optimizer=optimizer, synthesizer_optimizer=optimizer)

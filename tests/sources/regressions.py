@@ -26,8 +26,21 @@ MAPS = ["map1d", "map2d", "map3d"]
 LABELS = torch.tensor([0, 2, 1, 2])
 
 
-CASES = [(name, kind) for name in ("linear", "mlp", "auto") for kind in KINDS] + [
-    ("conv", kind) for kind in MAPS
+WIDE = [kind for kind, (shape, _) in KINDS.items() if len(shape) > 1]
+CHEAP = {  # forms by their kind, each with values that it takes
+    "linear(rank=2)": [*KINDS],
+    "linear(groups=2)": WIDE,
+    "linear(pooled=True)": [*KINDS],
+    "mlp(width=4)": [*KINDS],
+    "mlp(pooled=True)": WIDE,
+    "conv(rank=2)": MAPS,
+    "conv(depthwise=True)": MAPS,
+    "conv(depthwise=True, width=2)": MAPS,
+}
+CASES = [
+    *((name, kind) for name in ("linear", "mlp", "auto") for kind in KINDS),
+    *(("conv", kind) for kind in MAPS),
+    *((name, kind) for name, kinds in CHEAP.items() for kind in kinds),
 ]
 
 

@@ -58,7 +58,8 @@ class Program:
         self._trained = [p.requires_grad for p in parameters]
         self._groups = list(dict.fromkeys((u.optimizer, u.group) for u in updates))
         self._states = [s for u in updates for s in u.states]
-        tensors = self._tensors(batch.leaves)
+        self._fine = torch.ones((), dtype=torch.bool, device=self._parameters[0].device)
+        tensors = self._tensors(batch.leaves, self._fine)
         whole = record_operators(self._run, tensors, fake=True)
         self.graph = named_inputs(whole, self._labels(names, batch))
         put_back = kept_settings()
@@ -82,31 +83,34 @@ class Program:
             and not any(map(is_watched, self._parameters))
         )
 
-    def __call__(self, batch: Inputs) -> tuple[Tensor, Any] | None:
+    def __call__(self, batch: Inputs, before: Tensor | None = None) -> tuple[Tensor, Any, Tensor]:
         """Make the step.
 
+        Args:
+            batch: of the kind that the program is for.
+            before: a bool without dimensions, whether the step is to be made at all.
+
         Returns:
-            The loss, and the model's output, detached; None where something is not finite and
-            nothing was changed.
+            The loss, and the model's output, detached; and whether the step was made. Where
+            something is not finite nothing was changed.
         """
+        tensors = self._tensors(batch.leaves, self._fine if before is None else before)
         with torch.no_grad(), held_signals():
-            finite, loss, *leaves = self._call(*self._tensors(batch.leaves))
-        if not bool(finite):
-            return None
+            finite, loss, *leaves = self._call(*tensors)
         for parameter in self._parameters:
             parameter.grad = None
         for optimizer in self._settings:
             if "step" in vars(optimizer):  # a scheduler asks whether it was called
                 optimizer._opt_called = True  # type: ignore[attr-defined]
-        return loss, self._recorded.output.build(iter(leaves))
+        return loss, self._recorded.output.build(iter(leaves)), finite
 
-    def _tensors(self, leaves: Sequence[Tensor]) -> list[Tensor]:
+    def _tensors(self, leaves: Sequence[Tensor], before: Tensor) -> list[Tensor]:
         rates = [
             torch.tensor(float(o.param_groups[k]["lr"]), dtype=torch.float64)
             for o, k in self._groups
         ]
         owned = [p.detach() for p in self._parameters]
-        return [*owned, *self._buffers, *self._states, *rates, *leaves]
+        return [*owned, *self._buffers, *self._states, *rates, before, *leaves]
 
     def _run(self, *tensors: Tensor) -> list[Tensor]:
         """The program: what is recorded as the graph."""
@@ -119,6 +123,7 @@ class Program:
 
         weights, buffers = take(len(self._parameters)), take(len(self._buffers))
         states, rates = take(len(self._states)), take(len(self._groups))
+        (before,) = take(1)
         own = list(buffers)
         for k in recorded.written:
             own[k] = buffers[k].clone()
@@ -126,7 +131,7 @@ class Program:
         outputs, regressions = recorded.outputs, recorded.regressions
         losses = [found[0], *found[1 + outputs : 1 + outputs + regressions]]
         gradients = list(found[1 + outputs + regressions :])
-        finite = _all_finite([*losses, *gradients])
+        finite = before & _all_finite([*losses, *gradients])
         changes = self._updated(weights, gradients, states, rates)
         changes += [(buffers[k], own[k]) for k in recorded.written]
         for old, new in changes:
@@ -163,7 +168,7 @@ class Program:
         ]
         rates = [f"rate{k}" for k in range(len(self._groups))]
         rest = [f"given{k}" for k in range(len(batch.leaves) - len(batch.names))]
-        return [*names, *states, *rates, *batch.names, *rest]
+        return [*names, *states, *rates, "before", *batch.names, *rest]
 
 
 def is_watched(parameter: nn.Parameter) -> bool:

@@ -16,6 +16,7 @@ from ...passes.trace.calls import ReadAttribute, StoreAttribute
 from ...passes.trace.operators import count_constants
 from ...passes.trace.state import preserved_rng, python_draws
 from ..batch_state import Setting
+from ..deferring import Deferral
 from ..emitted import keep_modes
 from ..objective import Objective
 from ..optimizing import StageOptimizers
@@ -67,16 +68,19 @@ class FusedSteps:
         values: dict[str, Any],
         context: Callable[[], Tensor | None],
         target: Any,
-    ) -> tuple[Tensor, Any] | None:
+        deferral: Deferral | None = None,
+    ) -> tuple[Tensor, Any, Tensor] | None:
         """Make one step.
 
         Args:
             setting, values, target: of the batch.
             context: gives what sources see of the target.
+            deferral: the step before, where this one's check is not looked at yet: it is made if
+                that was finite, too.
 
         Returns:
-            Loss and output, detached; None where the step is to be made eagerly: nothing was
-            changed then.
+            Loss and output, detached, and whether it was made; None where the step is to be made
+            eagerly: nothing was changed then.
         """
         if (reason := self._obstacle(setting, values)) is not None:
             self._decline(reason)
@@ -85,9 +89,12 @@ class FusedSteps:
         program = self._find(setting, batch)
         if program is None:
             return None
+        if deferral is not None:
+            last = deferral.last
+            return program(batch, None if last is None else last.verdict.tensor)
         put_back_rng = preserved_rng()
         found = program(batch)
-        if found is None:  # the eager step names the place
+        if not bool(found[-1]):  # the eager step names the place
             put_back_rng()
             return None
         return found
