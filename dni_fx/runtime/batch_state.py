@@ -109,6 +109,17 @@ class Setting:
         return {k: [s for s in self.served if s.producer == k] for k in range(len(self.stages))}
 
     @cached_property
+    def seen_besides(self) -> dict[int, list[str]]:
+        """By stage, what sources see of the model's inputs that the stage does not take."""
+        found: dict[int, list[str]] = {}
+        for group in self.served:
+            index, whose = group.producer, group.source.asks.inputs
+            names = [] if whose is None else self.split.seen_by(index, whose)
+            known = (*self.stages[index].inputs, *found.get(index, ()))
+            found[index] = [*found.get(index, ()), *(n for n in names if n not in known)]
+        return found
+
+    @cached_property
     def wants_error(self) -> bool:
         """Whether a source asks for the error of the model's output."""
         return any("error" in s.source.asks.hears for s in self.served)
@@ -262,6 +273,11 @@ class BatchState:
     loss: Tensor | None = None
     output: Any = None
     error: Tensor | None = None
+
+    def predicted_inputs(self, setting: Setting) -> dict[str, Any]:
+        """What stages take instead of values; in a locked step predictions only learn."""
+        given = {} if setting.share > 0 else self.input_predictions
+        return {n: p.value for n, p in given.items()}
 
     def known(self) -> dict[str, Any]:
         """Values, or what was predicted for them where they were not computed."""

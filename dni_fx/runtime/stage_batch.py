@@ -66,9 +66,10 @@ class StageBatch:
             DecouplingError: a predicted input of another shape than the value has.
         """
         values, names = self.state.values, self.stage.inputs
-        if self.setting.share > 0 or not self.state.input_predictions:  # else only to learn
+        taken = self.state.predicted_inputs(self.setting)
+        if not taken:
             return {n: values[n] for n in names}
-        predicted = {n: p.value for n, p in self.state.input_predictions.items() if n in names}
+        predicted = {n: value for n, value in taken.items() if n in names}
         for name, guess in predicted.items():
             if name in values and guess.shape != values[name].shape:
                 raise DecouplingError(
@@ -91,8 +92,10 @@ class StageBatch:
         """All at once, by the emitted training function."""
         state = self.state
         step = self.setting.functions[self.index].step.forward  # without a call's detours
+        inputs = self.receive()
+        inputs.update({n: state.values[n] for n in self.setting.seen_besides.get(self.index, ())})
         with self.sources.named():
-            result = step(self.receive(), state.context, self.setting.loss, state.target)
+            result = step(inputs, state.context, self.setting.loss, state.target)
         state.predictions.update(result.predictions)
         if self.is_last:
             state.loss, state.output = result.loss, result.outputs["output"]

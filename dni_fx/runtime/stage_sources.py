@@ -36,6 +36,7 @@ class StageSources:
         self.setting, self.index, self.state, self.answers = setting, index, state, answers
         self.groups = setting.by_producer[index]
         self.asks_again = asks_again
+        self._seen: dict[str, tuple[Tensor, ...]] = {}  # inputs, for sources that see them
         self._versions: dict[str, int] = {}  # of the sources' weights, when they were asked
         self._again: dict[str, Prediction] = {}
 
@@ -44,6 +45,22 @@ class StageSources:
         """Those that wait for a message."""
         return [s for s in self.groups if s.source.asks.wait is not None]
 
+    def note_inputs(self) -> None:
+        """Keep what the sources see of the stage's and the model's inputs, which may be gone when
+        they are asked.
+        """
+        for group in self.groups:
+            self._inputs_of(group)
+
+    def _inputs_of(self, group: Served) -> tuple[Tensor, ...]:
+        """What a source sees of inputs."""
+        whose = group.source.asks.inputs
+        if whose is not None and group.name not in self._seen:
+            names = self.setting.split.seen_by(self.index, whose)
+            known = self.state.values | self.state.predicted_inputs(self.setting)
+            self._seen[group.name] = tuple(known[n].detach() for n in names)
+        return self._seen.get(group.name, ())
+
     def ask(self, group: Served, values: Mapping[str, Any], keep: bool = False) -> Prediction:
         """What a source says about its values (by name, detached); remembered. ``keep`` is with
         copies of its weights, which are updated before its message comes.
@@ -51,8 +68,11 @@ class StageSources:
         if self.asks_again:
             self._versions[group.name] = _version(group.source)
         served = tuple(values[n] for n in group.names)
+        seen = (self._inputs_of(group),) if group.source.asks.inputs is not None else ()
+        if not group.source.asks.hears:  # nobody asks it again
+            self._seen.pop(group.name, None)
         with self.named(), kept_weights(group.source) if keep else contextlib.nullcontext():
-            prediction: Prediction = group.source(served, self.state.context)
+            prediction: Prediction = group.source(served, self.state.context, *seen)
         self.state.predictions[group.name] = prediction
         return prediction
 

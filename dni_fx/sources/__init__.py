@@ -13,7 +13,9 @@ from .heads import Critic, Distill, Local, LossHead, Sobolev
 from .inputs import INPUTS, InputFactory, InputSource, make_input
 from .late import Corrected, Delayed, Feedback, Mix, mix
 from .making import EXACT, JOINT, SOURCES, Joint, Served, is_joint, make_source, serve
+from .reconstruct import Reconstruct
 from .regression import MLP, Linear, Network, Regression
+from .sums import Sum
 from .through_time import AcrossTime, Traces, side_by_side
 
 __all__ = [
@@ -46,11 +48,13 @@ __all__ = [
     "Network",
     "OneHot",
     "Prediction",
+    "Reconstruct",
     "Regression",
     "Served",
     "Sobolev",
     "SourceFactory",
     "Stale",
+    "Sum",
     "Traces",
     "Wait",
     "Zero",
@@ -78,6 +82,7 @@ SOURCES.update(
     critic=Critic,
     sobolev=Sobolev,
     distill=Distill,
+    reconstruct=Reconstruct,
     delayed=Delayed,
     corrected=Corrected,
     mix=Mix,

@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import DecouplingError, did_you_mean
 
 MESSAGES = ("gradient", "loss", "logits", "error")  # kinds, in the order in which they come
+SEEN = ("stage", "model")  # whose inputs a source may see
 
 
 def _check_kinds(place: str, kinds: Any) -> None:
@@ -80,6 +81,9 @@ class Asks:
             the trainer writes to the source's ``ended``.
         jacobian: between windows: it wants to know how the state depends on that of the window
             before, which the trainer writes to the source's ``jacobian``.
+        inputs: whose inputs ``predict`` gets as its third argument, a tuple of detached tensors:
+            ``"stage"`` for what its own stage has received from others (where that is nothing: the
+            model's inputs that the stage takes), ``"model"`` for the model's. None for none.
 
     Raises:
         DecouplingError: kinds that do not exist or in another order; what cannot go together.
@@ -91,9 +95,13 @@ class Asks:
     exact: bool = False
     ends: bool = False
     jacobian: bool = False
+    inputs: str | None = None
 
     def __post_init__(self) -> None:
         _check_kinds("Asks(learns_from=...)", self.learns_from)
+        if self.inputs not in (None, *SEEN):
+            known = ", ".join(map(repr, SEEN))
+            raise DecouplingError(f"Asks(inputs=...) takes None or {known}, not {self.inputs!r}")
         if self.wait is not None and not isinstance(self.wait, Wait):
             raise DecouplingError(
                 f"Asks(wait=...) takes None or a Wait, such as Wait(lag=1), not {self.wait!r}"

@@ -40,6 +40,8 @@ def check_source(source: GradientSource) -> None:
             raise DecouplingError(f"{name}.{attribute} is an Asks that nobody reads: call it asks")
     for method, arguments in ARGUMENTS.items():
         if _has(source, method):
+            if method == "predict" and asks.inputs is not None:
+                arguments = "(values, context, inputs)"
             try:
                 inspect.signature(getattr(source, method)).bind(*arguments.split(","))
             except TypeError as error:
@@ -99,9 +101,13 @@ def try_predict(source: GradientSource) -> None:
         asked = copy.deepcopy(source, {id(tensor): mode.from_tensor(tensor) for tensor in tensors})
         with warnings.catch_warnings(), mode, torch.enable_grad():
             warnings.simplefilter("ignore")
-            values = tuple(torch.zeros(spec.shape, dtype=spec.dtype) for spec in source.specs)
+            values, inputs = (
+                tuple(torch.zeros(spec.shape, dtype=spec.dtype) for spec in specs)
+                for specs in (source.specs, source.input_specs)
+            )
             seen = source.context_spec
-            asked(values, None if seen is None else torch.zeros(seen.shape, dtype=seen.dtype))
+            context = None if seen is None else torch.zeros(seen.shape, dtype=seen.dtype)
+            asked(values, context, inputs)
     except DecouplingError:
         raise
     except Exception:

@@ -77,10 +77,20 @@ class Wrapping(GradientSource):
             )
         self.asks = self.source.asks
 
-    def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
+    def see_inputs(self, specs: Sequence[TensorSpec]) -> None:
+        """The other source sees them."""
+        super().see_inputs(specs)
+        self.source.see_inputs(specs)
+
+    def predict(
+        self,
+        values: tuple[Tensor, ...],
+        context: Tensor | None = None,
+        inputs: tuple[Tensor, ...] | None = None,
+    ) -> Prediction:
         """What the other source predicts."""
         self.hand_on(self.source)
-        return self.source(values, context)
+        return self.source(values, context, inputs)
 
     def fit(self, prediction: Prediction, message: tuple[Tensor, ...]) -> Tensor | None:
         """As the other source learns."""
@@ -163,9 +173,14 @@ class Mix(Wrapping):
         self.asks = replace(self.asks, wait=wait)
         self.share = checked_share("Mix's share of the true gradient", share)
 
-    def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
+    def predict(
+        self,
+        values: tuple[Tensor, ...],
+        context: Tensor | None = None,
+        inputs: tuple[Tensor, ...] | None = None,
+    ) -> Prediction:
         """The other source's prediction: its share, or held back where the stage waits."""
-        made = super().predict(values, context)
+        made = super().predict(values, context, inputs)
         early = None
         if self.asks.early and made.gradients is not None:
             early = tuple(gradient * (1 - self.share) for gradient in made.gradients)
