@@ -14,6 +14,7 @@ import torch.distributed as dist
 from .decoupled import Decoupled
 from .errors import DecouplingError
 from .graphs.nested import map_tensors
+from .parallel.executors import find_late_delays
 from .parallel.threads import OnThreads
 from .reports.steps import StepReport
 from .runtime.batch_state import Settings
@@ -21,7 +22,7 @@ from .runtime.fusing.steps import FusedSteps
 from .runtime.in_turn import Batch, InTurn
 from .runtime.measuring import Measures
 from .runtime.objective import Loss
-from .runtime.optimizing import MakeOptimizer
+from .runtime.optimizing import LrScale, MakeOptimizer
 from .runtime.saving import load_trained, trained_state
 from .runtime.transforms import check_ordinary
 from .schedules import Flow, Mode, Schedule, Threads, make_schedule, mode_of
@@ -52,6 +53,10 @@ class Trainer(Measures):
         accumulate: how many steps' gradients make one update; the loss of each counts 1 /
             accumulate.
         metrics_every: how often the predictions are compared with their targets, in steps.
+        lr_scale: what the learning rates of each stage are multiplied with when its optimiser is
+            made: a mapping from stage names to factors, or ``"delay"`` for 1 / (1 + delay), the
+            delay being that of :meth:`delays` in updates, for stages in turn (PipeMare's rule, Yang
+            et al. 2021, arXiv:1910.05124, without its annealing, and with 1 added).
         compile: whether a whole step (stages, sources, SGD's or Adam's updates) is one call that
             TorchInductor makes faster; or its options, as ``torch.compile(options=)`` takes them.
             Numbers agree with eager steps to rounding, ``.grad`` is not kept, and what cannot be
@@ -76,6 +81,7 @@ class Trainer(Measures):
         clip_norm: float | None = None,
         accumulate: int = 1,
         metrics_every: int = 50,
+        lr_scale: LrScale = None,
         compile: bool | dict[str, Any] = False,
     ) -> None:
         super().__init__(
@@ -86,12 +92,13 @@ class Trainer(Measures):
             clip_norm=clip_norm,
             accumulate=accumulate,
             metrics_every=metrics_every,
+            lr_scale=lr_scale,
         )
         self.schedule = make_schedule(schedule)
         _warn_if_alone()
         self._in_turn: InTurn[Batch] = InTurn(decoupled, self.optimizing, self.metrics, accumulate)
         self.threads: OnThreads | None = None
-        self._settings = Settings(decoupled.graphs, self.objective)
+        self._settings = Settings(decoupled.graphs, self.objective, ahead=self.optimizing.ahead)
         self.fused: FusedSteps | None = None
         if compile is not False:
             options = _checked_options(compile, self.schedule)
@@ -172,6 +179,12 @@ class Trainer(Measures):
         except BaseException:
             self.close()
             raise
+
+    def _find_delays(self) -> dict[int, int]:
+        if not isinstance(self.schedule, Threads):
+            return super()._find_delays()
+        workers = {} if self.threads is None else self.threads.workers
+        return find_late_delays(self.decoupled, self.schedule.flow.staleness, workers)
 
     def close(self) -> None:
         """End the threads of ``schedules.Threads``, without waiting for batches that are under way;

@@ -44,6 +44,7 @@ class StageLearner:
         late: whether the gradients of the next update hold a late one already.
         updates: number of updates of the stage's parameters.
         delays: how often the sources have learnt from an answer so many steps after its batch.
+        delay: how many steps after its batch the last late gradient came; None before.
         clip_norm: largest norm of the gradients, as the newest batch was posted with it.
         owned: what nobody else may change, where a thread of the stage's own works.
     """
@@ -73,6 +74,7 @@ class StageLearner:
         self.late = False
         self.updates = 0
         self.delays = Counter[int]()
+        self.delay: int | None = None
         self.clip_norm = optimizers.clip_norm
         self.owned = Owned()
 
@@ -90,6 +92,14 @@ class StageLearner:
     def parameters(self) -> list[nn.Parameter]:
         """What the stage's optimiser owns."""
         return self.optimizers.parameters_of(self.name)
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """That which steps the stage, with the settings of the newest batch; None where there are
+        no parameters.
+        """
+        posted = self.posted.get(self.name)
+        return self.optimizers.stages.get(self.name) if posted is None else posted.double
 
     def drop_gradients(self) -> None:
         """Those of a finished update."""
@@ -140,7 +150,10 @@ class StageLearner:
             self.drop_gradients()
         self.late |= late
         job.state.now = newest
+        waited = job.waits
         job.batch.advance()
+        if waited and not job.waits:
+            self.delay = newest - job.step
         self.desk.answer(job)
         if self.losses and at_once:
             self.update_sources()  # every answer makes a step of its own

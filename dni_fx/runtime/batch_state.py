@@ -17,6 +17,7 @@ from ..passes.cut.splitting import Split, StageGraph
 from ..passes.trace.state import Changes
 from ..schedules import Mode
 from ..sources import InputSource, Prediction, Served
+from .delays import Ahead, find_delays
 from .loss_reach import CheckedLoss
 from .objective import Loss, Objective
 from .tape import Rerun, Tape
@@ -39,6 +40,8 @@ class Setting:
         active: stages that are updated.
         expected: where gradients must arrive in each stage once all that it sends has one.
         changes: what a call of the model does besides returning something.
+        ahead: moves a stage's weights to where its late gradient will meet them; None where nobody
+            asks for that.
     """
 
     split: Split
@@ -51,6 +54,7 @@ class Setting:
     active: frozenset[int]
     expected: tuple[Expected, ...]
     changes: Changes
+    ahead: Ahead | None = None
 
     @classmethod
     def of(
@@ -62,6 +66,7 @@ class Setting:
         loss: Loss | None = None,
         all_cuts: bool = True,
         here: Collection[int] | None = None,
+        ahead: Ahead | None = None,
     ) -> Setting:
         """For a batch whose graph is active.
 
@@ -71,6 +76,7 @@ class Setting:
             loss: by default the objective's scaled loss.
             all_cuts: whether the graph must have those of the plan.
             here: stages that run in turn with the last one; all by default.
+            ahead: as the attribute.
 
         Raises:
             PlanMismatchError: it has not, or lacks a source.
@@ -91,6 +97,7 @@ class Setting:
             active=frozenset(every if mode.active is None else mode.active),
             expected=graphs.variant.expected,
             changes=graphs.variant.trace.changes,
+            ahead=ahead,
         )
 
     @property
@@ -161,17 +168,7 @@ class Setting:
     @cached_property
     def delays(self) -> dict[int, int]:
         """In how many steps each stage will have pulled back the batch."""
-        delays = {self.last: 0}
-        for index in reversed(range(self.last)):
-            late = [0]
-            for group in self.by_producer[index] if self.share == 0 else ():
-                asks = group.source.asks
-                behind = (
-                    max(delays[c] for c in group.consumers) if "gradient" in asks.awaited else 0
-                )
-                late.append((asks.lag or 0) + behind)
-            delays[index] = max(late)
-        return delays
+        return find_delays(self.served if self.share == 0 else (), len(self.stages))
 
 
 class Settings:
@@ -182,6 +179,7 @@ class Settings:
         objective: the trainer's; a setting keeps what it is then.
         scaled: the loss that is pulled back, of an objective; the scaled one by default.
         is_served: which of the sources are asked; by default as there.
+        ahead: as for :class:`Setting`.
     """
 
     def __init__(
@@ -191,8 +189,10 @@ class Settings:
         scaled: Callable[[Objective], Loss] | None = None,
         here: Collection[int] | None = None,
         is_served: Callable[[Served], bool] | None = None,
+        ahead: Ahead | None = None,
     ) -> None:
         self.graphs, self.objective, self.scaled, self.here = graphs, objective, scaled, here
+        self.ahead = ahead
         self.is_served = is_served
         self._newest: tuple[Any, Mode, Loss, Setting] | None = None
 
@@ -206,7 +206,8 @@ class Settings:
         posted = replace(self.objective)  # another loss is none of batches under way
         scaled = None if self.scaled is None else self.scaled(posted)
         asked = self.is_served and tuple(filter(self.is_served, self.graphs.served()))
-        setting = Setting.of(self.graphs, posted, mode, asked, loss=scaled, here=self.here)
+        options: dict[str, Any] = {"loss": scaled, "here": self.here, "ahead": self.ahead}
+        setting = Setting.of(self.graphs, posted, mode, asked, **options)
         self._newest = (variant, mode, loss, setting)
         return setting
 

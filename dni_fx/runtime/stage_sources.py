@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import DecouplingError
 from ..reports.steps import InterfaceReport, compare
-from ..sources import Prediction, Served, mix
+from ..sources import GradientSource, Prediction, Served, mix
 from ..sources.keeping import kept_weights
 from .answers import Answers, or_zeros
 from .batch_state import BatchState, Setting
@@ -97,6 +98,21 @@ class StageSources:
         hears = not self.asks_again and "gradient" in group.source.asks.learns_from
         return hears and any(delays[c] > 0 for c in group.consumers)
 
+    @contextlib.contextmanager
+    def ahead(self, delays: Mapping[int, int]) -> Iterator[bool]:
+        """Where a source asks for it, the stage's weights are inside those that its late gradient
+        will meet; whether they are.
+        """
+        steps, move = delays[self.index], self.setting.ahead
+        waits = (s.source.asks.wait for s in self.waiting)
+        if move is None or steps == 0 or not any(w and w.predict_weights for w in waits):
+            yield False
+            return
+        shared = set(self.setting.split.shared_in(self.index).values())
+        own = {*self.setting.expected[self.index].parameters.values()} - shared
+        with move(self.index, steps, own):
+            yield True
+
     def predicted(self) -> dict[str, Tensor]:
         """What is pulled back at once, by value."""
         return {n: g for s in self.groups for n, g in zip(s.names, self._said(s), strict=True)}
@@ -136,10 +152,38 @@ class StageSources:
                     f"{type(source).__name__}.complete must return a tuple of {len(group.names)} "
                     f"gradients, one per value, but returned {type(found).__name__}"
                 )
+        if (weight := self._weight(source)) != 1:
+            found = tuple(gradient * weight for gradient in found)
         if source.asks.early and self.index not in self.state.progress.early:
             # Another source of the stage waits: all in one.
             return tuple(a + b for a, b in zip(found, self._said(group), strict=True))
         return found
+
+    def _weight(self, source: GradientSource) -> float:
+        """Of what comes on top of an earlier part."""
+        wait = source.asks.wait
+        weight = 1.0 if wait is None else wait.weight
+        if not isinstance(weight, str):
+            return weight
+        return 1 / (1 + math.ceil((self.state.now - self.state.started) * source.unit))
+
+    def unweighted(self, found: dict[str, Any]) -> dict[str, Any]:
+        """What has flowed back to the stage's inputs from what is pulled back now; of a correction
+        as if it had counted whole.
+        """
+        if self.index not in self.state.progress.early:
+            return found
+        weights = {self._weight(s.source) for s in self.waiting}
+        if len(weights) > 1:
+            names = ", ".join(repr(s.name) for s in self.waiting)
+            raise DecouplingError(
+                f"the corrections at {names} leave one stage and have different weights, so that "
+                "they cannot be told apart in what flows back: give them one weight"
+            )
+        (weight,) = weights or {1.0}
+        if weight == 1:
+            return found
+        return {n: None if gradient is None else gradient / weight for n, gradient in found.items()}
 
     def learn(self) -> list[tuple[str, Tensor]]:
         """Losses of every source whose message is there, with their graph, by its name."""

@@ -39,6 +39,11 @@ class Wait:
             else its graph and the weights that it used are kept (DDG).
         corrects: the prediction is pulled back at once all the same, and what ``complete`` returns
             later comes on top of it.
+        weight: what the part that comes later counts in the stage's own gradients, where one is
+            pulled back before: a share of 1, or ``"delay"`` for 1 / (1 + updates since then).
+            Stages before hear of it as if it had counted whole.
+        predict_weights: for a lag of 1 or more: the stage's forward uses weights as they will be
+            when the message is there, as far as its optimiser's direction tells.
 
     Raises:
         DecouplingError: a lag that is no count of steps, kinds that do not exist.
@@ -48,6 +53,8 @@ class Wait:
     for_: tuple[str, ...] = ("gradient",)
     recompute: bool = True
     corrects: bool = False
+    weight: float | str = 1.0
+    predict_weights: bool = False
 
     def __post_init__(self) -> None:
         if type(self.lag) is not int or self.lag < 0:
@@ -56,6 +63,21 @@ class Wait:
                 "answers at once has no Wait (and the flag lag is None)"
             )
         _check_kinds("Wait(for_=...)", self.for_)
+        is_share = isinstance(self.weight, int | float) and 0 < self.weight <= 1
+        if self.weight != "delay" and not is_share:
+            raise DecouplingError(
+                "a correction's weight is 'delay', or a number above 0 and up to 1, not "
+                f"{self.weight!r}"
+            )
+        if self.weight != 1 and not self.corrects:
+            raise DecouplingError(
+                "Wait(weight=...) weights what comes on top of an earlier part: it needs corrects="
+            )
+        if self.predict_weights and self.lag == 0:
+            raise DecouplingError(
+                "predict_weights= is for gradients that come in a later step, but a lag of 0 is "
+                "the same step: leave it out, or pass steps=1 or more"
+            )
 
 
 @dataclass(frozen=True)
