@@ -67,6 +67,7 @@ class Team:
             self.workers[k] = StageWorker(StageLearner(desk, *parts), flow, lags[k])
         for worker in self.workers.values():
             worker.team = self._in_turn_with(worker)
+            check_apart(decoupled, len(worker.team))
         self._last = self.workers.get(len(decoupled.stages) - 1)
         scaled = None if self._last is None else self._last.learner.scaled
         here = None if self._last is None else [w.index for w in self._last.team]
@@ -199,6 +200,17 @@ def shared_state(decoupled: Decoupled) -> list[tuple[str, tuple[int, ...]]]:
         if len(where) > 1:
             found.append((name, where))
     return found
+
+
+def check_apart(decoupled: Decoupled, together: int) -> None:
+    """Refuse sources that read other stages' weights where not all stages run in turn."""
+    for name, source in decoupled.sources.items():
+        if source.asks.shares and together < len(decoupled.stages):
+            raise DecouplingError(
+                f"the source at {name!r} ({type(source).__name__}) reads weights that another "
+                "stage trains, which here works on a thread or in a process of its own: pass "
+                "share=False to the source, or run the stages in turn"
+            )
 
 
 def find_late_delays(

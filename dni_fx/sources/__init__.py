@@ -17,6 +17,7 @@ from .reconstruct import Reconstruct
 from .regression import MLP, Linear, Network, Regression
 from .sums import Sum
 from .through_time import AcrossTime, Traces, side_by_side
+from .tied import Tied
 
 __all__ = [
     "EACH",
@@ -55,6 +56,7 @@ __all__ = [
     "SourceFactory",
     "Stale",
     "Sum",
+    "Tied",
     "Traces",
     "Wait",
     "Zero",

@@ -106,6 +106,8 @@ class Asks:
         inputs: whose inputs ``predict`` gets as its third argument, a tuple of detached tensors:
             ``"stage"`` for what its own stage has received from others (where that is nothing: the
             model's inputs that the stage takes), ``"model"`` for the model's. None for none.
+        shares: it reads weights of the model that another stage trains, so stages must run in turn
+            in one process.
 
     Raises:
         DecouplingError: kinds that do not exist or in another order; what cannot go together.
@@ -118,6 +120,7 @@ class Asks:
     ends: bool = False
     jacobian: bool = False
     inputs: str | None = None
+    shares: bool = False
 
     def __post_init__(self) -> None:
         _check_kinds("Asks(learns_from=...)", self.learns_from)

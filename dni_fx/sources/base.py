@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,7 @@ class GradientSource(Declares, nn.Module):
             class, or set in ``__init__`` where it depends on arguments; see
             :class:`~dni_fx.sources.Asks`. What sources were written with before, ``message =
             "none"`` or ``lag = 1``, is taken as well.
+        takes_labels: of a class, whether its context may be labels themselves, integers.
         unit: the factor in front of the mean loss, set by the trainer (1 / accumulate); what a
             source that computes gradients of a loss of its own multiplies them by.
         ended: set by the trainer for a source that asks for ``ends``, before it predicts: a bool
@@ -106,6 +107,7 @@ class GradientSource(Declares, nn.Module):
         Use it as ``dni_fx.decouple(model, cuts, gradients=MeanGradient)``.
     """
 
+    takes_labels: ClassVar[bool] = False
     unit: float = 1.0
     ended: Tensor | None = None
     jacobian: Tensor | None = None

@@ -70,6 +70,8 @@ class Wrapping(GradientSource):
     name or factory, and learns as it would by itself.
     """
 
+    takes_labels = True  # where what it is made of does
+
     def __init__(
         self, specs: Sequence[TensorSpec], context: TensorSpec | None, source: str | SourceFactory
     ) -> None:

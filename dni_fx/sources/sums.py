@@ -63,6 +63,8 @@ class Summed(GradientSource):
         DecouplingError: a part waits, or they would see different inputs.
     """
 
+    takes_labels = True  # where what it is made of does
+
     def __init__(
         self,
         specs: Sequence[TensorSpec],
@@ -87,7 +89,8 @@ class Summed(GradientSource):
                 f"and of the {seen[1]}: give them one target="
             )
         heard = {kind for part in made for kind in part.asks.learns_from}
-        self.asks = Asks(tuple(k for k in MESSAGES if k in heard), inputs=seen[0] if seen else None)
+        kinds, shares = tuple(k for k in MESSAGES if k in heard), any(p.asks.shares for p in made)
+        self.asks = Asks(kinds, inputs=seen[0] if seen else None, shares=shares)
         self.parts = nn.ModuleList(made)
 
     def see_inputs(self, specs: Sequence[TensorSpec]) -> None:

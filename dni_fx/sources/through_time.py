@@ -66,6 +66,8 @@ class AcrossTime(GradientSource):
         factor 0.1 is theirs.
     """
 
+    takes_labels = True  # where what it is made of does
+
     def __init__(
         self,
         specs: Sequence[TensorSpec],

@@ -235,7 +235,8 @@ def infer_context(context: Context | None, inputs: tuple[TensorSpec, ...]) -> Te
     features = getattr(context, "features", None)
     if isinstance(features, int):
         positions = getattr(context, "positions", 0)
-        return TensorSpec((batch, *(1,) * positions, features), torch.get_default_dtype())
+        dtype = getattr(context, "dtype", torch.get_default_dtype())
+        return TensorSpec((batch, *(1,) * positions, features), dtype)
     try:
         value = context(torch.zeros(batch, dtype=torch.long))
     except Exception as error:
