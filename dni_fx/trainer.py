@@ -21,7 +21,7 @@ from .runtime.fusing.steps import FusedSteps
 from .runtime.in_turn import Batch
 from .runtime.measuring import Measures
 from .runtime.objective import Loss
-from .runtime.optimizing import MakeOptimizer
+from .runtime.optimizing import LrScale, MakeOptimizer
 from .runtime.saving import load_trained, trained_state
 from .runtime.stepping import Stepping
 from .runtime.transforms import check_ordinary
@@ -63,6 +63,10 @@ class Trainer(Measures):
         sweep: how many batches a stage takes in one visit, each with an update of its own, so that
             reading it costs a part of that. ``step`` keeps the batches until there are so many;
             what comes back to the sources is up to so many steps late.
+        lr_scale: what the learning rates of each stage are multiplied with when its optimiser is
+            made: a mapping from stage names to factors, or ``"delay"`` for 1 / (1 + delay), the
+            delay being that of :meth:`delays` in updates, for stages in turn (PipeMare's rule, Yang
+            et al. 2021, arXiv:1910.05124, without its annealing, and with 1 added).
         compile: whether a whole step (stages, sources, SGD's or Adam's updates) is one call that
             TorchInductor makes faster; or its options, as ``torch.compile(options=)`` takes them.
             Numbers agree with eager steps to rounding, ``.grad`` is not kept, and what cannot be
@@ -97,6 +101,7 @@ class Trainer(Measures):
         resident: int | None = None,
         store: str | os.PathLike[str] = "host",
         sweep: int = 1,
+        lr_scale: LrScale = None,
         compile: bool | dict[str, Any] = False,
         check_finite: str = "step",
     ) -> None:
@@ -108,6 +113,7 @@ class Trainer(Measures):
             clip_norm=clip_norm,
             accumulate=accumulate,
             metrics_every=metrics_every,
+            lr_scale=lr_scale,
         )
         self.schedule = make_schedule(schedule)
         _warn_if_alone()
@@ -178,6 +184,9 @@ class Trainer(Measures):
         step. Else, what has left it must not be read.
         """
         self.beside.gather()
+
+    def _find_delays(self) -> dict[int, int]:
+        return self.beside.find_delays(self.schedule) or super()._find_delays()
 
     def close(self) -> None:
         """End the threads of ``schedules.Threads``, without waiting for batches that are under way;

@@ -65,7 +65,7 @@ DISTILL: Settings = {"gradients": {"source": "distill", **HEAD}, "labels": True}
 CRITIC: Settings = {"gradients": {"source": "critic", **HEAD}, "labels": True}
 DELAYED: Settings = {"gradients": {"source": "delayed", "steps": 1}}
 CORRECTED: Settings = {
-    "gradients": {"source": "corrected", "by": {"source": "local", **HEAD}},
+    "gradients": {"source": "corrected", "weight": 1.0, "by": {"source": "local", **HEAD}},
     "labels": True,
 }
 
@@ -125,7 +125,11 @@ METHODS: dict[str, Settings] = {
         "schedule": {"schedule": "WarmUp", "steps": 0.1, "fade": 0},
     },
     "corrected, large head + warm-up": {
-        "gradients": {"source": "corrected", "by": {"source": "local", **LARGE_HEAD}},
+        "gradients": {
+            "source": "corrected",
+            "weight": 1.0,
+            "by": {"source": "local", **LARGE_HEAD},
+        },
         "labels": True,
         "schedule": {"schedule": "WarmUp", "steps": 0.1, "fade": 0},
     },

@@ -93,7 +93,10 @@ METHODS: dict[str, Settings] = {
     "distill": {"gradients": "distill", "labels": True},
     "critic": {"gradients": "critic", "labels": True},
     "delayed": {"gradients": {"source": "delayed", "steps": 1}},
-    "corrected": {"gradients": {"source": "corrected", "by": {"source": "local"}}, "labels": True},
+    "corrected": {
+        "gradients": {"source": "corrected", "weight": 1.0, "by": {"source": "local"}},
+        "labels": True,
+    },
 }
 USUAL = (
     "backprop",

@@ -12,6 +12,7 @@ from ..reports.steps import StepReport
 from ..runtime.objective import Metrics, Objective
 from ..runtime.optimizing import StageOptimizers
 from ..schedules import Mode, Schedule, Threads
+from .executors import find_late_delays
 from .threads import OnThreads
 from .visits import Visiting, Visits
 
@@ -20,7 +21,7 @@ class Beside:
     """Makes the executor at the first step, and ends it.
 
     Args:
-        decoupled, objective, optimizers, metrics: as for :class:`Team`.
+        decoupled, objective, optimizers, metrics: as for :class:`~dni_fx.parallel.executors.Team`.
         visiting: how stages are visited; None where they are not.
 
     Attributes:
@@ -99,6 +100,13 @@ class Beside:
         except BaseException:
             self.close()
             raise
+
+    def find_delays(self, schedule: Schedule) -> dict[int, int] | None:
+        """In how many steps each stage will have pulled back a batch, on threads."""
+        if not isinstance(schedule, Threads):
+            return None
+        workers = {} if self.executor is None else self.executor.workers
+        return find_late_delays(self._parts[0], schedule.flow.staleness, workers)
 
     def gather(self) -> None:
         """Finish what is under way, and bring all stages into memory."""

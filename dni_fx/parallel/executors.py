@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from ..errors import DecouplingError
 from ..passes.trace.settings import casts
 from ..reports.steps import StepReport
 from ..runtime.batch_state import Setting, Settings
+from ..runtime.delays import find_delays, moved_along
 from ..runtime.emitted import keep_modes
 from ..runtime.objective import Metrics, Objective
 from ..runtime.optimizing import StageOptimizers
@@ -68,14 +69,24 @@ class Team:
             self.workers[k] = StageWorker(StageLearner(desk, *parts), flow, lags[k])
         for worker in self.workers.values():
             worker.team = self._in_turn_with(worker)
+            check_apart(decoupled, len(worker.team))
         self._last = self.workers.get(len(decoupled.stages) - 1)
         scaled = None if self._last is None else self._last.learner.scaled
         here = None if self._last is None else [w.index for w in self._last.team]
-        self._settings = Settings(decoupled.graphs, objective, scaled, here)
+        self._settings = Settings(decoupled.graphs, objective, scaled, here, ahead=self._ahead)
 
     def _in_turn_with(self, worker: StageWorker) -> list[StageWorker]:
         """The workers in the same thread."""
         return list(self.workers.values())
+
+    def _ahead(
+        self, stage: int, steps: int, own: Collection[torch.nn.Parameter]
+    ) -> contextlib.AbstractContextManager[None]:
+        """As of the stages' optimisers, by the delay that there is."""
+        worker = self.workers[stage]
+        delay = worker.learner.delay or 0 if worker.lag is None else worker.lag
+        updates = math.ceil(delay * self.optimizers.unit)
+        return moved_along(worker.learner.optimizer, own, updates)
 
     def make_jobs(self, step: int, mode: Mode, values: Values, target: Any) -> list[Job]:
         """A batch, whole, as each of the stages sees it; the graph that fits it must be active.
@@ -219,6 +230,33 @@ def shared_state(decoupled: Decoupled) -> list[tuple[str, tuple[int, ...]]]:
         if len(where) > 1:
             found.append((name, where))
     return found
+
+
+def check_apart(decoupled: Decoupled, together: int) -> None:
+    """Refuse sources that read other stages' weights where not all stages run in turn."""
+    for name, source in decoupled.sources.items():
+        if source.asks.shares and together < len(decoupled.stages):
+            raise DecouplingError(
+                f"the source at {name!r} ({type(source).__name__}) reads weights that another "
+                "stage trains, which here works on a thread or in a process of its own: pass "
+                "share=False to the source, or run the stages in turn"
+            )
+
+
+def find_late_delays(
+    decoupled: Decoupled, staleness: int | None, workers: Mapping[int, StageWorker]
+) -> dict[int, int]:
+    """In how many steps each stage will have pulled back a batch; see ``Trainer.delays``."""
+    delays = find_delays(decoupled.graphs.served(), len(decoupled.stages))
+    lags = find_lags(decoupled, staleness)
+    for index in (k for k, delay in delays.items() if delay > 0):
+        measured = workers[index].learner.delay if index in workers else None
+        fixed = lags[index]
+        if fixed is not None:
+            delays[index] = fixed
+        elif measured is not None:
+            delays[index] = measured
+    return delays
 
 
 def find_lags(decoupled: Decoupled, staleness: int | None) -> Sequence[int | None]:

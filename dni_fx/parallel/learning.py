@@ -44,6 +44,7 @@ class StageLearner:
         late: whether the gradients of the next update hold a late one already.
         updates: number of updates of the stage's parameters.
         delays: how often the sources have learnt from an answer so many steps after its batch.
+        delay: how many steps after its batch the last late gradient came; None before.
         clip_norm: largest norm of the gradients, as the newest batch was posted with it.
         owned: what nobody else may change, where a thread of the stage's own works.
     """
@@ -73,6 +74,7 @@ class StageLearner:
         self.late = False
         self.updates = 0
         self.delays = Counter[int]()
+        self.delay: int | None = None
         self.clip_norm = optimizers.clip_norm
         self.owned = Owned()
 
@@ -95,6 +97,14 @@ class StageLearner:
         """A batch begins, with the settings that its optimisers had when it was posted."""
         for name, changes in job.rates.items():
             self.posted[name].take(changes)
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """That which steps the stage, with the settings of the newest batch; None where there are
+        no parameters.
+        """
+        posted = self.posted.get(self.name)
+        return self.optimizers.stages.get(self.name) if posted is None else posted.double
 
     def drop_gradients(self) -> None:
         """Those of a finished update."""
@@ -145,7 +155,10 @@ class StageLearner:
             self.drop_gradients()
         self.late |= late
         job.state.now = newest
+        waited = job.waits
         job.batch.advance()
+        if waited and not job.waits:
+            self.delay = newest - job.step
         self.desk.answer(job)
         if self.losses and at_once:
             self.update_sources()  # every answer makes a step of its own

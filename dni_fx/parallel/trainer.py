@@ -21,7 +21,7 @@ from ..errors import DecouplingError
 from ..reports.files import write_atomically
 from ..reports.steps import StepReport
 from ..runtime.base import BaseTrainer
-from ..runtime.optimizing import MakeOptimizer
+from ..runtime.optimizing import LrScale, MakeOptimizer
 from ..runtime.transforms import check_ordinary
 from ..schedules import Flow, Schedule, Threads, make_schedule, mode_of
 from .checkpoints import Checkpoints
@@ -42,8 +42,8 @@ class Trainer(BaseTrainer):
 
     Args:
         decoupled: the model, cut alike in all processes; see :func:`dni_fx.distributed.decouple`.
-        loss, optimizer, synthesizer_optimizer, clip_norm, accumulate, metrics_every: as for
-            :class:`dni_fx.Trainer`.
+        loss, optimizer, synthesizer_optimizer, clip_norm, accumulate, metrics_every, lr_scale: as
+            for :class:`dni_fx.Trainer`.
         schedule: what each step does; all processes follow the same.
         placement: a rank for every stage, in order or by name; several ranks share a stage's
             batches, each working on its rows (with a fixed staleness only, and gradients summed
@@ -56,8 +56,7 @@ class Trainer(BaseTrainer):
             :class:`dni_fx.Trainer`.
         discount: ``discount ** d`` is the weight of an answer that is d steps late in a source's
             regression.
-        timeout: seconds after which a process that neither answers nor shows any sign of life ends
-            the run.
+        timeout: seconds after which a process without any sign of life ends the run.
         group: the process group; the default one. Tensors of GPUs travel through the memory of
             their hosts.
 
@@ -86,6 +85,7 @@ class Trainer(BaseTrainer):
         clip_norm: float | None = None,
         accumulate: int = 1,
         metrics_every: int = 50,
+        lr_scale: LrScale = None,
         timeout: float = 300.0,
         group: Any = None,
     ) -> None:
@@ -97,12 +97,9 @@ class Trainer(BaseTrainer):
             clip_norm=clip_norm,
             accumulate=accumulate,
             metrics_every=metrics_every,
+            lr_scale=lr_scale,
         )
-        self.schedule = make_schedule(schedule)
-        if isinstance(self.schedule, Threads):
-            raise DecouplingError(
-                "schedules.Threads is for dni_fx.Trainer; here each process runs its stages in turn"
-            )
+        self.schedule = _in_turn(make_schedule(schedule))
         self._peers = peers = Peers(group)
         self.rank, self.world = peers.rank, peers.world
         flow = Flow(queue, policy, staleness, discount)
@@ -113,6 +110,9 @@ class Trainer(BaseTrainer):
 
     def _prepare_optimizers(self) -> None:
         self.process.prepare()
+
+    def _find_delays(self) -> dict[int, int]:
+        return self.process.delays()
 
     def step(self, *args: Any, target: Any = None, **kwargs: Any) -> StepReport:
         """One batch through this process's stages; the same batch in every process.
@@ -280,3 +280,12 @@ class Trainer(BaseTrainer):
         self.process.meet("resume()", self.steps)
         self.steps, extra = self._checkpoints.load(Path(directory)) or (self.steps, None)
         return extra
+
+
+def _in_turn(schedule: Schedule) -> Schedule:
+    """Refuse one that runs stages at once itself."""
+    if isinstance(schedule, Threads):
+        raise DecouplingError(
+            "schedules.Threads is for dni_fx.Trainer; here each process runs its stages in turn"
+        )
+    return schedule

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
 import torch
@@ -15,8 +16,9 @@ from ..decoupled import Decoupled
 from ..errors import DecouplingError
 from ..graphs.nested import unpack_batch
 from ..reports.steps import StepReport
+from .delays import find_delays
 from .objective import Loss, Metrics, Objective
-from .optimizing import MakeOptimizer, StageOptimizers
+from .optimizing import LrScale, MakeOptimizer, StageOptimizers
 
 Unpack = Callable[[Any], tuple[tuple[Any, ...], dict[str, Any], Any]]
 
@@ -32,8 +34,8 @@ class BaseTrainer(ABC):
     """A model, its objective, its optimisers, and the loop over a loader.
 
     Args:
-        decoupled, loss, optimizer, synthesizer_optimizer, clip_norm, accumulate, metrics_every: as
-            for :class:`dni_fx.Trainer`.
+        decoupled, loss, optimizer, synthesizer_optimizer, clip_norm, accumulate, metrics_every,
+            lr_scale: as for :class:`dni_fx.Trainer`.
         context: turns a target into what sources see; that of ``decoupled`` by default.
 
     Attributes:
@@ -57,6 +59,7 @@ class BaseTrainer(ABC):
         accumulate: int = 1,
         metrics_every: int = 50,
         context: Callable[[Any], torch.Tensor] | None = None,
+        lr_scale: LrScale = None,
     ) -> None:
         if not isinstance(decoupled, Decoupled):
             raise DecouplingError(
@@ -67,10 +70,11 @@ class BaseTrainer(ABC):
             raise DecouplingError("accumulate and metrics_every must be whole numbers, at least 1")
         if clip_norm is not None and not (isinstance(clip_norm, int | float) and clip_norm > 0):
             raise DecouplingError(f"clip_norm must be positive, not {clip_norm!r}")
+        _check_rates(lr_scale)
         self.decoupled = decoupled
         self.objective = Objective(loss, accumulate, lambda: context or decoupled.context)
         self.optimizing = StageOptimizers(
-            optimizer, synthesizer_optimizer, clip_norm, 1 / accumulate
+            optimizer, synthesizer_optimizer, clip_norm, 1 / accumulate, lr_scale
         )
         self.metrics = Metrics(metrics_every)
         self.steps = 0
@@ -179,6 +183,22 @@ class BaseTrainer(ABC):
         """Make them for all stages that are trained here."""
         self.optimizing.prepare(self.decoupled.graphs, self.decoupled.stages)
 
+    def delays(self) -> dict[str, int]:
+        """How many steps pass from a stage's forward on a batch to its whole gradient, by stage.
+
+        It is 0 where a stage's sources answer at once, and where it waits within the step. Of
+        stages that run at once without a fixed staleness it is what was last measured here; before
+        that, and of other processes' stages, the lag of the sources.
+
+        Raises:
+            DecouplingError: the model is not traced yet.
+        """
+        self._make_optimizers()
+        return {f"stage_{k}": delay for k, delay in sorted(self._find_delays().items())}
+
+    def _find_delays(self) -> dict[int, int]:
+        return find_delays(self.decoupled.graphs.served(), len(self.decoupled.stages))
+
     def request_metrics(self) -> None:
         """Compare predictions with their targets at the next step, whatever ``metrics_every``
         says.
@@ -239,6 +259,20 @@ def _check_callables(*given: Any) -> None:
                 ", since each stage makes its own",
             )
         raise DecouplingError(f"{name} must be callable{why}, but is {found[:80]}: pass {example}")
+
+
+def _check_rates(lr_scale: Any) -> None:
+    """Refuse what is no factor for each stage."""
+    if lr_scale is None or lr_scale == "delay":
+        return
+    fits = isinstance(lr_scale, Mapping) and all(
+        isinstance(v, int | float) and 0 <= v < math.inf for v in lr_scale.values()
+    )
+    if not fits:
+        raise DecouplingError(
+            "lr_scale takes 'delay', or a factor for each stage by name, such as {'stage_0': 0.5}, "
+            f"not {lr_scale!r}"
+        )
 
 
 def _takes_fewer(model: nn.Module, count: int) -> bool:

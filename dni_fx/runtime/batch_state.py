@@ -17,6 +17,7 @@ from ..passes.cut.splitting import Split, StageGraph
 from ..passes.trace.state import Changes
 from ..schedules import Mode
 from ..sources import InputSource, Prediction, Served
+from .delays import Ahead, find_delays
 from .loss_reach import CheckedLoss
 from .objective import Loss, Objective
 from .tape import Rerun, Tape
@@ -39,6 +40,8 @@ class Setting:
         active: stages that are updated.
         expected: where gradients must arrive in each stage once all that it sends has one.
         changes: what a call of the model does besides returning something.
+        ahead: moves a stage's weights to where its late gradient will meet them; None where nobody
+            asks for that.
     """
 
     split: Split
@@ -51,6 +54,7 @@ class Setting:
     active: frozenset[int]
     expected: tuple[Expected, ...]
     changes: Changes
+    ahead: Ahead | None = None
 
     @classmethod
     def of(
@@ -62,6 +66,7 @@ class Setting:
         loss: Loss | None = None,
         all_cuts: bool = True,
         here: Collection[int] | None = None,
+        ahead: Ahead | None = None,
     ) -> Setting:
         """For a batch whose graph is active.
 
@@ -71,6 +76,7 @@ class Setting:
             loss: by default the objective's scaled loss.
             all_cuts: whether the graph must have those of the plan.
             here: stages that run in turn with the last one; all by default.
+            ahead: as the attribute.
 
         Raises:
             PlanMismatchError: it has not, or lacks a source.
@@ -91,6 +97,7 @@ class Setting:
             active=frozenset(every if mode.active is None else mode.active),
             expected=graphs.variant.expected,
             changes=graphs.variant.trace.changes,
+            ahead=ahead,
         )
 
     @property
@@ -107,6 +114,17 @@ class Setting:
     def by_producer(self) -> dict[int, list[Served]]:
         """The sources that each stage asks."""
         return {k: [s for s in self.served if s.producer == k] for k in range(len(self.stages))}
+
+    @cached_property
+    def seen_besides(self) -> dict[int, list[str]]:
+        """By stage, what sources see of the model's inputs that the stage does not take."""
+        found: dict[int, list[str]] = {}
+        for group in self.served:
+            index, whose = group.producer, group.source.asks.inputs
+            names = [] if whose is None else self.split.seen_by(index, whose)
+            known = (*self.stages[index].inputs, *found.get(index, ()))
+            found[index] = [*found.get(index, ()), *(n for n in names if n not in known)]
+        return found
 
     @cached_property
     def wants_error(self) -> bool:
@@ -150,17 +168,7 @@ class Setting:
     @cached_property
     def delays(self) -> dict[int, int]:
         """In how many steps each stage will have pulled back the batch."""
-        delays = {self.last: 0}
-        for index in reversed(range(self.last)):
-            late = [0]
-            for group in self.by_producer[index] if self.share == 0 else ():
-                asks = group.source.asks
-                behind = (
-                    max(delays[c] for c in group.consumers) if "gradient" in asks.awaited else 0
-                )
-                late.append((asks.lag or 0) + behind)
-            delays[index] = max(late)
-        return delays
+        return find_delays(self.served if self.share == 0 else (), len(self.stages))
 
 
 class Settings:
@@ -171,6 +179,7 @@ class Settings:
         objective: the trainer's; a setting keeps what it is then.
         scaled: the loss that is pulled back, of an objective; the scaled one by default.
         is_served: which of the sources are asked; by default as there.
+        ahead: as for :class:`Setting`.
     """
 
     def __init__(
@@ -180,8 +189,10 @@ class Settings:
         scaled: Callable[[Objective], Loss] | None = None,
         here: Collection[int] | None = None,
         is_served: Callable[[Served], bool] | None = None,
+        ahead: Ahead | None = None,
     ) -> None:
         self.graphs, self.objective, self.scaled, self.here = graphs, objective, scaled, here
+        self.ahead = ahead
         self.is_served = is_served
         self._newest: tuple[Any, Mode, Loss, Setting] | None = None
 
@@ -195,7 +206,8 @@ class Settings:
         posted = replace(self.objective)  # another loss is none of batches under way
         scaled = None if self.scaled is None else self.scaled(posted)
         asked = self.is_served and tuple(filter(self.is_served, self.graphs.served()))
-        setting = Setting.of(self.graphs, posted, mode, asked, loss=scaled, here=self.here)
+        options: dict[str, Any] = {"loss": scaled, "here": self.here, "ahead": self.ahead}
+        setting = Setting.of(self.graphs, posted, mode, asked, **options)
         self._newest = (variant, mode, loss, setting)
         return setting
 
@@ -262,6 +274,11 @@ class BatchState:
     loss: Tensor | None = None
     output: Any = None
     error: Tensor | None = None
+
+    def predicted_inputs(self, setting: Setting) -> dict[str, Any]:
+        """What stages take instead of values; in a locked step predictions only learn."""
+        given = {} if setting.share > 0 else self.input_predictions
+        return {n: p.value for n, p in given.items()}
 
     def known(self) -> dict[str, Any]:
         """Values, or what was predicted for them where they were not computed."""

@@ -235,9 +235,11 @@ class DropInState:
         state = BatchState(values=values, context=context)
         answers, unit = LocalAnswers(setting, state), self.unit()
         parameters = dict(self.graphs.model.named_parameters(remove_duplicate=False))
-        last_use = {n: s.index for s in setting.stages for n in s.inputs}
+        besides = setting.seen_besides
+        used = {s.index: [*s.inputs, *besides.get(s.index, ())] for s in setting.stages}
+        last_use = {n: index for index, names in used.items() for n in names}
         for stage in setting.stages[:-1]:
-            done = [n for n in stage.inputs if last_use[n] == stage.index]
+            done = [n for n in used[stage.index] if last_use[n] == stage.index]
             batch = StageBatch(setting, stage.index, state, answers)
             visit = Visit(batch, unit, self.learn)
             visit.run(_owned(self.graphs.model, parameters, stage.parameters), done)

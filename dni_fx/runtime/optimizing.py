@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,11 +15,13 @@ from ..errors import DecouplingError
 from ..graphs.graphs import Graphs
 from ..graphs.stage import Stage
 from ..graphs.variants import Variant
+from .delays import find_delays, moved_along
 from .joint import JointStep
 from .whole import remembered, whole
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
+LrScale = str | Mapping[str, float] | None
 
 
 class StageOptimizers:
@@ -28,6 +32,8 @@ class StageOptimizers:
         make_for_sources: the same for a source.
         clip_norm: largest norm of one stage's gradients; None for no bound.
         unit: the factor in front of the mean loss, which sources are told.
+        lr_scale: what the learning rates of a stage are multiplied with when its optimiser is made:
+            by stage name, or ``"delay"`` for 1 / (1 + delay).
 
     Attributes:
         stages: the optimisers by stage name; a stage without parameters has none.
@@ -42,14 +48,16 @@ class StageOptimizers:
         make_for_sources: MakeOptimizer,
         clip_norm: float | None,
         unit: float,
+        lr_scale: LrScale = None,
     ) -> None:
         self._make, self._make_for_sources = make, make_for_sources
-        self.clip_norm, self.unit = clip_norm, unit
+        self.clip_norm, self.unit, self.lr_scale = clip_norm, unit, lr_scale
         self.stages: dict[str, torch.optim.Optimizer] = {}
         self.sources: dict[str, torch.optim.Optimizer] = {}
         self.parameters: dict[str, NamedParameters] = {}
         self._step = JointStep()
         self._variant: Variant | None = None  # the graph that all optimisers know
+        self._scales: dict[str, float] = {}
 
     @property
     def is_prepared(self) -> bool:
@@ -62,11 +70,14 @@ class StageOptimizers:
         evaluation.
 
         Raises:
-            DecouplingError: what was returned is no optimiser, or steps what it was not given.
+            DecouplingError: what was returned is no optimiser, or steps what it was not given;
+                rates of stages that there are not.
         """
         variant = graphs.variant
         if self._variant is variant:
             return
+        if self._variant is None:
+            self._scales = self._find_scales(graphs)
         self.adopt(stages)
         if self._variant is None:
             for source in graphs.sources.values():
@@ -81,9 +92,30 @@ class StageOptimizers:
             if optimizer := self.stages.get(name):
                 named = "param_names" in optimizer.param_groups[0]
                 optimizer.add_param_group({"params": new if named else [p for _, p in new]})
+                groups = optimizer.param_groups[-1:]
             else:
                 self.stages[name] = _made_for(name, self._make, new, "optimizer")
+                groups = self.stages[name].param_groups
+            for group in groups if name in self._scales else ():
+                group["lr"] = group["lr"] * self._scales[name]
             self.parameters.setdefault(name, []).extend(new)
+
+    def _find_scales(self, graphs: Graphs) -> dict[str, float]:
+        """What the rates of each stage are multiplied with, by name."""
+        count, asked = len(graphs.variant.split.stages), self.lr_scale
+        names = [f"stage_{k}" for k in range(count)]
+        if asked is None:
+            return {}
+        if asked == "delay":
+            delays = find_delays(graphs.served(), count)
+            return {n: 1 / (1 + math.ceil(delays[k] * self.unit)) for k, n in enumerate(names)}
+        assert not isinstance(asked, str)
+        if unknown := sorted(set(asked) - set(names)):
+            raise DecouplingError(
+                f"lr_scale= names no stage: {', '.join(map(repr, unknown))}; the stages are "
+                f"{names[0]} to {names[-1]}"
+            )
+        return dict(asked)
 
     def _unowned(self, stages: Collection[Stage]) -> dict[str, NamedParameters]:
         """Parameters that no optimiser has yet, by the first stage that uses them."""
@@ -113,6 +145,13 @@ class StageOptimizers:
                     each()
 
         return restore
+
+    def ahead(
+        self, stage: int, steps: int, own: Collection[nn.Parameter]
+    ) -> AbstractContextManager[None]:
+        """Inside, a stage's own weights are where so many steps would take them."""
+        updates = math.ceil(steps * self.unit)
+        return moved_along(self.stages.get(f"stage_{stage}"), own, updates)
 
     def step(self) -> None:
         """Step all of them, or none where one fails."""

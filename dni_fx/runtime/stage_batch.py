@@ -66,9 +66,10 @@ class StageBatch:
             DecouplingError: a predicted input of another shape than the value has.
         """
         values, names = self.state.values, self.stage.inputs
-        if self.setting.share > 0 or not self.state.input_predictions:  # else only to learn
+        taken = self.state.predicted_inputs(self.setting)
+        if not taken:
             return {n: values[n] for n in names}
-        predicted = {n: p.value for n, p in self.state.input_predictions.items() if n in names}
+        predicted = {n: value for n, value in taken.items() if n in names}
         for name, guess in predicted.items():
             if name in values and guess.shape != values[name].shape:
                 raise DecouplingError(
@@ -91,8 +92,10 @@ class StageBatch:
         """All at once, by the emitted training function."""
         state = self.state
         step = self.setting.functions[self.index].step.forward  # without a call's detours
+        inputs = self.receive()
+        inputs.update({n: state.values[n] for n in self.setting.seen_besides.get(self.index, ())})
         with self.sources.named():
-            result = step(self.receive(), state.context, self.setting.loss, state.target)
+            result = step(inputs, state.context, self.setting.loss, state.target)
         state.predictions.update(result.predictions)
         if self.is_last:
             state.loss, state.output = result.loss, result.outputs["output"]
@@ -102,9 +105,8 @@ class StageBatch:
     def step_repeatably(self) -> Callable[[nn.Parameter, Tensor | None], Tensor | None]:
         """All at once, from the halves, keeping the graph for parameters shared with later stages.
 
-        Autograd adds the partial gradients of every use in one chain, last use first. A stage with
-        several uses can only continue that chain once the later stages' sum is known, so for these
-        parameters its pull-back is repeated.
+        Autograd adds the gradients of all uses in one chain, last use first. A stage with several
+        uses can only go on with it once later stages' sum is known: its pull-back is repeated.
 
         Returns:
             What makes a parameter's whole gradient of what later stages made of it.
@@ -170,10 +172,11 @@ class StageBatch:
         held: Tape | Rerun | None = Rerun(self.stage.module, inputs) if rerun else None
         tape = None
         keeps = self.setting.changes.contents  # a loss that reads it must find its graph
-        if rerun and not early and not keeps:
-            self.run_only()
-        else:
-            tape = self.forward(inputs, keep=late and not rerun)
+        with sources.ahead(delays) as moved:
+            if rerun and not early and not keeps:
+                self.run_only()
+            else:
+                tape = self.forward(inputs, keep=moved or (late and not rerun))
         if on_values is not None:
             on_values()
         sources.ask_all(delays)
@@ -256,6 +259,7 @@ class StageBatch:
         backward = self.setting.functions[self.index].backward
         with _copies(self, tape, partials) as kept:
             found = backward(tape.outputs, tape.leaves, tape.entries, given, partials, retain)
+            found = self.sources.unweighted(found)
         if once and all(given.get(n) is not None for n in split.sent_by(self.index)):
             expected = self.setting.expected[self.index]
             arrived = {n: kept.get(n, p.grad) for n, p in expected.parameters.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import DecouplingError
 from ..reports.steps import InterfaceReport, compare
-from ..sources import Prediction, Served, mix
+from ..sources import GradientSource, Prediction, Served, mix
 from ..sources.keeping import kept_weights
 from .answers import Answers, or_zeros
 from .batch_state import BatchState, Setting
@@ -36,6 +37,7 @@ class StageSources:
         self.setting, self.index, self.state, self.answers = setting, index, state, answers
         self.groups = setting.by_producer[index]
         self.asks_again = asks_again
+        self._seen: dict[str, tuple[Tensor, ...]] = {}  # inputs, for sources that see them
         self._versions: dict[str, int] = {}  # of the sources' weights, when they were asked
         self._again: dict[str, Prediction] = {}
 
@@ -44,6 +46,22 @@ class StageSources:
         """Those that wait for a message."""
         return [s for s in self.groups if s.source.asks.wait is not None]
 
+    def note_inputs(self) -> None:
+        """Keep what the sources see of the stage's and the model's inputs, which may be gone when
+        they are asked.
+        """
+        for group in self.groups:
+            self._inputs_of(group)
+
+    def _inputs_of(self, group: Served) -> tuple[Tensor, ...]:
+        """What a source sees of inputs."""
+        whose = group.source.asks.inputs
+        if whose is not None and group.name not in self._seen:
+            names = self.setting.split.seen_by(self.index, whose)
+            known = self.state.values | self.state.predicted_inputs(self.setting)
+            self._seen[group.name] = tuple(known[n].detach() for n in names)
+        return self._seen.get(group.name, ())
+
     def ask(self, group: Served, values: Mapping[str, Any], keep: bool = False) -> Prediction:
         """What a source says about its values (by name, detached); remembered. ``keep`` is with
         copies of its weights, which are updated before its message comes.
@@ -51,8 +69,11 @@ class StageSources:
         if self.asks_again:
             self._versions[group.name] = _version(group.source)
         served = tuple(values[n] for n in group.names)
+        seen = (self._inputs_of(group),) if group.source.asks.inputs is not None else ()
+        if not group.source.asks.hears:  # nobody asks it again
+            self._seen.pop(group.name, None)
         with self.named(), kept_weights(group.source) if keep else contextlib.nullcontext():
-            prediction: Prediction = group.source(served, self.state.context)
+            prediction: Prediction = group.source(served, self.state.context, *seen)
         self.state.predictions[group.name] = prediction
         return prediction
 
@@ -76,6 +97,21 @@ class StageSources:
         """Whether a source may be updated before the message about its prediction comes."""
         hears = not self.asks_again and "gradient" in group.source.asks.learns_from
         return hears and any(delays[c] > 0 for c in group.consumers)
+
+    @contextlib.contextmanager
+    def ahead(self, delays: Mapping[int, int]) -> Iterator[bool]:
+        """Where a source asks for it, the stage's weights are inside those that its late gradient
+        will meet; whether they are.
+        """
+        steps, move = delays[self.index], self.setting.ahead
+        waits = (s.source.asks.wait for s in self.waiting)
+        if move is None or steps == 0 or not any(w and w.predict_weights for w in waits):
+            yield False
+            return
+        shared = set(self.setting.split.shared_in(self.index).values())
+        own = {*self.setting.expected[self.index].parameters.values()} - shared
+        with move(self.index, steps, own):
+            yield True
 
     def predicted(self) -> dict[str, Tensor]:
         """What is pulled back at once, by value."""
@@ -116,10 +152,38 @@ class StageSources:
                     f"{type(source).__name__}.complete must return a tuple of {len(group.names)} "
                     f"gradients, one per value, but returned {type(found).__name__}"
                 )
+        if (weight := self._weight(source)) != 1:
+            found = tuple(gradient * weight for gradient in found)
         if source.asks.early and self.index not in self.state.progress.early:
             # Another source of the stage waits: all in one.
             return tuple(a + b for a, b in zip(found, self._said(group), strict=True))
         return found
+
+    def _weight(self, source: GradientSource) -> float:
+        """Of what comes on top of an earlier part."""
+        wait = source.asks.wait
+        weight = 1.0 if wait is None else wait.weight
+        if not isinstance(weight, str):
+            return weight
+        return 1 / (1 + math.ceil((self.state.now - self.state.started) * source.unit))
+
+    def unweighted(self, found: dict[str, Any]) -> dict[str, Any]:
+        """What has flowed back to the stage's inputs from what is pulled back now; of a correction
+        as if it had counted whole.
+        """
+        if self.index not in self.state.progress.early:
+            return found
+        weights = {self._weight(s.source) for s in self.waiting}
+        if len(weights) > 1:
+            names = ", ".join(repr(s.name) for s in self.waiting)
+            raise DecouplingError(
+                f"the corrections at {names} leave one stage and have different weights, so that "
+                "they cannot be told apart in what flows back: give them one weight"
+            )
+        (weight,) = weights or {1.0}
+        if weight == 1:
+            return found
+        return {n: None if gradient is None else gradient / weight for n, gradient in found.items()}
 
     def learn(self) -> list[tuple[str, Tensor]]:
         """Losses of every source whose message is there, with their graph, by its name."""

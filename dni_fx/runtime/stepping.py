@@ -51,7 +51,7 @@ class Stepping:
         self.in_turn: InTurn[Batch] = InTurn(decoupled, optimizers, metrics, objective.accumulate)
         self.steps = 0
         self._decoupled, self._objective, self._metrics = decoupled, objective, metrics
-        self._settings = Settings(decoupled.graphs, objective)
+        self._settings = Settings(decoupled.graphs, objective, ahead=optimizers.ahead)
         self._fused, self._deferral = fused, deferral
 
     @property

@@ -60,6 +60,7 @@ class Visit:
         if not self.sent:  # nothing in it learns
             batch.run_only()
         self.inputs = batch.receive() if self.sent else {}
+        batch.sources.note_inputs()
         for name in done:
             del values[name]
         if self.sent:

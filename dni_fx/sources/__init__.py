@@ -15,8 +15,11 @@ from .inputs import INPUTS, InputFactory, InputSource, make_input
 from .late import Corrected, Delayed, Feedback, Mix, mix
 from .making import EXACT, SOURCES, Joint, Served, is_joint, make_source, serve
 from .naming import EACH, JOINT, base_name, with_options
+from .reconstruct import Reconstruct
 from .regression import MLP, Linear, Network, Regression
+from .sums import Sum
 from .through_time import AcrossTime, Traces, side_by_side
+from .tied import Tied
 
 __all__ = [
     "EACH",
@@ -48,11 +51,14 @@ __all__ = [
     "Network",
     "OneHot",
     "Prediction",
+    "Reconstruct",
     "Regression",
     "Served",
     "Sobolev",
     "SourceFactory",
     "Stale",
+    "Sum",
+    "Tied",
     "Traces",
     "Wait",
     "Zero",
@@ -83,6 +89,7 @@ SOURCES.update(
     critic=Critic,
     sobolev=Sobolev,
     distill=Distill,
+    reconstruct=Reconstruct,
     delayed=Delayed,
     corrected=Corrected,
     mix=Mix,

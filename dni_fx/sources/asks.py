@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import DecouplingError, did_you_mean
 
 MESSAGES = ("gradient", "loss", "logits", "error")  # kinds, in the order in which they come
+SEEN = ("stage", "model")  # whose inputs a source may see
 
 
 def _check_kinds(place: str, kinds: Any) -> None:
@@ -38,6 +39,11 @@ class Wait:
             else its graph and the weights that it used are kept (DDG).
         corrects: the prediction is pulled back at once all the same, and what ``complete`` returns
             later comes on top of it.
+        weight: what the part that comes later counts in the stage's own gradients, where one is
+            pulled back before: a share of 1, or ``"delay"`` for 1 / (1 + updates since then).
+            Stages before hear of it as if it had counted whole.
+        predict_weights: for a lag of 1 or more: the stage's forward uses weights as they will be
+            when the message is there, as far as its optimiser's direction tells.
 
     Raises:
         DecouplingError: a lag that is no count of steps, kinds that do not exist.
@@ -47,6 +53,8 @@ class Wait:
     for_: tuple[str, ...] = ("gradient",)
     recompute: bool = True
     corrects: bool = False
+    weight: float | str = 1.0
+    predict_weights: bool = False
 
     def __post_init__(self) -> None:
         if type(self.lag) is not int or self.lag < 0:
@@ -55,6 +63,21 @@ class Wait:
                 "answers at once has no Wait (and the flag lag is None)"
             )
         _check_kinds("Wait(for_=...)", self.for_)
+        is_share = isinstance(self.weight, int | float) and 0 < self.weight <= 1
+        if self.weight != "delay" and not is_share:
+            raise DecouplingError(
+                "a correction's weight is 'delay', or a number above 0 and up to 1, not "
+                f"{self.weight!r}"
+            )
+        if self.weight != 1 and not self.corrects:
+            raise DecouplingError(
+                "Wait(weight=...) weights what comes on top of an earlier part: it needs corrects="
+            )
+        if self.predict_weights and self.lag == 0:
+            raise DecouplingError(
+                "predict_weights= is for gradients that come in a later step, but a lag of 0 is "
+                "the same step: leave it out, or pass steps=1 or more"
+            )
 
 
 @dataclass(frozen=True)
@@ -80,6 +103,11 @@ class Asks:
             the trainer writes to the source's ``ended``.
         jacobian: between windows: it wants to know how the state depends on that of the window
             before, which the trainer writes to the source's ``jacobian``.
+        inputs: whose inputs ``predict`` gets as its third argument, a tuple of detached tensors:
+            ``"stage"`` for what its own stage has received from others (where that is nothing: the
+            model's inputs that the stage takes), ``"model"`` for the model's. None for none.
+        shares: it reads weights of the model that another stage trains, so stages must run in turn
+            in one process.
 
     Raises:
         DecouplingError: kinds that do not exist or in another order; what cannot go together.
@@ -91,9 +119,14 @@ class Asks:
     exact: bool = False
     ends: bool = False
     jacobian: bool = False
+    inputs: str | None = None
+    shares: bool = False
 
     def __post_init__(self) -> None:
         _check_kinds("Asks(learns_from=...)", self.learns_from)
+        if self.inputs not in (None, *SEEN):
+            known = ", ".join(map(repr, SEEN))
+            raise DecouplingError(f"Asks(inputs=...) takes None or {known}, not {self.inputs!r}")
         if self.wait is not None and not isinstance(self.wait, Wait):
             raise DecouplingError(
                 f"Asks(wait=...) takes None or a Wait, such as Wait(lag=1), not {self.wait!r}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,7 @@ class GradientSource(Declares, nn.Module):
             class, or set in ``__init__`` where it depends on arguments; see
             :class:`~dni_fx.sources.Asks`. What sources were written with before, ``message =
             "none"`` or ``lag = 1``, is taken as well.
+        takes_labels: of a class, whether its context may be labels themselves, integers.
         unit: the factor in front of the mean loss, set by the trainer (1 / accumulate); what a
             source that computes gradients of a loss of its own multiplies them by.
         ended: set by the trainer for a source that asks for ``ends``, before it predicts: a bool
@@ -70,6 +71,9 @@ class GradientSource(Declares, nn.Module):
         specs: shape, dtype and feature dimension of each value served, of the example batch.
         context_spec: the same for the context, or None; a source made without one ignores every
             context.
+        input_specs: the same for the inputs that it sees, where it asks for those; by default
+            ``specs``: its values stand in for them where it is asked without a stage, as when its
+            cost is estimated.
 
     Args:
         specs: the values served, one interface or a whole boundary; of every source.
@@ -103,14 +107,22 @@ class GradientSource(Declares, nn.Module):
         Use it as ``dni_fx.decouple(model, cuts, gradients=MeanGradient)``.
     """
 
+    takes_labels: ClassVar[bool] = False
     unit: float = 1.0
     ended: Tensor | None = None
     jacobian: Tensor | None = None
 
     def __init__(self, specs: Sequence[TensorSpec], context: TensorSpec | None = None) -> None:
         super().__init__()
-        self.specs = tuple(specs)
+        self.specs = self.input_specs = tuple(specs)
         self.context_spec = context
+
+    def see_inputs(self, specs: Sequence[TensorSpec]) -> None:
+        """Called once, before the first step, for a source that asks for inputs: what it will see.
+
+        Parameters whose shapes depend on that are made here.
+        """
+        self.input_specs = tuple(specs)
 
     def hand_on(self, source: GradientSource) -> None:
         """Tell a source that this one is made of what the trainer has told this one."""
@@ -118,6 +130,8 @@ class GradientSource(Declares, nn.Module):
 
     def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
         """Predict the gradient of each value.
+
+        A source whose ``asks`` names ``inputs`` takes these as a third argument, ``inputs``.
 
         Args:
             values: the values served, detached; the batch may differ from the specs'.
@@ -170,14 +184,21 @@ class GradientSource(Declares, nn.Module):
             f"{type(self).__name__} waits and must implement complete(prediction, awaited)"
         )
 
-    def forward(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
-        """:meth:`predict`, checked, as one module call in an emitted function.
+    def forward(
+        self,
+        values: tuple[Tensor, ...],
+        context: Tensor | None = None,
+        inputs: tuple[Tensor, ...] | None = None,
+    ) -> Prediction:
+        """:meth:`predict`, checked, as one module call in an emitted function; with ``inputs`` for
+        a source that asks for them.
 
         Raises:
             DecouplingError: ``predict`` returned no prediction, not one gradient per value, or one
                 of another shape or dtype than its value.
         """
-        prediction: Any = self.predict(values, context)
+        seen = (values if inputs is None else inputs,) if self.asks.inputs else ()
+        prediction: Any = self.predict(values, context, *seen)
         name, is_one = type(self).__name__, isinstance(prediction, Prediction)
         given: Any = prediction.gradients if is_one else ()
         if given is None and not self.asks.early:
@@ -204,7 +225,8 @@ class GradientSource(Declares, nn.Module):
 
         Counted on a copy without storage, so that nothing here changes.
         """
-        return count_flops(self, self.specs, self.context_spec)
+        seen = (self.input_specs,) if self.asks.inputs else ()
+        return count_flops(self, self.specs, self.context_spec, *seen)
 
 
 SourceFactory = Callable[[Sequence[TensorSpec], TensorSpec | None], GradientSource]
@@ -219,15 +241,21 @@ def _described(found: Any) -> str:
     return repr(found)[:60]
 
 
-def count_flops(source: Any, specs: Sequence[TensorSpec], *context: TensorSpec | None) -> int:
-    """Multiply-adds x 2 of one ``predict``, on a copy without storage."""
+def count_flops(
+    source: Any, specs: Sequence[TensorSpec], *rest: TensorSpec | Sequence[TensorSpec] | None
+) -> int:
+    """Multiply-adds x 2 of one ``predict``, on a copy without storage; ``rest`` describes what it
+    takes besides values.
+    """
 
-    def empty(spec: TensorSpec | None) -> Tensor | None:
-        return None if spec is None else torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+    def empty(spec: TensorSpec | Sequence[TensorSpec] | None) -> Any:
+        if spec is None or isinstance(spec, TensorSpec):
+            return spec and torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+        return tuple(map(empty, spec))
 
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        copy.deepcopy(source).to("meta").predict(tuple(map(empty, specs)), *map(empty, context))
+        copy.deepcopy(source).to("meta").predict(tuple(map(empty, specs)), *map(empty, rest))
     return int(counter.get_total_flops())
 
 

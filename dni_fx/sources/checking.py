@@ -40,10 +40,13 @@ def check_source(source: GradientSource) -> None:
             raise DecouplingError(f"{name}.{attribute} is an Asks that nobody reads: call it asks")
     for method, arguments in ARGUMENTS.items():
         if _has(source, method):
+            if method == "predict" and asks.inputs is not None:
+                arguments = "(values, context, inputs)"
             try:
                 inspect.signature(getattr(source, method)).bind(*arguments.split(","))
             except TypeError as error:
                 raise DecouplingError(f"{name}.{method} must take {arguments}: {error}") from error
+    refuse_labels(source)
     if not _has(source, "predict"):
         raise _missing(source, "predict", "says which gradients to pull back")
     if asks.wait is not None and not _has(source, "complete"):
@@ -61,6 +64,18 @@ def check_source(source: GradientSource) -> None:
         purpose = f"learns from {' and '.join(asks.learns_from)}"
         otherwise = "; or let it ask for nothing: asks = Asks(learns_from=())"
         raise _missing(source, "fit", purpose, otherwise)
+
+
+def refuse_labels(source: GradientSource) -> None:
+    """Refuse a context of labels themselves for a source that takes it for floats."""
+    seen = source.context_spec
+    if seen is not None and not seen.dtype.is_floating_point and not source.takes_labels:
+        raise DecouplingError(
+            f"{type(source).__name__} sees a context of floats, but this one holds labels "
+            f"themselves ({seen.dtype}, as one_hot(..., sparse=True) makes them), which only "
+            "sources.Tied and sources of one's own with takes_labels = True read: leave out "
+            "sparse=True"
+        )
 
 
 def explain_start(error: Exception) -> DecouplingError | None:
@@ -99,9 +114,13 @@ def try_predict(source: GradientSource) -> None:
         asked = copy.deepcopy(source, {id(tensor): mode.from_tensor(tensor) for tensor in tensors})
         with warnings.catch_warnings(), mode, torch.enable_grad():
             warnings.simplefilter("ignore")
-            values = tuple(torch.zeros(spec.shape, dtype=spec.dtype) for spec in source.specs)
+            values, inputs = (
+                tuple(torch.zeros(spec.shape, dtype=spec.dtype) for spec in specs)
+                for specs in (source.specs, source.input_specs)
+            )
             seen = source.context_spec
-            asked(values, None if seen is None else torch.zeros(seen.shape, dtype=seen.dtype))
+            context = None if seen is None else torch.zeros(seen.shape, dtype=seen.dtype)
+            asked(values, context, inputs)
     except DecouplingError:
         raise
     except Exception:

@@ -52,7 +52,9 @@ class Exampled:
                 f"context= failed on example_target= ({type(error).__name__}: {error}): it must "
                 "turn a target, as the loss takes it, into a float tensor (batch, ..., features)"
             ) from error
-        if not isinstance(value, Tensor) or not value.is_floating_point() or not value.dim():
+        labels = isinstance(encode, OneHot) and encode.sparse
+        is_tensor = isinstance(value, Tensor) and value.dim() > 0
+        if not is_tensor or not (labels or value.is_floating_point()):
             found = type(value).__name__
             if isinstance(value, Tensor):
                 found = f"one of {value.dtype}, {tuple(value.shape)}"
@@ -96,7 +98,7 @@ def not_classes(context: Tensor) -> str:
     """Why the rows of a context are no class probabilities; empty where they are, or all zeros, or
     where it holds no data.
     """
-    if not has_data(context):
+    if not has_data(context) or not context.is_floating_point():
         return ""
     rows = context.detach().reshape(-1, context.shape[-1]).float()
     sums = rows.sum(-1)
@@ -121,19 +123,36 @@ class OneHot:
 
     classes: int
     positions: int = 0
+    shift: int = 0
+    sparse: bool = False
 
     def __post_init__(self) -> None:
-        wanted = ("classes", 1, self.classes), ("position dimensions", 0, self.positions)
+        wanted = (
+            ("classes", 1, self.classes),
+            ("position dimensions", 0, self.positions),
+            ("positions to shift by", 0, self.shift),
+        )
         for what, least, number in wanted:
             if not isinstance(number, int) or number < least:
                 raise DecouplingError(
                     f"one_hot needs the number of {what}, at least {least}, but got {number!r}"
                 )
 
+        if self.shift and not self.positions:
+            raise DecouplingError(
+                "one_hot(shift=...) moves labels along their first position, so it needs "
+                "positions=1 or more"
+            )
+
     @property
     def features(self) -> int:
         """Size of the context's last dimension."""
-        return self.classes
+        return 1 if self.sparse else self.classes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the context."""
+        return torch.long if self.sparse else torch.get_default_dtype()
 
     def __call__(self, target: Tensor) -> Tensor:
         """Encode labels, in the default dtype; see :func:`one_hot`."""
@@ -147,30 +166,51 @@ class OneHot:
                 "(batch, features)."
             )
         index = target.long()
+        if self.shift:
+            rest = index.new_full((len(index), self.shift, *index.shape[2:]), -1)
+            index = torch.cat([index[:, self.shift :], rest[:, : index.shape[1]]], 1)
+        if self.sparse:
+            return self._as_they_are(index)
         # Elsewhere looking at labels would wait for the device; scatter_ checks there.
         if target.device.type == "cpu":
             with contextlib.suppress(RuntimeError):
                 return F.one_hot(index, self.classes).to(torch.get_default_dtype())
-            if (last := int(index.max())) >= self.classes:
-                raise DecouplingError(
-                    f"one_hot({self.classes}) met the label {last}: labels run from 0 to "
-                    f"{self.classes - 1}. Use one_hot({last + 1}) or more."
-                )
+            self._check(index)
         index = index.unsqueeze(-1)
-        encoded = torch.zeros(*target.shape, self.classes, device=target.device)
+        encoded = torch.zeros(*index.shape[:-1], self.classes, device=target.device)
         return encoded.scatter_(-1, index.clamp(min=0), (index >= 0).to(encoded.dtype))
 
+    def _as_they_are(self, index: Tensor) -> Tensor:
+        """Labels with a last dimension of 1, all ignored ones -1."""
+        if index.device.type == "cpu":
+            self._check(index)
+        return index.clamp(min=-1).unsqueeze(-1)
+
+    def _check(self, index: Tensor) -> None:
+        if index.numel() and (last := int(index.max())) >= self.classes:
+            raise DecouplingError(
+                f"one_hot({self.classes}) met the label {last}: labels run from 0 to "
+                f"{self.classes - 1}. Use one_hot({last + 1}) or more."
+            )
+
     def __repr__(self) -> str:
-        return f"one_hot({self.classes}{f', positions={self.positions}' if self.positions else ''})"
+        options = [f"{n}={getattr(self, n)}" for n in ("positions", "shift", "sparse")]
+        named = [o for o in options if not o.endswith(("=0", "=False"))]
+        return f"one_hot({', '.join([str(self.classes), *named])})"
 
 
-def one_hot(classes: int, positions: int = 0) -> OneHot:
+def one_hot(classes: int, positions: int = 0, shift: int = 0, sparse: bool = False) -> OneHot:
     """Context of class labels, the paper's cDNI (Jaderberg et al. 2016, arXiv:1608.05343).
 
     Args:
         classes: number of classes.
         positions: how many dimensions labels have besides the batch's: 1 for a label per token, 2
             per pixel. Loss heads need to know.
+        shift: how many positions on the label is that a position is to predict: 1 for a causal
+            language model whose labels are its own tokens, which its loss shifts itself. The last
+            positions have none then. Unshifted, a head would learn to copy its input.
+        sparse: leave labels as they are, integers ``(batch, ..., 1)``, for
+            :class:`~dni_fx.sources.Tied`: of a large vocabulary nothing is then as wide.
 
     Returns:
         A callable from integer labels ``(batch,)`` (or ``(batch, time)``, ``(batch, height,
@@ -187,7 +227,7 @@ def one_hot(classes: int, positions: int = 0) -> OneHot:
         tensor([[0., 0., 1.],
                 [1., 0., 0.]])
     """
-    return OneHot(classes, positions)
+    return OneHot(classes, positions, shift, sparse)
 
 
 def align_context(context: Tensor, value_shape: Sequence[int], feature_dim: int = -1) -> Tensor:

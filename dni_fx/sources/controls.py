@@ -24,6 +24,7 @@ class Zero(GradientSource):
     """
 
     asks = Asks(learns_from=())
+    takes_labels = True  # as no context at all
 
     def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
         return Prediction(tuple(torch.zeros_like(value) for value in values))
@@ -38,6 +39,8 @@ class Stale(GradientSource):
     the overlapping part is used, with zeros elsewhere. The message is kept in the ``state_dict``,
     so that a resumed run is the same run.
     """
+
+    takes_labels = True  # as no context at all
 
     def __init__(self, specs: Sequence[TensorSpec], context: TensorSpec | None = None) -> None:
         super().__init__(specs, context)
@@ -70,6 +73,7 @@ class Exact(GradientSource):
     """Marker of exact mode, which the trainer runs: stages locked, true gradients, as backprop."""
 
     asks = Asks(exact=True)
+    takes_labels = True  # as no context at all
 
     def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
         """Refuse: there is nothing to predict.

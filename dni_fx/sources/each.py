@@ -49,6 +49,8 @@ class Each(GradientSource):
 
     asks = Asks(per_consumer=True)
 
+    takes_labels = True  # where what it is made of does
+
     def __init__(
         self,
         specs: Sequence[TensorSpec],

@@ -20,7 +20,14 @@ from ..errors import DecouplingError
 from ..plan import TensorSpec
 from .asks import Asks
 from .base import GradientSource, Prediction, like, wide_dtype
-from .checking import check_reached, has_classes, has_slope, no_classes, no_slope
+from .checking import (
+    check_reached,
+    has_classes,
+    has_slope,
+    no_classes,
+    no_slope,
+    refuse_labels,
+)
 from .context import check_batch_first
 from .head_networks import Encoder, HandedOver, RunningScale
 
@@ -93,6 +100,7 @@ class LossHead(GradientSource):
         factor: float = 1.0,
     ) -> None:
         super().__init__(specs, context)
+        refuse_labels(self)
         if context is None or not context.shape or any(not spec.shape for spec in self.specs):
             found = "has no context" if context is None or not context.shape else "serves a scalar"
             raise DecouplingError(

@@ -31,11 +31,14 @@ class Delayed(GradientSource):
             0.8 in FDG).
         recompute: run the stage again on the batch of then with the weights of now (Features
             Replay: inputs are kept), else keep its graph and the weights that it used (DDG).
+        predict_weights: run the stage's forward with the weights that the gradient will meet, as
+            SGD's momentum, Adam or AdamW tells them; other optimisers are refused.
 
     Source:
         DDG: Huo et al. 2018, arXiv:1804.10574, eq. 8. Features Replay: Huo et al. 2018,
         arXiv:1807.04511, eq. 7. The shrinking factor: Zhuang et al. 2021, FDG, arXiv:1906.12108;
-        its forward delay is not part of this source.
+        its forward delay is not part of this source. Weight prediction: PipeOptim, Guan et al.
+        2023, arXiv:2312.00839.
     """
 
     def __init__(
@@ -46,9 +49,11 @@ class Delayed(GradientSource):
         steps: int = 1,
         shrink: float = 1.0,
         recompute: bool = True,
+        predict_weights: bool = False,
     ) -> None:
         super().__init__(specs)
-        self.asks = Asks(learns_from=(), wait=Wait(_checked_lag(steps), recompute=recompute))
+        wait = Wait(_checked_lag(steps), recompute=recompute, predict_weights=predict_weights)
+        self.asks = Asks(learns_from=(), wait=wait)
         self.shrink = checked_share("the shrinking factor", shrink, zero=False)
 
     def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
@@ -65,6 +70,8 @@ class Wrapping(GradientSource):
     name or factory, and learns as it would by itself.
     """
 
+    takes_labels = True  # where what it is made of does
+
     def __init__(
         self, specs: Sequence[TensorSpec], context: TensorSpec | None, source: str | SourceFactory
     ) -> None:
@@ -77,10 +84,20 @@ class Wrapping(GradientSource):
             )
         self.asks = self.source.asks
 
-    def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
+    def see_inputs(self, specs: Sequence[TensorSpec]) -> None:
+        """The other source sees them."""
+        super().see_inputs(specs)
+        self.source.see_inputs(specs)
+
+    def predict(
+        self,
+        values: tuple[Tensor, ...],
+        context: Tensor | None = None,
+        inputs: tuple[Tensor, ...] | None = None,
+    ) -> Prediction:
         """What the other source predicts."""
         self.hand_on(self.source)
-        return self.source(values, context)
+        return self.source(values, context, inputs)
 
     def fit(self, prediction: Prediction, message: tuple[Tensor, ...]) -> Tensor | None:
         """As the other source learns."""
@@ -93,15 +110,22 @@ class Wrapping(GradientSource):
 
 class Corrected(Wrapping):
     r"""A prediction at once, and what was wrong with it when the true gradient arrives: first
-    :math:`\hat g_t`, then :math:`\beta\,\delta_{t-d} - \hat g_{t-d}` on the batch of then.
+    :math:`\hat g_t`, then :math:`w\,(\beta\,\delta_{t-d} - \hat g_{t-d})` on the batch of then.
 
-    Over time every batch has moved the stage by its true gradient, as with :class:`Delayed`, but
-    its first part came without delay. The difference is a control variate's: small where the source
-    is good.
+    With a weight of 1 every batch has over time moved the stage by its true gradient, as with
+    :class:`Delayed`, but its first part came without delay. The difference is a control variate's:
+    small where the source is good. It is stale all the same, and harms the more the later it comes,
+    so by default its weight is :math:`w = 1 / (1 + d)`. What it sends back to the stages before has
+    its whole weight: they weight it themselves, by their own delay.
 
     Args:
         source: name or factory of the source that predicts.
-        steps, shrink, recompute: as for :class:`Delayed`.
+        weight: :math:`w`, from 0 (exclusive) to 1, or ``"delay"``, where d counts the updates since
+            the stage's forward.
+        steps, shrink, recompute, predict_weights: as for :class:`Delayed`.
+
+    Source:
+        Ours.
     """
 
     def __init__(
@@ -110,13 +134,16 @@ class Corrected(Wrapping):
         context: TensorSpec | None = None,
         *,
         source: str | SourceFactory = "auto",
+        weight: float | str = "delay",
         steps: int = 1,
         shrink: float = 1.0,
         recompute: bool = True,
+        predict_weights: bool = False,
     ) -> None:
         super().__init__(specs, context, source)
-        wait = Wait(_checked_lag(steps), recompute=recompute, corrects=True)
-        self.asks = replace(self.asks, wait=wait)
+        lag = _checked_lag(steps)
+        options: Any = {"recompute": recompute, "predict_weights": predict_weights}
+        self.asks = replace(self.asks, wait=Wait(lag, corrects=True, weight=weight, **options))
         self.shrink = checked_share("the shrinking factor", shrink, zero=False)
 
     def complete(self, prediction: Prediction, awaited: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -140,7 +167,7 @@ class Mix(Wrapping):
         steps: lag of the true gradient; 0 waits for it within the step.
         at_once: with ``steps``: whether the predicted part goes ahead; else both come late, in one
             backward.
-        recompute: as for :class:`Delayed`.
+        recompute, predict_weights: as for :class:`Delayed`.
 
     Source:
         Jaderberg et al. 2016, arXiv:1608.05343, appendix A. The late forms are ours.
@@ -156,16 +183,23 @@ class Mix(Wrapping):
         steps: int = 0,
         at_once: bool = True,
         recompute: bool = True,
+        predict_weights: bool = False,
     ) -> None:
         super().__init__(specs, context, source)
         lag = 0 if steps == 0 else _checked_lag(steps)
-        wait = Wait(lag, recompute=recompute, corrects=lag > 0 and at_once)
+        early = lag > 0 and at_once
+        wait = Wait(lag, recompute=recompute, corrects=early, predict_weights=predict_weights)
         self.asks = replace(self.asks, wait=wait)
         self.share = checked_share("Mix's share of the true gradient", share)
 
-    def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
+    def predict(
+        self,
+        values: tuple[Tensor, ...],
+        context: Tensor | None = None,
+        inputs: tuple[Tensor, ...] | None = None,
+    ) -> Prediction:
         """The other source's prediction: its share, or held back where the stage waits."""
-        made = super().predict(values, context)
+        made = super().predict(values, context, inputs)
         early = None
         if self.asks.early and made.gradients is not None:
             early = tuple(gradient * (1 - self.share) for gradient in made.gradients)

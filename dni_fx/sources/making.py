@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -24,7 +24,10 @@ SOURCES: dict[str, type[GradientSource]] = {}  # by name; filled where all class
 
 
 def make_source(
-    option: str | SourceFactory, specs: Sequence[TensorSpec], context_spec: TensorSpec | None = None
+    option: str | SourceFactory,
+    specs: Sequence[TensorSpec],
+    context_spec: TensorSpec | None = None,
+    inputs: Callable[[str], Sequence[TensorSpec]] | None = None,
 ) -> GradientSource:
     """Make the gradient source for an interface or a whole boundary.
 
@@ -36,6 +39,8 @@ def make_source(
             GradientSource class is one.
         specs: the values served.
         context_spec: the context, None where there is none.
+        inputs: says what a source will see that asks for inputs, by its ``asks.inputs``; without
+            it the values stand in for them.
 
     Returns:
         A new source, on the CPU (or torch's default device).
@@ -53,6 +58,9 @@ def make_source(
             raise refusal from error
         raise
     check_source(source)
+    if inputs is not None and source.asks.inputs is not None:
+        with torch.random.fork_rng(devices=drawing_devices()):
+            source.see_inputs(inputs(source.asks.inputs))
     return source
 
 

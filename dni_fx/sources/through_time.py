@@ -66,6 +66,8 @@ class AcrossTime(GradientSource):
         factor 0.1 is theirs.
     """
 
+    takes_labels = True  # where what it is made of does
+
     def __init__(
         self,
         specs: Sequence[TensorSpec],
@@ -84,7 +86,8 @@ class AcrossTime(GradientSource):
             source = partial(MLP, hidden=1, width=max(size, 64), norm="batch")
         self.source = make_source(source, (joined,), context)
         asked = self.source.asks
-        if replace(asked, ends=False, jacobian=False) not in (Asks(), Asks(learns_from=())):
+        plain = replace(asked, ends=False, jacobian=False, inputs=None)
+        if plain not in (Asks(), Asks(learns_from=())):
             raise DecouplingError(
                 f"{type(self.source).__name__} cannot serve the state between windows: there a "
                 "source must predict at once and learn from gradients alone, such as 'auto', "
@@ -96,18 +99,28 @@ class AcrossTime(GradientSource):
             )
         self.factor, self.auxiliary = float(factor), float(auxiliary)
         heard = ("gradient",) if self.auxiliary else asked.learns_from
-        self.asks = Asks(learns_from=heard, ends=True, jacobian=asked.jacobian)
+        self.asks = replace(asked, learns_from=heard, ends=True)
         if isinstance(self.source, Traces):
             self.source.factor = self.factor
         self._latest = torch.zeros(())
         self.teller = nn.Linear(size, size, dtype=dtype) if self.auxiliary else None
 
-    def predict(self, values: tuple[Tensor, ...], context: Tensor | None = None) -> Prediction:
+    def see_inputs(self, specs: Sequence[TensorSpec]) -> None:
+        """The other source sees them."""
+        super().see_inputs(specs)
+        self.source.see_inputs(specs)
+
+    def predict(
+        self,
+        values: tuple[Tensor, ...],
+        context: Tensor | None = None,
+        inputs: tuple[Tensor, ...] | None = None,
+    ) -> Prediction:
         """``factor`` times the prediction, zero for samples whose sequence ends."""
         joined = side_by_side(values, self.specs)
         with kept_weights(self.source):  # they are updated before the target comes
             self.hand_on(self.source)
-            inner = self.source((joined,), context)
+            inner = self.source((joined,), context, inputs)
         assert inner.gradients is not None
         guess = inner.gradients[0]
         if self.ended is not None:

@@ -55,6 +55,10 @@ class StageFunctions:
         self._shared = split.summed_in(index)
         self._received, self._sent = split.received_in(index), split.sent_by(index)
         self._unasked = split.unasked
+        self._seen = [
+            None if s.source.asks.inputs is None else split.seen_by(index, s.source.asks.inputs)
+            for s in self._served
+        ]
 
     @functools.cached_property
     def _source_targets(self) -> list[str]:
@@ -117,7 +121,7 @@ class StageFunctions:
             detaches = name in self._sent or name in self._unasked
             label = f"{identifier(name)}_sent"
             results[name] = _call(graph, label, "detach", out) if detaches else out
-        predictions, gradients = self._ask_sources(graph, results, context)
+        predictions, gradients = self._ask_sources(graph, results, context, inputs)
         pairs = [*((outputs[n], gradients[n]) for n in self._sent), *last]
         roots, arrived = tuple(r for r, _ in pairs), tuple(g for _, g in pairs)
         graph.call_function(pull_back, (roots, arrived))
@@ -153,13 +157,20 @@ class StageFunctions:
             return {OUTPUT: called}
         return {n: _item(graph, called, i, identifier(n)) for i, n in enumerate(stage.outputs)}
 
-    def _ask_sources(self, graph: fx.Graph, values: Nodes, context: fx.Node) -> tuple[Nodes, Nodes]:
+    def _ask_sources(
+        self, graph: fx.Graph, values: Nodes, context: fx.Node, inputs: fx.Node
+    ) -> tuple[Nodes, Nodes]:
         """What each source predicts, by its own name, and the gradient of each value that it
         serves.
         """
         predictions, gradients = {}, {}
-        for group, target in zip(self._served, self._source_targets, strict=True):
-            given, label = (tuple(values[n] for n in group.names), context), identifier(group.name)
+        triples = zip(self._served, self._source_targets, self._seen, strict=True)
+        for group, target, seen in triples:
+            label = identifier(group.name)
+            given: tuple[Any, ...] = (tuple(values[n] for n in group.names), context)
+            if seen is not None:
+                items = [_item(graph, inputs, n, f"{identifier(n)}_seen") for n in seen]
+                given = (*given, tuple(items))
             asked = graph.create_node("call_module", target, given, name=f"{label}_prediction")
             predictions[group.name] = asked
             every = _call(graph, f"{label}_gradients", getattr, asked, "gradients")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -98,11 +99,13 @@ def insert_sources(
     device = next(trace.model.parameters()).device
     asked = resolve_gradients(interfaces, gradients) | dict(sized or {})
     within = tuple(i for i in interfaces if not i.leaves)
-    sources = make_sources(within, asked, seen, device)
+    known = specs | {i.name: i.spec for i in interfaces}
+    seen_by = _seen_by(split, known)
+    sources = make_sources(within, asked, seen, device, seen_by)
     if leaving is not None:
         outward = tuple(i for i in interfaces if i.leaves)
         options = {i.name: leaving.serve(i, asked[i.name]) for i in outward}
-        sources = make_sources(outward, options, leaving.context, device) | sources
+        sources = make_sources(outward, options, leaving.context, device, seen_by) | sources
     if isinstance(context, Exampled):
         _check_heads(sources, context)
     exact = {n for n, source in sources.items() if source.asks.exact}
@@ -148,9 +151,12 @@ def make_sources(
     chosen: Mapping[str, str | SourceFactory],
     context: TensorSpec | None,
     device: torch.device,
+    seen_by: Callable[[int, str], list[TensorSpec]] | None = None,
 ) -> dict[str, GradientSource]:
     """Make one source for each interface; one for all of a stage's that ask for the same
     ``"joint:..."``. The global random state is left as it was.
+
+    ``seen_by`` says what sources of a stage will see that ask for inputs.
 
     Raises:
         DecouplingError: an unknown source, or one that cannot serve its value.
@@ -165,7 +171,8 @@ def make_sources(
         names = [i.name for i in group]
         with placed(f"interface {', '.join(map(repr, names))}"):
             option = for_consumers(chosen[names[0]], len(group[0].consumers))
-            source = make_source(option, tuple(i.spec for i in group), context)
+            inputs = None if seen_by is None else partial(seen_by, group[0].producer)
+            source = make_source(option, tuple(i.spec for i in group), context, inputs)
             if source.asks.jacobian and not group[0].leaves:
                 raise DecouplingError(
                     f"{type(source).__name__} learns from how the state between windows depends on "
@@ -175,6 +182,12 @@ def make_sources(
             try_predict(source)
         sources.update(dict.fromkeys(names, source.to(device)))
     return {i.name: sources[i.name] for i in interfaces}
+
+
+def _seen_by(
+    split: Split, specs: Mapping[str, TensorSpec]
+) -> Callable[[int, str], list[TensorSpec]]:
+    return lambda stage, whose: [specs[n] for n in split.seen_by(stage, whose)]
 
 
 def _check_heads(sources: Mapping[str, GradientSource], context: Exampled) -> None:
@@ -224,7 +237,8 @@ def infer_context(context: Context | None, inputs: tuple[TensorSpec, ...]) -> Te
     features = getattr(context, "features", None)
     if isinstance(features, int):
         positions = getattr(context, "positions", 0)
-        return TensorSpec((batch, *(1,) * positions, features), torch.get_default_dtype())
+        dtype = getattr(context, "dtype", torch.get_default_dtype())
+        return TensorSpec((batch, *(1,) * positions, features), dtype)
     try:
         value = context(torch.zeros(batch, dtype=torch.long))
     except Exception as error:

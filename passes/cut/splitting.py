@@ -124,6 +124,14 @@ class Split:
         names = [*(i.name for i in self.interfaces), *self.incoming]
         return [n for n in names if n in self.stages[stage].inputs]
 
+    def seen_by(self, stage: int, whose: str) -> list[str]:
+        """Names of the values that a source of a stage sees; see :class:`dni_fx.sources.Asks`."""
+        if whose == "model":
+            return list(self.model_inputs)
+        taken = self.stages[stage].inputs
+        received = [i.name for i in self.interfaces if i.name in taken]
+        return received or [n for n in self.model_inputs if n in taken]
+
     def sent_by(self, stage: int) -> list[str]:
         """Names of the interfaces that a stage sends, in the order in which autograd would meet
         their gradients.

@@ -26,7 +26,7 @@ from ..helpers.training import batch, largest_difference, record, train, trainer
 from ..models.small import Block
 
 STEPS = 8
-RECORDED = ["linear", "mlp", "auto", "local", "distill", "zero"]
+RECORDED = ["linear", "mlp", "auto", "local", "distill", "reconstruct", "zero"]
 CHEAP = ["linear(rank=2)", "linear(groups=2)", "linear(pooled=True)", "mlp(width=4)"]
 AGREE = 1e-12
 

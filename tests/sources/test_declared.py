@@ -84,7 +84,7 @@ def test_sources_that_wrap_others_ask_for_what_those_do() -> None:
     inner = Asks(learns_from=("gradient", "loss"))
     late = {"source": "sobolev", "recompute": False}
     assert Corrected([SPEC], LABELS, **late).asks == dataclasses.replace(
-        inner, wait=Wait(1, recompute=False, corrects=True)
+        inner, wait=Wait(1, recompute=False, corrects=True, weight="delay")
     )
     assert Mix([SPEC], LABELS, source="sobolev").asks == dataclasses.replace(inner, wait=Wait(0))
     assert Mix([SPEC], LABELS, **late, steps=3).asks.wait == Wait(3, recompute=False, corrects=True)

@@ -106,7 +106,7 @@ def test_more_steps_of_lag_add_up() -> None:
 @pytest.mark.parametrize("recompute", [True, False], ids=["replay", "stash"])
 def test_correcting_nothing_is_being_late(recompute: bool) -> None:
     late = trainer_of(partial(Delayed, recompute=recompute))
-    corrected = trainer_of(partial(Corrected, source="zero", recompute=recompute))
+    corrected = trainer_of(partial(Corrected, source="zero", weight=1.0, recompute=recompute))
     for trainer in (late, corrected):
         train(trainer, 6)
     for name, tensor in state(late).items():
@@ -131,7 +131,9 @@ def test_corrections_sum_to_the_true_gradient(recompute: bool) -> None:
         return optimizer
 
     x, y = batch(0)
-    trainer = trainer_of(partial(Corrected, source=Fixed, recompute=recompute), optimizer=tiny)
+    trainer = trainer_of(
+        partial(Corrected, source=Fixed, weight=1.0, recompute=recompute), optimizer=tiny
+    )
     trainer.step(x, target=y)
     early = {n: g.clone() for n, g in total.items()}
     assert trainer.drain() == 3

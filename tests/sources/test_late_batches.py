@@ -141,7 +141,7 @@ def true_sum(make: Any, sizes: tuple[int, ...]) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("gradients", ["delayed", STASH, "corrected"])
+@pytest.mark.parametrize("gradients", ["delayed", STASH, partial(Corrected, weight=1.0)])
 def test_a_batch_under_way_keeps_its_own_graph(gradients: Any) -> None:
     sizes = (8, 3, 8, 3)
     total, trainer = summed(gradients, ["a", "b"], Sizes, sizes)
@@ -165,12 +165,17 @@ class TwoAtOnce(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "other", ["delayed", "corrected", partial(Mix, share=1.0), partial(Mix, share=1.0, steps=1)]
+    "other",
+    [
+        "delayed",
+        partial(Corrected, weight=1.0),
+        partial(Mix, share=1.0),
+        partial(Mix, share=1.0, steps=1),
+    ],
 )
 def test_corrections_beside_other_waiting_sources(other: Any) -> None:
-    total, _ = summed(
-        {"tanh": partial(Corrected, source=Fixed), "b": other}, ["b"], TwoAtOnce, (8, 8)
-    )
+    whole = partial(Corrected, source=Fixed, weight=1.0)
+    total, _ = summed({"tanh": whole, "b": other}, ["b"], TwoAtOnce, (8, 8))
     want = true_sum(TwoAtOnce, (8, 8))
     for name, parameter in want.named_parameters():
         torch.testing.assert_close(total[name], parameter.grad, rtol=1e-9, atol=1e-12)
