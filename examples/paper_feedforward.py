@@ -106,6 +106,15 @@ METHODS |= {
     for net in NETS
     for name in STARTED
 }
+# Cheap forms of cdni's linear source, and what "auto" takes.
+FORMS = {
+    "cdni, rank 16": "linear(rank=16)",
+    "cdni, 8 groups": "linear(groups=8)",
+    "cdni, auto": "auto",
+}
+METHODS |= {
+    ("fcn", name): {**METHODS["fcn", "cdni"], "gradients": source} for name, source in FORMS.items()
+}
 METHODS["cnn", "distill + exact start"] = {**METHODS["cnn", "distill"], **EXACT_START}
 # Is it the size of the synthesizers' errors, or that they have a direction? This one's have none.
 METHODS["cnn", "cdni, random error"] = {
@@ -387,7 +396,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--ablate", action="store_true", help="leave out parts of the recipe, one at a time"
     )
-    names = list(dict.fromkeys([*USUAL, *STARTED, *CONVOLUTIONAL, *VARIATIONS]))
+    names = list(dict.fromkeys([*USUAL, *FORMS, *STARTED, *CONVOLUTIONAL, *VARIATIONS]))
     add_arguments(parser, names, USUAL, "out/paper_feedforward.json")
     args = parser.parse_args(arguments)
     check_arguments(parser, args, "steps", "batch", "width", "filters", "stride")
@@ -402,10 +411,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         for m in args.methods
         if (args.net, m) not in METHODS and not (args.ablate and m in VARIATIONS)
     ]:
-        parser.error(
-            f"{', '.join(unknown)}: only with "
-            f"{'--net cnn' if unknown[0] in CONVOLUTIONAL else '--ablate'}"
-        )
+        needed = "--ablate"
+        if unknown[0] in CONVOLUTIONAL or unknown[0] in FORMS:
+            needed = f"--net {'cnn' if unknown[0] in CONVOLUTIONAL else 'fcn'}"
+        parser.error(f"{', '.join(unknown)}: only with {needed}")
     return args
 
 

@@ -187,6 +187,9 @@ class LossHead(GradientSource):
         shape = tuple(context.shape)
         pairs = zip(self.encoders, values, strict=True)
         encoded = [encoder(value, shape) for encoder, value in pairs]
+        if len(encoded) == 1 and encoded[0].shape[:-1] == shape[:-1]:  # nothing to broadcast
+            alone: Tensor = self.output(encoded[0])
+            return alone.to(self.output.weight.dtype)
         lead = torch.broadcast_shapes(shape[:-1], *(e.shape[:-1] for e in encoded))
         joined = encoded[0]
         if len(encoded) > 1:
@@ -208,7 +211,9 @@ class LossHead(GradientSource):
         weights = counts / counts.sum().clamp(min=1)
         if losses.shape == lead:
             total = (losses * weights).sum()
-            flat = counts.flatten(1) if len(lead) > 1 else counts[:, None]
+            if len(lead) == 1:
+                return losses * counts, total, weights
+            flat = counts.flatten(1)
             each = (losses.reshape(flat.shape) * flat).sum(1) / flat.sum(1).clamp(min=1)
             return each, total, weights
         if losses.shape != lead[:1]:
