@@ -95,6 +95,7 @@ class Decoupled(Method):
             self.decoupled,
             loss_of,
             optimizer=lambda named: adam(p for _, p in named),
+            synthesizer_optimizer=torch.optim.Adam,
             queue=self.queue,
             metrics_every=10**9,
         )

@@ -109,7 +109,7 @@ class Decoupled(nn.Module):
 
     def as_module(
         self,
-        synthesizer_optimizer: Callable[[Any], torch.optim.Optimizer] = torch.optim.Adam,
+        synthesizer_optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
         context: Callable[..., Any] | None = None,
         unit: float | Callable[[], float] = 1.0,
     ) -> DropIn:

@@ -13,7 +13,6 @@ import inspect
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .compiler import check_cuts, check_whole
@@ -39,7 +38,7 @@ def decouple_through_time(
     *,
     loss: Callable[[Any, Any], Tensor],
     optimizer: MakeOptimizer,
-    synthesizer_optimizer: MakeOptimizer = torch.optim.Adam,
+    synthesizer_optimizer: MakeOptimizer | None = None,
     gradients: Gradients = "auto",
     factor: float = 0.1,
     auxiliary: bool | float = False,
@@ -71,7 +70,7 @@ def decouple_through_time(
         loss: ``loss(output, target)`` of one window, a scalar.
         optimizer: makes an optimiser from ``(name, parameter)`` pairs, as for
             :class:`dni_fx.Trainer`.
-        synthesizer_optimizer: the same for the sources.
+        synthesizer_optimizer: the same for the sources; by default Adam, by 0.001 between windows.
         gradients: what predicts: ``"auto"`` (an MLP on all tensors of the state together),
             ``"linear"``, ``"mlp"``, a factory; ``"zero"`` is truncated backpropagation through
             time, ``"exact"`` the full one, which keeps every window until all sequences of the

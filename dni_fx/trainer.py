@@ -45,7 +45,8 @@ class Trainer(Measures):
         optimizer: makes an optimiser from the ``(name, parameter)`` pairs of one stage, which
             torch.optim takes as they are. A parameter used by several stages is given to the first
             of them.
-        synthesizer_optimizer: the same for the sources; Adam by default.
+        synthesizer_optimizer: the same for the sources; by default
+            :func:`~dni_fx.sources.default_optimizer`, Adam at a rate for each kind.
         schedule: which stages a step updates, and how much of the true gradient they get:
             ``"sequential"`` (all, none), ``"random"``, or one of :mod:`dni_fx.schedules`.
         clip_norm: largest norm of one stage's gradients. It is per stage: a global norm would have
@@ -92,7 +93,7 @@ class Trainer(Measures):
         loss: Loss,
         *,
         optimizer: MakeOptimizer,
-        synthesizer_optimizer: MakeOptimizer = torch.optim.Adam,
+        synthesizer_optimizer: MakeOptimizer | None = None,
         schedule: str | Schedule = "sequential",
         clip_norm: float | None = None,
         accumulate: int = 1,

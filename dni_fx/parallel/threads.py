@@ -73,7 +73,7 @@ class OnThreads(Team):
                 name, copied = f"{interface}@input", copy.deepcopy(source)
                 self.copies.setdefault(consumer, {})[id(source)] = copied
                 if known := optimizers.sources.get(name):
-                    made = optimizers.made_for_source(name, list(copied.named_parameters()))
+                    made = optimizers.made_for_source(name, copied)
                     made.load_state_dict(copy.deepcopy(known.state_dict()))
                     self.workers[consumer].learner.own[name] = made
 

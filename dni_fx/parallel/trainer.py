@@ -75,7 +75,7 @@ class Trainer(BaseTrainer):
         loss: Callable[[Any, Any], torch.Tensor],
         *,
         optimizer: MakeOptimizer,
-        synthesizer_optimizer: MakeOptimizer = torch.optim.Adam,
+        synthesizer_optimizer: MakeOptimizer | None = None,
         schedule: str | Schedule = "sequential",
         placement: Placement | None = None,
         queue: int = 4,

@@ -54,7 +54,7 @@ class BaseTrainer(ABC):
         loss: Loss,
         *,
         optimizer: MakeOptimizer,
-        synthesizer_optimizer: MakeOptimizer = torch.optim.Adam,
+        synthesizer_optimizer: MakeOptimizer | None = None,
         clip_norm: float | None = None,
         accumulate: int = 1,
         metrics_every: int = 50,
@@ -250,7 +250,7 @@ class BaseTrainer(ABC):
 def _check_callables(*given: Any) -> None:
     """Refuse what a trainer could not call: loss and optimisers, in the order of the examples."""
     for (name, example), value in zip(_EXAMPLES.items(), given, strict=True):
-        if callable(value):
+        if callable(value) or (value is None and name == "synthesizer_optimizer"):
             continue
         found, why = repr(value), ""
         if isinstance(value, torch.optim.Optimizer):

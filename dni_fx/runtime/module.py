@@ -161,7 +161,7 @@ class DropInState:
         self,
         graphs: Graphs,
         encode: Context | None,
-        make_optimizer: MakeOptimizer,
+        make_optimizer: MakeOptimizer | None,
         target_of: Any,
         unit: float | Callable[[], float],
         module: DropIn | None = None,

@@ -15,6 +15,7 @@ from ..errors import DecouplingError
 from ..graphs.graphs import Graphs
 from ..graphs.stage import Stage
 from ..graphs.variants import Variant
+from ..sources import default_optimizer
 from .delays import find_delays, moved_along
 from .joint import JointStep
 from .whole import remembered, whole
@@ -29,7 +30,8 @@ class StageOptimizers:
 
     Args:
         make: makes an optimiser from the ``(name, parameter)`` pairs of one stage.
-        make_for_sources: the same for a source.
+        make_for_sources: the same for a source; None for
+            :func:`~dni_fx.sources.default_optimizer`.
         clip_norm: largest norm of one stage's gradients; None for no bound.
         unit: the factor in front of the mean loss, which sources are told.
         lr_scale: what the learning rates of a stage are multiplied with when its optimiser is made:
@@ -45,7 +47,7 @@ class StageOptimizers:
     def __init__(
         self,
         make: MakeOptimizer,
-        make_for_sources: MakeOptimizer,
+        make_for_sources: MakeOptimizer | None,
         clip_norm: float | None,
         unit: float,
         lr_scale: LrScale = None,
@@ -127,9 +129,9 @@ class StageOptimizers:
                 owned.update(p for _, p in new)
         return found
 
-    def made_for_source(self, name: str, learnt: NamedParameters) -> torch.optim.Optimizer:
+    def made_for_source(self, name: str, source: nn.Module) -> torch.optim.Optimizer:
         """A new optimiser for a source, or for a copy of one."""
-        return _made_for_source(name, self._make_for_sources, learnt)
+        return _made_for_source(name, self._make_for_sources, source)
 
     def parameters_of(self, stage: str) -> list[nn.Parameter]:
         """The parameters that a stage's optimiser was given."""
@@ -250,20 +252,23 @@ def _sizes(groups: list[dict[str, Any]]) -> list[int]:
 
 
 def source_optimizers(
-    graphs: Graphs, make: MakeOptimizer, stages: Collection[int] | None = None
+    graphs: Graphs, make: MakeOptimizer | None, stages: Collection[int] | None = None
 ) -> dict[str, torch.optim.Optimizer]:
     """A new one for every source of some stages, or of all, that has parameters.
 
     Raises:
         DecouplingError: what was returned is no optimiser, or steps what it was not given.
     """
-    named = [(n, list(s.named_parameters())) for n, s in graphs.named_learners(stages)]
-    return {name: _made_for_source(name, make, learnt) for name, learnt in named if learnt}
+    named = [(n, s) for n, s in graphs.named_learners(stages) if any(True for _ in s.parameters())]
+    return {name: _made_for_source(name, make, source) for name, source in named}
 
 
 def _made_for_source(
-    name: str, make: MakeOptimizer, learnt: NamedParameters
+    name: str, make: MakeOptimizer | None, source: nn.Module
 ) -> torch.optim.Optimizer:
+    learnt = list(source.named_parameters())
+    if make is None:
+        return default_optimizer(source, learnt)
     return _made_for(f"the source at {name!r}", make, learnt, "synthesizer_optimizer")
 
 

@@ -15,6 +15,7 @@ from .inputs import INPUTS, InputFactory, InputSource, make_input
 from .late import Corrected, Delayed, Feedback, Mix, mix
 from .making import EXACT, SOURCES, Joint, Served, is_joint, make_source, serve
 from .naming import EACH, JOINT, base_name, with_options
+from .rates import default_optimizer
 from .reconstruct import Reconstruct
 from .regression import MLP, Linear, Network, Regression
 from .sums import Sum
@@ -67,6 +68,7 @@ __all__ = [
     "auto_name",
     "base_name",
     "check_features",
+    "default_optimizer",
     "for_consumers",
     "is_each",
     "is_joint",

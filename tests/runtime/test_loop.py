@@ -44,7 +44,7 @@ def test_the_loop_by_hand_equals_the_trainer(gradients: str) -> None:
     by_hand.load_state_dict(trainer.decoupled.state_dict())
     optimizers = [adam(s.named_parameters()) for s in by_hand.stages]
     optimizers += [
-        torch.optim.Adam(s.named_parameters())
+        dni_fx.sources.default_optimizer(s, list(s.named_parameters()))
         for s in by_hand.sources.values()
         if list(s.parameters())
     ]

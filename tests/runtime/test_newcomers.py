@@ -32,7 +32,7 @@ WRITE = "lambda params: torch.optim.Adam(params, 1e-3)"
             {"optimizer": torch.optim.SGD([torch.ones(1)], 0.1)},
             ["a SGD made already", "each stage makes its own", f"optimizer={WRITE}"],
         ),
-        ({"synthesizer_optimizer": None}, ["None", f"synthesizer_optimizer={WRITE}"]),
+        ({"synthesizer_optimizer": 0.1}, ["0.1", f"synthesizer_optimizer={WRITE}"]),
     ],
     ids=["loss", "number", "made", "of sources"],
 )
