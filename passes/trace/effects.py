@@ -23,6 +23,7 @@ from .values import tensors_in
 
 _UNFILLED = (None, False)
 Depends = Callable[[torch.Tensor], bool]
+Elsewhere = Callable[[Any, Any], bool]
 
 
 class Watched:
@@ -54,19 +55,22 @@ class Watched:
         own = [kept.again() if self._is_of((path,), kept) else kept for kept in self._contents]
         self._contents = own
 
-    def changed(self, within: Sequence[str], depends: Depends) -> str | None:
+    def changed(
+        self, within: Sequence[str], depends: Depends, elsewhere: Elsewhere = lambda *_: False
+    ) -> str | None:
         """What has changed since the last look, in words.
 
         Args:
             within: paths of the modules whose code runs; each looks at its own attributes itself.
             depends: whether a tensor depends on values of the call.
+            elsewhere: whether others look at a place of an owner.
         """
         for kept in self._contents:
             if self._is_of(within, kept):
                 continue
             owner = self._owners.get(id(kept.owner))
             filled: list[Any] = []
-            if words := _difference(kept, depends, filled):
+            if words := _difference(kept, depends, elsewhere, filled):
                 return f"{words} outside of the model" if owner is None else f"{words} of '{owner}'"
             for place, value in filled:
                 self.filled[id(kept.owner), place] = kept, place, value
@@ -105,16 +109,22 @@ def _is_state(kept: Contents) -> bool:
     return isinstance(kept, OfState | OfIterator) and not known
 
 
-def _difference(kept: Contents, depends: Depends, filled: list[Any]) -> str | None:
+def _difference(
+    kept: Contents, depends: Depends, elsewhere: Elsewhere, filled: list[Any]
+) -> str | None:
     """What has changed, in words; `filled` takes what was empty, with its new content."""
     was, now = dict(kept.places()), dict(kept.again().places())
     if isinstance(kept, OfState) and not _is_state(kept):
         return None
     if isinstance(kept, OfSequence):
-        return None if _same(was, now) else f"a {type(kept.owner).__name__}"
+        return (
+            None
+            if _same(was, now) or elsewhere(kept.owner, None)
+            else f"a {type(kept.owner).__name__}"
+        )
     changed = [place for place, value in now.items() if was.get(place, MISSING) is not value]
     gone = [place for place in was if place not in now]
-    for place in gone + changed:
+    for place in [p for p in gone + changed if not elsewhere(kept.owner, p)]:
         default = 0 if _counts(kept.owner, place, now.get(place)) else MISSING
         before, value = was.get(place, default), now.get(place, MISSING)
         if not _is_filled(before, value, depends):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...graphs.pictures import ATOMS, picture
+from ...graphs.pictures import ATOMS, Itself, picture
 from .contents import MISSING
 from .outside import LIBRARY, Outside
 from .settings import casts, device_kinds
@@ -120,8 +120,18 @@ class Reads:
         """All that was read."""
         return tuple(self._held.values())
 
-    def attribute(self, module: nn.Module, path: str | None, name: str, value: Any) -> None:
-        """A module's attribute was read; `MISSING` where it has none of that name."""
+    def attribute(
+        self, module: nn.Module, path: str | None, name: str, value: Any, outlined: bool = False
+    ) -> None:
+        """A module's attribute was read; `MISSING` where it has none of that name.
+
+        Args:
+            module: whose it is.
+            path: of the module.
+            name: of the attribute.
+            value: what was read.
+            outlined: whether tensors in it may be others of the same shapes and kinds.
+        """
         key = id(module), name
         stand_in = type(module).__module__.startswith("dni_fx.")  # with fields of its own
         if key in self._held or stand_in:
@@ -146,8 +156,13 @@ class Reads:
             if isinstance(member, property):  # what it reads is noted by itself
                 self._outside.function(member.fget)
                 return
-            self._hold(key, path, name, functools.partial(getattr, module, name, MISSING))
+            read = functools.partial(_outline if outlined else getattr, module, name, MISSING)
+            self._hold(key, path, name, read)
             self._outside.held(value)
+
+    def facts(self, module: nn.Module, path: str, name: str) -> None:
+        """The shape, or the like, of a tensor of a module's was asked for."""
+        self._hold((id(module), name), path, name, functools.partial(_facts, module, name))
 
     def _method(
         self, module: nn.Module, path: str | None, name: str, method: types.MethodType
@@ -221,7 +236,16 @@ def is_hooked(module: nn.Module) -> bool:
 
 def _facts(module: nn.Module, name: str) -> Any:
     """What a graph holds fast of a tensor that it reads in every call."""
-    value = getattr(module, name)
+    return _facts_of(getattr(module, name))
+
+
+def _outline(module: nn.Module, name: str, default: Any) -> Any:
+    """What an attribute holds, but of tensors only shapes and kinds."""
+    parts = picture(getattr(module, name, default))
+    return [_facts_of(p.value) if isinstance(p, Itself) else p for p in parts]
+
+
+def _facts_of(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     strides = value.stride() if value.layout is torch.strided else None

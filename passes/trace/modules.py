@@ -20,6 +20,7 @@ from .held import Reads, is_hooked
 from .provenance import Provenance
 from .state import MODULE_INTERNALS, python_draws
 from .symbols import TracedInt
+from .wholes import Wholes
 
 # nn modules that are only sequences of others: looked into, so that cuts can fall between their
 # layers
@@ -41,8 +42,10 @@ class Visits:
         opaque: paths of modules to keep as single nodes.
         reads: notes what is read off modules.
         watched: what an earlier recording has found changed.
+        model: the root module.
 
     Attributes:
+        wholes: the modules that are called as one node.
         stack: paths of the modules that the recording is in, outermost first.
         visited: modules whose ``training`` flag is baked into the graph, by path.
         calls: module path, output node and last node made in it, in order of return.
@@ -58,6 +61,7 @@ class Visits:
         opaque: frozenset[str],
         reads: Reads,
         watched: Watched,
+        model: nn.Module,
     ) -> None:
         self.opaque = opaque
         self.stack: list[str] = []
@@ -68,6 +72,7 @@ class Visits:
         self.notes: list[str] = []
         self.stored: dict[tuple[int, str], Any] = {}
         self._known, self._reads = known, reads
+        self.wholes = Wholes(known, model, self.is_leaf, self._is_users)
         self._draws = python_draws()
         self._watched = watched
 
@@ -79,8 +84,11 @@ class Visits:
             return False
         if path in self.opaque or is_hooked(module) or getattr(module, "is_graph_leaf", False):
             return True
-        from_torch = type(module).__module__.startswith(("torch.nn", "torch.ao.nn"))
-        return from_torch and not isinstance(module, _TRANSPARENT)
+        return _is_of_torch(module) and not isinstance(module, _TRANSPARENT)
+
+    def _is_users(self, module: nn.Module, path: str) -> bool:
+        """Whether a module that is called as a whole runs code that is not torch's."""
+        return path in self.opaque or not _is_of_torch(module)
 
     @contextlib.contextmanager
     def inside(self, module: nn.Module, path: str) -> Iterator[None]:
@@ -105,6 +113,7 @@ class Visits:
             self._check_changes(module, path, before, entries)
             self._watched.settle(path)
             if not path:
+                self.wholes.finish()
                 self._fill()
         except Exception:
             self._fails(path, leaf=False)
@@ -117,6 +126,7 @@ class Visits:
         """While a module is called as one node; it may draw what it likes, anew in every call."""
         self._check_outside()
         try:
+            self.wholes.settle(path)
             yield
         except Exception:
             self._fails(path, leaf=True)
@@ -152,29 +162,21 @@ class Visits:
 
     def writes(self, module: nn.Module, name: str, value: Any) -> None:
         """The code that is recorded sets an attribute of a module. A plain value is stored there in
-        every call, where it is no state: nothing was read there before, or nothing was there.
-
-        Raises:
-            BakedInError: of one that is called as a whole, and would read it without the graph's
-                knowing.
+        every call, where it is no state: nothing was read there before, or nothing was there. In a
+        module that is called as a whole anything is stored that a graph can hold.
         """
         path = self._known.paths.get(id(module))
-        if path is None:
+        if path is None or _is_ours(module, name):
             return
-        inside_whole = any(path.startswith(f"{p}.") for p in self.opaque)
-        whole = path != self.stack[-1] and (inside_whole or self.is_leaf(module, path))
-        if not whole:
+        if path == self.stack[-1] or self.wholes.path_of(module) is None:
             self._store_plain(module, name, value)
-        elif picture(getattr(module, name, MISSING)) != picture(value):
-            raise BakedInError(
-                f"forward sets '{name}' of '{path}' ({type(module).__name__}), which is one opaque "
-                "node and keeps it out of sight"
-            )
+        elif not isinstance(value, nn.Module | nn.Parameter):
+            self.wholes.writes(module, name)
+            self.stored[id(module), name] = value
 
     def _store_plain(self, module: nn.Module, name: str, value: Any) -> None:
         """Where it is written; what is no plain value is looked at when the module returns."""
-        ours = name in MODULE_INTERNALS or hasattr(getattr(type(module), name, None), "__set__")
-        if ours or not isinstance(value, _STORED):
+        if not isinstance(value, _STORED):
             return
         key = id(module), name
         if key not in self.stored and not self._reads.is_empty(module, name):
@@ -195,7 +197,8 @@ class Visits:
     def _check_outside(self) -> None:
         if python_draws() != self._draws:
             raise BakedInError("the model draws from Python's or NumPy's random numbers")
-        if changed := self._watched.changed(self.stack, self._depends_on_values):
+        elsewhere = self.wholes.looks_at
+        if changed := self._watched.changed(self.stack, self._depends_on_values, elsewhere):
             raise BakedInError(
                 f"forward changes {changed} (another module, an object that the model keeps, a "
                 "global, a class, a variable of a closure, a generator), which stages do not do "
@@ -281,6 +284,15 @@ class Visits:
         place = (name, f"forward keeps self.{name} from call to call: it is read and written there")
         for touching in [node, *reads, store]:
             touching.meta["together"] = (*touching.meta.get("together", ()), place)
+
+
+def _is_ours(module: nn.Module, name: str) -> bool:
+    """Whether an attribute is the base class's, or code of the user's sets what is behind it."""
+    return name in MODULE_INTERNALS or hasattr(getattr(type(module), name, None), "__set__")
+
+
+def _is_of_torch(module: nn.Module) -> bool:
+    return type(module).__module__.startswith(("torch.nn", "torch.ao.nn"))
 
 
 def _entries_of(module: nn.Module) -> dict[str, dict[Any, Any]]:
