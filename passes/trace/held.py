@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...graphs.pictures import ATOMS, Itself, picture
+from ...graphs.pictures import ATOMS, Itself, Without, picture
 from .contents import MISSING
 from .outside import LIBRARY, Outside
 from .settings import casts, device_kinds
@@ -58,21 +58,27 @@ class Held:
         read: reads it again.
         was: what was read while the graph was recorded; `MISSING` to read it now.
         opened: whether its picture is compared, since the object may change.
+        without: what its picture leaves out.
 
     Attributes:
         was: the value, or its picture.
     """
 
-    __slots__ = ("_fixed", "_opened", "place", "read", "was")
+    __slots__ = ("_fixed", "_opened", "_without", "place", "read", "was")
 
     def __init__(
-        self, place: str, read: Callable[[], Any], was: Any = MISSING, opened: bool = True
+        self,
+        place: str,
+        read: Callable[[], Any],
+        was: Any = MISSING,
+        opened: bool = True,
+        without: Without = frozenset(),
     ) -> None:
-        self.place, self.read, self._opened = place, read, opened
+        self.place, self.read, self._opened, self._without = place, read, opened, without
         was = read() if was is MISSING else was
         # where the same object cannot be another value
         self._fixed = was if type(was) in _FIXED else MISSING
-        self.was = picture(was) if opened else was
+        self.was = picture(was, without) if opened else was
 
     def holds(self) -> bool:
         """Whether it is still the same."""
@@ -82,7 +88,8 @@ class Held:
             return False
         if now is self._fixed and now is not MISSING:
             return True
-        return bool((picture(now) if self._opened else now) == self.was)
+        now = picture(now, self._without) if self._opened else now
+        return bool(now == self.was)
 
 
 class Reads:
@@ -90,13 +97,14 @@ class Reads:
 
     Args:
         copies: whether the graph holds copies of tensors that are plain attributes.
+        without: what is set in every call before it is read.
 
     Attributes:
         tensors: where tensors that are attributes were read, by identity: module and name.
     """
 
-    def __init__(self, copies: bool = False) -> None:
-        self._copies = copies
+    def __init__(self, copies: bool = False, without: Without = frozenset()) -> None:
+        self._copies, self._without = copies, without
         # as it is around the model, whatever regions the model enters itself
         asked = (*_MODES, *((n, (kind,)) for n in _CASTS for kind in device_kinds()))
         self._ambient = {(n, a): getattr(torch, n)(*a) for n, a in asked}
@@ -178,11 +186,14 @@ class Reads:
         self, key: Any, path: str | None, name: str, read: Callable[[], Any], opened: bool = True
     ) -> None:
         place = f"'{path}.{name}'" if path else f"'{name}'"
-        self._held[key] = Held(place, self._baked(read) if opened else read, opened=opened)
+        self._held[key] = self._holds(place, self._baked(read) if opened else read, opened)
+
+    def _holds(self, place: str, read: Callable[[], Any], opened: bool = True) -> Held:
+        return Held(place, read, opened=opened, without=self._without)
 
     def _refers(self, place: str, read: Callable[[], Any]) -> None:
         """Code that runs refers to something outside of the model."""
-        self._held[id(read), ""] = Held(f"'{place}' in the code", self._baked(read))
+        self._held[id(read), ""] = self._holds(f"'{place}' in the code", self._baked(read))
         self._alive.append(read)
 
     def is_empty(self, module: nn.Module, name: str) -> bool:

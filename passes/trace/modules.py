@@ -11,10 +11,10 @@ import torch
 from torch import fx, nn
 
 from ...errors import BakedInError, TracingError
-from ...graphs.pictures import Itself, picture
+from ...graphs.pictures import Itself, Without, picture
 from .calls import ReadAttribute, StoreAttribute
 from .containers import Copy, take_over
-from .contents import MISSING
+from .contents import MISSING, Contents
 from .effects import Watched
 from .held import Reads, is_hooked
 from .provenance import Provenance
@@ -43,6 +43,7 @@ class Visits:
         reads: notes what is read off modules.
         watched: what an earlier recording has found changed.
         model: the root module.
+        without: what may be changed outside of the modules all the same.
 
     Attributes:
         wholes: the modules that are called as one node.
@@ -62,8 +63,9 @@ class Visits:
         reads: Reads,
         watched: Watched,
         model: nn.Module,
+        without: Without = frozenset(),
     ) -> None:
-        self.opaque = opaque
+        self.opaque, self._without = opaque, without
         self.stack: list[str] = []
         self.visited: dict[str, nn.Module] = {}
         self.calls: list[tuple[str, fx.Node | None, fx.Node]] = []
@@ -75,6 +77,11 @@ class Visits:
         self.wholes = Wholes(known, model, self.is_leaf, self._is_users)
         self._draws = python_draws()
         self._watched = watched
+
+    @property
+    def refused(self) -> tuple[Contents, Any] | None:
+        """The place outside of the modules that forward has changed."""
+        return self._watched.refused
 
     def is_leaf(self, module: nn.Module, path: str) -> bool:
         """Whether a module is called as a whole. Hooks on one that is looked into would run at
@@ -197,13 +204,16 @@ class Visits:
     def _check_outside(self) -> None:
         if python_draws() != self._draws:
             raise BakedInError("the model draws from Python's or NumPy's random numbers")
-        elsewhere = self.wholes.looks_at
-        if changed := self._watched.changed(self.stack, self._depends_on_values, elsewhere):
+        asked = self.stack, self._depends_on_values, self._is_looked_at
+        if changed := self._watched.changed(*asked):
             raise BakedInError(
                 f"forward changes {changed} (another module, an object that the model keeps, a "
                 "global, a class, a variable of a closure, a generator), which stages do not do "
                 "again: if only its first call does that, call the model once before"
             )
+
+    def _is_looked_at(self, owner: Any, place: Any) -> bool:
+        return self.wholes.looks_at(owner, place) or (id(owner), place) in self._without
 
     def _fill(self) -> None:
         for fill in self._watched.fills():
@@ -211,7 +221,7 @@ class Visits:
             self._add_effect(fill).meta["glued"] = True
 
     def _depends_on_values(self, value: torch.Tensor) -> bool:
-        return self._known.is_computed(value) and not self._is_of_sizes(value)
+        return self._known.is_computed(value) and not _is_of_sizes(self._known.nodes[id(value)])
 
     def _check_changes(
         self,
@@ -220,17 +230,18 @@ class Visits:
         before: dict[str, Any],
         entries: dict[str, dict[Any, Any]],
     ) -> None:
-        now = state_of(module)
         changed = [
             k
-            for k, v in now.items()
+            for k, v in state_of(module).items()
             if before.get(k, MISSING) != v
             and self.stored.get((id(module), k), MISSING) is not getattr(module, k, None)
             and not self._only_remembers(module, k, entries)
         ]
         values = {name: getattr(module, name) for name in changed}
         # the top level cannot be opaque
-        if not path and all(self._can_store(module, n, v) for n, v in values.items()):
+        computed = [v for v in values.values() if isinstance(v, torch.Tensor)]
+        known = len(computed) == len(values) and all(map(self._known.is_computed, computed))
+        if not path and known and values.keys() <= vars(module).keys():
             for name, value in values.items():
                 self._store(module, name, value)
         elif changed:
@@ -242,31 +253,18 @@ class Visits:
     def _only_remembers(
         self, module: nn.Module, name: str, entries: dict[str, dict[Any, Any]]
     ) -> bool:
-        """Whether a dictionary has only gained what sizes alone determine: a graph computes it
-        anew.
-        """
+        """Whether a dictionary has only gained what sizes alone determine: it is made anew."""
         table, known = vars(module).get(name), entries.get(name)
         if not isinstance(table, dict) or known is None:
             return False
         new = [v for k, v in table.items() if k not in known]
         kept = all(k in table and table[k] is v for k, v in known.items())
         return kept and all(
-            isinstance(v, torch.Tensor) and self._known.is_computed(v) and self._is_of_sizes(v)
+            isinstance(v, torch.Tensor)
+            and self._known.is_computed(v)
+            and _is_of_sizes(self._known.nodes[id(v)])
             for v in new
         )
-
-    def _is_of_sizes(self, value: torch.Tensor) -> bool:
-        pending = [self._known.nodes[id(value)]]
-        while pending:
-            node = pending.pop()
-            if node.op in ("placeholder", "get_attr", "call_module") or node.meta.get("random"):
-                return False
-            pending += [n for n in node.all_input_nodes if "value" in n.meta]
-        return True
-
-    def _can_store(self, module: nn.Module, name: str, value: Any) -> bool:
-        own = name in vars(module)
-        return own and isinstance(value, torch.Tensor) and self._known.is_computed(value)
 
     def _store(self, module: nn.Module, name: str, value: torch.Tensor) -> None:
         """Write a computed tensor to an attribute, where the model has read it last."""
@@ -293,6 +291,17 @@ def _is_ours(module: nn.Module, name: str) -> bool:
 
 def _is_of_torch(module: nn.Module) -> bool:
     return type(module).__module__.startswith(("torch.nn", "torch.ao.nn"))
+
+
+def _is_of_sizes(node: fx.Node) -> bool:
+    """Whether nothing but sizes and constants goes into a value."""
+    pending = [node]
+    while pending:
+        node = pending.pop()
+        if node.op in ("placeholder", "get_attr", "call_module") or node.meta.get("random"):
+            return False
+        pending += [n for n in node.all_input_nodes if "value" in n.meta]
+    return True
 
 
 def _entries_of(module: nn.Module) -> dict[str, dict[Any, Any]]:

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from ...errors import TracingError
 from ...graphs.nested import flatten
+from ...graphs.pictures import Without
 from .calls import GRADIENT_HOOKS, FunctionCall, Observer, check_saving, setitem
 from .containers import Copy
 from .contents import Contents
@@ -62,6 +63,7 @@ class Recorder(TorchFunctionMode):
         grad: whether gradients are asked for.
         watched: what an earlier recording has found changed outside of the modules.
         reached: identities of the tensors that the model could reach before.
+        without: what may be changed outside of the modules all the same.
 
     Attributes:
         known: the graph, and the nodes of tensors.
@@ -83,16 +85,19 @@ class Recorder(TorchFunctionMode):
         grad: bool = True,
         watched: Sequence[Contents] = (),
         reached: frozenset[int] = frozenset(),
+        without: Without = frozenset(),
     ) -> None:
         super().__init__()
         self.grad = grad
         self.fake = fake
-        self.reads = Reads()
+        self.reads = Reads(without=without)
         if not grad:
             self.reads.mode(GRAD)
         self.known = Provenance(model, bool(fake), self.reads, reached)
         self.sizes = Sizes(self.known, plain)
-        self.visits = Visits(self.known, opaque, self.reads, Watched(watched, model), model)
+        self.visits = Visits(
+            self.known, opaque, self.reads, Watched(watched, model), model, without
+        )
         self.known.kept = self.visits.wholes
         self.inputs: dict[fx.Node, torch.Tensor] = {}
         looks = self.sizes.looks
