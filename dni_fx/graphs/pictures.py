@@ -26,6 +26,9 @@ _BY_IDENTITY = (
     types.ModuleType,
 )  # fmt: skip
 
+Seen = dict[int, tuple[int, Any]]
+Without = frozenset[tuple[int, Any]]
+
 
 class Itself:
     """Equal to the same object only."""
@@ -39,18 +42,23 @@ class Itself:
     __hash__ = None  # type: ignore[assignment]
 
 
-def picture(value: Any) -> tuple[Any, ...]:
+def picture(value: Any, without: Without = frozenset()) -> tuple[Any, ...]:
     """All plain values that an object holds, to be compared with a later picture.
 
     Tensors, modules, functions and whatever cannot be opened are the same while they are
     themselves; containers and objects are opened.
+
+    Args:
+        value: the object.
+        without: of what only the type counts: identities of dicts, or of objects' attributes, with
+            a key.
     """
     kind = type(value)
     if kind in ATOMS:
         return kind, repr(value) if value != value else value
     parts: list[Any] = []
     try:
-        for part in _parts(value, {}):
+        for part in _parts(value, {}, without):
             parts.append(part)
             if len(parts) > _MOST_PARTS:
                 return (Itself(value),)
@@ -59,7 +67,7 @@ def picture(value: Any) -> tuple[Any, ...]:
     return tuple(parts)
 
 
-def _parts(value: Any, seen: dict[int, tuple[int, Any]]) -> Iterator[Any]:
+def _parts(value: Any, seen: Seen, without: Without) -> Iterator[Any]:
     kind = type(value)
     if kind in ATOMS:
         yield kind, repr(value) if value != value else value
@@ -67,7 +75,7 @@ def _parts(value: Any, seen: dict[int, tuple[int, Any]]) -> Iterator[Any]:
         yield kind, value.name
     elif isinstance(value, types.MethodType):
         yield value.__func__
-        yield from _parts(value.__self__, seen)
+        yield from _parts(value.__self__, seen, without)
     elif isinstance(value, _BY_IDENTITY):
         yield Itself(value)
     elif id(value) in seen:
@@ -75,42 +83,45 @@ def _parts(value: Any, seen: dict[int, tuple[int, Any]]) -> Iterator[Any]:
     else:
         seen[id(value)] = len(seen), value  # alive, so that no other gets its identity
         yield kind
-        yield from _opened(value, seen)
+        yield from _opened(value, seen, without)
 
 
-def _opened(value: Any, seen: dict[int, tuple[int, Any]]) -> Iterator[Any]:
+def _opened(value: Any, seen: Seen, without: Without) -> Iterator[Any]:
     numpy = sys.modules.get("numpy")
     if isinstance(value, list | tuple | collections.deque):
         yield base_of(value).__len__(value)
         for item in items_of(value):
-            yield from _parts(item, seen)
+            yield from _parts(item, seen, without)
     elif isinstance(value, dict):
         yield dict.__len__(value)
         for key, item in base_of(value).items(value):
-            yield from _parts(key, seen)
-            yield from _parts(item, seen)
+            yield from _parts(key, seen, without)
+            if without and (id(value), key) in without:
+                yield type(item)
+                continue
+            yield from _parts(item, seen, without)
     elif isinstance(value, set | frozenset):
         yield frozenset(items_of(value))
     elif numpy and isinstance(value, numpy.ndarray) and value.nbytes <= _LARGEST_ARRAY:
         yield value.shape, value.dtype, value.tobytes()
     elif isinstance(value, functools.partial):
-        yield from _parts((value.func, value.args, value.keywords), seen)
+        yield from _parts((value.func, value.args, value.keywords), seen, without)
     elif isinstance(value, random.Random):
         yield value.getstate()
     elif numpy and isinstance(value, numpy.random.Generator):
-        yield from _parts(value.bit_generator.state, seen)
+        yield from _parts(value.bit_generator.state, seen, without)
     elif hasattr(value, "__dict__"):
-        yield from _parts(vars(value), seen)
-        yield from _in_slots(value, seen)
+        yield from _parts(vars(value), seen, without)
+        yield from _in_slots(value, seen, without)
     elif slots_of(type(value)):
-        yield from _in_slots(value, seen)
+        yield from _in_slots(value, seen, without)
     else:
         yield Itself(value)
 
 
-def _in_slots(value: Any, seen: dict[int, tuple[int, Any]]) -> Iterator[Any]:
+def _in_slots(value: Any, seen: Seen, without: Without) -> Iterator[Any]:
     for slot in slots_of(type(value)):
-        yield from _parts(content(value, slot, "nothing"), seen)
+        yield from _parts(content(value, slot, "nothing"), seen, without)
 
 
 def base_of(value: Any) -> Any:

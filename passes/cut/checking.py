@@ -7,12 +7,12 @@ from __future__ import annotations
 import functools
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from ...errors import DecouplingError, user_line
 from ...graphs.nested import flatten, map_tensors
@@ -279,23 +279,31 @@ def guards_hold(trace: Trace, leaves: list[torch.Tensor], every_node: bool = Fal
 
 
 def _holds_on(trace: Trace, leaves: list[torch.Tensor], fake: Fakes, every_node: bool) -> bool:
-    expected, inputs = trace.guards_by_shape, trace.placed(leaves)
-    nodes = trace.graph.nodes if every_node else ancestors(expected)
+    expected = trace.guards_by_shape
+    nodes = ancestors(expected)
+    if every_node:  # but those that read values
+        nodes = [n for n in trace.graph.nodes if n not in trace.guards_by_value]
+    try:
+        found = _on_fakes(trace, leaves, fake, nodes)
+        return all(n not in expected or plain(value) == expected[n] for n, value in found)
+    except Exception:
+        return False
+
+
+def _on_fakes(
+    trace: Trace, leaves: list[torch.Tensor], fake: Fakes, nodes: Iterable[fx.Node]
+) -> Iterator[tuple[fx.Node, Any]]:
+    """Run nodes for the shapes of their values."""
+    inputs = trace.placed(leaves)
 
     def own(value: Any) -> Any:  # what a node may write to
         is_buffer = isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter)
         return value.clone() if is_buffer else value
 
-    try:
-        with fake, torch.no_grad():
-            attributes = {name: own(value) for name, value in trace.attributes.items()}
-            given = lambda node: fake.from_tensor(inputs[node].detach())  # noqa: E731
-            return all(
-                node not in expected or plain(value) == expected[node]
-                for node, value in interpret(nodes, attributes, given)
-            )
-    except Exception:
-        return False
+    with fake, torch.no_grad():
+        attributes = {name: own(value) for name, value in trace.attributes.items()}
+        given = lambda node: fake.from_tensor(inputs[node].detach())  # noqa: E731
+        yield from interpret(nodes, attributes, given)
 
 
 def values_hold(trace: Trace, leaves: list[torch.Tensor]) -> bool:
@@ -304,10 +312,26 @@ def values_hold(trace: Trace, leaves: list[torch.Tensor]) -> bool:
     if not expected:
         return True
     try:
-        values = run_prefix(expected, trace.attributes, trace.placed(leaves))
+        sizes = _sizes_at(trace, leaves)
+        values = run_prefix(expected, trace.attributes, trace.placed(leaves), sizes)
     except Exception:
         return False
     return all(plain(values[node]) == value for node, value in expected.items())
+
+
+def _sizes_at(trace: Trace, leaves: list[torch.Tensor]) -> dict[fx.Node, int]:
+    """Sizes within the model that the guards need, found once for each shape of the inputs."""
+    wanted, known = trace.guarded_sizes, trace.known_sizes
+    if not wanted:
+        return {}
+    key = tuple(t.shape for t in leaves)
+    if key not in known:
+        fake = Fakes()
+        with restored(trace.model):
+            found = _on_fakes(trace, leaves, fake, ancestors(wanted))
+            known[key] = {n: int(plain(value)) for n, value in found if n in wanted}
+        forget(fake)
+    return known[key]
 
 
 def _gradients(model: nn.Module, roots: list[torch.Tensor]) -> Measured:

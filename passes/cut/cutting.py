@@ -248,14 +248,21 @@ def assign_stages(flow: Flow, positions: tuple[int, ...]) -> dict[fx.Node, int]:
 
 
 def assign_by_name(flow: Flow, assignment: Mapping[str, int]) -> dict[fx.Node, int]:
-    """Stages of a plan that names every node; a node that it does not know goes with the latest
-    that it needs.
+    """Stages of a plan that names every node; a node that it does not know goes with those that it
+    must stay together with, or with the latest that it needs.
     """
+    marked = {
+        mark: assignment[node.name]
+        for node in flow.nodes
+        for mark in node.meta.get("together", ())
+        if node.name in assignment
+    }
     stages: dict[fx.Node, int] = {}
     for node in flow.nodes:
         if flow.is_computed(node):
             needed = [stages[i] for i in node.all_input_nodes if i in stages]
-            stages[node] = max([assignment.get(node.name, 0), *needed])
+            beside = [marked[m] for m in node.meta.get("together", ()) if m in marked]
+            stages[node] = max([assignment.get(node.name, 0), *beside, *needed])
     return stages
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from ...errors import PlanMismatchError, TracingError
 from .contents import Contents
+from .places import Step
 from .values import OperatorMode
 
 # what they do to gradients is in no node's backward
@@ -43,21 +44,32 @@ def setitem(tensor: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
 
 
 class _Attribute:
-    """Something done with one attribute of one module."""
+    """Something done with one attribute of one module, or with a part of it, some steps away."""
 
     verb = ""
 
-    def __init__(self, module: nn.Module, name: str) -> None:
+    def __init__(self, module: nn.Module, name: str, *steps: Step) -> None:
         self.module, self.name = module, name
-        self.__name__ = self.__qualname__ = f"{self.verb}_{name}"
+        *self._within, self._step = Step("attribute", name), *steps
+        keys = (name, *(step.key for step in steps))
+        words = [key for key in keys if isinstance(key, str) and key.isidentifier()]
+        self.__name__ = self.__qualname__ = "_".join([self.verb, *words])
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, _Attribute) or type(self) is not type(other):
             return False
-        return self.is_of(other.module, other.name)
+        same = self._within == other._within and self._step == other._step
+        return same and self.module is other.module
 
     def __hash__(self) -> int:
         return hash((self.verb, id(self.module), self.name))
+
+    @property
+    def _holder(self) -> Any:
+        holder: Any = self.module
+        for step in self._within:
+            holder = step.of(holder)
+        return holder
 
     def is_of(self, module: nn.Module, name: str) -> bool:
         """Whether it is this attribute."""
@@ -70,17 +82,26 @@ class ReadAttribute(_Attribute):
     verb = "read"
 
     def __call__(self) -> torch.Tensor:
-        tensor: torch.Tensor = getattr(self.module, self.name)
+        tensor: torch.Tensor = self._step.of(self._holder)
         return tensor
 
 
 class StoreAttribute(_Attribute):
-    """``self.name = tensor`` in the model's ``forward``."""
+    """``self.name = value`` in the model's ``forward``."""
 
     verb = "store"
 
-    def __call__(self, tensor: torch.Tensor) -> None:
-        setattr(self.module, self.name, tensor)
+    def __call__(self, value: Any) -> None:
+        self._step.write(self._holder, value)
+
+
+class DropAttribute(_Attribute):
+    """``del self.name`` in the model's ``forward``."""
+
+    verb = "drop"
+
+    def __call__(self) -> None:
+        self._step.drop(self._holder)
 
 
 class Fill:

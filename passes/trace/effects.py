@@ -18,11 +18,11 @@ from ...graphs.pictures import picture
 from .calls import Fill
 from .containers import is_traced
 from .contents import MISSING, Contents, OfDict, OfIterator, OfSequence, OfState
-from .naming import hidden_tensor
-from .values import tensors_in
+from .naming import hidden_tensor, hidden_tensors
 
 _UNFILLED = (None, False)
 Depends = Callable[[torch.Tensor], bool]
+Elsewhere = Callable[[Any, Any], bool]
 
 
 class Watched:
@@ -35,11 +35,13 @@ class Watched:
 
     Attributes:
         filled: what the code has left in places that held nothing.
+        refused: the place that has changed.
     """
 
     def __init__(self, contents: Sequence[Contents], model: nn.Module) -> None:
         self._contents = contents
         self._owners = _owners(model) if contents else {}
+        self.refused: tuple[Contents, Any] | None = None
         self.filled: dict[tuple[int, Any], tuple[Contents, Any, Any]] = {}
         self.look()
 
@@ -54,19 +56,25 @@ class Watched:
         own = [kept.again() if self._is_of((path,), kept) else kept for kept in self._contents]
         self._contents = own
 
-    def changed(self, within: Sequence[str], depends: Depends) -> str | None:
+    def changed(
+        self, within: Sequence[str], depends: Depends, elsewhere: Elsewhere = lambda *_: False
+    ) -> str | None:
         """What has changed since the last look, in words.
 
         Args:
             within: paths of the modules whose code runs; each looks at its own attributes itself.
             depends: whether a tensor depends on values of the call.
+            elsewhere: whether others look at a place of an owner.
         """
         for kept in self._contents:
             if self._is_of(within, kept):
                 continue
             owner = self._owners.get(id(kept.owner))
             filled: list[Any] = []
-            if words := _difference(kept, depends, filled):
+            if found := _difference(kept, depends, elsewhere, filled):
+                words, place = found
+                helper = owner is None and isinstance(kept, OfDict)
+                self.refused = (kept, place) if helper else None
                 return f"{words} outside of the model" if owner is None else f"{words} of '{owner}'"
             for place, value in filled:
                 self.filled[id(kept.owner), place] = kept, place, value
@@ -105,20 +113,23 @@ def _is_state(kept: Contents) -> bool:
     return isinstance(kept, OfState | OfIterator) and not known
 
 
-def _difference(kept: Contents, depends: Depends, filled: list[Any]) -> str | None:
-    """What has changed, in words; `filled` takes what was empty, with its new content."""
+def _difference(
+    kept: Contents, depends: Depends, elsewhere: Elsewhere, filled: list[Any]
+) -> tuple[str, Any] | None:
+    """What has changed, in words, and where; `filled` takes what was empty, with what is there."""
     was, now = dict(kept.places()), dict(kept.again().places())
     if isinstance(kept, OfState) and not _is_state(kept):
         return None
     if isinstance(kept, OfSequence):
-        return None if _same(was, now) else f"a {type(kept.owner).__name__}"
+        known = _same(was, now) or elsewhere(kept.owner, None)
+        return None if known else (f"a {type(kept.owner).__name__}", None)
     changed = [place for place, value in now.items() if was.get(place, MISSING) is not value]
     gone = [place for place in was if place not in now]
-    for place in gone + changed:
+    for place in [p for p in gone + changed if not elsewhere(kept.owner, p)]:
         default = 0 if _counts(kept.owner, place, now.get(place)) else MISSING
         before, value = was.get(place, default), now.get(place, MISSING)
         if not _is_filled(before, value, depends):
-            return _words(kept, place)
+            return _words(kept, place), place
         if _is_empty(before):
             filled.append((place, value))
     return None
@@ -146,7 +157,7 @@ def _same(was: dict[Any, Any], now: dict[Any, Any]) -> bool:
 
 def _is_filled(was: Any, now: Any, depends: Depends) -> bool:
     """Whether nothing was there before, and what is there now is the same in every call."""
-    if any(depends(tensor) for tensor in tensors_in(now)):
+    if any(depends(tensor) for _, tensor in hidden_tensors(now)):
         return False
     return now is not MISSING and (_is_empty(was) or picture(was) == picture(now))
 

@@ -75,6 +75,7 @@ def trace_export(
             raise TracingError(f"torch.export: {reason_of(error)}") from error
         recorder = Recorder(model, FakeTensorMode(allow_non_fake_inputs=True), grad=grad)
         recorder.known.paths.clear()  # no module is called
+        recorder.known.kept = None
         try:
             trace = record(recorder, _Replayed(exported, recorder), args, kwargs, {})
         except Exception as error:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...graphs.pictures import ATOMS, picture
+from ...graphs.pictures import ATOMS, Itself, Without, picture
 from .contents import MISSING
 from .outside import LIBRARY, Outside
 from .settings import casts, device_kinds
@@ -58,21 +58,27 @@ class Held:
         read: reads it again.
         was: what was read while the graph was recorded; `MISSING` to read it now.
         opened: whether its picture is compared, since the object may change.
+        without: what its picture leaves out.
 
     Attributes:
         was: the value, or its picture.
     """
 
-    __slots__ = ("_fixed", "_opened", "place", "read", "was")
+    __slots__ = ("_fixed", "_opened", "_without", "place", "read", "was")
 
     def __init__(
-        self, place: str, read: Callable[[], Any], was: Any = MISSING, opened: bool = True
+        self,
+        place: str,
+        read: Callable[[], Any],
+        was: Any = MISSING,
+        opened: bool = True,
+        without: Without = frozenset(),
     ) -> None:
-        self.place, self.read, self._opened = place, read, opened
+        self.place, self.read, self._opened, self._without = place, read, opened, without
         was = read() if was is MISSING else was
         # where the same object cannot be another value
         self._fixed = was if type(was) in _FIXED else MISSING
-        self.was = picture(was) if opened else was
+        self.was = picture(was, without) if opened else was
 
     def holds(self) -> bool:
         """Whether it is still the same."""
@@ -82,7 +88,8 @@ class Held:
             return False
         if now is self._fixed and now is not MISSING:
             return True
-        return bool((picture(now) if self._opened else now) == self.was)
+        now = picture(now, self._without) if self._opened else now
+        return bool(now == self.was)
 
 
 class Reads:
@@ -90,13 +97,14 @@ class Reads:
 
     Args:
         copies: whether the graph holds copies of tensors that are plain attributes.
+        without: what is set in every call before it is read.
 
     Attributes:
         tensors: where tensors that are attributes were read, by identity: module and name.
     """
 
-    def __init__(self, copies: bool = False) -> None:
-        self._copies = copies
+    def __init__(self, copies: bool = False, without: Without = frozenset()) -> None:
+        self._copies, self._without = copies, without
         # as it is around the model, whatever regions the model enters itself
         asked = (*_MODES, *((n, (kind,)) for n in _CASTS for kind in device_kinds()))
         self._ambient = {(n, a): getattr(torch, n)(*a) for n, a in asked}
@@ -120,8 +128,18 @@ class Reads:
         """All that was read."""
         return tuple(self._held.values())
 
-    def attribute(self, module: nn.Module, path: str | None, name: str, value: Any) -> None:
-        """A module's attribute was read; `MISSING` where it has none of that name."""
+    def attribute(
+        self, module: nn.Module, path: str | None, name: str, value: Any, outlined: bool = False
+    ) -> None:
+        """A module's attribute was read; `MISSING` where it has none of that name.
+
+        Args:
+            module: whose it is.
+            path: of the module.
+            name: of the attribute.
+            value: what was read.
+            outlined: whether tensors in it may be others of the same shapes and kinds.
+        """
         key = id(module), name
         stand_in = type(module).__module__.startswith("dni_fx.")  # with fields of its own
         if key in self._held or stand_in:
@@ -146,8 +164,13 @@ class Reads:
             if isinstance(member, property):  # what it reads is noted by itself
                 self._outside.function(member.fget)
                 return
-            self._hold(key, path, name, functools.partial(getattr, module, name, MISSING))
+            read = functools.partial(_outline if outlined else getattr, module, name, MISSING)
+            self._hold(key, path, name, read)
             self._outside.held(value)
+
+    def facts(self, module: nn.Module, path: str, name: str) -> None:
+        """The shape, or the like, of a tensor of a module's was asked for."""
+        self._hold((id(module), name), path, name, functools.partial(_facts, module, name))
 
     def _method(
         self, module: nn.Module, path: str | None, name: str, method: types.MethodType
@@ -163,11 +186,14 @@ class Reads:
         self, key: Any, path: str | None, name: str, read: Callable[[], Any], opened: bool = True
     ) -> None:
         place = f"'{path}.{name}'" if path else f"'{name}'"
-        self._held[key] = Held(place, self._baked(read) if opened else read, opened=opened)
+        self._held[key] = self._holds(place, self._baked(read) if opened else read, opened)
+
+    def _holds(self, place: str, read: Callable[[], Any], opened: bool = True) -> Held:
+        return Held(place, read, opened=opened, without=self._without)
 
     def _refers(self, place: str, read: Callable[[], Any]) -> None:
         """Code that runs refers to something outside of the model."""
-        self._held[id(read), ""] = Held(f"'{place}' in the code", self._baked(read))
+        self._held[id(read), ""] = self._holds(f"'{place}' in the code", self._baked(read))
         self._alive.append(read)
 
     def is_empty(self, module: nn.Module, name: str) -> bool:
@@ -221,7 +247,16 @@ def is_hooked(module: nn.Module) -> bool:
 
 def _facts(module: nn.Module, name: str) -> Any:
     """What a graph holds fast of a tensor that it reads in every call."""
-    value = getattr(module, name)
+    return _facts_of(getattr(module, name))
+
+
+def _outline(module: nn.Module, name: str, default: Any) -> Any:
+    """What an attribute holds, but of tensors only shapes and kinds."""
+    parts = picture(getattr(module, name, default))
+    return [_facts_of(p.value) if isinstance(p, Itself) else p for p in parts]
+
+
+def _facts_of(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     strides = value.stride() if value.layout is torch.strided else None

@@ -19,6 +19,7 @@ def interpret(
     attributes: Mapping[str, Any],
     given: Callable[[fx.Node], Any],
     call: Call | None = None,
+    known: Mapping[fx.Node, Any] | None = None,
 ) -> Iterator[tuple[fx.Node, Any]]:
     """Run nodes, each in the regions that it was recorded in, and give each with its value.
 
@@ -29,11 +30,15 @@ def interpret(
         attributes: what ``call_module`` and ``get_attr`` targets stand for.
         given: the value of a placeholder.
         call: runs a node; by default it is called as recorded.
+        known: nodes that need not be run, with their values; what these need may be missing.
     """
+    known = known or {}
     values: dict[fx.Node, Any] = {}
     pending: dict[fx.Node, int] = {}
     for node in nodes:
-        if node.op == "placeholder":
+        if node in known:
+            value = known[node]
+        elif node.op == "placeholder":
             value = given(node)
         elif node.op == "get_attr":
             value = attributes[str(node.target)]
@@ -45,7 +50,7 @@ def interpret(
         values[node], pending[node] = value, len(node.users)
         yield node, value
         del value
-        for used in node.all_input_nodes:
+        for used in () if node in known else node.all_input_nodes:
             pending[used] -= 1
             if not pending[used]:
                 del values[used]

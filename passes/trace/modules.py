@@ -11,15 +11,16 @@ import torch
 from torch import fx, nn
 
 from ...errors import BakedInError, TracingError
-from ...graphs.pictures import Itself, picture
+from ...graphs.pictures import Itself, Without, picture
 from .calls import ReadAttribute, StoreAttribute
 from .containers import Copy, take_over
-from .contents import MISSING
+from .contents import MISSING, Contents
 from .effects import Watched
 from .held import Reads, is_hooked
 from .provenance import Provenance
 from .state import MODULE_INTERNALS, python_draws
 from .symbols import TracedInt
+from .wholes import Wholes
 
 # nn modules that are only sequences of others: looked into, so that cuts can fall between their
 # layers
@@ -41,8 +42,11 @@ class Visits:
         opaque: paths of modules to keep as single nodes.
         reads: notes what is read off modules.
         watched: what an earlier recording has found changed.
+        model: the root module.
+        without: what may be changed outside of the modules all the same.
 
     Attributes:
+        wholes: the modules that are called as one node.
         stack: paths of the modules that the recording is in, outermost first.
         visited: modules whose ``training`` flag is baked into the graph, by path.
         calls: module path, output node and last node made in it, in order of return.
@@ -58,8 +62,10 @@ class Visits:
         opaque: frozenset[str],
         reads: Reads,
         watched: Watched,
+        model: nn.Module,
+        without: Without = frozenset(),
     ) -> None:
-        self.opaque = opaque
+        self.opaque, self._without = opaque, without
         self.stack: list[str] = []
         self.visited: dict[str, nn.Module] = {}
         self.calls: list[tuple[str, fx.Node | None, fx.Node]] = []
@@ -68,8 +74,14 @@ class Visits:
         self.notes: list[str] = []
         self.stored: dict[tuple[int, str], Any] = {}
         self._known, self._reads = known, reads
+        self.wholes = Wholes(known, model, self.is_leaf, self._is_users)
         self._draws = python_draws()
         self._watched = watched
+
+    @property
+    def refused(self) -> tuple[Contents, Any] | None:
+        """The place outside of the modules that forward has changed."""
+        return self._watched.refused
 
     def is_leaf(self, module: nn.Module, path: str) -> bool:
         """Whether a module is called as a whole. Hooks on one that is looked into would run at
@@ -79,8 +91,11 @@ class Visits:
             return False
         if path in self.opaque or is_hooked(module) or getattr(module, "is_graph_leaf", False):
             return True
-        from_torch = type(module).__module__.startswith(("torch.nn", "torch.ao.nn"))
-        return from_torch and not isinstance(module, _TRANSPARENT)
+        return _is_of_torch(module) and not isinstance(module, _TRANSPARENT)
+
+    def _is_users(self, module: nn.Module, path: str) -> bool:
+        """Whether a module that is called as a whole runs code that is not torch's."""
+        return path in self.opaque or not _is_of_torch(module)
 
     @contextlib.contextmanager
     def inside(self, module: nn.Module, path: str) -> Iterator[None]:
@@ -105,6 +120,7 @@ class Visits:
             self._check_changes(module, path, before, entries)
             self._watched.settle(path)
             if not path:
+                self.wholes.finish()
                 self._fill()
         except Exception:
             self._fails(path, leaf=False)
@@ -117,6 +133,7 @@ class Visits:
         """While a module is called as one node; it may draw what it likes, anew in every call."""
         self._check_outside()
         try:
+            self.wholes.settle(path)
             yield
         except Exception:
             self._fails(path, leaf=True)
@@ -152,29 +169,21 @@ class Visits:
 
     def writes(self, module: nn.Module, name: str, value: Any) -> None:
         """The code that is recorded sets an attribute of a module. A plain value is stored there in
-        every call, where it is no state: nothing was read there before, or nothing was there.
-
-        Raises:
-            BakedInError: of one that is called as a whole, and would read it without the graph's
-                knowing.
+        every call, where it is no state: nothing was read there before, or nothing was there. In a
+        module that is called as a whole anything is stored that a graph can hold.
         """
         path = self._known.paths.get(id(module))
-        if path is None:
+        if path is None or _is_ours(module, name):
             return
-        inside_whole = any(path.startswith(f"{p}.") for p in self.opaque)
-        whole = path != self.stack[-1] and (inside_whole or self.is_leaf(module, path))
-        if not whole:
+        if path == self.stack[-1] or self.wholes.path_of(module) is None:
             self._store_plain(module, name, value)
-        elif picture(getattr(module, name, MISSING)) != picture(value):
-            raise BakedInError(
-                f"forward sets '{name}' of '{path}' ({type(module).__name__}), which is one opaque "
-                "node and keeps it out of sight"
-            )
+        elif not isinstance(value, nn.Module | nn.Parameter):
+            self.wholes.writes(module, name)
+            self.stored[id(module), name] = value
 
     def _store_plain(self, module: nn.Module, name: str, value: Any) -> None:
         """Where it is written; what is no plain value is looked at when the module returns."""
-        ours = name in MODULE_INTERNALS or hasattr(getattr(type(module), name, None), "__set__")
-        if ours or not isinstance(value, _STORED):
+        if not isinstance(value, _STORED):
             return
         key = id(module), name
         if key not in self.stored and not self._reads.is_empty(module, name):
@@ -195,12 +204,16 @@ class Visits:
     def _check_outside(self) -> None:
         if python_draws() != self._draws:
             raise BakedInError("the model draws from Python's or NumPy's random numbers")
-        if changed := self._watched.changed(self.stack, self._depends_on_values):
+        asked = self.stack, self._depends_on_values, self._is_looked_at
+        if changed := self._watched.changed(*asked):
             raise BakedInError(
                 f"forward changes {changed} (another module, an object that the model keeps, a "
                 "global, a class, a variable of a closure, a generator), which stages do not do "
                 "again: if only its first call does that, call the model once before"
             )
+
+    def _is_looked_at(self, owner: Any, place: Any) -> bool:
+        return self.wholes.looks_at(owner, place) or (id(owner), place) in self._without
 
     def _fill(self) -> None:
         for fill in self._watched.fills():
@@ -208,7 +221,7 @@ class Visits:
             self._add_effect(fill).meta["glued"] = True
 
     def _depends_on_values(self, value: torch.Tensor) -> bool:
-        return self._known.is_computed(value) and not self._is_of_sizes(value)
+        return self._known.is_computed(value) and not _is_of_sizes(self._known.nodes[id(value)])
 
     def _check_changes(
         self,
@@ -217,17 +230,18 @@ class Visits:
         before: dict[str, Any],
         entries: dict[str, dict[Any, Any]],
     ) -> None:
-        now = state_of(module)
         changed = [
             k
-            for k, v in now.items()
+            for k, v in state_of(module).items()
             if before.get(k, MISSING) != v
             and self.stored.get((id(module), k), MISSING) is not getattr(module, k, None)
             and not self._only_remembers(module, k, entries)
         ]
         values = {name: getattr(module, name) for name in changed}
         # the top level cannot be opaque
-        if not path and all(self._can_store(module, n, v) for n, v in values.items()):
+        computed = [v for v in values.values() if isinstance(v, torch.Tensor)]
+        known = len(computed) == len(values) and all(map(self._known.is_computed, computed))
+        if not path and known and values.keys() <= vars(module).keys():
             for name, value in values.items():
                 self._store(module, name, value)
         elif changed:
@@ -239,31 +253,18 @@ class Visits:
     def _only_remembers(
         self, module: nn.Module, name: str, entries: dict[str, dict[Any, Any]]
     ) -> bool:
-        """Whether a dictionary has only gained what sizes alone determine: a graph computes it
-        anew.
-        """
+        """Whether a dictionary has only gained what sizes alone determine: it is made anew."""
         table, known = vars(module).get(name), entries.get(name)
         if not isinstance(table, dict) or known is None:
             return False
         new = [v for k, v in table.items() if k not in known]
         kept = all(k in table and table[k] is v for k, v in known.items())
         return kept and all(
-            isinstance(v, torch.Tensor) and self._known.is_computed(v) and self._is_of_sizes(v)
+            isinstance(v, torch.Tensor)
+            and self._known.is_computed(v)
+            and _is_of_sizes(self._known.nodes[id(v)])
             for v in new
         )
-
-    def _is_of_sizes(self, value: torch.Tensor) -> bool:
-        pending = [self._known.nodes[id(value)]]
-        while pending:
-            node = pending.pop()
-            if node.op in ("placeholder", "get_attr", "call_module") or node.meta.get("random"):
-                return False
-            pending += [n for n in node.all_input_nodes if "value" in n.meta]
-        return True
-
-    def _can_store(self, module: nn.Module, name: str, value: Any) -> bool:
-        own = name in vars(module)
-        return own and isinstance(value, torch.Tensor) and self._known.is_computed(value)
 
     def _store(self, module: nn.Module, name: str, value: torch.Tensor) -> None:
         """Write a computed tensor to an attribute, where the model has read it last."""
@@ -281,6 +282,26 @@ class Visits:
         place = (name, f"forward keeps self.{name} from call to call: it is read and written there")
         for touching in [node, *reads, store]:
             touching.meta["together"] = (*touching.meta.get("together", ()), place)
+
+
+def _is_ours(module: nn.Module, name: str) -> bool:
+    """Whether an attribute is the base class's, or code of the user's sets what is behind it."""
+    return name in MODULE_INTERNALS or hasattr(getattr(type(module), name, None), "__set__")
+
+
+def _is_of_torch(module: nn.Module) -> bool:
+    return type(module).__module__.startswith(("torch.nn", "torch.ao.nn"))
+
+
+def _is_of_sizes(node: fx.Node) -> bool:
+    """Whether nothing but sizes and constants goes into a value."""
+    pending = [node]
+    while pending:
+        node = pending.pop()
+        if node.op in ("placeholder", "get_attr", "call_module") or node.meta.get("random"):
+            return False
+        pending += [n for n in node.all_input_nodes if "value" in n.meta]
+    return True
 
 
 def _entries_of(module: nn.Module) -> dict[str, dict[Any, Any]]:

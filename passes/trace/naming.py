@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -99,21 +99,26 @@ def check_inputs(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
 
 
 def hidden_tensor(value: Any) -> str | None:
-    """Where an object holds a tensor, within a few steps of attributes and containers.
+    """Where an object holds a tensor, within a few steps of attributes and containers."""
+    return next((place for place, _ in hidden_tensors(value)), None)
+
+
+def hidden_tensors(value: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors that an object holds, within a few steps, and where.
 
     Modules, classes and functions are not looked into: they are no data.
     """
     pending, seen = [("", value, 0)], {id(value)}
     for place, item, depth in pending:
         if isinstance(item, torch.Tensor):
-            return place
+            yield place, item
+            continue
         if depth == _DEPTH or len(pending) > _MOST or isinstance(item, _NO_DATA):
             continue
         for key, part in _parts(item):
             if id(part) not in seen and not isinstance(part, _SCALARS):
                 seen.add(id(part))
                 pending.append((place + key, part, depth + 1))
-    return None
 
 
 def _parts(item: Any) -> list[tuple[str, Any]]:

@@ -2,12 +2,13 @@
 
 A model may decide by the values of its inputs (``if mask.all()``): the graph then holds where the
 same answer comes out, which a few nodes tell. What depends on parameters cannot be told without
-running the model.
+running the model, but for sizes, which follow from the shapes of the inputs
+(``torch.arange(h.shape[1])``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,16 +16,24 @@ from torch import fx
 
 from .interpreting import interpret
 
+_SIZES = {"size", "numel"}
 
-def ancestors(nodes: Iterable[fx.Node]) -> list[fx.Node]:
-    """The nodes and all that they are computed from, in program order."""
+
+def ancestors(nodes: Iterable[fx.Node], until: Container[fx.Node] = ()) -> list[fx.Node]:
+    """The nodes and all that they are computed from, in program order.
+
+    Args:
+        nodes: where to begin.
+        until: nodes behind which not to go.
+    """
     found: dict[fx.Node, None] = {}
     pending = list(nodes)
     while pending:
         node = pending.pop()
         if node not in found:
             found[node] = None
-            pending.extend(node.all_input_nodes)
+            if node not in until:
+                pending.extend(node.all_input_nodes)
     return sorted(found)
 
 
@@ -35,24 +44,56 @@ def is_by_value(node: fx.Node) -> bool:
 
 def obstacle(node: fx.Node) -> fx.Node | None:
     """A node because of which the value cannot be told from the inputs alone."""
-    for other in ancestors([node]):
-        meta = other.meta
-        if meta.get("parameters") or meta.get("random") or meta.get("mutates"):
-            return other
-        if other.op == "call_module":
-            return other
-    return None
+    found = ancestors([node], until=_sizes([node]))
+    return next((other for other in found if _is_obstacle(other)), None)
+
+
+def sizes_behind(nodes: Iterable[fx.Node]) -> tuple[fx.Node, ...]:
+    """Sizes that some nodes are computed from, and that nothing but shapes can tell."""
+    nodes = list(nodes)
+    sizes = _sizes(nodes)
+    reached = [n for n in ancestors(nodes, until=sizes) if n in sizes]
+    return tuple(n for n in reached if any(map(_is_obstacle, ancestors([n]))))
+
+
+def example_sizes(sizes: Iterable[fx.Node]) -> dict[fx.Node, int]:
+    """Those of the call that is recorded."""
+    found = {}
+    for node in sizes:
+        value: Any = node.all_input_nodes[0].meta["value"]
+        found[node] = value.numel() if node.target == "numel" else value.shape[node.args[1]]
+    return found
+
+
+def _sizes(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    every = ancestors(nodes)
+    asked = [n for n in every if n.op == "call_method" and n.target in _SIZES]
+    return {n for n in asked if not is_by_value(n)}
+
+
+def _is_obstacle(node: fx.Node) -> bool:
+    own = any(node.meta.get(key) for key in ("parameters", "random", "mutates"))
+    return own or node.op == "call_module"
 
 
 def run_prefix(
     nodes: Iterable[fx.Node],
     attributes: Mapping[str, Any],
     inputs: Mapping[fx.Node, torch.Tensor],
+    sizes: Mapping[fx.Node, int],
 ) -> dict[fx.Node, Any]:
-    """Compute some nodes, and what they need, from the model's inputs."""
+    """Compute some nodes, and what they need, from the model's inputs.
+
+    Args:
+        nodes: which ones.
+        attributes: what targets stand for.
+        inputs: of the call, by placeholder.
+        sizes: those of :func:`sizes_behind`.
+    """
     wanted = set(nodes)
+    needed = ancestors(wanted, until=sizes)
     with torch.no_grad():
-        found = interpret(ancestors(wanted), attributes, inputs.__getitem__)
+        found = interpret(needed, attributes, inputs.__getitem__, known=sizes)
         return {node: value for node, value in found if node in wanted}
 
 

@@ -28,7 +28,7 @@ from __future__ import annotations
 import operator
 from collections import UserList
 from collections.abc import Callable, Iterable, MutableMapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
@@ -43,6 +43,16 @@ from .values import SPARSE, storage_key
 
 _BARE = {"mutates": (), "random": False, "modules": (), "no_grad": False, "autocast": ()}
 _PLAIN = (bool, int, float, complex, str)
+
+
+class Keeping(Protocol):
+    """What modules that are called as one node keep."""
+
+    def read(self, tensor: torch.Tensor) -> fx.Node | None:
+        """The node of a tensor that one keeps; None where none does."""
+
+    def place_of(self, tensor: torch.Tensor) -> tuple[nn.Module, str, str] | None:
+        """Module, path and attribute of a tensor that was kept before the model was called."""
 
 
 class Provenance:
@@ -60,7 +70,10 @@ class Provenance:
         paths: of the model's modules, by identity.
         names: of its parameters and buffers, by identity.
         nodes: of tensors, by identity.
+        kept: tells what is kept by modules that are called as one node, where any are.
     """
+
+    kept: Keeping | None = None
 
     def __init__(
         self, model: nn.Module, fake: bool, reads: Reads, reached: frozenset[int] = frozenset()
@@ -75,7 +88,7 @@ class Provenance:
             self.names.setdefault(id(tensor), name)
         self.nodes: dict[int, fx.Node] = {}
         self._fake, self._reads = fake, reads
-        self._reached = reached
+        self._reached, self._by_kind = reached, False
         self._alive: list[Any] = []  # so that no identity is given to another tensor
         self._storages: dict[int, tuple[int, list[torch.Tensor]]] = {}
 
@@ -174,9 +187,21 @@ class Provenance:
         built = assembled(value, self.argument)
         return self._constant(value) if built is None else built
 
-    def arguments(self, args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        """All of a call."""
-        return self.argument(args), {k: self.argument(v) for k, v in kwargs.items()}
+    def arguments(
+        self, args: Any, kwargs: Any, by_kind: bool = False
+    ) -> tuple[Any, dict[str, Any]]:
+        """All of a call.
+
+        Args:
+            args: positional arguments.
+            kwargs: keyword arguments.
+            by_kind: whether shapes and the like of tensors decide, and no values.
+        """
+        self._by_kind = by_kind
+        try:
+            return self.argument(args), {k: self.argument(v) for k, v in kwargs.items()}
+        finally:
+            self._by_kind = False
 
     def check_captures(
         self, target: Any, inputs: Iterable[torch.Tensor], seen: Iterable[torch.Tensor]
@@ -194,6 +219,10 @@ class Provenance:
     def _tensor_node(self, tensor: torch.Tensor) -> fx.Node:
         if id(tensor) in self.nodes:
             return self.nodes[id(tensor)]
+        if self.kept is not None and not isinstance(tensor, nn.Parameter):
+            like = self._constant(tensor) if self._by_kind and self.note_kind(tensor) else None
+            if (node := like or self.kept.read(tensor)) is not None:
+                return node
         if id(tensor) in self.names:
             name = self.names[id(tensor)]
             self.attributes[name] = tensor
@@ -209,6 +238,15 @@ class Provenance:
                 "vmap, ...)"
             )
         return self._constant(tensor)
+
+    def note_kind(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is kept by a module that is called as one node, since before the call:
+        its shape and the like, which somebody asks for, become a guard.
+        """
+        found = self.kept and self.kept.place_of(tensor)
+        if found:
+            self._reads.facts(*found)
+        return bool(found)
 
     def _live(self, tensor: torch.Tensor) -> fx.Node:
         """A plain attribute of a module is read in every call, since it may be another tensor."""

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from ...errors import DataDependentError, TracingError
 from .held import GRAD, Reads
 from .modules import Visits
-from .prefixes import is_by_value, obstacle, run_prefix
+from .prefixes import example_sizes, is_by_value, obstacle, run_prefix, sizes_behind
 from .provenance import Provenance
 from .symbols import Looks
 
@@ -35,6 +35,11 @@ _OF_KINDS = {
 }  # fmt: skip
 _OF_SHAPES = {"is_same_size", "nbytes", "nelement", "is_contiguous", "stride", "storage_offset"}
 OF_GRADIENTS = {"requires_grad", "is_leaf", "retains_grad", "grad_fn"}
+_LIKE = {
+    *(f"{n}_like" for n in ("zeros", "ones", "empty", "full", "rand", "randn", "randint")),
+    *(f"new_{n}" for n in ("zeros", "ones", "empty", "full", "tensor", "empty_strided")),
+}
+BY_KIND = _OF_KINDS | _OF_SHAPES | _LIKE  # what does not depend on the values of the operand
 # where a tensor comes from; what a stage takes in is a view of a leaf of its own
 _TENSOR: Any = torch.Tensor
 HISTORY = {_TENSOR._is_view: "_is_view"} | {
@@ -83,7 +88,8 @@ class Questions:
                 f"the model reads the values of a tensor (by '{short}') while it runs"
             )
         with unset_fake_temporarily(), self._reads.around():
-            answer = run_prefix([node], self._known.attributes, self._inputs)[node]
+            sizes = example_sizes(sizes_behind([node]))
+            answer = run_prefix([node], self._known.attributes, self._inputs, sizes)[node]
         self._looks.guard(node, answer)
         return answer
 

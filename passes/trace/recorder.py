@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from ...errors import TracingError
 from ...graphs.nested import flatten
+from ...graphs.pictures import Without
 from .calls import GRADIENT_HOOKS, FunctionCall, Observer, check_saving, setitem
 from .containers import Copy
 from .contents import Contents
@@ -31,7 +32,7 @@ from .modules import Visits
 from .outside import LIBRARY
 from .prefixes import mark_differentiated
 from .provenance import Provenance
-from .questions import DATA_QUERIES, HISTORY, Questions
+from .questions import BY_KIND, DATA_QUERIES, HISTORY, Questions
 from .sizes import QUERIES, Sizes
 from .symbols import Size, TracedInt
 from .values import plain_tree, tensors_in
@@ -62,6 +63,7 @@ class Recorder(TorchFunctionMode):
         grad: whether gradients are asked for.
         watched: what an earlier recording has found changed outside of the modules.
         reached: identities of the tensors that the model could reach before.
+        without: what may be changed outside of the modules all the same.
 
     Attributes:
         known: the graph, and the nodes of tensors.
@@ -83,16 +85,20 @@ class Recorder(TorchFunctionMode):
         grad: bool = True,
         watched: Sequence[Contents] = (),
         reached: frozenset[int] = frozenset(),
+        without: Without = frozenset(),
     ) -> None:
         super().__init__()
         self.grad = grad
         self.fake = fake
-        self.reads = Reads()
+        self.reads = Reads(without=without)
         if not grad:
             self.reads.mode(GRAD)
         self.known = Provenance(model, bool(fake), self.reads, reached)
         self.sizes = Sizes(self.known, plain)
-        self.visits = Visits(self.known, opaque, self.reads, Watched(watched, model))
+        self.visits = Visits(
+            self.known, opaque, self.reads, Watched(watched, model), model, without
+        )
+        self.known.kept = self.visits.wholes
         self.inputs: dict[fx.Node, torch.Tensor] = {}
         looks = self.sizes.looks
         self.questions = Questions(self.known, looks, self.visits, self.reads, self.inputs)
@@ -151,13 +157,16 @@ class Recorder(TorchFunctionMode):
         """The model's code reads an attribute of a module."""
         if isinstance(value, torch.Tensor) and self.known.is_computed(value):
             return  # written before in this call
+        if self.visits.wholes.is_changed(module, name, value):
+            return
         if (id(module), name) in self.visits.stored:
             return
         self.paused = True
         path = self.known.paths.get(id(module))
         try:
             if name != "training":
-                self.reads.attribute(module, path, name, value)
+                outlined = self.visits.wholes.path_of(module) is not None
+                self.reads.attribute(module, path, name, value, outlined)
             elif self.visits.visited.get(path or "") is not module:
                 self.reads.training(module, path)
         finally:
@@ -220,16 +229,20 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         check_saving()
         inputs = list(tensors_in((args, kwargs)))
-        node_args, node_kwargs = self.known.arguments(args, kwargs)
-        versions = [(t, t._version) for t in inputs if not t.is_inference()]
+        whole = str(target) if op == "call_module" else None
+        given = inputs if whole is None else [*inputs, *self.visits.wholes.given(whole)]
+        asked = args[1] if target is getattr else getattr(target, "__name__", target)
+        node_args, node_kwargs = self.known.arguments(args, kwargs, asked in BY_KIND)
+        versions = [(t, t._version) for t in given if not t.is_inference()]
         before = len(self.known.graph.nodes)
         copies: list[Copy] = []
-        given = lambda: (plain_tree(args, copies), plain_tree(kwargs, copies))  # noqa: E731
-        output = self._observed(target, lambda: run(*given()))
+        taken = lambda: (plain_tree(args, copies), plain_tree(kwargs, copies))  # noqa: E731
+        output = self._observed(target, lambda: run(*taken()))
         assert before == len(self.known.graph.nodes)
         is_callee = op == "call_module" or isinstance(target, FunctionCall)
         if is_callee:
-            self.known.check_captures(target, inputs, self._observer.tensors.values())
+            seen = [*self._observer.tensors.values()]
+            self.known.check_captures(target, given, seen)
         written = [t for t, version in versions if t._version != version]
         leaves, structure = flatten(output)
         if not leaves and not written:
@@ -242,6 +255,9 @@ class Recorder(TorchFunctionMode):
         name = _node_name(op, target)
         node = self.known.graph.create_node(op, target, node_args, node_kwargs, name)
         _describe(node, self, self._observer, written)
+        if whole is not None:
+            passed = set(map(id, inputs))
+            self.visits.wholes.called(whole, node, [t for t in seen if id(t) not in passed])
         if is_callee:
             self.visits.check_count(target, output)
             self.known.note_count(node, output)

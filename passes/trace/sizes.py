@@ -47,6 +47,7 @@ class Sizes:
         node = self._known.nodes.get(id(tensor))
         dim = plain(args[1]) if len(args) > 1 else kwargs.get("dim")
         if node is None or node.op == "get_attr":  # a parameter's or constant's size never changes
+            self._known.note_kind(tensor)
             if name.endswith("numel"):
                 return tensor.numel()
             if name.endswith("__len__"):

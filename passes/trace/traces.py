@@ -12,9 +12,10 @@ import torch
 from torch import fx, nn
 
 from ...graphs.nested import Structure
+from .calls import DropAttribute, Fill, StoreAttribute
 from .containers import Assembled, signature
 from .held import Held
-from .prefixes import is_by_value
+from .prefixes import is_by_value, sizes_behind
 from .state import Changes
 
 
@@ -87,6 +88,16 @@ class Trace:
         """Those for which a part of the graph is run before each call."""
         return {n: value for n, value in self.guards if is_by_value(n)}
 
+    @functools.cached_property
+    def guarded_sizes(self) -> tuple[fx.Node, ...]:
+        """What those need of sizes that only shapes tell."""
+        return sizes_behind(self.guards_by_value)
+
+    @functools.cached_property
+    def known_sizes(self) -> dict[tuple[torch.Size, ...], dict[fx.Node, int]]:
+        """The same, as far as it was found, by the shapes of the inputs."""
+        return {}
+
     def placed(self, leaves: Sequence[torch.Tensor]) -> dict[fx.Node, torch.Tensor]:
         """The tensors of a call by placeholder."""
         places = (node for node in self.graph.nodes if node.op == "placeholder")
@@ -118,18 +129,19 @@ class Trace:
 
     def is_same_graph(self, other: Trace) -> bool:
         """Whether two graphs call the same functions and modules on the same values."""
-        if self.digest != other.digest:
-            return False
-        pairs = zip(self.graph.nodes, other.graph.nodes, strict=True)
-        return all(a.target == b.target for a, b in pairs)
+        mine, others = [[n.target for n in t.graph.nodes] for t in (self, other)]
+        return self.digest == other.digest and mine == others
 
     @property
     def digest(self) -> str:
-        """Hash of nodes, operators and edges; equal for equal graphs in every process."""
+        """Hash of nodes, operators and edges; equal for equal graphs in every process, and whatever
+        the model keeps from a call before: that a constant is put in its place is left out.
+        """
         text = "\n".join(
             f"{n.name} {n.op} {self._target_name(n)} {_signature(n.args)} {_signature(n.kwargs)}"
             + _regions(n)
             for n in self.graph.nodes
+            if n.all_input_nodes or not isinstance(n.target, StoreAttribute | DropAttribute | Fill)
         )
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

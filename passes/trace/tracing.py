@@ -25,6 +25,7 @@ from .calls import ReadAttribute
 from .contents import Contents
 from .modules import Visits
 from .naming import argument_names, check_inputs, hidden_tensor, input_names, where_is
+from .overwritten import Overwritten
 from .recorder import Recorder
 from .routing import recording
 from .state import Changes, restored
@@ -66,6 +67,7 @@ def trace_calls(
         fake = None if attempts.real else Fakes()
         try:
             with restored(model, args, kwargs) as changes:
+                attempts.overwritten.hide()
                 recorder = attempts.recorder(fake, grad, changes.reached)
                 trace = _attempt(attempts, recorder, args, kwargs)
         except Exception:
@@ -74,7 +76,7 @@ def trace_calls(
             raise
         if fake and forget(fake):
             attempts.real = True  # so that none can be where they are not found
-        elif trace is not None and not attempts.watch(changes):
+        elif trace is not None and attempts.is_done(changes, trace):
             break
     if attempts.real and not attempts.small:
         trace.rung = "calls on real tensors"
@@ -105,6 +107,7 @@ class _Attempts:
         opaque: paths of modules to keep as single nodes, with the reason.
         plain: sizes that the model's code needs as plain integers.
         watched: what was changed.
+        overwritten: of that, what carries nothing from call to call.
     """
 
     def __init__(self, model: nn.Module, small: bool, opaque: Mapping[str, str]) -> None:
@@ -113,14 +116,20 @@ class _Attempts:
         self._given = opaque
         self.plain: frozenset[Size] = frozenset()
         self.watched: tuple[Contents, ...] = ()
+        self.overwritten = Overwritten()
         self.model = model
 
     def recorder(self, fake: Fakes | None, grad: bool, reached: frozenset[int]) -> Recorder:
         """For the next attempt, in which some tensors are there before."""
         opaque = frozenset(self.opaque)
-        return Recorder(self.model, fake, opaque, self.plain, grad, self.watched, reached)
+        watched, without = self.watched, self.overwritten.keys
+        return Recorder(self.model, fake, opaque, self.plain, grad, watched, reached, without)
 
-    def watch(self, changes: Changes) -> bool:
+    def is_done(self, changes: Changes, trace: Trace) -> bool:
+        """Whether no other recording is needed."""
+        return not self._watch(changes) and self.overwritten.confirms(trace)
+
+    def _watch(self, changes: Changes) -> bool:
         """Whether to record once more, to see which module changes things that are not its own."""
         if self.watched:
             return False
@@ -133,6 +142,7 @@ class _Attempts:
         Raises:
             TracingError: nothing is left to try.
         """
+        self.overwritten.check()
         wanted = sizes_wanted(error)
         place, is_leaf = visits.failed_at, visits.failed_leaf
         if wanted:
@@ -141,6 +151,8 @@ class _Attempts:
             # code that asks whether it is traced knows fake tensors, and reads no values
             self.real = self.small = False
             self.opaque = dict(self._given)
+        elif not place and self.overwritten.suspect(visits.refused, error):
+            pass
         elif place and not is_leaf and place not in self.opaque and len(self.opaque) < _MOST_OPAQUE:
             self.opaque[place] = reason_of(error)
         elif not self.real and (is_leaf or not isinstance(error, _SAME_ON_REAL_TENSORS)):
