@@ -6,6 +6,7 @@ import functools
 import math
 import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from .runtime.objective import Loss
 from .runtime.optimizing import MakeOptimizer
 from .runtime.saving import load_trained, trained_state
 from .runtime.transforms import check_ordinary
-from .schedules import Flow, Mode, Schedule, Threads, make_schedule, mode_of
+from .schedules import Flow, Mode, Schedule, Sequential, Threads, make_schedule, mode_of
 
 
 class Trainer(Measures):
@@ -209,6 +210,31 @@ class Trainer(Measures):
         """Wait until no thread works on the model."""
         if self.threads is not None:
             self.drain()
+
+    def to_folder(self, path: str | Path) -> Path:
+        """As :meth:`Decoupled.to_folder`, with this trainer's loss and optimisers, which begin anew
+        there.
+
+        Raises:
+            DecouplingError: as there; or a schedule that leaves out stages or uses the true
+                gradient, which the files have no loop for.
+        """
+        if not isinstance(self.schedule, Sequential | Threads):
+            raise DecouplingError(
+                f"a program with schedule={type(self.schedule).__name__} cannot be written as "
+                "files: only 'sequential' and schedules.Threads"
+            )
+        self.finish_threads()
+        self._make_optimizers()
+        own = self.optimizing
+        return self.decoupled.to_folder(
+            path,
+            loss=self.loss,
+            optimizer=own.make,
+            synthesizer_optimizer=own.make_for_sources,
+            clip_norm=self.clip_norm,
+            accumulate=self.accumulate,
+        )
 
     # ---- state -----------------------------------------------------------------------------------
 

@@ -32,6 +32,7 @@ class StageOptimizers:
     Attributes:
         stages: the optimisers by stage name; a stage without parameters has none.
         sources: by interface name, that of a synthetic input by ``name@input``.
+        make, make_for_sources: as given.
         parameters: what each stage's optimiser was given. A parameter used by several stages is
             given to the first of them.
     """
@@ -43,7 +44,7 @@ class StageOptimizers:
         clip_norm: float | None,
         unit: float,
     ) -> None:
-        self._make, self._make_for_sources = make, make_for_sources
+        self.make, self.make_for_sources = make, make_for_sources
         self.clip_norm, self.unit = clip_norm, unit
         self.stages: dict[str, torch.optim.Optimizer] = {}
         self.sources: dict[str, torch.optim.Optimizer] = {}
@@ -72,7 +73,7 @@ class StageOptimizers:
             for source in graphs.sources.values():
                 source.unit = self.unit
             here = {stage.index for stage in stages}
-            self.sources.update(source_optimizers(graphs, self._make_for_sources, here))
+            self.sources.update(source_optimizers(graphs, self.make_for_sources, here))
         self._variant = variant
 
     def adopt(self, stages: Collection[Stage]) -> None:
@@ -82,7 +83,7 @@ class StageOptimizers:
                 named = "param_names" in optimizer.param_groups[0]
                 optimizer.add_param_group({"params": new if named else [p for _, p in new]})
             else:
-                self.stages[name] = _made_for(name, self._make, new, "optimizer")
+                self.stages[name] = _made_for(name, self.make, new, "optimizer")
             self.parameters.setdefault(name, []).extend(new)
 
     def _unowned(self, stages: Collection[Stage]) -> dict[str, NamedParameters]:
@@ -97,7 +98,7 @@ class StageOptimizers:
 
     def made_for_source(self, name: str, learnt: NamedParameters) -> torch.optim.Optimizer:
         """A new optimiser for a source, or for a copy of one."""
-        return _made_for_source(name, self._make_for_sources, learnt)
+        return _made_for_source(name, self.make_for_sources, learnt)
 
     def parameters_of(self, stage: str) -> list[nn.Parameter]:
         """The parameters that a stage's optimiser was given."""

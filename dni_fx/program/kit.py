@@ -1,0 +1,135 @@
+"""What program folders hold besides a model's own stages: it is copied there, as far as it is used.
+
+Nothing but torch is imported where it is copied to; what is taken from this library is copied, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..sources.regression import update_scale
+
+
+class Regression(nn.Module):
+    """Predicts the gradient for one value, in units of the running size of those that come back.
+
+    A subclass gives in ``forward`` what is predicted of value and context, in those units.
+    """
+
+    scale: Tensor
+    count: Tensor
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.zeros((), dtype=dtype))
+        self.register_buffer("count", torch.zeros((), dtype=dtype))
+
+    def predict(self, value: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient to pull back, and what ``fit`` compares with the one that comes back."""
+        output = self(value, *context)
+        return like(output.detach().to(self.scale.dtype) * self.scale, value), output
+
+    def fit(self, output: Tensor, target: Tensor) -> Tensor:
+        """The mean squared error, once the scale has followed the target."""
+        target = target.detach().to(self.scale.dtype)
+        update_scale(self.scale, self.count, [target])
+        inverse = self.scale.reciprocal().nan_to_num(posinf=0.0)
+        return F.mse_loss(output.to(target.dtype), target * inverse)
+
+
+class JointRegression(nn.Module):
+    """Predicts the gradients for several values, each in units of the running size of its own.
+
+    A subclass gives in ``forward`` what is predicted of values and context, in those units.
+    """
+
+    scale: Tensor
+    count: Tensor
+
+    def __init__(self, values: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.zeros(values, dtype=dtype))
+        self.register_buffer("count", torch.zeros(values, dtype=dtype))
+
+    def predict(
+        self, values: Sequence[Tensor], *context: Tensor
+    ) -> tuple[list[Tensor], Sequence[Tensor]]:
+        """The gradients to pull back, and what ``fit`` compares with those that come back."""
+        outputs = self(*values, *context)
+        gradients = [
+            like(output.detach().to(scale.dtype) * scale, value)
+            for output, scale, value in zip(outputs, self.scale, values, strict=True)
+        ]
+        return gradients, outputs
+
+    def fit(self, outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+        """The mean squared errors, added up, once the scales have followed the targets."""
+        targets = [target.detach().to(self.scale.dtype) for target in targets]
+        update_scale(self.scale, self.count, targets)
+        inverses = self.scale.reciprocal().nan_to_num(posinf=0.0).unbind()
+        losses = [
+            F.mse_loss(output.to(target.dtype), target * inverse)
+            for output, target, inverse in zip(outputs, targets, inverses, strict=True)
+        ]
+        return torch.stack(losses).sum()
+
+
+class LocalHead(nn.Module):
+    """Guesses the loss from values and context, and learns to do so; its gradient is pulled back.
+
+    A subclass gives in ``forward`` the mean loss, of values in its own ``dtype``.
+    """
+
+    factor: float = 1.0
+    dtype: torch.dtype = torch.float32
+
+    def predict(self, values: Sequence[Tensor], *context: Tensor) -> list[Tensor]:
+        """The gradient for each value; those of the head's parameters are accumulated, too."""
+        leaves = [value.detach().to(self.dtype).requires_grad_() for value in values]
+        loss = self(*(leaf.view_as(leaf) for leaf in leaves), *(c.to(self.dtype) for c in context))
+        torch.autograd.backward(loss)
+        pairs = zip(leaves, values, strict=True)
+        return [like(gradient_of(leaf) * self.factor, value) for leaf, value in pairs]
+
+
+def zeros(*values: Tensor) -> list[Tensor]:
+    """No gradient at all for each value: the stages before learn nothing from those behind."""
+    return [torch.zeros_like(value) for value in values]
+
+
+def gradient_of(value: Tensor) -> Tensor:
+    """What flowed back to a value that a stage was given; zeros where nothing did."""
+    return torch.zeros_like(value) if value.grad is None else value.grad
+
+
+def like(gradient: Tensor, value: Tensor) -> Tensor:
+    """A gradient in the dtype and memory format of its value."""
+    gradient = gradient.to(value.dtype)
+    if gradient.stride() == value.stride():
+        return gradient
+    return torch.empty_like(value).copy_(gradient)
+
+
+def one_hot(target: Tensor, classes: int) -> Tensor:
+    """Labels as floats, zeros for negative ones."""
+    index = target.long().unsqueeze(-1)
+    encoded = torch.zeros(*target.shape, classes, device=target.device)
+    return encoded.scatter_(-1, index.clamp(min=0), (index >= 0).to(encoded.dtype))
+
+
+def share(owner: nn.Module, name: str, other: nn.Module, other_name: str) -> None:
+    """Make a parameter or buffer of one module that of another, too."""
+    path, _, last = name.rpartition(".")
+    tensor = getattr(owner.get_submodule(path), last)
+    path, _, last = other_name.rpartition(".")
+    setattr(other.get_submodule(path), last, tensor)
+
+
+def unshared(module: nn.Module, *others: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a module that none of the others has."""
+    theirs = {id(parameter) for other in others for parameter in other.parameters()}
+    return [parameter for parameter in module.parameters() if id(parameter) not in theirs]
