@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,7 @@ class Attributes:
         module: the model's.
         path: of it.
         used: paths below it of what is called and read there.
+        called: those of modules that are called as a whole.
         scopes: those of them that are written as classes of their own, by path.
         others: tensors that the graph refers to and no module has, by name.
         add_class: registers a class by the name that is wanted, and its lines.
@@ -46,12 +47,14 @@ class Attributes:
         module: nn.Module,
         path: str,
         used: Iterable[str],
+        called: Collection[str],
         scopes: Mapping[str, Made],
         others: Mapping[str, Tensor],
         add_class: Callable[[str, list[str]], str],
     ) -> None:
         self.module, self.path = module, path
         self._scopes, self._others, self._add_class = scopes, others, add_class
+        self._called = called
         self._tree: dict[str, Any] = {}
         for name in sorted(used, key=self._place):
             branch = self._tree
@@ -115,11 +118,12 @@ class Attributes:
         if isinstance(found, nn.Parameter):
             trained = "" if found.requires_grad else ", requires_grad=False"
             return Made(f"nn.Parameter({_zeros(found)}{trained})", {"": found})
-        if not isinstance(found, nn.Module):
-            raise DecouplingError(f"{self._full(at)!r} of the model cannot be written as Python")
-        modules = [p for p in branch if isinstance(self._at(f"{at}.{p}"), nn.Module)]
-        is_leaf = not modules and not isinstance(found, (*_KEYED, nn.ParameterList))
-        if is_leaf and _is_torch(found):  # called as a whole, whatever else is read of it
+        if not isinstance(found, nn.Module) or not (branch or at in self._called):
+            raise DecouplingError(
+                f"{self._full(at)!r} of the model, a {type(found).__name__}, is an argument of a "
+                "call (as in a reentrant checkpoint), which cannot be written as Python"
+            )
+        if at in self._called:
             state = found.state_dict(keep_vars=True).items()
             tensors = {n: t for n, t in state if isinstance(t, Tensor)}
             return Made(constructed(found, self._full(at)), tensors)
@@ -149,9 +153,9 @@ class Attributes:
         scopes = {
             p.removeprefix(f"{at}."): m for p, m in self._scopes.items() if p.startswith(f"{at}.")
         }
-        held = Attributes(
-            found, self._full(at), _paths(branch), scopes, self._others, self._add_class
-        )
+        called = {p.removeprefix(f"{at}.") for p in self._called if p.startswith(f"{at}.")}
+        full, paths = self._full(at), _paths(branch)
+        held = Attributes(found, full, paths, called, scopes, self._others, self._add_class)
         kind = type(found).__name__
         name = self._add_class(f"{kind}Part", class_lines(f"A part of a ``{kind}``.", held, []))
         return Made(f"{name}()", held.tensors)
@@ -184,12 +188,6 @@ def _paths(branch: dict[str, Any]) -> list[str]:
         for name, below in branch.items()
         for path in (_paths(below) if below else [""])
     ]
-
-
-def _is_torch(module: nn.Module) -> bool:
-    return any(kind.__module__.startswith("torch.nn") for kind in type(module).__mro__[:-2]) and (
-        not isinstance(module, nn.Sequential)
-    )
 
 
 def _zeros(tensor: Tensor) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -238,15 +239,16 @@ class BodyWriter:
         children = [self._built(c, leaves) for c in structure.children]
         payload = structure.payload
         kind, context = payload if structure.kind == "node" else (type(payload), None)
+        kind = context if kind is collections.namedtuple else kind
         if kind is tuple:
             return f"({', '.join(children)}{',' * (len(children) == 1)})"
         if kind is list:
             return f"[{', '.join(children)}]"
-        keys = list(structure.fields)
-        if not keys:
-            keys = list(context[0] if isinstance(context, tuple) and context else context or ())
-        fields = getattr(kind, "_fields", None)
-        keys = list(fields) if fields else keys
+        keys = _keys(structure, context) if not hasattr(kind, "_fields") else []
+        if fields := getattr(kind, "_fields", None):
+            self._imports.add(importing(kind, kind.__name__))
+            pairs = zip(fields, children, strict=True)
+            return f"{kind.__name__}({', '.join(f'{k}={c}' for k, c in pairs)})"
         if len(keys) != len(children):
             raise DecouplingError(
                 f"the model returns a {kind.__name__}, which cannot be written as Python: let it "
@@ -258,6 +260,15 @@ class BodyWriter:
         self._imports.add("from types import SimpleNamespace")
         pairs = zip(keys, children, strict=True)
         return f"SimpleNamespace({', '.join(f'{k}={c}' for k, c in pairs)})"
+
+
+def _keys(structure: Structure, context: Any) -> list[Any]:
+    """Of a mapping or a dataclass."""
+    if structure.fields:
+        return list(structure.fields)
+    while isinstance(context, tuple | list) and context and isinstance(context[0], tuple | list):
+        context = context[0]
+    return list(context) if isinstance(context, tuple | list) else []
 
 
 def type_of(node: Any) -> str:

@@ -173,7 +173,10 @@ class GraphWriter:
         made = self._made_calls(calls)
         scopes = {_below(scope.path, path): m for path, m in made.items()}
         used = dict.fromkeys(scopes)
+        called: set[str] = set()
         for node in own:
+            if node.op == "call_module":
+                called.add(self._path_in(scope.path, node) or "")
             attributes = [n for n in node.all_input_nodes if n.op == "get_attr"]
             for read in [*([node] if node.op == "call_module" else []), *attributes]:
                 place = self._path_in(scope.path, read)
@@ -183,7 +186,7 @@ class GraphWriter:
             if isinstance(read, fx.Node) and read.op == "get_attr":
                 used[self._path_in(scope.path, read) or ""] = None
         module = module_at(self.model, scope.path)
-        held = Attributes(module, scope.path, used, scopes, self._others, self._add)
+        held = Attributes(module, scope.path, used, called, scopes, self._others, self._add)
         faces = {id(call): self.faces(call) for call in calls}
         given_of = {
             id(c): list(self._given_names(self.faces(c).given, module_at(self.model, c.path)))
@@ -267,7 +270,7 @@ class GraphWriter:
         calls = [i for i in items if isinstance(i, Scope)]
         scopes = {_below(scope.path, p): m for p, m in self._made_calls(calls).items()}
         order = sorted([*used, *scopes], key=int)
-        held = Attributes(module, scope.path, order, scopes, self._others, self._add)
+        held = Attributes(module, scope.path, order, used, scopes, self._others, self._add)
         parts = [line.partition(" = ")[2] for line in held.lines]
         renamed = {k.removeprefix("layer_"): t for k, t in held.tensors.items()}
         return Made(f"nn.Sequential({', '.join(parts)})", renamed)

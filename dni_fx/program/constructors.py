@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import DecouplingError
+from ..passes.trace.held import is_hooked
 from ..passes.trace.state import MODULE_INTERNALS, preserved_rng
 from .functions import function_name
 from .text import literal
 
 _RNN = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout",
         "bidirectional", "proj_size")  # fmt: skip
+_LAYER: dict[str, Callable[[Any], Any]] = {  # what a transformer's layer keeps in its parts
+    "d_model": lambda layer: layer.self_attn.embed_dim,
+    "nhead": lambda layer: layer.self_attn.num_heads,
+    "dim_feedforward": lambda layer: layer.linear1.out_features,
+    "dropout": lambda layer: layer.dropout.p,
+    "layer_norm_eps": lambda layer: layer.norm1.eps,
+    "batch_first": lambda layer: layer.self_attn.batch_first,
+    "bias": lambda layer: layer.linear1.bias is not None,
+}
 _STARRED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _NAMED = ("kernel_size", "output_size", "p", "dim", "normalized_shape")
 _PLACED = ("normalized_shape", "p")  # written without their name, though they could have one
@@ -31,6 +41,8 @@ def constructed(module: nn.Module, path: str) -> str:
     Raises:
         DecouplingError: a module that no such call makes.
     """
+    if is_hooked(module):
+        raise _unwritten(path, module, "has hooks, which stay out of files")
     kind = _kind_of(module)
     if kind is None:
         raise _unwritten(path, module, "is no module of torch.nn, and stays one node of the graph")
@@ -75,7 +87,10 @@ def _arguments(module: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[str, 
         yield "dtype", first.dtype
 
 
-def _setting(module: nn.Module, name: str, parameter: inspect.Parameter) -> Any:
+def _setting(module: Any, name: str, parameter: inspect.Parameter) -> Any:
+    if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        if name in _LAYER:
+            return _LAYER[name](module)
     if name == "bias":
         held = getattr(module, name, getattr(module, "in_proj_bias", None))
         return held if isinstance(held, bool) else held is not None

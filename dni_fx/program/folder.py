@@ -37,6 +37,7 @@ from .training import (
     step_lines,
 )
 
+_FUNCTIONS = {"gradient_of", "no_gradients"}  # of the kit, that a stage calls itself
 _TORCH = [
     ["def load(module: nn.Module, path: Path) -> None:", '    """Read a module\'s weights."""',
      "    module.load_state_dict(torch.load(path, weights_only=True))"],
@@ -245,10 +246,8 @@ def _stage_texts(stages: list[StageFile], classes: Classes) -> dict[str, str]:
     if common:
         lines = [classes.named(n) for n in common]
         extra = {i for n in common for i in classes.imports[n]}
-        bases = [n for n in _kit_names(lines) if n]
-        files["blocks.py"] = file_text(
-            "Modules that several stages hold.", lines, {KIT: bases} if bases else {}, extra
-        )
+        about = "Modules that several stages hold."
+        files["blocks.py"] = file_text(about, lines, {KIT: _bases(lines)}, extra)
     for stage in stages:
         home = f"stage_{stage.index}"
         own = [n for n in classes.lines if homes.get(n) == home]
@@ -257,17 +256,18 @@ def _stage_texts(stages: list[StageFile], classes: Classes) -> dict[str, str]:
         extra = stage.imports | {i for n in own for i in classes.imports[n]}
         local = {
             "blocks": [n for n in needed_classes(text, classes) if homes.get(n) == "blocks"],
-            KIT: sorted({*_kit_names(lines)}),
+            KIT: sorted({*_bases(lines)} | stage.uses & _FUNCTIONS),
         }
         about = f"Stage {stage.index} of {len(stages)}."
         files[f"{home}.py"] = file_text(about, lines, local, extra)
     return files
 
 
-def _kit_names(lines: list[list[str]]) -> list[str]:
-    text = "\n".join(part for each in lines for part in each)
-    known = ("JointRegression", "LocalHead", "Regression", "gradient_of", "zeros", "WindowSource")
-    return [n for n in known if re.search(rf"(?<![\w.]){n}\b", text)]
+def _bases(lines: list[list[str]]) -> list[str]:
+    """The classes of the kit that others derive from."""
+    heads = (part for each in lines for part in each if part.startswith("class "))
+    found = {match[1] for head in heads if (match := re.search(r"\((\w+)\):", head))}
+    return sorted(found)
 
 
 def _training_texts(training: Training, uses: list[str]) -> dict[str, str]:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import DecouplingError
+from ..passes.trace.calls import Fill, ReadAttribute, StoreAttribute
 
 _SPACES = {
     "F": F, "torch": torch, "torch.linalg": torch.linalg, "torch.special": torch.special,
@@ -49,6 +50,11 @@ def function_name(function: Callable[..., Any]) -> tuple[str, str]:
     Raises:
         DecouplingError: a function that cannot be imported by name, or is one of this library.
     """
+    if isinstance(function, ReadAttribute | StoreAttribute | Fill):
+        raise DecouplingError(
+            f"the model keeps a tensor from call to call ({function.__name__.replace('_', ' ', 1)}), "
+            "which no file does: make it a buffer"
+        )
     name = getattr(function, "__name__", "")
     for space, holder in _SPACES.items():
         if name and getattr(holder, name, None) is function:

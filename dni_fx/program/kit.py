@@ -96,7 +96,7 @@ class LocalHead(nn.Module):
         return [like(gradient_of(leaf) * self.factor, value) for leaf, value in pairs]
 
 
-def zeros(*values: Tensor) -> list[Tensor]:
+def no_gradients(*values: Tensor) -> list[Tensor]:
     """No gradient at all for each value: the stages before learn nothing from those behind."""
     return [torch.zeros_like(value) for value in values]
 

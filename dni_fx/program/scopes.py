@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,7 +69,7 @@ def find_scopes(nodes: Sequence[fx.Node], trace: Trace) -> Scope:
     for path, _, last in trace.calls:
         ends.setdefault(last, set()).add(path)
     root = Scope("")
-    stacks = _stacks(nodes)
+    stacks = _stacks(nodes, ends)
     before: tuple[str, ...] = ()
     opened: list[Scope] = [root]
     for node, stack in zip(nodes, stacks, strict=True):
@@ -91,8 +92,12 @@ def find_scopes(nodes: Sequence[fx.Node], trace: Trace) -> Scope:
     return root
 
 
-def _stacks(nodes: Sequence[fx.Node]) -> list[tuple[str, ...]]:
-    """The modules that each node ran in; what has none lies where its neighbours both are."""
+def _stacks(
+    nodes: Sequence[fx.Node], ends: Mapping[fx.Node, set[str]]
+) -> list[tuple[str, ...]]:
+    """The modules that each node ran in; what has none lies where its neighbours both are, and a
+    region around whole calls outside of these.
+    """
     known: list[tuple[str, ...] | None] = []
     for node in nodes:
         modules = traced(node).meta.get("modules")
@@ -104,6 +109,8 @@ def _stacks(nodes: Sequence[fx.Node]) -> list[tuple[str, ...]]:
         found = inside[0] if inside else ()
         for stack in inside:
             found = _common(found, stack)
+        over = {p for n in nodes[first:end] for p in ends.get(traced(n), ())}
+        found = tuple(itertools.takewhile(lambda path: path not in over, found))
         for place in (*range(start, first), end):
             known[place] = found
     filled: list[tuple[str, ...]] = []

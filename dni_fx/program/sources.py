@@ -51,7 +51,7 @@ def write_source(group: Served, classes: Classes) -> Written:
     """
     source, context = group.source, group.source.context_spec
     if type(source) is Zero:
-        return Written("zero", "", uses=("zeros",))
+        return Written("zero", "", uses=("no_gradients",))
     if isinstance(source, Regression) and _is_plain(source, Regression):
         return _regression(source, context, classes)
     if isinstance(source, Local) and _is_plain(source, Local, LossHead):

@@ -101,7 +101,8 @@ def label_values(variant: Variant) -> dict[str, str]:
     labels: dict[str, str] = {}
     split = variant.split
     for name in dict.fromkeys([*split.model_inputs, *(n for s in split.stages for n in s.outputs)]):
-        labels[name] = free_name(identifier(name), [*taken, *labels.values()])
+        word = identifier(name) if not name[:1].isdigit() else f"layer_{identifier(name)}"
+        labels[name] = free_name(word.replace("__", "_"), [*taken, *labels.values()])
     return labels
 
 
@@ -261,7 +262,7 @@ def _ask_lines(made: StageFile) -> list[str]:
             left = f"{gradients[0]}, {asked.name}_said"
             lines.append(f"    {left} = {call}({detached[0]}{more})")
         elif asked.written.kind == "zero":
-            lines.append(f"    {_targets(gradients)} = zeros({', '.join(detached)})")
+            lines.append(f"    {_targets(gradients)} = no_gradients({', '.join(detached)})")
         elif asked.written.kind == "head":
             told = f"{call}([{', '.join(detached)}]{more})"
             lines.append(f"    {_targets(gradients)} = {told}")
