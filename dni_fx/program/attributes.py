@@ -38,7 +38,7 @@ class Attributes:
         used: paths below it of what is called and read there.
         called: those of modules that are called as a whole.
         scopes: those of them that are written as classes of their own, by path.
-        others: tensors that the graph refers to and no module has, by name.
+        others: what the graph refers to, by path; some of it no module has.
         add_class: registers a class by the name that is wanted, and its lines.
     """
 
@@ -49,7 +49,7 @@ class Attributes:
         used: Iterable[str],
         called: Collection[str],
         scopes: Mapping[str, Made],
-        others: Mapping[str, Tensor],
+        others: Mapping[str, Any],
         add_class: Callable[[str, list[str]], str],
     ) -> None:
         self.module, self.path = module, path
@@ -85,11 +85,13 @@ class Attributes:
 
     def _place(self, name: str) -> list[int]:
         """Where the model has it, among its own."""
-        found, module = [], self.module
+        found: list[int] = []
+        module: nn.Module | None = self.module
         for part in name.split("."):
-            own = [*module._parameters, *module._buffers, *module._modules] if module else []
+            tables = [] if module is None else [module._parameters, module._buffers, module._modules]
+            own = [name for table in tables for name in table]
             found.append(own.index(part) if part in own else len(own))
-            module = module._modules.get(part) if module else None  # type: ignore[assignment]
+            module = module._modules.get(part) if module is not None else None
         return found
 
     def _line(self, part: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import operator
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -189,7 +190,7 @@ class BodyWriter:
         if node.op == "call_method":
             return self._method(str(target), args, dict(node.kwargs))
         if target in INFIX and len(args) == 2:
-            return f"{self._value(args[0])} {INFIX[target]} {self._value(args[1])}"
+            return infix(self._value(args[0]), INFIX[target], self._value(args[1]))
         if target in PREFIX:
             return f"{PREFIX[target]}{self._value(args[0])}"
         if target is operator.getitem:
@@ -217,7 +218,7 @@ class BodyWriter:
         sign = sign_of(name)
         if sign is not None and len(args) == 2:
             left, right = reversed(args) if sign[1] else args
-            return f"{self._value(left)} {sign[0]} {self._value(right)}"
+            return infix(self._value(left), sign[0], self._value(right))
         if name == "__invert__":
             return f"~{self._value(args[0])}"
         if name == "neg" and len(args) == 1:
@@ -229,7 +230,7 @@ class BodyWriter:
         return ", ".join([*map(self._value, args), *named])
 
     def _built(self, structure: Structure, leaves: Any) -> str:
-        """A nested output as it is put together again; what is of a class of its own becomes a
+        """A nested output as it is put together again; what is of a library's own class becomes a
         namespace of the same attributes.
         """
         if structure.kind == "leaf":
@@ -245,6 +246,10 @@ class BodyWriter:
         if kind is list:
             return f"[{', '.join(children)}]"
         keys = _keys(structure, context) if not hasattr(kind, "_fields") else []
+        if structure.kind == "dataclass":
+            self._imports.add(importing(kind, kind.__name__))
+            pairs = zip(structure.fields, children, strict=True)
+            return f"{kind.__name__}({', '.join(f'{k}={c}' for k, c in pairs)})"
         if fields := getattr(kind, "_fields", None):
             self._imports.add(importing(kind, kind.__name__))
             pairs = zip(fields, children, strict=True)
@@ -260,6 +265,12 @@ class BodyWriter:
         self._imports.add("from types import SimpleNamespace")
         pairs = zip(keys, children, strict=True)
         return f"SimpleNamespace({', '.join(f'{k}={c}' for k, c in pairs)})"
+
+
+def infix(left: str, sign: str, right: str) -> str:
+    """An operation as ruff writes it."""
+    simple = all(re.fullmatch(r"-?[\w.]+", part) for part in (left, right))
+    return f"{left}**{right}" if sign == "**" and simple else f"{left} {sign} {right}"
 
 
 def _keys(structure: Structure, context: Any) -> list[Any]:

@@ -101,12 +101,7 @@ class GraphWriter:
             for n in (node,)
         }
         self.imports: set[str] = set()
-        places = {id(t) for m in (model,) for t in [*m.parameters(), *m.buffers()]}
-        self._others = {
-            name: t
-            for name, t in trace.attributes.items()
-            if isinstance(t, Tensor) and id(t) not in places
-        }
+        self._others = trace.attributes
 
     # ---- what a scope takes and gives ------------------------------------------------------------
 

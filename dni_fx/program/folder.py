@@ -28,6 +28,7 @@ from .scopes import Inline, Scope, value_of
 from .settings import Settings, Text, context_text, loss_text, optimizer_text
 from .stages import StageFile, label_values, write_stage
 from .threads import thread_lines
+from .windows import StateTensor, state_of, window_lines
 from .training import (
     Training,
     batch_lines,
@@ -37,7 +38,7 @@ from .training import (
     step_lines,
 )
 
-_FUNCTIONS = {"gradient_of", "no_gradients"}  # of the kit, that a stage calls itself
+_CALLED = {"AcrossTime", "gradient_of", "no_gradients"}  # of the kit, by a stage itself
 _TORCH = [
     ["def load(module: nn.Module, path: Path) -> None:", '    """Read a module\'s weights."""',
      "    module.load_state_dict(torch.load(path, weights_only=True))"],
@@ -113,11 +114,12 @@ def write_files(
     uses |= {"one_hot"} if training.context and "one_hot(" in training.context.expression else set()
     uses |= {"share"} if training.ties else set()
     uses |= {"unshared"} if any(o != k for o, _, k, _ in training.ties) else set()
-    files |= _training_texts(training, sorted(uses))
+    files |= _training_texts(training, sorted(uses), state_of(variant.split))
     if uses:
         text = "What decoupled training needs besides torch."
         lines = [d.splitlines() for d in copied(sorted(uses))]
         files[f"{KIT}.py"] = file_text(text, lines, {}, set())
+    files["pyproject.toml"] = "[tool.ruff]\nline-length = 100\n"
     files["plan.json"] = graphs.plan.to_json()
     files["README.md"] = readme.text(graphs.plan, training, files, variant.trace)
     weights = {f"stage_{s.index}.{training.suffix}": s.tensors for s in stages}
@@ -147,6 +149,9 @@ def _check(graphs: Graphs) -> None:
             "with gradients='exact' the program is backpropagation: train the model itself; "
             "decouple with a source that answers at once to write a program"
         )
+    leaving = [i for i in graphs.interfaces if i.leaves]
+    if any(i.feeds not in graphs.variant.split.model_inputs for i in leaving):
+        raise DecouplingError("a network that sends messages to others cannot be written as files")
     if graphs.inputs:
         raise DecouplingError("a program with synthetic inputs (inputs=) cannot be written as files")
 
@@ -158,20 +163,23 @@ def _training(
     places = [n for n in trace.graph.nodes if n.op == "placeholder"]
     first = next(iter(variant.layouts))[1:]
     shapes = [tuple(layout[0]) for layout in first]
+    carried = {each.comes for each in state_of(variant.split)}
     examples = [
-        TensorSpec(shape, value_of(n).dtype) for n, shape in zip(places, shapes, strict=True)
+        TensorSpec(shape, value_of(n).dtype)
+        for n, shape in zip(places, shapes, strict=True)
+        if n.name not in carried
     ]
     leaves = trace.output_leaves
     output = value_of(leaves[0]) if len(leaves) == 1 and isinstance(leaves[0], fx.Node) else None
     suffix = "safetensors" if importlib.util.find_spec("safetensors") else "pt"
     return Training(
         stages=stages,
-        inputs=variant.split.model_inputs,
+        inputs=[n for n in variant.split.model_inputs if n not in carried],
         examples=examples,
         target=example_target(output, settings),
         ties=_ties(stages),
         optimizers=_optimizers(graphs, stages, settings),
-        context=context_text(graphs.recipe.context),
+        context=context_text(settings.context or graphs.recipe.context),
         settings=settings,
         suffix=suffix,
         checks=conditions(trace, {n: labels[n.name] for n in places}, shapes),
@@ -256,7 +264,7 @@ def _stage_texts(stages: list[StageFile], classes: Classes) -> dict[str, str]:
         extra = stage.imports | {i for n in own for i in classes.imports[n]}
         local = {
             "blocks": [n for n in needed_classes(text, classes) if homes.get(n) == "blocks"],
-            KIT: sorted({*_bases(lines)} | stage.uses & _FUNCTIONS),
+            KIT: sorted({*_bases(lines)} | stage.uses & _CALLED),
         }
         about = f"Stage {stage.index} of {len(stages)}."
         files[f"{home}.py"] = file_text(about, lines, local, extra)
@@ -270,7 +278,9 @@ def _bases(lines: list[list[str]]) -> list[str]:
     return sorted(found)
 
 
-def _training_texts(training: Training, uses: list[str]) -> dict[str, str]:
+def _training_texts(
+    training: Training, uses: list[str], state: list[StateTensor]
+) -> dict[str, str]:
     stages = training.stages
     io = _SAFETENSORS if training.suffix == "safetensors" else _TORCH
     local: dict[str, list[str]] = {KIT: [n for n in ("share", "unshared") if n in uses]}
@@ -294,14 +304,16 @@ def _training_texts(training: Training, uses: list[str]) -> dict[str, str]:
     encode = ["one_hot"] if sees and "one_hot" in uses else []
     told = training.context.imports if training.context and sees else set()
     main = [['if __name__ == "__main__":', "    main()"]]
+    loop = [step_lines, batch_lines, main_lines]
+    lines = window_lines(training, state) if state else [part(training) for part in loop]
     files["train.py"] = file_text(
         "Trains the stages one after the other; change what you like.",
-        [*here, step_lines(training), batch_lines(training), main_lines(training), *main],
+        [*here, *lines, *main],
         {KIT: encode, "program": sorted(names)},
         told,
         modules,
     )
-    threads = thread_lines(training)
+    threads = None if state else thread_lines(training)
     if threads is not None:
         files["train_threads.py"] = file_text(
             "Trains the stages at once, each on a thread of its own.",

@@ -21,7 +21,7 @@ _FROM = {
     "types": ("SimpleNamespace",),
     "typing": ("Any",),
 }
-_PLAIN = ("math", "operator")
+_PLAIN = ("contextlib", "math", "operator")
 
 
 def file_text(

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..sources.keeping import kept_weights
 from ..sources.regression import update_scale
 
 
@@ -94,6 +95,49 @@ class LocalHead(nn.Module):
         torch.autograd.backward(loss)
         pairs = zip(leaves, values, strict=True)
         return [like(gradient_of(leaf) * self.factor, value) for leaf, value in pairs]
+
+
+class AcrossTime(nn.Module):
+    """Predicts what the rest of a sequence would send back to the state at the end of a window.
+
+    Args:
+        source: predicts for the state's tensors side by side, ``(batch, features)``.
+        factor: on what is pulled back.
+        batch_dims: which dimension of each tensor is the batch.
+    """
+
+    def __init__(self, source: Regression, factor: float, batch_dims: Sequence[int]) -> None:
+        super().__init__()
+        self.source, self.factor, self.batch_dims = source, factor, batch_dims
+
+    def predict(
+        self, values: Sequence[Tensor], done: bool, *context: Tensor
+    ) -> tuple[list[Tensor], Tensor]:
+        """The gradients to pull back, none where the sequence ends, and what ``fit`` compares."""
+        with kept_weights(self.source):  # they are updated before the target comes
+            guess, said = self.source.predict(side_by_side(values, self.batch_dims), *context)
+        guess = torch.zeros_like(guess) if done else guess
+        return apart(guess * self.factor, values, self.batch_dims), said
+
+    def fit(self, said: Tensor, targets: Sequence[Tensor]) -> Tensor:
+        """The error, once the next window has sent back its gradients."""
+        return self.source.fit(said, side_by_side(targets, self.batch_dims))
+
+
+def side_by_side(values: Sequence[Tensor], batch_dims: Sequence[int]) -> Tensor:
+    """All tensors of a state as one, ``(batch, features)``."""
+    pairs = zip(values, batch_dims, strict=True)
+    return torch.cat([value.movedim(dim, 0).flatten(1) for value, dim in pairs], 1)
+
+
+def apart(joined: Tensor, values: Sequence[Tensor], batch_dims: Sequence[int]) -> list[Tensor]:
+    """What stands side by side as tensors like those of the state again."""
+    fronts = [value.movedim(dim, 0) for value, dim in zip(values, batch_dims, strict=True)]
+    parts = joined.split([front[0].numel() for front in fronts], 1)
+    return [
+        like(part.reshape(front.shape).movedim(0, dim), value)
+        for part, front, dim, value in zip(parts, fronts, batch_dims, values, strict=True)
+    ]
 
 
 def no_gradients(*values: Tensor) -> list[Tensor]:

@@ -26,6 +26,7 @@ class Settings:
     Attributes:
         loss: ``loss(output, target)``.
         optimizer, synthesizer_optimizer, clip_norm, accumulate: as for :class:`dni_fx.Trainer`.
+        context: what sources see of a target; as the model was decoupled by default.
     """
 
     loss: Callable[[Any, Any], torch.Tensor] = nn.functional.cross_entropy
@@ -33,6 +34,7 @@ class Settings:
     synthesizer_optimizer: MakeOptimizer = torch.optim.Adam
     clip_norm: float | None = None
     accumulate: int = 1
+    context: Any = None
 
 
 @dataclass

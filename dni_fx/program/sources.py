@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import DecouplingError
 from ..graphs.pipeline import trace_model
 from ..plan import TensorSpec
-from ..sources import GradientSource, Local, LossHead, Regression, Served, Zero
+from ..sources import AcrossTime, GradientSource, Local, LossHead, Regression, Served, Zero
 from .attributes import class_lines
 from .classes import Classes, GraphWriter, method_lines
 from .text import literal
@@ -25,7 +25,7 @@ class Written:
     """One source as it is written.
 
     Attributes:
-        kind: ``"regression"``, ``"joint"``, ``"head"`` or ``"zero"``.
+        kind: ``"regression"``, ``"joint"``, ``"window"``, ``"head"`` or ``"zero"``.
         expression: the call that makes it; empty for one that holds nothing.
         tensors: its parameters and buffers by key.
         takes_context: whether it is given the context.
@@ -54,6 +54,8 @@ def write_source(group: Served, classes: Classes) -> Written:
         return Written("zero", "", uses=("no_gradients",))
     if isinstance(source, Regression) and _is_plain(source, Regression):
         return _regression(source, context, classes)
+    if type(source) is AcrossTime and not source.auxiliary and not source.asks.exact:
+        return _across_time(source, group, classes)
     if isinstance(source, Local) and _is_plain(source, Local, LossHead):
         return _head(source, classes)
     raise DecouplingError(
@@ -87,6 +89,23 @@ def _regression(source: Regression, context: TensorSpec | None, classes: Classes
         wanted = classes.add(f"{name}Source", lines, set())
         return Written("regression", f"{wanted}()", tensors, seen[0], ("Regression",))
     return _joint(source, context, classes, seen, told)
+
+
+def _across_time(source: AcrossTime, group: Served, classes: Classes) -> Written:
+    """What predicts for a state, around another source."""
+    if type(source.source) is Zero:
+        return Written("zero", "", uses=("no_gradients",))
+    if len({spec.dtype for spec in source.specs}) > 1 or any(len(s.shape) < 2 for s in source.specs):
+        raise DecouplingError("a state of several dtypes, or of scalars, cannot be written as files")
+    inner = Served(group.names, source.source, group.producer, group.consumers)
+    written = write_source(inner, classes)
+    if written.kind != "regression":
+        raise DecouplingError(f"the source at {group.name!r} cannot be written as files")
+    dims = literal([spec.batch_dim for spec in source.specs])
+    tensors = {f"source.{k}": t for k, t in written.tensors.items()}
+    made = f"AcrossTime({written.expression}, {literal(source.factor)}, {dims})"
+    uses = (*written.uses, "AcrossTime")
+    return Written("window", made, tensors, written.takes_context, uses)
 
 
 def _joint(

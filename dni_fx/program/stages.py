@@ -37,7 +37,7 @@ class Asked:
     @property
     def learns(self) -> bool:
         """Whether it hears what comes back."""
-        return self.written.kind in ("regression", "joint")
+        return self.written.kind in ("regression", "joint", "window")
 
 
 @dataclass
@@ -85,6 +85,11 @@ class StageFile:
         return any(a.written.takes_context for a in self.sources)
 
     @property
+    def asks_state(self) -> bool:
+        """Whether a source of it must know that a sequence ends."""
+        return any(a.written.kind == "window" for a in self.sources)
+
+    @property
     def holds_sources(self) -> bool:
         """Whether there is anything to its sources."""
         return any(a.written.expression for a in self.sources)
@@ -92,12 +97,13 @@ class StageFile:
     @property
     def wanted(self) -> list[str]:
         """Names of the arguments of ``step`` besides modules and values."""
-        return [*(["context"] if self.takes_context else []), *(["target"] if self.is_last else [])]
+        told = {"context": self.takes_context, "target": self.is_last, "done": self.asks_state}
+        return [name for name, is_wanted in told.items() if is_wanted]
 
 
 def label_values(variant: Variant) -> dict[str, str]:
     """What each value that crosses is called in code, by its name in the plan."""
-    taken = ["context", "target", "stage", "sources", "loss", "output", "gradient_of"]
+    taken = ["context", "done", "target", "stage", "sources", "loss", "output", "gradient_of"]
     labels: dict[str, str] = {}
     split = variant.split
     for name in dict.fromkeys([*split.model_inputs, *(n for s in split.stages for n in s.outputs)]):
@@ -187,7 +193,7 @@ def _source_lines(made: StageFile) -> list[str]:
 
 def state_type(asked: Asked) -> str:
     """The type of what a source says about its values."""
-    return "Tensor" if asked.written.kind == "regression" else "Sequence[Tensor]"
+    return "Sequence[Tensor]" if asked.written.kind == "joint" else "Tensor"
 
 
 def _result_lines(made: StageFile, body: Body) -> list[str]:
@@ -218,6 +224,7 @@ def _step_lines(made: StageFile, body: Body, loss: str, views: bool) -> list[str
     own += [f"{made.labels[n]}: {k}" for n, k in zip(made.inputs, made.kinds, strict=True)]
     own += ["context: Tensor"] if made.takes_context else []
     own += ["target: Any"] if made.is_last else []
+    own += ["done: bool"] if made.asks_state else []
     lines = [f"def step(\0{', '.join(own)}) -> Result{made.index}:".replace("\0", "")]
     lines += docstring("Run the stage and pull back; gradients are added to those that are there.")
     label = made.labels
@@ -268,6 +275,7 @@ def _ask_lines(made: StageFile) -> list[str]:
             lines.append(f"    {_targets(gradients)} = {told}")
         else:
             left = f"{_bracketed(gradients)}, {asked.name}_said"
+            more = f", done{more}" if asked.written.kind == "window" else more
             lines.append(f"    {left} = {call}([{', '.join(detached)}]{more})")
     return lines
 

@@ -104,7 +104,7 @@ def docstring(text: str, indent: str = "    ") -> list[str]:
     whole = f'{indent}"""{text}"""'
     if len(whole) <= WIDTH:
         return [whole]
-    lines = textwrap.wrap(text, WIDTH - len(indent) - 3, break_long_words=False)
+    lines = textwrap.wrap(text, WIDTH - len(indent) - 6, break_long_words=False)
     return [f'{indent}"""{lines[0]}', *(indent + line for line in lines[1:]), f'{indent}"""']
 
 

@@ -133,12 +133,12 @@ def step_lines(training: Training) -> list[str]:
     makers = {n: s.index for s in training.stages for n in s.outputs}
     for stage in training.stages:
         lines.append(f"    result_{stage.index} = {call_text(stage, makers)}")
-    lessons = [text for s in training.stages for text in _lessons(training, s)]
+    lessons = [text for s in training.stages for text in inner_lessons(training, s)]
     if lessons:
         lines += ["    # each source learns from the gradient that came back for its value"]
         lines += ["    lessons = [", *(f"        {text}," for text in lessons), "    ]"]
         lines.append("    torch.autograd.backward(lessons)")
-    lines += _update_lines(training)
+    lines += update_lines(training)
     last = training.stages[-1].index
     many = training.settings.accumulate
     return [*lines, f"    return result_{last}.loss" + (f" * {many}" if many > 1 else "")]
@@ -154,11 +154,13 @@ def call_text(stage: StageFile, makers: dict[str, int]) -> str:
     return f"stage_{stage.index}.step({', '.join([*given, *stage.wanted])})"
 
 
-def _lessons(training: Training, stage: StageFile) -> list[str]:
+def inner_lessons(training: Training, stage: StageFile) -> list[str]:
+    """What the sources of a stage learn from stages behind it, each an expression."""
     return [
         f"program.sources_{stage.index}.{a.name}.fit(result_{stage.index}.{a.name}_said, {text})"
         for a in stage.sources
-        if a.learns and (text := target_text(training, a)) is not None
+        if a.learns and a.written.kind != "window"
+        for text in [target_text(training, a)]
     ]
 
 
@@ -172,7 +174,8 @@ def target_text(training: Training, asked: Asked) -> str:
     return texts[0] if asked.written.kind == "regression" else f"[{', '.join(texts)}]"
 
 
-def _update_lines(training: Training) -> list[str]:
+def update_lines(training: Training) -> list[str]:
+    """The updates at the end of a step."""
     lines = ["    if update:"] if training.settings.accumulate > 1 else []
     indent = "    " * (1 + bool(lines))
     if training.settings.clip_norm is not None:
@@ -192,15 +195,16 @@ def batch_lines(training: Training) -> list[str]:
     lines.append("    for _ in range(steps):")
     names = [training.labels[n] for n in training.inputs]
     for name, spec in zip(names, training.examples, strict=True):
-        lines.append(f"        {name} = {_random(spec, 2)}")
+        lines.append(f"        {name} = {random_text(spec, 2)}")
     if training.target is None:
         lines.append("        target = None  # what the loss takes")
     else:
-        lines.append(f"        target = {_random(*training.target)}")
+        lines.append(f"        target = {random_text(*training.target)}")
     return [*lines, f"        yield {', '.join([*names, 'target'])}"]
 
 
-def _random(spec: TensorSpec, most: int) -> str:
+def random_text(spec: TensorSpec, most: int) -> str:
+    """A random tensor; whole numbers are below ``most``."""
     sizes = "(" + ", ".join(map(str, spec.shape)) + ("," if len(spec.shape) == 1 else "") + ")"
     dtype = "" if spec.dtype in (torch.float32, torch.int64) else f", dtype={literal(spec.dtype)}"
     if spec.dtype.is_floating_point:
