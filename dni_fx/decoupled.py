@@ -15,7 +15,7 @@ from .graphs.graphs import Graphs
 from .graphs.stage import Stage as Stage
 from .plan import CutPlan, Interface
 from .program.folder import write_folder
-from .program.settings import Settings
+from .program.options import TrainingOptions
 from .runtime.emitted import keep_modes
 from .runtime.module import DropIn, DropInState
 from .sources import GradientSource, InputSource
@@ -178,7 +178,7 @@ class Decoupled(nn.Module):
             DecouplingError: the folder holds something, the model is not traced yet, or a part of
                 the program cannot be written.
         """
-        told = Settings(loss, optimizer, synthesizer_optimizer, clip_norm, accumulate)
+        told = TrainingOptions(loss, optimizer, synthesizer_optimizer, clip_norm, accumulate)
         return write_folder(self.graphs, told, path)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Decoupled:

@@ -21,7 +21,7 @@ from .scopes import Inline, Scope, unpacked, value_of
 from .text import free_name, index, literal
 
 _WORDS = {"truediv": "div", "floordiv": "div", "getitem": "part", "sum": "total"}
-Counts = Mapping[fx.Node, int]
+Parts = Mapping[fx.Node, Sequence[str]]
 
 
 @dataclass
@@ -50,7 +50,7 @@ class BodyWriter:
     Args:
         scope: what ran in it.
         inline: what is written within other statements.
-        counts: how many parts results have that are taken apart.
+        parts: names for the parts of results that are taken apart.
         attribute: gives the expression of an attribute or module of the model, by its node.
         call: gives the expression that calls a scope, without arguments, and what that returns,
             and what it takes.
@@ -61,12 +61,12 @@ class BodyWriter:
         self,
         scope: Scope,
         inline: Inline,
-        counts: Counts,
+        parts: Parts,
         attribute: Callable[[fx.Node], str],
         call: Callable[[Scope], tuple[str, Sequence[fx.Node], Sequence[fx.Node]]],
         imports: set[str],
     ) -> None:
-        self._scope, self._inline, self._counts = scope, inline, counts
+        self._scope, self._inline, self._parts = scope, inline, parts
         self._attribute, self._call, self._imports = attribute, call, imports
         self._near = set(scope.nodes())
         self._names: dict[fx.Node, str] = {}
@@ -129,7 +129,10 @@ class BodyWriter:
         self._say(f"{', '.join(names)} = {text}" if names else text)
 
     def _node(self, node: fx.Node) -> None:
-        if node in self._inline.nodes or node in self._names:
+        if node in self._inline.nodes:
+            return
+        if node in self._names:
+            self._take_apart(node, self._names[node])
             return
         if node.target is after:
             self._names[node] = self._value(node.args[0])
@@ -147,15 +150,21 @@ class BodyWriter:
             self._say(text)
             self._names[node] = self._value(node.args[0])
             return
-        parts = unpacked(node, self._counts.get(node, 0), self._near)
-        if parts is not None:
-            wanted = [f"{base_name(node)}_{k}" for k in range(len(parts))]
-            names = [self._bind(p, w) for p, w in zip(parts, wanted, strict=True)]
-            self._say(f"{', '.join(names)} = {text}")
-        elif node.users:
+        if self._take_apart(node, text):
+            return
+        if node.users:
             self._assign(node, base_name(node), text)
         else:
             self._say(text)
+
+    def _take_apart(self, node: fx.Node, text: str) -> bool:
+        """Name all parts of a result at once, where they are known."""
+        wanted = self._parts.get(node, ())
+        parts = unpacked(node, len(wanted), self._near)
+        if parts is not None and not any(p in self._names for p in parts):
+            names = [self._bind(p, w) for p, w in zip(parts, wanted, strict=True)]
+            self._say(f"{', '.join(names)} = {text}")
+        return parts is not None
 
     def _assign(self, node: fx.Node, wanted: str, text: str) -> None:
         self._say(f"{self._bind(node, wanted)} = {text}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,15 +94,26 @@ class GraphWriter:
         self.root = find_scopes(nodes, trace)
         self._live = set(nodes)
         self._whose = whose
-        self._counts = {
-            n: int(count)
-            for node in nodes
-            for guard, count in trace.guards
-            if guard.target is len and guard.args[0] is traced(node)
-            for n in (node,)
-        }
+        self._parts = {n: names for n in nodes if (names := self._part_names(n))}
         self.imports: set[str] = set()
         self._others = trace.attributes
+
+    def _part_names(self, node: fx.Node) -> list[str]:
+        """What the parts of a result are called that is taken apart; none where that is unknown."""
+        lengths = [
+            int(count)
+            for guard, count in self.trace.guards
+            if guard.target is len and guard.args[0] is traced(node)
+        ]
+        if lengths:
+            return [f"{base_name(node)}_{k}" for k in range(lengths[0])]
+        whole = node.all_input_nodes[0] if node.target is operator.getitem else node
+        module = self.trace.attributes.get(str(traced(whole).target))
+        if whole.op != "call_module" or not isinstance(module, nn.RNNBase):
+            return []
+        if whole is node:
+            return [base_name(node), "state" if isinstance(module, nn.LSTM) else "hidden"]
+        return ["hidden", "cell"] if isinstance(module, nn.LSTM) and node.args[1] == 1 else []
 
     # ---- what a scope takes and gives ------------------------------------------------------------
 
@@ -196,7 +208,7 @@ class GraphWriter:
             callee = held.expression(_below(scope.path, inner.path))
             return callee, given_of[id(inner)], found.results
 
-        writer = BodyWriter(scope, self.inline, self._counts, attribute, call, self.imports)
+        writer = BodyWriter(scope, self.inline, self._parts, attribute, call, self.imports)
         return held, writer.write(given, results)
 
     def _add(self, wanted: str, lines: list[str]) -> str:

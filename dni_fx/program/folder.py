@@ -25,7 +25,7 @@ from .classes import Classes
 from .copying import copied
 from .headers import KIT, file_text, home_of, needed_classes
 from .scopes import Inline, Scope, value_of
-from .settings import Settings, Text, context_text, loss_text, optimizer_text
+from .options import TrainingOptions, Text, context_text, loss_text, optimizer_text
 from .stages import StageFile, label_values, write_stage
 from .threads import thread_lines
 from .windows import StateTensor, state_of, window_lines
@@ -53,7 +53,7 @@ _SAFETENSORS = [
 ]  # fmt: skip
 
 
-def write_folder(graphs: Graphs, settings: Settings, path: str | Path) -> Path:
+def write_folder(graphs: Graphs, settings: TrainingOptions, path: str | Path) -> Path:
     """Write a decoupled model's program as files that import torch alone.
 
     Args:
@@ -92,7 +92,7 @@ def write_folder(graphs: Graphs, settings: Settings, path: str | Path) -> Path:
 
 
 def write_files(
-    graphs: Graphs, settings: Settings
+    graphs: Graphs, settings: TrainingOptions
 ) -> tuple[dict[str, str], dict[str, dict[str, Tensor]]]:
     """Texts by file name, and tensors by key and file name."""
     variant = graphs.current()
@@ -112,13 +112,14 @@ def write_files(
     files = _stage_texts(stages, classes)
     uses = {n for stage in stages for n in stage.uses}
     uses |= {"one_hot"} if training.context and "one_hot(" in training.context.expression else set()
+    threads = None if state_of(variant.split) else thread_lines(training)
+    uses |= {"update", *(("Guard", "Link", "start_thread") if threads else ())}
     uses |= {"share"} if training.ties else set()
     uses |= {"unshared"} if any(o != k for o, _, k, _ in training.ties) else set()
-    files |= _training_texts(training, sorted(uses), state_of(variant.split))
-    if uses:
-        text = "What decoupled training needs besides torch."
-        lines = [d.splitlines() for d in copied(sorted(uses))]
-        files[f"{KIT}.py"] = file_text(text, lines, {}, set())
+    files |= _training_texts(training, sorted(uses), state_of(variant.split), threads)
+    text = "What decoupled training needs besides torch."
+    lines = [d.splitlines() for d in copied(sorted(uses))]
+    files[f"{KIT}.py"] = file_text(text, lines, {}, set())
     files["pyproject.toml"] = "[tool.ruff]\nline-length = 100\n"
     files["plan.json"] = graphs.plan.to_json()
     files["README.md"] = readme.text(graphs.plan, training, files, variant.trace)
@@ -157,7 +158,7 @@ def _check(graphs: Graphs) -> None:
 
 
 def _training(
-    graphs: Graphs, variant: Variant, stages: list[StageFile], settings: Settings
+    graphs: Graphs, variant: Variant, stages: list[StageFile], settings: TrainingOptions
 ) -> Training:
     trace, labels = variant.trace, stages[0].labels
     places = [n for n in trace.graph.nodes if n.op == "placeholder"]
@@ -199,7 +200,7 @@ def _ties(stages: list[StageFile]) -> list[tuple[int, str, int, str]]:
 
 
 def _optimizers(
-    graphs: Graphs, stages: list[StageFile], settings: Settings
+    graphs: Graphs, stages: list[StageFile], settings: TrainingOptions
 ) -> list[tuple[Text | None, Text | None]]:
     known = dict(graphs.model.named_parameters())
     owned: set[int] = set()
@@ -279,7 +280,10 @@ def _bases(lines: list[list[str]]) -> list[str]:
 
 
 def _training_texts(
-    training: Training, uses: list[str], state: list[StateTensor]
+    training: Training,
+    uses: list[str],
+    state: list[StateTensor],
+    threads: list[list[str]] | None,
 ) -> dict[str, str]:
     stages = training.stages
     io = _SAFETENSORS if training.suffix == "safetensors" else _TORCH
@@ -309,16 +313,19 @@ def _training_texts(
     files["train.py"] = file_text(
         "Trains the stages one after the other; change what you like.",
         [*here, *lines, *main],
-        {KIT: encode, "program": sorted(names)},
+        {KIT: [*encode, "update"], "program": sorted(names)},
         told,
         modules,
     )
-    threads = None if state else thread_lines(training)
     if threads is not None:
         files["train_threads.py"] = file_text(
             "Trains the stages at once, each on a thread of its own.",
             [*here, *threads, *main],
-            {KIT: encode, "program": sorted(names), "train": ["batches"]},
+            {
+                KIT: ["Guard", "Link", *encode, "start_thread", "update"],
+                "program": sorted(names),
+                "train": ["batches"],
+            },
             told,
             modules,
         )

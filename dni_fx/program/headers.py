@@ -12,12 +12,12 @@ from .text import docstring, wrapped
 KIT = "decoupling"  # the file of what is no stage's own
 
 _FROM = {
-    "collections.abc": ("Callable", "Iterator", "Sequence"),
+    "collections.abc": ("Callable", "Iterable", "Iterator", "Sequence"),
     "collections": ("deque",),
     "dataclasses": ("dataclass", "field"),
     "pathlib": ("Path",),
-    "queue": ("Queue",),
-    "threading": ("Thread",),
+    "queue": ("Empty", "Full", "Queue"),
+    "threading": ("Event", "Thread"),
     "types": ("SimpleNamespace",),
     "typing": ("Any",),
 }

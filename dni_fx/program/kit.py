@@ -5,7 +5,11 @@ Nothing but torch is imported where it is copied to; what is taken from this lib
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
+from queue import Empty, Full, Queue
+from threading import Event, Thread
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -177,3 +181,67 @@ def unshared(module: nn.Module, *others: nn.Module) -> list[nn.Parameter]:
     """The parameters of a module that none of the others has."""
     theirs = {id(parameter) for other in others for parameter in other.parameters()}
     return [parameter for parameter in module.parameters() if id(parameter) not in theirs]
+
+
+class Link:
+    """A queue between two threads, which ends when any thread has failed.
+
+    Args:
+        stop: set by a thread that fails.
+        room: how many items it holds.
+    """
+
+    def __init__(self, stop: Event, room: int) -> None:
+        self.stop, self.queue = stop, Queue[Any](room)
+
+    def put(self, item: Any) -> None:
+        """Add an item, when there is room."""
+        while not self.stop.is_set():
+            with contextlib.suppress(Full):
+                self.queue.put(item, timeout=0.1)
+                return
+        raise RuntimeError("another thread has failed")
+
+    def get(self) -> Any:
+        """The next item, when there is one."""
+        while not self.stop.is_set():
+            with contextlib.suppress(Empty):
+                return self.queue.get(timeout=0.1)
+        raise RuntimeError("another thread has failed")
+
+
+class Guard:
+    """Where something fails, all threads end; ``links`` keeps the error."""
+
+    def __init__(self, links: Any) -> None:
+        self.links = links
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if error is not None:
+            self.links.errors.append(error)
+            self.links.stop.set()
+        return error is not None
+
+
+def start_thread(
+    run: Callable[[Any, Any, int], None], program: Any, links: Any, steps: int
+) -> Thread:
+    """Run a stage on a thread of its own; an error there ends all others."""
+
+    def guarded() -> None:
+        with Guard(links):
+            run(program, links, steps)
+
+    thread = Thread(target=guarded, daemon=True)
+    thread.start()
+    return thread
+
+
+def update(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Step the optimisers of one stage."""
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()

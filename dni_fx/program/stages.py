@@ -156,7 +156,7 @@ def write_stage(
         sent=split.sent_by(stage.index),
         sources=sources,
         is_last=is_last,
-        returns_tensor=body.returns[1] == "Tensor",
+        returns_tensor=body.returns[1].removeprefix("tuple[").split(",")[0] == "Tensor",
         tensors=dict(held.tensors),
     )
     for asked in sources:

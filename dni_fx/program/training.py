@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..plan import TensorSpec
-from .settings import Settings, Text
+from .options import TrainingOptions, Text
 from .stages import Asked, StageFile
 from .text import docstring, literal
 
@@ -42,7 +42,7 @@ class Training:
     ties: Sequence[tuple[int, str, int, str]]
     optimizers: Sequence[tuple[Text | None, Text | None]]
     context: Text | None
-    settings: Settings
+    settings: TrainingOptions
     suffix: str
     checks: Sequence[str]
 
@@ -87,9 +87,9 @@ def program_lines(training: Training) -> list[list[str]]:
 
 def _optimizer_lines(training: Training) -> list[str]:
     tied = sorted({(owner, other) for owner, _, other, _ in training.ties if owner != other})
-    lines, made, clipped = [], [], []
+    lines, clipped = ["        self.optimizers: list[list[torch.optim.Optimizer]] = ["], []
     for stage, (own, of_sources) in zip(training.stages, training.optimizers, strict=True):
-        k = stage.index
+        k, made = stage.index, []
         if own is not None:
             owners = [f"self.stage_{a}" for a, b in tied if b == k]
             given = f"self.stage_{k}.parameters()"
@@ -99,8 +99,7 @@ def _optimizer_lines(training: Training) -> list[str]:
             made.append(own.expression.format(given))
         if of_sources is not None:
             made.append(of_sources.expression.format(f"self.sources_{k}.parameters()"))
-    lines.append("        self.optimizers: list[torch.optim.Optimizer] = [")
-    lines += [f"            {text}," for text in made]
+        lines.append(f"            [{', '.join(made)}],")
     lines.append("        ]")
     if training.settings.clip_norm is not None:
         lines += ["        self.clipped = ["]
@@ -123,8 +122,9 @@ def _check_lines(training: Training) -> list[str]:
 
 def step_lines(training: Training) -> list[str]:
     """The function that trains on one batch."""
-    head = f"def train_step(program: Program, {training.given}, target: Any, update: bool = True)"
-    lines = [f"{head} -> Tensor:"]
+    more = ", is_due: bool = True" if training.settings.accumulate > 1 else ""
+    taken = f"program: Program, {training.given}, target: Any{more}"
+    lines = [f"def train_step({taken}) -> Tensor:"]
     lines += docstring("Train all stages on one batch, one after the other: the loss.")
     names = ", ".join(training.labels[n] for n in training.inputs)
     lines += [f"    check({names})"] if training.checks else []
@@ -176,14 +176,14 @@ def target_text(training: Training, asked: Asked) -> str:
 
 def update_lines(training: Training) -> list[str]:
     """The updates at the end of a step."""
-    lines = ["    if update:"] if training.settings.accumulate > 1 else []
+    lines = ["    if is_due:"] if training.settings.accumulate > 1 else []
     indent = "    " * (1 + bool(lines))
     if training.settings.clip_norm is not None:
         lines.append(f"{indent}for parameters in program.clipped:")
         norm = literal(training.settings.clip_norm)
         lines.append(f"{indent}    nn.utils.clip_grad_norm_(parameters, {norm})")
-    lines.append(f"{indent}for optimizer in program.optimizers:")
-    return [*lines, f"{indent}    optimizer.step()", f"{indent}    optimizer.zero_grad()"]
+    lines.append(f"{indent}for optimizers in program.optimizers:")
+    return [*lines, f"{indent}    update(optimizers)"]
 
 
 def batch_lines(training: Training) -> list[str]:
@@ -227,7 +227,7 @@ def main_lines(training: Training) -> list[str]:
     return [*lines, '    program.save(HERE / "trained")']
 
 
-def example_target(output: Any, settings: Settings) -> tuple[TensorSpec, int] | None:
+def example_target(output: Any, settings: TrainingOptions) -> tuple[TensorSpec, int] | None:
     """Shape and dtype of a target, where a loss of torch tells it from the output."""
     if not isinstance(output, Tensor):
         return None

@@ -72,6 +72,7 @@ def _step_lines(training: Training, state: list[StateTensor]) -> list[str]:
     labels = training.labels
     taken = f"program: Program, carried: Carried, {training.given}, target: Any"
     lines = [f"def train_step({taken}, done: bool = False) -> tuple[Tensor, Carried]:"]
+    lines[0] = lines[0].replace("done: bool = False)", f"done: bool = False{_due(training)})")
     text = "Train on one window: the loss, and what goes on; ``done`` where sequences end with it."
     lines += docstring(text)
     coming = ", ".join(labels[each.comes] for each in state)
@@ -92,6 +93,10 @@ def _step_lines(training: Training, state: list[StateTensor]) -> list[str]:
     one = "," if len(after) == 1 else ""
     carried = f"Carried(({', '.join(after)}{one}){''.join(said)})"
     return [*lines, f"    return result_{last}.loss, {carried}"]
+
+
+def _due(training: Training) -> str:
+    return ", is_due: bool = True" if training.settings.accumulate > 1 else ""
 
 
 def _lesson_lines(
@@ -145,13 +150,15 @@ def _batch_lines(training: Training) -> list[str]:
 def _main_lines(training: Training, state: list[StateTensor]) -> list[str]:
     spec = state[0].spec
     given = ", ".join([*(training.labels[n] for n in training.inputs), "target", "done"])
+    many = training.settings.accumulate
+    due = f", step % {many} == 0" if many > 1 else ""
     return [
         "def main(steps: int = 100) -> None:",
         *docstring("Train, and write the weights."),
         "    program = Program()",
         f"    carried = start({spec.shape[spec.batch_dim]})",
         f"    for step, ({given}) in enumerate(batches(steps), start=1):",
-        f"        loss, carried = train_step(program, carried, {given})",
+        f"        loss, carried = train_step(program, carried, {given}{due})",
         '        print(f"step {step}: loss {loss.item():.4f}")',
         '    program.save(HERE / "trained")',
     ]

@@ -14,7 +14,7 @@ from ..errors import DecouplingError
 from ..graphs.nested import map_tensors
 from ..plan import CutPlan
 from ..program.folder import write_folder
-from ..program.settings import Settings
+from ..program.options import TrainingOptions
 from ..reports.steps import StepReport
 from ..runtime.base import BaseTrainer
 from ..runtime.batch_state import Settings
@@ -287,7 +287,7 @@ class ThroughTime(BaseTrainer):
                 "a program with initial_state= or input_gradients= cannot be written as files"
             )
         self.decoupled.graphs.current()  # raises before the first window
-        told = Settings(
+        told = TrainingOptions(
             self.loss,
             self.optimizing.make,
             self.optimizing.make_for_sources,

@@ -20,7 +20,7 @@ from .text import literal
 
 
 @dataclass(frozen=True)
-class Settings:
+class TrainingOptions:
     """How a program trains.
 
     Attributes:
