@@ -19,6 +19,7 @@ from ..graphs.variants import Variant
 from ..passes.trace.traces import Trace
 from ..plan import CutPlan, TensorSpec
 from ..reports.files import write_atomically
+from ..sources import Exampled
 from . import readme
 from .bodies import BodyWriter
 from .classes import Classes
@@ -153,6 +154,13 @@ def _check(graphs: Graphs) -> None:
     leaving = [i for i in graphs.interfaces if i.leaves]
     if any(i.feeds not in graphs.variant.split.model_inputs for i in leaving):
         raise DecouplingError("a network that sends messages to others cannot be written as files")
+    context, specs = graphs.recipe.context, [s.context_spec for s in graphs.sources.values()]
+    guessed = context is not None and not isinstance(context, Exampled)
+    if guessed and any(spec is not None and len(spec.shape) > 2 for spec in specs):
+        raise DecouplingError(
+            "a program is written for a context of known shape, and one with positions has its "
+            "shape from the target: pass example_target= to decouple, the target of one batch"
+        )
     if graphs.inputs:
         raise DecouplingError("a program with synthetic inputs (inputs=) cannot be written as files")
 

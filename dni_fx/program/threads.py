@@ -21,8 +21,11 @@ def thread_lines(training: Training) -> list[list[str]] | None:
     return [staleness, _links_lines(training), *runs, _train_lines(training), _main_lines()]
 
 
-def _makers(training: Training) -> dict[str, int]:
-    return {n: s.index for s in training.stages for n in s.outputs}
+def _heard(training: Training, stage: StageFile) -> list[str]:
+    """What a stage received and some source learns from: nobody takes other gradients."""
+    learners = [a for s in training.stages for a in s.sources if a.learns]
+    wanted = {n for a in learners for n in a.group.names}
+    return [n for n in stage.received if n in wanted]
 
 
 def _users(training: Training, name: str) -> list[StageFile]:
@@ -39,7 +42,7 @@ def _links_lines(training: Training) -> list[str]:
         names = [*(stage.labels[n] for n in stage.inputs), *stage.wanted]
         lines += [f"        self.{n}_to_{stage.index} = Link(self.stop, STALENESS + 2)" for n in names]
     for stage in training.stages:
-        names = [stage.labels[n] for n in stage.received]
+        names = [stage.labels[n] for n in _heard(training, stage)]
         lines += [f"        self.{n}_from_{stage.index} = Link(self.stop, STALENESS + 2)" for n in names]
     return lines
 
@@ -64,7 +67,8 @@ def _run_lines(training: Training, stage: StageFile) -> list[str]:
         for user in _users(training, n)
     ]
     lines += [
-        f"        links.{label[n]}_from_{k}.put(result.{label[n]}_gradient)" for n in stage.received
+        f"        links.{label[n]}_from_{k}.put(result.{label[n]}_gradient)"
+        for n in _heard(training, stage)
     ]
     if stage.is_last:
         lines.append("        links.losses.append(result.loss)")

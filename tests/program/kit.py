@@ -111,7 +111,7 @@ CASES: dict[str, Case] = {
     "gpt, local": Case(
         trainer(
             GPT, ["blocks.0"], _TEXT, per_token, gradients="local",
-            context=dni_fx.one_hot(TOKENS, positions=1),
+            context=dni_fx.one_hot(TOKENS, positions=1), example_target=_TEXT,
         ),
         texts,
     ),
@@ -166,7 +166,7 @@ def run_folders(place: Path, folders: Sequence[Path]) -> None:
     path = os.pathsep.join([poisoned(place), str(ROOT)])
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(script), *map(str, folders)]
-    subprocess.run(command, env=env, check=True, timeout=600)
+    subprocess.run(command, env=env, check=True, timeout=120)
 
 
 def of_stages(found: dict[str, Tensor], trained: dict[str, Tensor]) -> dict[str, tuple[Any, Any]]:
