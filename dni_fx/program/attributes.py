@@ -1,4 +1,4 @@
-"""What a written module holds: its ``__init__``, how its ``forward`` reaches it, and its tensors."""
+"""What a written module holds: its ``__init__``, how ``forward`` reaches it, and its tensors."""
 
 from __future__ import annotations
 
@@ -88,7 +88,9 @@ class Attributes:
         found: list[int] = []
         module: nn.Module | None = self.module
         for part in name.split("."):
-            tables = [] if module is None else [module._parameters, module._buffers, module._modules]
+            tables = (
+                [] if module is None else [module._parameters, module._buffers, module._modules]
+            )
             own = [name for table in tables for name in table]
             found.append(own.index(part) if part in own else len(own))
             module = module._modules.get(part) if module is not None else None
@@ -138,7 +140,9 @@ class Attributes:
         if all(p.isdigit() for p in parts):
             parts = dict(sorted(parts.items(), key=lambda pair: int(pair[0])))
         tensors = {
-            (f"{p}.{k}" if k else p): t for p, made in parts.items() for k, t in made.tensors.items()
+            (f"{p}.{k}" if k else p): t
+            for p, made in parts.items()
+            for k, t in made.tensors.items()
         }
         texts = [made.expression for made in parts.values()]
         if isinstance(found, nn.ParameterList):
@@ -199,7 +203,9 @@ def _zeros(tensor: Tensor) -> str:
     return f"torch.zeros({sizes}{dtype})"
 
 
-def class_lines(text: str, held: Attributes | None, methods: list[str], base: str = "") -> list[str]:
+def class_lines(
+    text: str, held: Attributes | None, methods: list[str], base: str = ""
+) -> list[str]:
     """A class, its name left open.
 
     Args:

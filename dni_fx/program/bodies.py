@@ -193,7 +193,8 @@ class BodyWriter:
         return f"({text})" if " " in text.split("(")[0] else text
 
     def _expression(self, node: fx.Node) -> str:
-        target, args = node.target, [*node.args]
+        target: Any = node.target
+        args: list[Any] = [*node.args]
         if node.op == "call_module":
             return f"{self._attribute(node)}({self._arguments(args, node.kwargs)})"
         if node.op == "call_method":
@@ -207,7 +208,7 @@ class BodyWriter:
         if target is getattr:
             return f"{self._value(args[0])}.{args[1]}"
         if isinstance(target, Rebuild):
-            return self._built(target.structure, iter(args[0] if len(args) == 0 else args))
+            return self._built(target.structure, iter(args))
         if isinstance(target, FunctionCall):
             name = target.function.__name__
             self._imports.add(importing(target.function, name))
@@ -247,7 +248,8 @@ class BodyWriter:
         if structure.kind == "constant":
             return literal(structure.payload)
         children = [self._built(c, leaves) for c in structure.children]
-        payload = structure.payload
+        payload: Any = structure.payload
+        kind: Any
         kind, context = payload if structure.kind == "node" else (type(payload), None)
         kind = context if kind is collections.namedtuple else kind
         if kind is tuple:

@@ -17,7 +17,6 @@ from .bodies import Body, BodyWriter, base_name
 from .scopes import Inline, Scope, find_scopes, flatten, live_nodes, module_at, traced, value_of
 from .text import docstring
 
-
 # names that files of a folder have already
 _RESERVED = {"Tensor", "Any", "Regression", "JointRegression", "LocalHead", "Program"}
 
@@ -273,12 +272,14 @@ class GraphWriter:
             before = after
         if before is not faces.results[0]:
             return None
-        used = [_below(scope.path, str(traced(i).target)) for i in items if not _is_scope(i)]
+        used = [_below(scope.path, str(traced(i).target)) for i in items if isinstance(i, fx.Node)]
         calls = [i for i in items if isinstance(i, Scope)]
         scopes = {_below(scope.path, p): m for p, m in self._made_calls(calls).items()}
         order = sorted([*used, *scopes], key=int)
         held = Attributes(module, scope.path, order, used, scopes, self._others, self._add)
         parts = [line.partition(" = ")[2] for line in held.lines]
+        if not all(parts):  # some weights of a child are frozen, and others are not
+            return None
         renamed = {k.removeprefix("layer_"): t for k, t in held.tensors.items()}
         return Made(f"nn.Sequential({', '.join(parts)})", renamed)
 
@@ -288,11 +289,9 @@ def _is_linear(held: Attributes, body: Body) -> bool:
     names = [name for name, _ in body.given.values()]
     plain = [t.requires_grad and t.dtype == torch.float32 for t in held.tensors.values()]
     whole = len(names) == 1 and not body.lines and set(held.tensors) == {"weight", "bias"}
-    return whole and all(plain) and body.returns[0] == f"F.linear({names[0]}, self.weight, self.bias)"
-
-
-def _is_scope(item: Any) -> bool:
-    return isinstance(item, Scope)
+    return (
+        whole and all(plain) and body.returns[0] == f"F.linear({names[0]}, self.weight, self.bias)"
+    )
 
 
 def _below(scope: str, path: str) -> str:

@@ -88,9 +88,9 @@ def _arguments(module: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[str, 
 
 
 def _setting(module: Any, name: str, parameter: inspect.Parameter) -> Any:
-    if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
-        if name in _LAYER:
-            return _LAYER[name](module)
+    is_layer = isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer)
+    if is_layer and name in _LAYER:
+        return _LAYER[name](module)
     if name == "bias":
         held = getattr(module, name, getattr(module, "in_proj_bias", None))
         return held if isinstance(held, bool) else held is not None

@@ -38,7 +38,9 @@ def _collect(module: ModuleType, name: str, found: dict[str, tuple[bool, str]]) 
     else:
         return
     lines = source.splitlines()
-    first = min([statement.lineno, *(d.lineno for d in getattr(statement, "decorator_list", []))]) - 1
+    first = (
+        min([statement.lineno, *(d.lineno for d in getattr(statement, "decorator_list", []))]) - 1
+    )
     while first and lines[first - 1].startswith("#"):
         first -= 1
     text = textwrap.dedent("\n".join(lines[first : statement.end_lineno]))

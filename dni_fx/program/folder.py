@@ -25,11 +25,10 @@ from .bodies import BodyWriter
 from .classes import Classes
 from .copying import copied
 from .headers import KIT, file_text, home_of, needed_classes
+from .options import Text, TrainingOptions, context_text, loss_text, optimizer_text
 from .scopes import Inline, Scope, value_of
-from .options import TrainingOptions, Text, context_text, loss_text, optimizer_text
 from .stages import StageFile, label_values, write_stage
 from .threads import thread_lines
-from .windows import StateTensor, state_of, window_lines
 from .training import (
     Training,
     batch_lines,
@@ -38,6 +37,7 @@ from .training import (
     program_lines,
     step_lines,
 )
+from .windows import StateTensor, state_of, window_lines
 
 _CALLED = {"AcrossTime", "gradient_of", "no_gradients"}  # of the kit, by a stage itself
 _TORCH = [
@@ -73,7 +73,9 @@ def write_folder(graphs: Graphs, settings: TrainingOptions, path: str | Path) ->
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise DecouplingError(f"{str(path)!r} is there already: name a new or empty folder")
     if not path.parent.is_dir():
-        raise DecouplingError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}")
+        raise DecouplingError(
+            f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}"
+        )
     files, weights = write_files(graphs, settings)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -105,8 +107,7 @@ def write_files(
     many = settings.accumulate
     told = loss.expression + (f" / {many}" if many > 1 else "")
     stages = [
-        write_stage(variant, stage, served, labels, told, classes)
-        for stage in variant.split.stages
+        write_stage(variant, stage, served, labels, told, classes) for stage in variant.split.stages
     ]
     stages[-1].imports |= loss.imports
     training = _training(graphs, variant, stages, settings)
@@ -162,7 +163,9 @@ def _check(graphs: Graphs) -> None:
             "shape from the target: pass example_target= to decouple, the target of one batch"
         )
     if graphs.inputs:
-        raise DecouplingError("a program with synthetic inputs (inputs=) cannot be written as files")
+        raise DecouplingError(
+            "a program with synthetic inputs (inputs=) cannot be written as files"
+        )
 
 
 def _training(
@@ -310,7 +313,7 @@ def _training_texts(
             made | extra,
         )
     }
-    modules = {f"stage_{s.index}": [] for s in stages}
+    modules = [f"stage_{s.index}" for s in stages]
     names = ["Program", *(["check"] if training.checks else [])]
     sees = training.context is not None and any(s.takes_context for s in stages)
     encode = ["one_hot"] if sees and "one_hot" in uses else []

@@ -52,8 +52,8 @@ def function_name(function: Callable[..., Any]) -> tuple[str, str]:
     """
     if isinstance(function, ReadAttribute | StoreAttribute | Fill):
         raise DecouplingError(
-            f"the model keeps a tensor from call to call ({function.__name__.replace('_', ' ', 1)}), "
-            "which no file does: make it a buffer"
+            "the model keeps a tensor from call to call "
+            f"({function.__name__.replace('_', ' ', 1)}), which no file does: make it a buffer"
         )
     name = getattr(function, "__name__", "")
     for space, holder in _SPACES.items():
@@ -91,11 +91,7 @@ def told(function: Callable[..., Any], kwargs: dict[str, Any]) -> dict[str, Any]
         known = inspect.signature(function).parameters
     except (TypeError, ValueError):
         return dict(kwargs)
-    return {
-        n: v
-        for n, v in kwargs.items()
-        if n not in known or not _is_same(known[n].default, v)
-    }
+    return {n: v for n, v in kwargs.items() if n not in known or not _is_same(known[n].default, v)}
 
 
 def _is_same(default: Any, value: Any) -> bool:

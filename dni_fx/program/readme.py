@@ -38,7 +38,9 @@ def text(plan: CutPlan, training: Training, files: Mapping[str, str], trace: Tra
         "| --- | --- |",
     ]
     known = {*files, "weights/", "stage_{}.py"}
-    lines += [f"| `{name.format('N')}` | {about} |" for name, about in _FILES.items() if name in known]
+    lines += [
+        f"| `{name.format('N')}` | {about} |" for name, about in _FILES.items() if name in known
+    ]
     lines += ["", "## Plan", "", "```", *str(plan).splitlines(), "```"]
     notes = _notes(training, trace, "train_threads.py" in files)
     if notes:
@@ -55,18 +57,20 @@ def _more(training: Training) -> str:
 
 def _notes(training: Training, trace: Trace, threads: bool) -> list[str]:
     notes = [
-        "This is the program of the mode that the model was in (training or evaluation): `F.dropout` "
-        "and the like are as they were recorded.",
+        "This is the program of the mode that the model was in (training or evaluation): "
+        "`F.dropout` and the like are as they were recorded.",
         "The optimisers begin anew.",
     ]
-    notes += [f"It holds where `{condition}`; else `check` raises." for condition in training.checks]
+    notes += [
+        f"It holds where `{condition}`; else `check` raises." for condition in training.checks
+    ]
     renamed = [
         (s.index, k) for s in training.stages for k in s.tensors if k.startswith("layer_")
     ]  # fmt: skip
     if renamed:
         notes.append(
-            "Names that are no names in Python begin with `layer_`: `layer_0.weight` is the model's "
-            "`0.weight`."
+            "Names that are no names in Python begin with `layer_`: `layer_0.weight` is the "
+            "model's `0.weight`."
         )
     if training.target is None:
         notes.append("What the loss takes could not be told: `batches` gives no targets yet.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -92,9 +91,7 @@ def find_scopes(nodes: Sequence[fx.Node], trace: Trace) -> Scope:
     return root
 
 
-def _stacks(
-    nodes: Sequence[fx.Node], ends: Mapping[fx.Node, set[str]]
-) -> list[tuple[str, ...]]:
+def _stacks(nodes: Sequence[fx.Node], ends: Mapping[fx.Node, set[str]]) -> list[tuple[str, ...]]:
     """The modules that each node ran in; what has none lies where its neighbours both are, and a
     region around whole calls outside of these.
     """
@@ -110,15 +107,16 @@ def _stacks(
         for stack in inside:
             found = _common(found, stack)
         over = {p for n in nodes[first:end] for p in ends.get(traced(n), ())}
-        found = tuple(itertools.takewhile(lambda path: path not in over, found))
+        depth = next((i for i, path in enumerate(found) if path in over), len(found))
+        found = found[:depth]
         for place in (*range(start, first), end):
             known[place] = found
     filled: list[tuple[str, ...]] = []
-    for place, stack in enumerate(known):
-        if stack is None:
+    for place, own in enumerate(known):
+        if own is None:
             after = next((s for s in known[place:] if s is not None), ())
-            stack = _common(filled[-1] if filled else (), after)
-        filled.append(stack)
+            own = _common(filled[-1] if filled else (), after)
+        filled.append(own)
     return filled
 
 

@@ -95,8 +95,12 @@ def _across_time(source: AcrossTime, group: Served, classes: Classes) -> Written
     """What predicts for a state, around another source."""
     if type(source.source) is Zero:
         return Written("zero", "", uses=("no_gradients",))
-    if len({spec.dtype for spec in source.specs}) > 1 or any(len(s.shape) < 2 for s in source.specs):
-        raise DecouplingError("a state of several dtypes, or of scalars, cannot be written as files")
+    if len({spec.dtype for spec in source.specs}) > 1 or any(
+        len(s.shape) < 2 for s in source.specs
+    ):
+        raise DecouplingError(
+            "a state of several dtypes, or of scalars, cannot be written as files"
+        )
     inner = Served(group.names, source.source, group.producer, group.consumers)
     written = write_source(inner, classes)
     if written.kind != "regression":

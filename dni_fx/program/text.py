@@ -47,7 +47,9 @@ def literal(value: Any, name: Callable[[fx.Node], str] | None = None) -> str:
     if isinstance(value, torch.device):
         return f"torch.device({quoted(str(value))})"
     if isinstance(value, slice):
-        return f"slice({', '.join(literal(v, name) for v in (value.start, value.stop, value.step))})"
+        return (
+            f"slice({', '.join(literal(v, name) for v in (value.start, value.stop, value.step))})"
+        )
     if isinstance(value, range):
         return repr(value)
     if isinstance(value, list):

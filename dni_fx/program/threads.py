@@ -12,9 +12,8 @@ def thread_lines(training: Training) -> list[list[str]] | None:
     if any(owner != other for owner, _, other, _ in training.ties):
         return None
     staleness = [
-        "# how many batches a stage goes on before its sources learn from one; 0 waits for each, and "
-        "gives",
-        "# the weights of train.py",
+        "# how many batches a stage goes on before its sources learn from one; 0 waits for each,",
+        "# and gives the weights of train.py",
         "STALENESS = 1",
     ]
     runs = [_run_lines(training, stage) for stage in training.stages]
@@ -40,10 +39,14 @@ def _links_lines(training: Training) -> list[str]:
     lines.append("        self.losses: list[Tensor] = []")
     for stage in training.stages:
         names = [*(stage.labels[n] for n in stage.inputs), *stage.wanted]
-        lines += [f"        self.{n}_to_{stage.index} = Link(self.stop, STALENESS + 2)" for n in names]
+        lines += [
+            f"        self.{n}_to_{stage.index} = Link(self.stop, STALENESS + 2)" for n in names
+        ]
     for stage in training.stages:
         names = [stage.labels[n] for n in _heard(training, stage)]
-        lines += [f"        self.{n}_from_{stage.index} = Link(self.stop, STALENESS + 2)" for n in names]
+        lines += [
+            f"        self.{n}_from_{stage.index} = Link(self.stop, STALENESS + 2)" for n in names
+        ]
     return lines
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..plan import TensorSpec
-from .options import TrainingOptions, Text
+from .options import Text, TrainingOptions
 from .stages import Asked, StageFile
 from .text import docstring, literal
 

@@ -62,9 +62,7 @@ def trainer(
 
 def images(size: int, classes: int = 10) -> list[Any]:
     torch.manual_seed(1)
-    return [
-        (torch.randn(4, 3, size, size), torch.randint(classes, (4,))) for _ in range(STEPS)
-    ]
+    return [(torch.randn(4, 3, size, size), torch.randint(classes, (4,))) for _ in range(STEPS)]
 
 
 def maps() -> list[Any]:

@@ -69,8 +69,6 @@ class CharacterModel(nn.Module):
         return self.head(y)
 
 
-
-
 def per_token(output: Tensor, target: Tensor) -> Tensor:
     """The loss of a language model, whose classes are last."""
     return F.cross_entropy(output.flatten(0, 1), target.flatten())
