@@ -212,13 +212,6 @@ class Trainer(Measures):
             self.drain()
 
     def to_folder(self, path: str | Path) -> Path:
-        """As :meth:`Decoupled.to_folder`, with this trainer's loss and optimisers, which begin anew
-        there.
-
-        Raises:
-            DecouplingError: as there; or a schedule that leaves out stages or uses the true
-                gradient, which the files have no loop for.
-        """
         if not isinstance(self.schedule, Sequential | Threads):
             raise DecouplingError(
                 f"a program with schedule={type(self.schedule).__name__} cannot be written as "
@@ -226,15 +219,7 @@ class Trainer(Measures):
             )
         self.finish_threads()
         self._make_optimizers()
-        own = self.optimizing
-        return self.decoupled.to_folder(
-            path,
-            loss=self.loss,
-            optimizer=own.make,
-            synthesizer_optimizer=own.make_for_sources,
-            clip_norm=self.clip_norm,
-            accumulate=self.accumulate,
-        )
+        return super().to_folder(path)
 
     # ---- state -----------------------------------------------------------------------------------
 

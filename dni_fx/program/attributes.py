@@ -88,10 +88,7 @@ class Attributes:
         found: list[int] = []
         module: nn.Module | None = self.module
         for part in name.split("."):
-            tables = (
-                [] if module is None else [module._parameters, module._buffers, module._modules]
-            )
-            own = [name for table in tables for name in table]
+            own = [] if module is None else _own_names(module)
             found.append(own.index(part) if part in own else len(own))
             module = module._modules.get(part) if module is not None else None
         return found
@@ -182,6 +179,10 @@ class Attributes:
 
     def _full(self, name: str) -> str:
         return f"{self.path}.{name}" if self.path else name
+
+
+def _own_names(module: nn.Module) -> list[str]:
+    return [*module._parameters, *module._buffers, *module._modules]
 
 
 def _child(module: Any, name: str) -> Any:

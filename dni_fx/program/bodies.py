@@ -10,18 +10,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from ..errors import DecouplingError
 from ..graphs.nested import Structure
 from ..passes.cut.splitting import Rebuild
 from ..passes.trace.calls import FunctionCall, after, call_named, setitem
+from ..passes.trace.nodes import Node
 from .functions import INFIX, PREFIX, function_name, importing, sign_of, told
 from .scopes import Inline, Scope, unpacked, value_of
 from .text import free_name, index, literal
 
 _WORDS = {"truediv": "div", "floordiv": "div", "getitem": "part", "sum": "total"}
-Parts = Mapping[fx.Node, Sequence[str]]
+Parts = Mapping[Node, Sequence[str]]
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Body:
         returns: what it returns, and the type of that.
     """
 
-    given: dict[fx.Node, tuple[str, str]]
+    given: dict[Node, tuple[str, str]]
     lines: list[str] = field(default_factory=list)
     returns: tuple[str, str] = ("None", "None")
 
@@ -62,19 +63,19 @@ class BodyWriter:
         scope: Scope,
         inline: Inline,
         parts: Parts,
-        attribute: Callable[[fx.Node], str],
-        call: Callable[[Scope], tuple[str, Sequence[fx.Node], Sequence[fx.Node]]],
+        attribute: Callable[[Node], str],
+        call: Callable[[Scope], tuple[str, Sequence[Node], Sequence[Node]]],
         imports: set[str],
     ) -> None:
         self._scope, self._inline, self._parts = scope, inline, parts
         self._attribute, self._call, self._imports = attribute, call, imports
         self._near = set(scope.nodes())
-        self._names: dict[fx.Node, str] = {}
+        self._names: dict[Node, str] = {}
         self._taken: set[str] = set()
         self._lines: list[str] = []
         self._indent = ""
 
-    def write(self, given: Mapping[fx.Node, str], results: Any) -> Body:
+    def write(self, given: Mapping[Node, str], results: Any) -> Body:
         """The function.
 
         Args:
@@ -99,7 +100,7 @@ class BodyWriter:
             body.returns = (", ".join(map(self._value, nodes)), f"tuple[{kinds}]")
         return body
 
-    def expression(self, node: fx.Node, names: Mapping[fx.Node, str]) -> str:
+    def expression(self, node: Node, names: Mapping[Node, str]) -> str:
         """An inline node by itself, of values that have names."""
         self._names = dict(names)
         return self._expression(node)
@@ -108,7 +109,7 @@ class BodyWriter:
 
     def _write(self, scope: Scope) -> None:
         for item in scope.items:
-            if isinstance(item, fx.Node):
+            if isinstance(item, Node):
                 self._node(item)
             elif item.header:
                 self._lines.append(f"{self._indent}{item.header}")
@@ -128,7 +129,7 @@ class BodyWriter:
         names = [self._bind(node, base_name(node)) for node in results]
         self._say(f"{', '.join(names)} = {text}" if names else text)
 
-    def _node(self, node: fx.Node) -> None:
+    def _node(self, node: Node) -> None:
         if node in self._inline.nodes:
             return
         if node in self._names:
@@ -157,7 +158,7 @@ class BodyWriter:
         else:
             self._say(text)
 
-    def _take_apart(self, node: fx.Node, text: str) -> bool:
+    def _take_apart(self, node: Node, text: str) -> bool:
         """Name all parts of a result at once, where they are known."""
         wanted = self._parts.get(node, ())
         parts = unpacked(node, len(wanted), self._near)
@@ -166,13 +167,13 @@ class BodyWriter:
             self._say(f"{', '.join(names)} = {text}")
         return parts is not None
 
-    def _assign(self, node: fx.Node, wanted: str, text: str) -> None:
+    def _assign(self, node: Node, wanted: str, text: str) -> None:
         self._say(f"{self._bind(node, wanted)} = {text}")
 
     def _say(self, text: str) -> None:
         self._lines.append(f"{self._indent}{text}")
 
-    def _bind(self, node: fx.Node, wanted: str) -> str:
+    def _bind(self, node: Node, wanted: str) -> str:
         name = free_name(wanted, self._taken)
         self._taken.add(name)
         self._names[node] = name
@@ -183,7 +184,7 @@ class BodyWriter:
     def _value(self, value: Any) -> str:
         return literal(value, self._named)
 
-    def _named(self, node: fx.Node) -> str:
+    def _named(self, node: Node) -> str:
         if node in self._names:
             return self._names[node]
         if node.op == "get_attr":
@@ -192,7 +193,7 @@ class BodyWriter:
         text = self._expression(node)
         return f"({text})" if " " in text.split("(")[0] else text
 
-    def _expression(self, node: fx.Node) -> str:
+    def _expression(self, node: Node) -> str:
         target: Any = node.target
         args: list[Any] = [*node.args]
         if node.op == "call_module":
@@ -295,7 +296,7 @@ def _keys(structure: Structure, context: Any) -> list[Any]:
 
 def type_of(node: Any) -> str:
     """The annotation of a value."""
-    if not isinstance(node, fx.Node):
+    if not isinstance(node, Node):
         return type(node).__name__ if isinstance(node, bool | int | float | str) else "Any"
     if isinstance(value_of(node), Tensor):
         return "Tensor"
@@ -306,7 +307,7 @@ def type_of(node: Any) -> str:
     return "int" if whole and all(type_of(a) == "int" for a in node.args) else "Any"
 
 
-def base_name(node: fx.Node) -> str:
+def base_name(node: Node) -> str:
     """What a value is called, where that is free."""
     if is_same_tensor(node):
         return base_name(node.all_input_nodes[0])
@@ -326,7 +327,7 @@ def word_of(path: str) -> str:
     return "_".join(parts[-2:]) if parts[-1].isdigit() and len(parts) > 1 else parts[-1]
 
 
-def is_same_tensor(node: fx.Node) -> bool:
+def is_same_tensor(node: Node) -> bool:
     """Whether a cast gives back what it is given."""
     if node.op != "call_method" or node.target != "to" or len(node.args) != 2 or node.kwargs:
         return False
@@ -336,7 +337,7 @@ def is_same_tensor(node: fx.Node) -> bool:
     return is_kind and both and (before.dtype, before.device) == (now.dtype, now.device)
 
 
-def _is_in_place(node: fx.Node) -> bool:
+def _is_in_place(node: Node) -> bool:
     name = str(node.target)
     ends = name.endswith("_") and not name.endswith("__")
     return node.op == "call_method" and ends and name not in ("requires_grad_",)

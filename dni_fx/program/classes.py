@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
+from ..passes.trace.nodes import Graph, Node
 from ..passes.trace.traces import Trace
 from .attributes import OPEN, Attributes, Made, class_lines
 from .bodies import Body, BodyWriter, base_name
@@ -57,8 +58,8 @@ class Classes:
 class Faces:
     """What goes into a scope and comes out."""
 
-    given: tuple[fx.Node, ...]
-    results: tuple[fx.Node, ...]
+    given: tuple[Node, ...]
+    results: tuple[Node, ...]
 
 
 class _UnlikeError(Exception):
@@ -79,7 +80,7 @@ class GraphWriter:
 
     def __init__(
         self,
-        graph: fx.Graph,
+        graph: Graph,
         trace: Trace,
         model: nn.Module,
         results: Sequence[Any],
@@ -87,7 +88,7 @@ class GraphWriter:
         whose: str = "The model's",
     ) -> None:
         self.trace, self.model, self.classes = trace, model, classes
-        self.results = [r for r in results if isinstance(r, fx.Node)]
+        self.results = [r for r in results if isinstance(r, Node)]
         nodes = live_nodes(graph, self.results)
         self.inline = Inline(nodes)
         self.root = find_scopes(nodes, trace)
@@ -97,7 +98,7 @@ class GraphWriter:
         self.imports: set[str] = set()
         self._others = trace.attributes
 
-    def _part_names(self, node: fx.Node) -> list[str]:
+    def _part_names(self, node: Node) -> list[str]:
         """What the parts of a result are called that is taken apart; none where that is unknown."""
         lengths = [
             int(count)
@@ -119,8 +120,8 @@ class GraphWriter:
     def faces(self, scope: Scope) -> Faces:
         """What goes into a scope and comes out, in program order."""
         inside = set(scope.nodes())
-        given: dict[fx.Node, None] = {}
-        plain: dict[fx.Node, None] = {}
+        given: dict[Node, None] = {}
+        plain: dict[Node, None] = {}
         for node in scope.nodes():
             for used in node.all_input_nodes if node not in self.inline.nodes else ():
                 if used in self.inline.nodes:
@@ -140,7 +141,7 @@ class GraphWriter:
         )
         return Faces(tuple(given), results)
 
-    def _is_used_outside(self, node: fx.Node, inside: set[fx.Node]) -> bool:
+    def _is_used_outside(self, node: Node, inside: set[Node]) -> bool:
         if node in self.results:
             return True
         for user in node.users:
@@ -151,7 +152,7 @@ class GraphWriter:
                 return True
         return False
 
-    def _path_in(self, scope: str, node: fx.Node) -> str | None:
+    def _path_in(self, scope: str, node: Node) -> str | None:
         """The path of an attribute below a module, by whatever name it has there."""
         target = str(traced(node).target)
         if not scope:
@@ -164,7 +165,7 @@ class GraphWriter:
 
     # ---- classes ---------------------------------------------------------------------------------
 
-    def written(self, given: Mapping[fx.Node, str], results: Any) -> tuple[Attributes, Body]:
+    def written(self, given: Mapping[Node, str], results: Any) -> tuple[Attributes, Body]:
         """The graph's own module: what it holds, and its ``forward``."""
         while True:
             try:
@@ -173,7 +174,7 @@ class GraphWriter:
                 flatten(self.root, str(error))
 
     def _module(
-        self, scope: Scope, given: Mapping[fx.Node, str], results: Any
+        self, scope: Scope, given: Mapping[Node, str], results: Any
     ) -> tuple[Attributes, Body]:
         own, calls = _direct(scope)
         made = self._made_calls(calls)
@@ -189,7 +190,7 @@ class GraphWriter:
                 if place is not None:
                     used[place] = None
         for read in results if isinstance(results, tuple) else (results,):
-            if isinstance(read, fx.Node) and read.op == "get_attr":
+            if isinstance(read, Node) and read.op == "get_attr":
                 used[self._path_in(scope.path, read) or ""] = None
         module = module_at(self.model, scope.path)
         held = Attributes(module, scope.path, used, called, scopes, self._others, self._add)
@@ -199,10 +200,10 @@ class GraphWriter:
             for c in calls
         }
 
-        def attribute(node: fx.Node) -> str:
+        def attribute(node: Node) -> str:
             return held.expression(self._path_in(scope.path, node) or "")
 
-        def call(inner: Scope) -> tuple[str, Sequence[fx.Node], Sequence[fx.Node]]:
+        def call(inner: Scope) -> tuple[str, Sequence[Node], Sequence[Node]]:
             found = faces[id(inner)]
             callee = held.expression(_below(scope.path, inner.path))
             return callee, given_of[id(inner)], found.results
@@ -240,7 +241,7 @@ class GraphWriter:
         name = self._add(kind, class_lines(text, held, method_lines("forward", body)))
         return Made(f"{name}()", held.tensors)
 
-    def _given_names(self, given: Sequence[fx.Node], module: nn.Module) -> dict[fx.Node, str]:
+    def _given_names(self, given: Sequence[Node], module: nn.Module) -> dict[Node, str]:
         """What a module's ``forward`` takes: its first argument first, as the model calls it."""
         names = {n: base_name(n) for n in given}
         tensors = [n for n in given if isinstance(value_of(n), Tensor)]
@@ -272,7 +273,7 @@ class GraphWriter:
             before = after
         if before is not faces.results[0]:
             return None
-        used = [_below(scope.path, str(traced(i).target)) for i in items if isinstance(i, fx.Node)]
+        used = [_below(scope.path, str(traced(i).target)) for i in items if isinstance(i, Node)]
         calls = [i for i in items if isinstance(i, Scope)]
         scopes = {_below(scope.path, p): m for p, m in self._made_calls(calls).items()}
         order = sorted([*used, *scopes], key=int)
@@ -298,12 +299,12 @@ def _below(scope: str, path: str) -> str:
     return path.removeprefix(f"{scope}.") if scope else path
 
 
-def _direct(scope: Scope) -> tuple[list[fx.Node], list[Scope]]:
+def _direct(scope: Scope) -> tuple[list[Node], list[Scope]]:
     """Nodes and calls of a scope itself, those in regions of modes included."""
-    nodes: list[fx.Node] = []
+    nodes: list[Node] = []
     calls: list[Scope] = []
     for item in scope.items:
-        if isinstance(item, fx.Node):
+        if isinstance(item, Node):
             nodes.append(item)
         elif item.header:
             more, inner = _direct(item)

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from ..errors import DecouplingError
 from ..graphs.graphs import Graphs
 from ..graphs.variants import Variant
+from ..passes.trace.nodes import Node
 from ..passes.trace.traces import Trace
 from ..plan import CutPlan, TensorSpec
 from ..reports.files import write_atomically
@@ -152,6 +153,11 @@ def _check(graphs: Graphs) -> None:
             "with gradients='exact' the program is backpropagation: train the model itself; "
             "decouple with a source that answers at once to write a program"
         )
+    opening: Any = graphs.recipe.opening
+    if opening is not None and (opening.module.initial_state or opening.input_gradients):
+        raise DecouplingError(
+            "a program with initial_state= or input_gradients= cannot be written as files"
+        )
     leaving = [i for i in graphs.interfaces if i.leaves]
     if any(i.feeds not in graphs.variant.split.model_inputs for i in leaving):
         raise DecouplingError("a network that sends messages to others cannot be written as files")
@@ -182,7 +188,7 @@ def _training(
         if n.name not in carried
     ]
     leaves = trace.output_leaves
-    output = value_of(leaves[0]) if len(leaves) == 1 and isinstance(leaves[0], fx.Node) else None
+    output = value_of(leaves[0]) if len(leaves) == 1 and isinstance(leaves[0], Node) else None
     suffix = "safetensors" if importlib.util.find_spec("safetensors") else "pt"
     return Training(
         stages=stages,
@@ -232,9 +238,7 @@ def _optimizers(
     return found
 
 
-def conditions(
-    trace: Trace, names: Mapping[fx.Node, str], shapes: list[tuple[int, ...]]
-) -> list[str]:
+def conditions(trace: Trace, names: Mapping[Node, str], shapes: list[tuple[int, ...]]) -> list[str]:
     """What the program looks at in its inputs, as conditions in Python."""
     if trace.rung == "export":
         pairs = zip(names.values(), shapes, strict=True)

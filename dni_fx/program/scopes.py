@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
+from ..passes.trace.nodes import Graph, Node
 from ..passes.trace.traces import Trace
 from .functions import INFIX, PREFIX
 
@@ -34,10 +35,10 @@ class Scope:
     """
 
     path: str
-    items: list[fx.Node | Scope] = field(default_factory=list)
+    items: list[Node | Scope] = field(default_factory=list)
     header: str = ""
 
-    def nodes(self) -> Iterator[fx.Node]:
+    def nodes(self) -> Iterator[Node]:
         """All nodes in it, in order."""
         for item in self.items:
             if isinstance(item, Scope):
@@ -46,25 +47,25 @@ class Scope:
                 yield item
 
 
-def traced(node: fx.Node) -> fx.Node:
+def traced(node: Node) -> Node:
     """The node that a stage's node is a copy of; a node of a whole graph itself."""
-    found: fx.Node = node.meta.get("traced", node)
+    found: Node = node.meta.get("traced", node)
     return found
 
 
-def value_of(node: fx.Node) -> Any:
+def value_of(node: Node) -> Any:
     """The example of a node's value; None where it is no tensor, or not known."""
     return traced(node).meta.get("value")
 
 
-def find_scopes(nodes: Sequence[fx.Node], trace: Trace) -> Scope:
+def find_scopes(nodes: Sequence[Node], trace: Trace) -> Scope:
     """The tree of calls that some nodes of a graph ran in.
 
     Args:
         nodes: of a stage or of a whole graph, without inputs, attributes and output.
         trace: what they come from; it knows where calls end.
     """
-    ends: dict[fx.Node, set[str]] = {}
+    ends: dict[Node, set[str]] = {}
     for path, _, last in trace.calls:
         ends.setdefault(last, set()).add(path)
     root = Scope("")
@@ -91,7 +92,7 @@ def find_scopes(nodes: Sequence[fx.Node], trace: Trace) -> Scope:
     return root
 
 
-def _stacks(nodes: Sequence[fx.Node], ends: Mapping[fx.Node, set[str]]) -> list[tuple[str, ...]]:
+def _stacks(nodes: Sequence[Node], ends: Mapping[Node, set[str]]) -> list[tuple[str, ...]]:
     """The modules that each node ran in; what has none lies where its neighbours both are, and a
     region around whole calls outside of these.
     """
@@ -127,13 +128,13 @@ def _common(a: tuple[str, ...], b: tuple[str, ...]) -> tuple[str, ...]:
     return a[:count]
 
 
-def _opens(node: fx.Node) -> bool:
+def _opens(node: Node) -> bool:
     return node.target in (torch.is_grad_enabled, torch.amp.autocast_mode._enter_autocast)
 
 
-def _regions(nodes: Sequence[fx.Node]) -> dict[int, int]:
+def _regions(nodes: Sequence[Node]) -> dict[int, int]:
     """Where each region of modes begins and ends."""
-    opened: dict[fx.Node, int] = {}
+    opened: dict[Node, int] = {}
     found = {}
     for place, node in enumerate(nodes):
         if _opens(node):
@@ -145,7 +146,7 @@ def _regions(nodes: Sequence[fx.Node]) -> dict[int, int]:
 
 def _enclose(scope: Scope) -> None:
     """What stands between the two ends of a region of modes becomes one item."""
-    stack: list[tuple[Scope, fx.Node]] = []
+    stack: list[tuple[Scope, Node]] = []
     items, scope.items = scope.items, []
     skipped = 0
     for place, item in enumerate(items):
@@ -165,10 +166,10 @@ def _enclose(scope: Scope) -> None:
             current.append(item)
 
 
-def _header(node: fx.Node, following: fx.Node | Scope) -> tuple[str, int]:
+def _header(node: Node, following: Node | Scope) -> tuple[str, int]:
     """How a region begins, and how many more nodes say so."""
     if node.target is torch.is_grad_enabled:
-        assert isinstance(following, fx.Node)
+        assert isinstance(following, Node)
         return ("with torch.enable_grad():" if following.args[0] else "with torch.no_grad():"), 1
     device, dtype, enabled, cached = node.args
     told = f'"{device}", dtype={dtype}, enabled={enabled}'
@@ -177,7 +178,7 @@ def _header(node: fx.Node, following: fx.Node | Scope) -> tuple[str, int]:
 
 def _inline(scope: Scope) -> None:
     """Calls that use nothing of their module are written where they stand."""
-    items: list[fx.Node | Scope] = []
+    items: list[Node | Scope] = []
     for item in scope.items:
         if isinstance(item, Scope):
             _inline(item)
@@ -190,7 +191,7 @@ def _inline(scope: Scope) -> None:
 
 def flatten(scope: Scope, path: str) -> None:
     """Write the calls of one module where they stand."""
-    items: list[fx.Node | Scope] = []
+    items: list[Node | Scope] = []
     for item in scope.items:
         if isinstance(item, Scope):
             flatten(item, path)
@@ -201,12 +202,12 @@ def flatten(scope: Scope, path: str) -> None:
     scope.items = items
 
 
-def needs_module(node: fx.Node) -> bool:
+def needs_module(node: Node) -> bool:
     """Whether a node reads something of the model."""
     return node.op == "call_module" or any(n.op == "get_attr" for n in node.all_input_nodes)
 
 
-def live_nodes(graph: fx.Graph, results: Iterable[fx.Node]) -> list[fx.Node]:
+def live_nodes(graph: Graph, results: Iterable[Node]) -> list[Node]:
     """Nodes that the results depend on, or that do something else; no inputs and attributes."""
     nodes = [n for n in graph.nodes if n.op.startswith("call_")]
     needed = {n for n in nodes if _does_something(n)} | set(results)
@@ -216,7 +217,7 @@ def live_nodes(graph: fx.Graph, results: Iterable[fx.Node]) -> list[fx.Node]:
     return [n for n in nodes if n in needed]
 
 
-def _does_something(node: fx.Node) -> bool:
+def _does_something(node: Node) -> bool:
     meta, region = traced(node).meta, node.target in _REGIONS
     return node.op == "call_module" or bool(meta.get("mutates") or meta.get("random") or region)
 
@@ -229,14 +230,14 @@ class Inline:
         nodes: of the graph that is written.
     """
 
-    def __init__(self, nodes: Sequence[fx.Node]) -> None:
+    def __init__(self, nodes: Sequence[Node]) -> None:
         still = not any(n.op == "call_method" and n.target in _RESHAPES for n in nodes)
-        self.nodes: set[fx.Node] = set()
+        self.nodes: set[Node] = set()
         for node in nodes if still else ():
             if self._is_plain(node):
                 self.nodes.add(node)
 
-    def _is_plain(self, node: fx.Node) -> bool:
+    def _is_plain(self, node: Node) -> bool:
         if value_of(node) is not None:
             return False
         used = node.all_input_nodes
@@ -247,14 +248,14 @@ class Inline:
         known = node.target in INFIX or node.target in PREFIX
         return node.op == "call_function" and known and all(n in self.nodes for n in used)
 
-    def leaves(self, node: fx.Node) -> set[fx.Node]:
+    def leaves(self, node: Node) -> set[Node]:
         """The values that an inline expression is computed of."""
         if node not in self.nodes:
             return {node}
         return {leaf for used in node.all_input_nodes for leaf in self.leaves(used)}
 
 
-def unpacked(node: fx.Node, count: int, near: set[fx.Node]) -> list[fx.Node] | None:
+def unpacked(node: Node, count: int, near: set[Node]) -> list[Node] | None:
     """The nodes that take a result's parts, where the statement can name them all at once.
 
     Args:
@@ -270,7 +271,7 @@ def unpacked(node: fx.Node, count: int, near: set[fx.Node]) -> list[fx.Node] | N
     return [parts[k] for k in range(len(users))] if whole and len(users) > 1 else None
 
 
-def _takes_part(user: fx.Node, node: fx.Node) -> bool:
+def _takes_part(user: Node, node: Node) -> bool:
     is_item = user.target is operator.getitem and user.args[0] is node
     return is_item and isinstance(user.args[1], int)
 

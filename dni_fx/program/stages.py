@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor
 
 from ..graphs.variants import Variant
 from ..passes.cut.splitting import OUTPUT, StageGraph
-from ..passes.trace.nodes import identifier
+from ..passes.trace.nodes import Graph, Node, identifier
 from ..sources import Served
 from .attributes import class_lines
 from .bodies import Body, type_of
@@ -300,7 +300,7 @@ def _result(made: StageFile, body: Body) -> list[str]:
     return found
 
 
-def _needs_views(graph: fx.Graph, places: Sequence[fx.Node], returned: Sequence[Any]) -> bool:
+def _needs_views(graph: Graph, places: Sequence[Node], returned: Sequence[Any]) -> bool:
     """Whether a stage may write into what it is given, or gives it back."""
-    nodes = live_nodes(graph, [r for r in returned if isinstance(r, fx.Node)])
+    nodes = live_nodes(graph, [r for r in returned if isinstance(r, Node)])
     return any(traced(n).meta.get("mutates") for n in nodes) or any(r in places for r in returned)

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import fx
 
 from ..errors import DecouplingError
+from ..passes.trace.nodes import Node
 
 WIDTH = 100
 _CONSTANTS = torch.dtype | torch.layout | torch.memory_format
@@ -21,7 +21,7 @@ _TAKEN = {*keyword.kwlist, *dir(builtins), "self", "torch", "nn", "F", "Tensor",
 _PAIRS = {"(": ")", "[": "]", "{": "}"}
 
 
-def literal(value: Any, name: Callable[[fx.Node], str] | None = None) -> str:
+def literal(value: Any, name: Callable[[Node], str] | None = None) -> str:
     """A value as an expression.
 
     Args:
@@ -31,7 +31,7 @@ def literal(value: Any, name: Callable[[fx.Node], str] | None = None) -> str:
     Raises:
         DecouplingError: a value that has no text.
     """
-    if isinstance(value, fx.Node):
+    if isinstance(value, Node):
         assert name is not None
         return name(value)
     if isinstance(value, str):
@@ -66,7 +66,7 @@ def literal(value: Any, name: Callable[[fx.Node], str] | None = None) -> str:
     )
 
 
-def index(value: Any, name: Callable[[fx.Node], str]) -> str:
+def index(value: Any, name: Callable[[Node], str]) -> str:
     """What stands between the brackets of ``tensor[...]``."""
     if isinstance(value, slice):
         start, stop, step = ("" if v is None else literal(v, name) for v in _ends(value))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -14,6 +15,8 @@ from tqdm import tqdm
 from ..decoupled import Decoupled
 from ..errors import DecouplingError
 from ..graphs.nested import unpack_batch
+from ..program.folder import write_folder
+from ..program.options import TrainingOptions
 from ..reports.steps import StepReport
 from .objective import Loss, Metrics, Objective
 from .optimizing import MakeOptimizer, StageOptimizers
@@ -178,6 +181,26 @@ class BaseTrainer(ABC):
     def _prepare_optimizers(self) -> None:
         """Make them for all stages that are trained here."""
         self.optimizing.prepare(self.decoupled.graphs, self.decoupled.stages)
+
+    def to_folder(self, path: str | Path) -> Path:
+        """As :meth:`dni_fx.Decoupled.to_folder`, with this trainer's loss and optimisers, which
+        begin anew there. Through time, ``train_step`` takes a window and what goes on from the one
+        before, and sequences of a batch end together.
+
+        Raises:
+            DecouplingError: as there; or a schedule, options or messages that the files have no
+                loop for.
+        """
+        own = self.optimizing
+        told = TrainingOptions(
+            self.loss,
+            own.make,
+            own.make_for_sources,
+            self.clip_norm,
+            self.accumulate,
+            self.objective.encoder(),
+        )
+        return write_folder(self.decoupled.graphs, told, path)
 
     def request_metrics(self) -> None:
         """Compare predictions with their targets at the next step, whatever ``metrics_every``

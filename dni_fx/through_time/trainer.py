@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -13,8 +12,6 @@ from ..decoupled import Decoupled, Stage
 from ..errors import DecouplingError
 from ..graphs.nested import map_tensors
 from ..plan import CutPlan
-from ..program.folder import write_folder
-from ..program.options import TrainingOptions
 from ..reports.steps import StepReport
 from ..runtime.base import BaseTrainer
 from ..runtime.batch_state import Settings
@@ -272,30 +269,6 @@ class ThroughTime(BaseTrainer):
             self._advance(None, lambda: close(held))
         self._in_turn.under_way = []
         return bool(held)
-
-    def to_folder(self, path: str | Path) -> Path:
-        """As :meth:`dni_fx.Trainer.to_folder`: ``train_step`` of its ``train.py`` takes a window
-        and what goes on from the one before; sequences of a batch end together there.
-
-        Raises:
-            DecouplingError: as there; no window was seen yet; ``initial_state=``, ``messages=``,
-                ``input_gradients=`` or ``auxiliary=``, which the files have no loop for.
-        """
-        opening = self.opening
-        if opening.module.initial_state is not None or opening.input_gradients:
-            raise DecouplingError(
-                "a program with initial_state= or input_gradients= cannot be written as files"
-            )
-        self.decoupled.graphs.current()  # raises before the first window
-        told = TrainingOptions(
-            self.loss,
-            self.optimizing.make,
-            self.optimizing.make_for_sources,
-            self.clip_norm,
-            self.accumulate,
-            self.objective.encoder(),
-        )
-        return write_folder(self.decoupled.graphs, told, path)
 
     def state_dict(self) -> dict[str, Any]:
         """As :meth:`dni_fx.Trainer.state_dict`, with the state that the next window starts from.
