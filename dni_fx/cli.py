@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from . import __version__, list_cut_points, plan_cuts, simulate
 from .errors import DecouplingError, did_you_mean, user_line
+from .program.command import add_options, emit
 from .reports.files import write_atomically
 
 DTYPES = ("float16", "float32", "float64", "bfloat16", "int32", "int64", "bool")
@@ -27,7 +28,8 @@ UNITS = {"": 1, "B": 1} | {p + "B": 1000**i for i, p in enumerate("kMGT", 1)}
 UNITS |= {p + "iB": 1024**i for i, p in enumerate("KMGT", 1)}
 
 DESCRIPTION = """\
-The command ``dni-fx``: where a model can be cut, a plan with what it would bring, and the demo."""
+The command ``dni-fx``: where a model can be cut, a plan with what it would bring, the program as
+files, and the demo."""
 EXAMPLES = """\
 examples:
   dni-fx points torchvision.models:resnet18 --input 8x3x224x224
@@ -35,6 +37,7 @@ examples:
 --draw plan.html
   dni-fx plan mypackage.models:small --input 8x16:int64 --input 8x16:bool --must-cut encoder \
 --memory-cap 2GiB
+  dni-fx emit torchvision.models:resnet18 --input 8x3x224x224 --classes 1000 --out program
   dni-fx demo --steps 100
 
 exit codes: 0 done; 1 a model, plan or file that cannot be used, and why; 2 wrong usage; \
@@ -98,6 +101,11 @@ def run_plan(options: argparse.Namespace) -> int:
     pipelines = {"micro_batches": options.micro_batches, "latency": options.latency}
     print(f"\n{simulate(plan, **pipelines, **devices)}")
     return 0
+
+
+def run_emit(options: argparse.Namespace) -> int:
+    """Write the program as files."""
+    return emit(options, *make_model(options))
 
 
 def run_points(options: argparse.Namespace) -> int:
@@ -233,20 +241,24 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("dni-fx", description=DESCRIPTION, **form)
     version = f"dni_fx {__version__}, torch {torch.__version__}"
     parser.add_argument("--version", action="version", version=version)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{plan,points,demo}")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="{plan,points,emit,demo}"
+    )
     plan = commands.add_parser("plan", help="choose cuts; tell what they would bring", **form)
     points = commands.add_parser("points", help="list where a model can be cut", **form)
+    emitting = commands.add_parser("emit", help="write a program that imports torch alone", **form)
     about = "a function without arguments that returns the model, or the model; the current "
     about += "directory is searched"
     sizes = "one positional input, such as 8x3x224x224 or 8x16:int64 (whole numbers are 0 or 1); "
     sizes += "once for each"
     many: dict[str, Any] = {"type": parse_input, "action": "append", "required": True}
-    for command in (plan, points):
+    for command in (plan, points, emitting):
         add = command.add_argument
         add("target", type=_target, metavar="package.module:factory", help=about)
         add("--input", metavar="SIZES[:DTYPE]", help=sizes, **many)
         add("--seed", type=int, default=0, help="for parameters and inputs (default: 0)")
     _add_wishes(plan.add_argument)
+    add_options(emitting.add_argument, _whole)
     demo = commands.add_parser(
         "demo",
         help="train on handwritten digits with and without dni_fx (in a checkout)",
@@ -254,7 +266,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--steps, --seed, --out.",
         **form,
     )
-    for command, run in ((plan, run_plan), (points, run_points), (demo, run_demo)):
+    runs = (plan, run_plan), (points, run_points), (emitting, run_emit), (demo, run_demo)
+    for command, run in runs:
         command.set_defaults(run=run)
     return parser
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch import nn
 from .graphs.graphs import Graphs
 from .graphs.stage import Stage as Stage
 from .plan import CutPlan, Interface
+from .program.folder import write_folder
+from .program.options import TrainingOptions
 from .runtime.emitted import keep_modes
 from .runtime.module import DropIn, DropInState
 from .sources import GradientSource, InputSource
@@ -144,6 +147,39 @@ class Decoupled(nn.Module):
                 synthetic inputs.
         """
         return DropInState(self.graphs, self.context, synthesizer_optimizer, context, unit).module
+
+    def to_folder(
+        self,
+        path: str | Path,
+        *,
+        loss: Callable[[Any, Any], torch.Tensor] = torch.nn.functional.cross_entropy,
+        optimizer: Callable[[Any], torch.optim.Optimizer] = torch.optim.Adam,
+        synthesizer_optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
+        clip_norm: float | None = None,
+        accumulate: int = 1,
+    ) -> Path:
+        """Write the program as Python files that import torch alone: the stages as modules, their
+        sources, their training functions, the weights, a loop to edit, and a README of the plan.
+
+        ``python FOLDER/train.py`` does what :class:`dni_fx.Trainer` does, bit for bit, for the mode
+        that the model is in. What the files cannot hold is refused by name: modules that stay one
+        node and are none of ``torch.nn``, sources that wait or are not the library's own. Functions
+        of the user's own modules are imported from there.
+
+        Args:
+            path: of the folder, which is made; it must not be there, or be empty.
+            loss, optimizer, synthesizer_optimizer, clip_norm, accumulate: what ``train.py`` trains
+                with, as for :class:`dni_fx.Trainer`, whose own ``to_folder`` knows them already.
+
+        Returns:
+            The path.
+
+        Raises:
+            DecouplingError: the folder holds something, the model is not traced yet, or a part of
+                the program cannot be written.
+        """
+        told = TrainingOptions(loss, optimizer, synthesizer_optimizer, clip_norm, accumulate)
+        return write_folder(self.graphs, told, path)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Decoupled:
         """A copy of model and sources under the same plan, traced anew at its first call."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from .runtime.optimizing import LrScale, MakeOptimizer
 from .runtime.saving import load_trained, trained_state
 from .runtime.stepping import Stepping
 from .runtime.transforms import check_ordinary
-from .schedules import Schedule, make_schedule, mode_of
+from .schedules import Schedule, Sequential, Threads, make_schedule, mode_of
 
 
 class Trainer(Measures):
@@ -227,6 +228,21 @@ class Trainer(Measures):
             self._stepping.settle(self.steps, "later, when it was asked for")
         finally:
             self.steps = self._stepping.steps
+
+    def to_folder(self, path: str | Path) -> Path:
+        if not isinstance(self.schedule, Sequential | Threads):
+            raise DecouplingError(
+                f"a program with schedule={type(self.schedule).__name__} cannot be written as "
+                "files: only 'sequential' and schedules.Threads"
+            )
+        if self.beside.visiting is not None:
+            raise DecouplingError(
+                "a program with update=, resident= or sweep= cannot be written as files: make the "
+                "trainer without them"
+            )
+        self.finish_threads()
+        self._make_optimizers()
+        return super().to_folder(path)
 
     # ---- state -----------------------------------------------------------------------------------
 

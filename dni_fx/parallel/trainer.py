@@ -114,6 +114,17 @@ class Trainer(BaseTrainer):
     def _find_delays(self) -> dict[int, int]:
         return self.process.delays()
 
+    def to_folder(self, path: str | Path) -> Path:
+        """Refused: a program is written from one process.
+
+        Raises:
+            DecouplingError: always.
+        """
+        raise DecouplingError(
+            "a program of several processes cannot be written as files: call decoupled.to_folder "
+            "on one of them"
+        )
+
     def step(self, *args: Any, target: Any = None, **kwargs: Any) -> StepReport:
         """One batch through this process's stages; the same batch in every process.
 

@@ -6,6 +6,7 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -15,6 +16,8 @@ from tqdm import tqdm
 from ..decoupled import Decoupled
 from ..errors import DecouplingError
 from ..graphs.nested import unpack_batch
+from ..program.folder import write_folder
+from ..program.options import TrainingOptions
 from ..reports.steps import StepReport
 from .delays import find_delays
 from .objective import Loss, Metrics, Objective
@@ -198,6 +201,31 @@ class BaseTrainer(ABC):
 
     def _find_delays(self) -> dict[int, int]:
         return find_delays(self.decoupled.graphs.served(), len(self.decoupled.stages))
+
+    def to_folder(self, path: str | Path) -> Path:
+        """As :meth:`dni_fx.Decoupled.to_folder`, with this trainer's loss and optimisers, which
+        begin anew there. Through time, ``train_step`` takes a window and what goes on from the one
+        before, and sequences of a batch end together.
+
+        Raises:
+            DecouplingError: as there; or a schedule, options or messages that the files have no
+                loop for.
+        """
+        own = self.optimizing
+        if own.lr_scale is not None:
+            raise DecouplingError(
+                "a program with lr_scale= cannot be written as files: let optimizer= make each "
+                "stage's own rates"
+            )
+        told = TrainingOptions(
+            self.loss,
+            own.make,
+            own.make_for_sources,
+            self.clip_norm,
+            self.accumulate,
+            self.objective.encoder(),
+        )
+        return write_folder(self.decoupled.graphs, told, path)
 
     def request_metrics(self) -> None:
         """Compare predictions with their targets at the next step, whatever ``metrics_every``

@@ -40,6 +40,7 @@ class StageOptimizers:
     Attributes:
         stages: the optimisers by stage name; a stage without parameters has none.
         sources: by interface name, that of a synthetic input by ``name@input``.
+        make, make_for_sources: as given.
         parameters: what each stage's optimiser was given. A parameter used by several stages is
             given to the first of them.
     """
@@ -52,7 +53,7 @@ class StageOptimizers:
         unit: float,
         lr_scale: LrScale = None,
     ) -> None:
-        self._make, self._make_for_sources = make, make_for_sources
+        self.make, self.make_for_sources = make, make_for_sources
         self.clip_norm, self.unit, self.lr_scale = clip_norm, unit, lr_scale
         self.stages: dict[str, torch.optim.Optimizer] = {}
         self.sources: dict[str, torch.optim.Optimizer] = {}
@@ -85,7 +86,7 @@ class StageOptimizers:
             for source in graphs.sources.values():
                 source.unit = self.unit
             here = {stage.index for stage in stages}
-            self.sources.update(source_optimizers(graphs, self._make_for_sources, here))
+            self.sources.update(source_optimizers(graphs, self.make_for_sources, here))
         self._variant = variant
 
     def adopt(self, stages: Collection[Stage]) -> None:
@@ -96,7 +97,7 @@ class StageOptimizers:
                 optimizer.add_param_group({"params": new if named else [p for _, p in new]})
                 groups = optimizer.param_groups[-1:]
             else:
-                self.stages[name] = _made_for(name, self._make, new, "optimizer")
+                self.stages[name] = _made_for(name, self.make, new, "optimizer")
                 groups = self.stages[name].param_groups
             for group in groups if name in self._scales else ():
                 group["lr"] = group["lr"] * self._scales[name]
@@ -131,7 +132,7 @@ class StageOptimizers:
 
     def made_for_source(self, name: str, source: nn.Module) -> torch.optim.Optimizer:
         """A new optimiser for a source, or for a copy of one."""
-        return _made_for_source(name, self._make_for_sources, source)
+        return _made_for_source(name, self.make_for_sources, source)
 
     def parameters_of(self, stage: str) -> list[nn.Parameter]:
         """The parameters that a stage's optimiser was given."""

@@ -355,6 +355,7 @@ def _copy_nodes(
         while any(label == copy.target for copy in copies.values()):
             label += "_"
         copies[node] = graph.placeholder(label)
+        copies[node].meta = {"traced": node}
     for node in incoming:  # the producer's copy of what is written to stays as it was sent
         if node.op != "placeholder" and node.meta.get("storage") in written:
             copies[node] = graph.call_method("clone", (copies[node],))
@@ -366,7 +367,7 @@ def _copy_nodes(
         else:
             enter_regions(graph, opened, node)
             copies[node] = graph.node_copy(node, lambda n: copies[n])
-            copies[node].meta = {}
+        copies[node].meta = {"traced": node}
         if node in targets:
             copies[node].target = targets[node]
             attributes[targets[node]] = flow.trace.attributes[target]

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 
 import torch
 from torch import fx
+from torch.fx import Graph as Graph  # for who reads graphs
+from torch.fx import Node as Node
 
 from .calls import call_named
 
