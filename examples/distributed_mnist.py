@@ -53,7 +53,7 @@ def accuracy(trainer: distributed.Trainer, model: nn.Module, data: Digits) -> fl
     model.eval()
     right = 0.0
     for images, labels in zip(data.test_x.split(2000), data.test_y.split(2000), strict=True):
-        output = trainer.evaluate(images)  # None where the last stage is not
+        output = trainer.forward(images)  # None where the last stage is not
         right = (
             float("nan") if output is None else right + float((output.argmax(1) == labels).sum())
         )

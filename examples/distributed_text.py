@@ -123,7 +123,7 @@ def bits(
     total = 0.0
     for number in range(HELD_OUT_BATCHES):
         text, following = draw(held_out, args.batch, args.length, number)
-        logits = trainer.evaluate(text)  # None where the last stage is not
+        logits = trainer.forward(text)  # None where the last stage is not
         total += math.nan if logits is None else float(loss_of(logits, following))
     model.train()
     return trainer.mean(total / HELD_OUT_BATCHES / math.log(2))  # known to all

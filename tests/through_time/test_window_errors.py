@@ -40,9 +40,10 @@ def test_bad_windows() -> None:
     [
         torch.zeros(3, dtype=torch.bool),
         torch.zeros(4, 1, dtype=torch.bool),
-        torch.zeros(4),
-        [True] * 4,
-        1,
+        torch.full((4,), torch.nan),
+        [True] * 3,
+        2,
+        "yes",
     ],
 )
 def test_bad_done(done: Any) -> None:
