@@ -38,9 +38,9 @@ class WindowReport(StepReport):
             nested), where asked for; empty while the window is held.
     """
 
-    state: Any = None
-    messages: dict[str, Tensor] = field(default_factory=dict)
-    input_gradients: dict[str, Tensor | None] = field(default_factory=dict)
+    state: Any = field(default=None, repr=False)
+    messages: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    input_gradients: dict[str, Tensor | None] = field(default_factory=dict, repr=False)
 
 
 class ThroughTime(BaseTrainer):
