@@ -8,7 +8,8 @@ from pathlib import Path
 
 from ..helpers.paths import ROOT
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SITE = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "experiments" / "README.md", *SITE]
 
 
 LANGUAGES = {

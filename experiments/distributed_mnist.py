@@ -1,8 +1,8 @@
 """MNIST with the stages of one model on several processes, none of which waits for another's
 gradients.
 
-    torchrun --standalone --nproc-per-node 2 examples/distributed_mnist.py [--compare]
-    python examples/distributed_mnist.py                           # the same in one process
+    torchrun --standalone --nproc-per-node 2 experiments/distributed_mnist.py [--compare]
+    python experiments/distributed_mnist.py                           # the same in one process
 
 Where MNIST is not at hand, the digits that come with scikit-learn are used. With --checkpoint DIR a
 run that was ended goes on where it was, and ``torchrun --max-restarts 3`` starts it again by

@@ -1,8 +1,8 @@
 """A language model on characters, its blocks on several processes that do not wait for each other's
 gradients.
 
-    torchrun --standalone --nproc-per-node 2 examples/distributed_text.py [--text FILE] [--compare]
-    python examples/distributed_text.py                            # the same in one process
+    torchrun --standalone --nproc-per-node 2 experiments/distributed_text.py [--compare]
+    python experiments/distributed_text.py                            # the same in one process
 
 The text is Python's own standard library unless a file is named; the last tenth of it is held out.
 With --checkpoint a run that was ended goes on where it was, and ``torchrun --max-restarts 3``
