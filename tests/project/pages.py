@@ -9,7 +9,7 @@ from pathlib import Path
 from ..helpers.paths import ROOT
 
 SITE = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [ROOT / "README.md", ROOT / "experiments" / "README.md", *SITE]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "experiments/README.md")] + SITE
 
 
 LANGUAGES = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import tempfile
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -58,6 +59,8 @@ def plain(**options: Any) -> Any:
 
 EXECUTORS: dict[str, Callable[[], Any]] = {
     "in turn": plain,
+    "stage by stage": lambda: plain(update="at_once"),
+    "out of memory": lambda: plain(resident=1, store=tempfile.mkdtemp()),
     "threads": lambda: plain(schedule=Threads(staleness=0)),
     "a process": lambda: plain(kind=distributed.Trainer, staleness=0),
 }
@@ -75,6 +78,12 @@ def by_hand(model: nn.Module) -> tuple[float, float]:
     return loss, float((output.argmax(1) == Y).double().mean())
 
 
+def settle(trainer: Any) -> None:
+    """Nothing is under way, and all of the model is here."""
+    trainer.drain()
+    trainer.gather()
+
+
 def right(output: Tensor, target: Tensor) -> Tensor:
     return output.argmax(1) == target
 
@@ -90,6 +99,7 @@ def train(trainer: Any, look: Callable[[Any], object]) -> dict[str, Any]:
         trainer.step(X[chosen], target=Y[chosen])
         trainer.drain()
         look(trainer)
+        settle(trainer)
         losses.append(torch.tensor(random.random() + np.random.rand()))  # noqa: NPY002
     state = {n: t for n, t in trainer.decoupled.state_dict().items() if isinstance(t, Tensor)}
     trainer.close()
@@ -101,7 +111,7 @@ def test_means_are_over_samples(make: Callable[[], Any]) -> None:
     trainer = make()
     for _ in range(3):
         trainer.step(X, target=Y)
-    trainer.drain()
+    settle(trainer)
     loss, accuracy = by_hand(trainer.decoupled.model)
     found = trainer.evaluate(HELD_OUT, {"loss": F.cross_entropy, "right": right})
     assert found == {"loss": pytest.approx(loss, abs=1e-6), "right": pytest.approx(accuracy)}
@@ -127,6 +137,7 @@ def test_training_goes_on_as_if_nothing_had_happened(make: Callable[[], Any]) ->
     assert_bits_equal(looking, straight, "evaluated after each step")
 
     def carelessly(trainer: Any) -> None:
+        settle(trainer)
         with torch.no_grad():
             trainer.decoupled.model.eval()(X)
         trainer.decoupled.model.train()
@@ -192,7 +203,7 @@ def test_batches_are_any_mapping(make: Callable[[], Any], kind: Any) -> None:
     for trainer, loader in ((mapped, batches), (pairs, HELD_OUT)):
         torch.manual_seed(3)
         trainer.fit(loader, progress=False)
-        trainer.drain()
+        settle(trainer)
         states.append(trainer.decoupled.model.state_dict())
     assert_bits_equal(*states, "mappings")
     assert mapped.evaluate(batches, right) == pairs.evaluate(HELD_OUT, right)
