@@ -77,7 +77,7 @@ $(PRETRAINED_READY): $(READY)
 	@touch $@
 
 demo: $(READY)
-	$(PY) examples/digits.py $(DEMO_ARGS)
+	$(PY) experiments/digits.py $(DEMO_ARGS)
 
 test: $(READY)
 	$(PY) -m pytest $(PYTEST_ARGS)
@@ -121,19 +121,19 @@ schedules: $(READY)
 	DNI_FX_RANDOM_SCHEDULES=$(RANDOM_SCHEDULES) $(PY) -m pytest $(PYTEST_ARGS) tests/threads/test_random_schedules.py
 
 results: $(READY)
-	$(PY) examples/paper_feedforward.py $(RESULTS_ARGS)
-	$(PY) examples/paper_feedforward.py --net cnn --data-set cifar10 --layers 3 --filters 32 --out out/paper_cnn.json \
+	$(PY) experiments/paper_feedforward.py $(RESULTS_ARGS)
+	$(PY) experiments/paper_feedforward.py --net cnn --data-set cifar10 --layers 3 --filters 32 --out out/paper_cnn.json \
 		--methods backprop dni cdni distill "distill, large head" "distill + exact start" zero stale $(RESULTS_ARGS)
-	$(PY) examples/paper_sparse_updates.py $(RESULTS_ARGS)
-	$(PY) examples/deep_cifar.py $(RESULTS_ARGS)
-	$(PY) examples/paper_copy.py $(RESULTS_ARGS)
-	$(PY) examples/paper_char_lm.py $(RESULTS_ARGS)
-	$(PY) examples/paper_two_clocks.py $(RESULTS_ARGS)
-	$(PY) examples/cut_choice.py
+	$(PY) experiments/paper_sparse_updates.py $(RESULTS_ARGS)
+	$(PY) experiments/deep_cifar.py $(RESULTS_ARGS)
+	$(PY) experiments/paper_copy.py $(RESULTS_ARGS)
+	$(PY) experiments/paper_char_lm.py $(RESULTS_ARGS)
+	$(PY) experiments/paper_two_clocks.py $(RESULTS_ARGS)
+	$(PY) experiments/cut_choice.py
 
 finetune: $(PRETRAINED_READY)
-	$(PY) examples/finetune_vision.py $(RESULTS_ARGS)
-	$(PY) examples/finetune_pretrained.py $(RESULTS_ARGS)
+	$(PY) experiments/finetune_vision.py $(RESULTS_ARGS)
+	$(PY) experiments/finetune_pretrained.py $(RESULTS_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist out site *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -9,7 +9,7 @@ the model's optimiser is left out. Networks: a residual network for images of 32
 unit of depth, and two), and a transformer encoder of 12 blocks. Stages are blocks in a row, divided
 by what autograd keeps of them, the same for checkpoints (every stage but the last is one, as in the
 drop-in) and for the drop-in. Where transformers is installed, a BERT of MiniLM's shape is measured
-as well, with the two cuts of ``examples/finetune_pretrained.py``.
+as well, with the two cuts of ``experiments/finetune_pretrained.py``.
 
 Memory is counted, not sampled. A ``TorchDispatchMode`` sees every tensor that an operator returns,
 in forward and in backward; each new storage counts with its bytes from then until it is freed,

@@ -1,5 +1,5 @@
-"""Prints what the README shows of ResNet-18: a plan, the emitted training function of the middle
-stage, and the cuts that the search finds with what they promise.
+"""Prints what docs/choosing-cuts.md shows of ResNet-18: a plan, and the cuts that the search finds
+with what they promise; and the emitted training function of the middle stage.
 
     python benchmarks/resnet18.py
 """

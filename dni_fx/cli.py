@@ -153,11 +153,11 @@ def find_demo() -> Path:
     """
     folders = [Path(__file__).resolve().parents[1], Path.cwd()]
     for folder in folders:
-        script = folder / "examples" / "digits.py"
+        script = folder / "experiments" / "digits.py"
         if script.is_file() and (folder / "dni_fx" / "cli.py").is_file():
             return script
     raise DecouplingError(
-        "the demo is examples/digits.py of dni_fx's source repository; the installed package does "
+        "the demo is experiments/digits.py of dni_fx's source repository; a package does "
         f"not hold it, and it is neither in {folders[0]} nor in {folders[1]}: run dni-fx demo, or "
         "make demo, in a checkout"
     )
@@ -262,7 +262,7 @@ def make_parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="train on handwritten digits with and without dni_fx (in a checkout)",
-        description="Runs examples/digits.py of a checkout. Options are the demo's: --data, "
+        description="Runs experiments/digits.py of a checkout. Options are the demo's: --data, "
         "--steps, --seed, --out.",
         **form,
     )

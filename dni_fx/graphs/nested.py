@@ -170,11 +170,13 @@ def unpack_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
         key = "target" if "target" in rest else "labels"
         if key not in rest:
             raise DecouplingError(
-                "a dict batch needs 'target' or 'labels'; pass unpack= for another form"
+                f"a batch that is a mapping needs 'target' or 'labels', but has {list(rest)}: pass "
+                "unpack=, which returns (args, kwargs, target)"
             )
         return (), rest, rest.pop(key)
     if isinstance(batch, tuple | list) and len(batch) >= 2:
         return tuple(batch[:-1]), {}, batch[-1]
     raise DecouplingError(
-        "a batch must be (input, ..., target) or a dict; pass unpack= for another form"
+        f"a batch must be (input, ..., target) or a mapping, but is a {type(batch).__name__}: pass "
+        "unpack=, which returns (args, kwargs, target)"
     )

@@ -188,7 +188,8 @@ class Agreement:
             if steps == self.calling[1]:
                 raise ParallelError(
                     f"rank {rank} called {what} where rank {me} called {self.calling[0]}, both "
-                    f"after {steps} steps: every process must make the same calls"
+                    f"after {steps} steps: every process must make the same calls, with the same "
+                    "batches"
                 )
             if steps > self.calling[1]:
                 raise ParallelError(

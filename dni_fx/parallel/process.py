@@ -150,12 +150,17 @@ class Process:
             else:
                 self._agreement.call(what, steps, drains)
 
-    def evaluate(self, steps: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """See :meth:`dni_fx.distributed.Trainer.evaluate`."""
+    def forward(self, steps: int, values: dict[str, Any], what: str = "forward()") -> Any:
+        """The model's output where the last stage is, of this process's rows.
+
+        Args:
+            steps: number of steps made.
+            values: the model's inputs by name.
+            what: how the call is named to the others.
+        """
         with self.telling():
-            values = self.decoupled.bind(*args, **kwargs)
             self.connect(steps)
-            self.meet("evaluate()", steps)
+            self.meet(what, steps)
             self._evaluations += 1
             self._share_rows(-self._evaluations, values)
             with torch.no_grad(), keep_modes():

@@ -20,11 +20,13 @@ from ..decoupled import Decoupled
 from ..errors import DecouplingError
 from ..reports.files import write_atomically
 from ..reports.steps import StepReport
-from ..runtime.base import BaseTrainer
+from ..runtime.base import BaseTrainer, Unpack
+from ..runtime.evaluating import Means, Sums
 from ..runtime.optimizing import LrScale, MakeOptimizer
 from ..runtime.transforms import check_ordinary
 from ..schedules import Flow, Schedule, Threads, make_schedule, mode_of
 from .checkpoints import Checkpoints
+from .judging import Judging
 from .monitoring import Status, trace_events
 from .placement import Placement
 from .process import Process
@@ -155,27 +157,28 @@ class Trainer(BaseTrainer):
         """Finish the batches that are under way; to be called in every process.
 
         With ``policy="drop_oldest"`` call it before collective operations of your own, too: a
-        process behind waits for a newer value to learn that one was dropped, and this says that
-        none comes. The trainer's own methods do so.
+        process behind waits for a newer value, and this says that none comes.
 
         Returns:
             How many there were here.
         """
         return self.process.drain()
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's output, stage by stage on real values, without gradients, in its mode of now.
-
-        To be called in every process with the same inputs; nothing needs to be gathered.
-
-        Args:
-            *args: positional inputs of the model.
-            **kwargs: keyword inputs of the model.
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output, stage by stage on real values, without gradients, in its mode of now;
+        called in every process with the same inputs.
 
         Returns:
             The output where the last stage is, of this process's rows; None elsewhere.
         """
-        return self.process.evaluate(self.steps, args, kwargs)
+        with self.process.telling():
+            return self.process.forward(self.steps, self.decoupled.bind(*args, **kwargs))
+
+    def _evaluate(self, loader: Iterable[Any], means: Means, unpack: Unpack | None) -> list[Sums]:
+        with self.process.telling():
+            judging = Judging(self.process, means, self.steps)
+            self._run_over(loader, judging.run, unpack)
+            return judging.gather()
 
     def share(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Rank 0's batches, for data that only rank 0 can read; to be iterated in every process.

@@ -15,6 +15,7 @@ from ..errors import DecouplingError
 NOTHING = 0.1  # a cosine below it explains less than 1 %, whatever the size of the prediction
 # compared at once on the CPU: three buffers of 2 MB, which stay in the processor's cache
 ELEMENTS = 2**18
+_SHOWN = 6  # interfaces that a printed step names
 REFERENCES = {
     "true": "the gradient",
     "bootstrapped": "the target that the next stage's predictions gave",
@@ -101,7 +102,7 @@ class InterfaceReport:
 
 @dataclass(frozen=True)
 class StepReport:
-    """Result of one training step.
+    """Result of one training step; prints as one line.
 
     Attributes:
         loss: the loss, a detached scalar tensor.
@@ -111,9 +112,15 @@ class StepReport:
     """
 
     loss: torch.Tensor
-    outputs: Any
+    outputs: Any = field(repr=False)
     interfaces: dict[str, InterfaceReport] = field(default_factory=dict)
     step: int = 0
+
+    def __str__(self) -> str:
+        shown = [f"{name} {r.cosine:.2f}" for name, r in list(self.interfaces.items())[:_SHOWN]]
+        shown += [f"{len(self.interfaces) - _SHOWN} more"] * (len(self.interfaces) > _SHOWN)
+        cosines = f"; cosine at {', '.join(shown)}" if shown else ""
+        return f"{self.step} steps: loss {float(self.loss):.4g}{cosines}"
 
 
 def compare(

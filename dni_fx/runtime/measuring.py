@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from ..passes.trace.state import restored
 from ..reports.steps import compare
 from ..schedules import Mode
 from .answers import or_zeros
-from .base import BaseTrainer
+from .base import BaseTrainer, Unpack
 from .batch_state import Setting
 from .emitted import keep_modes
+from .evaluating import Means, Sums
 from .in_turn import Batch
 from .objective import Objective
 
@@ -30,6 +32,10 @@ class Measures(BaseTrainer):
     @abstractmethod
     def finish_threads(self) -> None:
         """Wait until no thread works on the model, and no check is left."""
+
+    def _evaluate(self, loader: Iterable[Any], means: Means, unpack: Unpack | None) -> list[Sums]:
+        self.finish_threads()
+        return super()._evaluate(loader, means, unpack)
 
     def true_gradients(self, *args: Any, target: Any = None, **kwargs: Any) -> dict[str, Tensor]:
         """Backpropagation's gradient at every interface, with nothing changed.

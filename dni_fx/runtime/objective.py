@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DecouplingError
+from ..graphs.nested import flatten
 from ..reports.steps import InterfaceReport
 from .emitted import evaluate
 
@@ -87,8 +88,8 @@ def sample_losses(loss: Callable[..., Tensor], output: Any, target: Any) -> Tens
 
     Args:
         loss: ``loss(output, target)``.
-        output: the model's output, ``(batch, ...)``.
-        target: the target, ``(batch, ...)``.
+        output: the model's output, ``(batch, ...)``, or a nesting of such tensors.
+        target: the target, likewise.
 
     Returns:
         ``(batch,)``, without a graph.
@@ -109,15 +110,31 @@ def sample_losses(loss: Callable[..., Tensor], output: Any, target: Any) -> Tens
         if "reduction" in takes:
             return _per_sample(loss(output, target, reduction="none"), target, index)
         try:
-            pairs = [(output[i : i + 1], target[i : i + 1]) for i in range(len(output))]
+            pairs = zip(_samples(output), _samples(target), strict=True)
             each = torch.stack([loss(o, t).reshape(()) for o, t in pairs])
             return each.nan_to_num(posinf=math.inf, neginf=-math.inf)
         except Exception as error:
             raise DecouplingError(
                 "a source asks for each sample's loss, but the loss can not be had sample by "
-                f"sample ({error}): it must take reduction='none', or slices of output and target; "
-                "or use a source that needs no losses, such as 'local' or 'linear'"
+                f"sample ({error}): it must take reduction='none', or output and target of one "
+                "sample, each tensor (batch, ...); or use a source that needs no losses, such as "
+                "'local' or 'linear'"
             ) from error
+
+
+def _samples(value: Any) -> list[Any]:
+    """Batches of one sample each, of a tensor or a nesting of tensors that all have a batch.
+
+    Raises:
+        DecouplingError: one of them has none: what it says of the whole batch is no sample's.
+    """
+    leaves, structure = flatten(value)
+    sizes = {len(leaf) if leaf.dim() else None for leaf in leaves}
+    if len(sizes) != 1 or None in sizes:
+        shapes = [tuple(leaf.shape) for leaf in leaves] or type(value).__name__
+        raise DecouplingError(f"not all of it has a first dimension that is the batch's: {shapes}")
+    count = len(leaves[0])
+    return [structure.build(iter([leaf[i : i + 1] for leaf in leaves])) for i in range(count)]
 
 
 def _parameters(loss: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:

@@ -64,19 +64,28 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
 def read_done(done: Any, batch: int, device: torch.device) -> Tensor | None:
     """Whose sequence ends, ``(batch,)``; None for nobody's.
 
+    Args:
+        done: True, False, 0 or 1, of one sample each or one for all: a tensor, an array, a list or
+            a number.
+        batch: number of samples.
+        device: of the result.
+
     Raises:
-        DecouplingError: neither True, False nor a bool tensor of that shape.
+        DecouplingError: something else.
     """
     if done is None or done is False:
         return None
-    if done is True:
-        return torch.ones(batch, dtype=torch.bool, device=device)
-    if not isinstance(done, Tensor) or done.dtype != torch.bool or done.shape != (batch,):
-        is_tensor = isinstance(done, Tensor)
-        found = f"{done.dtype}, {tuple(done.shape)}" if is_tensor else repr(done)[:40]
+    try:
+        ended = torch.as_tensor(done)
+        fits = ended.shape in ((), (batch,)) and bool(((ended == 0) | (ended == 1)).all())
+        found = f"{ended.dtype}, {tuple(ended.shape)}"
+    except (TypeError, ValueError, RuntimeError):
+        fits, found = False, repr(done)[:40]
+    if not fits:
         raise DecouplingError(
-            f"done must be True, False or a bool tensor of shape ({batch},), one for each sample: "
-            f"whether its sequence ends with this window; got {found}. A sequence that ends within "
-            "a window is padded to its end"
+            f"done must be True or False (1 or 0), or a tensor or array of them of shape ({batch},)"
+            f", one for each sample: whether its sequence ends with this window; got {found}. A "
+            "sequence that ends within a window is padded to its end"
         )
-    return done.to(device) if bool(done.any()) else None
+    ended = ended.to(device, torch.bool).expand(batch)
+    return ended if bool(ended.any()) else None

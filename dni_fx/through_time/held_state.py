@@ -107,6 +107,7 @@ class _Standin(nn.Module):
                 "it has no one state to carry; let the model take and return its state: forward(x, "
                 "state) -> (y, state)"
             )
+        _check_batched(x, self.held[0])
         y, found = self.held[1](x, self.state)
         vars(self).update(found=found, given=hx)
         return y, found
@@ -116,6 +117,17 @@ class _Standin(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["held"][0], name)
+
+
+def _check_batched(x: Tensor, core: nn.RNNBase) -> None:
+    """Refuse a sequence without a batch, which torch's recurrent modules take."""
+    if x.dim() == 2:
+        layout = "(batch, time, features)" if core.batch_first else "(time, batch, features)"
+        raise DecouplingError(
+            f"a {type(core).__name__} was given {tuple(x.shape)}, a sequence without a batch, but "
+            f"windows are {layout}: x.unsqueeze({0 if core.batch_first else 1}) makes a batch of "
+            "one sequence"
+        )
 
 
 class HeldState(Window):
@@ -162,6 +174,7 @@ class HeldState(Window):
             p: self.layers.get(p, core) for p, core in self.cores.items()
         }
         if "" in self.cores:
+            _check_batched(x, self.cores[""])
             y, state = runs[""](x, states[""])
             return y, {"": state}, {"": None}
         inside = {p: _Standin(core, runs[p], states[p]) for p, core in self.cores.items()}

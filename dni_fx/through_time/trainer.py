@@ -15,11 +15,13 @@ from ..plan import CutPlan
 from ..reports.steps import StepReport
 from ..runtime.base import BaseTrainer
 from ..runtime.batch_state import Settings
+from ..runtime.evaluating import Means
 from ..runtime.in_turn import InTurn
 from ..runtime.saving import load_trained, trained_state
 from ..runtime.transforms import check_ordinary
 from ..sources import GradientSource, Served
 from .carried import Carried, read_done
+from .judging import judge, unpack_window
 from .opening import WindowOpening
 from .window_batch import WindowBatch, close, find_answers
 
@@ -36,9 +38,9 @@ class WindowReport(StepReport):
             nested), where asked for; empty while the window is held.
     """
 
-    state: Any = None
-    messages: dict[str, Tensor] = field(default_factory=dict)
-    input_gradients: dict[str, Tensor | None] = field(default_factory=dict)
+    state: Any = field(default=None, repr=False)
+    messages: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    input_gradients: dict[str, Tensor | None] = field(default_factory=dict, repr=False)
 
 
 class ThroughTime(BaseTrainer):
@@ -91,9 +93,7 @@ class ThroughTime(BaseTrainer):
 
     @property
     def state(self) -> Any:
-        """The state that the next window starts from, as the model takes it; None at the start of a
-        sequence.
-        """
+        """What the next window starts from, as the model takes it; None at a sequence's start."""
         leaves = self._carried.leaves
         return None if leaves is None else self.opening.module.pack(leaves)
 
@@ -113,9 +113,9 @@ class ThroughTime(BaseTrainer):
             state: the state to start from; by default the one after the last window, or that of a
                 new sequence. With any other state than that one, the last window counts as the end
                 of its sequence.
-            done: bool, ``(batch,)``, or one for all: whose sequence ends with this window. Its
-                state starts anew, and its last gradient is zero. Pad what is shorter than the
-                window, and let the loss pass over it.
+            done: bool (or 0 and 1), ``(batch,)``, or one for all: whose sequence ends with this
+                window. Its state starts anew, and its last gradient is zero. Pad what is shorter
+                than the window, and let the loss pass over it.
             target: what the loss takes.
 
         Returns:
@@ -177,8 +177,8 @@ class ThroughTime(BaseTrainer):
         return report
 
     def prepare(self, x_window: Any, target: Any = None) -> Self:  # type: ignore[override]
-        """Trace a window without training on it, as the first step would: the plan, the stages and
-        the sources are known then, and ``load_state_dict`` finds all that it needs.
+        """Trace a window without training on it: plan, stages and sources are known then, and
+        ``load_state_dict`` finds all that it needs.
 
         Args:
             x_window: as for :meth:`step`.
@@ -229,9 +229,13 @@ class ThroughTime(BaseTrainer):
                 "at the ends of sequences"
             )
 
+    _unpack = staticmethod(unpack_window)
+
+    def _judge(self, means: Means) -> Callable[..., None]:
+        return judge(self.opening.module, means)
+
     def answer(self, gradients: Mapping[int, Mapping[str, Tensor]]) -> None:
-        """Take what other networks send back for messages: the targets of their sources, or the
-        exact gradients.
+        """Take what other networks send back for messages: their sources' targets, or exact ones.
 
         Args:
             gradients: by the step of the report that the message came with, the gradient of each
@@ -259,10 +263,8 @@ class ThroughTime(BaseTrainer):
         """End what is under way as if nothing followed: what was held for exact gradients is pulled
         back and updated.
 
-        Elsewhere predictions stay without a target. The state is kept.
-
-        Returns:
-            How many updates that made.
+        Elsewhere predictions stay without a target. The state is kept. Returns the number of
+        updates that it made.
         """
         held = [w for w in self.windows if w.is_held]
         if held:

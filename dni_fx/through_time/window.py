@@ -121,8 +121,8 @@ class Window(nn.Module):
 
     # ---- the window itself -----------------------------------------------------------------------
 
-    def check(self, x: Any, most: int) -> int:
-        """The batch size of a window that can be run, of at most so many time steps.
+    def check(self, x: Any, most: int | None) -> int:
+        """The batch size of a window that can be run, of at most so many time steps (None: any).
 
         Raises:
             DecouplingError: tensors of other shapes, or too many steps.
@@ -145,7 +145,7 @@ class Window(nn.Module):
         ((steps, count),) = sizes
         if steps < 1 or count < 1:
             raise DecouplingError(f"a window of shape {tuple(leaves[0].shape)}, {layout}, is empty")
-        if steps > most:
+        if most is not None and steps > most:
             raise DecouplingError(
                 f"this window has {steps} time steps ({layout}, shape {tuple(leaves[0].shape)}), "
                 f"but window={most}: split the sequence into windows of at most "

@@ -281,11 +281,11 @@ def test_demo_without_a_checkout_says_where_it_is(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(cli, "__file__", str(folder / "site-packages" / "dni_fx" / "cli.py"))
-    (folder / "examples").mkdir()
-    (folder / "examples" / "digits.py").write_text("raise AssertionError('of another project')")
+    (folder / "experiments").mkdir()
+    (folder / "experiments" / "digits.py").write_text("raise AssertionError('of another project')")
     assert cli.main(["demo"]) == 1
     said = capsys.readouterr().err
-    assert "examples/digits.py of dni_fx's source repository" in said
+    assert "experiments/digits.py of dni_fx's source repository" in said
     assert str(folder / "site-packages") in said
     assert "make demo" in said
 
@@ -297,9 +297,9 @@ def test_demo_in_a_checkout_beside_an_installation(
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: object())
     for name, text in (
         ("dni_fx/cli.py", ""),
-        ("examples/beside_here.py", "VALUE = 3"),
+        ("experiments/beside_here.py", "VALUE = 3"),
         (
-            "examples/digits.py",
+            "experiments/digits.py",
             "import sys, beside_here; print(sys.argv[1:]); sys.exit(beside_here.VALUE)",
         ),
     ):

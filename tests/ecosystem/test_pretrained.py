@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "finetune_pretrained.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "finetune_pretrained.py"
 METHODS = ["backprop", "frozen", "linear, label", "local", "delayed"]
 
 

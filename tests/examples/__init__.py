@@ -1,1 +1,1 @@
-"""The examples and experiments, run as users run them."""
+"""The examples, each run as a user runs it."""

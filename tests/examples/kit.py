@@ -1,45 +1,29 @@
-"""Examples as modules and as commands."""
+"""Examples as commands."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
-from ..helpers.paths import EXAMPLES
-
-
-def load_example(name: str) -> ModuleType:
-    """An example as a module, without putting examples/ on the import path."""
-    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look up their annotations
-    spec.loader.exec_module(module)
-    return module
+from ..helpers.paths import EXAMPLES, ROOT
 
 
-data = load_example("data")
-
-
-def run_example(
-    name: str, *arguments: str, cwd: Path, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """Run a script as a user does; warnings are errors there too."""
-    command = [sys.executable, "-W", "error", str(EXAMPLES / f"{name}.py"), *arguments]
-    package = str(EXAMPLES.parent)  # works without an installation too
-    settings = {**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(
-        command, cwd=cwd, env=settings, capture_output=True, text=True, check=False, timeout=300
+def run_example(name: str, cwd: Path, processes: int = 1) -> str:
+    """What an example prints, run from another directory, with warnings as errors."""
+    command = [sys.executable, "-W", "error"]
+    if processes > 1:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", str(processes)]
+    done = subprocess.run(
+        [*command, str(EXAMPLES / f"{name}.py")],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
     )
-
-
-def rows(output: str) -> dict[str, list[str]]:
-    """Cells of a markdown table by their row's first cell, the header left out."""
-    lines = [line for line in output.splitlines() if line.startswith("|")]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
-    return {row[0]: row[1:] for row in cells}
+    assert done.returncode == 0, done.stderr
+    return done.stdout

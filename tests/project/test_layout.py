@@ -58,7 +58,8 @@ def sources() -> list[Path]:
     """Every file that a wheel could pick up, relative to the root; without the link, as on systems
     that have none.
     """
-    folders = [ROOT / name for name in ("dni_fx", "passes", "tests", "examples", "benchmarks")]
+    names = ("dni_fx", "passes", "tests", "examples", "experiments", "benchmarks")
+    folders = [ROOT / name for name in names]
     files = [path for folder in folders for path in walk(folder) if "__pycache__" not in path.parts]
     files += [ROOT / name for name in ("pyproject.toml", "README.md", "LICENSE")]
     return sorted(path.relative_to(ROOT) for path in files)

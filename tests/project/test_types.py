@@ -1,4 +1,4 @@
-"""What mypy says of a user's own file: the README's training loop, against an editable install."""
+"""What mypy says of a user's own file: a page's training loop, against an editable install."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .test_layout import sources
 BEFORE = """
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import dni_fx
 
@@ -73,10 +74,11 @@ def mypy(python: Path, folder: Path, *arguments: str) -> list[str]:
     return [line for line in done.stdout.splitlines() if ": error: " in line]
 
 
-def test_the_loop_of_the_readme_is_well_typed(checkout: Path, tmp_path: Path) -> None:
+def test_the_loop_of_a_page_is_well_typed(checkout: Path, tmp_path: Path) -> None:
     python = installed(checkout, tmp_path / "environment")
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
-    (loop,) = (block for block in blocks if ".as_module(" in block)
+    page = (ROOT / "docs" / "pretrained.md").read_text("utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    loop = next(block for block in blocks if ".as_module(" in block).split("print(")[0]
     (tmp_path / "loop.py").write_text(BEFORE + loop + "state = m.synthesizer_state_dict()\n")
     assert "m.context(y)" in loop
     misspelt = loop.replace("m.context(y)", "m.contxt(y)")

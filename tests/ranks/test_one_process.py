@@ -54,7 +54,7 @@ def test_one_process_trains_alone(staleness: int | None, tmp_path: Path) -> None
     with alone(staleness=staleness) as trainer:
         kit.train(trainer, 9)
         x, _ = batch(0)
-        assert torch.equal(trainer.evaluate(x), trainer.decoupled.model(x))
+        assert torch.equal(trainer.forward(x), trainer.decoupled.model(x))
         assert trainer.gather().keys() == trainer.decoupled.model.state_dict().keys()
         assert "stage_3" in str(trainer.status())
         trainer.save_timeline(tmp_path / "timeline.json")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dni_fx import diagnostics
-from dni_fx.diagnostics import History, plot, write_tensorboard
+from dni_fx.diagnostics import History, plot, plot_runs, write_tensorboard
 from dni_fx.errors import DecouplingError
 from dni_fx.reports import InterfaceReport, StepReport
 from dni_fx.reports import steps as reports
@@ -97,6 +97,60 @@ def test_plots_of_little(tmp_path: Path) -> None:
         StepReport(torch.tensor(1.0), None, {"cut": InterfaceReport(nan, nan, nan, "true", 1)}, 2)
     )
     plot(history, tmp_path / "nothing.png")
+
+
+def run_of(level: float, steps: int = 40) -> History:
+    history = History()
+    for step in range(1, steps):
+        history.add(step_report(step, level / step, cosine=level / 10))
+    return history
+
+
+def test_runs_of_several_methods_and_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.axes import Axes
+
+    drawn: list[tuple[list[int], list[float], str]] = []
+    plotting = Axes.plot
+
+    def note(self: Axes, steps: Any, values: Any, *args: Any, **kwargs: Any) -> Any:
+        drawn.append((list(steps), list(values), kwargs.get("label", "")))
+        return plotting(self, steps, values, *args, **kwargs)
+
+    monkeypatch.setattr(Axes, "plot", note)
+    seeds = [run_of(2.0), run_of(4.0)]
+    path = plot_runs({"dni": seeds, "zero": run_of(5.0)}, tmp_path / "runs.svg", smooth=0.05)
+    assert b"<svg" in path.read_bytes()
+    loss, cosine = (line for line in drawn if line[2] == " dni")
+    assert loss[0] == list(range(39))
+    assert loss[1][9] == pytest.approx(3.0 * (1 / 9 + 1 / 10) / 2)  # the mean, over two steps
+    assert loss[1][9] != pytest.approx(3.0 / 10)
+    assert cosine[1] == pytest.approx([0.3] * 39)
+    assert len(drawn) == 2 * (2 + 1) + 2 * 1  # each seed faintly, and one method of one seed
+
+
+def test_runs_that_cannot_be_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for runs, says in [
+        ({}, "no runs"),
+        ({"a": []}, "the runs of 'a'"),
+        ({"a": [run_of(1.0), run_of(1.0, 20)]}, "different steps"),
+    ]:
+        with pytest.raises(DecouplingError, match=says):
+            plot_runs(runs, tmp_path / "runs.png")  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_report_prints_as_one_line() -> None:
+    report = step_report(8, 0.25, cosine=0.5)
+    assert str(report) == "8 steps: loss 0.25; cosine at cut 0.50"
+    many = StepReport(
+        torch.tensor(1.5), torch.ones(999), {str(k): report.interfaces["cut"] for k in range(9)}, 3
+    )
+    assert str(many).endswith("5 0.50, 3 more")
+    assert str(StepReport(torch.tensor(1.5), None)) == "0 steps: loss 1.5"
+    assert "tensor([" not in repr(many)
+    assert "tensor([" in repr(many.outputs)
 
 
 def test_plots_that_cannot_be(

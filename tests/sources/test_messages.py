@@ -174,6 +174,46 @@ def test_losses_of_each_sample() -> None:
         sample_losses(lambda out, _: out["loss"], {"loss": logits.mean()}, None)
 
 
+def test_losses_of_each_sample_from_nested_outputs() -> None:
+    logits, labels = torch.randn(5, 3), torch.tensor([0, 2, 1, 1, 0])
+    want = F.cross_entropy(logits, labels, reduction="none")
+
+    def loss(output: Any, target: Any) -> Tensor:
+        return F.cross_entropy(output["out"], target["y"])
+
+    found = sample_losses(loss, {"out": logits, "other": logits[:, :1]}, {"y": labels})
+    torch.testing.assert_close(found, want)
+    # A mean over the batch is no sample's loss, whatever else there is.
+    for output in ({"out": logits, "loss": logits.mean()}, {"out": logits, "t": logits.T}):
+        with pytest.raises(DecouplingError, match=r"the batch's: \[\(5, 3\), "):
+            sample_losses(lambda out, _: out["out"].mean(), output, {"y": labels})
+
+
+@pytest.mark.parametrize("gradients", ["critic", "sobolev"])
+def test_critics_take_dict_outputs(gradients: str) -> None:
+    class Dict(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            value = self.first(x).tanh()
+            return {"out": self.last(value), "mean": value.mean(1)}
+
+    x, y = torch.randn(8, 6), torch.randint(3, (8,))
+    decoupled = dni_fx.decouple(
+        Dict(), ["first"], example_inputs=(x,), gradients=gradients, context=dni_fx.one_hot(3)
+    )
+    trainer = dni_fx.Trainer(
+        decoupled, lambda out, y: F.cross_entropy(out["out"], y), optimizer=torch.optim.Adam
+    )
+    before = [p.clone() for p in decoupled.synthesizers.parameters()]
+    for _ in range(3):
+        trainer.step(x, target=y)
+    after = list(decoupled.synthesizers.parameters())
+    assert not any(torch.equal(p, q) for p, q in zip(before, after, strict=True))
+
+
 class Wrong(GradientSource):
     """Returns what it is told to."""
 

@@ -15,7 +15,7 @@ import dni_fx
 from dni_fx.errors import DecouplingError, NonFiniteError
 from dni_fx.recurrent import decouple_through_time
 
-from .kit import LSTMStep, Nested, nested_start, ready, sequence, trainer, unchanged
+from .kit import WINDOW, LSTMStep, Nested, nested_start, ready, sequence, trainer, unchanged
 
 
 def test_bad_windows() -> None:
@@ -40,9 +40,10 @@ def test_bad_windows() -> None:
     [
         torch.zeros(3, dtype=torch.bool),
         torch.zeros(4, 1, dtype=torch.bool),
-        torch.zeros(4),
-        [True] * 4,
-        1,
+        torch.full((4,), torch.nan),
+        [True] * 3,
+        2,
+        "yes",
     ],
 )
 def test_bad_done(done: Any) -> None:
@@ -183,3 +184,31 @@ def test_nothing_of_a_window_outlives_the_next() -> None:
     for _ in range(20):
         made.step(x, target=y)
     assert alive() <= before
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("held", [False, True])
+def test_a_sequence_without_a_batch_is_named(batch_first: bool, held: bool) -> None:
+    core = nn.LSTM(3, 5, batch_first=batch_first)
+    model: nn.Module = nn.Sequential(nn.Linear(3, 3), Outputs(core)) if held else core
+    made = trainer(model, {})
+    x = torch.randn(WINDOW, 3)
+    with pytest.raises(
+        DecouplingError, match=r"LSTM was given \(3, 3\), .* x\.unsqueeze"
+    ) as caught:
+        made.step(x, target=torch.zeros(WINDOW, 5))
+    dim = int(str(caught.value).split("unsqueeze(")[1][0])
+    batched = x.unsqueeze(dim)  # as it says
+    target = torch.zeros(*batched.shape[:2], 5)
+    assert made.step(batched, target=target).outputs.shape == target.shape
+
+
+class Outputs(nn.Module):
+    """Of a recurrent module, without its state."""
+
+    def __init__(self, core: nn.LSTM) -> None:
+        super().__init__()
+        self.core = core
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.core(x)[0]

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dni_fx import distributed
+from dni_fx.errors import DecouplingError
 
 from ...helpers.optimisers import adam
 from ...helpers.training import batch, decoupled_of
@@ -28,7 +29,7 @@ def whole_model() -> None:
     for options in ({"staleness": 0}, {}, {"placement": [0, 1, 0, 1], "queue": 1}):
         trainer = train(trainer_of("linear", **options), 6)  # type: ignore[arg-type]
         x, y = batch(0)
-        output = trainer.evaluate(x)
+        output = trainer.forward(x)
         state = trainer.gather()
         model = TOWERS.build()
         model.load_state_dict(state)
@@ -75,9 +76,49 @@ def evaluating_between_steps() -> None:
             x, y = batch(step)
             trainer.step(x, target=y)
             if step % 3 == 0:
-                trainer.evaluate(x)
+                trainer.forward(x)
                 trainer.mean(1.0)
         trainer.close()
+
+
+def held_out() -> None:
+    """Every rank gets the numbers of the whole model, and one error where ranks do not do the
+    same.
+    """
+    rank = dist.get_rank()
+    batches = [batch(step, size) for step, size in enumerate((8, 8, 5))]
+
+    def right(output: Tensor, target: Tensor) -> Tensor:
+        return output.argmax(1) == target
+
+    for options in ({"staleness": 0}, {"staleness": 0, "placement": [0, 1, 0, [0, 1]]}):
+        trainer = train(trainer_of("linear", **options), 4)  # type: ignore[arg-type]
+        found = trainer.evaluate(batches, {"right": right, "loss": F.cross_entropy})
+        assert trainer.decoupled.model.training
+        again = train(trainer, 2)
+        model = TOWERS.build()
+        model.load_state_dict(again.gather())
+        assert abs(found["loss"] - again.evaluate(batches)) > 1e-6, "trained on"
+        alone = trainer_of("linear", alone=True, model=model)
+        want = alone.evaluate(batches, {"right": right, "loss": F.cross_entropy})
+        found = again.evaluate(batches, {"right": right, "loss": F.cross_entropy})
+        assert found["right"] == want["right"], (found, want)
+        assert abs(found["loss"] - want["loss"]) < 1e-6, (found, want)
+        again.close()
+
+    def raises(output: Tensor, target: Tensor) -> Tensor:
+        raise KeyError("of the metric")
+
+    shuffled, fewer = batches[::-1], batches[: 3 - rank]
+    for mine, metric, says in [
+        (shuffled if rank else batches, right, "with the same batches"),
+        (fewer, right, "without any more batch"),
+        (batches, raises, "KeyError" if rank == 0 else "of the metric"),
+    ]:
+        trainer = train(trainer_of("linear", staleness=0), 2)
+        fails(says, lambda: trainer.evaluate(mine, metric), Exception)  # noqa: B023
+        with contextlib.suppress(DecouplingError):
+            trainer.close()
 
 
 def after_the_end() -> None:
@@ -181,13 +222,14 @@ def alone() -> dict[str, Tensor]:
     assert trainer.mean(2.0) == 2.0
     assert len(trainer.status(everywhere=True).rows) == 4
     x, _ = batch(0)
-    trainer.evaluate(x)
+    trainer.forward(x)
     return weights(trainer)
 
 
 TWO = [
     whole_model,
     evaluating_between_steps,
+    held_out,
     after_the_end,
     quiet_after_the_end,
     data_parallel_around_a_drop_in,

@@ -3,7 +3,7 @@
 One model, four hidden layers, a cut after each, so five stages. Prints a table and writes a picture
 of test accuracy and gradient cosine per step:
 
-    python examples/digits.py [--data digits|mnist] [--steps N] [--seed N] [--out DIR]
+    python experiments/digits.py [--data digits|mnist] [--steps N] [--seed N] [--out DIR]
 """
 
 from __future__ import annotations

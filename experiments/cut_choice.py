@@ -8,7 +8,7 @@ gradient at all (``zero``) and the last batch's (``stale``). Costs are analytic,
 are the same on every machine. Finished runs are kept in a JSON file, so an interrupted experiment
 goes on where it was:
 
-    python examples/cut_choice.py [--data DIR] [--seeds 0 1 2] [--steps 600] [--stages 4] [--out
+    python experiments/cut_choice.py [--data DIR] [--seeds 0 1 2] [--steps 600] [--stages 4] [--out
     FILE]
 """
 

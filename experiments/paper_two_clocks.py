@@ -15,7 +15,7 @@ its windows A's state is carried, but no gradient: truncated BPTT, the same for 
 step is one sequence for every network, so methods are compared at equal ticks; updates are counted.
 Finished runs are kept in a JSON file beside the figure, so the same command goes on where it was:
 
-    python examples/paper_two_clocks.py --steps 3000 --seeds 0 1 2 --jobs 2
+    python experiments/paper_two_clocks.py --steps 3000 --seeds 0 1 2 --jobs 2
 """
 
 from __future__ import annotations

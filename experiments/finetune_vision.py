@@ -5,7 +5,7 @@ finished runs; or name one of your own for the same net with --checkpoint. It is
 the plain class, cut, and trained on a few images of the other classes by sources of every kind and
 both controls ("frozen": nothing but the head is trained):
 
-    python examples/finetune_vision.py --seeds 0 1 2 --jobs 2 [--steps 500] [--images 5000]
+    python experiments/finetune_vision.py --seeds 0 1 2 --jobs 2 [--steps 500] [--images 5000]
     [--methods ...]
 """
 

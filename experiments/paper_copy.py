@@ -12,8 +12,8 @@ One step is one window of T time steps, so methods of the same T are compared at
 steps and updates (``full`` makes fewer updates). The last window of a sequence may be shorter.
 Finished runs are kept in a JSON file beside the figure, so the same command goes on where it was:
 
-    python examples/paper_copy.py --tasks copy repeat-copy --windows 2 3 4 5 --steps 100000 --seeds
-    0 1 --jobs 2
+    python experiments/paper_copy.py --tasks copy repeat-copy --windows 2 3 4 5 --steps 100000
+    --seeds 0 1 --jobs 2
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from .kit import run_example
+from .kit import run_experiment
 from .records import interrupted, load, records_in, rows
 
 Record = dict[str, Any]
@@ -194,7 +194,7 @@ def test_numbers_that_make_no_sense(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_it_runs_as_a_command(tmp_path: Path) -> None:
     out = tmp_path / "runs.json"
-    result = run_example(
+    result = run_experiment(
         "paper_two_clocks", *SMALL, "--methods", "dni", "--out", str(out), cwd=tmp_path
     )
     assert result.returncode == 0, result.stderr

@@ -1,4 +1,4 @@
-"""What the distributed examples share: their options, the process group, and what they print and
+"""What the distributed experiments share: their options, the process group, and what they print and
 save.
 
 A script runs on the processes that torchrun starts, or in one process alone; nothing else in it

@@ -6,7 +6,7 @@ unlock). Four hidden layers of 256 and a cut after each. Steps are chosen so tha
 updates equally often whatever p is. Controls, at p = 1: backprop and no gradient at all. Finished
 runs are kept in a JSON file beside the figure, so the same command goes on where it was:
 
-    python examples/paper_sparse_updates.py --updates 3000 --probabilities 0.05 0.1 0.2 0.5 1
+    python experiments/paper_sparse_updates.py --updates 3000 --probabilities 0.05 0.1 0.2 0.5 1
     --seeds 0 1 2 --jobs 2
 """
 

@@ -10,8 +10,8 @@ figures are those of the weights that were best in validation.
 ``--steps`` gives all runs the same number of updates, ``--characters`` the same amount of text.
 Finished runs are kept in a JSON file beside the figure, so the same command goes on where it was:
 
-    python examples/paper_char_lm.py --steps 20000 --seeds 0 1 --jobs 2
-    python examples/paper_char_lm.py --characters 10_000_000 --text some_book.txt
+    python experiments/paper_char_lm.py --steps 20000 --seeds 0 1 --jobs 2
+    python experiments/paper_char_lm.py --characters 10_000_000 --text some_book.txt
 """
 
 from __future__ import annotations

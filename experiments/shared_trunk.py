@@ -1,8 +1,8 @@
 """One trunk that serves three clients, each with a head, images and a question of its own; one of
 them is slow.
 
-    python examples/shared_trunk.py                                         # stages on threads
-    torchrun --standalone --nproc-per-node 4 examples/shared_trunk.py       # on processes, 4 or 5
+    python experiments/shared_trunk.py                                     # stages on threads
+    torchrun --standalone --nproc-per-node 4 experiments/shared_trunk.py   # on processes, 4 or 5
 
 Every client learns from its own loss, in its own stage. What the trunk learns from is predicted, by
 one source for each client, which is corrected whenever that client's gradient comes. So nobody

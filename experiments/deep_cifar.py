@@ -6,8 +6,8 @@ after each group but the last. Every method trains the same weights on the same 
 with SGD and a cosine decay. Finished runs are kept in a JSON file beside the figure, so the same
 command goes on where it was:
 
-    python examples/deep_cifar.py --seeds 0 1 --jobs 2 [--steps 3000] [--images 50000] [--blocks 1]
-    [--methods ...]
+    python experiments/deep_cifar.py --seeds 0 1 --jobs 2 [--steps 3000] [--images 50000]
+    [--blocks 1] [--methods ...]
 """
 
 from __future__ import annotations

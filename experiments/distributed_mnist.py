@@ -1,8 +1,8 @@
 """MNIST with the stages of one model on several processes, none of which waits for another's
 gradients.
 
-    torchrun --standalone --nproc-per-node 2 examples/distributed_mnist.py [--compare]
-    python examples/distributed_mnist.py                           # the same in one process
+    torchrun --standalone --nproc-per-node 2 experiments/distributed_mnist.py [--compare]
+    python experiments/distributed_mnist.py                           # the same in one process
 
 Where MNIST is not at hand, the digits that come with scikit-learn are used. With --checkpoint DIR a
 run that was ended goes on where it was, and ``torchrun --max-restarts 3`` starts it again by
@@ -53,7 +53,7 @@ def accuracy(trainer: distributed.Trainer, model: nn.Module, data: Digits) -> fl
     model.eval()
     right = 0.0
     for images, labels in zip(data.test_x.split(2000), data.test_y.split(2000), strict=True):
-        output = trainer.evaluate(images)  # None where the last stage is not
+        output = trainer.forward(images)  # None where the last stage is not
         right = (
             float("nan") if output is None else right + float((output.argmax(1) == labels).sum())
         )

@@ -8,9 +8,10 @@ paper's synthesizers, scaled to the net, instead of the small ones. ``--ablate``
 of the recipe at a time. Finished runs are kept in a JSON file beside the figure, so the same
 command goes on where it was:
 
-    python examples/paper_feedforward.py --net fcn --data-set mnist --layers 3 4 5 6 --seeds 0 1 2
-    --jobs 2 python examples/paper_feedforward.py --net cnn --data-set cifar10 --layers 3 --filters
-    32 --ablate
+    python experiments/paper_feedforward.py --net fcn --data-set mnist --layers 3 4 5 6
+    --seeds 0 1 2 --jobs 2
+    python experiments/paper_feedforward.py --net cnn --data-set cifar10 --layers 3 --filters 32
+    --ablate
 """
 
 from __future__ import annotations

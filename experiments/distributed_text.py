@@ -1,8 +1,8 @@
 """A language model on characters, its blocks on several processes that do not wait for each other's
 gradients.
 
-    torchrun --standalone --nproc-per-node 2 examples/distributed_text.py [--text FILE] [--compare]
-    python examples/distributed_text.py                            # the same in one process
+    torchrun --standalone --nproc-per-node 2 experiments/distributed_text.py [--compare]
+    python experiments/distributed_text.py                            # the same in one process
 
 The text is Python's own standard library unless a file is named; the last tenth of it is held out.
 With --checkpoint a run that was ended goes on where it was, and ``torchrun --max-restarts 3``
@@ -123,7 +123,7 @@ def bits(
     total = 0.0
     for number in range(HELD_OUT_BATCHES):
         text, following = draw(held_out, args.batch, args.length, number)
-        logits = trainer.evaluate(text)  # None where the last stage is not
+        logits = trainer.forward(text)  # None where the last stage is not
         total += math.nan if logits is None else float(loss_of(logits, following))
     model.train()
     return trainer.mean(total / HELD_OUT_BATCHES / math.log(2))  # known to all

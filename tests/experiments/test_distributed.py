@@ -1,5 +1,5 @@
-"""The distributed examples run under torchrun and in one process, with the same numbers, and go on
-after a crash.
+"""The distributed experiments run under torchrun and in one process, with the same numbers, and go
+on after a crash.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ..helpers.paths import EXAMPLES
+from ..helpers.paths import EXPERIMENTS
 from .kit import rows
 from .records import load
 
@@ -49,7 +49,7 @@ TRUNK = ["shared_trunk.py", "--seconds", "1", "--work", "10", "--slow", "5"]
 
 
 def run(script: str, *arguments: str, cwd: Path, processes: int = 1, restarts: int = 0) -> str:
-    """What an example prints, on so many processes; none is left."""
+    """What an experiment prints, on so many processes; none is left."""
     command = [sys.executable]
     if processes > 1:
         command += [
@@ -60,9 +60,9 @@ def run(script: str, *arguments: str, cwd: Path, processes: int = 1, restarts: i
             str(processes),
         ]
         command += ["--max-restarts", str(restarts)]
-    settings = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
+    settings = {**os.environ, "PYTHONPATH": str(EXPERIMENTS.parent), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [*command, str(EXAMPLES / script), *arguments],
+        [*command, str(EXPERIMENTS / script), *arguments],
         cwd=cwd, env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
@@ -80,16 +80,16 @@ def curve(output: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("example", "methods"),
+    ("script", "methods"),
     [(MNIST, ["linear"]), ([*TEXT, "--compare"], ["linear", "zero", "stale", "exact"])],
     ids=["mnist", "text"],
 )
 def test_two_processes_print_what_one_does(
-    tmp_path: Path, example: list[str], methods: list[str]
+    tmp_path: Path, script: list[str], methods: list[str]
 ) -> None:
     options = ["--staleness", "1", "--source", "linear"]
-    one = run(*example, *options, cwd=tmp_path)
-    two = run(*example, *options, "--timeline", "spans.json", cwd=tmp_path, processes=2)
+    one = run(*script, *options, cwd=tmp_path)
+    two = run(*script, *options, "--timeline", "spans.json", cwd=tmp_path, processes=2)
     assert "1 process\n" in one
     assert "2 processes\n" in two
     assert [line.split()[0] for line in curve(one)[1::2]] == methods
@@ -121,7 +121,7 @@ def test_goes_on_after_a_process_has_ended(tmp_path: Path) -> None:
     crash.write_text(
         f"""
 import os, sys
-sys.path.insert(0, {str(EXAMPLES)!r})
+sys.path.insert(0, {str(EXPERIMENTS)!r})
 import distributed_text
 from dni_fx import distributed
 step = distributed.Trainer.step

@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ..helpers.paths import EXAMPLES
-from .kit import run_example
+from ..helpers.paths import EXPERIMENTS
+from .kit import run_experiment
 from .records import rows
 from .recurrent import language, through_time
 
@@ -115,7 +115,7 @@ def test_a_missing_text_is_an_error_that_says_what_to_do(
 
 
 def test_environment_names_the_treebank(tmp_path: Path) -> None:
-    done = run_example("paper_char_lm", cwd=tmp_path, DNI_FX_DATA=str(tmp_path))
+    done = run_experiment("paper_char_lm", cwd=tmp_path, DNI_FX_DATA=str(tmp_path))
     assert done.returncode == 1
     assert f"no Penn Treebank in {tmp_path} (from DNI_FX_DATA)" in done.stderr
     assert "Traceback" not in done.stderr
@@ -240,8 +240,8 @@ def test_a_language_model_learns_from_a_text(tmp_path: Path, book: Path) -> None
     (record,) = json.loads(out.read_text())
     assert record["test"] < 0.7  # the text repeats itself
     assert record["curve"]["valid"][0] > 2 * record["test"]
-    done = run_example(
+    done = run_experiment(
         "paper_char_lm", *arguments, "--out", str(out), cwd=tmp_path, **dict(os.environ)
     )
     assert done.returncode == 0, done.stderr  # finished runs need no text
-    assert EXAMPLES.exists()
+    assert EXPERIMENTS.exists()

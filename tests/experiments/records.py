@@ -11,19 +11,19 @@ from typing import Any
 
 import torch
 
-from ..helpers.paths import EXAMPLES
-from .kit import load_example
+from ..helpers.paths import EXPERIMENTS
+from .kit import load_experiment
 
 Record = dict[str, Any]
 
 
 def load(name: str) -> ModuleType:
     """An experiment, which imports its neighbours."""
-    sys.path.insert(0, str(EXAMPLES))
+    sys.path.insert(0, str(EXPERIMENTS))
     try:
-        return load_example(name)
+        return load_experiment(name)
     finally:
-        sys.path.remove(str(EXAMPLES))
+        sys.path.remove(str(EXPERIMENTS))
 
 
 feedforward, sparse, deep = (

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from .kit import run_example
+from .kit import run_experiment
 from .records import SMALL, deep, feedforward, interrupted, records_in, rows, sparse
 
 
@@ -108,7 +108,8 @@ def test_several_processes_make_the_same_records(tmp_path: Path) -> None:
         "--out",
     ]
     assert feedforward.main([*arguments, str(tmp_path / "here.json")]) == 0
-    done = run_example("paper_feedforward", *arguments, "apart.json", "--jobs", "2", cwd=tmp_path)
+    apart = [*arguments, "apart.json", "--jobs", "2"]
+    done = run_experiment("paper_feedforward", *apart, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "100%" in done.stderr  # the progress bar
     here, apart = (
@@ -135,7 +136,7 @@ def test_missing_data_are_an_error(tmp_path: Path, capsys: pytest.CaptureFixture
     arguments = ["--data", str(tmp_path), "--methods", "zero", "--seeds", "0", "1"]
     assert deep.main([*arguments, "--out", str(tmp_path / "runs.json")]) == 1
     assert f"no CIFAR-10 in {tmp_path}" in capsys.readouterr().err
-    done = run_example("deep_cifar", *arguments, "--jobs", "2", cwd=tmp_path)
+    done = run_experiment("deep_cifar", *arguments, "--jobs", "2", cwd=tmp_path)
     assert done.returncode == 1
     assert f"no CIFAR-10 in {tmp_path}" in done.stderr
     assert "Traceback" not in done.stderr

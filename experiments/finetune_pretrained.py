@@ -8,7 +8,7 @@ layer. Sources that learn from what an ordinary loop sends are trained as a drop
 (``as_module``), the others by ``dni_fx.Trainer``. Every run ends with the model saved as a plain
 checkpoint which the plain class loads:
 
-    python examples/finetune_pretrained.py --seeds 0 1 2 --jobs 2 [--steps 200] [--methods ...]
+    python experiments/finetune_pretrained.py --seeds 0 1 2 --jobs 2 [--steps 200] [--methods ...]
 """
 
 from __future__ import annotations

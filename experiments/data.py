@@ -1,4 +1,4 @@
-"""The data sets of the examples: real digits, checked before use, with no dependency on a fixed
+"""The data sets of the experiments: real digits, checked before use, with no dependency on a fixed
 machine.
 
 ``digits`` comes with scikit-learn (8 x 8 pixels). ``mnist`` and ``cifar10`` are read from a

@@ -1,0 +1,1 @@
+"""The experiments, run as users run them."""
