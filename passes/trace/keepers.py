@@ -42,7 +42,7 @@ class Keepers:
         outer = None
         for path, module in model.named_modules():
             if outer is None or not path.startswith(f"{outer}."):
-                outer = path if is_whole(module, path) else None
+                outer = path if _is_called(module) and is_whole(module, path) else None
                 if outer is not None:
                     self.deep[outer] = is_deep(module, path)
             if outer is not None:
@@ -118,6 +118,11 @@ class Keepers:
                 plain = isinstance(value, (*ATOMS, torch.Tensor))
                 if not plain and owners.setdefault(id(value), path) != path:
                     yield id(value)
+
+
+def _is_called(module: nn.Module) -> bool:
+    """Whether it is more than a list or a table of modules."""
+    return type(module).forward is not nn.Module.forward or "forward" in vars(module)
 
 
 def lengths_of(found: dict[Place, Any]) -> dict[Place, int]:

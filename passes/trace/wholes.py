@@ -128,9 +128,8 @@ class Wholes:
     def finish(self) -> None:
         """The model returns."""
         for path in self._keepers.deep:
-            for place, value in [
-                *self._keepers.changes(path, self._pending)
-            ]:  # soon after the call, if there was one
+            for place, value in [*self._keepers.changes(path, self._pending)]:
+                # soon after the call, if there was one
                 known = [self._known.nodes.get(id(t)) for t in flatten(value)[0]]
                 behind = [*self._last.get(path, ())[:1], *(n for n in known if n is not None)]
                 with self._after(behind):

@@ -223,6 +223,32 @@ def test_an_inner_module_does_the_same() -> None:
     assert_bits_equal(stages(x), expected[0], "output")
 
 
+class Listed(Around):
+    """Has its cells in a list, which nobody calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.cell
+        self.cells = nn.ModuleList([Cell(), Cell()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        for cell in self.cells:
+            cell.reset()
+        for cell in self.cells:
+            h = cell(h) + cell.membrane
+        return self.last(torch.tanh(self.second(h)))
+
+
+def test_modules_of_a_list_are_told_apart() -> None:
+    torch.manual_seed(0)
+    model = Listed()
+    expected = plainly(copy.deepcopy(model))
+    points = dni_fx.list_cut_points(model, batches()[0][:1])
+    assert next(point for point in points if point.name == "cells.0").legal
+    assert_same(in_stages(model), expected)
+
+
 class Rates(nn.Module):
     """Sets what a layer of torch's keeps."""
 
