@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,8 @@ from ..passes.trace.nodes import Node
 from ..passes.trace.traces import Trace
 from ..plan import CutPlan, TensorSpec
 from ..reports.files import write_atomically
-from ..runtime.optimizing import NamedParameters
-from ..sources import Exampled, GradientSource
-from ..sources.rates import default_optimizer
+from ..runtime.optimizing import MakeOptimizer
+from ..sources import Exampled, default_optimizer
 from . import readme
 from .bodies import BodyWriter
 from .classes import Classes
@@ -31,7 +29,7 @@ from .copying import copied
 from .headers import KIT, file_text, home_of, needed_classes
 from .options import Text, TrainingOptions, context_text, loss_text, optimizer_text
 from .scopes import Inline, Scope, value_of
-from .stages import StageFile, label_values, write_stage
+from .stages import Asked, StageFile, label_values, write_stage
 from .threads import thread_lines
 from .training import (
     Training,
@@ -220,43 +218,29 @@ def _ties(stages: list[StageFile]) -> list[tuple[int, str, int, str]]:
 
 
 def _optimizers(
-    graphs: Graphs, stages: list[StageFile], settings: TrainingOptions
-) -> list[tuple[Text | None, Text | None]]:
+    graphs: Graphs, stages: list[StageFile], options: TrainingOptions
+) -> list[tuple[Text | None, list[tuple[str, Text]]]]:
     known = dict(graphs.model.named_parameters())
     owned: set[int] = set()
-    found: list[tuple[Text | None, Text | None]] = []
+    found: list[tuple[Text | None, list[tuple[str, Text]]]] = []
     for stage in stages:
         names = graphs.parameter_names(stage.index)
         own = [(n, p) for n, p in known.items() if n in names and id(p) not in owned]
         owned.update(id(p) for _, p in own)
-        sources = [a.group.source for a in stage.sources]
-        learnt = [(n, p) for source in sources for n, p in source.named_parameters()]
-        make = settings.synthesizer_optimizer or functools.partial(_default_optimizer, sources)
-        found.append(
-            (
-                optimizer_text(settings.optimizer, own, "optimizer") if own else None,
-                optimizer_text(make, learnt, "synthesizer_optimizer") if learnt else None,
-            )
-        )
+        of_sources = [
+            (a.name, optimizer_text(_maker(options, a), learnt, "synthesizer_optimizer"))
+            for a in stage.sources
+            if (learnt := list(a.group.source.named_parameters()))
+        ]
+        of_stage = optimizer_text(options.optimizer, own, "optimizer") if own else None
+        found.append((of_stage, of_sources))
     return found
 
 
-def _default_optimizer(
-    sources: Sequence[GradientSource], learnt: NamedParameters
-) -> torch.optim.Optimizer:
-    """Of all sources of a stage in one, where each has the same rate by default.
-
-    Raises:
-        DecouplingError: they have not.
-    """
-    made = [default_optimizer(s, named) for s in sources if (named := [*s.named_parameters()])]
-    rates = {group["lr"] for optimizer in made for group in optimizer.param_groups}
-    if len(rates) > 1:
-        raise DecouplingError(
-            "the sources of a stage are stepped together in a program, but have several rates by "
-            f"default ({', '.join(map(str, sorted(rates)))}): pass synthesizer_optimizer="
-        )
-    return torch.optim.Adam(learnt, lr=rates.pop())
+def _maker(options: TrainingOptions, asked: Asked) -> MakeOptimizer:
+    """What makes the optimiser of a source."""
+    source = asked.group.source
+    return options.synthesizer_optimizer or (lambda learnt: default_optimizer(source, learnt))
 
 
 def conditions(trace: Trace, names: Mapping[Node, str], shapes: list[tuple[int, ...]]) -> list[str]:
@@ -327,7 +311,8 @@ def _training_texts(
     for s in stages:
         names = [*([f"Sources{s.index}"] if s.holds_sources else []), f"Stage{s.index}"]
         local[f"stage_{s.index}"] = names
-    made = {i for texts in training.optimizers for t in texts if t for i in t.imports}
+    every = [t for own, more in training.optimizers for t in (own, *(text for _, text in more))]
+    made = {i for t in every if t is not None for i in t.imports}
     here = [["HERE = Path(__file__).parent"]]
     extra = {"from safetensors.torch import load_file, save_file"} if io is _SAFETENSORS else set()
     files = {

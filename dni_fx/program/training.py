@@ -28,7 +28,7 @@ class Training:
         target: of an example of the target, where it can be told; whole numbers are below its
             ``most``.
         ties: tensors that are one: stage, key, and the same of what it is, too.
-        optimizers: of each stage and of its sources; None where there is nothing to train.
+        optimizers: of each stage, None where there is nothing to train, and of its sources by name.
         context: what sources see of the target.
         settings: how it trains.
         suffix: of the files with weights.
@@ -40,7 +40,7 @@ class Training:
     examples: Sequence[TensorSpec]
     target: tuple[TensorSpec, int] | None
     ties: Sequence[tuple[int, str, int, str]]
-    optimizers: Sequence[tuple[Text | None, Text | None]]
+    optimizers: Sequence[tuple[Text | None, Sequence[tuple[str, Text]]]]
     context: Text | None
     settings: TrainingOptions
     suffix: str
@@ -97,8 +97,10 @@ def _optimizer_lines(training: Training) -> list[str]:
                 given = f"unshared({', '.join([f'self.stage_{k}', *owners])})"
             clipped.append(given)
             made.append(own.expression.format(given))
-        if of_sources is not None:
-            made.append(of_sources.expression.format(f"self.sources_{k}.parameters()"))
+        made += [
+            text.expression.format(f"self.sources_{k}.{name}.parameters()")
+            for name, text in of_sources
+        ]
         lines.append(f"            [{', '.join(made)}],")
     lines.append("        ]")
     if training.settings.clip_norm is not None:

@@ -62,7 +62,7 @@ def test_what_files_cannot_hold_is_named(
 
 
 def test_a_loss_that_cannot_be_imported_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DecouplingError, match=r"use a loss of torch\.nn\.functional"):
+    with pytest.raises(DecouplingError, match="use a loss of torch"):
         decoupled().to_folder(tmp_path / "out", loss=lambda output, _: output.sum())
 
 
@@ -97,10 +97,8 @@ def test_other_shapes_than_the_program_holds_for_are_checked(tmp_path: Path) -> 
         (nn.Linear(3, 4, dtype=torch.float64), "nn.Linear(3, 4, dtype=torch.float64)"),
         (nn.LayerNorm((4, 5)), "nn.LayerNorm((4, 5))"),
         (nn.LSTM(3, 4, 2, dropout=0.1), "nn.LSTM(3, 4, num_layers=2, dropout=0.1)"),
-        (
-            nn.TransformerEncoderLayer(8, 2, 16),
-            "nn.TransformerEncoderLayer(8, 2, dim_feedforward=16)",
-        ),
+        (nn.TransformerEncoderLayer(8, 2, 16),
+         "nn.TransformerEncoderLayer(8, 2, dim_feedforward=16)"),
         (nn.BatchNorm2d(4).eval(), "nn.BatchNorm2d(4).eval()"),
         (nn.GELU("tanh"), 'nn.GELU(approximate="tanh")'),
     ],
@@ -114,7 +112,7 @@ def test_modules_as_the_calls_that_make_them(module: nn.Module, text: str) -> No
 
 @pytest.mark.parametrize(
     "value",
-    [1, -2.5, None, "it's", 'say "x"', (1,), [1, (2, 3)], {"a": 1}, torch.float16, slice(2)],
+    [1, -2.5, None, "it's", 'say "x"', (1,), [1, (2, 3)], {"a": 1}, torch.half, slice(2)],
 )
 def test_values_are_read_back(value: Any) -> None:
     assert eval(literal(value)) == value
