@@ -61,6 +61,7 @@ EXECUTORS: dict[str, Callable[[], Any]] = {
     "in turn": plain,
     "stage by stage": lambda: plain(update="at_once"),
     "out of memory": lambda: plain(resident=1, store=tempfile.mkdtemp()),
+    "looked at later": lambda: plain(check_finite="deferred"),
     "threads": lambda: plain(schedule=Threads(staleness=0)),
     "a process": lambda: plain(kind=distributed.Trainer, staleness=0),
 }
