@@ -238,8 +238,8 @@ def check_apart(decoupled: Decoupled, together: int) -> None:
         if source.asks.shares and together < len(decoupled.stages):
             raise DecouplingError(
                 f"the source at {name!r} ({type(source).__name__}) reads weights that another "
-                "stage trains, which here works on a thread or in a process of its own: pass "
-                "share=False to the source, or run the stages in turn"
+                "stage trains, which here works by itself (on a thread, in a process, in visits): "
+                "pass share=False to the source, or run the stages in turn"
             )
 
 
