@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,15 @@ from .reports.steps import StepReport
 from .runtime.deferring import Deferral
 from .runtime.fusing.steps import FusedSteps
 from .runtime.in_turn import Batch
-from .runtime.measuring import Measures
+from .runtime.keeping import Keeps
 from .runtime.objective import Loss
 from .runtime.optimizing import LrScale, MakeOptimizer
-from .runtime.saving import load_trained, trained_state
 from .runtime.stepping import Stepping
 from .runtime.transforms import check_ordinary
 from .schedules import Schedule, Sequential, Threads, make_schedule, mode_of
 
 
-class Trainer(Measures):
+class Trainer(Keeps):
     """Trains a decoupled model, every stage with an optimiser of its own.
 
     A step runs the stages one after the other: each runs forward, asks its sources for the
@@ -246,35 +246,18 @@ class Trainer(Measures):
 
     # ---- state -----------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that training needs to go on bit for bit: model, sources, optimisers, random
-        states, step.
+    def _finish(self) -> None:
+        self._settle()
+        self.beside.drain()
 
-        Raises:
-            DecouplingError: batches are under way to a late source; their graphs cannot be saved.
-        """
-        self.finish_threads()
-        if waiting := len(self._in_turn.under_way):
-            raise DecouplingError(
-                f"{waiting} batches are still under way to late sources and cannot be saved: call "
-                "trainer.drain() first, which finishes them"
-            )
-        return trained_state(self.decoupled, self.optimizing, self.steps, self.accumulate)
+    def _in_memory(self, stage: int) -> AbstractContextManager[None]:
+        return self.beside.in_memory(self, self.schedule, self.steps, stage)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state_dict`` was taken; the plan must be the same. Batches under way are
-        dropped.
-
-        Args:
-            state: what ``state_dict`` returned, for example by ``torch.load``.
-
-        Raises:
-            DecouplingError: the state belongs to other stages or sources; nothing is loaded then.
-        """
-        load_trained(state, self.decoupled, self.optimizing, self.close)
-        self.steps = state["steps"]
+    def _begin_anew(self, steps: int) -> None:
+        self.steps = steps
         self._in_turn.under_way = []
         self._stepping.forget()
+        self.beside.begin_anew(steps)
 
 
 def _checked_options(compile: Any, is_beside: bool) -> dict[str, Any]:

@@ -4,6 +4,7 @@ visits.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from ..decoupled import Decoupled
@@ -75,15 +76,39 @@ class Beside:
             mode, values, target: of the batch.
         """
         try:
-            if self.executor is None:
-                self.executor = self._make(schedule, steps)
-                self.executor.end_with(owner)
-            self.executor.submit(self.executor.make_jobs(steps, mode, values, target))
+            executor = self._at_work(owner, schedule, steps)
+            executor.submit(executor.make_jobs(steps, mode, values, target))
             self._metrics.requested = False
-            return self.executor.report(steps + 1)
+            return executor.report(steps + 1)
         except BaseException:
             self.close()
             raise
+
+    def in_memory(
+        self, owner: object, schedule: Schedule, steps: int, stage: int
+    ) -> AbstractContextManager[None]:
+        """A region in which a stage is in memory, while nothing is under way; other arguments as
+        for :meth:`step`.
+        """
+        if self.visiting is None or isinstance(schedule, Threads):
+            return nullcontext()
+        executor = self._at_work(owner, schedule, steps)
+        assert isinstance(executor, Visits)
+        return executor.residency.visit(stage)
+
+    def begin_anew(self, steps: int) -> None:
+        """Another state was loaded, after so many steps."""
+        if self.executor is None:
+            return
+        self.executor.post_rates(self._parts[2])  # optimisers that load have new states
+        for worker in self.executor.workers.values():
+            worker.desk.steps = steps
+
+    def _at_work(self, owner: object, schedule: Schedule, steps: int) -> OnThreads | Visits:
+        if self.executor is None:
+            self.executor = self._make(schedule, steps)
+            self.executor.end_with(owner)
+        return self.executor
 
     def _make(self, schedule: Schedule, steps: int) -> OnThreads | Visits:
         if isinstance(schedule, Threads):

@@ -47,6 +47,7 @@ class Posted:
 
     def take(self, changes: Changes) -> None:
         """A batch begins, for which this holds; in the stage's thread."""
+        self.double.state = self.optimizer.state  # another one, once a state was loaded
         groups = self.double.param_groups
         for index, changed in changes.items():
             if index < len(groups):

@@ -234,7 +234,7 @@ def test_a_real_drawing(folder: Path, suffix: str) -> None:
     assert f"<{suffix}" in (folder / f"plan.{suffix}").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("command", [[], ["plan"], ["points"], ["demo"]], ids=str)
+@pytest.mark.parametrize("command", [[], ["plan"], ["points"], ["emit"], ["demo"]], ids=str)
 def test_help_has_examples_that_parse(
     capsys: pytest.CaptureFixture[str], command: list[str]
 ) -> None:
@@ -246,7 +246,7 @@ def test_help_has_examples_that_parse(
         for line in capsys.readouterr().out.splitlines()
         if line.startswith("  dni-fx ")
     ]
-    assert [line[0] for line in lines] == ["points", "plan", "plan", "demo"]
+    assert [line[0] for line in lines] == ["points", "plan", "plan", "emit", "demo"]
     for line in lines:
         options, rest = cli.make_parser().parse_known_args(line)
         assert rest == ([] if line[0] != "demo" else line[1:])

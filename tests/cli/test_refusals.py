@@ -93,7 +93,7 @@ def test_where_no_file_can_be_is_said_before_the_work(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "required: {plan,points,demo}"),
+        ([], "required: {plan,points,emit,demo}"),
         (["fly"], "invalid choice: 'fly'"),
         (["plan"], "required: package.module:factory, --input"),
         (["points", "models_here:chain"], "required: --input"),

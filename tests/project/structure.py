@@ -40,6 +40,7 @@ ABOVE = {
     "sources": ("graphs", "passes.cut", "runtime", "parallel", "through_time"),
     "graphs": ("parallel", "through_time"),
     "runtime": ("parallel", "through_time"),
+    "residency": ("graphs", "passes.cut", "sources", "runtime", "parallel", "through_time"),
 }
 
 # {rule: {where: why it stays so}}

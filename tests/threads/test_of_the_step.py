@@ -17,7 +17,7 @@ from dni_fx.schedules import Threads
 from ..helpers.comparing import assert_bits_equal
 from ..helpers.training import batch, record
 from ..models.small import CHAIN, SKIPS
-from .kit import trainer_of
+from .kit import train, trainer_of
 
 Change = Callable[[torch.optim.Optimizer], Callable[[int], None]]
 
@@ -148,3 +148,18 @@ def test_weights_that_a_forward_rescales_are_put_back() -> None:
     with pytest.raises(Exception, match="division"):
         step_and_drain(trainer, x, x % 3)
     assert torch.equal(weight, model.table.weight)
+
+
+def test_optimisers_that_load_a_state_between_steps_go_on_from_it() -> None:
+    trainers = [trainer_of(s) for s in ("sequential", Threads(staleness=0))]
+    for trainer in trainers:
+        train(trainer, 3)
+        trainer.drain()
+        for optimizer in trainer.optimizers.values():
+            state = copy.deepcopy(optimizer.state_dict())
+            for own in state["state"].values():
+                own["exp_avg"] = torch.zeros_like(own["exp_avg"])
+            optimizer.load_state_dict(state)
+        train(trainer, 3)
+        trainer.drain()
+    assert_bits_equal(record(trainers[1]), record(trainers[0]), "loaded")

@@ -1,0 +1,116 @@
+"""What trainers of a whole model save and go on from: dicts in memory, and folders of steps."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+from ..errors import DecouplingError
+from .in_turn import Batch
+from .measuring import Measures
+from .saving import load_trained, trained_state
+from .step_folders import StepFolders
+
+
+class Keeps(Measures):
+    """The state of a trainer."""
+
+    @property
+    @abstractmethod
+    def under_way(self) -> tuple[Batch, ...]:
+        """Batches that something is still expected for, oldest first."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End what works beside the caller."""
+
+    @abstractmethod
+    def _finish(self) -> None:
+        """Finish what is under way, without bringing anything into memory."""
+
+    @abstractmethod
+    def _in_memory(self, stage: int) -> contextlib.AbstractContextManager[None]:
+        """A region in which a stage is in memory."""
+
+    @abstractmethod
+    def _begin_anew(self, steps: int) -> None:
+        """Another state was loaded, after so many steps."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that training needs to go on bit for bit: model, sources, optimisers, random
+        states, step.
+
+        Raises:
+            DecouplingError: batches are under way to a late source; their graphs cannot be saved.
+        """
+        self.finish_threads()
+        self._check_idle()
+        return trained_state(self.decoupled, self.optimizing, self.steps, self.accumulate)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken; the plan must be the same. Batches under way are
+        dropped.
+
+        Args:
+            state: what ``state_dict`` returned, for example by ``torch.load``.
+
+        Raises:
+            DecouplingError: the state belongs to other stages or sources; nothing is loaded then.
+        """
+        load_trained(state, self.decoupled, self.optimizing, self.close)
+        self._begin_anew(state["steps"])
+
+    def save(self, folder: str | os.PathLike[str], *, keep: int = 2) -> Path:
+        """Write the same into a folder of its own, ``step-000000500``, stage by stage: those that
+        are not in memory come there one after the other. It takes its name when it is whole.
+
+        Args:
+            folder: where the steps' folders are.
+            keep: how many of them there may be; older ones are removed.
+
+        Returns:
+            The step's folder.
+
+        Raises:
+            DecouplingError: batches are under way to a late source; or it cannot be written, and
+                older ones are as they were.
+        """
+        self._make_optimizers()
+        self._finish()
+        self._check_idle()
+        unfinished = self.steps % self.accumulate != 0
+        return self._folders.save(Path(folder), self.steps, unfinished, keep)
+
+    def resume(self, folder: str | os.PathLike[str]) -> bool:
+        """Go on from the newest step in a folder that is whole; others are left out with a warning.
+        Batches under way are dropped.
+
+        Args:
+            folder: what :meth:`save` was given; it may not exist yet.
+
+        Returns:
+            Whether there was one.
+
+        Raises:
+            DecouplingError: it belongs to another model or plan; nothing is loaded then.
+        """
+        self._make_optimizers()
+        self.close()
+        steps = self._folders.load(Path(folder))
+        if steps is not None:
+            self._begin_anew(steps)
+        return steps is not None
+
+    @property
+    def _folders(self) -> StepFolders:
+        return StepFolders(self.decoupled, self.optimizing, self._in_memory)
+
+    def _check_idle(self) -> None:
+        if waiting := len(self.under_way):
+            raise DecouplingError(
+                f"{waiting} batches are still under way to late sources and cannot be saved: call "
+                "trainer.drain() first, which finishes them"
+            )
