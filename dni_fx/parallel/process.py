@@ -21,7 +21,7 @@ from ..runtime.objective import Metrics, Objective
 from ..runtime.optimizing import StageOptimizers
 from ..schedules import Flow, Mode
 from .agreement import Agreement, agree, digest_of, model_of
-from .executors import OneByOne, find_late_delays
+from .executors import OneByOne
 from .mailbox import Address, Mail, ParallelError
 from .placement import Placement, Places, find_places
 from .sharing import Peers, owned_tensors, share_batches, share_stage
@@ -86,10 +86,6 @@ class Process:
         self.rows = tuple(_status_of(w, self.peers.rank) for w in self.workers.values())
         streams = () if self.links is None else self.links.streams.values()
         return (*self.rows, *(row for stream in streams for row in stream.rows))
-
-    def delays(self) -> dict[int, int]:
-        """See ``Trainer.delays``."""
-        return find_late_delays(self.decoupled, self.flow.staleness, self.workers)
 
     def newest_loss(self) -> tuple[int, float]:
         """Of the newest batch that the last stage has run, and the number of steps, as far as it is

@@ -20,12 +20,14 @@ from ..decoupled import Decoupled
 from ..errors import DecouplingError
 from ..reports.files import write_atomically
 from ..reports.steps import StepReport
-from ..runtime.base import BaseTrainer, Unpack
+from ..runtime.base import BaseTrainer
 from ..runtime.evaluating import Means, Sums
+from ..runtime.loops import Unpack
 from ..runtime.optimizing import LrScale, MakeOptimizer
 from ..runtime.transforms import check_ordinary
 from ..schedules import Flow, Schedule, Threads, make_schedule, mode_of
 from .checkpoints import Checkpoints
+from .executors import find_late_delays
 from .judging import Judging
 from .monitoring import Status, trace_events
 from .placement import Placement
@@ -71,6 +73,8 @@ class Trainer(BaseTrainer):
             placed so.
     """
 
+    is_alone = False
+
     def __init__(
         self,
         decoupled: Decoupled,
@@ -114,18 +118,8 @@ class Trainer(BaseTrainer):
         self.process.prepare()
 
     def _find_delays(self) -> dict[int, int]:
-        return self.process.delays()
-
-    def to_folder(self, path: str | Path) -> Path:
-        """Refused: a program is written from one process.
-
-        Raises:
-            DecouplingError: always.
-        """
-        raise DecouplingError(
-            "a program of several processes cannot be written as files: call decoupled.to_folder "
-            "on one of them"
-        )
+        own = self.process
+        return find_late_delays(self.decoupled, own.flow.staleness, own.workers)
 
     def step(self, *args: Any, target: Any = None, **kwargs: Any) -> StepReport:
         """One batch through this process's stages; the same batch in every process.
@@ -165,11 +159,8 @@ class Trainer(BaseTrainer):
         return self.process.drain()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's output, stage by stage on real values, without gradients, in its mode of now;
-        called in every process with the same inputs.
-
-        Returns:
-            The output where the last stage is, of this process's rows; None elsewhere.
+        """The model's output of this process's rows where the last stage is, None elsewhere; without
+        gradients, in the mode of now, called in every process with the same inputs.
         """
         with self.process.telling():
             return self.process.forward(self.steps, self.decoupled.bind(*args, **kwargs))

@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import inspect
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ..decoupled import Decoupled
 from ..errors import DecouplingError
-from ..graphs.nested import unpack_batch
 from ..program.folder import write_folder
 from ..program.options import TrainingOptions
-from ..reports.steps import StepReport
 from .delays import find_delays
-from .evaluating import Means, Metric, Sums, evaluating
+from .loops import Loops
 from .objective import Loss, Metrics, Objective
 from .optimizing import LrScale, MakeOptimizer, StageOptimizers
-
-Unpack = Callable[[Any], tuple[tuple[Any, ...], dict[str, Any], Any]]
-
 
 _EXAMPLES = {  # of what a trainer calls
     "loss": "torch.nn.functional.cross_entropy, or lambda output, target: ... -> a scalar tensor",
@@ -34,7 +27,7 @@ _EXAMPLES = {  # of what a trainer calls
 }
 
 
-class BaseTrainer(ABC):
+class BaseTrainer(Loops):
     """A model, its objective, its optimisers, and the loop over a loader.
 
     Args:
@@ -46,11 +39,14 @@ class BaseTrainer(ABC):
         objective: the loss, and what sources see of the target.
         optimizing: the optimisers, with what each owns.
         metrics: when predictions are compared, and what was found.
+        is_alone: whether the trainer holds the whole model.
         steps: number of steps made.
 
     Raises:
         DecouplingError: arguments of the wrong kind.
     """
+
+    is_alone = True
 
     def __init__(
         self,
@@ -82,10 +78,6 @@ class BaseTrainer(ABC):
         )
         self.metrics = Metrics(metrics_every)
         self.steps = 0
-
-    @abstractmethod
-    def step(self, *args: Any, target: Any = None, **kwargs: Any) -> StepReport:
-        """Train on one batch: the model's own call, plus the target."""
 
     def prepare(self, *args: Any, target: Any = None, **kwargs: Any) -> Self:
         """Trace the model for one batch without training on it, as the first step would: stages,
@@ -213,6 +205,11 @@ class BaseTrainer(ABC):
                 loop for.
         """
         own = self.optimizing
+        if not self.is_alone:
+            raise DecouplingError(
+                "a program of several processes cannot be written as files: call "
+                "decoupled.to_folder on one of them"
+            )
         if own.lr_scale is not None:
             raise DecouplingError(
                 "a program with lr_scale= cannot be written as files: let optimizer= make each "
@@ -233,100 +230,6 @@ class BaseTrainer(ABC):
         says.
         """
         self.metrics.requested = True
-
-    def fit(
-        self,
-        loader: Iterable[Any],
-        epochs: int = 1,
-        *,
-        progress: bool = True,
-        unpack: Unpack | None = None,
-        on_step: Callable[[StepReport], None] | None = None,
-    ) -> StepReport | None:
-        """Train over a loader with a progress bar.
-
-        Args:
-            loader: gives batches ``(input, ..., target)``, or mappings with ``"target"`` or
-                ``"labels"`` beside the model's keyword inputs.
-            epochs: how often to go through it.
-            progress: whether to show a bar.
-            unpack: turns a batch of another form into ``(args, kwargs, target)``.
-            on_step: called with each report, for learning-rate schedulers and logs.
-
-        Returns:
-            The last report; None if the loader was empty.
-        """
-        report = None
-        for epoch in range(epochs):
-            with tqdm(
-                loader, f"epoch {epoch + 1}/{epochs}", disable=not progress, leave=False
-            ) as bar:
-                for batch in bar:
-                    args, kwargs, target = (unpack or self._unpack)(batch)
-                    report = self.step(*args, target=target, **kwargs)
-                    if progress and self.steps % 10 == 0:
-                        bar.set_postfix(loss=f"{report.loss.item():.4f}")
-                    if on_step is not None:
-                        on_step(report)
-        self._settle()
-        return report
-
-    def _settle(self) -> None:
-        """Look at what no step has looked at yet; here every step looks at itself."""
-        return
-
-    _unpack = staticmethod(unpack_batch)
-
-    def evaluate(
-        self,
-        loader: Iterable[Any],
-        metric: Metric | Mapping[str, Metric] | None = None,
-        *,
-        unpack: Unpack | None = None,
-    ) -> Any:
-        """The mean of a metric over a loader, by the model in evaluation mode.
-
-        Training goes on as if nothing had happened: modes, buffers, gradients and random states are
-        as before, those that the loader draws from included. Batches that are under way on threads
-        are finished first. On several processes it is called in all of them with the same batches,
-        and all get the same numbers. Through time the state is carried from window to window, from
-        a new sequence on; what the trainer carries stays.
-
-        Args:
-            loader: as for :meth:`fit`.
-            metric: ``metric(output, target)``, a tensor of one number (or truth value) for each
-                sample, or one number, which counts as often as the output's first tensor is long
-                (through time: as a window has samples and steps); or several by name. By default
-                the loss.
-            unpack: as for :meth:`fit`.
-
-        Returns:
-            The mean over all samples, a float; of several metrics a dict of them.
-
-        Raises:
-            DecouplingError: a loader without batches, or a metric that returns no number.
-        """
-        self._settle()
-        means = Means(metric, self.loss)
-        return means.result(self._evaluate(loader, means, unpack))
-
-    def _evaluate(self, loader: Iterable[Any], means: Means, unpack: Unpack | None) -> list[Sums]:
-        """What was found, by each who looked."""
-        self._run_over(loader, self._judge(means), unpack)
-        return [means.sums()]
-
-    def _judge(self, means: Means) -> Callable[..., None]:
-        """What evaluates a batch, given as ``(args, kwargs, target)``."""
-        model = self.decoupled.model
-        return lambda args, kwargs, target: means.add(model(*args, **kwargs), target)
-
-    def _run_over(
-        self, loader: Iterable[Any], run: Callable[..., None], unpack: Unpack | None
-    ) -> None:
-        """Give every batch, as ``(args, kwargs, target)``, to what evaluates it."""
-        with evaluating(self.decoupled.model):
-            for batch in loader:
-                run(*(unpack or self._unpack)(batch))
 
 
 def _check_callables(*given: Any) -> None:

@@ -63,12 +63,13 @@ class Keeps(Measures):
         load_trained(state, self.decoupled, self.optimizing, self.close)
         self._begin_anew(state["steps"])
 
-    def save(self, folder: str | os.PathLike[str], *, keep: int = 2) -> Path:
+    def save(self, directory: str | os.PathLike[str], *, extra: Any = None, keep: int = 2) -> Path:
         """Write the same into a folder of its own, ``step-000000500``, stage by stage: those that
         are not in memory come there one after the other. It takes its name when it is whole.
 
         Args:
-            folder: where the steps' folders are.
+            directory: where the steps' folders are.
+            extra: what ``resume`` gives back, pickled, such as a loader's state.
             keep: how many of them there may be; older ones are removed.
 
         Returns:
@@ -82,27 +83,29 @@ class Keeps(Measures):
         self._finish()
         self._check_idle()
         unfinished = self.steps % self.accumulate != 0
-        return self._folders.save(Path(folder), self.steps, unfinished, keep)
+        return self._folders.save(Path(directory), self.steps, extra, unfinished, keep)
 
-    def resume(self, folder: str | os.PathLike[str]) -> bool:
-        """Go on from the newest step in a folder that is whole; others are left out with a warning.
-        Batches under way are dropped.
+    def resume(self, directory: str | os.PathLike[str]) -> Any:
+        """Go on from the newest step in a directory that is whole; others are left out with a
+        warning. Batches under way are dropped.
 
         Args:
-            folder: what :meth:`save` was given; it may not exist yet.
+            directory: as for :meth:`save`; it may not exist yet.
 
         Returns:
-            Whether there was one.
+            What ``save`` was given as ``extra``; None also where nothing is saved. ``steps`` says
+            where the data goes on.
 
         Raises:
             DecouplingError: it belongs to another model or plan; nothing is loaded then.
         """
         self._make_optimizers()
         self.close()
-        steps = self._folders.load(Path(folder))
-        if steps is not None:
-            self._begin_anew(steps)
-        return steps is not None
+        found = self._folders.load(Path(directory))
+        if found is None:
+            return None
+        self._begin_anew(found["steps"])
+        return found["extra"]
 
     @property
     def _folders(self) -> StepFolders:

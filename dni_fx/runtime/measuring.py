@@ -16,11 +16,12 @@ from ..passes.trace.state import restored
 from ..reports.steps import compare
 from ..schedules import Mode
 from .answers import or_zeros
-from .base import BaseTrainer, Unpack
+from .base import BaseTrainer
 from .batch_state import Setting
 from .emitted import keep_modes
 from .evaluating import Means, Sums
 from .in_turn import Batch
+from .loops import Unpack
 from .objective import Objective
 
 Gradients = dict[nn.Parameter, Tensor | None]

@@ -40,12 +40,12 @@ class StepFolders:
     def __init__(self, decoupled: Decoupled, optimizers: StageOptimizers, visit: Visit) -> None:
         self.decoupled, self.optimizers, self.visit = decoupled, optimizers, visit
 
-    def save(self, folder: Path, steps: int, unfinished: bool, keep: int) -> Path:
+    def save(self, folder: Path, steps: int, extra: Any, unfinished: bool, keep: int) -> Path:
         """Write a step, and remove all older ones but as many as are kept.
 
         Args:
             folder: where the steps' folders are.
-            steps: number of steps made.
+            steps, extra: number of steps made, and the user's own.
             unfinished: whether gradients belong to an update that is still to come.
             keep: how many saved steps there may be.
 
@@ -61,7 +61,7 @@ class StepFolders:
                 shutil.rmtree(left)
             begun.mkdir(parents=True)
             sums = self._write_stages(begun, unfinished)
-            torch.save(self._about(steps) | {"sums": sums}, begun / _RUN)
+            torch.save(self._about(steps) | {"extra": extra, "sums": sums}, begun / _RUN)
             if final.exists():
                 shutil.rmtree(final)
             begun.rename(final)
@@ -75,11 +75,11 @@ class StepFolders:
             shutil.rmtree(older, ignore_errors=True)
         return final
 
-    def load(self, folder: Path) -> int | None:
+    def load(self, folder: Path) -> dict[str, Any] | None:
         """Take up the newest step that is whole, if there is one.
 
         Returns:
-            Number of steps made.
+            What was saved besides stages, with ``steps`` and ``extra``.
 
         Raises:
             DecouplingError: it belongs to another model or plan; nothing is loaded then.
@@ -99,8 +99,7 @@ class StepFolders:
             self._check(run, path)
             self._read_stages(path)
             set_rng_state(run["rng"])
-            steps: int = run["steps"]
-            return steps
+            return run
         return None
 
     def _write_stages(self, begun: Path, unfinished: bool) -> dict[str, int]:

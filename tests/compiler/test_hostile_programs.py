@@ -76,7 +76,7 @@ def _kinds_alone(leaves: Any) -> Any:
 
 CONTROLS: dict[str, tuple[Any, str, Any, tuple[str, ...]]] = {
     "attributes": (held.Reads, "attribute", _nothing, ("number",)),
-    "contents of objects": (held, "picture", lambda value: (type(value),), ("object",)),
+    "contents of objects": (held, "picture", lambda value, *_: (type(value),), ("object",)),
     "globals": (outside.Outside, "function", _nothing, ("global",)),
     "closures": (outside.Outside, "held", _nothing, ("closure",)),
     "hooks": (held, "_character", _nothing, ("hook",)),
