@@ -159,7 +159,7 @@ class Trainer(BaseTrainer):
         return self.process.drain()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's output of this process's rows where the last stage is, None elsewhere; without
+        """The model's output of this process's rows where the last stage is, None elsewhere; no
         gradients, in the mode of now, called in every process with the same inputs.
         """
         with self.process.telling():
