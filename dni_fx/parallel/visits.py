@@ -180,8 +180,12 @@ class Visits(Team):
         self._modes.check()
 
     def end_with(self, owner: object) -> None:
-        """Bring all stages into memory when nobody holds the owner any more."""
-        weakref.finalize(owner, self.residency.close)
+        """Bring all stages into memory when nobody holds the owner any more; at the interpreter's
+        end, where it may not fit and nobody needs it, only clear the store.
+        """
+        ending = weakref.finalize(owner, self.residency.close)
+        ending.atexit = False
+        weakref.finalize(self.residency, self.residency.store.clear)
 
     def close(self) -> None:
         """Bring all stages into memory, and drop the batches that wait."""

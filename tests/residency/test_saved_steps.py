@@ -109,6 +109,25 @@ torch.save(record(trainer), folder + "/result.pt")
 """
 
 
+END = """
+import sys
+from dni_fx.residency.residency import Residency
+from tests.helpers.training import train, trainer_of
+trainer = train(trainer_of("local", resident=1, store=sys.argv[1]), 2)
+Residency._come = None
+"""
+
+
+def test_the_end_of_a_process_brings_nothing_into_memory_and_removes_the_files(
+    tmp_path: Path,
+) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", END, str(tmp_path / "store")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert list((tmp_path / "store").iterdir()) == []
+
+
 def test_a_run_that_is_killed_again_and_again_comes_to_the_same_weights(tmp_path: Path) -> None:
     """At whatever moment: while a stage works, leaves, or is saved."""
     script = tmp_path / "script.py"
