@@ -137,6 +137,8 @@ def test_forms_do_not_depend_on_how_nodes_are_weighed(costs: Any) -> None:
     got = planned(wide(), x, costs=costs)
     made = dni_fx.decouple(wide(), ["0", "1"], example_inputs=(x,), context=ONE_HOT)
     assert kinds(got) == kinds(want) == kinds(made.plan)
+    if costs == "measured":
+        return  # times are compared in no test
     (cheap, dear) = (planned(wide(), x, costs=costs, gradients=g) for g in ("auto", "linear"))
     for small, large in zip(cheap.stages[:2], dear.stages[:2], strict=True):
         assert small.cost is not None
