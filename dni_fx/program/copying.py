@@ -14,7 +14,7 @@ from . import kit
 
 
 def copied(names: Iterable[str]) -> list[str]:
-    """The definitions of :mod:`.kit` by these names, and what they use of this library, in order of
+    """The definitions of ``kit`` by these names, and what they use of this library, in order of
     use: constants first, then functions and classes.
     """
     found: dict[str, tuple[bool, str]] = {}
