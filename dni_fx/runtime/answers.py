@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import DecouplingError
 from ..sources import Served
+from ..sources.base import like
 from .batch_state import BatchState, Setting
 from .objective import logits_of, sample_losses
 
@@ -70,7 +71,8 @@ class Answers(ABC):
         message: list[Tensor] = []
         for kind in kinds:
             if kind == "gradient":
-                message += self.gradients(group)
+                pairs = zip(group.names, self.gradients(group), strict=True)
+                message += [laid_out(g, self.state.sent[n]) for n, g in pairs]
             elif kind == "error":
                 assert self.state.error is not None
                 message.append(self.state.error)
@@ -174,6 +176,13 @@ def mean_of(tensors: Iterable[Tensor | None]) -> Tensor | None:
 def or_zeros(gradient: Tensor | None, value: Tensor) -> Tensor:
     """What arrived for a value: zeros where nothing did."""
     return torch.zeros_like(value) if gradient is None else gradient
+
+
+def laid_out(gradient: Tensor, value: Tensor) -> Tensor:
+    """What a source hears, in the memory format of the value: on its way from another process it
+    may get another one than autograd gave it, and sums over it would differ in the last bits.
+    """
+    return like(gradient, value) if gradient.layout is torch.strided else gradient
 
 
 def added(before: Tensor | None, more: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from ..errors import DecouplingError
 from ..reports.steps import InterfaceReport, compare
 from ..sources import GradientSource, Prediction, Served, mix
 from ..sources.keeping import kept_weights
-from .answers import Answers, or_zeros
+from .answers import Answers, laid_out, or_zeros
 from .batch_state import BatchState, Setting
 
 
@@ -210,7 +210,8 @@ class StageSources:
         for place, (consumer, key) in enumerate(zip(group.consumers, keys, strict=True)):
             if key not in fitted and self.answers.has_answered(consumer):
                 fitted.add(key)
-                message = tuple(or_zeros(parts.get((n, consumer)), sent[n]) for n in group.names)
+                found = ((or_zeros(parts.get((n, consumer)), sent[n]), n) for n in group.names)
+                message = tuple(laid_out(part, sent[n]) for part, n in found)
                 with self.named():
                     losses.append((group.name, group.fit(self._to_teach(group), message, place)))
         if fitted.issuperset(keys):
