@@ -249,7 +249,7 @@ def run_processes(
             trainer.step(images, target=labels)
         trainer.drain()
         model.eval()
-        found = accuracies(trainer.evaluate, data)
+        found = accuracies(trainer.forward, data)
         accuracy = {n: trainer.mean(value) for n, value in found.items()}
         if args.status:
             ranks.say(trainer.status(everywhere=True))

@@ -104,7 +104,8 @@ class Holds(nn.Module):
         self.kept, self.held = kept, {"deep": [kept]}
 
     def forward(self, x: Tensor) -> Tensor:
-        assert self.kept is self.held["deep"][0]
+        if self.kept is not self.held["deep"][0]:  # no assert: pytest's would lead to all its tests
+            raise AssertionError
         return self.b(torch.tanh(self.a(x)))
 
 
