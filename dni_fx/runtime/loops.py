@@ -6,9 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from ..decoupled import Decoupled
+from ..errors import DecouplingError
 from ..graphs.nested import unpack_batch
 from ..reports.steps import StepReport
 from .evaluating import Means, Metric, Sums, evaluating
@@ -109,6 +111,11 @@ class Loops(ABC):
         Raises:
             DecouplingError: a loader without batches, or a metric that returns no number.
         """
+        if isinstance(loader, torch.Tensor):
+            raise DecouplingError(
+                "evaluate takes a loader of batches, (input, ..., target) each, not a tensor: the "
+                "output for one is decoupled(x), on several processes trainer.forward(x)"
+            )
         self._settle()
         means = Means(metric, self.loss)
         return means.result(self._evaluate(loader, means, unpack))

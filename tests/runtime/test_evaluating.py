@@ -217,7 +217,8 @@ def test_what_cannot_be_evaluated() -> None:
     for loader, metric, says in [
         ([], right, "no batch"),
         (iter(()), None, "no batch"),
-        (X, right, "a batch must be .* but is a Tensor"),
+        (X, right, r"takes a loader.*decoupled\(x\).*forward\(x\)"),
+        ([X], right, "a batch must be .* but is a Tensor"),
         ([UserDict(x=X)], right, r"has \['x'\]"),
         (HELD_OUT, "accuracy", "metric= must be a callable"),
         (HELD_OUT, {"a": right, "b": 3}, "'b' is 3"),
