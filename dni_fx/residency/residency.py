@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -127,7 +128,9 @@ class Residency:
             self._come(stage)
 
     def _leave(self, stage: int) -> None:
-        tensors = [t for t in self._tensors[stage]() if self._may_leave(t)]
+        every = {id(t): t for t in self._tensors[stage]()}.values()
+        tensors = [t for t in every if self._may_leave(t)]
+        _check_alone(tensors, stage)
         storages = list({_address(t): t.untyped_storage() for t in tensors}.values())
         self.store.write(stage, storages)
         self._away[stage] = _Away([(s, s.nbytes()) for s in storages], tensors)
@@ -167,6 +170,25 @@ class Residency:
         storage = tensor.untyped_storage()
         alone = storage.resizable() and _address(tensor) not in self._shared
         return alone and storage.nbytes() >= _SMALL
+
+
+def _check_alone(tensors: Sequence[Tensor], stage: int) -> None:
+    """Refuse to free memory that other tensors look at: torch would crash where they are read."""
+    if _looked_at(tensors):
+        gc.collect()  # a graph that nobody holds any more
+    for tensor in _looked_at(tensors):
+        raise StoreError(
+            f"stage_{stage} cannot leave memory: that of a tensor of shape {tuple(tensor.shape)} "
+            "is another tensor's, too (a state_dict() that was kept, something detached, a graph): "
+            "keep copies, copy.deepcopy(model.state_dict()), or let it go before the next step"
+        )
+
+
+def _looked_at(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Those whose memory others use, too; the storage as an object of Python counts as one."""
+    own = Counter(map(_address, tensors))
+    uses = {a: torch._C._storage_Use_Count(a) for a in own}
+    return [t for t in tensors if uses[_address(t)] > own[_address(t)] + 1]
 
 
 def _address(tensor: Tensor) -> int:

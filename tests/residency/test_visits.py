@@ -5,6 +5,7 @@ every source and model: ``tests/matrix/``.
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import gc
 import io
@@ -141,6 +142,22 @@ def test_what_is_elsewhere_is_not_read_in_silence() -> None:
         assert type(weight) is nn.Parameter
         model(batch(0)[0])
         train(trainer, 1)
+        assert trainer.beside.executor.residency.away
+
+
+def test_memory_that_others_look_at_does_not_leave() -> None:
+    """Torch would crash where they are read."""
+    with visiting("local", resident=1) as trainer:
+        train(trainer, 2)
+        trainer.gather()
+        model = trainer.decoupled.model
+        kept = model.state_dict()
+        with pytest.raises(StoreError, match=r"stage_\d cannot leave memory.*shape \(6, 6\).*deep"):
+            train(trainer, 1)
+        assert all(tensor.isfinite().all() for tensor in kept.values())
+        kept = copy.deepcopy(model.state_dict())
+        train(trainer, 2)
+        assert all(tensor.isfinite().all() for tensor in kept.values())
         assert trainer.beside.executor.residency.away
 
 
