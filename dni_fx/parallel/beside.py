@@ -98,10 +98,7 @@ class Beside:
 
     def begin_anew(self, steps: int) -> None:
         """Another state was loaded, after so many steps."""
-        if self.executor is None:
-            return
-        self.executor.post_rates(self._parts[2])  # optimisers that load have new states
-        for worker in self.executor.workers.values():
+        for worker in self.executor.workers.values() if self.executor else ():
             worker.desk.steps = steps
 
     def _at_work(self, owner: object, schedule: Schedule, steps: int) -> OnThreads | Visits:

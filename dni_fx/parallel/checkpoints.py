@@ -31,6 +31,7 @@ from ..decoupled import Decoupled
 from ..errors import DecouplingError
 from ..graphs.nested import flatten
 from ..passes.trace.state import rng_state, set_rng_state
+from ..reports import files
 from . import folders
 from .mailbox import ParallelError
 from .process import Process
@@ -63,7 +64,7 @@ class Checkpoints:
             raise DecouplingError(f"keep must be a number of checkpoints, at least 1, not {keep!r}")
         self.wait()
         state = _collect(self.process, steps, extra)
-        final = folder / f"step-{steps:09d}"
+        final = files.step_folder(folder, steps)
         is_first = folders.begin(self.peers, final)
         if not asynchronous:
             _write(self.peers, state, final, is_first, keep)
@@ -139,15 +140,15 @@ def _write(peers: Peers, state: dict[str, Any], final: Path, is_first: bool, kee
         _write_parts(peers, state, final, is_first)
     except DecouplingError:
         if is_first:  # what it takes may be what others lack
-            shutil.rmtree(folders.writing(final), ignore_errors=True)
+            shutil.rmtree(files.writing(final), ignore_errors=True)
         raise
     if is_first:  # now that nobody needs older ones
-        folders.prune(final, keep)
+        files.prune(final, keep)
     peers.barrier()
 
 
 def _write_parts(peers: Peers, state: dict[str, Any], final: Path, is_first: bool) -> None:
-    temporary, what = folders.writing(final), f"saving {final}"
+    temporary, what = files.writing(final), f"saving {final}"
     where = {"process_group": peers.group} if peers.parallel else {"no_dist": True}
     try:
         with _quiet():
@@ -163,7 +164,7 @@ def _write_parts(peers: Peers, state: dict[str, Any], final: Path, is_first: boo
             path.write_bytes(pickle.dumps(described))
 
     folders.together(peers, what, describe)
-    folders.together(peers, what, lambda: folders.publish(final) if is_first else None)
+    folders.together(peers, what, lambda: files.publish(final) if is_first else None)
 
 
 def _load(path: Path, names: list[str]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ its description names are found, on whichever machines; what a process then lack
 
 from __future__ import annotations
 
-import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -19,10 +18,11 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from ..errors import DecouplingError
+from ..reports.files import WRITING, saved_steps, writing
 from .sharing import Peers
 
 DESCRIPTION, SAVE = ".metadata", ".save"
-_STEP, _WRITING, _MARK = re.compile(r"step-(\d{9})"), ".step-*.writing", ".mark-"
+_MARK = ".mark-"
 _CHUNK = 2**26  # bytes sent at once
 
 
@@ -94,7 +94,7 @@ def begin(peers: Peers, final: Path) -> bool:
         marks[peers.rank].unlink(missing_ok=True)
         if not is_first:
             return
-        for old in folder.glob(_WRITING):
+        for old in folder.glob(WRITING):
             shutil.rmtree(old)
         for old in folder.glob(f"{_MARK}*"):
             old.unlink(missing_ok=True)
@@ -105,35 +105,9 @@ def begin(peers: Peers, final: Path) -> bool:
     return is_first
 
 
-def writing(final: Path) -> Path:
-    """Where a step is written before it is published."""
-    return final.parent / f".{final.name}.writing"
-
-
-def publish(final: Path) -> None:
-    """Give the folder that was written to its name."""
-    if final.exists():
-        shutil.rmtree(final)
-    writing(final).replace(final)
-
-
-def prune(final: Path, keep: int) -> None:
-    """Remove all steps up to this one but the newest. Later ones, of a run that has ended or began
-    anew, take no place of those.
-    """
-    until = [path for _, path in _steps(final.parent) if path.name <= final.name]
-    for path in until[:-keep]:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _steps(folder: Path) -> list[tuple[int, Path]]:
-    paths = [(m, p) for p in folder.glob("step-*") if (m := _STEP.fullmatch(p.name))]
-    return sorted((int(m[1]), p) for m, p in paths)
-
-
 def find_parts(peers: Peers, folder: Path) -> Iterator[tuple[str, list[Part]]]:
     """The names of the steps that anybody sees, newest first, with everybody's part of one save."""
-    every = peers.gather({path.name: _part_of(path) for _, path in _steps(folder)}, "resume()")
+    every = peers.gather({path.name: _part_of(path) for _, path in saved_steps(folder)}, "resume()")
     for name in sorted({name for parts in every for name in parts}, reverse=True):
         parts = [parts.get(name, NOTHING) for parts in every]
         saves = dict.fromkeys(part.save for part in parts if part.sizes)

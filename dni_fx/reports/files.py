@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from pathlib import Path
 
 from ..errors import DecouplingError
+
+_STEP = re.compile(r"step-(\d{9})")
+WRITING = ".step-*.writing"
+"""Folders of steps that are being written, or were when a run ended."""
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> Path:
@@ -46,3 +51,35 @@ def write_atomically(path: str | Path, content: str | bytes) -> Path:
             if not special:
                 part.unlink()
     return path
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Where a saved step belongs."""
+    return folder / f"step-{step:09d}"
+
+
+def writing(final: Path) -> Path:
+    """Where a step is written before it is published."""
+    return final.parent / f".{final.name}.writing"
+
+
+def publish(final: Path) -> None:
+    """Give the folder that was written to its name."""
+    if final.exists():
+        shutil.rmtree(final)
+    writing(final).replace(final)
+
+
+def prune(final: Path, keep: int) -> None:
+    """Remove all steps up to this one but the newest. Later ones, of a run that has ended or began
+    anew, take no place of those.
+    """
+    until = [path for _, path in saved_steps(final.parent) if path.name <= final.name]
+    for path in until[:-keep]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def saved_steps(folder: Path) -> list[tuple[int, Path]]:
+    """Numbers and folders of all saved steps, oldest first."""
+    paths = [(m, p) for p in folder.glob("step-*") if (m := _STEP.fullmatch(p.name))]
+    return sorted((int(m[1]), p) for m, p in paths)

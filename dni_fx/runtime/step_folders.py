@@ -8,7 +8,6 @@ the one before it is taken.
 from __future__ import annotations
 
 import contextlib
-import re
 import shutil
 import warnings
 import zlib
@@ -22,9 +21,9 @@ from torch import Tensor
 from ..decoupled import Decoupled
 from ..errors import DecouplingError
 from ..passes.trace.state import rng_state, set_rng_state
+from ..reports import files
 from .optimizing import StageOptimizers, find_misfit
 
-_STEP, _WRITING = re.compile(r"step-(\d{9})"), ".writing"
 _RUN, _PIECE = "run.pt", 1 << 24
 Visit = Callable[[int], contextlib.AbstractContextManager[None]]
 
@@ -54,25 +53,23 @@ class StepFolders:
         """
         if type(keep) is not int or keep < 1:
             raise DecouplingError(f"keep= is a number of saved steps, at least 1, not {keep!r}")
-        final = folder / f"step-{steps:09d}"
-        begun = final.with_name(final.name + _WRITING)
+        final = files.step_folder(folder, steps)
+        begun = files.writing(final)
         try:
-            for left in folder.glob(f"step-*{_WRITING}"):  # by a run that was ended
+            for left in folder.glob(files.WRITING):  # by a run that was ended
                 shutil.rmtree(left)
             begun.mkdir(parents=True)
             sums = self._write_stages(begun, unfinished)
             torch.save(self._about(steps) | {"extra": extra, "sums": sums}, begun / _RUN)
-            if final.exists():
-                shutil.rmtree(final)
-            begun.rename(final)
-        except (OSError, RuntimeError) as error:
-            shutil.rmtree(begun, ignore_errors=True)
+            files.publish(final)
+        except Exception as error:  # whatever of the user's cannot be pickled, too
             raise DecouplingError(
-                f"{final} was not saved: {error}; see that there are room and rights, and save "
-                "again"
+                f"{final} was not saved: {type(error).__name__}: {error}; see that there are room "
+                "and rights, and that extra= can be pickled, and save again"
             ) from error
-        for _, older in _steps_in(folder)[keep:]:
-            shutil.rmtree(older, ignore_errors=True)
+        finally:
+            shutil.rmtree(begun, ignore_errors=True)
+        files.prune(final, keep)
         return final
 
     def load(self, folder: Path) -> dict[str, Any] | None:
@@ -84,7 +81,7 @@ class StepFolders:
         Raises:
             DecouplingError: it belongs to another model or plan; nothing is loaded then.
         """
-        for _, path in _steps_in(folder):
+        for _, path in reversed(files.saved_steps(folder)):
             try:
                 run: dict[str, Any] = torch.load(path / _RUN, weights_only=False)
                 damaged = [n for n, total in run["sums"].items() if _sum(path / n) != total]
@@ -203,12 +200,6 @@ def _name(index: int) -> str:
 def _groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """Its groups, each with as many parameters, but without them."""
     return [{"params": [*range(len(g["params"]))]} for g in optimizer.param_groups]
-
-
-def _steps_in(folder: Path) -> list[tuple[int, Path]]:
-    """Saved steps, newest first."""
-    found = [(m, path) for path in folder.glob("step-*") if (m := _STEP.fullmatch(path.name))]
-    return sorted(((int(match[1]), path) for match, path in found), reverse=True)
 
 
 def _sum(path: Path) -> int:

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from dni_fx.errors import DecouplingError
+from dni_fx.schedules import Threads
 
 from ..helpers.comparing import assert_bits_equal
 from ..helpers.optimisers import adam, sgd
@@ -26,6 +27,7 @@ from ..models.small import SKIPS
 
 WAYS: list[dict[str, Any]] = [
     {}, {"update": "at_once"}, {"resident": 1}, {"resident": 2, "sweep": 2}, {"accumulate": 2},
+    {"schedule": Threads(staleness=0)},
 ]  # fmt: skip
 
 
@@ -46,8 +48,8 @@ def test_a_run_goes_on_bit_for_bit(gradients: str, options: dict[str, Any], tmp_
         train(first, 3)
         path = first.save(tmp_path / "saved", extra={"epoch": 1})
         assert path.name == "step-000000003"
-        away = first.beside.executor and first.beside.executor.residency.away
-        assert bool(away) == ("resident" in options)  # saving brings no more in than may be
+        if "resident" in options:  # saving brings no more in than may be
+            assert first.beside.executor.residency.away
         whole = weights(train(first, 3))
     with contextlib.closing(trainer_of(gradients, **options)) as second:
         train(second, 2)
@@ -75,6 +77,29 @@ def test_older_ones_are_removed_and_damaged_ones_left_out(tmp_path: Path) -> Non
     with pytest.warns(UserWarning, match="is not whole"):
         trainer.resume(tmp_path)
     assert_bits_equal(weights(trainer), states[2], "nothing was loaded")
+
+
+def test_a_step_is_kept_though_newer_ones_are_damaged(tmp_path: Path) -> None:
+    trainer = trainer_of("local", optimizer=sgd)
+    for _ in range(4):
+        trainer.save(train(trainer, 1) and tmp_path, keep=4)
+    for newer in ("step-000000003", "step-000000004"):
+        (tmp_path / newer / "run.pt").write_bytes(b"")
+    again = trainer_of("local", optimizer=sgd)
+    with pytest.warns(UserWarning, match="is not whole"):
+        again.resume(tmp_path)
+    assert again.steps == 2
+    again.save(train(again, 1) and tmp_path, keep=1)
+    with pytest.warns(UserWarning, match="000000004 is not whole"):
+        trainer.resume(tmp_path)
+    assert trainer.steps == 3
+
+
+def test_what_cannot_be_pickled_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    trainer = train(trainer_of("local", optimizer=sgd), 1)
+    with pytest.raises(DecouplingError, match=r"000000001 was not saved:.*extra= can be pickled"):
+        trainer.save(tmp_path, extra=lambda: None)
+    assert not list(tmp_path.iterdir())
 
 
 def test_other_plans_models_and_unwritable_folders_are_refused(tmp_path: Path) -> None:
