@@ -175,3 +175,15 @@ def test_only_passes_build_or_edit_graphs() -> None:
                 if not name.endswith("import GraphModule")
             ]
     assert found == []
+
+
+def test_importing_brings_no_compiler() -> None:
+    """Those of torch take as long to import as all the rest of it."""
+    script = (
+        "import sys, dni_fx; print([m for m in ('torch._dynamo', 'torch._inductor') "
+        "if m in sys.modules], 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[] True\n"

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch import _inductor as inductor
 from torch.optim import Optimizer
 
 from ...passes.trace.operators import named_inputs, record_operators
@@ -62,6 +61,8 @@ class Program:
         tensors = self._tensors(batch.leaves, self._fine)
         whole = record_operators(self._run, tensors, fake=True)
         self.graph = named_inputs(whole, self._labels(names, batch))
+        from torch import _inductor as inductor  # here: it takes as long as all of torch
+
         put_back = kept_settings()
         try:
             with torch.no_grad(), warnings.catch_warnings():
