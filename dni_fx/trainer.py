@@ -18,6 +18,7 @@ from .parallel.beside import Beside
 from .parallel.threads import OnThreads
 from .parallel.visits import Visiting
 from .reports.steps import StepReport
+from .runtime.base import one_at_a_time
 from .runtime.deferring import Deferral
 from .runtime.fusing.steps import FusedSteps
 from .runtime.in_turn import Batch
@@ -135,6 +136,7 @@ class Trainer(Keeps):
 
     # ---- steps -----------------------------------------------------------------------------------
 
+    @one_at_a_time
     def step(self, *args: Any, target: Any = None, **kwargs: Any) -> StepReport:
         """Train on one batch: the model's own call, plus the target.
 

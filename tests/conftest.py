@@ -4,7 +4,6 @@ header.
 
 from __future__ import annotations
 
-import logging
 import os
 import random
 from collections.abc import Iterator
@@ -40,11 +39,3 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that all of pytest's workers have in common."""
     base = tmp_path_factory.getbasetemp()
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-
-
-@pytest.fixture
-def quiet() -> Iterator[None]:
-    """Without torch's logs of what its fake tensors and its export refuse."""
-    logging.disable(logging.ERROR)
-    yield
-    logging.disable(logging.NOTSET)

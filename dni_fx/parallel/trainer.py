@@ -20,7 +20,7 @@ from ..decoupled import Decoupled
 from ..errors import DecouplingError
 from ..reports.files import write_atomically
 from ..reports.steps import StepReport
-from ..runtime.base import BaseTrainer
+from ..runtime.base import BaseTrainer, one_at_a_time
 from ..runtime.evaluating import Means, Sums
 from ..runtime.loops import Unpack
 from ..runtime.optimizing import LrScale, MakeOptimizer
@@ -121,6 +121,7 @@ class Trainer(BaseTrainer):
         own = self.process
         return find_late_delays(self.decoupled, own.flow.staleness, own.workers)
 
+    @one_at_a_time
     def step(self, *args: Any, target: Any = None, **kwargs: Any) -> StepReport:
         """One batch through this process's stages; the same batch in every process.
 
@@ -222,9 +223,7 @@ class Trainer(BaseTrainer):
         return self._peers.mean(value, weight)
 
     def status(self, everywhere: bool = False) -> Status:
-        """How all stages are doing: those elsewhere as of a second ago or so, or (``everywhere``;
-        called in every process) of now.
-        """
+        """All stages; those elsewhere of a second ago, or of now: ``everywhere``, in every one."""
         rows = self.process.status_rows()
         if everywhere:
             self.process.meet("status()", self.steps, drain=False)

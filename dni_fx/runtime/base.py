@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self, TypeVar, cast
 
 import torch
 from torch import nn
@@ -27,6 +29,28 @@ _EXAMPLES = {  # of what a trainer calls
 }
 
 
+_Step = TypeVar("_Step", bound=Callable[..., Any])
+
+
+def one_at_a_time(step: _Step) -> _Step:
+    """A trainer's step that refuses to begin while another one is under way."""
+
+    @functools.wraps(step)
+    def alone(self: BaseTrainer, *args: Any, **kwargs: Any) -> Any:
+        if not self.turn.acquire(blocking=False):
+            raise DecouplingError(
+                "step() was called while another step of this trainer is under way, on another "
+                "thread or from what the step itself calls: make one after the other (stages that "
+                "run at once: schedule=dni_fx.schedules.Threads())"
+            )
+        try:
+            return step(self, *args, **kwargs)
+        finally:
+            self.turn.release()
+
+    return cast(_Step, alone)
+
+
 class BaseTrainer(Loops):
     """A model, its objective, its optimisers, and the loop over a loader.
 
@@ -41,6 +65,7 @@ class BaseTrainer(Loops):
         metrics: when predictions are compared, and what was found.
         is_alone: whether the trainer holds the whole model.
         steps: number of steps made.
+        turn: held by the step that is under way.
 
     Raises:
         DecouplingError: arguments of the wrong kind.
@@ -77,7 +102,13 @@ class BaseTrainer(Loops):
             optimizer, synthesizer_optimizer, clip_norm, 1 / accumulate, lr_scale
         )
         self.metrics = Metrics(metrics_every)
-        self.steps = 0
+        self.steps, self.turn = 0, threading.Lock()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a trainer is neither copied nor pickled: save its state_dict(), make another one of "
+            "the same model and plan, and load it there"
+        )
 
     def prepare(self, *args: Any, target: Any = None, **kwargs: Any) -> Self:
         """Trace the model for one batch without training on it, as the first step would: stages,

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import DecouplingError
+from ..passes.trace.settings import FAKES, unheard
 from .asks import Asks
 from .base import GradientSource
 from .context import has_data, not_classes
@@ -112,7 +113,7 @@ def try_predict(source: GradientSource) -> None:
     try:
         tensors = itertools.chain(source.parameters(), source.buffers())
         asked = copy.deepcopy(source, {id(tensor): mode.from_tensor(tensor) for tensor in tensors})
-        with warnings.catch_warnings(), mode, torch.enable_grad():
+        with warnings.catch_warnings(), unheard(FAKES), mode, torch.enable_grad():
             warnings.simplefilter("ignore")
             values, inputs = (
                 tuple(torch.zeros(spec.shape, dtype=spec.dtype) for spec in specs)

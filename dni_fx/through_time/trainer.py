@@ -13,7 +13,7 @@ from ..errors import DecouplingError
 from ..graphs.nested import map_tensors
 from ..plan import CutPlan
 from ..reports.steps import StepReport
-from ..runtime.base import BaseTrainer
+from ..runtime.base import BaseTrainer, one_at_a_time
 from ..runtime.batch_state import Settings
 from ..runtime.evaluating import Means
 from ..runtime.in_turn import InTurn
@@ -102,6 +102,7 @@ class ThroughTime(BaseTrainer):
         """Those under way, oldest first."""
         return list(self._in_turn.under_way)
 
+    @one_at_a_time
     def step(  # type: ignore[override]
         self, x_window: Any, state: Any = None, done: Any = None, target: Any = None
     ) -> WindowReport:
@@ -111,8 +112,7 @@ class ThroughTime(BaseTrainer):
             x_window: ``(time, batch, ...)`` or ``(batch, time, ...)``, or a nesting of such
                 tensors; up to T steps.
             state: the state to start from; by default the one after the last window, or that of a
-                new sequence. With any other state than that one, the last window counts as the end
-                of its sequence.
+                new sequence. With any other, the last window counts as the end of its sequence.
             done: bool (or 0 and 1), ``(batch,)``, or one for all: whose sequence ends with this
                 window. Its state starts anew, and its last gradient is zero. Pad what is shorter
                 than the window, and let the loss pass over it.

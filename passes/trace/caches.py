@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from .settings import FAKES, unheard
+
 LRU_CACHE: Any = type(functools.lru_cache(len))
 _STARTED: Any = (iter([]), iter(()), iter(range(0)))
 ITERATORS = (itertools.count, itertools.cycle, *map(type, _STARTED))
@@ -101,7 +103,8 @@ class Fakes(FakeTensorMode):
         return self._noted(super().from_tensor(tensor, **options))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self._noted(super().__torch_dispatch__(func, types, args, kwargs))
+        with unheard(FAKES):
+            return self._noted(super().__torch_dispatch__(func, types, args, kwargs))
 
     def _noted(self, output: Any) -> Any:
         for value in output if isinstance(output, tuple | list) else (output,):

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import inspect
 import io
-import logging
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -28,6 +27,7 @@ from .naming import check_inputs
 from .questions import OF_GRADIENTS
 from .recorder import Recorder
 from .routing import by_library, watching
+from .settings import FAKES, unheard
 from .state import python_draws, restored
 from .traces import Trace
 from .tracing import reason_of, record
@@ -294,17 +294,9 @@ def _unheard() -> Iterator[None]:
     """Without torch's remarks on its symbols and the unfinished graph that it prints: what fails is
     told by the error.
     """
-    names = ("torch.fx.experimental.symbolic_shapes", "torch.export._trace")
-    loggers = [logging.getLogger(name) for name in names]
-    before = [logger.disabled for logger in loggers]
-    for logger in loggers:
-        logger.disabled = True
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        for logger, disabled in zip(loggers, before, strict=True):
-            logger.disabled = disabled
+    names = ("torch.fx.experimental.symbolic_shapes", "torch.export._trace", FAKES)
+    with unheard(*names), contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

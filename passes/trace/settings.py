@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable
+import logging
+import threading
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 
+FAKES = "torch._subclasses.fake_tensor"
+"""The logger of what fake tensors refuse."""
 _CUDNN = ("enabled", "benchmark", "deterministic", "allow_tf32")
 _ATTENTION = ("flash", "mem_efficient", "math", "cudnn")
 
@@ -17,6 +22,24 @@ def kept_settings() -> Callable[[], None]:
     """Remember the settings; the result puts back those that changed."""
     before = _read()
     return partial(_put_back, before)
+
+
+@contextlib.contextmanager
+def unheard(*names: str) -> Iterator[None]:
+    """Without what loggers of these names would say from this thread: an error tells it."""
+    here = threading.get_ident()
+
+    def is_heard(record: logging.LogRecord) -> bool:
+        return record.thread != here
+
+    loggers = [logging.getLogger(name) for name in names]
+    for logger in loggers:
+        logger.addFilter(is_heard)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(is_heard)
 
 
 def _read() -> list[Any]:

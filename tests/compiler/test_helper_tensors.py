@@ -11,8 +11,6 @@ from dni_fx.passes.trace import tracing
 
 from ..helpers.comparing import assert_bits_equal
 
-pytestmark = pytest.mark.usefixtures("quiet")
-
 
 class Schedule:
     """A noise schedule that is no module."""

@@ -26,8 +26,6 @@ from ..helpers.oracles import derivatives
 from ..models.zoo import BY_NAME
 from .kit import DataDependent
 
-pytestmark = pytest.mark.usefixtures("quiet")
-
 
 class Scripted(nn.Module):
     """A scripted function at the top level: recording refuses it, export opens it."""

@@ -28,8 +28,6 @@ from dni_fx.passes.trace.state import restored
 from ..helpers.comparing import assert_bits_equal
 from ..helpers.optimisers import sgd
 
-pytestmark = pytest.mark.usefixtures("quiet")
-
 
 @pytest.fixture(params=["small", "large"])
 def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:

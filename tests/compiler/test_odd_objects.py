@@ -16,8 +16,6 @@ from dni_fx.passes.trace.state import restored
 
 from ..helpers.comparing import assert_bits_equal
 
-pytestmark = pytest.mark.usefixtures("quiet")
-
 
 class Slotted:
     """Has a slot."""

@@ -17,8 +17,6 @@ from dni_fx.passes.trace.overwritten import Overwritten
 
 from ..helpers.comparing import assert_bits_equal
 
-pytestmark = pytest.mark.usefixtures("quiet")
-
 
 class Maker:
     """Keeps what it has made last."""

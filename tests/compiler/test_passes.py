@@ -22,8 +22,6 @@ from ..models.sequences import TransformerModel
 from ..models.zoo import BY_NAME
 from .kit import DataDependent
 
-pytestmark = pytest.mark.usefixtures("quiet")
-
 
 def written(graph: fx.Graph) -> list[Any]:
     """The graph's text and all facts in it."""

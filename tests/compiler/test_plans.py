@@ -20,8 +20,6 @@ from ..helpers.optimisers import sgd
 from ..models.feedforward import FanOut, ResidualNet, UNet, mlp_chain, norm_dropout_chain
 from ..models.zoo import BY_NAME
 
-pytestmark = pytest.mark.usefixtures("quiet")
-
 
 def test_digests() -> None:
     x = torch.randn(4, 6)

@@ -13,8 +13,6 @@ from dni_fx.passes.trace import tracing
 
 from ..helpers.comparing import assert_bits_equal
 
-pytestmark = pytest.mark.usefixtures("quiet")
-
 
 class Positions(nn.Module):
     """Makes positions of the size of an embedding, and asks for their values."""

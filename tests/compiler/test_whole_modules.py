@@ -17,8 +17,6 @@ from dni_fx.passes.trace.keepers import Keepers
 
 from ..helpers.comparing import assert_bits_equal
 
-pytestmark = pytest.mark.usefixtures("quiet")
-
 
 class Helper:
     """Holds a number for a cell."""

@@ -14,8 +14,6 @@ import dni_fx
 
 from ..helpers.comparing import assert_bits_equal
 
-pytestmark = pytest.mark.usefixtures("quiet")
-
 READY = False
 
 

@@ -8,18 +8,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dni_fx
 from dni_fx.errors import CutError, DecouplingError, PlanMismatchError
+from dni_fx.passes.trace.settings import FAKES
 from dni_fx.sources import Linear
 
 from ..helpers.optimisers import sgd
 from ..helpers.refusing import refused
 from ..models.feedforward import mlp_chain
 from .refusals import Named, X, Y, decouple, make_trainer, refused_step
-
-pytestmark = pytest.mark.usefixtures("quiet")
-
 
 CUTS = ["1", "3"]
 
@@ -86,7 +85,9 @@ def test_examples_that_the_model_refuses(
         "empty batch",
     ],
 )
-def test_a_step_on_inputs_that_do_not_fit(args: Any, kwargs: Any, word: str) -> None:
+def test_a_step_on_inputs_that_do_not_fit(
+    args: Any, kwargs: Any, word: str, caplog: pytest.LogCaptureFixture
+) -> None:
     trainer = make_trainer()
     refused_step(
         DecouplingError,
@@ -95,6 +96,14 @@ def test_a_step_on_inputs_that_do_not_fit(args: Any, kwargs: Any, word: str) -> 
         word,
     )
     trainer.step(X, target=torch.zeros(4, 3))  # and it goes on
+    assert not caplog.records  # the error says it all
+
+
+def test_torch_would_log_what_its_fake_tensors_refuse(caplog: pytest.LogCaptureFixture) -> None:
+    """The control of what is not logged."""
+    with pytest.raises(RuntimeError, match="reduction dim"), FakeTensorMode():
+        torch.zeros(2, 3) @ torch.zeros(2, 3)
+    assert [record.name for record in caplog.records] == [FAKES]
 
 
 def test_inputs_that_the_model_takes_but_the_sources_cannot_serve() -> None:

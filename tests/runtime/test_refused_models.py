@@ -19,8 +19,6 @@ from ..models.feedforward import mlp_chain, norm_dropout_chain
 from ..models.shared import Views
 from .refusals import Named, X, decouple
 
-pytestmark = pytest.mark.usefixtures("quiet")
-
 
 def test_every_problem_of_the_cuts_is_gathered_with_close_names() -> None:
     model = Named().requires_grad_(True)

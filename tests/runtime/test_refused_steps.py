@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,8 +21,6 @@ from ..helpers.optimisers import adam, sgd
 from ..helpers.refusing import refused
 from ..models.feedforward import mlp_chain
 from .refusals import X, Y, decouple, make_trainer, refused_step
-
-pytestmark = pytest.mark.usefixtures("quiet")
 
 
 class WrongShape(GradientSource):
@@ -312,6 +314,43 @@ class FailingFit(Linear):
 def test_a_regression_that_raises_leaves_the_sources_before_it_as_they_were() -> None:
     trainer = make_trainer({"2": "stale", "5": FailingFit}, warm=0)
     refused_step(RuntimeError, trainer, lambda: trainer.step(X, target=torch.zeros(4, 3)), "my fit")
+
+
+def test_a_step_within_a_step_and_one_on_another_thread() -> None:
+    trainer, inner = make_trainer(), list[threading.Thread]()
+    target = torch.zeros(4, 3)
+
+    def again(output: Tensor, target: Tensor) -> Tensor:
+        trainer.step(X, target=target)
+        return F.mse_loss(output, target)
+
+    trainer.loss = again
+    words = ["while another step", "on another thread", "schedules.Threads()"]
+    refused_step(DecouplingError, trainer, lambda: trainer.step(X, target=target), *words)
+    found: list[str] = []
+
+    def elsewhere(output: Tensor, target: Tensor) -> Tensor:
+        def step() -> None:
+            found.append(refused(DecouplingError, lambda: trainer.step(X, target=target), *words))
+
+        inner.append(threading.Thread(target=step))
+        inner[0].start()
+        inner[0].join()
+        return F.mse_loss(output, target)
+
+    trainer.loss = elsewhere
+    assert trainer.step(X, target=target).loss.isfinite()
+    assert len(found) == 1
+    trainer.loss = F.mse_loss
+    trainer.step(X, target=target)  # the turn was given back each time
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps], ids=["copied", "pickled"])
+def test_a_trainer_is_not_copied(copied: Callable[[Any], Any]) -> None:
+    trainer = make_trainer()
+    with pytest.raises(TypeError, match=r"neither copied nor pickled: save its state_dict\(\)"):
+        copied(trainer)
+    trainer.step(X, target=torch.zeros(4, 3))
 
 
 def test_every_error_is_a_decoupling_error() -> None:
