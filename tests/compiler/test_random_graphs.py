@@ -1,8 +1,8 @@
 """Random models, cut at random legal places: exact mode, replay and composed stages against eager
 PyTorch, bit for bit.
 
-``DNI_FX_RANDOM_GRAPHS`` sets the number of models (2,000 by default); they run in shards of up to
-1,000, each from its own seed.
+``DNI_FX_RANDOM_GRAPHS`` sets the number of models (600 by default); they run in shards of up to
+300, each from its own seed.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from ..helpers.optimisers import sgd
 from ..models.cases import Case
 from ..models.random_models import Program, RandomModel, programs
 
-COUNT = int(os.environ.get("DNI_FX_RANDOM_GRAPHS", "2000"))
-SHARD = 1000
+COUNT = int(os.environ.get("DNI_FX_RANDOM_GRAPHS", "600"))
+SHARD = 300
 DTYPE = torch.float64
 BY_MODE = "computes something else in eval mode"
 
