@@ -108,9 +108,14 @@ class GivenState(Window):
         except DecouplingError:
             raise
         except Exception as error:
+            leaves, what, way = flatten(x)[0], "a window", ""
+            if self.unrolls:
+                leaves = [leaf.select(self.time_dim, 0) for leaf in leaves]
+                what, way = "a single step", "pass unroll=False if it takes whole windows, or "
+            given = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
             raise DecouplingError(
-                f"{type(self.model).__name__} does not start from state=None "
-                f"({type(error).__name__}: {error}); {_PASS_IT}"
+                f"{type(self.model).__name__} does not start from {what} of shape {given} and "
+                f"state=None ({type(error).__name__}: {error}); {way}{_PASS_IT}"
             ) from error
 
     def _try(self, x: Any, state: Any) -> tuple[Any, Any]:

@@ -119,6 +119,16 @@ def test_models_whose_start_is_unknown() -> None:
     with pytest.raises(DecouplingError, match="does not start from zeros"):
         trainer(Ones(), {}).step(torch.randn(3, 4, 3))
 
+    class Whole(nn.GRUCell):
+        def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:  # type: ignore[override]
+            h = x.new_zeros(x.shape[1], 2) if state is None else state
+            outputs = [h := super(Whole, self).forward(step, h) for step in x]
+            return torch.stack(outputs), h
+
+    said = r"a single step of shape \(4, 3\).*pass unroll=False if it takes whole windows, or pass"
+    with pytest.raises(DecouplingError, match=said):
+        trainer(Whole(3, 2), {}).step(torch.randn(3, 4, 3))
+
 
 @pytest.mark.parametrize(
     ("options", "match"),
