@@ -132,7 +132,7 @@ def compare(
     and half precision neither overflows nor vanishes; the host waits for the device once.
 
     Args:
-        prediction: any shape, layout and real dtype.
+        prediction: any shape, layout and dtype; complex numbers count as pairs of real ones.
         reference: the same shape; dtype, layout and device may differ.
         kind: of the reference, ``"true"`` or ``"bootstrapped"``.
         step: counted from 0.
@@ -146,7 +146,7 @@ def compare(
             f"reference of shape {tuple(reference.shape)}: both must have the shape of the "
             "interface's value"
         )
-    sums = _sums(prediction.detach(), reference.detach())
+    sums = _sums(*map(_as_real, (prediction.detach(), reference.detach())))
     ours, theirs, product, difference, both, same, some = sums
     nan, length, truth = math.nan, math.sqrt(ours), math.sqrt(theirs)
     finite = math.isfinite(ours) and math.isfinite(theirs)
@@ -162,6 +162,10 @@ def compare(
         step=step,
         sign_agreement=(both + same) / 2 / some if some else nan,
     )
+
+
+def _as_real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 @torch.no_grad()

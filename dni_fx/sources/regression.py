@@ -37,6 +37,12 @@ class Shaped(nn.Module):
         self.space = len(self.shape) - 2 if spec.feature_dim == 1 else 0
         self.feature_dim = 1 if self.space else -1
         self.features = self.shape[self.feature_dim]
+        if spec.dtype.is_complex:
+            raise DecouplingError(
+                f"no network of features for values like {spec.shape}, {spec.dtype}: it would see "
+                "their real parts alone. Cut where values are real, or use 'zero', 'stale', "
+                "'delayed' or 'exact' here"
+            )
         if self.space > 3:
             raise DecouplingError(
                 "no synthesizer for maps with more than 3 spatial dimensions, but the value has "

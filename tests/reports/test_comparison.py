@@ -46,6 +46,14 @@ def test_compare_equals_its_definition(shape: tuple[int, ...], dtype: torch.dtyp
     assert -1 <= report.cosine <= 1
 
 
+def test_complex_numbers_count_as_pairs() -> None:
+    a, b = (torch.complex(*pair(5, 3)) for _ in range(2))
+    whole = reference_values(*map(torch.view_as_real, (a, b)))
+    assert_is(compare(a, b.conj().conj(), "true", 3), whole)
+    assert_is(compare(a.conj(), b.conj(), "true", 3), whole)
+    assert compare(a, a.real.to(a.dtype), "true", 3).relative_error > 0.1  # the control
+
+
 @pytest.mark.parametrize("elements", [1, 2, 5, 24, 119, 120, 121])
 @pytest.mark.parametrize(
     "layout", ["plain", "channels_last", "mixed", "transposed", "expanded", "strided"]

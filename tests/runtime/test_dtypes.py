@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dni_fx
+from dni_fx import sources
+from dni_fx.errors import DecouplingError
 from dni_fx.runtime import stage_batch
 
 from ..helpers.comparing import assert_bits_equal, state_of
@@ -190,3 +193,35 @@ def test_a_stage_that_casts_its_own_part_back_is_found(monkeypatch: pytest.Monke
     model, alone = _shared_under_autocast()
     pairs = zip(alone.parameters(), model.parameters(), strict=True)
     assert not all(torch.equal(want, got) for want, got in pairs)
+
+
+class Spectrum(nn.Module):
+    """A complex value between two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(6, 10), nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.fft.irfft(torch.fft.rfft(self.first(x)), n=10))
+
+
+@pytest.mark.parametrize("gradients", sorted(sources.SOURCES))
+def test_complex_values_are_served_whole_or_refused(gradients: str) -> None:
+    """Torch would drop imaginary parts with a warning, which is an error here."""
+    x, y = torch.randn(4, 6), torch.tensor([0, 2, 1, 0])
+    options: dict[str, Any] = {"example_inputs": (x,), "context": dni_fx.one_hot(3)}
+    make = functools.partial(
+        dni_fx.decouple, Spectrum(), cuts=["fft_rfft"], gradients=gradients, **options
+    )
+    if gradients not in ("zero", "stale", "delayed", "exact", "feedback"):
+        with pytest.raises(DecouplingError, match=r"interface 'fft_rfft'.*\(4, 6\).*complex64"):
+            make()
+        return
+    trainer = dni_fx.Trainer(make(), F.cross_entropy, optimizer=sgd, metrics_every=1)
+    before = trainer.decoupled.model.first.weight.clone()
+    for _ in range(3):
+        assert trainer.step(x, target=y).loss.isfinite()
+    learns = not torch.equal(before, trainer.decoupled.model.first.weight)
+    assert learns == (gradients != "zero")
