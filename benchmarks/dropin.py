@@ -303,7 +303,7 @@ def ends(model: Network, x: Tensor, stages: int) -> list[int]:
         def pack(tensor: Tensor, seen: dict[int, int] = seen) -> Tensor:
             if not isinstance(tensor, nn.Parameter):
                 seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
+            return tensor.detach()  # an output itself would hold its node
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             y = block(x)

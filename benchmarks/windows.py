@@ -125,7 +125,7 @@ def kept(window: int, gradients: str) -> float:
     def pack(tensor: Tensor) -> Tensor:
         if (place := tensor.untyped_storage().data_ptr()) not in known:
             found[place] = tensor.detach()
-        return tensor
+        return tensor.detach()  # an output itself would hold its node
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         made.step(x, target=y)

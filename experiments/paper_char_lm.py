@@ -238,7 +238,7 @@ def kept_for_backward(step: Callable[[], Any], lasting: Sequence[Tensor]) -> int
     def pack(tensor: Tensor) -> Tensor:
         if (address := tensor.untyped_storage().data_ptr()) not in known:
             kept[address] = tensor.detach()
-        return tensor
+        return tensor.detach()  # an output itself would hold its node
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         step()

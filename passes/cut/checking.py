@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from ...errors import DecouplingError, user_line
 from ...graphs.nested import flatten, map_tensors
-from ..trace.caches import Fakes, forget
+from ..trace.caches import Fakes, fakes
 from ..trace.interpreting import interpret
 from ..trace.ports import ANOTHER
 from ..trace.prefixes import ancestors, run_prefix
@@ -271,11 +271,8 @@ def guards_hold(trace: Trace, leaves: list[torch.Tensor], every_node: bool = Fal
     """
     if not trace.guards_by_shape and not every_node:
         return True
-    fake = Fakes()
-    with restored(trace.model):
-        holds = _holds_on(trace, leaves, fake, every_node)
-    forget(fake)
-    return holds
+    with fakes() as fake, restored(trace.model):
+        return _holds_on(trace, leaves, fake, every_node)
 
 
 def _holds_on(trace: Trace, leaves: list[torch.Tensor], fake: Fakes, every_node: bool) -> bool:
@@ -326,11 +323,9 @@ def _sizes_at(trace: Trace, leaves: list[torch.Tensor]) -> dict[fx.Node, int]:
         return {}
     key = tuple(t.shape for t in leaves)
     if key not in known:
-        fake = Fakes()
-        with restored(trace.model):
+        with fakes() as fake, restored(trace.model):
             found = _on_fakes(trace, leaves, fake, ancestors(wanted))
             known[key] = {n: int(plain(value)) for n, value in found if n in wanted}
-        forget(fake)
     return known[key]
 
 

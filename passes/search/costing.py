@@ -20,7 +20,7 @@ from ...errors import DecouplingError, did_you_mean
 from ...graphs.nested import flatten
 from ..cut.cutting import Flow
 from ..cut.specs import modules_of, parameters_of
-from ..trace.caches import Fakes, forget
+from ..trace.caches import Fakes, fakes
 from ..trace.state import restored
 from .probes import BYTES_PER_SECOND, Walk, Wanted, estimate, measure, timed
 
@@ -92,14 +92,24 @@ def estimate_costs(
     """The roofline: the longer of operations over a rate and bytes over another; nothing is run on
     data. Equal in every process and on every machine. Nodes that are not ``wanted`` cost nothing.
     """
-    fake = Fakes()
+    with fakes() as fake:
+        found = _walked(flow, fake, args, kwargs, progress, wanted)
+    return _costs("analytic", flow, sources, ADAM_NANOSECONDS, *found)
+
+
+def _walked(
+    flow: Flow,
+    fake: Fakes,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    progress: bool,
+    wanted: Wanted | None,
+) -> tuple[Any, Any, Any]:
+    """Forward, backward and what is kept, by node; no fake tensor outlives it."""
     walk = Walk(flow, estimate, has_data=False, wanted=wanted)
     with restored(flow.trace.model, args, kwargs), fake:
         walk.run(map(fake.from_tensor, flatten((args, kwargs))[0]), _watched(flow, progress))
-    found = walk.forward, walk.backward, walk.kept
-    del walk
-    forget(fake)
-    return _costs("analytic", flow, sources, ADAM_NANOSECONDS, *found)
+    return walk.forward, walk.backward, walk.kept
 
 
 def _watched(flow: Flow, progress: bool) -> Iterable[fx.Node]:

@@ -127,13 +127,12 @@ class Walk:
         received = {storage_key(t): self._owners.get(storage_key(t)) for t in trained}
         made: dict[int, int] = {}  # bytes of what was made inside and kept
 
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
+        def pack(tensor: torch.Tensor) -> None:  # an output itself would hold its node, for ever
             key = storage_key(tensor)
             if owner := received.get(key):
                 self._keeps_value.add(owner)
             elif key not in received and not isinstance(tensor, nn.Parameter):
                 made.setdefault(key, tensor.nbytes)
-            return tensor
 
         try:
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):

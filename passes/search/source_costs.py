@@ -183,7 +183,7 @@ def _time_source(
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         if storage_key(tensor) not in own:
             kept[storage_key(tensor)] = tensor.nbytes
-        return tensor
+        return tensor.detach()  # an output itself would hold its node
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         step()

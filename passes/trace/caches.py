@@ -10,13 +10,14 @@ tensor is in fact found to have outlived its trace.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import gc
 import itertools
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -93,10 +94,15 @@ def _key(args: tuple[Any, ...], kwargs: dict[str, Any], typed: bool, mark: Any) 
 
 
 class Fakes(FakeTensorMode):
-    """A fake tensor mode that knows whether its tensors outlive it."""
+    """A fake tensor mode that knows whether its tensors outlive it.
+
+    Attributes:
+        leaked: whether any was held where its region ended.
+    """
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
+        self.leaked = False
         self._born: list[weakref.ref[torch.Tensor]] = []
 
     def from_tensor(self, tensor: torch.Tensor, **options: Any) -> Any:
@@ -118,20 +124,38 @@ class Fakes(FakeTensorMode):
         return [t for t in found if t is not None]
 
 
-def forget(fakes: Fakes) -> bool:
-    """Take the tensors of a trace that has ended out of wherever they are held, which costs time
-    only where there are any.
+@contextlib.contextmanager
+def fakes() -> Iterator[Fakes]:
+    """A mode whose tensors are taken out of wherever they are held when the region ends.
+
+    The collector waits until then: what is made in the region stays young, so that looking through
+    its circles does not mean looking through all that there is, which takes a quarter of a second.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    mode = Fakes()
+    try:
+        yield mode
+    finally:
+        mode.leaked = _forget(mode)
+        if collects:
+            gc.enable()
+
+
+def _forget(mode: Fakes) -> bool:
+    """Take out a mode's tensors, which costs time only where there are any.
 
     Returns:
         Whether there were any.
     """
-    if fakes.alive():
-        gc.collect()  # most are in circles that nobody holds
-    found = fakes.alive()
-    held: list[Any] = [*found]
-    for _ in range(_NESTED if found else 0):
+    for generation in (0, 2):
+        if mode.alive():
+            gc.collect(generation)  # most are in circles that nobody holds
+    held: list[Any] = mode.alive()
+    leaked = bool(held)
+    for _ in range(_NESTED if leaked else 0):
         held = _take_out(held)
-    return bool(found)
+    return leaked
 
 
 def _take_out(values: list[Any]) -> list[Any]:

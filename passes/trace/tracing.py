@@ -11,6 +11,7 @@ Which rung to believe is for the numeric self-check (``checking``) to say.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import fx, nn
 from ...errors import BakedInError, DataDependentError, TracingError, user_line
 from ...graphs.nested import Structure, flatten
 from ...graphs.pictures import picture
-from .caches import Fakes, forget
+from .caches import Fakes, fakes
 from .calls import ReadAttribute
 from .contents import Contents
 from .modules import Visits
@@ -64,17 +65,11 @@ def trace_calls(
     check_inputs(model, args, kwargs)
     attempts = _Attempts(model, _is_small(model, args, kwargs), opaque or {})
     while True:
-        fake = None if attempts.real else Fakes()
-        try:
-            with restored(model, args, kwargs) as changes:
-                attempts.overwritten.hide()
-                recorder = attempts.recorder(fake, grad, changes.reached)
-                trace = _attempt(attempts, recorder, args, kwargs)
-        except Exception:
-            if fake:
-                forget(fake)
-            raise
-        if fake and forget(fake):
+        on_fakes = contextlib.nullcontext() if attempts.real else fakes()
+        with on_fakes as fake, restored(model, args, kwargs) as changes:
+            attempts.overwritten.hide()
+            trace = _attempt(attempts, fake, grad, changes.reached, args, kwargs)
+        if fake and fake.leaked:
             attempts.real = True  # so that none can be where they are not found
         elif trace is not None and attempts.is_done(changes, trace):
             break
@@ -85,9 +80,15 @@ def trace_calls(
 
 
 def _attempt(
-    attempts: _Attempts, recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]
+    attempts: _Attempts,
+    fake: Fakes | None,
+    grad: bool,
+    reached: frozenset[int],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Trace | None:
     """Record the model once; None where something was learnt from a failure."""
+    recorder = attempts.recorder(fake, grad, reached)  # here, so that it does not outlive the call
     try:
         return record(recorder, attempts.model, args, kwargs, attempts.opaque)
     except Exception as error:

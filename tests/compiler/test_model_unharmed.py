@@ -5,8 +5,10 @@ the call's arguments are as before.
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import functools
+import gc
 import itertools
 import random
 import types
@@ -414,9 +416,52 @@ def test_the_tests_see_what_a_cache_keeps(monkeypatch: pytest.MonkeyPatch) -> No
     """Negative control: no stand-ins, and nobody looks for what outlives a trace."""
     monkeypatch.setattr(tracing, "SMALL", 0)
     monkeypatch.setattr(caches, "REPLACED", frozenset())
-    monkeypatch.setattr(tracing, "forget", lambda _: False)
+    monkeypatch.setattr(caches, "_forget", lambda _: False)
     tracing.trace_calls(Looks(table), (torch.randn(2, 5, 6),), {})
     assert isinstance(table(5), FakeTensor)
+
+
+def test_fake_tensors_are_taken_out_of_where_they_are_held() -> None:
+    held: list[Any] = []
+    with contextlib.suppress(KeyError), caches.fakes() as mode:
+        assert not gc.isenabled()  # so that what is made here is young at the end
+        held += [mode.from_tensor(torch.zeros(2)), "the rest"]
+        circle: list[Any] = [mode.from_tensor(torch.zeros(3))]
+        circle.append(circle)
+        del circle
+        raise KeyError
+    assert mode.leaked
+    assert held == ["the rest"]
+    assert gc.isenabled()
+    with caches.fakes() as mode:
+        mode.from_tensor(torch.zeros(2))
+    assert not mode.leaked
+
+
+def living() -> int:
+    """Tensors that somebody holds, be it a graph."""
+    gc.collect()
+    return sum(issubclass(type(o), Tensor) for o in gc.get_objects())  # without asking proxies
+
+
+@pytest.mark.parametrize("costs", ["analytic", "measured"])
+def test_weighing_a_model_keeps_nothing_of_it(costs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Node by node; the control keeps outputs in their own graphs, which nothing takes apart."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+    x = torch.randn(4, 6)
+    plan = functools.partial(dni_fx.plan_cuts, model, (x,), stages=2, costs=costs)
+    plan()  # what torch and the package keep for all models
+    before = living()
+    plan()
+    assert living() == before
+    hooks = torch.autograd.graph.saved_tensors_hooks
+
+    def held(pack: Callable[[Tensor], Any], unpack: Any) -> Any:
+        return hooks(lambda t: (pack(t), t)[1], unpack)
+
+    monkeypatch.setattr(torch.autograd.graph, "saved_tensors_hooks", held)
+    plan()
+    assert living() > before
 
 
 def test_the_tests_see_memory_that_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
