@@ -107,7 +107,8 @@ class Visits(Team):
         self._modes = PostedModes(decoupled.model)
         tensors = [functools.partial(_tensors_of, decoupled, optimizers, k) for k in stages]
         count = len(stages) if visiting.most is None else visiting.most
-        self.residency = Residency(tensors, count, visiting.make_store())
+        waiting = [functools.partial(_learners_of, decoupled, k) for k in stages]
+        self.residency = Residency(tensors, waiting, count, visiting.make_store())
 
     def _in_turn_with(self, worker: StageWorker) -> list[StageWorker]:
         return [worker]  # the others may not be in memory
@@ -214,6 +215,12 @@ def _check(decoupled: Decoupled) -> None:
             "synthetic inputs have no use where stages run one after the other: leave out inputs=, "
             "or resident=, sweep= and update="
         )
+
+
+def _learners_of(decoupled: Decoupled, stage: int) -> list[Tensor]:
+    """Weights and buffers of its sources."""
+    sources = decoupled.stages[stage].sources.values()
+    return [t for s in sources for t in (*s.parameters(), *s.buffers())]
 
 
 def _tensors_of(decoupled: Decoupled, optimizers: StageOptimizers, stage: int) -> list[Tensor]:

@@ -37,6 +37,8 @@ class Residency:
     Args:
         tensors: gives what each stage needs in memory while it works: weights, buffers, states of
             its optimisers, held gradients.
+        waiting: gives those of them that graphs may hold from one visit to the next, since a
+            message is late: what its sources learn.
         most: how many stages may be in memory.
         store: where the others are.
 
@@ -45,9 +47,14 @@ class Residency:
     """
 
     def __init__(
-        self, tensors: Sequence[Callable[[], Iterable[Tensor]]], most: int, store: Store
+        self,
+        tensors: Sequence[Callable[[], Iterable[Tensor]]],
+        waiting: Sequence[Callable[[], Iterable[Tensor]]],
+        most: int,
+        store: Store,
     ) -> None:
-        self._tensors, self.most, self.store = list(tensors), most, store
+        self._tensors, self._waiting = list(tensors), list(waiting)
+        self.most, self.store = most, store
         count = len(self._tensors)
         self.moving = list(range(max(most - 2, 0), count)) if most < count else []
         self._away: dict[int, _Away] = {}
@@ -130,7 +137,8 @@ class Residency:
     def _leave(self, stage: int) -> None:
         every = {id(t): t for t in self._tensors[stage]()}.values()
         tensors = [t for t in every if self._may_leave(t)]
-        _check_alone(tensors, stage)
+        waiting = {id(t) for t in self._waiting[stage]()}
+        _check_alone([t for t in tensors if id(t) not in waiting], stage)
         storages = list({_address(t): t.untyped_storage() for t in tensors}.values())
         self.store.write(stage, storages)
         self._away[stage] = _Away([(s, s.nbytes()) for s in storages], tensors)
