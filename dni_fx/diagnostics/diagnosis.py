@@ -5,7 +5,7 @@ words.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -46,6 +46,7 @@ class Diagnosis(Mapping[str, InterfaceReport]):
         step: int,
         kind: str = "true",
         controls: Mapping[str, Mapping[str, Tensor | None]] | None = None,
+        own: Collection[str] = (),
     ) -> Diagnosis:
         """Compare predictions and controls with one set of references.
 
@@ -57,6 +58,7 @@ class Diagnosis(Mapping[str, InterfaceReport]):
             kind: of the references, ``"true"`` or ``"bootstrapped"``.
             controls: what each control would have said, in the same form; of other shapes (another
                 batch size): left out.
+            own: interfaces whose sources follow a loss of their own.
 
         Raises:
             DecouplingError: a prediction without a reference, or of another shape.
@@ -67,7 +69,7 @@ class Diagnosis(Mapping[str, InterfaceReport]):
                     f"no reference for interface {name!r}; there are some for {sorted(references)}"
                 )
         found = {
-            name: compare(predicted, references[name], kind, step)
+            name: compare(predicted, references[name], kind, step, name not in own)
             for name, predicted in predictions.items()
             if predicted is not None
         }
@@ -84,6 +86,8 @@ class Diagnosis(Mapping[str, InterfaceReport]):
     def verdict(self, name: str) -> str:
         """The verdict of an interface's report, and what the controls say to it."""
         report = self.interfaces[name]
+        if not report.aims:
+            return report.verdict
         words = [_against(report, r[name], c) for c, r in self.controls.items() if name in r]
         return "; ".join([report.verdict, *filter(None, words)])
 

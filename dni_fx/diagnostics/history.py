@@ -201,15 +201,18 @@ class _Series(Generic[T]):
 def _columns(series: _Series[InterfaceReport]) -> dict[str, list[Any]]:
     reports = [report for _, report in series.points]
     columns = {name: [_encoded(getattr(report, name)) for report in reports] for name in _MEASURES}
-    return {**columns, "reference": [report.reference for report in reports]}
+    plain = {name: [getattr(report, name) for report in reports] for name in ("reference", "aims")}
+    return {**columns, **plain}
 
 
 def _reports(columns: Mapping[str, Sequence[Any]]) -> list[InterfaceReport]:
     measures = [columns[name] for name in _MEASURES]
+    aimed = columns.get("aims", [True] * len(columns["step"]))  # files of before have none
+    facts = columns["step"], columns["reference"], aimed
     reports = []
-    for step, kind, *numbers in zip(columns["step"], columns["reference"], *measures, strict=True):
+    for step, kind, aims, *numbers in zip(*facts, *measures, strict=True):
         values = dict(zip(_MEASURES, map(_decoded, numbers), strict=True))
-        reports.append(InterfaceReport(reference=str(kind), step=int(step), **values))
+        reports.append(InterfaceReport(reference=kind, step=int(step), aims=bool(aims), **values))
     return reports
 
 

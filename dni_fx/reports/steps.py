@@ -41,6 +41,8 @@ class InterfaceReport:
         step: when it was measured, counted from 0.
         sign_agreement: share of the elements where both have the same sign, among those where the
             reference is not zero; 0.5 for a coin, nan where there are none.
+        aims: whether the reference is what the source should say; a head says the slope of a loss
+            of its own.
     """
 
     cosine: float
@@ -49,6 +51,7 @@ class InterfaceReport:
     reference: str
     step: int
     sign_agreement: float = math.nan
+    aims: bool = True
 
     @property
     def explained(self) -> float:
@@ -88,6 +91,11 @@ class InterfaceReport:
             return "no gradient arrives" + ("" if true else f": {reference} is zero")
         if self.rms_ratio == 0:
             return "predicts nothing yet"
+        if not self.aims:
+            return (
+                f"follows a loss of its own: {numbers}; diagnose_parameters tells more, and a run "
+                "with 'zero' beside it most"
+            )
         control = "the frozen control (`zero`) would do"
         if self.cosine <= -NOTHING:
             return f"points away from {reference}: {control} better ({numbers})"
@@ -124,7 +132,7 @@ class StepReport:
 
 
 def compare(
-    prediction: torch.Tensor, reference: torch.Tensor, kind: str, step: int
+    prediction: torch.Tensor, reference: torch.Tensor, kind: str, step: int, aims: bool = True
 ) -> InterfaceReport:
     """Compare two gradients.
 
@@ -136,6 +144,7 @@ def compare(
         reference: the same shape; dtype, layout and device may differ.
         kind: of the reference, ``"true"`` or ``"bootstrapped"``.
         step: counted from 0.
+        aims: as in the report.
 
     Raises:
         DecouplingError: the shapes differ.
@@ -161,6 +170,7 @@ def compare(
         reference=kind,
         step=step,
         sign_agreement=(both + same) / 2 / some if some else nan,
+        aims=aims,
     )
 
 

@@ -67,10 +67,12 @@ class Measures(BaseTrainer):
         """
         batch, _ = self._rehearse(Mode(1.0), args, kwargs, target, ask=True)
         predicted: dict[str, Tensor | None] = {}
+        own: set[str] = set()
         for group in batch.setting.served:
             guess = batch.state.predictions[group.name].guessed
             predicted.update(zip(group.names, guess or (), strict=guess is not None))
-        return Diagnosis.measure(predicted, _arrived(batch), step=self.steps)
+            own |= {*group.names} if group.source.has_own_loss else set()
+        return Diagnosis.measure(predicted, _arrived(batch), step=self.steps, own=own)
 
     def diagnose_parameters(self, *args: Any, target: Any = None, **kwargs: Any) -> Diagnosis:
         """Compare what the predictions make of the parameters' gradients with the true ones, with

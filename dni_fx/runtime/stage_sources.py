@@ -240,8 +240,9 @@ class StageSources:
             real = not (inputs.keys() & group.names or group.leaves)
             ends = group.consumers == (self.setting.last,) and real
             kind = "true" if self.setting.share == 1 or ends else "bootstrapped"
+            aims = not group.source.has_own_loss
             for name, a, b in zip(group.names, guess, self.answers.gradients(group), strict=True):
-                found[name] = compare(a, b, kind, step)
+                found[name] = compare(a, b, kind, step, aims)
         return found
 
     @contextlib.contextmanager

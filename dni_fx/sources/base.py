@@ -220,6 +220,12 @@ class GradientSource(Declares, nn.Module):
                 )
         return prediction
 
+    @property
+    def has_own_loss(self) -> bool:
+        """Whether it learns, but not from the gradient: it says the slope of a loss of its own."""
+        learns = any(p.requires_grad for p in self.parameters())
+        return learns and "gradient" not in self.asks.learns_from
+
     def flops(self) -> int:
         """Floating-point operations (multiply-adds x 2) of one ``predict`` on the example batch.
 

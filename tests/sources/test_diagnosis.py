@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dni_fx
+from dni_fx import sources
 from dni_fx.sources import Corrected, Delayed, GradientSource, Prediction
 
 from ..helpers.comparing import assert_bits_equal
@@ -48,6 +50,27 @@ def test_diagnosis_changes_nothing_and_says_something() -> None:
         assert set(of_parameters) == ({f"stage_{name}" for name in names} if not waits else set())
         for report in diagnosis.values():
             assert report.reference == "true"
+
+
+@pytest.mark.parametrize(
+    ("gradients", "own"),
+    [
+        ("local", True), ("distill", True), ("critic", True), ("reconstruct", True),
+        (sources.Sum("local", "linear"), False),
+        ("linear", False), ("sobolev", False), ("zero", False), ("stale", False),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_head_is_not_judged_by_a_gradient_that_it_does_not_aim_at(
+    gradients: Any, own: bool
+) -> None:
+    trainer = trainer_of(gradients, metrics_every=1)
+    train(trainer, 3)
+    x, y = batch(99)
+    measured = trainer.step(x, target=y).interfaces
+    for report in (*trainer.diagnose(x, target=y).values(), *measured.values()):
+        assert report.aims is not own
+        assert ("a loss of its own" in report.verdict) is own
 
 
 def test_a_source_of_true_gradients_is_found_perfect() -> None:
