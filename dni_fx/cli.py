@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from . import __version__, list_cut_points, plan_cuts, simulate
 from .errors import DecouplingError, did_you_mean, user_line
+from .passes.search.choosing import WITHIN
 from .program.command import add_options, emit
 from .reports.files import write_atomically
 
@@ -87,7 +88,7 @@ def run_plan(options: argparse.Namespace) -> int:
             check_place(path)  # before minutes of measuring
     devices = {"bandwidth": options.bandwidth, "speeds": options.speeds}
     wishes = ["stages", "objective", "gradients", "costs", "memory_cap"]
-    wishes += ["keep_together", "never_cut", "must_cut"]
+    wishes += ["keep_together", "never_cut", "must_cut", "within", "max_values"]
     asked: dict[str, Any] = devices | {name: getattr(options, name) for name in wishes}
     model, inputs = make_model(options)
     plan = plan_cuts(model, inputs, progress=not options.quiet, **asked)
@@ -288,6 +289,10 @@ def _add_wishes(add: Callable[..., Any]) -> None:
     names: dict[str, Any] = {"action": "append", "default": []}
     add("--must-cut", metavar="NAME", help="a cut to make; may be repeated", **names)
     add("--never-cut", metavar="NAME", help="a cut not to make; may be repeated", **names)
+    about = "cut only where a module ends, or wherever it is best (default: the former, unless it "
+    add("--within", choices=WITHIN, help=about + "costs more than 5 %%)")
+    about = "most values with a gradient that may cross at a cut"
+    add("--max-values", type=_whole, metavar="N", help=about)
     about = "a module, or several names, to keep in one stage; may be repeated"
     add("--keep-together", type=_names, metavar="A[,B,...]", help=about, **names)
     about = "of each link, a second (default: 1e10)"

@@ -23,7 +23,7 @@ from .graphs.sharding import check_unsharded
 from .passes.cut.cutting import find_flow
 from .passes.cut.cutting import list_cut_points as list_points
 from .passes.cut.insertion import Context, Gradients, Inputs
-from .passes.search.choosing import Search
+from .passes.search.choosing import Search, check_within
 from .passes.search.costing import Seconds
 from .passes.trace.state import preserved_rng
 from .plan import CutPlan, CutPointList
@@ -117,6 +117,8 @@ def plan_cuts(
     keep_together: Sequence[str | Sequence[str]] = (),
     never_cut: Sequence[str] = (),
     must_cut: Sequence[str] = (),
+    within: str | None = None,
+    max_values: int | None = None,
     batches: Iterable[Any] | None = None,
     loss: Callable[[Any, Any], torch.Tensor] | None = None,
     context: Context | None = None,
@@ -154,6 +156,9 @@ def plan_cuts(
             groups of names.
         never_cut: names of places that must not be cut.
         must_cut: names of places that must be cut.
+        within: ``"modules"``: cut only where a module's call ends; ``"anything"``: wherever it is
+            best; by default where a module ends, unless that costs more than 5 %.
+        max_values: most values with a gradient that may cross at a cut.
         batches: at least two batches ``(input, ..., target)``, or dicts, for ``"learnability"``.
         loss: ``loss(output, target)`` for ``"learnability"``.
         context, example_target: as in :func:`decouple`; what sources cost depends on them.
@@ -185,6 +190,8 @@ def plan_cuts(
         keep_together=keep_together,
         never_cut=never_cut,
         must_cut=must_cut,
+        within=within,
+        max_values=max_values,
         batches=batches,
         loss=loss,
         progress=progress,
@@ -204,7 +211,11 @@ def plan_cuts(
 
 
 def list_cut_points(
-    model: nn.Module, example_inputs: Sequence[Any], example_kwargs: dict[str, Any] | None = None
+    model: nn.Module,
+    example_inputs: Sequence[Any],
+    example_kwargs: dict[str, Any] | None = None,
+    *,
+    within: str = "anything",
 ) -> CutPointList:
     """List where a model can be cut.
 
@@ -212,17 +223,22 @@ def list_cut_points(
         model: any module.
         example_inputs: positional inputs of one batch.
         example_kwargs: keyword inputs.
+        within: ``"modules"`` for places where a module's call ends alone.
 
     Returns:
         Cut points in program order: name, shape, bytes and names of what would cross, whether it is
         legal, else why not. Prints as a table.
 
     Raises:
+        DecouplingError: a ``within`` that does not exist.
         TracingError: the model cannot be traced.
     """
+    if problem := next(check_within(within), None):
+        raise DecouplingError(problem)
     check_whole(model)
     args, kwargs = check_examples(example_inputs, example_kwargs)
-    return CutPointList(list_points(find_flow(trace_model(model, args, kwargs))))
+    found = list_points(find_flow(trace_model(model, args, kwargs)))
+    return CutPointList(p for p in found if p.ends_module or within != "modules")
 
 
 def _with_example(context: Context | None, target: Any) -> Context | None:

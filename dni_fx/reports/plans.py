@@ -77,6 +77,7 @@ class CutPoint:
         interfaces: how many of them carry a gradient.
         legal: whether a cut may be made there.
         reason: why not, else empty.
+        ends_module: whether a module's call ends there, so that the cut lies between modules.
     """
 
     name: str
@@ -86,6 +87,7 @@ class CutPoint:
     interfaces: int
     legal: bool
     reason: str = ""
+    ends_module: bool = False
 
 
 @dataclass(frozen=True)

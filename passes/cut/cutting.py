@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -135,12 +135,16 @@ def list_cut_points(flow: Flow) -> tuple[CutPoint, ...]:
     """Every position that can be named, in program order, with what would cross it: after each
     module, and after each node that ends no module.
     """
+    return tuple(point for _, point in located_points(flow))
+
+
+def located_points(flow: Flow) -> Iterator[tuple[int, CutPoint]]:
+    """Cut points with their positions; one that several modules end at comes once for each."""
     times = Counter(path for path, _, _ in flow.trace.calls)
     named: dict[int, list[str]] = {}
     for path, count, _, last in numbered_calls(flow.trace):
         name = f"{path}@{count}" if times[path] > 1 else path
         named.setdefault(_after(flow, last), []).insert(0, name)
-    points = []
     live: dict[fx.Node, None] = {}
     for position, node in enumerate(flow.nodes[:-1], 1):
         if flow.is_computed(node):
@@ -151,8 +155,7 @@ def list_cut_points(flow: Flow) -> tuple[CutPoint, ...]:
         if not flow.is_computed(node) or flow.nodes[position].meta.get("glued"):
             continue
         for name in named.get(position, [flow.names[node][0]]):
-            points.append(_cut_point(flow, position, name, tuple(live)))
-    return tuple(points)
+            yield position, _cut_point(flow, position, name, tuple(live), position in named)
 
 
 def find_cuts(flow: Flow, cuts: tuple[str, ...], lenient: bool = False) -> dict[int, str]:
@@ -288,7 +291,9 @@ def _after(flow: Flow, node: fx.Node) -> int:
     return position
 
 
-def _cut_point(flow: Flow, position: int, name: str, live: tuple[fx.Node, ...]) -> CutPoint:
+def _cut_point(
+    flow: Flow, position: int, name: str, live: tuple[fx.Node, ...], ends_module: bool
+) -> CutPoint:
     crossing = [n for n in live if flow.crosses(n, position)]
     carrying = [n for n in crossing if flow.carries_gradient(n, position)]
     last = flow.nodes[position - 1]
@@ -302,6 +307,7 @@ def _cut_point(flow: Flow, position: int, name: str, live: tuple[fx.Node, ...]) 
         interfaces=len(carrying),
         legal=why is None,
         reason=why or "",
+        ends_module=ends_module,
     )
 
 

@@ -22,6 +22,8 @@ from ..cut.cutting import (
     cut_names,
     find_cuts,
     legal_positions,
+    list_cut_points,
+    located_points,
     reason_against,
     refused,
 )
@@ -35,6 +37,8 @@ from .sizing import AUTO, even_share, size_sources
 from .source_costs import Option, OptionOf, estimate_sources, measure_sources
 
 _DEFAULT_STAGES = 4
+WITHIN = ("modules", "anything")  # where cuts may lie
+_POLISH = 1.05  # how much slower the slowest stage may be for cuts between modules
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class Search:
     keep_together: Sequence[str | Sequence[str]] = ()
     never_cut: Sequence[str] = ()
     must_cut: Sequence[str] = ()
+    within: str | None = None
+    max_values: int | None = None
     batches: Iterable[Any] | None = None
     loss: Callable[[Any, Any], torch.Tensor] | None = None
     progress: bool = False
@@ -82,6 +88,11 @@ class Search:
             yield f"speeds= has {len(speeds)} numbers for stages={self.stages}: one for each"
         if self.objective == "learnability" and (self.batches is None or self.loss is None):
             yield "objective='learnability' needs batches= and loss=, to see true gradients"
+        yield from check_within(self.within)
+        if self.max_values is not None and (
+            type(self.max_values) is not int or self.max_values < 1
+        ):
+            yield f"max_values={self.max_values!r}: expected a whole number, at least 1"
         for name in ("keep_together", "never_cut", "must_cut"):
             names = getattr(self, name)
             if not _are_names(names, groups=name == "keep_together"):
@@ -96,6 +107,13 @@ class Search:
             return len(self.speeds)
         fewest = self.objective == "memory" and self.memory_cap is not None
         return None if fewest else _DEFAULT_STAGES
+
+
+def check_within(within: Any) -> Iterator[str]:
+    """What is wrong with a ``within=``."""
+    if within is not None and within not in WITHIN:
+        known = ", ".join(map(repr, WITHIN))
+        yield f"within={within!r}: expected {known}{did_you_mean(str(within), WITHIN)}"
 
 
 def _are_names(value: Any, *, groups: bool = True) -> bool:
@@ -139,7 +157,8 @@ def choose_best(
             f"{gradients!r} predicts none: leave out one of them"
         )
     costs = weigh_model(flow, args, kwargs, gradients, context, search)
-    wishes = dataclasses.replace(_resolve(flow, search), in_order=is_exact)
+    bound = search.within == "modules" or search.max_values is not None  # to places in that order
+    wishes = dataclasses.replace(_resolve(flow, search), in_order=is_exact or bound)
     if wishes.objective == "learnability":
         shares = measure_learnability(
             flow,
@@ -228,7 +247,10 @@ def _resolve(flow: Flow, search: Search) -> Wishes:
     if problems:
         raise refused(flow, "these wishes cannot be met", problems)
     torn = {p for g in groups for p in range(g[0] + 1, g[-1] + 1)}
-    allowed = tuple(p for p in legal if p not in torn and p not in never)
+    fit = _fitting(flow, search) | required
+    allowed = tuple(p for p in legal if p not in torn and p not in never and p in fit)
+    if not allowed and legal:
+        raise CutError(_none_left(flow, search))
     count = None if search.count is None else min(search.count, len(allowed) + 1)
     if search.speeds is not None and count != len(search.speeds):
         raise CutError(
@@ -245,6 +267,29 @@ def _resolve(flow: Flow, search: Search) -> Wishes:
         required=tuple(sorted(required)),
         together=tuple(groups),
         tidy=frozenset(names[path] for path, _, _ in flow.trace.calls if path in names),
+        polish=1.0 if search.within == "anything" else _POLISH,
+    )
+
+
+def _fitting(flow: Flow, search: Search) -> set[int]:
+    """Positions that lie between modules, and where few enough values cross, as it is asked."""
+    most = math.inf if search.max_values is None else search.max_values
+    return {
+        position
+        for position, point in located_points(flow)
+        if point.interfaces <= most and (point.ends_module or search.within != "modules")
+    }
+
+
+def _none_left(flow: Flow, search: Search) -> str:
+    points = [p for p in list_cut_points(flow) if p.legal]
+    if search.within == "modules":
+        points = [p for p in points if p.ends_module] or points
+    narrowest = min(points, key=lambda p: p.interfaces)
+    return (
+        f"never_cut=, keep_together=, within={search.within!r} and max_values={search.max_values} "
+        f"leave no place to cut {type(flow.trace.model).__name__} at: loosen one of them (at the "
+        f"narrowest legal place, after {narrowest.name!r}, cross {narrowest.interfaces})"
     )
 
 

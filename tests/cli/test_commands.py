@@ -67,7 +67,7 @@ def test_every_option_reaches_the_search(
         "plan models_here:chain --input 4x6 --stages 4 --objective memory --costs analytic "
         "--gradients linear --bandwidth 1e9 --speeds 1,1,2,1 --memory-cap 2GiB --must-cut 1 "
         "--must-cut 3 --never-cut 2 --keep-together 0.weight,5.weight --keep-together 4 --latency "
-        "0.5 --micro-batches 2 --quiet"
+        "0.5 --micro-batches 2 --within modules --max-values 3 --quiet"
     )
     assert cli.main(words.split()) == 0
     assert recorder.options == {
@@ -81,6 +81,8 @@ def test_every_option_reaches_the_search(
         "keep_together": [("0.weight", "5.weight"), "4"],
         "never_cut": ["2"],
         "must_cut": ["1", "3"],
+        "within": "modules",
+        "max_values": 3,
         "progress": False,
     }
     told = dni_fx.simulate(

@@ -57,6 +57,64 @@ def test_the_cost_of_sources_moves_the_cuts() -> None:
     assert search_of(paid).slowest > search_of(free).slowest
 
 
+class Residual(nn.Module):
+    """A block whose inside is best cut, with two values crossing there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.b(self.a(x).relu() * 2)
+
+
+def blocks() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), *(Residual() for _ in range(3)), nn.Linear(8, 4))
+
+
+@pytest.mark.parametrize(
+    ("inner", "wish", "cuts"),
+    [
+        (0.03, {}, {"2.a", "2.b"}),
+        (0.03, {"within": "anything"}, {"relu_1"}),
+        (0.10, {}, {"relu_1"}),
+        (0.10, {"within": "modules"}, {"2.a", "2.b"}),
+        (0.10, {"max_values": 1}, {"0", "1", "2", "3"}),
+        (0.10, {"within": "modules", "max_values": 1}, {"0", "1", "2", "3"}),
+        (0.10, {"within": "modules", "must_cut": ["relu_1"]}, {"relu_1"}),
+    ],
+)
+def test_cuts_where_modules_end_or_few_values_cross(
+    inner: float, wish: dict[str, Any], cuts: set[str]
+) -> None:
+    """Best is to cut between two nodes that end no module: 3 % or 9 % better than beside them."""
+    costs = {"2.a": 1.0, "relu_1": inner, "mul_1": inner, "2.b": 1.0}
+    options: dict[str, Any] = {"stages": 2, "gradients": "zero", "bandwidth": 1e15}
+    (found,) = plan(blocks(), X[:, :6], costs=costs, **options, **wish).cuts
+    assert found in cuts
+
+
+def test_places_where_modules_end_are_listed() -> None:
+    every = dni_fx.list_cut_points(blocks(), (X[:, :6],))
+    ends = dni_fx.list_cut_points(blocks(), (X[:, :6],), within="modules")
+    assert [p.name for p in ends] == [
+        "0",
+        "1.a",
+        "1.b",
+        "1",
+        "2.a",
+        "2.b",
+        "2",
+        "3.a",
+        "3.b",
+        "3",
+        "4",
+    ]
+    assert {p.name for p in every} - {p.name for p in ends} == {
+        *("relu", "mul", "relu_1", "mul_1", "relu_2", "mul_2")
+    }
+
+
 def test_speeds_give_the_faster_stage_more() -> None:
     costs = {str(i): 1.0 for i in range(8)}
     found = plan(chain(), speeds=[3.0, 1.0], costs=costs, gradients="zero", bandwidth=1e12)
@@ -107,6 +165,12 @@ def test_wishes_are_kept() -> None:
     [
         ({"must_cut": ["nope"]}, ["must_cut", "nope"]),
         ({"never_cut": ["nope"]}, ["never_cut", "nope"]),
+        ({"within": "module"}, ["within='module'", "did you mean 'modules'?"]),
+        ({"max_values": 0}, ["max_values=0", "at least 1"]),
+        (
+            {"within": "modules", "never_cut": [str(i) for i in range(7)]},
+            ["within='modules'", "leave no place", "after '0', cross 1"],
+        ),
         ({"keep_together": ["nope"]}, ["keep_together", "nope"]),
         ({"must_cut": ["3"], "keep_together": [("1", "6")]}, ["must_cut", "'3'", "keep_together"]),
         ({"must_cut": ["3"], "never_cut": ["3"]}, ["must_cut and never_cut", "'3'"]),
