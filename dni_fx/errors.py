@@ -95,12 +95,12 @@ def user_line(error: BaseException) -> str | None:
     frames = traceback.extract_tb(error.__traceback__)
     for owner in ("user", "package"):
         for frame in reversed(frames):
-            if _owner(frame.filename) == owner:
+            if owner_of(frame.filename) == owner:
                 return f"{frame.filename}:{frame.lineno}"
     return None
 
 
-def _owner(filename: str) -> str:
+def owner_of(filename: str) -> str:
     """Whose a file is: ``"ours"`` (torch's and Python's, too), another ``"package"``'s or the
     ``"user"``'s.
     """

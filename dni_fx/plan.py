@@ -144,7 +144,8 @@ class CutPlan:
             return "\n".join([head, *(f"  after {c}" for c in self.cuts)])
         stages = table(plan_tables.stage_rows(self.report))
         interfaces = table(plan_tables.interface_rows(self.report))
-        notes = [f"note: {note}" for note in plan_tables.notes(self.report)]
+        lines = plan_tables.notes(self.report)
+        notes = [n if n.startswith("baked in: ") else f"note: {n}" for n in lines]
         return "\n".join([head, "", *stages, "", *interfaces, "", *notes])
 
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import collections
+import ctypes
+import datetime
+import decimal
 import enum
 import functools
+import logging
 import random
+import re
 import sys
 import types
 import weakref
@@ -25,6 +30,24 @@ _BY_IDENTITY = (
     torch.Tensor, nn.Module, torch.Generator, type, types.FunctionType, types.BuiltinFunctionType,
     types.ModuleType,
 )  # fmt: skip
+
+_C_DATA = ctypes.c_int.__mro__[-2]  # what all values of C come from
+_EMPTY: dict[Any, Any] = {}
+_VIEWS = type(_EMPTY.keys()) | type(_EMPTY.values()) | type(_EMPTY.items())
+IMMUTABLE = (
+    *ATOMS,
+    re.Pattern,
+    decimal.Decimal,
+    datetime.date,
+    datetime.time,
+    datetime.timedelta,
+    datetime.tzinfo,
+    logging.Logger,
+    logging.LoggerAdapter,
+    torch.Generator,
+    torch.autograd.Function,
+)
+"""Kinds of which no content matters, or is looked at elsewhere."""
 
 Seen = dict[int, tuple[int, Any]]
 Without = frozenset[tuple[int, Any]]
@@ -67,6 +90,27 @@ def picture(value: Any, without: Without = frozenset()) -> tuple[Any, ...]:
     return tuple(parts)
 
 
+def unopened(parts: Any) -> Iterator[tuple[Any, str]]:
+    """What was not opened for a picture, and why: it counts as the same while it is the same
+    object.
+    """
+    for part in parts if isinstance(parts, tuple | frozenset) else ():
+        if isinstance(part, frozenset):
+            known = (*_BY_IDENTITY, *IMMUTABLE, enum.Enum, tuple, frozenset)
+            inside = "is an element of a set"
+            yield from ((each, inside) for each in part if not isinstance(each, known))
+        elif isinstance(part, Itself) and not isinstance(part.value, (*_BY_IDENTITY, *IMMUTABLE)):
+            yield part.value, _why_unopened(part.value)
+
+
+def _why_unopened(value: Any) -> str:
+    numpy = sys.modules.get("numpy")
+    if numpy and isinstance(value, numpy.ndarray):
+        return f"is larger than {_LARGEST_ARRAY:,} bytes"
+    opened = isinstance(value, _CONTAINERS) or hasattr(value, "__dict__") or slots_of(type(value))
+    return f"has more than {_MOST_PARTS:,} parts" if opened else "cannot be opened"
+
+
 def _parts(value: Any, seen: Seen, without: Without) -> Iterator[Any]:
     kind = type(value)
     if kind in ATOMS:
@@ -78,6 +122,11 @@ def _parts(value: Any, seen: Seen, without: Without) -> Iterator[Any]:
         yield from _parts(value.__self__, seen, without)
     elif isinstance(value, _BY_IDENTITY):
         yield Itself(value)
+        if isinstance(value, types.FunctionType) and vars(value):
+            yield from _parts(vars(value), seen, without)
+    elif isinstance(value, weakref.ref):
+        yield kind
+        yield from _parts(value(), seen, without)
     elif id(value) in seen:
         yield "again", seen[id(value)][0]
     else:
@@ -110,13 +159,28 @@ def _opened(value: Any, seen: Seen, without: Without) -> Iterator[Any]:
         yield value.getstate()
     elif numpy and isinstance(value, numpy.random.Generator):
         yield from _parts(value.bit_generator.state, seen, without)
+    elif isinstance(value, _C_DATA):
+        yield from _bytes_of(value)
     elif hasattr(value, "__dict__"):
         yield from _parts(vars(value), seen, without)
         yield from _in_slots(value, seen, without)
     elif slots_of(type(value)):
         yield from _in_slots(value, seen, without)
+    elif isinstance(value, types.MappingProxyType | _VIEWS):
+        inside = dict(getattr(value, "mapping", value))
+        yield from _parts(inside, seen, without)
     else:
+        yield from _bytes_of(value)
+
+
+def _bytes_of(value: Any) -> Iterator[Any]:
+    """Of what shares its memory: arrays, values of C."""
+    try:
+        view = memoryview(value)
+    except TypeError:
         yield Itself(value)
+        return
+    yield view.tobytes() if view.nbytes <= _LARGEST_ARRAY else Itself(value)
 
 
 def _in_slots(value: Any, seen: Seen, without: Without) -> Iterator[Any]:

@@ -84,7 +84,9 @@ def trace_export(
             ) from error
     trace.model = model
     modes = tuple(model.modules())
-    return dataclasses.replace(trace, modes=modes, held=watcher.held(), rung="export")
+    held = watcher.held()
+    notes = tuple(watcher.reads.baked_in())  # the recorder has only seen the exported model
+    return dataclasses.replace(trace, modes=modes, held=held, notes=notes, rung="export")
 
 
 def _watch(
@@ -162,6 +164,7 @@ class _Watcher:
             BakedInError: its attributes are others afterwards.
         """
         if (path := self._paths.get(id(module))) is None:
+            self.reads.foreign(module)
             return original(module, *args, **kwargs)
         self._called[id(module)] = module
         before = state_of(module)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...graphs.pictures import ATOMS, Itself, Without, picture
+from ...graphs.pictures import ATOMS, Itself, Without, picture, unopened
 from .contents import MISSING
 from .outside import LIBRARY, Outside
 from .settings import casts, device_kinds
@@ -44,7 +44,7 @@ _GLOBAL_HOOKS: tuple[dict[Any, Any], ...] = tuple(
     is not None
 )  # fmt: skip
 _NOTHING = (picture(MISSING), picture(None))
-_FIXED = (*ATOMS, types.FunctionType, types.BuiltinFunctionType, type)
+_FIXED = (*ATOMS, types.BuiltinFunctionType, type)
 MODES = frozenset([*_CASTS, *(name for name, _ in _MODES)])
 GRAD = "is_grad_enabled"
 GRAD_MODE = f"torch.{GRAD}"  # the place of its guard
@@ -127,6 +127,14 @@ class Reads:
     def held(self) -> tuple[Held, ...]:
         """All that was read."""
         return tuple(self._held.values())
+
+    def baked_in(self) -> list[str]:
+        """What no guard notices a change of, with its place, for the plan."""
+        found = dict(self._outside.unseen)
+        for held in self._held.values():
+            for value, why in unopened(held.was):
+                found[f"what the {type(value).__name__} in {held.place} holds: it {why}"] = None
+        return [f"baked in: {text}" for text in found]
 
     def attribute(
         self, module: nn.Module, path: str | None, name: str, value: Any, outlined: bool = False
@@ -217,6 +225,12 @@ class Reads:
         self._outside.function(type(module).forward)
         self._outside.held(vars(module).get("forward"))
 
+    def foreign(self, module: nn.Module) -> None:
+        """A module was called that is none of the model's."""
+        read = functools.partial(_inside, module)
+        name = type(module).__name__
+        self._held[id(module), ""] = Held(f"'{name}' outside of the model", read, opened=False)
+
     def mode(self, name: str, args: tuple[Any, ...] | None = None) -> None:
         """One of torch's modes was asked for; with any arguments where these are not known."""
         for known, was in self._ambient.items():
@@ -267,6 +281,11 @@ def _character(module: nn.Module) -> tuple[Any, ...]:
     kind = type(module)
     hooks = (*_hooks_of(module),) if is_hooked(module) else ()
     return kind, kind.forward, hooks, vars(module).get("forward")
+
+
+def _inside(module: nn.Module) -> tuple[Any, ...]:
+    """What a module is, and all that is registered with it."""
+    return *_character(module), module.training, *(_Entries(module, name) for name in TABLES)
 
 
 def _hooks_of(module: nn.Module) -> Iterator[Any]:

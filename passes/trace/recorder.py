@@ -145,6 +145,8 @@ class Recorder(TorchFunctionMode):
         """Stand-in for ``nn.Module.__call__`` while recording."""
         path = self.known.paths.get(id(module))
         if path is None:
+            if not any(map(self.known.is_computed, module.parameters())):  # not made in this call
+                self.reads.foreign(module)
             return original(module, *args, **kwargs)
         if self.visits.is_leaf(module, path):
             return self._call_leaf(original, module, path, args, kwargs)

@@ -16,6 +16,7 @@ begins again with that size as a plain integer, and a guard, from its birth on.
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -157,6 +158,10 @@ class TracedInt(torch.SymInt):
 
     def __float__(self) -> float:
         return float(self.look())
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        """For functions of NumPy."""
+        return sys.modules["numpy"].asarray(self.look(), dtype)
 
     def __round__(self, digits: int | None = None) -> int:
         return round(self.look(), digits) if digits else self.look()

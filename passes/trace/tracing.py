@@ -263,7 +263,7 @@ def record(
         held=recorder.reads.held,
         rung="calls",
         opaque=dict(opaque),
-        notes=tuple(dict.fromkeys(visits.notes)),
+        notes=tuple(dict.fromkeys([*visits.notes, *recorder.reads.baked_in()])),
     )
 
 

@@ -76,7 +76,7 @@ def test_whose_a_file_is(tmp_path: Path) -> None:
     installed = Path(sysconfig.get_path("purelib"))
     (tmp_path / "link").symlink_to(library)
     assert {
-        errors._owner(str(file))
+        errors.owner_of(str(file))
         for file in (
             library / "decoupled.py",
             library / "passes" / "trace" / "tracing.py",  # through the link
@@ -88,8 +88,8 @@ def test_whose_a_file_is(tmp_path: Path) -> None:
             "<eval_with_key>.3",
         )
     } == {"ours"}
-    assert errors._owner(str(installed / "einops" / "einops.py")) == "package"
-    assert {errors._owner(name) for name in ("<stdin>", __file__, "model.py")} == {"user"}
+    assert errors.owner_of(str(installed / "einops" / "einops.py")) == "package"
+    assert {errors.owner_of(name) for name in ("<stdin>", __file__, "model.py")} == {"user"}
 
 
 def test_a_copy_in_a_folder_of_its_name(tmp_path: Path) -> None:
