@@ -85,6 +85,7 @@ class FolderStore(Store):
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
+        self._written: dict[Path, tuple[int, int]] = {}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -107,6 +108,7 @@ class FolderStore(Store):
                     total = _write_all(file, _memory_of(storage), total)
                 _write_all(file, memoryview(_SUM.pack(total)))
             os.replace(begun, path)
+            self._written[path] = _identity(path)
         except OSError as error:
             begun.unlink(missing_ok=True)
             free = shutil.disk_usage(self.folder).free if self.folder.exists() else 0
@@ -141,8 +143,17 @@ class FolderStore(Store):
         return sizes
 
     def clear(self) -> None:
-        for path in (*self.folder.glob("stage_*.bin"), *self.folder.glob("stage_*.writing")):
-            path.unlink(missing_ok=True)
+        """Remove the files, but those that a later store in the same folder has put there."""
+        while self._written:
+            path, identity = self._written.popitem()
+            if path.exists() and _identity(path) == identity:
+                path.unlink()
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """Of a file: another in its place has another."""
+    stat = path.stat()
+    return stat.st_ino, stat.st_mtime_ns
 
 
 def _damaged(path: Path, what: str) -> StoreError:

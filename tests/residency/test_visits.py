@@ -336,3 +336,17 @@ def test_a_store_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     ):
         train(trainer, 1)
     assert dni_fx.DecouplingError in StoreError.__mro__
+
+
+def test_a_store_leaves_the_files_of_a_later_one_in_its_folder(tmp_path: Path) -> None:
+    """A trainer may be collected long after the next one in the same folder has begun."""
+    first, second = FolderStore(tmp_path), FolderStore(tmp_path)
+    weights = [torch.ones(4).untyped_storage()]
+    first.write(0, weights)
+    first.write(1, weights)
+    second.write(0, weights)
+    first.clear()
+    second.read(0, weights)
+    assert not second.path_of(1).exists()  # the first one's own
+    second.clear()
+    assert not second.path_of(0).exists()
