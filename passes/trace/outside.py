@@ -54,7 +54,8 @@ _COMPUTED = property | functools.cached_property | staticmethod | classmethod | 
 _OF_THE_MOMENT = re.compile(
     r"(time\.(time|monotonic|perf_counter|process_time|\w+_ns|ctime|localtime|gmtime|strftime)"
     r"|datetime\.(.*\.)?(now|today|utcnow)|secrets\..*|uuid\.uuid[14]|socket\.gethostname"
-    r"|os\.(getcwd|listdir|scandir|stat|getpid|urandom|path\.(exists|isfile|isdir|getmtime|getsize))"
+    r"|os\.(getcwd|listdir|scandir|stat|getpid|urandom)"
+    r"|os\.path\.(exists|isfile|isdir|getmtime|getsize)"
     r"|io\.open|open|input)"
 )  # what no look at a value tells to be the same
 _NO_CONTENT = (types.BuiltinFunctionType, typing.TypeVar, weakref.ref)
