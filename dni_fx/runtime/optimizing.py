@@ -138,9 +138,13 @@ class StageOptimizers:
         """The parameters that a stage's optimiser was given."""
         return [p for _, p in self.parameters.get(stage, [])]
 
+    def every(self) -> list[torch.optim.Optimizer]:
+        """All optimisers, the stages' first."""
+        return [*self.stages.values(), *self.sources.values()]
+
     def remember(self) -> Callable[[], None]:
         """Puts back what the next step will change."""
-        restores = [remembered(o) for o in (*self.stages.values(), *self.sources.values())]
+        restores = [remembered(o) for o in self.every()]
 
         def restore() -> None:
             with torch.no_grad():
@@ -158,7 +162,7 @@ class StageOptimizers:
 
     def step(self) -> None:
         """Step all of them, or none where one fails."""
-        every = [*self.stages.values(), *self.sources.values()]
+        every = self.every()
         with whole(every):
             for name in self.stages:
                 self.clip(name, self.clip_norm)

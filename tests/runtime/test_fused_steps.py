@@ -147,6 +147,41 @@ def test_what_is_not_finite_is_refused_by_name_and_changes_nothing() -> None:
     assert_agree(train(fused, 3), train(twin, 3))
 
 
+@pytest.mark.parametrize("optimizer", [sgd, adam])
+def test_clipped_steps_are_those_of_torch(optimizer: Any) -> None:
+    fused, twin = pair(optimizer=optimizer, clip_norm=0.05)
+    assert_agree(train(fused, STEPS), train(twin, STEPS))
+    assert "clip_norm" in fused.fused.programs[0].graph.code
+    free, _ = pair(optimizer=optimizer)
+    assert largest_difference(record(fused), record(train(free, STEPS))) > 1e-6
+
+
+def test_a_bound_is_an_input_and_having_one_is_not() -> None:
+    fused, twin = pair(clip_norm=0.05)
+    for trainer in (fused, twin):
+        for bound in (0.05, 0.02, 1e3):
+            trainer.clip_norm = bound
+            train(trainer, 3)
+    assert_agree(fused, twin)
+    control = record(train(pair(clip_norm=0.05)[0], 9))
+    assert largest_difference(record(fused), control) > 1e-6
+    for trainer in (fused, twin):
+        trainer.clip_norm = None
+        train(trainer, 3)
+    assert_agree(fused, twin)
+
+
+def test_what_is_not_finite_is_refused_where_gradients_are_clipped() -> None:
+    fused, _ = pair(clip_norm=0.05)
+    before = record(train(fused, 4))
+    x, y = batch(9, dtype=torch.float64)
+    x[0, 0] = torch.nan
+    with pytest.raises(NonFiniteError):
+        fused.step(x, target=y)
+    assert fused.fused.programs
+    assert_bits_equal(record(fused), before, "after a NaN")
+
+
 def test_rates_are_inputs_and_settings_are_not() -> None:
     fused, twin = pair(optimizer=adam)
     for trainer in (fused, twin):
@@ -331,7 +366,6 @@ def test_going_on_from_a_state() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"clip_norm": 1.0}, "clip_norm"),
         ({"accumulate": 2}, "accumulate"),
         ({"optimizer": lambda p: torch.optim.RMSprop(p, 0.01)}, "RMSprop"),
         ({"optimizer": lambda p: torch.optim.Adam(p, 0.01, amsgrad=True)}, "amsgrad"),

@@ -7,16 +7,16 @@ by a choice within the graph.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from ...passes.trace.operators import named_inputs, record_operators
 from ...passes.trace.settings import kept_settings
 from ..joint import is_plain
+from ..optimizing import StageOptimizers
 from ..whole import held_signals
 from .recording import Inputs, Recorded
 from .updates import Update, settings_of
@@ -30,7 +30,7 @@ class Program:
     Args:
         recorded: the step without updates.
         updates: of its parameters.
-        optimizers: all that there are.
+        optimizing: all optimisers that there are, and what bounds gradients.
         parameters, buffers: all tensors of the model and the sources, as they were recorded.
         names: of these, for the printed program.
         batch: a batch of the kind.
@@ -44,7 +44,7 @@ class Program:
         self,
         recorded: Recorded,
         updates: Sequence[Update],
-        optimizers: Sequence[Optimizer],
+        optimizing: StageOptimizers,
         parameters: Sequence[nn.Parameter],
         buffers: Sequence[Tensor],
         names: Sequence[str],
@@ -53,7 +53,8 @@ class Program:
     ) -> None:
         self._recorded, self._updates = recorded, list(updates)
         self._parameters, self._buffers = list(parameters), list(buffers)
-        self._settings = {o: settings_of(o) for o in optimizers}
+        self._optimizing, self._clips = optimizing, optimizing.clip_norm is not None
+        self._settings = {o: settings_of(o) for o in optimizing.every()}
         self._trained = [p.requires_grad for p in parameters]
         self._groups = list(dict.fromkeys((u.optimizer, u.group) for u in updates))
         self._states = [s for u in updates for s in u.states]
@@ -73,11 +74,12 @@ class Program:
         finally:
             put_back()
 
-    def holds(self, optimizers: Sequence[Optimizer]) -> bool:
-        """Whether these would still do what the program does, to parameters trained as then."""
+    def holds(self) -> bool:
+        """Whether optimisers would still do what the program does, to parameters trained as then."""
         known = self._settings
         return (
-            [*known] == [*optimizers]
+            [*known] == self._optimizing.every()
+            and self._clips == (self._optimizing.clip_norm is not None)
             and all(is_plain(o) and settings_of(o) == then for o, then in known.items())
             and all(update.holds() for update in self._updates)
             and [p.requires_grad for p in self._parameters] == self._trained
@@ -110,6 +112,8 @@ class Program:
             torch.tensor(float(o.param_groups[k]["lr"]), dtype=torch.float64)
             for o, k in self._groups
         ]
+        if self._clips:  # an input, as rates are
+            rates.append(torch.tensor(self._optimizing.clip_norm, dtype=torch.float64))
         owned = [p.detach() for p in self._parameters]
         return [*owned, *self._buffers, *self._states, *rates, before, *leaves]
 
@@ -124,6 +128,7 @@ class Program:
 
         weights, buffers = take(len(self._parameters)), take(len(self._buffers))
         states, rates = take(len(self._states)), take(len(self._groups))
+        norms = take(int(self._clips))
         (before,) = take(1)
         own = list(buffers)
         for k in recorded.written:
@@ -133,22 +138,39 @@ class Program:
         losses = [found[0], *found[1 + outputs : 1 + outputs + regressions]]
         gradients = list(found[1 + outputs + regressions :])
         finite = before & _all_finite([*losses, *gradients])
-        changes = self._updated(weights, gradients, states, rates)
+        given = dict(zip(recorded.parameters, gradients, strict=True))
+        for norm in norms:
+            given = self._clipped(given, norm)
+        changes = self._updated(weights, given, states, rates)
         changes += [(buffers[k], own[k]) for k in recorded.written]
         for old, new in changes:
             old.copy_(torch.where(finite, new, old))
         return [finite, *found[: 1 + outputs]]
 
+    def _clipped(
+        self, given: Mapping[nn.Parameter, Tensor], norm: Tensor
+    ) -> dict[nn.Parameter, Tensor]:
+        """Gradients, those of each stage bounded as ``torch.nn.utils.clip_grad_norm_`` does it."""
+        found = dict(given)
+        for stage in self._optimizing.stages:
+            mine = [p for p in self._optimizing.parameters_of(stage) if p in given]
+            if mine:
+                sizes = [torch.linalg.vector_norm(given[p]) for p in mine]
+                total = torch.linalg.vector_norm(torch.stack(sizes))
+                # A number over a tensor is this product in torch: the same last bit.
+                factor = ((total + 1e-6).reciprocal() * norm.to(total.dtype)).clamp(max=1)
+                found |= {p: given[p] * factor.to(given[p].dtype) for p in mine}
+        return found
+
     def _updated(
         self,
         weights: Sequence[Tensor],
-        gradients: Sequence[Tensor],
+        given: Mapping[nn.Parameter, Tensor],
         states: Sequence[Tensor],
         rates: Sequence[Tensor],
     ) -> list[tuple[Tensor, Tensor]]:
         """Old and new values of all weights and states."""
         index = {p: k for k, p in enumerate(self._parameters)}
-        given = dict(zip(self._recorded.parameters, gradients, strict=True))
         found: list[tuple[Tensor, Tensor]] = []
         place = 0
         for update in self._updates:
@@ -167,7 +189,7 @@ class Program:
             for u in self._updates
             for k in range(len(u.states))
         ]
-        rates = [f"rate{k}" for k in range(len(self._groups))]
+        rates = [f"rate{k}" for k in range(len(self._groups))] + ["clip_norm"] * self._clips
         rest = [f"given{k}" for k in range(len(batch.leaves) - len(batch.names))]
         return [*names, *states, *rates, "before", *batch.names, *rest]
 

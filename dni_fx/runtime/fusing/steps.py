@@ -99,9 +99,6 @@ class FusedSteps:
             return None
         return found
 
-    def _every(self) -> list[torch.optim.Optimizer]:
-        return [*self._optimizers.stages.values(), *self._optimizers.sources.values()]
-
     def _decline(self, reason: str) -> Program | None:
         """No program; say why, once."""
         if reason not in self._said:
@@ -117,8 +114,8 @@ class FusedSteps:
             return "there are synthetic inputs"
         if len(setting.active) < len(setting.stages):
             return "the schedule leaves stages out"
-        if self._objective.accumulate > 1 or self._optimizers.clip_norm is not None:
-            return "accumulate= and clip_norm= are not part of programs"
+        if self._objective.accumulate > 1:
+            return "accumulate= is not part of programs"
         if any(v.requires_grad for v in values.values()):
             return "an input asks for its gradient"
         return None
@@ -130,7 +127,7 @@ class FusedSteps:
         for entry in self._known:
             known, shapes, like, holding, program = entry
             same = known is variant and shapes == layouts and like == batch.structure
-            if same and holding.holds() and (program is None or program.holds(self._every())):
+            if same and holding.holds() and (program is None or program.holds()):
                 return program
             if same:
                 self._known.remove(entry)
@@ -174,13 +171,12 @@ class FusedSteps:
             )
         if held := count_constants(found.graph):
             return self._decline(f"it reads {held} tensors that are neither parameters nor buffers")
-        every = self._every()
-        updates = find_updates(every, found.parameters)
+        updates = find_updates(self._optimizers.every(), found.parameters)
         if isinstance(updates, str):
             return self._decline(updates)
         tensors = [*named.values()], [*kept.values()], [*named, *kept]
         try:
-            return Program(found, updates, every, *tensors, batch, self._options)
+            return Program(found, updates, self._optimizers, *tensors, batch, self._options)
         except Exception as error:
             return self._decline(f"it does not compile: {_first_line(error)}")
 
