@@ -75,7 +75,7 @@ class Program:
             put_back()
 
     def holds(self) -> bool:
-        """Whether optimisers would still do what the program does, to parameters trained as then."""
+        """Whether optimisers would still do what the program does, to what is trained as then."""
         known = self._settings
         return (
             [*known] == self._optimizing.every()
