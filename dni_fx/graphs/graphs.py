@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import warnings
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -15,13 +14,13 @@ from ..errors import DecouplingError, PlanMismatchError
 from ..passes.cut.emission import StageFunctions, emit_functions, source_key
 from ..plan import CutPlan, Interface
 from ..sources import GradientSource, InputSource, Served, serve
-from .nested import Structure, flatten, map_tensors
+from .nested import flatten, map_tensors
 from .pipeline import Recipe, build_variant, plan_variant
+from .retraces import Retraces
 from .sharding import check_unsharded
 from .variants import Variant
 
 _MOST_VARIANTS = 16
-_OFTEN = 12  # traces after which a model is said to be traced too often
 
 
 class Graphs:
@@ -40,7 +39,7 @@ class Graphs:
         self.variants: list[Variant] = []
         self.active: Variant | None = None
         self._plan: CutPlan | None = None
-        self._traced = 0
+        self._retraces = Retraces(type(model).__name__)
         self._leads: dict[str, str] = {}  # under whose name an interface's source stands
 
     @property
@@ -115,22 +114,10 @@ class Graphs:
             fitting = (v for v in self.variants if v.accepts(structure, leaves))
             found = next(fitting, None)
             if found is None:
-                self._say_if_often(structure, leaves)
+                self._retraces.count(self.active, structure, leaves)
                 found = _outside_inference(self._add, args, kwargs)
             self.active = found
         return dict(zip(self.active.split.model_inputs, leaves, strict=True))
-
-    def _say_if_often(self, structure: Structure, leaves: list[torch.Tensor]) -> None:
-        """A model that is traced again and again is slow: say once why it is."""
-        self._traced += 1
-        if self._traced == _OFTEN and self.active is not None:
-            why = self.active.objection(structure, leaves)
-            warnings.warn(
-                f"{type(self.model).__name__} has been traced {_OFTEN} times; this time because of "
-                f"{why}, which differs from the call before: what changes in every call had better "
-                "be a tensor (a buffer, an input) than a plain value",
-                stacklevel=2,
-            )
 
     def has_graph_for(self, *args: Any, **kwargs: Any) -> bool:
         """Whether stages for this kind of call exist, so that ``bind`` need not trace."""

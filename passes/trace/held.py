@@ -91,6 +91,14 @@ class Held:
         now = picture(now, self._without) if self._opened else now
         return bool(now == self.was)
 
+    def values(self) -> str:
+        """What it was and is, in brackets; nothing where it is no number, flag or text."""
+        now = MISSING
+        with contextlib.suppress(AttributeError):
+            now = self.read()
+        known = isinstance(self.was, tuple) and len(self.was) == 2 and type(now) in ATOMS
+        return f" ({self.was[1]!r} before, {now!r} now)" if known else ""
+
 
 class Reads:
     """Notes what is read in one recording.

@@ -10,6 +10,7 @@ import ctypes
 import math
 import sys
 import types
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -230,3 +231,31 @@ def test_functions_of_numpy_take_sizes(ask: Callable[[Any], float]) -> None:
     """They are guards, as for functions of ``math``."""
     others = [torch.randn(n, 6) for n in (5, 7)]
     assert_holds(Net(lambda net, h, x: h * float(ask(x.shape[0]))), (X,), *((o,) for o in others))
+
+
+def test_a_number_that_is_annealed_is_named() -> None:
+    """After four traces, once, with its values; each call is right."""
+    model = Net(lambda net, h, x: h / net.temperature, temperature=1.0)
+    decoupled = cut(model, X)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(6):
+            model.temperature = 2.0 + step
+            assert_equal(decoupled, X)
+    (said,) = [str(w.message) for w in caught if "traced" in str(w.message)]
+    assert "because of 'temperature'" in said
+    assert "(4.0 before, 5.0 now)" in said
+    assert "register_buffer" in said
+
+
+def test_one_in_a_buffer_is_not() -> None:
+    """Negative control: no other trace, the same numbers."""
+    model = Net(lambda net, h, x: h / net.temperature)
+    model.register_buffer("temperature", torch.tensor(1.0))
+    decoupled = cut(model, X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(6):
+            model.temperature.fill_(2.0 + step)
+            assert_equal(decoupled, X)
+    assert len(decoupled.graphs.variants) == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import statistics
 import subprocess
 import sys
@@ -110,7 +112,7 @@ def test_analytic_costs_count_attention() -> None:
     assert costs.backward[attention] > 2 * costs.forward[attention]
 
 
-def test_plans_are_equal_in_every_process() -> None:
+def test_a_plan_is_equal_in_every_process() -> None:
     """Nothing is asked for but stages."""
     code = (
         "import torch, dni_fx; from tests.plans.searches import Towers, X;"
@@ -129,6 +131,54 @@ def test_plans_are_equal_in_every_process() -> None:
         for seed in ("0", "1", "2")
     }
     assert len(texts) == 1
+
+
+PLANNED = ZOO[:: max(1, len(ZOO) // 20)][:20]
+
+
+def planned(seeds: tuple[str, ...], costs: str) -> list[dict[str, str]]:
+    """The plans of twenty models as text, from one process for each hash seed, all at once: the
+    machine is busy.
+    """
+    command = [sys.executable, "-m", __name__, costs]
+    running = [
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONHASHSEED": seed}
+        )
+        for seed in seeds
+    ]
+    texts = [process.communicate()[0] for process in running]
+    assert [process.returncode for process in running] == [0] * len(seeds)
+    return [json.loads(text.splitlines()[-1]) for text in texts]
+
+
+def print_plans(costs: str) -> None:
+    """Nothing is asked for but stages, where costs are analytic."""
+    found = {}
+    for case in PLANNED:
+        torch.manual_seed(3)
+        model = case.build(torch.float32)
+        args, kwargs, _ = oracles.draw(case, 4, torch.float32, 0)
+        more = {} if costs == "analytic" else {"costs": costs}
+        plan = dni_fx.plan_cuts(model, args, example_kwargs=kwargs, stages=3, **more)
+        found[case.name] = f"{plan.to_json()}\n{plan}"
+    print(json.dumps(found))
+
+
+@pytest.mark.matrix
+def test_plans_are_equal_in_every_process() -> None:
+    """Three processes, two hash seeds, twenty models."""
+    first, *others = planned(("0", "1", "1"), "analytic")
+    assert len(first) == 20
+    assert first == others[0] == others[1]
+
+
+@pytest.mark.matrix
+def test_measured_costs_differ_from_process_to_process() -> None:
+    """Negative control: the texts tell plans apart."""
+    first, second = planned(("0", "0"), "measured")
+    assert first.keys() == second.keys()
+    assert first != second
 
 
 @pytest.mark.matrix
@@ -209,3 +259,7 @@ def test_learnability_of_what_predicts_nothing_is_refused(gradients: str) -> Non
 def test_learnability_needs_batches_to_judge_by() -> None:
     with pytest.raises(DecouplingError, match="two batches"):
         plan(chain(), stages=2, objective="learnability", batches=[(X, X)], loss=F.mse_loss)
+
+
+if __name__ == "__main__":
+    print_plans(sys.argv[1])
