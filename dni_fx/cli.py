@@ -23,10 +23,9 @@ from .errors import DecouplingError, did_you_mean, user_line
 from .passes.search.choosing import WITHIN
 from .program.command import add_options, emit
 from .reports.files import write_atomically
+from .reports.sizes import parse_size
 
 DTYPES = ("float16", "float32", "float64", "bfloat16", "int32", "int64", "bool")
-UNITS = {"": 1, "B": 1} | {p + "B": 1000**i for i, p in enumerate("kMGT", 1)}
-UNITS |= {p + "iB": 1024**i for i, p in enumerate("KMGT", 1)}
 
 DESCRIPTION = """\
 The command ``dni-fx``: where a model can be cut, a plan with what it would bring, the program as
@@ -100,7 +99,11 @@ def run_plan(options: argparse.Namespace) -> int:
         plan.draw(options.draw)
         print(f"plan drawn in {options.draw}")
     pipelines = {"micro_batches": options.micro_batches, "latency": options.latency}
-    print(f"\n{simulate(plan, **pipelines, **devices)}")
+    simulation = simulate(plan, **pipelines, **devices)
+    if options.memory_cap is not None:
+        one = {"memory_cap": options.memory_cap, "moments": options.moments}
+        print(f"\n{simulation.on_one_device(store_bandwidth=options.store_bandwidth, **one)}")
+    print(f"\n{simulation}")
     return 0
 
 
@@ -285,7 +288,12 @@ def _add_wishes(add: Callable[..., Any]) -> None:
     about = "auto, linear, mlp, conv, zero, ..., or one with options, such as 'linear(rank=16)' "
     about += "(default: auto)"
     add("--gradients", default="auto", metavar="SOURCE", help=about)
-    add("--memory-cap", type=parse_bytes, metavar="SIZE", help="of each stage, such as 2GiB")
+    about = "of each stage, such as 2GiB; and what a step on one device would take is told"
+    add("--memory-cap", type=parse_bytes, metavar="SIZE", help=about)
+    about = "that the optimiser keeps for each parameter (default: 2, as Adam does)"
+    add("--moments", type=_moments, default=2.0, metavar="N", help=about)
+    about = "of a store for stages that are not in memory, a second (default: 1e9)"
+    add("--store-bandwidth", type=_positive, default=1e9, metavar="BYTES", help=about)
     names: dict[str, Any] = {"action": "append", "default": []}
     add("--must-cut", metavar="NAME", help="a cut to make; may be repeated", **names)
     add("--never-cut", metavar="NAME", help="a cut not to make; may be repeated", **names)
@@ -357,6 +365,7 @@ def _number(
 
 _whole = _number(int, 1, "a whole number, at least 1")
 _seconds = _number(float, 0, "seconds, 0 or more, such as 1e-4")
+_moments = _number(float, 0, "a number, 0 or more")
 _positive = _number(float, 0, "bytes a second, more than 0, such as 1e10", True)
 
 
@@ -368,12 +377,10 @@ def _speeds(text: str) -> list[float]:
 
 def parse_bytes(text: str) -> int:
     """A number of bytes, from ``500000000``, ``500MB`` or ``2GiB``."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?) ?([a-zA-Z]*)", text, re.ASCII)
-    if match is None or match[2] not in UNITS or not float(match[1]) * UNITS[match[2]] >= 1:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: expected bytes, such as 500000000, 500MB or 2GiB"
-        )
-    return int(float(match[1]) * UNITS[match[2]])
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _names(text: str) -> str | tuple[str, ...]:

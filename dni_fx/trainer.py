@@ -15,6 +15,7 @@ from .decoupled import Decoupled
 from .errors import DecouplingError
 from .graphs.nested import map_tensors
 from .parallel.beside import Beside
+from .parallel.capping import read_cap
 from .parallel.threads import OnThreads
 from .parallel.visits import Visiting
 from .reports.steps import StepReport
@@ -28,6 +29,7 @@ from .runtime.optimizing import LrScale, MakeOptimizer
 from .runtime.stepping import Stepping
 from .runtime.transforms import check_ordinary
 from .schedules import Schedule, Sequential, Threads, make_schedule, mode_of
+from .simulation import Forecast
 
 
 class Trainer(Keeps):
@@ -66,6 +68,8 @@ class Trainer(Keeps):
         sweep: how many batches a stage takes in one visit, each with an update of its own, so that
             reading it costs a part of that. ``step`` keeps the batches until there are so many;
             what comes back to the sources is up to so many steps late.
+        memory_cap: bytes of tensors that a step may take, or words such as ``"2GB"``: what is left
+            open of ``resident`` and ``sweep`` is chosen to keep to it, by :attr:`forecast`.
         lr_scale: what the learning rates of each stage are multiplied with when its optimiser is
             made: a mapping from stage names to factors, or ``"delay"`` for 1 / (1 + delay), the
             delay being that of :meth:`delays` in updates, for stages in turn (PipeMare's rule, Yang
@@ -104,6 +108,7 @@ class Trainer(Keeps):
         resident: int | None = None,
         store: str | os.PathLike[str] = "host",
         sweep: int = 1,
+        memory_cap: float | str | None = None,
         lr_scale: LrScale = None,
         compile: bool | dict[str, Any] = False,
         check_finite: str = "step",
@@ -120,9 +125,10 @@ class Trainer(Keeps):
         )
         self.schedule = make_schedule(schedule)
         _warn_if_alone()
-        visiting = Visiting.checked(update, resident, store, sweep)
+        cap = read_cap(memory_cap)
+        visiting = Visiting.checked(update, resident, store, sweep, capped=cap is not None)
         parts = (decoupled, self.objective, self.optimizing, self.metrics)
-        self.beside = Beside(*parts, visiting)
+        self.beside = Beside(*parts, visiting, cap)
         is_beside = self.beside.check(self.schedule)
         self.fused: FusedSteps | None = None
         if compile is not False:
@@ -161,8 +167,7 @@ class Trainer(Keeps):
         if beside:
             # The caller may write into its own.
             args, kwargs, target = map_tensors(torch.clone, (args, kwargs, target))
-            if not self.decoupled.has_graph_for(*args, **kwargs):
-                self.gather()  # a model is traced while nothing else uses it
+            self.beside.prepare_for(args, kwargs)
         if self._stepping.is_unseen and not self.decoupled.has_graph_for(*args, **kwargs):
             self._settle()
         values = check_ordinary(self._bind_call(*args, **kwargs), target)
@@ -176,6 +181,17 @@ class Trainer(Keeps):
             return self._stepping.run(self.steps, mode, values, target)
         finally:
             self.steps = self._stepping.steps
+
+    def _prepare_optimizers(self) -> None:
+        super()._prepare_optimizers()
+        self.beside.keep_cap()
+
+    @property
+    def forecast(self) -> Forecast | None:
+        """With ``memory_cap``: what a step would take in each way, and which was chosen; prints as
+        a table. None without, or before the model is traced.
+        """
+        return None if self.beside.cap is None else self.beside.cap.forecast
 
     @property
     def threads(self) -> OnThreads | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 
 import torch
 
 from ..passes.cut.insertion import Inserted
-from ..passes.cut.specs import modules_of
+from ..passes.cut.specs import infer_specs, modules_of
 from ..passes.search.costing import Costs
 from ..plan import CutPlan, Interface, NodeReport, PlanReport, SourceReport, StageCost, StageReport
 from ..sources import serve
@@ -39,6 +40,7 @@ def describe_plan(
         nodes=_node_reports(variant),
         kinds={path: type(modules[path]).__name__ for path in ran},
         search=choice.search,
+        input_bytes=_input_bytes(variant),
     )
     order = sorted(choice.stage_of.items(), key=lambda pair: pair[1]) if choice.free else ()
     return CutPlan(
@@ -50,6 +52,23 @@ def describe_plan(
         inputs=tuple(inserted.unlocks.items()),
         report=report,
     )
+
+
+def weighed(plan: CutPlan, variant: Variant, costs: Costs) -> CutPlan:
+    """The same plan, with what its stages cost for the batch that the variant was made for."""
+    report = plan.report
+    assert report is not None
+    rows = [
+        dataclasses.replace(row, cost=_stage_cost(variant, costs, k))
+        for k, row in enumerate(report.stages)
+    ]
+    found = dataclasses.replace(report, stages=tuple(rows), input_bytes=_input_bytes(variant))
+    return dataclasses.replace(plan, report=found)
+
+
+def _input_bytes(variant: Variant) -> int:
+    specs = infer_specs(variant.trace)
+    return sum(specs[n].nbytes for n in variant.split.model_inputs if n in specs)
 
 
 def _notes(variant: Variant, inserted: Inserted, wanted: int | None) -> tuple[str, ...]:
@@ -106,6 +125,7 @@ def _stage_cost(variant: Variant, costs: Costs, index: int) -> StageCost:
         parameter_bytes=total(costs.parameter_bytes),
         activation_bytes=total(costs.activation_bytes) + received,
         source_bytes=sum(b for _, b in sent),
+        frozen_bytes=total(costs.frozen_bytes),
     )
 
 

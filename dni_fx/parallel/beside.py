@@ -10,9 +10,11 @@ from typing import Any
 from ..decoupled import Decoupled
 from ..errors import DecouplingError
 from ..reports.steps import StepReport
+from ..residency.absent import AbsentError
 from ..runtime.objective import Metrics, Objective
 from ..runtime.optimizing import StageOptimizers
 from ..schedules import Mode, Schedule, Threads
+from .capping import MemoryCap
 from .executors import find_late_delays
 from .threads import OnThreads
 from .visits import Visiting, Visits
@@ -24,8 +26,10 @@ class Beside:
     Args:
         decoupled, objective, optimizers, metrics: as for :class:`~dni_fx.parallel.executors.Team`.
         visiting: how stages are visited; None where they are not.
+        memory_cap: bytes to keep to; what ``visiting`` leaves open is chosen by it.
 
     Attributes:
+        cap: what chooses; None without a cap, or on threads.
         executor: at work; None before the first step, and once it has ended.
     """
 
@@ -36,10 +40,39 @@ class Beside:
         optimizers: StageOptimizers,
         metrics: Metrics,
         visiting: Visiting | None,
+        memory_cap: float | None = None,
     ) -> None:
         self._parts = (decoupled, objective, optimizers, metrics)
         self._metrics, self.visiting = metrics, visiting
         self.executor: OnThreads | Visits | None = None
+        self.cap: MemoryCap | None = None
+        if memory_cap is not None and visiting is not None:
+            self.cap = MemoryCap(memory_cap, visiting)
+
+    def keep_cap(self) -> None:
+        """Choose how stages are visited, once they and their optimisers exist.
+
+        Raises:
+            DecouplingError: the cap cannot be kept.
+        """
+        if self.cap is not None and self.cap.forecast is None:
+            self.visiting = self.cap.choose(self._parts[0], self._parts[2])
+
+    def prepare_for(self, args: Any, kwargs: Any) -> None:
+        """Before a batch is bound: where its kind is new, and guards or a trace look at the model,
+        nothing is under way and all of it is in memory.
+
+        Raises:
+            DecouplingError: it is larger than what a cap was reckoned for.
+        """
+        if self.cap is not None:
+            self.cap.check((args, kwargs))
+        try:
+            known = self._parts[0].has_graph_for(*args, **kwargs)
+        except AbsentError:  # a guard is asked for the first time about such a batch
+            known = False
+        if not known:
+            self.gather()
 
     def check(self, schedule: Schedule) -> bool:
         """Whether stages are not updated together, before a step.

@@ -50,9 +50,16 @@ class Visiting:
 
     @classmethod
     def checked(
-        cls, update: str, resident: int | None, store: str | os.PathLike[str], sweep: int
+        cls,
+        update: str,
+        resident: int | None,
+        store: str | os.PathLike[str],
+        sweep: int,
+        *,
+        capped: bool = False,
     ) -> Visiting | None:
-        """Of a trainer's arguments; None where stages are updated together.
+        """Of a trainer's arguments; None where stages are updated together, which they are not
+        under a cap.
 
         Raises:
             DecouplingError: arguments out of range.
@@ -64,7 +71,7 @@ class Visiting:
                 raise DecouplingError(f"{name}= is a whole number, at least 1, not {number!r}")
         if not isinstance(store, str | os.PathLike):
             raise DecouplingError(f"store= is 'host' or a folder, not {store!r}")
-        if update == "together" and resident is None and sweep == 1:
+        if update == "together" and resident is None and sweep == 1 and not capped:
             return None
         return cls(sweep, resident, store)
 
@@ -138,11 +145,13 @@ class Visits(Team):
     def _visit_all(self) -> None:
         batches, self.waiting = self.waiting, []
         with keep_modes(), torch.enable_grad():
-            for k, worker in self.workers.items():
+            for worker in self.workers.values():
                 with self._at_work(worker):
                     for jobs in batches:
-                        worker.learner.take_rates(jobs[k])
-                        run_posted(worker, jobs[k])
+                        job = jobs.pop(0)  # with all that it holds, once it is done
+                        worker.learner.take_rates(job)
+                        run_posted(worker, job)
+                        del job
         self._modes.rest()
 
     @contextlib.contextmanager

@@ -103,6 +103,8 @@ class StageCost:
         parameter_bytes: its parameters, their gradients and Adam's two moments.
         activation_bytes: what its forward keeps for its backward, received values included.
         source_bytes: its sources' parameters, gradients and moments, and what they keep.
+        frozen_bytes: of ``parameter_bytes`` those of parameters that are not trained, which have
+            neither gradients nor moments.
     """
 
     forward: float
@@ -112,6 +114,7 @@ class StageCost:
     parameter_bytes: int = 0
     activation_bytes: int = 0
     source_bytes: int = 0
+    frozen_bytes: int = 0
 
     @property
     def seconds(self) -> float:
@@ -241,6 +244,7 @@ class PlanReport:
         nodes: the traced graph in program order, for drawing.
         kinds: class of every module that nodes ran in, by path.
         search: how the cuts were found; None where they were given.
+        input_bytes: of the model's inputs, for the example batch.
     """
 
     rung: str
@@ -253,3 +257,4 @@ class PlanReport:
     nodes: tuple[NodeReport, ...] = ()
     kinds: dict[str, str] = field(default_factory=dict)
     search: SearchReport | None = None
+    input_bytes: int = 0

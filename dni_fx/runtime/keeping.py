@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import DecouplingError
 from .in_turn import Batch
 from .measuring import Measures
+from .model_files import write_model
 from .saving import load_trained, trained_state
 from .step_folders import StepFolders
 
@@ -84,6 +85,23 @@ class Keeps(Measures):
         self._check_idle()
         unfinished = self.steps % self.accumulate != 0
         return self._folders.save(Path(directory), self.steps, extra, unfinished, keep)
+
+    def save_model(self, path: str | os.PathLike[str]) -> Path:
+        """Write the model alone as a plain checkpoint, one file that ``model.load_state_dict`` and
+        ``from_pretrained`` take, stage by stage: no more is in memory than otherwise.
+
+        Args:
+            path: ``.safetensors`` for that format, anything else for ``torch.load``.
+
+        Returns:
+            The path.
+
+        Raises:
+            DecouplingError: it cannot be written; a file that was there is as it was.
+        """
+        self._make_optimizers()
+        self._finish()
+        return write_model(Path(path), self.decoupled, self._in_memory)
 
     def resume(self, directory: str | os.PathLike[str]) -> Any:
         """Go on from the newest step in a directory that is whole; others are left out with a

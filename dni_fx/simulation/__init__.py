@@ -16,15 +16,19 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from numbers import Integral, Real
+from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 from ..errors import DecouplingError
-from ..plan import CutPlan, StageCost
+from ..plan import CutPlan
 from ..reports.tables import table
 from ..sources.naming import base_name
+from .costs import checked_costs, number
+from .forecast import forecast as forecast
 from .pipelines import LinkTimes, Seconds, depths, pipelines
+from .ways import Forecast as Forecast
+from .ways import Way as Way
 
 LOCKED = ("exact", "feedback", "mix")  # sources that wait for later stages within the step
 RECOMPUTING = ("corrected", "delayed")  # by default; their stages run forward a second time
@@ -64,6 +68,7 @@ class Simulation:
         limit: what bounds a decoupled step: ``slowest``, or the link between two stages.
         fill: seconds until every stage has met its first batch, in decoupled training; paid once in
             a run.
+        plan: what was simulated.
     """
 
     schedules: tuple[ScheduleReport, ...]
@@ -73,6 +78,15 @@ class Simulation:
     work: float
     limit: str
     fill: float
+    plan: CutPlan | None = field(default=None, compare=False, repr=False)
+
+    def on_one_device(self, **options: Any) -> Forecast:
+        """Memory and time of a step of the same plan on one device: backpropagation, checkpoints,
+        the drop-in, stages that are visited. Options as for :func:`forecast`: ``memory_cap``,
+        ``moments``, ``store_bandwidth``.
+        """
+        assert self.plan is not None
+        return forecast(self.plan, **options)
 
     def __getitem__(self, name: str) -> ScheduleReport:
         rows = {r.name: r for r in self.schedules}
@@ -164,7 +178,7 @@ def simulate(
         (PipeDream-Flush). Zero-bubble: Qi et al. 2023, arXiv:2401.10241, section 2.1. Decoupled:
         Jaderberg et al. 2016, arXiv:1608.05343.
     """
-    costs, stages, m = _check_plan(plan), plan.stages, micro_batches
+    costs, stages, m = checked_costs(plan), plan.stages, micro_batches
     rates = [1.0] * len(stages) if speeds is None else speeds
     _check_numbers(m, latency, bandwidth, rates, len(stages))
     times = [
@@ -201,7 +215,7 @@ def simulate(
     longest = max(work)
     slowest = stages[work.index(longest)].name
     speed = tuple(map(float, rates))
-    return Simulation(tuple(rows), int(m), speed, slowest, longest, limit, fill)
+    return Simulation(tuple(rows), int(m), speed, slowest, longest, limit, fill, plan)
 
 
 def _decoupled(
@@ -241,48 +255,15 @@ def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:,.2f}" if seconds >= 1e-4 else f"{seconds * 1e3:.2g}"
 
 
-def _check_plan(plan: Any) -> list[StageCost]:
-    """The costs of every stage."""
-    if not isinstance(plan, CutPlan):
-        raise DecouplingError(
-            "simulate takes a plan of dni_fx.plan_cuts, or decoupled.plan, not a "
-            f"{type(plan).__name__}"
-        )
-    names = ", ".join(map(repr, plan.cuts[:3])) + ", ..." * (len(plan.cuts) > 3)
-    where = f"stages={len(plan.cuts) + 1}" if plan.assignment else f"cuts=[{names}]"
-    again = f'make it again with dni_fx.plan_cuts(model, example_inputs, {where}, costs="measured")'
-    if plan.report is None:
-        raise DecouplingError(f"this plan holds names only, since it was read from JSON: {again}")
-    costs = {stage.name: stage.cost for stage in plan.stages}
-    found = [cost for cost in costs.values() if cost is not None]
-    if len(found) < len(costs):
-        without = ", ".join([name for name, cost in costs.items() if cost is None][:5])
-        without = without if found else "all of them"
-        raise DecouplingError(f"stages of this plan have no costs ({without}): {again}")
-    wrong = [
-        f"{stage}.cost.{n} is {v!r}"
-        for stage, cost in costs.items()
-        for n, v in vars(cost).items()
-        if not 0 <= _number(v) < math.inf
-    ]
-    if not wrong and not sum(c.forward + c.backward for c in found) > 0:
-        wrong = ["all are 0 seconds"]
-    if wrong:
-        raise DecouplingError(
-            f"costs must be finite numbers, 0 or more, not all 0: {'; '.join(wrong[:5])}; {again}"
-        )
-    return found
-
-
 def _check_numbers(m: Any, latency: Any, bandwidth: Any, rates: Any, stages: int) -> None:
     wrong = ""
-    if not isinstance(m, Integral) or not _number(m) >= 1:
+    if not isinstance(m, Integral) or not number(m) >= 1:
         wrong = f"micro_batches={m!r}: expected a whole number, at least 1"
-    if not 0 <= _number(latency) < math.inf:
+    if not 0 <= number(latency) < math.inf:
         wrong = f"latency={latency!r}: expected seconds for each message, 0 or more, such as 1e-4"
-    if not _number(bandwidth) > 0:
+    if not number(bandwidth) > 0:
         wrong = f"bandwidth={bandwidth!r}: expected bytes a second, more than 0, such as 1e10"
-    if not isinstance(rates, list | tuple) or not all(0 < _number(r) < math.inf for r in rates):
+    if not isinstance(rates, list | tuple) or not all(0 < number(r) < math.inf for r in rates):
         wrong = f"speeds={rates!r}: expected a list of numbers above 0, one for each stage"
     elif len(rates) != stages:
         wrong = (
@@ -290,8 +271,3 @@ def _check_numbers(m: Any, latency: Any, bandwidth: Any, rates: Any, stages: int
         )
     if wrong:
         raise DecouplingError(wrong)
-
-
-def _number(value: Any) -> float:
-    """The value, or nan where it is no number: false in every comparison."""
-    return float(value) if type(value) is not bool and isinstance(value, Real) else math.nan

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ class Costs:
             what is made inside.
         sources: time and memory of the source that would serve the value, one prediction and one
             regression.
+        frozen_bytes: of the parameters' bytes those without gradients.
     """
 
     kind: str
@@ -54,6 +55,7 @@ class Costs:
     parameter_bytes: dict[str, int]
     activation_bytes: dict[str, int]
     sources: Mapping[str, Cost]
+    frozen_bytes: Mapping[str, int] = field(default_factory=dict)
 
     def seconds(self, name: str) -> float:
         """Forward and backward of one node."""
@@ -166,12 +168,14 @@ def _costs(
 ) -> Costs:
     update: dict[str, int] = {}
     memory: dict[str, int] = {}
+    frozen: dict[str, int] = {}
     left = dict(flow.trace.model.named_parameters())  # not used so far
     for node in filter(flow.is_computed, flow.nodes):
         used = [left.pop(name) for name in parameters_of(node) if name in left]
         update[node.name] = round(element * sum(p.numel() for p in used if p.requires_grad))
         memory[node.name] = sum(p.nbytes * (COPIES if p.requires_grad else 1) for p in used)
-    return Costs(kind, forward, backward, update, memory, kept, sources)
+        frozen[node.name] = sum(p.nbytes for p in used if not p.requires_grad)
+    return Costs(kind, forward, backward, update, memory, kept, sources, frozen)
 
 
 def _time_adam(device: torch.device) -> float:

@@ -127,12 +127,14 @@ class Walk:
         received = {storage_key(t): self._owners.get(storage_key(t)) for t in trained}
         made: dict[int, int] = {}  # bytes of what was made inside and kept
 
-        def pack(tensor: torch.Tensor) -> None:  # an output itself would hold its node, for ever
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
             key = storage_key(tensor)
             if owner := received.get(key):
                 self._keeps_value.add(owner)
-            elif key not in received and not isinstance(tensor, nn.Parameter):
-                made.setdefault(key, tensor.nbytes)
+            elif key not in received and not _is_weight(tensor):
+                made.setdefault(key, _memory(tensor))
+            # Kept, so that no other memory gets its key; an output itself would hold its own node.
+            return tensor.detach()
 
         try:
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
@@ -168,6 +170,18 @@ class Walk:
         if node.op == "call_module":
             trained += list(self._flow.trace.attributes[str(node.target)].parameters())
         return inputs, trained
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """Bytes that live as long as a tensor, which may be a view of more."""
+    return tensor.untyped_storage().nbytes() if tensor.layout is torch.strided else tensor.nbytes
+
+
+def _is_weight(tensor: torch.Tensor) -> bool:
+    """Whether it is a parameter, or one that is only seen otherwise; without data it has memory of
+    its own.
+    """
+    return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
 
 
 def measure(forward: Forward, trained: list[torch.Tensor], device: torch.device) -> tuple[int, int]:

@@ -272,6 +272,32 @@ def test_a_batch_that_is_not_finite_is_refused_and_all_stages_are_there() -> Non
         train(trainer, 1)
 
 
+def test_a_batch_of_another_size_finds_the_model(tmp_path: Path) -> None:
+    """Guards may look at all of it."""
+    model = dni_fx.decouple(
+        Ranked(), ["first", "second"], example_inputs=(torch.randn(8, 6),), gradients="zero"
+    )
+    options: dict[str, Any] = {"optimizer": adam, "resident": 1, "store": tmp_path}
+    with contextlib.closing(dni_fx.Trainer(model, nn.functional.cross_entropy, **options)) as one:
+        for size in (8, 8, 3, 8):
+            x, y = batch(0, size)
+            one.step(x, target=y)
+        assert one.beside.executor.residency.away
+
+
+class Ranked(nn.Module):
+    """Decides by a value's rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(batch, 6)`` to ``(batch, 3)``."""
+        h = self.second(self.first(x))
+        return self.third(h.mean(1) if h.dim() == 3 else h)
+
+
 def test_modes_are_not_changed_while_batches_wait() -> None:
     with visiting("local", sweep=2) as trainer:
         train(trainer, 1)
