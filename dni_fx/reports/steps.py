@@ -91,7 +91,7 @@ class InterfaceReport:
             return "no gradient arrives" + ("" if true else f": {reference} is zero")
         if self.rms_ratio == 0:
             return "predicts nothing yet"
-        if not self.aims:
+        if not self.aims and self.aligned < NOTHING**2:  # which says nothing against it
             return (
                 f"follows a loss of its own: {numbers}; diagnose_parameters tells more, and a run "
                 "with 'zero' beside it most"
