@@ -271,6 +271,10 @@ class Trainer(Keeps):
     def _in_memory(self, stage: int) -> AbstractContextManager[None]:
         return self.beside.in_memory(self, self.schedule, self.steps, stage)
 
+    @property
+    def _sweep(self) -> int | None:
+        return self.beside.sweep
+
     def _begin_anew(self, steps: int) -> None:
         self.steps = steps
         self._in_turn.under_way = []

@@ -129,6 +129,14 @@ class Beside:
         assert isinstance(executor, Visits)
         return executor.residency.visit(stage)
 
+    @property
+    def sweep(self) -> int | None:
+        """Batches of a visit while stages are out of memory; None where all are there."""
+        executor = self.executor
+        if not isinstance(executor, Visits) or not executor.residency.away:
+            return None
+        return executor.sweep
+
     def begin_anew(self, steps: int) -> None:
         """Another state was loaded, after so many steps."""
         for worker in self.executor.workers.values() if self.executor else ():

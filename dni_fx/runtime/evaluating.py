@@ -20,12 +20,13 @@ Sums = Mapping[str, tuple[float, int]]  # by metric, with what it is a sum over
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; after it each module's mode, the buffers and all random
-    states are as before, so that training goes on as if nothing had happened.
+def evaluating(model: nn.Module, keep_buffers: bool = True) -> Iterator[None]:
+    """Evaluation mode without gradients; after it each module's mode, the buffers (unless the
+    caller sees to them) and all random states are as before, so that training goes on as if nothing
+    had happened.
     """
     modes = [(module, module.training) for module in model.modules()]
-    buffers = Tensors(model.buffers(), whole=True)
+    buffers = Tensors(model.buffers() if keep_buffers else (), whole=True)
     put_back = preserved_rng()  # a DataLoader draws a number for each pass
     try:
         with torch.no_grad(), keep_modes():

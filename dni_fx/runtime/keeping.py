@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 from abc import abstractmethod
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ..errors import DecouplingError
+from .evaluating import Means, Sums, evaluating
 from .in_turn import Batch
+from .loops import Unpack
 from .measuring import Measures
 from .model_files import write_model
 from .saving import load_trained, trained_state
 from .step_folders import StepFolders
+from .touring import Tour
 
 
 class Keeps(Measures):
@@ -39,6 +43,25 @@ class Keeps(Measures):
     @abstractmethod
     def _begin_anew(self, steps: int) -> None:
         """Another state was loaded, after so many steps."""
+
+    @property
+    @abstractmethod
+    def _sweep(self) -> int | None:
+        """Batches of a visit while stages are out of memory; None where all are there."""
+
+    def _evaluate(self, loader: Iterable[Any], means: Means, unpack: Unpack | None) -> list[Sums]:
+        if self._sweep is None:
+            return super()._evaluate(loader, means, unpack)
+        self._finish()
+        tour = Tour(self.decoupled, means, self._sweep, self._in_memory, self.finish_threads)
+        with evaluating(self.decoupled.model, keep_buffers=False):
+            try:
+                for batch in loader:
+                    tour.add(*(unpack or self._unpack)(batch))
+                tour.flush()
+            finally:
+                tour.put_back()
+        return [means.sums()]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that training needs to go on bit for bit: model, sources, optimisers, random

@@ -93,9 +93,10 @@ class Loops(ABC):
 
         Training goes on as if nothing had happened: modes, buffers, gradients and random states are
         as before, those that the loader draws from included. Batches that are under way on threads
-        are finished first. On several processes it is called in all of them with the same batches,
-        and all get the same numbers. Through time the state is carried from window to window, from
-        a new sequence on; what the trainer carries stays.
+        are finished first, and stages that are out of memory are visited one after the other. On
+        several processes it is called in all of them with the same batches, and all get the same
+        numbers. Through time the state is carried from window to window, from a new sequence on;
+        what the trainer carries stays.
 
         Args:
             loader: as for :meth:`fit`.
