@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -178,8 +178,8 @@ class Graphs:
             missing = [c for c in self.plan.cuts if c not in variant.cuts]
             raise PlanMismatchError(
                 "in this mode or for these inputs the model cannot be cut after "
-                f"{', '.join(map(repr, missing))}: it can be evaluated but not trained; name cuts "
-                "by modules that every mode runs"
+                f"{', '.join(map(repr, missing))}: it can be evaluated but not trained; "
+                f"{_advice(self.model, missing)}"
             )
         if not variant.functions:
             variant.functions = emit_functions(variant.split, self.sources_by_name())
@@ -201,7 +201,8 @@ class Graphs:
                 raise PlanMismatchError(
                     f"gradients now cross at {', '.join(map(repr, missing))}, where the plan has "
                     "no source (a parameter was unfrozen, or the model takes another path for "
-                    "these inputs or in this mode); decouple again"
+                    "these inputs or in this mode); decouple again, or "
+                    f"{_advice(self.model, self.plan.cuts)}"
                 )
             sources = {n: known[planned] for n, planned in names.items()}
             variant.served = serve(interfaces, sources)
@@ -280,6 +281,30 @@ def _outside_inference(add: Callable[[Any, Any], Variant], args: Any, kwargs: An
             "cannot be traced: call it under torch.no_grad() instead"
         )
     return made
+
+
+def _advice(model: nn.Module, cuts: Iterable[str]) -> str:
+    """What to do about cuts that another graph of the model does not have."""
+    modules = dict(model.named_modules())
+    named = {c: modules.get(c.partition("@")[0]) for c in cuts}
+    loose = [c for c, module in named.items() if module is None]
+    if loose:
+        return (
+            "name cuts by modules that every mode runs, not by operations "
+            f"({', '.join(map(repr, loose))}), which other graphs number anew"
+        )
+    frozen = [c for c, module in named.items() if module is not None and _is_frozen(module)]
+    if frozen:
+        return (
+            "decouple again: no gradient needs to cross behind what is frozen "
+            f"({', '.join(map(repr, frozen))})"
+        )
+    return "name cuts by modules that every mode runs"
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    flags = [p.requires_grad for p in module.parameters()]
+    return bool(flags) and not any(flags)
 
 
 def _input_key(interface: str) -> str:
