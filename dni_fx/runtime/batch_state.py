@@ -136,6 +136,22 @@ class Setting:
         """Sources with a part for each of several consumers."""
         return [s for s in self.served if s.by_consumer]
 
+    def is_heard(self, index: int) -> bool:
+        """Whether somebody learns from what flows back to a stage's inputs, or its parameters might
+        get other gradients without it.
+        """
+        expected = self.expected[index]
+        # Else nothing in the stage might have a gradient.
+        trained = any(p.requires_grad for p in expected.parameters.values())
+        return index in self._heard or not (expected.is_plain and trained)
+
+    @cached_property
+    def _heard(self) -> frozenset[int]:
+        listening = [s for s in self.served if "gradient" in s.source.asks.hears or s.by_consumer]
+        if self.inputs:
+            return frozenset(range(len(self.stages)))
+        return frozenset(c for s in listening for c in s.consumers)
+
     @cached_property
     def makers(self) -> dict[str, int]:
         """The stage that makes each value."""

@@ -32,10 +32,15 @@ Later = Callable[[Tensor | None], Tensor | None]
 
 
 class Batch:
-    """One batch through all stages, which share its state."""
+    """One batch through all stages, which share its state.
 
-    def __init__(self, setting: Setting) -> None:
-        self.setting, self.state = setting, BatchState()
+    Args:
+        setting: what holds for it.
+        compares: whether gradients at all interfaces are asked for, whoever learns from them.
+    """
+
+    def __init__(self, setting: Setting, compares: bool = True) -> None:
+        self.setting, self.state, self.compares = setting, BatchState(), compares
         self.answers = LocalAnswers(setting, self.state)
         every = range(len(setting.stages))
         self.stages = [StageBatch(setting, k, self.state, self.answers) for k in every]
@@ -74,7 +79,7 @@ class Batch:
             reused = {p for p in several if p.requires_grad}
             again = stage.step_repeatably() if reused else None
             if again is None:
-                stage.step()
+                stage.step(self.compares or self.setting.is_heard(stage.index))
             for parameter in shared.values():
                 gradient, parameter.grad = parameter.grad, None
                 if again is not None and parameter in reused:

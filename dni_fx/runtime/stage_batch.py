@@ -88,10 +88,10 @@ class StageBatch:
         else:
             self.state.values.update(zip(self.stage.outputs, results, strict=True))
 
-    def step(self) -> None:
-        """All at once, by the emitted training function."""
-        state = self.state
-        step = self.setting.functions[self.index].step.forward  # without a call's detours
+    def step(self, is_heard: bool = True) -> None:
+        """All at once, by the emitted training function; are the inputs' gradients heard of?"""
+        state, emitted = self.state, self.setting.functions[self.index]
+        step = (emitted.step if is_heard else emitted.step_unheard).forward  # no call's detours
         inputs = self.receive()
         inputs.update({n: state.values[n] for n in self.setting.seen_besides.get(self.index, ())})
         with self.sources.named():

@@ -114,7 +114,8 @@ class Stepping:
         setting, steps, known = self._settings.of(mode), self.steps, dict(self._metrics.found)
         context = functools.cache(lambda: self._objective.context(target))  # it may be random
         put_back_rng = (lambda: None) if deferral is None else preserved_rng()
-        fused = None if self._metrics.is_due(steps) else self._fused
+        compares = self._metrics.is_due(steps)
+        fused = None if compares else self._fused
         made = None if fused is None else fused.step(setting, values, context, target, deferral)
         flag: Tensor | None
         undo_step: Callable[[], None]
@@ -123,7 +124,7 @@ class Stepping:
             if deferral is not None and not deferral.is_fine:
                 raise SpoiltError
         else:
-            batch, outputs = Batch(setting), list[Any]()
+            batch, outputs = Batch(setting, compares), list[Any]()
 
             def begin() -> None:
                 batch.begin(values, context(), target, self.in_turn.clock)

@@ -1,12 +1,13 @@
 """Writes each stage's training function as an fx graph: forward, sources, pull-back.
 
-Three graph modules come out of the same two halves:
+Four graph modules come out of the same two halves:
 
 * ``forward``: from a dict of values to ``(outputs, leaves, entries)``, all with their autograd
   graph;
 * ``backward``: from those, with gradients for the outputs and partial gradients for the inputs, to
   input gradients; it may keep the graph for another call;
-* ``step``: both in one, with the stage's sources in between, for training without waiting.
+* ``step``: both in one, with the stage's sources in between, for training without waiting; and
+  ``step_unheard`` for a batch where nobody hears of its inputs' gradients.
 
 How bits are kept: the stage's input is a view of a leaf, ``value = leaf.view()``, and ``value`` is
 a root of the pull-back besides the outputs, with what later stages already sent for it as
@@ -19,7 +20,7 @@ from __future__ import annotations
 import functools
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ class StageFunctions:
     def forward(self) -> fx.GraphModule:
         """``inputs -> (outputs, leaves, entries)``."""
         graph = fx.Graph()
-        values, leaves = self._open_inputs(graph, graph.placeholder("inputs"), True)
+        values, leaves = self._open_inputs(graph, graph.placeholder("inputs"), self._received, True)
         outputs = self._run_stage(graph, values)
         graph.output((outputs, leaves, {name: values[name] for name in self._received}))
         return fx.GraphModule({"stage": self._stage.module}, graph, f"Forward{self._stage.index}")
@@ -101,12 +102,20 @@ class StageFunctions:
     @functools.cached_property
     def step(self) -> fx.GraphModule:
         """``(inputs, context, loss, target) -> StepResult``."""
+        return self._write_step(self._received)
+
+    @functools.cached_property
+    def step_unheard(self) -> fx.GraphModule:
+        """The same without gradients of what was received."""
+        return self._write_step([])
+
+    def _write_step(self, heard: Sequence[str]) -> fx.GraphModule:
         graph = fx.Graph()
         inputs = graph.placeholder("inputs")
         context, loss, target = (
             graph.placeholder(n, default_value=None) for n in ("context", "loss", "target")
         )
-        values, leaves = self._open_inputs(graph, inputs)
+        values, leaves = self._open_inputs(graph, inputs, heard)
         outputs = self._run_stage(graph, values)
         results: Nodes = {}
         last: list[tuple[fx.Node, fx.Node]] = []
@@ -133,13 +142,13 @@ class StageFunctions:
         return fx.GraphModule(attributes, graph, f"Step{self._stage.index}")
 
     def _open_inputs(
-        self, graph: fx.Graph, inputs: fx.Node, *keep_layout: bool
+        self, graph: fx.Graph, inputs: fx.Node, heard: Sequence[str], *keep_layout: bool
     ) -> tuple[Nodes, Nodes]:
-        """The stage's inputs by name, and the leaf of each that was received."""
+        """The stage's inputs by name, and the leaf of each whose gradient is heard of."""
         values, leaves = {}, {}
         for name in self._stage.inputs:
             label = identifier(name)
-            if name not in self._received:
+            if name not in heard:
                 values[name] = _item(graph, inputs, name, label)
                 continue
             received = _item(graph, inputs, name, f"{label}_received")

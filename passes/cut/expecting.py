@@ -27,6 +27,9 @@ _MODULES = (
 # results, whose arguments need not all be reached.
 _FIRST_ALONE = ("expand_as", "view_as", "reshape_as", "type_as", "to", "sum_to_size", "copy_")
 _INDEPENDENT = ("broadcast_tensors", "meshgrid", "cartesian_prod", "align_tensors", "setitem")
+# What asks whether a tensor has a gradient, or for one.
+_ASKING = {"requires_grad", "requires_grad_", "register_hook", "retain_grad", "grad", "grad_fn"}
+_ASKING |= {"is_leaf", "backward", "output_nr"}
 _BY_VALUE = (nn.AdaptiveLogSoftmaxWithLoss,)  # which of its parameters it uses
 
 
@@ -37,10 +40,13 @@ class Expected:
     Attributes:
         inputs: names of interfaces that it takes.
         parameters: by name, as they were when the model was traced.
+        is_plain: whether everything on the way is torch's own, so that parameters get the same
+            gradients where the inputs ask for none.
     """
 
     inputs: tuple[str, ...]
     parameters: dict[str, nn.Parameter]
+    is_plain: bool = False
 
 
 def find_expected(
@@ -71,6 +77,7 @@ def find_expected(
             elif used in crossing:
                 inputs.setdefault(stage, set()).add(crossing[used].name)
     known = dict(trace.model.named_parameters())
+    others = {stage_of[n] for n in nodes if n in stage_of and _may_ask(trace, n)}
     return tuple(
         Expected(
             tuple(n for n in stage.inputs if n in inputs.get(stage.index, ())),
@@ -79,9 +86,25 @@ def find_expected(
                 for n in stage.parameters
                 if n in parameters.get(stage.index, ()) and known[n].requires_grad
             },
+            stage.index not in others,
         )
         for stage in split.stages
     )
+
+
+def _may_ask(trace: Trace, node: fx.Node) -> bool:
+    """Whether it may do something else where a tensor given to it has no gradient: a checkpoint
+    that is entered again, a hook, a custom function.
+    """
+    if node.op not in ("call_module", "call_method", "call_function"):
+        return False
+    if node.target is getattr or node.op == "call_method":
+        name = node.args[1] if node.target is getattr else node.target
+        if name in _ASKING:
+            return True
+    if _is_plain(trace, node):
+        return False
+    return node.meta.get("value") is None or needs_gradient(node)
 
 
 def _is_plain(trace: Trace, node: fx.Node) -> bool:
