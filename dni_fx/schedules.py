@@ -356,7 +356,8 @@ def make_schedule(option: str | Schedule) -> Schedule:
     known = f"Known: {names}, or a Schedule object, such as Calibration(every=10)"
     got: object = option
     if isinstance(got, str):
-        raise DecouplingError(f"unknown schedule {got!r}{did_you_mean(got, SCHEDULES)}. {known}.")
+        hint = did_you_mean(got, SCHEDULES) or "."
+        raise DecouplingError(f"unknown schedule {got!r}{hint} {known}")
     if isinstance(got, type) and issubclass(got, Schedule):
         raise DecouplingError(
             f"got the class {got.__name__} as schedule; pass an object, {got.__name__}(...)"

@@ -19,8 +19,8 @@ def _check_kinds(place: str, kinds: Any) -> None:
             f"{place} takes a tuple of kinds of message, such as ('gradient',), not {kinds!r}"
         )
     if unknown := [k for k in kinds if k not in MESSAGES]:
-        hint = did_you_mean(str(unknown[0]), MESSAGES)
-        raise DecouplingError(f"{place}: no message is called {unknown[0]!r}{hint}. Known: {known}")
+        hint = did_you_mean(str(unknown[0]), MESSAGES) or "."
+        raise DecouplingError(f"{place}: no message is called {unknown[0]!r}{hint} Known: {known}")
     if kinds != tuple(k for k in MESSAGES if k in kinds):
         raise DecouplingError(
             f"{place} is {kinds}: messages come once each and in the order {known}, so name them so"

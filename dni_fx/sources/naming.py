@@ -40,7 +40,7 @@ def named_factory(text: str, known: Mapping[str, Any], what: str) -> Any:
     name, bracket, _ = text.partition("(")
     if name not in known:
         raise DecouplingError(
-            f"unknown {what} {text!r}{did_you_mean(name, known)}. Known: "
+            f"unknown {what} {text!r}{did_you_mean(name, known) or '.'} Known: "
             f"{', '.join(map(repr, known))}, or a factory"
         )
     if not bracket:
@@ -53,8 +53,8 @@ def named_factory(text: str, known: Mapping[str, Any], what: str) -> Any:
         if key not in accepted and not takes_any:
             has = ", ".join(accepted) or "none"
             raise DecouplingError(
-                f"{what} {text!r}: {name!r} has no option {key!r}{did_you_mean(key, accepted)}. "
-                f"It has: {has}"
+                f"{what} {text!r}: {name!r} has no option {key!r}"
+                f"{did_you_mean(key, accepted) or '.'} It has: {has}"
             )
     return partial(known[name], **options)
 
