@@ -94,15 +94,10 @@ def _key(args: tuple[Any, ...], kwargs: dict[str, Any], typed: bool, mark: Any) 
 
 
 class Fakes(FakeTensorMode):
-    """A fake tensor mode that knows whether its tensors outlive it.
-
-    Attributes:
-        leaked: whether any was held where its region ended.
-    """
+    """A fake tensor mode that knows whether its tensors outlive it."""
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
-        self.leaked = False
         self._born: list[weakref.ref[torch.Tensor]] = []
 
     def from_tensor(self, tensor: torch.Tensor, **options: Any) -> Any:
@@ -137,25 +132,19 @@ def fakes() -> Iterator[Fakes]:
     try:
         yield mode
     finally:
-        mode.leaked = _forget(mode)
+        _forget(mode)
         if collects:
             gc.enable()
 
 
-def _forget(mode: Fakes) -> bool:
-    """Take out a mode's tensors, which costs time only where there are any.
-
-    Returns:
-        Whether there were any.
-    """
+def _forget(mode: Fakes) -> None:
+    """Take out a mode's tensors, which costs time only where there are any."""
     for generation in (0, 2):
         if mode.alive():
             gc.collect(generation)  # most are in circles that nobody holds
     held: list[Any] = mode.alive()
-    leaked = bool(held)
-    for _ in range(_NESTED if leaked else 0):
+    for _ in range(_NESTED if held else 0):
         held = _take_out(held)
-    return leaked
 
 
 def _take_out(values: list[Any]) -> list[Any]:

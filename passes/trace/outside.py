@@ -201,7 +201,7 @@ class Outside:
         elif isinstance(value, type):
             if not is_library_name(value.__module__):
                 self._hold(place, read)
-                yield value
+                yield from _looked_into(value)
         elif isinstance(value, contextvars.ContextVar):
             self._hold(place, lambda: _in_context(read()))
             yield from functions_in(_in_context(value))
@@ -240,8 +240,7 @@ def functions_in(value: Any, depth: int = 3) -> Iterator[Any]:
             for part in items_of(value):
                 yield from functions_in(part, depth - 1)
     elif isinstance(value, type | types.ModuleType):
-        if not is_library_name(value.__module__ if isinstance(value, type) else value.__name__):
-            yield value
+        yield from _looked_into(value)
     elif isinstance(value, weakref.ref):
         yield from functions_in(value(), depth)
     elif not isinstance(value, torch.Tensor | nn.Module):
@@ -394,6 +393,16 @@ def _in_context(variable: Any) -> Any:
 def is_library_name(module: Any) -> bool:
     """Whether a Python module is torch's, NumPy's, Python's or ours."""
     return isinstance(module, str) and module.partition(".")[0] in _LIBRARIES
+
+
+def _looked_into(owner: Any) -> Iterator[Any]:
+    """A class or Python module whose attributes are looked at: the user's own. Those of packages
+    (bars of progress, loggers) change all the time.
+    """
+    name = owner.__module__ if isinstance(owner, type) else owner.__name__
+    file = getattr(sys.modules.get(name), "__file__", None)
+    if not is_library_name(name) and (file is None or owner_of(file) == "user"):
+        yield owner
 
 
 def _defaults(function: types.FunctionType) -> Any:

@@ -69,9 +69,7 @@ def trace_calls(
         with on_fakes as fake, restored(model, args, kwargs) as changes:
             attempts.overwritten.hide()
             trace = _attempt(attempts, fake, grad, changes.reached, args, kwargs)
-        if fake and fake.leaked:
-            attempts.real = True  # so that none can be where they are not found
-        elif trace is not None and attempts.is_done(changes, trace):
+        if trace is not None and attempts.is_done(changes, trace):
             break
     if attempts.real and not attempts.small:
         trace.rung = "calls on real tensors"
