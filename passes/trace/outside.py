@@ -34,19 +34,8 @@ TORCH, OURS = str(torch.__path__[0]), str(Path(picture.__code__.co_filename).par
 LIBRARY = (TORCH, OURS)  # code that is not what the user writes
 _MOST = 2_000  # functions that are read
 _LIBRARIES = (sys.stdlib_module_names - {"__main__"}) | {"torch", "numpy", "dni_fx"}
-_OPENED = (
-    "SimpleNamespace",
-    "partial",
-    "deque",
-    "OrderedDict",
-    "defaultdict",
-    "UserDict",
-    "ndarray",
-    "array",
-    "ChainMap",
-    "Counter",
-    "_local",  # of a thread
-)
+_OPENED = {"SimpleNamespace", "partial", "deque", "OrderedDict", "defaultdict", "UserDict"}
+_OPENED |= {"ndarray", "array", "ChainMap", "Counter", "_local"}  # the last of a thread
 _MOST_PARTS = 100  # of a container that is searched for functions
 _MAKING = {"__init__", "__new__", "__init_subclass__"}
 _FUNCTIONS = types.FunctionType | types.BuiltinFunctionType
