@@ -43,7 +43,7 @@ def write_model(path: Path, decoupled: Decoupled, visit: Visit) -> Path:
     try:
         write(begun, state, decoupled, visit)
         os.replace(begun, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch's own, where a disk is full
         raise DecouplingError(
             f"the model was not saved to {path}: {error}; see that there are room and rights, and "
             "save again"
@@ -85,7 +85,9 @@ def _write_torch(begun: Path, state: dict[str, Any], decoupled: Decoupled, visit
 def _write_safetensors(
     begun: Path, state: dict[str, Any], decoupled: Decoupled, visit: Visit
 ) -> None:
-    """A header with all places, then every tensor at its place."""
+    """A header with all places, then every tensor at its place. The package's own writer takes the
+    bytes of all at once.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     places, end = {}, 0
     for name, tensor in state.items():

@@ -132,9 +132,11 @@ def fakes() -> Iterator[Fakes]:
     try:
         yield mode
     finally:
-        _forget(mode)
-        if collects:
-            gc.enable()
+        try:
+            _forget(mode)
+        finally:
+            if collects:
+                gc.enable()
 
 
 def _forget(mode: Fakes) -> None:

@@ -18,7 +18,8 @@ from torch import nn
 
 from ...graphs.pictures import ATOMS, Itself, Without, picture, unopened
 from .contents import MISSING
-from .outside import LIBRARY, Outside
+from .outside import Outside
+from .ownership import LIBRARY
 from .settings import casts, device_kinds
 from .state import MODULE_INTERNALS
 from .values import tensors_in

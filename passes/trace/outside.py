@@ -20,20 +20,17 @@ import types
 import typing
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from ...errors import owner_of
-from ...graphs.pictures import ATOMS, IMMUTABLE, base_of, content, items_of, picture, slots_of
+from ...graphs.pictures import ATOMS, IMMUTABLE, base_of, content, items_of, slots_of
 from .contents import MISSING, content_of
+from .ownership import file_of, is_library, is_library_name, is_users
 
-TORCH, OURS = str(torch.__path__[0]), str(Path(picture.__code__.co_filename).parents[1])
-LIBRARY = (TORCH, OURS)  # code that is not what the user writes
 _MOST = 2_000  # functions that are read
-_LIBRARIES = (sys.stdlib_module_names - {"__main__"}) | {"torch", "numpy", "dni_fx"}
 _OPENED = {"SimpleNamespace", "partial", "deque", "OrderedDict", "defaultdict", "UserDict"}
 _OPENED |= {"ndarray", "array", "ChainMap", "Counter", "_local"}  # the last of a thread
 _MOST_PARTS = 100  # of a container that is searched for functions
@@ -112,7 +109,7 @@ class Outside:
             name = function.__name__
             self._hold(f"defaults of {name}", functools.partial(_defaults, function))
         code = function.__code__
-        self._file = code.co_filename
+        self._file = file_of(function)
         self._code = f"{function.__qualname__} ({code.co_filename}:{code.co_firstlineno})"
         cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
         for name in {*_names(code)} - self._names:
@@ -190,7 +187,7 @@ class Outside:
         elif isinstance(value, type):
             if not is_library_name(value.__module__):
                 self._hold(place, read)
-                yield from _looked_into(value)
+                yield from [value] if is_users(value) else []
         elif isinstance(value, contextvars.ContextVar):
             self._hold(place, lambda: _in_context(read()))
             yield from functions_in(_in_context(value))
@@ -209,13 +206,6 @@ class Outside:
             self.unseen[what] = None
 
 
-def is_library(function: types.FunctionType) -> bool:
-    """Whether the code is torch's or Python's."""
-    return function.__code__.co_filename.startswith(LIBRARY) or is_library_name(
-        function.__globals__.get("__name__", "")
-    )
-
-
 def functions_in(value: Any, depth: int = 3) -> Iterator[Any]:
     """Functions among what a value holds, and classes of its objects that are the user's."""
     if str(type(value).__module__).startswith("dni_fx."):
@@ -229,7 +219,7 @@ def functions_in(value: Any, depth: int = 3) -> Iterator[Any]:
             for part in items_of(value):
                 yield from functions_in(part, depth - 1)
     elif isinstance(value, type | types.ModuleType):
-        yield from _looked_into(value)
+        yield from [value] if is_users(value) else []
     elif isinstance(value, weakref.ref):
         yield from functions_in(value(), depth)
     elif not isinstance(value, torch.Tensor | nn.Module):
@@ -377,21 +367,6 @@ def _environment() -> str:
 def _in_context(variable: Any) -> Any:
     known = isinstance(variable, contextvars.ContextVar)  # it may have been replaced
     return variable.get(MISSING) if known else variable
-
-
-def is_library_name(module: Any) -> bool:
-    """Whether a Python module is torch's, NumPy's, Python's or ours."""
-    return isinstance(module, str) and module.partition(".")[0] in _LIBRARIES
-
-
-def _looked_into(owner: Any) -> Iterator[Any]:
-    """A class or Python module whose attributes are looked at: the user's own. Those of packages
-    (bars of progress, loggers) change all the time.
-    """
-    name = owner.__module__ if isinstance(owner, type) else owner.__name__
-    file = getattr(sys.modules.get(name), "__file__", None)
-    if not is_library_name(name) and (file is None or owner_of(file) == "user"):
-        yield owner
 
 
 def _defaults(function: types.FunctionType) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .outside import is_library_name
+from .ownership import is_library_name
 from .state import MODULE_INTERNALS
 
 _DEEPEST, _MOST = 4, 1_000  # parts within parts, and all of one module

@@ -33,7 +33,7 @@ from .contents import (
     of_globals,
     of_slots,
 )
-from .outside import is_library_name
+from .ownership import is_library_name
 
 MOST = 200_000
 _ATOMS = {

@@ -29,7 +29,7 @@ from .contents import Contents
 from .effects import Watched
 from .held import GRAD, Reads
 from .modules import Visits
-from .outside import LIBRARY
+from .ownership import LIBRARY
 from .prefixes import mark_differentiated
 from .provenance import Provenance
 from .questions import BY_KIND, DATA_QUERIES, HISTORY, Questions

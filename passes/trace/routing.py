@@ -15,7 +15,7 @@ from torch import nn
 from .calls import unvalidated
 from .contents import MISSING
 from .held import MODES, TABLES
-from .outside import LIBRARY, OURS, TORCH
+from .ownership import LIBRARY, OURS, TORCH
 from .recorder import Recorder
 
 # torch's own, whose code is exchanged while something is recorded: names that were bound to

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dni_fx
+from dni_fx import distributed
 from dni_fx.errors import CutError, DecouplingError, NonFiniteError, PlanMismatchError, TracingError
 from dni_fx.sources import GradientSource, Linear, Prediction
+from dni_fx.through_time.trainer import ThroughTime
 
 from ..helpers.optimisers import adam, sgd
 from ..helpers.refusing import refused
@@ -343,6 +345,14 @@ def test_a_step_within_a_step_and_one_on_another_thread() -> None:
     assert len(found) == 1
     trainer.loss = F.mse_loss
     trainer.step(X, target=target)  # the turn was given back each time
+
+
+@pytest.mark.parametrize("kind", [dni_fx.Trainer, distributed.Trainer, ThroughTime])
+def test_every_trainer_makes_one_step_at_a_time(kind: type) -> None:
+    trainer = kind.__new__(kind)
+    trainer.turn = threading.Lock()
+    with trainer.turn:
+        refused(DecouplingError, lambda: trainer.step(X), "while another step")
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps], ids=["copied", "pickled"])
